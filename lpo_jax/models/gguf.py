@@ -1,0 +1,242 @@
+"""A GGUF file: metadata, weights dequantised tensor by tensor.
+
+The header is read here and not by the `gguf` package, whose reader takes seconds for the 100,000 strings of a
+vocabulary; dequantising is the package's.
+
+Simplified: versions 2 and 3, little-endian; architectures llama (SmolLM2, Llama, Mistral), qwen2 and qwen3.
+"""
+
+import dataclasses
+import math
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lpo_jax.errors import UserError
+from lpo_jax.models import layout
+from lpo_jax.models.config import ModelConfig, RopeScaling
+
+ARCHITECTURES = ("llama", "qwen2", "qwen3")
+# A GGUF file names one end token (or two); these are the others in the families' generation_config.json.
+_END_TOKENS = {
+    "llama": ("<|eot_id|>", "<|eom_id|>", "<|end_of_text|>"),
+    "qwen2": ("<|im_end|>", "<|endoftext|>"),
+    "qwen3": ("<|im_end|>", "<|endoftext|>"),
+}
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_STRING, _ARRAY = 8, 9
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stored:
+    kind: int  # ggml's number of the quantisation
+    shape: tuple[int, ...]  # rows first
+    start: int  # bytes from the beginning of the file
+    size: int  # bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class GgufFile:
+    """An opened GGUF file: its metadata is in memory, its tensors are not."""
+
+    path: Path
+    metadata: dict[str, Any]
+    stored: dict[str, _Stored]
+
+    @classmethod
+    def open(cls, path: Path) -> "GgufFile":
+        """Reads the header.
+
+        Raises:
+          UserError: not a GGUF file, cut short, of an unknown version or architecture.
+        """
+        try:
+            data = np.memmap(path, np.uint8, "r")
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: cannot be read ({error})") from None
+        file = cls(path, *_read_header(path, memoryview(data)))
+        if (family := file.metadata.get("general.architecture")) not in ARCHITECTURES:
+            have = ", ".join(ARCHITECTURES)
+            raise UserError(f"{path}: architecture {family!r} is not supported; have {have}")
+        return file
+
+    @property
+    def config(self) -> ModelConfig:
+        """From the metadata; tying and the vocabulary from the tensors."""
+        family = self.metadata["general.architecture"]
+
+        def get(key, default=None):
+            value = self.metadata.get(f"{family}.{key}", default)
+            if value is None:
+                raise UserError(f"{self.path}: {family}.{key} is missing from the metadata")
+            if isinstance(value, list):  # one number per layer
+                if len(set(value)) != 1:
+                    raise UserError(f"{self.path}: {family}.{key} differs between layers; not supported")
+                value = value[0]
+            # A float32 0.00001 becomes 9.99999975e-06 in float64; the shortest decimal is what was meant.
+            return float(str(np.float32(value))) if isinstance(value, float) else value
+
+        heads, width = get("attention.head_count"), get("embedding_length")
+        head_width = get("attention.key_length", width // heads)
+        for key, expected in (
+            ("attention.value_length", head_width),
+            ("rope.dimension_count", head_width),
+            ("expert_count", 0),
+        ):
+            if (value := get(key, expected)) != expected:
+                raise UserError(f"{self.path}: {family}.{key} = {value} is not supported, only {expected}")
+        window = get("attention.sliding_window", 0)
+        if window and family != "llama":
+            raise UserError(f"{self.path}: {family} with a sliding window is not supported")
+        if "token_embd.weight" not in self.stored:
+            raise UserError(f"{self.path}: tensor token_embd.weight is missing; is this a whole model?")
+        return ModelConfig(
+            family="mistral" if window else family,
+            vocab_size=self.stored["token_embd.weight"].shape[0],
+            width=width,
+            num_layers=get("block_count"),
+            num_heads=heads,
+            num_kv_heads=get("attention.head_count_kv", heads),
+            head_width=head_width,
+            ffn_width=get("feed_forward_length"),
+            max_positions=get("context_length"),
+            rope_theta=float(get("rope.freq_base", 10000.0)),
+            rope_scaling=self._rope_scaling(get),
+            norm_eps=get("attention.layer_norm_rms_epsilon"),
+            tie_embeddings="output.weight" not in self.stored,
+            qkv_bias=family == "qwen2",
+            qk_norm=family == "qwen3",
+            sliding_window=window or None,
+        )
+
+    def tokenizer(self) -> Any:
+        from lpo_jax.models import tokenizer
+
+        return tokenizer.from_gguf(self.metadata, str(self.path))
+
+    def eos_ids(self) -> tuple[int, ...]:
+        """The end-token ids the file names, then the others of its family that its vocabulary has."""
+        named = (self.metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot", "eom"))
+        tokens = self.metadata.get("tokenizer.ggml.tokens", [])
+        family = (tokens.index(t) for t in _END_TOKENS[self.metadata["general.architecture"]] if t in tokens)
+        return tuple(dict.fromkeys(i for i in (*named, *family) if i is not None))
+
+    def params(self, dtype: str = "float32", shardings: Any = None) -> dict[str, Any]:
+        """The parameter tree (see `layout.read_params`).
+
+        Raises:
+          UserError: a missing or unexpected tensor, a wrong shape, a quantisation that cannot be read.
+        """
+        config = self.config
+        found = {name: t.shape for name, t in self.stored.items() if name != "rope_freqs.weight"}
+        layout.check_names(str(self.path), layout.file_names(config, "gguf"), found)
+        interleaved = self.metadata["general.architecture"] == "llama"
+
+        def read(tensor: layout.Tensor, layer: int) -> np.ndarray:
+            x = self.read(tensor.gguf.format(layer))
+            if interleaved and tensor.name in ("wq", "wk"):
+                # llama.cpp rotates neighbours: its rows alternate between the two halves of a head.
+                heads = config.num_heads if tensor.name == "wq" else config.num_kv_heads
+                x = x.reshape(heads, config.head_width // 2, 2, config.width).swapaxes(1, 2)
+            return x
+
+        return layout.read_params(config, read, dtype, shardings)
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor, dequantised to float32, rows first."""
+        import gguf
+
+        stored = self.stored[name]
+        kind = gguf.GGMLQuantizationType(stored.kind)
+        data = np.asarray(np.memmap(self.path, np.uint8, "r", offset=stored.start, shape=(stored.size,)))
+        try:
+            return gguf.quants.dequantize(data.reshape(*stored.shape[:-1], -1), kind)
+        except NotImplementedError:
+            raise UserError(f"{self.path}: {name} is stored as {kind.name}; it cannot be read") from None
+
+    def _rope_scaling(self, get) -> RopeScaling | None:
+        kind = get("rope.scaling.type", "none")
+        if kind not in ("none", "linear"):
+            raise UserError(f"{self.path}: rope scaling {kind!r} is not supported; have none, linear, llama3")
+        if "rope_freqs.weight" in self.stored:
+            return self._llama3_scaling(self.read("rope_freqs.weight"), float(get("rope.freq_base", 10000.0)))
+        factor = float(get("rope.scaling.factor", 0.0))
+        return RopeScaling("linear", factor) if kind == "linear" and factor else None
+
+    def _llama3_scaling(self, divisors: np.ndarray, theta: float) -> RopeScaling | None:
+        """The file holds Llama 3's formula as the N/2 divisors of the frequencies; finds it again."""
+        if np.all(divisors == 1):
+            return None
+        s = RopeScaling("llama3", float(divisors.max()), 1.0, 4.0, 8192)  # as in every Llama 3.1 to 3.3
+        wavelength = 2 * np.pi * theta ** (np.arange(len(divisors)) / len(divisors))
+        smooth = (s.original_max_positions / wavelength - s.low_freq_factor) / (
+            s.high_freq_factor - s.low_freq_factor
+        )
+        smooth = np.clip(smooth, 0, 1)
+        if not np.allclose(divisors, 1 / ((1 - smooth) / s.factor + smooth), rtol=1e-4):
+            raise UserError(f"{self.path}: rope_freqs.weight is not Llama 3's rescaling; not supported")
+        return s
+
+
+def _read_header(path: Path, data: memoryview) -> tuple[dict[str, Any], dict[str, _Stored]]:
+    import gguf
+
+    at = 0
+    cut = UserError(f"{path}: the GGUF file is cut short; download it again")
+
+    def take(form: str):
+        nonlocal at
+        at += (size := struct.calcsize(form))
+        if at > len(data):
+            raise cut
+        return struct.unpack_from(form, data, at - size)
+
+    def text() -> str:
+        nonlocal at
+        (size,) = take("<Q")
+        at += size
+        if at > len(data):
+            raise cut
+        return str(data[at - size : at], "utf-8", "replace")
+
+    def value(kind: int):
+        if kind == _STRING:
+            return text()
+        if kind == _ARRAY:
+            item, count = take("<IQ")
+            if count > len(data):
+                raise cut
+            if item in _SCALARS:
+                return list(take(f"<{count}{_SCALARS[item]}"))
+            return [value(item) for _ in range(count)]
+        if kind not in _SCALARS:
+            raise UserError(f"{path}: unknown kind of metadata {kind}; the GGUF file is damaged")
+        return take("<" + _SCALARS[kind])[0]
+
+    if bytes(data[:4]) != b"GGUF":
+        raise UserError(f"{path}: not a GGUF file")
+    _, version, num_tensors, num_values = take("<4sIQQ")
+    if version not in (2, 3):
+        raise UserError(f"{path}: GGUF version {version} is not supported; have 2 and 3, little-endian")
+    metadata = {}
+    for _ in range(num_values):
+        key = text()
+        metadata[key] = value(take("<I")[0])
+    infos = []
+    for _ in range(num_tensors):
+        name = text()
+        (rank,) = take("<I")
+        infos.append((name, take(f"<{rank}Q")[::-1], *take("<IQ")))
+    align = metadata.get("general.alignment", 32)
+    base = math.ceil(at / align) * align
+    stored = {}
+    for name, shape, kind, offset in infos:
+        if kind not in gguf.GGML_QUANT_SIZES:
+            raise UserError(f"{path}: {name} is quantised in an unknown way ({kind}); update gguf")
+        block, block_size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
+        stored[name] = _Stored(kind, shape, base + offset, math.prod(shape) // block * block_size)
+        if stored[name].start + stored[name].size > len(data):
+            raise cut
+    return metadata, stored

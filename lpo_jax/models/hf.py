@@ -1,0 +1,225 @@
+"""A Hugging Face model directory, in and out: safetensors, configs and tokenizer files."""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lpo_jax.errors import UserError
+from lpo_jax.models import layout
+from lpo_jax.models.config import ModelConfig
+
+SHARD_BYTES = 5_000_000_000
+_FLOATS = ("F32", "BF16", "F16")
+_SAFETENSORS_NAME = {"float32": "F32", "bfloat16": "BF16"}
+
+
+@dataclasses.dataclass(frozen=True)
+class HfDirectory:
+    """A local directory with `config.json` and, for `params`, `*.safetensors`."""
+
+    path: Path
+    config: ModelConfig
+
+    @classmethod
+    def open(cls, path: Path) -> "HfDirectory":
+        """Reads the config only."""
+        where = path / "config.json"
+        return cls(path, ModelConfig.from_hf(_read_json(where), str(where)))
+
+    def tokenizer(self) -> Any:
+        from lpo_jax.models import tokenizer
+
+        return tokenizer.from_directory(self.path)
+
+    def eos_ids(self) -> tuple[int, ...]:
+        """End-token ids of generation_config.json and config.json, in that order, each once."""
+        ids = []
+        for name in ("generation_config.json", "config.json"):
+            if (self.path / name).exists():
+                eos = _read_json(self.path / name).get("eos_token_id")
+                ids += eos if isinstance(eos, list) else [] if eos is None else [eos]
+        return tuple(dict.fromkeys(ids))
+
+    def params(self, dtype: str = "float32", shardings: Any = None) -> dict[str, Any]:
+        """The parameter tree (see `layout.read_params`).
+
+        Raises:
+          UserError: no weights here, a broken file, a missing or unexpected tensor, a wrong shape.
+        """
+        with contextlib.ExitStack() as stack:
+            files = self._open_weights(stack)
+            expected = layout.file_names(self.config, "hf")
+            # Old checkpoints carry rotary buffers, some tied ones the head too: both follow from the rest.
+            spare = {name for name in files if name.endswith("rotary_emb.inv_freq")}
+            spare |= {"lm_head.weight"} if self.config.tie_embeddings else set()
+            found = {}
+            for name in files.keys() - spare:
+                view = files[name].get_slice(name)
+                found[name] = tuple(view.get_shape())
+                if (stored := view.get_dtype()) not in _FLOATS:
+                    have = ", ".join(_FLOATS)
+                    raise UserError(f"{self.path}: {name} is stored as {stored}; only {have} are read")
+            layout.check_names(str(self.path), expected, found)
+
+            def read(tensor: layout.Tensor, layer: int) -> np.ndarray:
+                name = tensor.hf.format(layer)
+                return files[name].get_tensor(name)
+
+            return layout.read_params(self.config, read, dtype, shardings)
+
+    def _open_weights(self, stack: contextlib.ExitStack) -> dict[str, Any]:
+        """Tensor name to the open file that holds it."""
+        from safetensors import SafetensorError, safe_open
+
+        index = self.path / "model.safetensors.index.json"
+        if index.exists():
+            weight_map = _read_json(index).get("weight_map") or {}
+            paths = [self.path / name for name in sorted(set(weight_map.values()))]
+        else:
+            paths = [self.path / "model.safetensors"]
+            if not paths[0].exists():
+                hint = "convert its .bin files" if list(self.path.glob("*.bin")) else "download them"
+                raise UserError(f"{self.path}: no weights (model.safetensors or its index); {hint}")
+        files = {}
+        for path in paths:
+            if not path.exists():
+                raise UserError(f"{path}: the index names this file, but it is missing; download it again")
+            try:
+                file = stack.enter_context(safe_open(path, "numpy"))
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{path}: not a whole safetensors file ({error}); get it again") from None
+            files |= dict.fromkeys(file.keys(), file)
+        return files
+
+
+def save_hf(
+    path: str | os.PathLike,
+    config: ModelConfig,
+    params: dict[str, Any],
+    tokenizer: Any = None,
+    dtype: str | None = None,
+    *,
+    eos_ids: Sequence[int] = (),
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Writes a directory that transformers, vLLM and `load_model` read.
+
+    It appears whole or not at all: everything is written beside it and renamed at the end. Host memory
+    needed: one tensor.
+
+    Args:
+      path: must not exist, or be an empty directory.
+      tokenizer: a transformers tokenizer, or None to write none.
+      dtype: "float32" or "bfloat16"; None keeps the dtype of the parameters.
+      eos_ids: every id that ends a response; none: the tokenizer's.
+
+    Raises:
+      UserError: `path` is taken or cannot be written, or the dtype is unknown.
+    """
+    path = Path(path).expanduser().absolute()
+    if dtype is not None and dtype not in layout.DTYPES:
+        raise UserError(f"dtype {dtype!r} is not supported; have {', '.join(layout.DTYPES)}")
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{path}: exists and is not an empty directory; name another place or remove it")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); name another place") from None
+    try:
+        saved = _write_weights(beside, config, params, layout.DTYPES.get(dtype), shard_bytes)
+        _write_configs(beside, config, saved, tokenizer, eos_ids)
+        if tokenizer is not None:
+            from lpo_jax.models.tokenizer import save_tokenizer
+
+            save_tokenizer(tokenizer, beside)
+        umask = os.umask(0)
+        os.umask(umask)
+        beside.chmod(0o777 & ~umask)  # mkdtemp's directory is private
+        beside.rename(path)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+
+
+def _write_weights(path: Path, config: ModelConfig, params: Any, dtype: np.dtype | None, limit: int) -> str:
+    """Safetensors files of at most `limit` bytes each, tensor by tensor; returns the name of the dtype."""
+    shards: list[list] = [[]]
+    used = total = 0
+    for item in layout.file_tensors(config, params, dtype):
+        size = math.prod(item[1]) * item[2].itemsize
+        if shards[-1] and used + size > limit:
+            shards.append([])
+            used = 0
+        shards[-1].append(item)
+        used += size
+        total += size
+    weight_map = {}
+    for i, shard in enumerate(shards):
+        part = f"-{i + 1:05}-of-{len(shards):05}" if len(shards) > 1 else ""
+        name = f"model{part}.safetensors"
+        _write_shard(path / name, shard)
+        weight_map |= {item[0]: name for item in shard}
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        _write_json(path / "model.safetensors.index.json", index)
+    return shards[0][0][2].name
+
+
+def _write_shard(path: Path, shard: list) -> None:
+    # The library's own writer wants the whole shard in memory; the format is a JSON header, then the bytes.
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape, dtype, _ in shard:
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {
+            "dtype": _SAFETENSORS_NAME[dtype.name],
+            "shape": list(shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for _, _, _, fetch in shard:
+            file.write(fetch().reshape(-1).view(np.uint8).data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _write_configs(path: Path, config: ModelConfig, dtype: str, tokenizer: Any, eos_ids: Sequence[int]):
+    from importlib.metadata import version
+
+    special = {key: getattr(tokenizer, key, None) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    if eos_ids:
+        special["eos_token_id"] = eos_ids[0] if len(eos_ids) == 1 else list(eos_ids)
+    common = {k: v for k, v in special.items() if v is not None}
+    common["transformers_version"] = version("transformers")
+    dtypes = {"torch_dtype": dtype, "dtype": dtype}  # v4's key and v5's
+    _write_json(path / "config.json", config.to_hf() | dtypes | common)
+    _write_json(path / "generation_config.json", common)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; is {path.parent} a Hugging Face model directory?") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable as JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object")
+    return value
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

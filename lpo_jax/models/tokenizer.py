@@ -1,0 +1,174 @@
+"""Tokenizers: from a Hugging Face directory, or rebuilt from the metadata of a GGUF file.
+
+Whatever the source, the result is a `transformers.PreTrainedTokenizerFast`: call it, `decode`,
+`apply_chat_template`. transformers is imported here, inside the functions: it takes a second.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from lpo_jax.errors import UserError
+
+# How text is cut before the merges, by `tokenizer.ggml.pre`. "digits" stands for: single digits apart, then
+# GPT-2's rule; "gpt-2" for that rule alone, which tokenizers has built in.
+_GPT2, _DIGITS = "gpt-2", "digits"
+_QWEN2 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_LLAMA3 = _QWEN2.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
+_SPLITS = {
+    "gpt-2": _GPT2,
+    "smollm": _DIGITS,
+    "llama-bpe": _LLAMA3,
+    "llama3": _LLAMA3,
+    "llama-v3": _LLAMA3,
+    "qwen2": _QWEN2,
+    "deepseek-r1-qwen": _QWEN2,
+}
+_CONTROL, _USER_DEFINED, _BYTE = 3, 4, 6  # tokenizer.ggml.token_type
+
+
+def from_directory(path: Path) -> Any:
+    """The tokenizer of a Hugging Face directory, or None when it has none.
+
+    Raises:
+      UserError: its files cannot be read.
+    """
+    if not any((path / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        return None
+    transformers = _transformers()
+    # The serialized file is the tokenizer that the model was trained with; only without it is one rebuilt.
+    serialized = (path / "tokenizer.json").exists()
+    load = transformers.PreTrainedTokenizerFast if serialized else transformers.AutoTokenizer
+    try:
+        return load.from_pretrained(path, local_files_only=True)
+    except Exception as error:
+        raise UserError(f"{path}: the tokenizer cannot be read ({_first_line(error)})") from None
+
+
+def from_gguf(metadata: dict[str, Any], where: str) -> Any:
+    """Rebuilds the tokenizer that a GGUF file describes.
+
+    Args:
+      metadata: the file's, keys `tokenizer.*`.
+      where: the file's name, for messages.
+
+    Raises:
+      UserError: a kind of tokenizer or a pre-tokenizer that is not known to be exact here.
+    """
+    from tokenizers import AddedToken
+
+    get = lambda key, default=None: metadata.get(f"tokenizer.ggml.{key}", default)  # noqa: E731
+    tokens, types, model = get("tokens"), get("token_type"), get("model")
+    if not tokens:
+        raise UserError(f"{where}: holds no tokenizer; use the model's Hugging Face directory")
+    types = types or [1] * len(tokens)
+    if model == "gpt2":
+        backend = _byte_level(tokens, get("merges", []), get("pre", "missing"), where)
+    elif model == "llama" and get("scores"):
+        backend = _sentencepiece(tokens, get("scores"), types, get("add_space_prefix", True))
+    else:
+        raise UserError(f"{where}: tokenizer model {model!r} is not supported; have gpt2, llama")
+    # Matched whole, before anything else; the ids stay those of the vocabulary.
+    whole = [(text, kind) for text, kind in zip(tokens, types) if kind in (_CONTROL, _USER_DEFINED)]
+    backend.add_tokens([AddedToken(t, special=kind == _CONTROL, normalized=False) for t, kind in whole])
+    if backend.get_vocab_size() != len(tokens):
+        raise UserError(f"{where}: the vocabulary names a token twice; not supported")
+    token = lambda key: None if (i := get(f"{key}_token_id")) is None else tokens[i]  # noqa: E731
+    special = {"bos": token("bos"), "eos": token("eos"), "unk": token("unknown"), "pad": token("padding")}
+    # As llama.cpp: a file that does not say gets a first token in these two cases.
+    add_bos = get("add_bos_token", model == "llama" or _SPLITS.get(get("pre")) is _LLAMA3)
+    _add_ends(backend, special["bos"] if add_bos else None, special["eos"] if get("add_eos_token") else None)
+    return _transformers().PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        chat_template=metadata.get("tokenizer.chat_template"),
+        model_max_length=metadata.get(f"{metadata.get('general.architecture')}.context_length"),
+        clean_up_tokenization_spaces=False,
+        **{f"{name}_token": text for name, text in special.items() if text is not None},
+    )
+
+
+def save_tokenizer(tokenizer: Any, path: Path) -> None:
+    """Writes the tokenizer's files, chat template included, so that transformers v4 and v5 both read them."""
+    tokenizer.save_pretrained(path)
+    where = path / "tokenizer_config.json"
+    settings = json.loads(where.read_text(encoding="utf-8"))
+    # v5 writes a class and a list that v4 does not know; v5 reads the older names too.
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(settings.get("extra_special_tokens"), list):
+        settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
+    where.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _byte_level(tokens: list[str], merges: list[str], pre: str, where: str) -> Any:
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    if pre not in _SPLITS:
+        raise UserError(f"{where}: pre-tokenizer {pre!r} is not supported; have {', '.join(_SPLITS)}")
+    split = _SPLITS[pre]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    pairs = [tuple(merge.split(" ", 1)) for merge in merges]
+    # Llama 3 takes a piece that is itself a token as it is, without asking the merges.
+    backend = Tokenizer(models.BPE(vocab, pairs, ignore_merges=split is _LLAMA3))
+    if split is _QWEN2:
+        backend.normalizer = normalizers.NFC()
+    if split in (_GPT2, _DIGITS):
+        digits = [pre_tokenizers.Digits(individual_digits=True)] if split is _DIGITS else []
+        steps = [*digits, pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    else:
+        cut = pre_tokenizers.Split(Regex(split), "isolated")
+        steps = [cut, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    backend.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _sentencepiece(tokens: list[str], scores: list[float], types: list[int], add_space: bool) -> Any:
+    """SentencePiece's BPE: the pair whose union scores highest merges first; unknown text falls to bytes."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+
+    vocab = {token: i for i, token in enumerate(tokens)}
+    merges = []
+    for token, score in zip(tokens, scores):
+        for cut in range(1, len(token)):
+            left, right = vocab.get(token[:cut]), vocab.get(token[cut:])
+            if left is not None and right is not None:
+                merges.append((-score, left, right))
+    merges.sort()
+    pairs = [(tokens[left], tokens[right]) for _, left, right in merges]
+    unknown = next((token for token, kind in zip(tokens, types) if kind == 2), None)
+    fallback = _BYTE in types
+    backend = Tokenizer(models.BPE(vocab, pairs, unk_token=unknown, fuse_unk=True, byte_fallback=fallback))
+    space = [normalizers.Prepend("▁")] if add_space else []
+    backend.normalizer = normalizers.Sequence([*space, normalizers.Replace(" ", "▁")])
+    strip = [decoders.Strip(" ", 1, 0)] if add_space else []
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    )
+    return backend
+
+
+def _add_ends(backend: Any, first: str | None, last: str | None) -> None:
+    """Encoding with special tokens puts `first` before and `last` after the text; None puts nothing."""
+    from tokenizers import processors
+
+    ends = [(token, backend.token_to_id(token)) for token in (first, last) if token is not None]
+    before, after = ([token] if token is not None else [] for token in (first, last))
+    single = [*before, "$A", *after]
+    pair = [*single, *before, "$B:1", *after]
+    backend.post_processor = processors.TemplateProcessing(single=single, pair=pair, special_tokens=ends)
+
+
+def _transformers() -> Any:
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that torch is missing is no news
+    import transformers
+
+    return transformers
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

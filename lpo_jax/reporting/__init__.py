@@ -1,0 +1,29 @@
+"""What a run shows and leaves behind: metric names, files, the progress line, tables and plots.
+
+`import lpo_jax.reporting` loads neither jax nor matplotlib.
+"""
+
+from lpo_jax.reporting.metric_names import is_timing, validation_metrics
+from lpo_jax.reporting.plots import diagnostics, learning_curves, save_plots
+from lpo_jax.reporting.progress import Progress
+from lpo_jax.reporting.tables import batch_table, before_after_table, sample_panel
+from lpo_jax.reporting.text import console, duration, percent, sanitise
+from lpo_jax.reporting.writers import RunWriter, read_metrics
+
+__all__ = [
+    "Progress",
+    "RunWriter",
+    "batch_table",
+    "before_after_table",
+    "console",
+    "diagnostics",
+    "duration",
+    "is_timing",
+    "learning_curves",
+    "percent",
+    "read_metrics",
+    "sample_panel",
+    "sanitise",
+    "save_plots",
+    "validation_metrics",
+]

@@ -1,0 +1,144 @@
+"""Tables for the terminal: derived batch sizes, evaluations before and after, sample responses.
+
+Each function returns a rich renderable: print it with `console().print(...)` or `Progress.log(...)`.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+from rich import box
+from rich.console import Group
+from rich.panel import Panel
+from rich.rule import Rule
+from rich.table import Table
+from rich.text import Text
+
+from lpo_jax.reporting.text import percent, sanitise
+
+_OUTCOME_STYLE = {"pass": "green", "wrong": "red", "malformed": "yellow"}  # failures of the verifier: magenta
+
+
+def batch_table(rows: Iterable[tuple[str, object, str]], title: str = "Batch sizes of one step") -> Table:
+    """What the config's batch settings come to, for the eye before the first step.
+
+    Args:
+        rows: (name, value, meaning); whole numbers get thousands separators.
+        title: above the table.
+    """
+    table = _table(title)
+    table.add_column("what")
+    table.add_column("value", justify="right", style="bold")
+    table.add_column("meaning", style="dim")
+    for name, value, meaning in rows:
+        shown = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+        table.add_row(Text(name), Text(shown), Text(meaning))
+    return table
+
+
+def before_after_table(
+    rows: Sequence[tuple[str, Mapping, Mapping | None]], title: str = "Held-out evaluation"
+) -> Group:
+    """Evaluations of one set of problems, one a row, with 95% intervals and changes.
+
+    Args:
+        rows: (label, summary, difference): `summary` from `evaluation.metrics.summarise`; `difference` from
+            `paired_difference` of this row against the row above it, or None.
+        title: above the table.
+    """
+    ks = sorted({k for _, summary, _ in rows for k in summary["ks"]})
+    with_change = any(difference for *_, difference in rows)
+    table = _table(title)
+    table.add_column("model")
+    for k in ks:
+        table.add_column(f"pass@{k}", justify="right")
+        if with_change:
+            table.add_column("change", justify="right")
+    for index, (label, summary, difference) in enumerate(rows):
+        if index:
+            table.add_row()
+        cells = [Text(label)]
+        for k in ks:
+            cells.append(_score(summary.get(f"pass@{k}")))
+            if with_change:
+                cells.append(_change((difference or {}).get(f"pass@{k}")))
+        table.add_row(*cells)
+    return Group(table, _caption([summary for _, summary, _ in rows], with_change))
+
+
+def sample_panel(
+    samples: Iterable[Mapping], limit: int = 3, max_chars: int = 1200, title: str = "Sample responses"
+) -> Panel:
+    """A few responses as the model wrote them, made safe for a terminal.
+
+    Args:
+        samples: dicts with `prompt`, `response`, `reward` and `outcome`.
+        limit: how many are shown.
+        max_chars: longer texts are cut in the middle, and the cut says how much is gone.
+        title: of the panel.
+    """
+    parts = []
+    for sample in list(samples)[:limit]:
+        outcome = str(sample.get("outcome", "?"))
+        verdict = Text.assemble(
+            (sanitise(outcome), _OUTCOME_STYLE.get(outcome, "magenta")), f" · reward {_reward(sample)}"
+        )
+        if parts:
+            parts.append(Text())
+        parts.append(Rule(verdict, align="left", style="dim"))
+        parts.append(Text(_shorten(sanitise(str(sample["prompt"])), max_chars), "dim"))
+        parts.append(
+            Text(_shorten(sanitise(str(sample["response"])), max_chars) or "(empty response)", "bold")
+        )
+    return Panel(
+        Group(*parts or [Text("no responses")]), title=Text(title), title_align="left", box=box.ROUNDED
+    )
+
+
+def _table(title: str) -> Table:
+    return Table(
+        title=Text(title, "bold"),
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
+
+
+def _score(score: Mapping | None) -> Text:
+    if score is None or not math.isfinite(score["mean"]):
+        return Text("-")
+    interval = f"{percent(score['ci_low'])} to {percent(score['ci_high'])}"
+    return Text.assemble((percent(score["mean"]), "bold"), "\n", (interval, "dim"))
+
+
+def _change(change: Mapping | None) -> Text:
+    if change is None or not math.isfinite(change["mean"]):
+        return Text("")
+    mean, low, high = (f"{100 * change[part]:+.1f}" for part in ("mean", "ci_low", "ci_high"))
+    # Colour only what the interval supports: one that holds 0 is no evidence of a change.
+    style = "bold green" if change["ci_low"] > 0 else "bold red" if change["ci_high"] < 0 else ""
+    return Text.assemble((mean, style), "\n", (f"{low} to {high}", "dim"))
+
+
+def _caption(summaries: Sequence[Mapping], with_change: bool) -> Text:
+    sizes = list(dict.fromkeys((s["problems"], s["samples_per_problem"]) for s in summaries))
+    text = "; ".join(f"{problems} problems x {samples} samples" for problems, samples in sizes)
+    invalid = sum(summary["invalid_samples"] for summary in summaries)
+    if invalid:
+        text += f"; {invalid} samples not counted because the verifier failed on them"
+    text += ". Below each score its 95% interval, a bootstrap over problems."
+    if with_change:
+        text += " Change: percentage points against the row above, problem by problem."
+    return Text(text, "dim")
+
+
+def _reward(sample: Mapping) -> str:
+    reward = sample.get("reward")
+    return "none" if reward is None else f"{reward:g}"
+
+
+def _shorten(text: str, limit: int) -> str:
+    # The end is kept because that is where an answer stands.
+    if len(text) <= limit:
+        return text
+    head, tail = text[: limit // 2], text[len(text) - limit // 2 :]
+    return f"{head}\n… {len(text) - len(head) - len(tail):,} characters left out …\n{tail}"

@@ -1,0 +1,241 @@
+"""What a run leaves behind step by step: `metrics.jsonl`, TensorBoard events and sampled rollouts.
+
+The JSONL file is the record; TensorBoard is a view of it. A row is on the disk when `write` returns, so a run
+that is killed has lost at most the row it was writing. On resume `truncate_after` takes the files back to
+the checkpoint's step, and the resumed run appends what the uninterrupted one would have (`is_timing` names
+apart).
+Write a step's row before its checkpoint is saved: then no checkpoint exists whose rows are missing.
+"""
+
+import contextlib
+import json
+import math
+import os
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from lpo_jax.errors import UserError
+from lpo_jax.reporting import metric_names
+
+METRICS_FILE = "metrics.jsonl"
+SAMPLE_FOLDERS = ("rollouts", "validation")
+
+
+class RunWriter:
+    """Appends the rows of one run directory; one process of a run holds one.
+
+    A directory that already has rows is continued: its torn last line, if any, is removed, and rows of
+    earlier steps than the last are refused until `truncate_after` has been called.
+    """
+
+    def __init__(self, run_dir: str | os.PathLike):
+        self.run_dir = Path(run_dir)
+        self._path = self.run_dir / METRICS_FILE
+        self._file = None
+        self._events = None
+        self._purge_step = None
+        try:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            self._keep_rows(lambda row: True)
+        except OSError as error:
+            raise _cannot_write(self._path, error) from error
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Appends one row and flushes it to the disk.
+
+        Args:
+            step: the training step; 0 is before the first update. It never goes back.
+            metrics: name to number (Python, numpy or a jax scalar). A value that is not finite is written as
+                null and kept as text under `"nonfinite"`, so that every line stays valid JSON.
+
+        Raises:
+            ValueError: a name that `metric_names` does not hold, a value that is no number, or a step that
+                goes back.
+            UserError: the file cannot be written (a full disk).
+        """
+        metric_names.check(metrics)
+        if step < self._last_step:
+            raise ValueError(f"step {step} after step {self._last_step}: call truncate_after first")
+        values = {name: _number(name, value) for name, value in metrics.items()}
+        nonfinite = {name: str(value) for name, value in values.items() if not math.isfinite(value)}
+        row = {"step": int(step)} | {n: None if n in nonfinite else v for n, v in values.items()}
+        if nonfinite:
+            row["nonfinite"] = nonfinite
+        try:
+            self._append(row)
+            self._write_events(step, values)
+        except OSError as error:
+            raise _cannot_write(self._path, error) from error
+        self._last_step = int(step)
+
+    def write_samples(self, step: int, rows: Iterable[Mapping], folder: str = "rollouts") -> Path:
+        """Writes `<folder>/<step>.jsonl`, one response a line, whole or not at all.
+
+        Args:
+            step: added to each row, as verl does (its keys: input, output, gts, score, step, ...).
+            rows: dicts of text, numbers, lists and arrays; numbers that are not finite become null.
+            folder: "rollouts" for training responses, "validation" for held-out ones.
+        """
+        if folder not in SAMPLE_FOLDERS:
+            raise ValueError(f"folder must be one of {SAMPLE_FOLDERS}, got {folder!r}")
+        path = self.run_dir / folder / f"{step}.jsonl"
+        data = b"".join(_line(_plain({**row, "step": int(step)})) for row in rows)
+        try:
+            path.parent.mkdir(exist_ok=True)
+            _write_atomically(path, data)
+        except OSError as error:
+            raise _cannot_write(path, error) from error
+        return path
+
+    def truncate_after(self, step: int, evaluated: bool = True) -> None:
+        """Goes back to a checkpoint: drops rows and sample files of later steps, and has TensorBoard hide its
+        later events. Call it on resume, before the first write.
+
+        Args:
+            evaluated: whether the checkpoint was saved after its step's held-out evaluation; if not, that will be
+                done again, and a row it may have left is dropped.
+        """
+        self.close()
+
+        def stays(row: Mapping) -> bool:
+            again = not evaluated and row["step"] == step and any(name.startswith("val-") for name in row)
+            return row["step"] <= step and not again
+
+        try:
+            self._keep_rows(stays)
+            for folder in SAMPLE_FOLDERS:
+                for path in (self.run_dir / folder).glob("*.jsonl*"):
+                    name = path.name.split(".")[0]
+                    if path.suffix == ".tmp" or (name.isdigit() and int(name) > step):
+                        path.unlink()
+        except OSError as error:
+            raise _cannot_write(self._path, error) from error
+        self._purge_step = step + 1
+
+    def close(self) -> None:
+        """Closes the files. A later `write` opens them again."""
+        if self._file is not None:
+            self._file.close()
+        if self._events is not None:
+            with contextlib.suppress(OSError):  # on a full disk the first error has been told already
+                self._events.close()
+        self._file = self._events = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.close()
+
+    def _keep_rows(self, wanted) -> None:
+        # Lines are kept byte for byte. The file is replaced only where something goes, and in one move.
+        before = self._path.read_bytes() if self._path.exists() else b""
+        rows = [(line, row) for line, row in _parse(before, self._path) if wanted(row)]
+        after = b"".join(line + b"\n" for line, _ in rows)
+        if after != before:
+            _write_atomically(self._path, after)
+        self._last_step = rows[-1][1]["step"] if rows else -1
+
+    def _append(self, row: Mapping) -> None:
+        if self._file is None:
+            self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115 - it lives as long as the run
+        size = os.fstat(self._file.fileno()).st_size
+        rest = memoryview(_line(row))
+        try:
+            while rest:
+                rest = rest[self._file.write(rest) :]
+            os.fsync(self._file.fileno())
+        except OSError:
+            os.ftruncate(self._file.fileno(), size)  # a full disk leaves no half row behind
+            raise
+
+    def _write_events(self, step: int, values: Mapping[str, float]) -> None:
+        # tensorboardX's SummaryWriter puts events through a queue and a thread and cannot be flushed at a
+        # known point, so a kill loses rows of steps that a checkpoint holds. Its EventsWriter writes at once.
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        now = time.time()
+        if self._events is None:
+            folder = self.run_dir / "tensorboard"
+            folder.mkdir(exist_ok=True)
+            # File names hold whole seconds only: a quick resume must not overwrite the file before it.
+            self._events = EventsWriter(str(folder / "events"), f".{os.getpid()}.{time.monotonic_ns()}")
+            if self._purge_step is not None:
+                start = SessionLog(status=SessionLog.START)
+                self._events.write_event(Event(step=self._purge_step, wall_time=now, session_log=start))
+        scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        self._events.write_event(Event(step=step, wall_time=now, summary=Summary(value=scalars)))
+        self._events.flush()
+
+
+def read_metrics(run_dir: str | os.PathLike) -> list[dict]:
+    """The rows of a run's `metrics.jsonl`, in order; a torn last line is left out.
+
+    Raises:
+        UserError: there is no such file, or a line before the last is not a row.
+    """
+    path = Path(run_dir) / METRICS_FILE
+    if not path.is_file():
+        raise UserError(f"{run_dir} holds no {METRICS_FILE}; give the directory of a run")
+    return [row for _, row in _parse(path.read_bytes(), path)]
+
+
+def _parse(data: bytes, path: Path) -> list[tuple[bytes, dict]]:
+    """(line, row) pairs. Only the last line may be damaged, which is what a kill in mid-write leaves."""
+    lines = data.split(b"\n")
+    if lines[-1] == b"":
+        lines.pop()
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+                raise ValueError("no step")
+        except ValueError as error:
+            if number == len(lines):
+                break
+            raise UserError(f"{path} line {number} is damaged; mend or remove that line") from error
+        rows.append((line, row))
+    return rows
+
+
+def _number(name: str, value) -> int | float:
+    try:
+        value = value.item() if hasattr(value, "item") else value
+        return int(value) if isinstance(value, int) else float(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"metric {name!r} is not one number: {value!r}") from error
+
+
+def _plain(value):
+    """`value` as what JSON holds: arrays as lists, numbers that are not finite as null, the rest as text."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, str | int) else str(value)
+
+
+def _line(row: Mapping) -> bytes:
+    # A lone surrogate (half a character, which a model can emit) becomes its JSON escape.
+    return json.dumps(row, ensure_ascii=False, allow_nan=False).encode("utf-8", "backslashreplace") + b"\n"
+
+
+def _write_atomically(path: Path, data: bytes) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _cannot_write(path: Path, error: OSError) -> UserError:
+    return UserError(f"cannot write {path}: {error.strerror or error}; make room or permission and resume")

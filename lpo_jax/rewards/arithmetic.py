@@ -1,0 +1,50 @@
+"""Questions whose answer is one integer."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from lpo_jax.rewards.answers import last_tagged
+from lpo_jax.rewards.countdown import three_scores
+from lpo_jax.rewards.verdict import Verdict
+
+MAX_CHARS = 1000  # Python refuses to read integers of more than 4,300 digits
+
+_INTEGER = re.compile(r"[+-]?(?:[0-9]+|[0-9]{1,3}(?:,[0-9]{3})+)")
+# A number in running text: never the tail of a word or of another number, so 12-5 ends in 5 and 19.5 is one
+# number.
+_NUMBER = re.compile(r"(?<![\w.])[+-]?[0-9][0-9,]*(?:\.[0-9]+)?")
+
+
+def arithmetic(*, scores: Sequence[float] = (1.0, 0.0, 0.0)) -> Callable[[str, Mapping[str, Any]], Verdict]:
+    """The integer verifier; examples have `answer`, an integer or its text.
+
+    The answer is what the last `<answer>...</answer>` holds, and it must be an integer and nothing else
+    (commas may separate thousands). A text without any `<answer>` tag is judged by its last number.
+
+    Args:
+      scores: rewards for correct, wrong, and no integer found.
+
+    Returns:
+      `(response, example) -> Verdict`.
+
+    Raises:
+      UserError: if `scores` is not three finite numbers.
+    """
+    correct, wrong, malformed = three_scores("arithmetic", scores)
+
+    def verify(response: str, example: Mapping[str, Any]) -> Verdict:
+        expected = int(str(example["answer"]).replace(",", ""))
+        answer = last_tagged(response)
+        if answer is None:
+            if "<answer>" in response:
+                return Verdict(malformed, "malformed", {"reason": "<answer> is never closed"})
+            answer = next((found[0].rstrip(",") for found in reversed([*_NUMBER.finditer(response)])), "")
+        parts: dict[str, float | str] = {"answer": answer[:200]}
+        if len(answer) > MAX_CHARS or not _INTEGER.fullmatch(answer):
+            return Verdict(malformed, "malformed", parts | {"reason": "no integer"})
+        if int(answer.replace(",", "")) != expected:
+            return Verdict(wrong, "wrong", parts)
+        return Verdict(correct, "pass", parts)
+
+    return verify

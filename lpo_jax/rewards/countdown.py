@@ -1,0 +1,93 @@
+"""Countdown: combine the given numbers into an expression that equals the target.
+
+Rewards as in the LPO paper: 1 correct, 0.1 wrong but well-formatted, 0 otherwise. Two ways to read an answer:
+
+robust (default): the last `<answer>...</answer>` anywhere in the text, newlines inside and text after it
+  allowed. Well-formatted means that it holds an expression that `expression.parse` lets through. `3 + 5 = 8`
+  is an equation: it counts as `3 + 5` when its right side is the target, and is wrong otherwise.
+strict: as TinyZero scores it, holes and false negatives included; see `tinyzero.py`.
+"""
+
+import collections
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from lpo_jax.errors import UserError
+from lpo_jax.rewards import expression, tinyzero
+from lpo_jax.rewards.answers import last_tagged
+from lpo_jax.rewards.verdict import Verdict
+
+_EQUATION = re.compile(r"(?P<left>[^=]*)=\s*(?P<right>-?[0-9]{1,30})")
+
+
+def countdown(
+    *, scores: Sequence[float] = (1.0, 0.1, 0.0), strict: bool = False, use_all: bool = True
+) -> Callable[[str, Mapping[str, Any]], Verdict]:
+    """The Countdown verifier; examples have `numbers` (a list of integers) and `target` (an integer).
+
+    Args:
+      scores: rewards for correct, wrong but well-formatted, and everything else.
+      strict: score as TinyZero does, for comparison with published numbers.
+      use_all: each given number must be used exactly once; False: at most once. Strict always wants all.
+
+    Returns:
+      `(response, example) -> Verdict`.
+
+    Raises:
+      UserError: if `scores` is not three finite numbers.
+    """
+    correct, wrong, malformed = three_scores("countdown", scores)
+    if strict and not use_all:
+        raise UserError("countdown: strict scores as TinyZero does, which wants all numbers used")
+
+    def verify(response: str, example: Mapping[str, Any]) -> Verdict:
+        numbers, target = sorted(int(n) for n in example["numbers"]), int(example["target"])
+        if strict:
+            grade, parts = tinyzero.grade(response, numbers, target)
+        else:
+            grade, parts = _grade(response, numbers, target, use_all)
+        return Verdict({"pass": correct, "wrong": wrong, "malformed": malformed}[grade], grade, parts)
+
+    return verify
+
+
+def _grade(text: str, numbers: list[int], target: int, use_all: bool) -> tuple[str, dict[str, float | str]]:
+    answer = last_tagged(text)
+    if answer is None:
+        return "malformed", {"reason": "no <answer>...</answer>"}
+    parts: dict[str, float | str] = {"answer": answer[: expression.MAX_CHARS]}
+    claimed = target
+    if len(answer) <= expression.MAX_CHARS and (equation := _EQUATION.fullmatch(answer)):
+        answer, claimed = equation["left"], int(equation["right"])
+    try:
+        tree = expression.parse(answer)
+    except expression.NotAllowed as error:
+        return "malformed", parts | {"reason": str(error)}
+    value, used = expression.value(tree), expression.integers(tree)
+    parts["value"] = "undefined" if value is None else str(value)
+    unused = collections.Counter(numbers)
+    unused.subtract(used)
+    if min(unused.values()) < 0 or (use_all and max(unused.values()) > 0):
+        return "wrong", parts | {"reason": "does not use the given numbers"}
+    if claimed != target:
+        return "wrong", parts | {"reason": f"the right side of the equation is {claimed}, not the target"}
+    if value != target:
+        return "wrong", parts | {"reason": "does not equal the target"}
+    return "pass", parts
+
+
+def three_scores(name: str, scores: Sequence[float]) -> tuple[float, float, float]:
+    """Checks the rewards for correct, wrong and malformed answers.
+
+    Raises:
+      UserError: if they are not three finite numbers.
+    """
+    try:
+        correct, wrong, malformed = (float(score) for score in scores)
+        if all(math.isfinite(score) for score in (correct, wrong, malformed)):
+            return correct, wrong, malformed
+    except (TypeError, ValueError):
+        pass
+    raise UserError(f"{name}: scores {scores!r}: need three finite numbers, for correct, wrong and malformed")

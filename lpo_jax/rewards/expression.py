@@ -1,0 +1,77 @@
+"""Exact arithmetic on expressions that a model wrote: parsed, walked, never evaluated as code."""
+
+import ast
+import operator
+import re
+from fractions import Fraction
+
+MAX_CHARS = 200  # with no powers allowed, this bounds the size of every number that can come up
+MAX_DEPTH = 64
+
+_ALLOWED = re.compile(r"[0-9+\-*/() ]+")
+_OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+
+
+class NotAllowed(ValueError):
+    """The text is not an expression of integers, + - * / and parentheses."""
+
+
+def parse(text: str) -> ast.expr:
+    """Parses an expression of non-negative integers with `+ - * /`, unary minus and parentheses.
+
+    Args:
+      text: what the model wrote; whitespace of any kind is a space.
+
+    Returns:
+      A tree of `BinOp`, `UnaryOp` and integer `Constant` nodes alone.
+
+    Raises:
+      NotAllowed: for anything else, with the reason: powers, floor division, floats, names, calls, digits
+        outside ASCII, more than 200 characters, or more than 64 levels.
+    """
+    if len(text) > MAX_CHARS:
+        raise NotAllowed(f"longer than {MAX_CHARS} characters")
+    text = " ".join(text.split())
+    if not text:
+        raise NotAllowed("empty")
+    if not _ALLOWED.fullmatch(text):
+        raise NotAllowed("a character other than digits, + - * / and parentheses")
+    try:
+        tree = ast.parse(text, mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        raise NotAllowed("not an arithmetic expression") from None
+    _check(tree, MAX_DEPTH)
+    return tree
+
+
+def _check(node: ast.expr, depth: int) -> None:
+    if depth == 0:
+        raise NotAllowed(f"nested deeper than {MAX_DEPTH} levels")
+    if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
+        _check(node.left, depth - 1)
+        _check(node.right, depth - 1)
+    elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        _check(node.operand, depth - 1)
+    elif not (isinstance(node, ast.Constant) and type(node.value) is int):
+        raise NotAllowed("only integers, + - * / and unary minus are allowed")
+
+
+def value(tree: ast.expr) -> Fraction | None:
+    """The exact value of a tree that `parse` let through; None when it divides by zero."""
+    try:
+        return _value(tree)
+    except ZeroDivisionError:
+        return None
+
+
+def _value(node: ast.expr) -> Fraction:
+    if isinstance(node, ast.BinOp):
+        return _OPERATORS[type(node.op)](_value(node.left), _value(node.right))
+    if isinstance(node, ast.UnaryOp):
+        return -_value(node.operand)
+    return Fraction(node.value)
+
+
+def integers(tree: ast.expr) -> list[int]:
+    """The integers that a tree is made of, in ascending order."""
+    return sorted(node.value for node in ast.walk(tree) if isinstance(node, ast.Constant))

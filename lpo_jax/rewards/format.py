@@ -1,0 +1,52 @@
+"""Whether a response has the asked structure of tags, whatever it says inside them."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from lpo_jax.errors import UserError
+from lpo_jax.rewards.verdict import Verdict
+
+
+def format_tags(*, tags: Sequence[str] = ("think", "answer")) -> Callable[[str, Mapping[str, Any]], Verdict]:
+    """The format verifier: `<think>...</think><answer>...</answer>` and nothing else but whitespace.
+
+    Each tag occurs exactly once, in order, with something between its ends: a format reward that asks for
+    nothing is earned by nothing. Where the template has already opened the first tag, `get("format",
+    prefill="<think>")` puts that text back before the response is judged.
+
+    Args:
+      tags: the names, in order.
+
+    Returns:
+      `(response, example) -> Verdict`, reward 1 or 0.
+
+    Raises:
+      UserError: if a tag is not a word or occurs twice.
+    """
+    words = isinstance(tags, list | tuple) and all(re.fullmatch(r"[A-Za-z][\w-]*", str(tag)) for tag in tags)
+    if not words or not tags or len(set(tags)) < len(tags):
+        raise UserError(f"format: tags {tags!r}: need a list of different words, such as [think, answer]")
+
+    def verify(response: str, example: Mapping[str, Any]) -> Verdict:
+        at = 0
+        for tag in tags:
+            opening, closing = f"<{tag}>", f"</{tag}>"
+            if response.count(opening) != 1 or response.count(closing) != 1:
+                return _malformed(f"needs exactly one {opening} and one {closing}")
+            start, end = response.find(opening), response.find(closing)
+            # Negative where a tag opens before the one in front of it has closed.
+            if start < at or response[at:start].strip():
+                return _malformed(f"something before {opening} that does not belong there")
+            if not response[start + len(opening) : end].strip():
+                return _malformed(f"nothing between {opening} and {closing}")
+            at = end + len(closing)
+        if response[at:].strip():
+            return _malformed(f"text after </{tags[-1]}>")
+        return Verdict(1.0, "pass")
+
+    return verify
+
+
+def _malformed(reason: str) -> Verdict:
+    return Verdict(0.0, "malformed", {"reason": reason})

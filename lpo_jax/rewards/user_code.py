@@ -1,0 +1,90 @@
+"""Python files that a user names in a config: a verifier, a data set."""
+
+import functools
+import importlib.util
+import os
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from types import ModuleType
+from typing import Any
+
+from lpo_jax.errors import UserError, nearest
+from lpo_jax.rewards.verdict import Verdict, as_verdict
+
+
+def split_reference(reference: str) -> tuple[str, str] | None:
+    """`"path/to/file.py:function"` as (absolute path, function); None when the text has no such form."""
+    path, colon, function = reference.rpartition(":")
+    if not colon or not path.endswith(".py"):
+        return None
+    return os.path.abspath(os.path.expanduser(path)), function
+
+
+def load_module(path: str) -> ModuleType:
+    """Imports a Python file by its path.
+
+    Its folder is appended to `sys.path`, so that it may import its neighbours but shadows nothing.
+
+    Raises:
+      UserError: if the file is missing or its import fails, with the line that failed.
+    """
+    path = os.path.abspath(os.path.expanduser(path))
+    if not os.path.isfile(path):
+        raise UserError(f"{path}: no such file")
+    folder, name = os.path.dirname(path), os.path.splitext(os.path.basename(path))[0]
+    if folder not in sys.path:
+        sys.path.append(folder)
+    spec = importlib.util.spec_from_file_location(f"lpo_user_{name}", path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        raise UserError(f"{path}: {describe(error, path)}") from error
+    return module
+
+
+def describe(error: BaseException, path: str) -> str:
+    """One line on an error that came out of a user's file: its type, its text, and the line of the file."""
+    text = f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+    return f"{text} (line {lines[-1]})" if lines else text
+
+
+def find_function(module: ModuleType, name: str, path: str) -> Callable[..., Any]:
+    """The function of that name in a module.
+
+    Raises:
+      UserError: if there is none, or it is not callable.
+    """
+    function = getattr(module, name, None)
+    if callable(function):
+        return function
+    known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+    raise UserError(f"{path}: it has no function {name!r}{nearest(name, known)}")
+
+
+def load_function(reference: str) -> Callable[[str, Mapping[str, Any]], Verdict]:
+    """A user's own verifier: a plain Python function `(response, example) -> float | Verdict` in a file.
+
+    Args:
+      reference: `"path/to/file.py:function"`.
+
+    Returns:
+      `(response, example) -> Verdict`. What the function raises comes through; what it returns becomes a
+      verdict with a finite reward (see `as_verdict`).
+
+    Raises:
+      UserError: if the reference, the file or the function is not there, or the file cannot be imported.
+    """
+    parts = split_reference(reference)
+    if parts is None:
+        raise UserError(f"{reference!r} names no function in a file; write it as path/to/file.py:function")
+    path, name = parts
+    function = find_function(load_module(path), name, path)
+
+    @functools.wraps(function)
+    def verify(response: str, example: Mapping[str, Any]) -> Verdict:
+        return as_verdict(function(response, example))
+
+    return verify

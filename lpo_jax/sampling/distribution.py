@@ -1,0 +1,122 @@
+"""Which distribution a token is drawn from, and the random numbers it is drawn with.
+
+Axes: P prompts · K responses · R rows (P K flattened) · V vocabulary.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from lpo_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """Temperature, then top-k, then top-p, then min-p: the order of transformers and vLLM.
+
+    temperature 0 takes the likeliest token; the log-probs it reports are those of temperature 1, since a
+    point mass has none worth knowing.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0  # 0: off
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+    def __post_init__(self):
+        if self.temperature < 0:
+            raise UserError(
+                f"sampling: temperature {self.temperature} is negative; 0 is greedy, 1 the model itself"
+            )
+        if self.top_k < 0 or not 0 < self.top_p <= 1 or not 0 <= self.min_p < 1:
+            raise UserError(
+                f"sampling: top_k {self.top_k}, top_p {self.top_p}, min_p {self.min_p}: "
+                "need top_k >= 0 (0 is off), 0 < top_p <= 1, 0 <= min_p < 1"
+            )
+
+    @property
+    def truncates(self) -> bool:
+        """Whether tokens outside a nucleus get probability zero."""
+        return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
+
+    def logits(self, logits: jax.Array) -> jax.Array:
+        """`[R, V]` model logits to those of the distribution sampled from (removed tokens at -inf)."""
+        if self.temperature == 0:
+            return logits
+        logits = logits / self.temperature
+        if self.top_k > 0:
+            kth = jax.lax.top_k(logits, min(self.top_k, logits.shape[-1]))[0][:, -1:]
+            logits = jnp.where(logits >= kth, logits, -jnp.inf)
+        if self.top_p < 1:
+            ordered = jnp.sort(logits, axis=-1)[:, ::-1]
+            mass = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1)
+            # A token stays when the mass before it is below top_p, so the likeliest always stays.
+            keep = jnp.sum(mass < self.top_p, axis=-1, keepdims=True)
+            last = jnp.take_along_axis(ordered, jnp.minimum(keep, logits.shape[-1] - 1), axis=-1)
+            logits = jnp.where(logits >= last, logits, -jnp.inf)
+        if self.min_p > 0:
+            floor = logits.max(axis=-1, keepdims=True) + jnp.log(self.min_p)
+            logits = jnp.where(logits >= floor, logits, -jnp.inf)
+        return logits
+
+    def draw(self, keys: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Draws one token a row.
+
+        Args:
+          keys: `[R]` random keys, one a row.
+          logits: `[R, V]` float32 from the model.
+
+        Returns:
+          tokens `[R]` int32 and their log-probs `[R]` float32 under the distribution sampled from.
+        """
+        logits = self.logits(logits)
+        if self.temperature == 0:
+            tokens, lse = jnp.argmax(logits, axis=-1), jax.nn.logsumexp(logits, axis=-1)
+        else:
+            tokens, lse = _categorical(keys, logits)
+        chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
+        return tokens.astype(jnp.int32), chosen - lse
+
+
+BLOCK = 256  # tokens of the vocabulary that are drawn from together
+
+
+def _categorical(keys: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Draws from softmax(logits) `[R, V]` by inverse CDF: first a block of the vocabulary, then a token in it.
+
+    Two uniforms a row instead of V Gumbel variables: 1.5 ms instead of 85 ms for 64 rows of V = 49152 on two
+    CPU cores, where the rest of a 135M model's decode step takes 180 ms. Also returns the log-sum-exp `[R]`.
+    """
+    R, V = logits.shape
+    peak = logits.max(axis=-1, keepdims=True)
+    mass = jnp.pad(jnp.exp(logits - peak), ((0, 0), (0, -V % BLOCK))).reshape(R, -1, BLOCK)
+    blocks = mass.sum(axis=-1)  # [R, V / BLOCK]
+    uniform = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys)
+    block = _inverse_cdf(blocks, uniform[:, 0])
+    inside = jnp.take_along_axis(mass, block[:, None, None], axis=1)[:, 0]  # [R, BLOCK]
+    tokens = block * BLOCK + _inverse_cdf(inside, uniform[:, 1])
+    return tokens, jnp.log(blocks.sum(axis=-1)) + peak[:, 0]
+
+
+def _inverse_cdf(mass: jax.Array, uniform: jax.Array) -> jax.Array:
+    """The first index whose cumulative mass `[R, n]` exceeds `uniform [R]` of the total; never one of mass 0."""
+    cumulative = jnp.cumsum(mass, axis=-1)
+    index = jnp.sum(cumulative <= uniform[:, None] * cumulative[:, -1:], axis=-1)
+    # uniform * total may round up to the total itself: then, and only then, no index is left.
+    return jnp.where(index < mass.shape[-1], index, jnp.argmax(mass, axis=-1))
+
+
+def row_keys(seed: jax.Array, step: jax.Array, prompt_ids: jax.Array, num_responses: int) -> jax.Array:
+    """Keys `[P, K]` that depend on (seed, step, prompt id, k) alone; the position is folded in at each token.
+
+    So a row draws the same tokens alone or in any batch, on any number of devices, before or after a resume.
+
+    Args:
+      seed, step: scalars; prompt_ids: `[P]` uint32, one identity per group.
+    """
+    base = jax.random.fold_in(jax.random.key(seed), step)
+    of_row = lambda prompt, k: jax.random.fold_in(jax.random.fold_in(base, prompt), k)  # noqa: E731
+    return jax.vmap(lambda prompt: jax.vmap(lambda k: of_row(prompt, k))(jnp.arange(num_responses)))(
+        prompt_ids
+    )

@@ -1,0 +1,136 @@
+"""Countdown, generated: every problem has a solution, which is kept for the supervised warm start."""
+
+import random
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any
+
+from lpo_jax.errors import UserError, nearest
+from lpo_jax.rewards import VerifierSpec
+from lpo_jax.tasks.generate import train_and_heldout
+from lpo_jax.tasks.task import Row, Task, with_prefill
+
+# name: (prompt, prefill, what the model would write after it)
+TEMPLATES = {
+    "short": (
+        "Using the numbers {numbers}, create an equation that equals {target}.\n",
+        "<answer>",
+        "{solution}</answer>",
+    ),
+    # TinyZero's for base models, to the letter.
+    "tinyzero": (
+        "A conversation between User and Assistant. The user asks a question, and the Assistant solves it. "
+        "The assistant first thinks about the reasoning process in the mind and then provides the user with "
+        "the answer.\n"
+        "User: Using the numbers {numbers}, create an equation that equals {target}. You can use basic "
+        "arithmetic operations (+, -, *, /) and each number can only be used once. Show your work in "
+        "<think> </think> tags. And return the final answer in <answer> </answer> tags, for example <answer> "
+        "(1 + 2) / 3 </answer>.\n"
+        "Assistant: Let me solve this step by step.\n",
+        "<think>",
+        " {solution} = {target} </think>\n<answer> {solution} </answer>",
+    ),
+}
+
+_SUM, _PRODUCT, _ATOM = 1, 2, 3  # how tightly an expression holds together
+
+
+def countdown(
+    *,
+    numbers: int | Sequence[int] = (3, 4),
+    max_number: int = 99,
+    max_target: int = 100,
+    operators: str = "+-*/",
+    train_size: int = 2000,
+    heldout_size: int = 512,
+    seed: int = 0,
+    template: str = "tinyzero",
+    strict: bool = False,
+    scores: Sequence[float] = (1.0, 0.1, 0.0),
+) -> Task:
+    """Countdown problems from a seed: rows `{"numbers": [3, 5, 2], "target": 16, "solution": "(3+5)*2"}`.
+
+    Args:
+      numbers: how many numbers a problem has, or several such counts to draw from.
+      max_number: numbers are 1 to this.
+      max_target: targets are 1 to this.
+      operators: those that solutions are built from, such as `"+-*"`.
+      train_size, heldout_size: rows; no problem (numbers in any order, target) occurs twice in either or
+      both.
+      seed: of the problems.
+      template: `"short"` or `"tinyzero"`; the first is raw and brief, for small models.
+      strict, scores: of the verifier; see `lpo_jax.rewards.countdown`.
+
+    Raises:
+      UserError: if an option makes no sense or there are too few different problems.
+    """
+    counts = [numbers] if isinstance(numbers, int) else list(numbers)
+    if not counts or not all(isinstance(count, int) and 2 <= count <= 8 for count in counts):
+        raise UserError(
+            f"task countdown: numbers {numbers!r}: need a count from 2 to 8, or a list of such counts"
+        )
+    if max_number < 1 or max_target < 1:
+        raise UserError(f"task countdown: max_number {max_number}, max_target {max_target}: need at least 1")
+    if not operators or set(operators) - set("+-*/"):
+        raise UserError(f'task countdown: operators {operators!r}: need some of + - * /, such as "+-*"')
+    if template not in TEMPLATES:
+        known = ", ".join(TEMPLATES)
+        raise UserError(
+            f"task countdown: unknown template {template!r}{nearest(template, TEMPLATES)}; known: {known}"
+        )
+
+    def draw(rng: random.Random) -> dict[str, Any] | None:
+        given = [1 + rng.randrange(max_number) for _ in range(counts[rng.randrange(len(counts))])]
+        solution, value = _random_expression(rng, given, operators)
+        if value is None or value.denominator != 1 or not 1 <= value <= max_target:
+            return None
+        return {"numbers": given, "target": int(value), "solution": solution}
+
+    train, heldout = train_and_heldout(
+        draw,
+        lambda row: (tuple(sorted(row["numbers"])), row["target"]),
+        name="countdown",
+        train_size=train_size,
+        heldout_size=heldout_size,
+        seed=seed,
+    )
+    prompt, prefill, response = TEMPLATES[template]
+
+    def ask(row: Row) -> str:
+        return with_prefill(prompt.format(numbers=list(row["numbers"]), target=row["target"]), prefill)
+
+    def solve(row: Row) -> str | None:
+        return response.format(**row) if row.get("solution") else None
+
+    verifier = VerifierSpec("countdown", {"strict": strict, "scores": scores}, prefill)
+    return Task("countdown", train, heldout, ask, verifier, solve)
+
+
+def _random_expression(rng: random.Random, given: list[int], operators: str) -> tuple[str, Fraction | None]:
+    """Joins two random parts by a random operator until one is left: text without needless parentheses, and
+    value.
+
+    The value is None where it would divide by zero. Parts are picked at random, so the order in which the
+    numbers are given says nothing about the solution.
+    """
+    parts = [(str(number), _ATOM, Fraction(number)) for number in given]
+    while len(parts) > 1:
+        left, right = parts.pop(rng.randrange(len(parts))), parts.pop(rng.randrange(len(parts)))
+        operator = operators[rng.randrange(len(operators))]
+        if operator == "/" and right[2] == 0:
+            return "", None
+        parts.append(_join(left, operator, right))
+    return parts[0][0], parts[0][2]
+
+
+def _join(left: tuple[str, int, Fraction], operator: str, right: tuple[str, int, Fraction]):
+    binding = _SUM if operator in "+-" else _PRODUCT
+    # a-(b+c) and a/(b*c) need their parentheses; a+(b-c) and a*(b/c) are the same without.
+    needs = binding + (operator in "-/")
+    text = _bracket(left, binding) + operator + _bracket(right, needs)
+    a, b = left[2], right[2]
+    return text, binding, {"+": a + b, "-": a - b, "*": a * b, "/": a / b if b else None}[operator]
+
+
+def _bracket(part: tuple[str, int, Fraction], needs: int) -> str:
+    return part[0] if part[1] >= needs else f"({part[0]})"

@@ -1,0 +1,90 @@
+"""A user's own task: plain functions in one Python file.
+
+    def dataset(split):             # "train" or "heldout" -> list of dicts
+        return [{"prompt": "2 + 2 = ", "answer": 4}]
+
+    def verify(response, example):  # -> float (or lpo_jax.rewards.Verdict)
+        return float(response.strip() == str(example["answer"]))
+
+Optional: `prompt(example)` -> text or chat messages (else the row's own `prompt` is used), and
+  `solution(example)` -> a
+target response for the supervised warm start. The file is imported by the trainer and by every verifier
+process: load large data inside `dataset`, not at the top.
+"""
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from lpo_jax.errors import UserError
+from lpo_jax.rewards import VerifierSpec
+from lpo_jax.rewards.user_code import describe, find_function, load_module
+from lpo_jax.tasks.data import plain
+from lpo_jax.tasks.task import Prompt, Row, Task, warn_overlap, with_prefill
+
+
+def python_file(*, file: str, prefill: str = "") -> Task:
+    """A task from a user's file.
+
+    Args:
+      file: path of the Python file.
+      prefill: text that begins the model's answer; it is put at the prompt's end and before each response.
+
+    Raises:
+      UserError: if the file, a function, a row or a prompt is not as it must be, with the place.
+    """
+    file = os.path.abspath(os.path.expanduser(file))
+    module = load_module(file)
+    dataset = find_function(module, "dataset", file)
+    find_function(module, "verify", file)
+    ask = getattr(module, "prompt", None) or (lambda row: row.get("prompt"))
+    solution = getattr(module, "solution", None) or (lambda row: None)
+
+    def prompt(row: Row) -> Prompt:
+        return with_prefill(ask(row), prefill)
+
+    def split(name: str) -> list[dict[str, Any]]:
+        rows = _call(file, f"dataset({name!r})", dataset, name)
+        if not isinstance(rows, list | tuple) or not rows:
+            raise UserError(f"{file}: dataset({name!r}) returned no list of rows")
+        return [
+            _check(f"{file}: dataset({name!r}), row {index}", file, row, ask)
+            for index, row in enumerate(rows)
+        ]
+
+    verifier = VerifierSpec(f"{file}:verify", prefill=prefill)
+    return warn_overlap(Task("python", split("train"), split("heldout"), prompt, verifier, solution))
+
+
+def _check(where: str, file: str, row: Any, ask: Callable[[Row], Prompt]) -> dict[str, Any]:
+    if not isinstance(row, Mapping) or not row:
+        raise UserError(f"{where}: a row is a dict with at least one field, not {str(row)[:60]!r}")
+    row = plain(row)
+    try:
+        json.dumps(row)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{where}: rows hold JSON values alone: {error}") from None
+    text = _call(file, f"prompt of {where.rpartition(': ')[2]}", ask, row)
+    if isinstance(text, str):
+        good = bool(text.strip())
+    else:
+        good = (
+            isinstance(text, list)
+            and bool(text)
+            and all(isinstance(message, Mapping) and {"role", "content"} <= set(message) for message in text)
+        )
+    if not good:
+        raise UserError(
+            f"{where}: no prompt; give the row a field 'prompt', or the file a function prompt(example), "
+            "either text or a list of {role, content} messages"
+        )
+    return row
+
+
+def _call(file: str, what: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Calls a user's function; what it raises is the user's to mend."""
+    try:
+        return function(*arguments)
+    except Exception as error:
+        raise UserError(f"{file}: {what} raised {describe(error, file)}") from error

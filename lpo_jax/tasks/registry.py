@@ -1,0 +1,46 @@
+"""Tasks by name."""
+
+from collections.abc import Callable
+from typing import Any
+
+from lpo_jax.errors import UserError, nearest
+from lpo_jax.rewards.registry import check_options
+from lpo_jax.tasks.arithmetic import arithmetic
+from lpo_jax.tasks.countdown import countdown
+from lpo_jax.tasks.files import jsonl, tfds
+from lpo_jax.tasks.python_file import python_file
+from lpo_jax.tasks.task import Task, as_chat
+
+_BUILDERS: dict[str, Callable[..., Task]] = {
+    "arithmetic": arithmetic,
+    "countdown": countdown,
+    "jsonl": jsonl,
+    "python": python_file,
+    "tfds": tfds,
+}
+
+
+def names() -> list[str]:
+    """Names of the tasks."""
+    return sorted(_BUILDERS)
+
+
+def get(name: str, *, chat: bool = False, system: str = "", **options: Any) -> Task:
+    """A task, with all its rows checked.
+
+    Args:
+      name: one of `names()`.
+      chat: ask through the model's chat template instead of as raw text.
+      system: the system message then.
+      **options: those of the task; see the function of its name (`python`: `python_file`).
+
+    Raises:
+      UserError: if the name or an option is unknown or makes no sense, or the data is not as it must be.
+    """
+    if name not in _BUILDERS:
+        raise UserError(f"unknown task {name!r}{nearest(name, _BUILDERS)}; there are {', '.join(names())}")
+    if system and not chat:
+        raise UserError("task: a system message needs chat: true")
+    check_options(f"task {name}", _BUILDERS[name], options)
+    task = _BUILDERS[name](**options)
+    return as_chat(task, system) if chat else task

@@ -1,0 +1,50 @@
+"""What a run prints before its first step: what will be computed, in which sizes."""
+
+import jax
+
+from lpo_jax import objectives, reporting
+from lpo_jax.sampling.padding import bucket
+from lpo_jax.tasks.encode import encode_prompt
+from lpo_jax.training.batch import Microbatches
+from lpo_jax.training.session import Session
+from lpo_jax.training.step import Update
+
+
+def introduce(session: Session, setup: Update, progress: reporting.Progress) -> None:
+    """Model, task, method, devices, and the table of derived batch sizes."""
+    config, model = session.config, session.model_config
+    name = config.objective["name"]
+    progress.log(
+        f"model    {config.model.path} ({model.family}, {session.num_params / 1e6:.0f}M parameters, "
+        f"{config.model.dtype})",
+        f"task     {session.task.name}: {len(session.train_rows):,} training and {len(session.heldout_rows):,} "
+        f"held-out problems" + (f", {session.dropped} dropped for their length" if session.dropped else ""),
+        f"method   {name}: {objectives.names()[name]['formula']}",
+        f"devices  {jax.device_count()} x {jax.devices()[0].device_kind} ({jax.default_backend()})",
+        reporting.batch_table(batch_sizes(session, setup)),
+    )
+
+
+def batch_sizes(session: Session, setup: Update) -> list[tuple[str, object, str]]:
+    """(name, value, meaning) of everything the batch settings come to."""
+    training, sampling = session.config.training, session.config.sampling
+    P, K, T = training.prompts_per_step, sampling.num_responses, sampling.max_tokens
+    longest = max(
+        len(encode_prompt(session.task, session.tokenizer, row)) for row in session.train_rows
+    )
+    S, minibatch = bucket(longest, sampling.max_prompt_tokens), P // training.updates_per_step
+    cut = Microbatches.plan(minibatch, K, S, T, setup.token_budget)
+    tokens = cut.prompts * (S + cut.responses * T)
+    over = "" if tokens <= setup.token_budget else "; more than the token budget, and the least there is"
+    return [
+        ("prompts per step", P, "training.prompts_per_step"),
+        ("responses per prompt", K, "sampling.num_responses"),
+        ("responses per step", P * K, "sampled, verified, written to rollouts/"),
+        ("updates per step", training.updates_per_step, "optimizer steps on one round of samples"),
+        ("prompts per update", minibatch, "whole groups"),
+        ("microbatches per update", cut.count, f"of {cut.prompts} prompts x {cut.responses} responses"),
+        ("padded prompt tokens", S, f"longest prompt {longest}"),
+        ("padded response tokens", T, "at most; shorter rounds use smaller buckets"),
+        ("tokens per microbatch", tokens, f"at most{over}"),
+        ("updates in all", training.total_updates, f"{training.steps} steps"),
+    ]

@@ -1,0 +1,103 @@
+"""One step's metrics, under the names of `lpo_jax.reporting.metric_names`."""
+
+import contextlib
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.monitoring
+import numpy as np
+
+from lpo_jax.evaluation.collect import Collected
+from lpo_jax.evaluation.heldout import Evaluation
+from lpo_jax.reporting import validation_metrics
+from lpo_jax.rewards.verdict import OUTCOMES
+
+# Of several updates in a step these tell most at their worst; all others are averaged.
+WORST = {"lpo/score_abs_max"}
+# The sampler-to-trainer gap is that of the first update: later ones are made with other weights.
+FIRST_ONLY = {
+    "lpo/logp_gap_mean",
+    "lpo/logp_gap_max",
+    "training/rollout_probs_diff_mean",
+    "training/rollout_probs_diff_max",
+}
+
+_compiles = 0
+
+
+@contextlib.contextmanager
+def stopwatch() -> Iterator[Callable[[], float]]:
+    """Yields a function that gives the block's seconds, so far or in all."""
+    start, end = time.perf_counter(), None
+    yield lambda: (end or time.perf_counter()) - start
+    end = time.perf_counter()
+
+
+def _count_compile(event: str, duration: float, **_: Any) -> None:
+    global _compiles
+    _compiles += event == "/jax/core/compile/backend_compile_duration"
+
+
+jax.monitoring.register_event_duration_secs_listener(_count_compile)
+
+
+def over_updates(updates: list[dict[str, Any]]) -> dict[str, float]:
+    """The metrics of a step's updates as one."""
+    merged = {}
+    for name in updates[0]:
+        values = [float(update[name]) for update in updates]
+        merged[name] = (
+            values[0] if name in FIRST_ONLY else max(values) if name in WORST else float(np.mean(values))
+        )
+    return merged
+
+
+def sampling_metrics(batch: Collected, max_tokens: int, max_prompt_tokens: int) -> dict[str, float]:
+    """Rewards, outcomes and lengths of one batch of responses."""
+    rewards = batch.rewards[batch.valid]
+    lengths, prompts = batch.responses.lengths, batch.prompt_lengths
+    outcomes = [verdict.outcome for group in batch.verdicts for verdict in group]
+    metrics = {f"reward/outcome/{name}": outcomes.count(name) / len(outcomes) for name in OUTCOMES}
+    metrics["reward/pass_rate"] = float(batch.passed[batch.valid].mean()) if rewards.size else float("nan")
+    for prefix, values in (
+        ("critic/score", rewards),
+        ("response_length", lengths),
+        ("prompt_length", prompts),
+    ):
+        for how in ("mean", "max", "min"):
+            metrics[f"{prefix}/{how}"] = float(getattr(values, how)()) if values.size else float("nan")
+    for how in ("mean", "max", "min"):  # no shaping between the verifier and the objective
+        metrics[f"critic/rewards/{how}"] = metrics[f"critic/score/{how}"]
+    metrics["response_length/clip_ratio"] = float(np.mean(~batch.responses.finished))
+    metrics["prompt_length/clip_ratio"] = float(np.mean(prompts >= max_prompt_tokens))
+    metrics["perf/total_num_tokens"] = int(lengths.sum() + prompts.sum())
+    return metrics
+
+
+def evaluation_metrics(name: str, evaluation: Evaluation) -> dict[str, float]:
+    """A held-out evaluation under its `val-core/...` and `val-aux/...` names."""
+    samples = evaluation.summary["samples_per_problem"]
+    return validation_metrics(name, evaluation.summary) | {
+        f"val-aux/{name}/reward/mean@{samples}": evaluation.mean_reward,
+        f"val-aux/{name}/response_length/mean": evaluation.mean_length,
+        f"val-aux/{name}/response_length/clip_ratio": evaluation.truncated,
+    }
+
+
+def machine_metrics(seconds: float, tokens: int) -> dict[str, float]:
+    """Speed and memory."""
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
+    metrics = {
+        "perf/time_per_step": seconds,
+        "perf/throughput": tokens / seconds / jax.device_count(),
+        "perf/cpu_memory_used_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9,
+        "perf/compiles": _compiles,
+    }
+    stats = jax.local_devices()[0].memory_stats()
+    if stats and "peak_bytes_in_use" in stats:
+        metrics["perf/max_memory_allocated_gb"] = stats["peak_bytes_in_use"] / 1e9
+    return metrics

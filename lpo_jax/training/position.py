@@ -1,0 +1,210 @@
+"""Where a run stands between two steps, and how that is shown, written, saved and restored."""
+
+import contextlib
+import dataclasses
+import json
+import shlex
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from lpo_jax import reporting
+from lpo_jax.evaluation.collect import Collected
+from lpo_jax.evaluation.heldout import Evaluation, powers_of_two
+from lpo_jax.evaluation.metrics import paired_difference, summarise
+from lpo_jax.objectives import Listwise
+from lpo_jax.training import measure
+from lpo_jax.training.checkpoint import Checkpoints
+from lpo_jax.training.run import Interrupted, RunDirectory
+from lpo_jax.training.session import Session
+from lpo_jax.training.step import TrainState
+
+
+@dataclasses.dataclass
+class Position:
+    """Between two steps.
+
+    Attributes:
+      data: state of the prompt iterator after `step` batches; None at the start.
+      evaluated: whether the held-out evaluation of `step` is done.
+      best: best held-out pass@1 so far.
+      skipped: non-finite gradients so far.
+      milestones: label -> per-problem outcomes of the evaluations shown at the end.
+    """
+
+    state: TrainState
+    step: int = 0
+    data: Any = None
+    evaluated: bool = False
+    best: float | None = None
+    skipped: int = 0
+    milestones: dict[str, dict] = dataclasses.field(default_factory=dict)
+
+    def advance(self, state: TrainState, data: Any) -> None:
+        """One step on."""
+        self.state, self.data, self.step, self.evaluated = state, data, self.step + 1, False
+
+    def record(self) -> dict[str, Any]:
+        """All but the arrays, as JSON."""
+        names = ("step", "data", "evaluated", "best", "skipped", "milestones")
+        return {name: getattr(self, name) for name in names}
+
+    def add_milestone(self, label: str, evaluation: Evaluation) -> None:
+        self.milestones[label] = {
+            "passed": evaluation.passed.astype(int).tolist(),
+            "valid": evaluation.valid.astype(int).tolist(),
+        }
+
+
+class Recorder:
+    """The outward side of a run: files, checkpoints, progress line."""
+
+    def __init__(self, session: Session, run: RunDirectory, total_steps: int):
+        self.session, self.run, self.total = session, run, total_steps
+        self.config = session.config
+        self.console = reporting.console()
+
+    def __enter__(self):
+        with contextlib.ExitStack() as stack:
+            self.checkpoints = stack.enter_context(
+                Checkpoints(self.run.path / "checkpoints", self.config.checkpoint.keep)
+            )
+            self.writer = stack.enter_context(reporting.RunWriter(self.run.path))
+            self.progress = stack.enter_context(
+                reporting.Progress(self.total, start=self.checkpoints.latest() or 0, console=self.console)
+            )
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *exception):
+        return self._stack.__exit__(*exception)
+
+    def restore(self, abstract_state: Any) -> Position | None:
+        """The newest checkpoint's position, with the files taken back to it; None in a fresh run."""
+        step = self.checkpoints.latest()
+        if step is None:
+            self.writer.truncate_after(-1)
+            return None
+        record = self.checkpoints.record(step)
+        self.writer.truncate_after(step, evaluated=record["evaluated"])
+        self.progress.log(f"resumed from the checkpoint of step {step}")
+        return Position(self.checkpoints.restore(step, abstract_state), **record)
+
+    def drive(self, position: Position, take_step: Callable[[Position], None]) -> None:
+        """Steps until the run's last one, with evaluations and checkpoints between them.
+
+        SIGTERM and Ctrl-C save the position and come out as `Interrupted`.
+        """
+        try:
+            while True:
+                self._evaluate_and_save(position)
+                if position.step >= self.total:
+                    break
+                take_step(position)
+        except Interrupted:
+            self.checkpoints.save(position.step, position.state, position.record())
+            self.checkpoints.wait()
+            raise
+
+    def _evaluate_and_save(self, position: Position) -> None:
+        step, last = position.step, position.step >= self.total
+        every = self.config.evaluation.every
+        score = None
+        if not position.evaluated and (step == 0 or last or (every and step % every == 0)):
+            score = self.evaluate(
+                position, "before" if step == 0 else f"after {step} steps" if last else None
+            ).score
+            position.evaluated = True
+        better = step > 0 and score is not None and (position.best is None or score > position.best)
+        if better:
+            position.best = score
+        every = self.config.checkpoint.every
+        if step > 0 and (better or last or (every and step % every == 0)):
+            with measure.stopwatch() as seconds:
+                self.checkpoints.save(step, position.state, position.record(), score)
+            self.writer.write(step, {"timing_s/save_checkpoint": seconds()})
+
+    def evaluate(self, position: Position, label: str | None = None) -> Evaluation:
+        """Held-out evaluation of the current parameters: a metrics row, its responses, maybe a milestone."""
+        self.progress.phase("evaluating")
+        with measure.stopwatch() as seconds:
+            evaluation = self.session.evaluate(position.state.params)
+        row = measure.evaluation_metrics(self.session.task.name, evaluation)
+        self.writer.write_samples(position.step, evaluation.records, folder="validation")
+        self.writer.write(position.step, row | {"timing_s/testing": seconds()})
+        self.progress.update(position.step, row)
+        if label:
+            position.add_milestone(label, evaluation)
+        return evaluation
+
+    def write_step(self, step: int, row: dict[str, float], batch: Collected, views: list[Listwise]) -> None:
+        """A step's metrics, and its responses with what the objective made of them."""
+        if self.config.training.save_rollouts:
+            self.writer.write_samples(step, rollout_records(batch, views))
+        self.writer.write(step, row)
+        self.progress.update(step, row)
+
+    def finish(self, position: Position) -> None:
+        """The end of a run: before/after table, sample responses, plots, and what to do next."""
+        self.checkpoints.wait()
+        self.progress.log(self._evaluations_table(position))
+        self.progress.log(reporting.sample_panel(self._last_samples()))
+        plots = reporting.save_plots(self.run.path)
+        run = self.run.path
+        self.progress.log(
+            f"curves       {', '.join(map(str, plots))}",
+            f"metrics      {run}/metrics.jsonl, {run}/tensorboard",
+            f"responses    {run}/rollouts, {run}/validation",
+            f"checkpoints  latest step {self.checkpoints.latest()}, best step {self.checkpoints.best()}",
+            "next",
+            f"  lpo sample {run} {shlex.quote(self._example_prompt())}",
+            f"  lpo eval {run}",
+            f"  lpo export {run} {run}/hf",
+        )
+
+    def _evaluations_table(self, position: Position):
+        """Each evaluation against the one above it, problem by problem."""
+        rows, above = [], None
+        for label, outcomes in position.milestones.items():
+            passed, valid = np.array(outcomes["passed"], bool), np.array(outcomes["valid"], bool)
+            ks = self.config.evaluation.ks or powers_of_two(passed.shape[1])
+            change = paired_difference(above[0], passed, above[1], valid, ks=ks) if above else None
+            rows.append((label, summarise(passed, valid, ks=ks, seed=self.config.seed), change))
+            above = passed, valid
+        return reporting.before_after_table(rows, f"Held-out {self.session.task.name}")
+
+    def _last_samples(self) -> list[dict]:
+        """One response to each of the first held-out problems, from the last evaluation's file."""
+        folder = self.run.path / "validation"
+        newest = max(folder.glob("*.jsonl"), key=lambda path: int(path.stem))
+        records = [json.loads(line) for line in newest.read_text().splitlines()]
+        return [
+            {"prompt": r["input"], "response": r["output"], "reward": r["score"], "outcome": r["outcome"]}
+            for r in records
+            if r["k"] == 0
+        ]
+
+    def _example_prompt(self) -> str:
+        prompt = self.session.task.prompt(self.session.heldout_rows[0])
+        return prompt if isinstance(prompt, str) else prompt[-1]["content"]
+
+
+def rollout_records(batch: Collected, views: list[Listwise]) -> list[dict]:
+    """Each response with its target w*, policy P and coefficient c (`[P, K]` over the round's minibatches)."""
+    views = jax.device_get(views)
+    of = {
+        name: np.concatenate([getattr(view, name) for view in views]).ravel()
+        for name in ("target", "policy", "coefficients", "valid")
+    }
+    return [
+        record
+        | {
+            "target": float(of["target"][i]),
+            "policy": float(of["policy"][i]),
+            "coefficient": float(of["coefficients"][i]),
+            "valid": bool(of["valid"][i]),
+        }
+        for i, record in enumerate(batch.records())
+    ]

@@ -1,0 +1,175 @@
+"""A run directory: who may write to it, what it was started with, and how a signal ends it."""
+
+import contextlib
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import signal
+from pathlib import Path
+from typing import Any
+
+import jax
+import yaml
+
+from lpo_jax.config import Config, parse_config
+from lpo_jax.errors import UserError
+
+PACKAGES = ("lpo_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
+
+# A resumed run must sample and learn what the uninterrupted one would have; these settings decide that.
+# Others (steps, evaluation, checkpoints, workers, token budget) may change between two starts.
+FIXED = (
+    "seed",
+    "model",
+    "task",
+    "objective",
+    "sampling",
+    "optimizer",
+    "warm_start",
+    "training.prompts_per_step",
+    "training.updates_per_step",
+    "training.behaviour",
+)
+
+
+class RunDirectory:
+    """`config.output`, written to by this process alone.
+
+    Making one only checks, so that a mistake found while the model loads leaves nothing behind; entering it
+    creates config.yaml (resolved), run.json (versions, devices) and the lock.
+
+    Raises:
+      UserError: it holds another run and `resume` is off, a resume would change what the run computes, or
+        another process is writing to it.
+    """
+
+    def __init__(self, config: Config, kind: str, resume: bool):
+        self.path = Path(config.output)
+        self.config, self.kind = config, kind
+        # A start that failed before its first row or checkpoint leaves only its settings: no run yet.
+        rows, checkpoints = self.path / "metrics.jsonl", self.path / "checkpoints"
+        self.resumed = (rows.exists() and rows.stat().st_size > 0) or any_child(checkpoints)
+        if self.resumed and not resume:
+            raise UserError(
+                f"{self.path}: holds a run already; continue it with --resume, or set another --output=..."
+            )
+        if not self.resumed and any_child(self.path) and not (self.path / "config.yaml").exists():
+            raise UserError(f"{self.path}: is not empty and holds no run; set another --output=...")
+        if self.resumed:
+            self._check_unchanged(kind)
+
+    def __enter__(self):
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.path / ".lock", "w")  # noqa: SIM115 (held until close)
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{self.path}: another process is writing to this run") from None
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be written to ({error.strerror})") from None
+        self._write("run.json", json.dumps({"kind": self.kind, **_surroundings()}, indent=2) + "\n")
+        self._write("config.yaml", yaml.safe_dump(self.config.to_dict(), sort_keys=False))
+        return self
+
+    def __exit__(self, *_):
+        self._lock.close()
+
+    def _write(self, name: str, text: str) -> None:
+        """Whole or not at all: config.yaml is what tells a run from any other directory."""
+        partial = self.path / f".{name}.tmp"
+        partial.write_text(text)
+        os.replace(partial, self.path / name)
+
+    def _check_unchanged(self, kind: str) -> None:
+        held = (
+            json.loads((self.path / "run.json").read_text())["kind"]
+            if (self.path / "run.json").exists()
+            else kind
+        )
+        if held != kind:
+            raise UserError(
+                f"{self.path}: holds an `lpo {held}` run; `lpo {kind} --resume` cannot continue it"
+            )
+        before, now = read_config(self.path).to_dict(), self.config.to_dict()
+        for dotted in FIXED:
+            old, new = _at(before, dotted), _at(now, dotted)
+            for key, was, becomes in _differences(dotted, old, new):
+                raise UserError(
+                    f"{self.path}: cannot resume with {key} = {becomes!r}; the run was started with {was!r}"
+                )
+
+
+def read_config(run: str | Path) -> Config:
+    """The resolved config a run directory was started with."""
+    path = Path(run) / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"{run}: not a run directory (no config.yaml in it)")
+    return parse_config(yaml.safe_load(path.read_text()), str(path))
+
+
+class Interrupted(Exception):
+    """SIGTERM or Ctrl-C, raised where nothing is half done."""
+
+
+class Signals:
+    """Turns SIGTERM and SIGINT into `Interrupted`.
+
+    At once in the phases that change nothing (sampling, verifying, evaluating); at the end of a `deferred`
+    block in those that do. A second signal ends the process in the usual hard way.
+    """
+
+    def __init__(self):
+        self._waiting = self._deferred = False
+
+    def __enter__(self):
+        self._before = {s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    @contextlib.contextmanager
+    def deferred(self):
+        """A block that is finished before a signal is obeyed."""
+        self._deferred = True
+        try:
+            yield
+        finally:
+            self._deferred = False
+        if self._waiting:
+            raise Interrupted
+
+    def _handle(self, number, frame):
+        for again, handler in self._before.items():
+            signal.signal(again, handler)
+        self._waiting = True
+        if not self._deferred:
+            raise Interrupted
+
+
+def any_child(directory: Path) -> bool:
+    """Whether a directory exists and holds anything."""
+    return directory.is_dir() and any(directory.iterdir())
+
+
+def _surroundings() -> dict[str, Any]:
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    devices = [f"{d.platform} {d.device_kind}" for d in jax.devices()]
+    return {"python": platform.python_version(), "versions": versions, "devices": devices}
+
+
+def _at(values: dict, dotted: str):
+    for part in dotted.split("."):
+        values = values[part]
+    return values
+
+
+def _differences(key: str, old: Any, new: Any):
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in sorted(old.keys() | new.keys()):
+            yield from _differences(f"{key}.{name}", old.get(name), new.get(name))
+    elif old != new:
+        yield key, old, new

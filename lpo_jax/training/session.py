@@ -1,0 +1,182 @@
+"""What a run is made of: checked settings, task, model, sampler and update, built once before the first step.
+
+Everything a user can get wrong is checked here, in order of cost: config, method, task, files, verifier, and
+last the model.
+"""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lpo_jax import objectives, rewards, tasks
+from lpo_jax.config import Config
+from lpo_jax.errors import UserError
+from lpo_jax.evaluation.collect import Collector, within_limit
+from lpo_jax.evaluation.heldout import Evaluation, evaluate
+from lpo_jax.models.decoder import Params, abstract_params
+from lpo_jax.models.config import ModelConfig
+from lpo_jax.models.load import load_config_and_tokenizer, load_model
+from lpo_jax.sampling import Sampler, Sampling
+from lpo_jax.training.step import Objective, TrainState, Update
+
+
+def check_config(config: Config) -> objectives.Objective:
+    """Refuses settings that cannot train, before anything is loaded. Returns the objective.
+
+    Raises:
+      UserError: one line naming the key and the way out.
+    """
+    training, sampling = config.training, config.sampling
+    if training.prompts_per_step % training.updates_per_step:
+        raise UserError(
+            f"training.prompts_per_step = {training.prompts_per_step} does not divide into "
+            f"training.updates_per_step = {training.updates_per_step} equal minibatches of whole groups"
+        )
+    if sampling.temperature == 0 or sampling.top_k or sampling.top_p < 1 or sampling.min_p:
+        raise UserError(
+            "sampling: training needs temperature > 0 and top_k, top_p and min_p off: tokens outside the kept set "
+            "have no log-prob under the policy that is trained (evaluation may truncate)"
+        )
+    objective = make_objective(config)
+    if sampling.num_responses < objective.min_group_size:
+        raise UserError(
+            f"sampling.num_responses = {sampling.num_responses}: {config.objective['name']} compares the responses "
+            f"to one prompt and needs at least {objective.min_group_size}"
+        )
+    most = config.evaluation.num_responses or sampling.num_responses
+    if config.evaluation.ks and max(config.evaluation.ks) > most:
+        raise UserError(
+            f"evaluation.ks = {config.evaluation.ks}: pass@k needs k <= {most} samples per problem"
+        )
+    return objective
+
+
+def make_objective(config: Config) -> objectives.Objective:
+    """The configured method; a normaliser it needs is the run's response budget unless set."""
+    options = dict(config.objective)
+    name = options.pop("name")
+    known = objectives.names().get(name, {}).get("options", {})
+    if "max_tokens" in known:
+        options.setdefault("max_tokens", config.sampling.max_tokens)
+    try:
+        return objectives.get(name, **options)
+    except ValueError as error:
+        raise UserError(f"objective: {error}") from None
+
+
+@dataclasses.dataclass(frozen=True)
+class Session:
+    """The parts of a run that do not change while it runs; the weights are read by `load_params`, when needed."""
+
+    config: Config
+    task: tasks.Task
+    model_config: ModelConfig
+    tokenizer: Any
+    collect: Collector
+    train_rows: list[tasks.Row]
+    heldout_rows: list[tasks.Row]
+    dropped: int
+
+    @property
+    def dtype(self) -> Any:
+        """Of activations and products."""
+        return jnp.dtype(self.config.model.dtype)
+
+    @property
+    def num_params(self) -> int:
+        """Parameters of the model."""
+        return sum(leaf.size for leaf in jax.tree.leaves(abstract_params(self.model_config)))
+
+    def load_params(self) -> Params:
+        """The float32 master weights, read from the model's files."""
+        return load_model(self.config.model.path).params
+
+    def update(
+        self, objective: Objective, optimizer: optax.GradientTransformation, temperature: float
+    ) -> Update:
+        """The static half of an update under this run's model and memory settings."""
+        training = self.config.training
+        return Update(
+            self.model_config,
+            objective,
+            optimizer,
+            temperature,
+            training.token_budget,
+            self.dtype,
+            training.remat,
+        )
+
+    def with_optimizer(self, params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+        """Parameters and a fresh optimizer."""
+        return TrainState(params, jax.jit(optimizer.init)(params))
+
+    def abstract_state(self, optimizer: optax.GradientTransformation) -> TrainState:
+        """Shapes and types of a train state, for restoring one."""
+        params = abstract_params(self.model_config)
+        return TrainState(params, jax.eval_shape(optimizer.init, params))
+
+    def prompts(self, batch_size: int, state: Any) -> tasks.PromptIterator:
+        """Batches of training rows, from the start or from where `state` was taken."""
+        data = tasks.PromptIterator(
+            self.train_rows, prompts=batch_size, seed=self.config.seed, data_hash=self.task.content_hash
+        )
+        if state is not None:
+            data.restore(state)
+        return data
+
+    def evaluate(self, params: Params) -> Evaluation:
+        """pass@k on the held-out problems."""
+        config = self.config
+        return evaluate(
+            self.collect,
+            self.collect.sampler.prepare(params),
+            self.heldout_rows,
+            num_responses=config.evaluation.num_responses or config.sampling.num_responses,
+            prompts_per_batch=min(config.training.prompts_per_step, len(self.heldout_rows)),
+            max_tokens=config.sampling.max_tokens,
+            sampling=Sampling(config.evaluation.temperature, top_p=config.evaluation.top_p),
+            stop=config.sampling.stop,
+            ks=config.evaluation.ks,
+            seed=config.seed,
+        )
+
+
+@contextlib.contextmanager
+def open_session(config: Config) -> Iterator[Session]:
+    """Builds the task, starts the verifiers, opens the model. Raises `UserError` before long work begins."""
+    options = dict(config.task)
+    task = tasks.get(options.pop("name"), **options)
+    model_config, tokenizer, eos_ids = load_config_and_tokenizer(config.model.path)
+    if tokenizer is None:
+        raise UserError(f"{config.model.path}: has no tokenizer")
+    limit, drop = config.sampling.max_prompt_tokens, config.sampling.overlong_prompts == "drop"
+    longest = limit + config.sampling.max_tokens
+    if longest > model_config.max_positions:
+        raise UserError(
+            f"sampling.max_prompt_tokens + max_tokens = {longest} is more than the {model_config.max_positions} "
+            f"positions of {config.model.path}"
+        )
+    problems = config.evaluation.problems or len(task.heldout)
+    fits = functools.partial(within_limit, task, tokenizer, limit=limit, drop=drop)
+    train_rows, dropped = fits(task.train, what="training data")
+    heldout_rows, also_dropped = fits(task.heldout[:problems], what="held-out data")
+    if len(train_rows) < config.training.prompts_per_step:
+        raise UserError(
+            f"training.prompts_per_step = {config.training.prompts_per_step} is more than the {len(train_rows)} "
+            "training rows"
+        )
+    workers = rewards.VerifierPool(
+        task.verifier, workers=config.rewards.workers, timeout=config.rewards.timeout
+    )
+    with workers as pool:
+        sampler = Sampler(model_config, eos_ids, jnp.dtype(config.model.dtype), decode=tokenizer.decode)
+        collect = Collector(task, tokenizer, sampler, pool, limit)
+        yield Session(
+            config, task, model_config, tokenizer, collect, train_rows, heldout_rows, dropped + also_dropped
+        )

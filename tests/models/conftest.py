@@ -1,0 +1,33 @@
+"""Golden files made by transformers; see scripts/make_golden_*.py."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="session")
+def golden():
+    return GOLDEN
+
+
+@pytest.fixture
+def llama(tmp_path):
+    """A copy of a golden directory, to be spoilt."""
+    return shutil.copytree(GOLDEN / "llama", tmp_path / "llama")
+
+
+@pytest.fixture(scope="session")
+def deviation():
+    """The largest difference between a model's logits and the golden ones, over real tokens."""
+
+    def measure(model, name):
+        data = np.load(GOLDEN / name / "logits.npz")
+        logits = np.asarray(model.logits(data["tokens"], data["mask"]))
+        assert logits.shape == data["logits"].shape and logits.dtype == np.float32
+        return np.abs(logits - data["logits"])[data["mask"]].max()
+
+    return measure

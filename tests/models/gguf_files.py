@@ -1,0 +1,64 @@
+"""Writes a GGUF file from a Hugging Face directory, as llama.cpp's converter does."""
+
+import gguf
+import numpy as np
+from safetensors.numpy import load_file
+
+from lpo_jax.models import layout
+from lpo_jax.models.hf import HfDirectory
+
+
+def interleave(x: np.ndarray, heads: int) -> np.ndarray:
+    """Rows of a q or k matrix in llama.cpp's order: the two halves of a head alternate."""
+    return x.reshape(heads, 2, x.shape[0] // heads // 2, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)
+
+
+def write_gguf(path, directory, *, kind="F32", tokenizer=None, skip=(), extra=None, **metadata):
+    """`metadata` keys have `__` for the dot and override what the config says; None leaves a key out."""
+    source = HfDirectory.open(directory)
+    config = source.config
+    weights = load_file(directory / "model.safetensors")
+    arch = "llama" if config.family == "mistral" else config.family
+    keys = {
+        "block_count": config.num_layers,
+        "context_length": config.max_positions,
+        "embedding_length": config.width,
+        "feed_forward_length": config.ffn_width,
+        "attention.head_count": config.num_heads,
+        "attention.head_count_kv": config.num_kv_heads,
+        "attention.layer_norm_rms_epsilon": config.norm_eps,
+        "attention.key_length": config.head_width,
+        "attention.value_length": config.head_width,
+        "rope.freq_base": config.rope_theta,
+        "attention.sliding_window": config.sliding_window,
+    } | {key.replace("__", "."): value for key, value in metadata.items()}
+    writer = gguf.GGUFWriter(path, arch)
+    for key, value in keys.items():
+        if isinstance(value, str):
+            writer.add_string(f"{arch}.{key}", value)
+        elif value is not None:
+            (writer.add_float32 if isinstance(value, float) else writer.add_uint32)(f"{arch}.{key}", value)
+    for key, value in (tokenizer or {}).items():
+        if isinstance(value, list):
+            writer.add_array(key, value)
+        elif isinstance(value, bool):
+            writer.add_bool(key, value)
+        else:
+            (writer.add_string if isinstance(value, str) else writer.add_uint32)(key, value)
+    for tensor in layout.tensors(config):
+        for layer in range(config.num_layers if tensor.in_layers else 1):
+            name = tensor.gguf.format(layer)
+            x = weights[tensor.hf.format(layer)].astype(np.float32)
+            if arch == "llama" and tensor.name in ("wq", "wk"):
+                x = interleave(x, config.num_heads if tensor.name == "wq" else config.num_kv_heads)
+            fits = x.ndim == 2 and x.shape[1] % 32 == 0
+            to = gguf.GGMLQuantizationType[kind if fits else "F32"]
+            if name not in skip:
+                writer.add_tensor(name, gguf.quants.quantize(x, to), raw_dtype=to)
+    for name, x in (extra or {}).items():
+        writer.add_tensor(name, x.astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path

@@ -1,0 +1,133 @@
+"""The catalogue: names, options, defaults, and errors of one line."""
+
+import json
+
+import numpy as np
+import pytest
+from objective_cases import batch, run
+
+from lpo_jax import objectives as O
+
+NAMES = ["lpo-forward", "lpo-reverse", "lpo-forward-onpolicy", "lpo-pointwise", "grpo", "dr-grpo", "maxrl"]
+
+
+def required(name):
+    return {"max_tokens": 16} if "max_tokens" in O.names()[name]["needs"] else {}
+
+
+def test_names_are_plain_data():
+    records = O.names()
+    assert set(NAMES) <= records.keys()
+    assert json.loads(json.dumps(records)) == records
+    for name, record in records.items():
+        assert record["name"] == name
+        assert record["fidelity"] in ("paper", "code", "derived")
+        for key in ("formula", "paper"):
+            assert record[key] and "\n" not in record[key]
+
+
+def test_the_records_are_copies():
+    O.names()["grpo"]["options"]["ddof"] = 7
+    assert O.names()["grpo"]["options"]["ddof"] == 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_shown_defaults_are_the_defaults(name):
+    options = O.names()[name]["options"] | required(name)
+    assert O.get(name, **options) == O.get(name, **required(name))
+    assert O.get(name, **required(name)).name == name
+
+
+def test_defaults_follow_the_paper():
+    options = O.names()["lpo-forward"]["options"]
+    assert options == {
+        "temperature": "grpo",
+        "score": "mean",
+        "clip": "hard",
+        "epsilon": 0.2,
+        "ddof": 0,
+        "temperature_floor": 1e-6,
+        "degenerate": "keep",
+    }
+    assert O.names()["dr-grpo"]["options"]["aggregation"] == "seq-mean-token-sum-norm"
+
+
+# Every option, and a value that must change the gradient (or, for the floor, the temperature).
+CHANGES = {
+    "temperature": 0.2,
+    "score": "sum",
+    "clip": "none",
+    "epsilon": 0.05,
+    "ddof": 1,
+    "temperature_floor": 5.0,
+    "degenerate": "mask",
+    "epsilon_low": 0.05,
+    "epsilon_high": 0.05,
+    "aggregation": "token-mean",
+    "max_tokens": 32,
+}
+
+
+@pytest.mark.parametrize(
+    "name,option",
+    [("lpo-forward", o) for o in O.names()["lpo-forward"]["options"]]
+    + [("grpo", o) for o in O.names()["grpo"]["options"] if o != "max_tokens"]
+    + [("dr-grpo", "max_tokens"), ("dr-grpo", "aggregation")],
+)
+def test_no_dead_option(name, option):
+    stats, scored = batch(seed=22, off=0.2)
+    default = run(O.get(name, **required(name)), stats, scored)[2]
+    changed = run(O.get(name, **required(name) | {option: CHANGES[option]}), stats, scored)[2]
+    assert np.abs(default - changed).max() > 1e-4
+
+
+@pytest.mark.parametrize(
+    "name,options,says",
+    [
+        ("lpo-foward", {}, "unknown method 'lpo-foward'; did you mean 'lpo-forward'?"),
+        ("xyzzy", {}, "unknown method 'xyzzy' (known: lpo-forward, "),
+        ("grpo", {"epsilon_hi": 0.3}, "grpo: unknown option 'epsilon_hi'; did you mean 'epsilon_high'?"),
+        ("lpo-forward", {"aggregation": "token-mean"}, "lpo-forward: unknown option 'aggregation'"),
+        ("grpo", {"temperature": 1.0}, "grpo: unknown option 'temperature'"),
+        (
+            "lpo-forward",
+            {"clip": "hrad"},
+            "lpo-forward: clip must be one of 'hard', 'ppo', 'joint', 'none', got 'hrad'",
+        ),
+        ("lpo-forward", {"clip": "hrad"}, "did you mean 'hard'?"),
+        (
+            "lpo-forward",
+            {"temperature": 0},
+            "temperature must be 'grpo', 'dr-grpo', 'maxrl' or a positive number, got 0",
+        ),
+        ("lpo-forward", {"temperature": "max-rl"}, "did you mean 'maxrl'?"),
+        ("lpo-forward", {"epsilon": 1.0}, "epsilon must be a number greater than 0 and less than 1, got 1.0"),
+        (
+            "lpo-forward",
+            {"epsilon": "0.2"},
+            "epsilon must be a number greater than 0 and less than 1, got '0.2'",
+        ),
+        ("grpo", {"epsilon_high": -0.1}, "epsilon_high must be a number greater than 0, got -0.1"),
+        ("grpo", {"ddof": 2}, "ddof must be one of 0, 1, got 2"),
+        ("grpo", {"ddof": True}, "ddof must be one of 0, 1, got True"),
+        ("grpo", {"temperature_floor": 0.0}, "temperature_floor must be a number greater than 0, got 0.0"),
+        ("grpo", {"degenerate": "drop"}, "degenerate must be one of 'keep', 'mask', got 'drop'"),
+        ("grpo", {"aggregation": "token-maen"}, "did you mean 'token-mean'?"),
+        ("dr-grpo", {"max_tokens": 0}, "max_tokens must be a whole number of tokens, 1 or more, got 0"),
+        (
+            "dr-grpo",
+            {},
+            "dr-grpo: aggregation 'seq-mean-token-sum-norm' divides by a constant: set max_tokens",
+        ),
+        ("grpo", {"aggregation": "seq-mean-token-sum-norm"}, "set max_tokens to the run's response budget"),
+    ],
+)
+def test_errors_are_one_line_that_says_what_to_do(name, options, says):
+    with pytest.raises(ValueError) as error:
+        O.get(name, **options)
+    assert says in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_numpy_numbers_are_numbers():
+    assert O.get("lpo-forward", temperature=np.float32(0.5), epsilon=np.float64(0.25)).rule == 0.5

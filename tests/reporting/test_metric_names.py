@@ -1,0 +1,93 @@
+"""The table of names: complete, strict, and the source of the documentation."""
+
+import math
+
+import pytest
+
+from lpo_jax.evaluation.metrics import summarise
+from lpo_jax.reporting import metric_names as N
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "critic/score/max",
+        "response_length/clip_ratio",
+        "reward/outcome/infrastructure",
+        "lpo/target_tv",
+        "val-core/countdown/acc/mean@4",
+        "val-core/openai/gsm8k/acc/pass@16",
+        "val-aux/openai/gsm8k/acc/pass@16/ci_low",
+    ],
+)
+def test_known_names(name):
+    N.check([name])
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "critic/score",
+        "critic/score/median",
+        "critic/score/max/extra",
+        "xcritic/score/max",
+        "reward/outcome/",
+        "val-core/countdown/acc/pass@k",
+        "val-core//acc/pass@1",
+        "lpo/targetXtv",
+        "step",
+    ],
+)
+def test_unknown_names_are_refused(name):
+    with pytest.raises(ValueError, match="unknown metric"):
+        N.check([name])
+
+
+def test_refusal_names_the_nearest():
+    with pytest.raises(ValueError, match="did you mean 'actor/grad_norm'"):
+        N.check(["actor/lr", "actor/gradnorm"])
+
+
+def test_timing_is_what_depends_on_the_machine():
+    assert all(
+        map(N.is_timing, ["timing_s/gen", "perf/throughput", "perf/compiles", "perf/cpu_memory_used_gb"])
+    )
+    assert not any(map(N.is_timing, ["perf/total_num_tokens", "actor/grad_norm", "step", "no/such/name"]))
+
+
+def test_no_name_stands_in_two_rows():
+    examples = [
+        name.replace("<data>", "x").replace("<n>", "4").replace("<k>", "4")
+        for metric in N.METRICS
+        for name in _expanded(metric.name)
+    ]
+    assert len(examples) == len(set(examples)) > 70
+    for name in examples:
+        assert sum(bool(pattern.fullmatch(name)) for pattern, _ in N._PATTERNS) == 1, name
+
+
+def _expanded(name):
+    if "{" not in name:
+        return [name]
+    head, rest = name.split("{")
+    words, tail = rest.split("}")
+    return [head + word + tail for word in words.split(",")]
+
+
+def test_validation_metrics_are_all_in_the_table():
+    summary = summarise([[1, 0, 0, 0], [0, 0, 0, 0]], ks=[1, 4])
+    metrics = N.validation_metrics("countdown", summary)
+    N.check(metrics)
+    assert metrics["val-core/countdown/acc/mean@4"] == pytest.approx(1 / 8)
+    assert metrics["val-core/countdown/acc/pass@4"] == pytest.approx(1 / 2)
+    low, high = (metrics[f"val-aux/countdown/acc/pass@4/{part}"] for part in ("ci_low", "ci_high"))
+    assert low < 1 / 2 < high
+    assert all(math.isfinite(value) for value in metrics.values())
+
+
+def test_markdown_documents_every_row():
+    lines = N.markdown().splitlines()
+    for metric in N.METRICS:
+        (line,) = [line for line in lines if line.startswith(f"| `{metric.name}`")]
+        assert line.replace("\\|", "").count("|") == 4  # three cells, whatever bars the meaning holds
+        assert ("†" in line) == metric.timing

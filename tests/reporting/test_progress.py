@@ -1,0 +1,144 @@
+"""The progress line on a terminal and in a log file."""
+
+import io
+import re
+
+import pytest
+from rich.console import Console
+
+from lpo_jax.reporting import Progress, batch_table
+from lpo_jax.reporting import console as make_console
+
+
+class Clock:
+    """Seconds that pass when told to."""
+
+    def __init__(self):
+        self.now = 1000.0
+
+    def __call__(self):
+        return self.now
+
+
+def _plain():
+    out = io.StringIO()
+    return out, make_console(file=out)
+
+
+def _terminal(width=100):
+    out = io.StringIO()
+    return out, Console(file=out, force_terminal=True, width=width, color_system=None)
+
+
+STEP = {
+    "critic/rewards/mean": 0.4123,
+    "reward/pass_rate": 0.3125,
+    "actor/entropy": 1.02,
+    "perf/throughput": 1234.5,
+    "lpo/skipped_updates": 0,
+}
+
+
+def test_log_file_gets_one_plain_line_a_step():
+    out, console = _plain()
+    clock = Clock()
+    with Progress(total=10, console=console, clock=clock) as progress:
+        progress.update(0, {"val-core/countdown/acc/pass@1": 0.135, "val-core/countdown/acc/pass@4": 0.5})
+        for step in (1, 2):
+            progress.phase("sampling")
+            clock.now += 14.0
+            progress.update(step, STEP)
+    lines = out.getvalue().splitlines()
+    assert len(lines) == 3
+    assert "\x1b" not in out.getvalue() and "\r" not in out.getvalue()
+    assert lines[0] == "step 0/10  eval pass@1 13.5% pass@4 50.0% (step 0)  left ?"
+    assert lines[2] == (
+        "step 2/10  reward 0.412  pass 31.2%  entropy 1.02  tok/s 1,234"
+        "  eval pass@1 13.5% pass@4 50.0% (step 0)  14.0 s/step  left 1m 52s"
+    )
+
+
+def test_messages_are_printed_as_they_stand():
+    out, console = _plain()
+    with Progress(total=1, console=console) as progress:
+        progress.log("checkpoint [bold]saved[/bold] in " + "x" * 200, batch_table([("rows", 64, "all")]))
+    assert "checkpoint [bold]saved[/bold] in " + "x" * 200 + "\n" in out.getvalue()
+    assert "rows" in out.getvalue()
+
+
+def test_missing_and_nonfinite_metrics_are_left_out():
+    out, console = _plain()
+    with Progress(total=2, console=console) as progress:
+        progress.update(1, {"actor/entropy": float("nan"), "critic/rewards/mean": None, "train/loss": 2.5})
+    assert "loss 2.500" in out.getvalue()
+    assert not re.search("nan|None|entropy|reward", out.getvalue())
+
+
+def test_skipped_updates_add_up():
+    out, console = _plain()
+    with Progress(total=3, console=console) as progress:
+        for step, skipped in ((1, 0), (2, 2), (3, 1)):
+            progress.update(step, {"lpo/skipped_updates": skipped})
+    lines = out.getvalue().splitlines()
+    assert "skipped" not in lines[0]
+    assert "skipped updates 2" in lines[1] and "skipped updates 3" in lines[2]
+
+
+def test_time_left_is_not_misled_by_one_slow_step():
+    clock = Clock()
+    progress = Progress(total=12, start=2, console=_plain()[1], clock=clock)
+    with progress:
+        assert progress.seconds_left() != progress.seconds_left()  # NaN: nothing is known yet
+        for step, seconds in ((3, 60.0), (4, 10.0), (5, 10.0), (6, 10.0)):
+            clock.now += seconds
+            progress.update(step, {})
+        assert progress.seconds_left() == pytest.approx(6 * 10.0)
+        clock.now += 4.0
+        assert progress.seconds_left() == pytest.approx(56.0)
+        clock.now += 400.0  # a step that hangs does not count down below the steps after it
+        assert progress.seconds_left() == pytest.approx(50.0)
+        progress.update(12, {})
+        assert progress.seconds_left() == 0.0
+
+
+def test_terminal_shows_bar_phase_and_facts():
+    out, console = _terminal()
+    clock = Clock()
+    with Progress(total=10, console=console, clock=clock) as progress:
+        clock.now += 14.0
+        progress.update(1, STEP | {"val-core/countdown/acc/pass@1": 0.25})
+        progress.phase("sampling")
+        clock.now += 5.0
+        with console.capture() as capture:
+            console.print(progress)
+        progress.log("a [red]message[/red]")
+    bar, facts, evaluation = capture.get().splitlines()[:3]
+    assert bar.startswith("step 1/10") and "2m 01s left" in bar and "sampling 5s" in bar
+    assert facts.rstrip() == "reward 0.412 · pass 31.2% · entropy 1.02 · tok/s 1,234"
+    assert evaluation.rstrip() == "eval pass@1 25.0% (step 1)"
+    assert "a [red]message[/red]" in out.getvalue()
+
+
+def test_narrow_terminal_cuts_the_facts_to_one_line():
+    _, console = _terminal(width=30)
+    progress = Progress(total=10, console=console)
+    progress.update(1, STEP)
+    with console.capture() as capture:
+        console.print(progress)
+    lines = capture.get().splitlines()
+    assert lines[-1].startswith("reward 0.412") and lines[-1].rstrip().endswith("…")
+    assert max(map(len, lines)) <= 30
+
+
+@pytest.mark.parametrize("terminal", [_plain, _terminal])
+def test_exceptions_pass_through_and_give_the_terminal_back(terminal):
+    out, console = terminal()
+    with pytest.raises(KeyboardInterrupt), Progress(total=3, console=console) as progress:
+        progress.update(1, STEP)
+        raise KeyboardInterrupt
+    if console.is_terminal:
+        hide, show = "\x1b[?25l", "\x1b[?25h"
+        assert out.getvalue().count(hide) == out.getvalue().count(show) == 1
+        assert out.getvalue().rindex(show) > out.getvalue().rindex(hide)
+    console.print("after")
+    assert out.getvalue().rstrip().endswith("after")

@@ -1,0 +1,140 @@
+"""Tables say what they should; model text cannot drive the terminal."""
+
+import io
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from lpo_jax.evaluation.metrics import paired_difference, summarise
+from lpo_jax.reporting import batch_table, before_after_table, duration, percent, sample_panel, sanitise
+
+
+def _print(renderable, width=80, **options):
+    out = io.StringIO()
+    Console(file=out, width=width, **options).print(renderable)
+    return out.getvalue()
+
+
+def test_batch_table_shows_name_value_and_meaning():
+    text = _print(
+        batch_table([("rows", 65536, "prompts x responses"), ("dtype", "bfloat16", "[of] the weights")])
+    )
+    row, other = (next(line for line in text.splitlines() if word in line) for word in ("rows", "dtype"))
+    assert row.split() == ["rows", "65,536", "prompts", "x", "responses"]
+    assert other.split() == ["dtype", "bfloat16", "[of]", "the", "weights"]
+
+
+def _evaluations():
+    rng = np.random.default_rng(0)
+    return np.zeros((32, 4)), rng.random((32, 4)) < 0.1, rng.random((32, 4)) < 0.6
+
+
+def test_before_after_table_fits_80_columns_and_is_complete():
+    cold, warm, trained = _evaluations()
+    summaries = [summarise(flags, ks=[1, 4]) for flags in (cold, warm, trained)]
+    change = paired_difference(warm, trained, ks=[1, 4])
+    text = _print(
+        before_after_table(
+            [
+                ("cold model", summaries[0], None),
+                ("after warm start", summaries[1], None),
+                ("after RL", summaries[2], change),
+            ]
+        ),
+        width=90,
+    )
+    for summary in summaries:
+        for k in (1, 4):
+            score = summary[f"pass@{k}"]
+            assert percent(score["mean"]) in text
+            assert f"{percent(score['ci_low'])} to {percent(score['ci_high'])}" in text
+    assert f"+{100 * change['pass@1']['mean']:.1f}" in text
+    assert "32 problems x 4 samples" in text
+    assert "…" not in text  # nothing was cut to fit
+
+
+def test_before_after_table_without_changes_has_no_column_for_them():
+    summary = summarise(_evaluations()[1])
+    assert "change" not in _print(before_after_table([("model", summary, None)])).lower()
+
+
+def test_change_is_coloured_only_where_its_interval_excludes_zero():
+    _, warm, trained = _evaluations()
+    lucky = warm.copy()
+    lucky[0] = True  # one problem of 32 went from failure to success
+    assert (
+        paired_difference(warm, lucky)["pass@1"]["mean"]
+        > 0
+        >= paired_difference(warm, lucky)["pass@1"]["ci_low"]
+    )
+    green = "\x1b[1;32m"
+    for after, expected in ((trained, True), (lucky, False)):
+        table = before_after_table(
+            [("a", summarise(warm), None), ("b", summarise(after), paired_difference(warm, after))]
+        )
+        text = _print(table, force_terminal=True, color_system="standard")
+        assert (green in text) is expected
+
+
+def test_failed_verifiers_are_told():
+    valid = np.ones((32, 4), bool)
+    valid[0, :3] = False
+    text = _print(before_after_table([("model", summarise(_evaluations()[1], valid), None)]))
+    assert "3 samples not counted" in text
+
+
+def test_sanitise_writes_control_characters_out():
+    assert sanitise("a\x1b[2Jb\rc\x00\x9b") == "a\\x1b[2Jb\\x0dc\\x00\\x9b"
+    assert sanitise("\u202egnp.exe \u200b\ufeff \udc80 \U000e0041") == (
+        "\\u202egnp.exe \\u200b\\ufeff \\udc80 \\U000e0041"
+    )
+    assert sanitise("3 + 5 = 8\n\tété 日本 ∑ [bold]") == "3 + 5 = 8\n    été 日本 ∑ [bold]"
+
+
+def test_sample_panel_shows_markup_and_escapes_literally():
+    samples = [
+        {
+            "prompt": "[bold]p[/bold]",
+            "response": "[/] :smile: \x1b[2J\u202e",
+            "reward": 0.1,
+            "outcome": "wrong",
+        },
+        {"prompt": "q", "response": "", "reward": None, "outcome": "timeout"},
+        {"prompt": "third", "response": "unseen", "reward": 1.0, "outcome": "pass"},
+    ]
+    text = _print(sample_panel(samples, limit=2))
+    assert "[bold]p[/bold]" in text and "[/] :smile: \\x1b[2J\\u202e" in text
+    assert "wrong · reward 0.1" in text and "timeout · reward none" in text
+    assert "(empty response)" in text
+    assert "unseen" not in text
+    assert "\x1b" not in text and "\u202e" not in text
+
+
+def test_sample_panel_says_how_much_it_cut():
+    response = "begin" + "x" * 1000 + "the end"
+    text = _print(
+        sample_panel([{"prompt": "p", "response": response, "reward": 1, "outcome": "pass"}], max_chars=100)
+    )
+    assert "begin" in text and "the end" in text
+    assert "912 characters left out" in text
+
+
+def test_sample_panel_of_nothing():
+    assert "no responses" in _print(sample_panel([]))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0s"),
+        (59.4, "59s"),
+        (59.6, "1m 00s"),
+        (3599.7, "1h 00m"),
+        (7500, "2h 05m"),
+        (90000, "1d 01h"),
+        (float("nan"), "?"),
+    ],
+)
+def test_duration(seconds, text):
+    assert duration(seconds) == text

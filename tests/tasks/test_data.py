@@ -1,0 +1,101 @@
+import json
+
+import pytest
+
+from lpo_jax import tasks
+from lpo_jax.errors import UserError
+from lpo_jax.tasks.data import plain
+
+ROWS = [{"n": n} for n in range(10)]
+
+
+def indices(iterator, batches):
+    return [[index for index, _ in next(iterator)] for _ in range(batches)]
+
+
+def test_two_batches_and_a_resume_equal_four():
+    whole = tasks.PromptIterator(ROWS, prompts=3, seed=5)
+    expected = [next(whole) for _ in range(8)]
+    for stop in range(8):
+        first = tasks.PromptIterator(ROWS, prompts=3, seed=5)
+        before = [next(first) for _ in range(stop)]
+        state = json.loads(json.dumps(first.state()))
+        second = tasks.PromptIterator(ROWS, prompts=3, seed=5)
+        second.restore(state)
+        assert before + [next(second) for _ in range(8 - stop)] == expected
+        assert second.state() == whole.state()
+
+
+def test_rows_come_with_their_index():
+    for batch in (next(tasks.PromptIterator(ROWS, prompts=4, seed=seed)) for seed in range(3)):
+        assert all(row is ROWS[index] and type(index) is int for index, row in batch)
+
+
+def test_an_epoch_has_no_row_twice_and_each_epoch_another_order():
+    iterator = tasks.PromptIterator(ROWS, prompts=3, seed=5)
+    epochs = [[i for batch in indices(iterator, 3) for i in batch] for _ in range(4)]
+    assert all(len(set(epoch)) == 9 for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+    assert iterator.epoch == 4.0
+
+
+def test_a_batch_may_be_the_whole_set():
+    iterator = tasks.PromptIterator(ROWS, prompts=10, seed=0)
+    assert all(sorted(batch) == list(range(10)) for batch in indices(iterator, 3))
+
+
+def test_order_depends_on_the_seed_alone():
+    def run(seed):
+        return indices(tasks.PromptIterator(ROWS, prompts=5, seed=seed), 4)
+
+    assert run(1) == run(1) != run(2)
+
+
+@pytest.mark.parametrize("prompts", [0, 11])
+def test_a_batch_larger_than_the_data_is_refused(prompts):
+    with pytest.raises(UserError, match=f"{prompts} prompts a step from 10 training rows"):
+        tasks.PromptIterator(ROWS, prompts=prompts, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("changed", "difference"),
+    [
+        ({"prompts": 2}, "prompts was 3, is 2"),
+        ({"seed": 1}, "seed was 0, is 1"),
+        ({"rows": ROWS[:9]}, "rows was 10, is 9"),
+        ({"data_hash": "b"}, "data_hash was 'a', is 'b'"),
+    ],
+)
+def test_a_resume_over_something_else_is_refused(changed, difference):
+    setup = {"rows": ROWS, "prompts": 3, "seed": 0, "data_hash": "a"}
+    state = tasks.PromptIterator(**setup).state()
+    with pytest.raises(UserError, match=difference):
+        tasks.PromptIterator(**setup | changed).restore(state)
+
+
+def test_content_hash_sees_every_change_but_not_key_order():
+    rows = [{"a": 1, "b": [1, 2]}, {"a": 2, "b": []}]
+    same = tasks.content_hash([{"b": [1, 2], "a": 1}, {"a": 2, "b": []}], [])
+    assert tasks.content_hash(rows, []) == same
+    others = [
+        tasks.content_hash(rows[::-1], []),
+        tasks.content_hash([], rows),
+        tasks.content_hash(rows[:1], rows[1:]),
+        tasks.content_hash(rows[:1], []),
+        tasks.content_hash([{"a": 1, "b": [2, 1]}, rows[1]], []),
+        tasks.content_hash([{"a": "1", "b": [1, 2]}, rows[1]], []),
+    ]
+    assert len({same, *others}) == 7
+
+
+def test_plain():
+    import numpy as np
+
+    row = {
+        "n": np.int64(3),
+        "x": np.array([[1.5]]),
+        "t": (b"\xc3\xa9", np.bool_(True)),
+        "s": "s",
+        "none": None,
+    }
+    assert json.dumps(plain(row)) == '{"n": 3, "x": [[1.5]], "t": ["\\u00e9", true], "s": "s", "none": null}'

@@ -1,0 +1,174 @@
+"""The three-part step against plain autodiff, whatever the microbatches."""
+
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from lpo_jax import objectives as O
+from lpo_jax.models import decoder
+from lpo_jax.objectives import Scored, TokenStats
+from lpo_jax.training.batch import Groups, Microbatches, Rollouts
+from lpo_jax.training.step import TrainState, Update, score, update
+
+P, K, S, T = 4, 4, 6, 5
+
+
+@pytest.fixture(scope="module")
+def rollouts(tiny_config):
+    rng = np.random.default_rng(0)
+    lengths = np.array([1, 3, 6, 4], np.int32)  # ragged prompts
+    tokens = rng.integers(1, tiny_config.vocab_size, (P, K, T)).astype(np.int32)
+    response_lengths = rng.integers(1, T + 1, (P, K))
+    response_lengths[0, 0], response_lengths[1, 2] = T, 1
+    mask = np.arange(T) < response_lengths[..., None]
+    prompts = rng.integers(1, tiny_config.vocab_size, (P, S)).astype(np.int32)
+    scored = Scored(
+        behaviour_logp=np.zeros((P, K, T), np.float32),
+        rewards=rng.integers(0, 2, (P, K)).astype(np.float32),
+        mask=mask,
+        valid=np.ones((P, K), bool),
+    )
+    return Rollouts(Groups(prompts * (np.arange(S) < lengths[:, None]), lengths, tokens * mask), scored)
+
+
+def setup_for(config, name="lpo-forward", budget=10**6, remat=False, **options):
+    return Update(config, O.get(name, **options), optax.sgd(1.0), 0.7, budget, remat=remat)
+
+
+def plain_log_probs(config, params, groups, temperature):
+    """Every response in a row of its own behind its own copy of the prompt, through plain causal attention."""
+    lengths = np.repeat(groups.lengths, K)  # [P K]
+    rows = np.zeros((P * K, S + T), np.int32)
+    for r, n in enumerate(lengths):
+        rows[r, :n] = groups.prompts[r // K, :n]
+        rows[r, n : n + T] = groups.responses[r // K, r % K]
+    valid = np.arange(S + T) < (lengths + T)[:, None]
+    logp = jax.nn.log_softmax(decoder.logits(config, params, rows, valid) / temperature)
+    predicting = lengths[:, None] - 1 + np.arange(T)
+    logp = logp[np.arange(P * K)[:, None], predicting, groups.responses.reshape(P * K, T)]
+    return logp.reshape(P, K, T)
+
+
+PLAIN: dict[str, object] = {}
+
+
+def plain_gradient(name, config, params, rollouts):
+    """Autodiff of the whole batch's loss, nothing cut; once per method."""
+    objective = setup_for(config, name).objective
+
+    def loss(params):
+        return objective(TokenStats(plain_log_probs(config, params, rollouts.groups, 0.7)), rollouts.scored)[0]
+
+    if name not in PLAIN:
+        PLAIN[name] = jax.jit(jax.grad(loss))(params)
+    return PLAIN[name]
+
+
+def behaviour(config, params, rollouts, noise):
+    """Rollouts whose behaviour log-probs are the model's own plus noise, as after an update."""
+    logp = plain_log_probs(config, params, rollouts.groups, 0.7)
+    logp = logp + noise * np.random.default_rng(1).normal(size=logp.shape)
+    return rollouts.replace(scored=rollouts.scored.replace(behaviour_logp=logp.astype(jnp.float32)))
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_scores_equal_those_of_each_response_alone(tiny_config, tiny_params, rollouts, window):
+    config = dataclasses.replace(tiny_config, sliding_window=window)
+    got = score(setup_for(config), tiny_params, rollouts.groups).logp
+    want = plain_log_probs(config, tiny_params, rollouts.groups, 0.7)
+    chex.assert_trees_all_close(got * rollouts.scored.mask, want * rollouts.scored.mask, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["lpo-forward", "lpo-reverse", "grpo"])
+@pytest.mark.parametrize("budget", [10**6, 2 * (S + K * T), S + K * T, S + 2 * T, 1])
+def test_three_parts_equal_plain_autodiff(tiny_config, tiny_params, rollouts, name, budget):
+    """Whole groups, several prompts a microbatch, groups split in halves and into single responses."""
+    rollouts = behaviour(tiny_config, tiny_params, rollouts, noise=0.1)
+    setup = setup_for(tiny_config, name, budget, remat=budget == 1)
+
+    want = plain_gradient(name, tiny_config, tiny_params, rollouts)
+    used = score(setup, tiny_params, rollouts.groups)
+    coefficients = setup.coefficients(used, rollouts.scored)
+    got, _ = jax.jit(setup.pull_back)(tiny_params, rollouts.groups, coefficients)
+    scale = float(optax.global_norm(want))
+    assert scale > 1e-3
+    error = float(optax.global_norm(jax.tree.map(jnp.subtract, got, want)))
+    assert error <= 1e-5 * scale
+
+
+def test_split_and_unsplit_gradients_agree(tiny_config, tiny_params, rollouts):
+    rollouts = behaviour(tiny_config, tiny_params, rollouts, noise=0.1)
+    gradients = []
+    for budget in (10**6, S + K * T, S + T):
+        setup = setup_for(tiny_config, budget=budget)
+        coefficients = setup.coefficients(score(setup, tiny_params, rollouts.groups), rollouts.scored)
+        gradients.append(jax.jit(setup.pull_back)(tiny_params, rollouts.groups, coefficients)[0])
+    for other in gradients[1:]:
+        chex.assert_trees_all_close(gradients[0], other, rtol=1e-4, atol=1e-6)
+
+
+def test_padding_changes_nothing(tiny_config, tiny_params, rollouts):
+    """More padding behind prompts and responses, with garbage in it, leaves the gradient alone."""
+    rollouts = behaviour(tiny_config, tiny_params, rollouts, noise=0.1)
+    setup = setup_for(tiny_config)
+    g, s = rollouts.groups, rollouts.scored
+    junk = lambda x, n: jnp.concatenate([x, jnp.full((*x.shape[:-1], n), 7, x.dtype)], axis=-1)  # noqa: E731
+    wider = Rollouts(
+        Groups(junk(g.prompts, 3), g.lengths, junk(g.responses, 2)),
+        s.replace(behaviour_logp=junk(s.behaviour_logp, 2), mask=np.pad(s.mask, ((0, 0), (0, 0), (0, 2)))),
+    )
+    results = []
+    for some in (rollouts, wider):
+        coefficients = setup.coefficients(score(setup, tiny_params, some.groups), some.scored)
+        results.append(jax.jit(setup.pull_back)(tiny_params, some.groups, coefficients)[0])
+    chex.assert_trees_all_close(*results, rtol=1e-4, atol=1e-6)
+
+
+def test_first_update_reports_no_gap_and_clips_nothing(tiny_config, tiny_params, rollouts):
+    """Sampled log-probs stand in for part 1; the ratio is 1 whatever the microbatches."""
+    rollouts = behaviour(tiny_config, tiny_params, rollouts, noise=0.0)
+    setup = setup_for(tiny_config, budget=S + T)
+    state = TrainState(jax.tree.map(jnp.copy, tiny_params), setup.optimizer.init(tiny_params))
+    _, metrics = update(setup, state, rollouts, TokenStats(rollouts.scored.behaviour_logp))
+    assert metrics["lpo/logp_gap_max"] < 5e-5
+    assert metrics["actor/pg_clipfrac"] == 0
+    assert metrics["lpo/score_abs_max"] < 5e-5
+    assert metrics["actor/entropy"] > 0.1
+
+
+def test_gap_shows_a_wrong_sampler(tiny_config, tiny_params, rollouts):
+    rollouts = behaviour(tiny_config, tiny_params, rollouts, noise=0.5)
+    setup = setup_for(tiny_config)
+    state = TrainState(jax.tree.map(jnp.copy, tiny_params), setup.optimizer.init(tiny_params))
+    _, metrics = update(setup, state, rollouts, TokenStats(rollouts.scored.behaviour_logp))
+    assert 0.2 < metrics["lpo/logp_gap_mean"] < 0.8
+
+
+def test_all_masked_batch_gives_a_zero_gradient(tiny_config, tiny_params, rollouts):
+    empty = rollouts.replace(scored=rollouts.scored.replace(mask=np.zeros((P, K, T), bool)))
+    setup = setup_for(tiny_config)
+    state = TrainState(jax.tree.map(jnp.copy, tiny_params), setup.optimizer.init(tiny_params))
+    after, metrics = update(setup, state, empty, TokenStats(empty.scored.behaviour_logp))
+    chex.assert_trees_all_equal(after.params, tiny_params)
+    assert metrics["actor/grad_norm"] == 0
+    chex.assert_tree_all_finite(metrics)
+
+
+def test_microbatch_plan():
+    # whole groups while they fit, then parts of one group, then single responses over the budget
+    assert Microbatches.plan(8, 4, 10, 5, 10**6) == Microbatches(1, 8, 4)
+    assert Microbatches.plan(8, 4, 10, 5, 2 * 30) == Microbatches(4, 2, 4)
+    assert Microbatches.plan(6, 4, 10, 5, 5 * 30) == Microbatches(2, 3, 4)  # 5 does not divide 6
+    assert Microbatches.plan(8, 4, 10, 5, 29) == Microbatches(16, 1, 2)
+    assert Microbatches.plan(8, 4, 10, 5, 1) == Microbatches(32, 1, 1)
+
+
+def test_microbatch_split_and_join_are_inverse():
+    x = np.arange(4 * 6 * 3).reshape(4, 6, 3)
+    for cut in (Microbatches(2, 2, 6), Microbatches(8, 1, 3), Microbatches(24, 1, 1)):
+        np.testing.assert_array_equal(cut.join(cut.split(x), 6), x)
