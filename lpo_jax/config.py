@@ -178,6 +178,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return parse_config(values, str(path))
 
 
+def override_config(config: Config, overrides: Sequence[str]) -> Config:
+    """The config with `--a.b=value` overrides applied. Raises `UserError` as `load_config`."""
+    values = config.to_dict()
+    for override in overrides:
+        _apply(values, override)
+    return parse_config(values)
+
+
 def parse_config(values: Mapping[str, Any], where: str = "config") -> Config:
     """Checks plain values and makes them a `Config`. Raises `UserError` naming key and place."""
     for section in FREE_FORM:

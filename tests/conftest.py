@@ -1,37 +1,73 @@
-"""Eight CPU devices and tiny models for every test; set before jax starts."""
+"""Tiny models for every test, and one compile cache for all of them; set before jax starts."""
 
 import os
+import sys
+import tempfile
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# Many tests compile the same tiny programs: the second one, or another worker's, finds them on disk.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / "lpo_jax_test_programs"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 import jax
 import pytest
 
-from lpo_jax.models.config import ModelConfig
-from lpo_jax.models.decoder import init_params
+sys.path.insert(0, str(Path(__file__).parent))  # for tiny.py
 
-TINY = ModelConfig(
-    family="qwen3",
-    vocab_size=97,
-    width=32,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_width=8,
-    ffn_width=48,
-    max_positions=256,
-    qk_norm=True,
-    tie_embeddings=True,
-)
+from tiny import CONFIG, VERIFIER, character_tokenizer
+
+from lpo_jax.models.decoder import init_params
 
 
 @pytest.fixture(scope="session")
-def tiny_config() -> ModelConfig:
-    return TINY
+def tiny_config():
+    return CONFIG
 
 
 @pytest.fixture(scope="session")
 def tiny_params():
-    # Large enough weights that logits differ by several nats: a flat distribution would hide mistakes.
-    return jax.tree.map(lambda p: 3 * p, init_params(TINY, jax.random.key(0)))
+    # Large enough weights that logits differ by nats: a flat distribution would hide mistakes.
+    return jax.tree.map(lambda p: 3 * p, init_params(CONFIG, jax.random.key(0)))
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory, tiny_params):
+    """A Hugging Face directory with a random model and a tokenizer of single characters."""
+    from lpo_jax.models.hf import save_hf
+
+    path = tmp_path_factory.mktemp("model") / "tiny"
+    save_hf(path, CONFIG, tiny_params, character_tokenizer())
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_task(tmp_path_factory):
+    """A user's task file whose rewards differ between the responses of a random model."""
+    path = tmp_path_factory.mktemp("task") / "parity.py"
+    path.write_text(VERIFIER)
+    return path
+
+
+@pytest.fixture
+def run_config(tmp_path, tiny_model, tiny_task):
+    """The plain values of a config that trains in seconds; keyword arguments replace whole sections' keys."""
+
+    def make(output="run", **sections):
+        values = {
+            "output": str(tmp_path / output),
+            "model": {"path": str(tiny_model)},
+            "task": {"name": "python", "file": str(tiny_task)},
+            "objective": {"name": "lpo-forward"},
+            "sampling": {"num_responses": 4, "max_tokens": 6, "max_prompt_tokens": 16},
+            "training": {"steps": 4, "prompts_per_step": 4, "updates_per_step": 2, "token_budget": 64},
+            "optimizer": {"learning_rate": 1e-2, "weight_decay": 0.0},
+            "evaluation": {"every": 2, "problems": 6},
+            "checkpoint": {"every": 1},
+            "rewards": {"workers": 1},
+        }
+        for section, keys in sections.items():
+            values[section] = {**values.get(section, {}), **keys} if isinstance(keys, dict) else keys
+        return values
+
+    return make

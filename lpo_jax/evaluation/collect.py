@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 
 from lpo_jax.errors import UserError
+from lpo_jax.evaluation.encode import encode_prompt
 from lpo_jax.rewards import Verdict, VerifierPool
 from lpo_jax.sampling import Responses, Sampler, Sampling
 from lpo_jax.sampling.padding import pad_prompts
 from lpo_jax.tasks import Task
-from lpo_jax.tasks.encode import encode_prompt
 
 
 @dataclasses.dataclass(frozen=True)

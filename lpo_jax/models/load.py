@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -46,6 +47,26 @@ class Model:
         if tokens.ndim != 2:
             raise ValueError(f"tokens: expected [B, T], got shape {tokens.shape}")
         return _logits(self.config, self.params, tokens, None if mask is None else jnp.asarray(mask, bool))
+
+    def generate(self, prompts: Sequence[Any], **options: Any) -> Any:
+        """Samples responses to prompts.
+
+        Args:
+          prompts: texts, or lists of chat messages (`{"role": ..., "content": ...}`) for the chat template.
+          **options: num_responses=1 (K), temperature=1.0 (0 is greedy), max_tokens=128, top_k=0, top_p=1.0,
+            min_p=0.0, stop=() (strings), seed=0.
+
+        Returns:
+          `lpo_jax.sampling.text.Generated`: `tokens`, `log_probs` `[P, K, T]`, `lengths`, `finished` `[P, K]`,
+          `mask` `[P, K, T]` and `texts` `[P][K]`. A prompt's samples depend on its text, k and the seed, not on
+          the other prompts.
+
+        Raises:
+          UserError: a prompt too long for the model, or an option out of range.
+        """
+        from lpo_jax.sampling.text import generate
+
+        return generate(self, prompts, **options)
 
     def save(self, path: str | os.PathLike, dtype: str | None = None) -> None:
         """Writes a Hugging Face directory (see `lpo_jax.models.hf.save_hf`)."""

@@ -142,3 +142,22 @@ def _shorten(text: str, limit: int) -> str:
         return text
     head, tail = text[: limit // 2], text[len(text) - limit // 2 :]
     return f"{head}\n… {len(text) - len(head) - len(tail):,} characters left out …\n{tail}"
+
+
+def method_table(methods: Iterable[Mapping]) -> Table:
+    """The catalogue of methods.
+
+    Args:
+        methods: dicts with `name`, `formula`, `paper`, `fidelity`, `options` and `needs`.
+    """
+    table = _table("Methods")
+    for column in ("name", "formula and paper", "fidelity", "options and defaults"):
+        table.add_column(column)
+    for method in methods:
+        options = "\n".join(f"{key}={value}" for key, value in method["options"].items())
+        what = Text.assemble(method["formula"], "\n", (method["paper"], "dim"))
+        if method["needs"]:
+            what.append(f"\nneeds {', '.join(method['needs'])}", "dim")
+        table.add_row(Text(method["name"], "bold"), what, Text(method["fidelity"]), Text(options))
+        table.add_section()
+    return table

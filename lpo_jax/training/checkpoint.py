@@ -15,6 +15,8 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from lpo_jax.errors import RunStopped, UserError
+from lpo_jax.models import Model, decoder, load_config_and_tokenizer, load_model
+from lpo_jax.training.run import read_config
 
 SCORE = "pass@1"
 
@@ -51,6 +53,10 @@ class Checkpoints:
         with contextlib.suppress(Exception) if kind else contextlib.nullcontext():
             self.wait()
         self._manager.close()
+
+    def steps(self) -> list[int]:
+        """Steps of all complete checkpoints."""
+        return sorted(self._manager.all_steps())
 
     def latest(self) -> int | None:
         """Step of the newest complete checkpoint."""
@@ -126,16 +132,37 @@ class Checkpoints:
             ) from error
 
 
-def open_for_reading(run: str | Path) -> Checkpoints:
-    """The checkpoints of a run directory, for `eval`, `export` and loading a model.
+def load_run(run: str | Path, checkpoint: str = "best") -> tuple[Model, int]:
+    """The model of a run's checkpoint, and the step it was saved at.
+
+    Args:
+      run: a run directory.
+      checkpoint: "best" by held-out pass@1, "latest", or a step.
 
     Raises:
-      UserError: no such run, or nothing saved in it yet.
+      UserError: no such run or checkpoint.
     """
     directory = Path(run) / "checkpoints"
-    if not directory.is_dir():
-        raise UserError(f"{run}: not a run directory (no checkpoints in it)")
-    checkpoints = Checkpoints(directory, read_only=True)
-    if checkpoints.latest() is None:
-        raise UserError(f"{run}: no complete checkpoint in it yet")
-    return checkpoints
+    name = read_config(run).model.path
+    with (
+        Checkpoints(directory, read_only=True)
+        if directory.is_dir()
+        else contextlib.nullcontext() as checkpoints
+    ):
+        steps = checkpoints.steps() if checkpoints else []
+        if not steps:
+            raise UserError(f"{run}: no complete checkpoint in it yet")
+        known = {"best": checkpoints.best(), "latest": checkpoints.latest()} | {str(s): s for s in steps}
+        if checkpoint not in known:
+            raise UserError(f"{run}: no checkpoint {checkpoint!r}; there are {', '.join(known)}")
+        config, tokenizer, eos_ids = load_config_and_tokenizer(name)
+        step = known[checkpoint]
+        params = checkpoints.restore_params(step, decoder.abstract_params(config))
+    return Model(config, params, tokenizer, eos_ids), step
+
+
+def load_model_or_run(name: str) -> Model:
+    """A model by its string, or the best checkpoint of a run directory."""
+    if (Path(name) / "run.json").is_file():
+        return load_run(name)[0]
+    return load_model(name)

@@ -3,8 +3,8 @@
 import jax
 
 from lpo_jax import objectives, reporting
+from lpo_jax.evaluation.encode import encode_prompt
 from lpo_jax.sampling.padding import bucket
-from lpo_jax.tasks.encode import encode_prompt
 from lpo_jax.training.batch import Microbatches
 from lpo_jax.training.session import Session
 from lpo_jax.training.step import Update
@@ -29,9 +29,7 @@ def batch_sizes(session: Session, setup: Update) -> list[tuple[str, object, str]
     """(name, value, meaning) of everything the batch settings come to."""
     training, sampling = session.config.training, session.config.sampling
     P, K, T = training.prompts_per_step, sampling.num_responses, sampling.max_tokens
-    longest = max(
-        len(encode_prompt(session.task, session.tokenizer, row)) for row in session.train_rows
-    )
+    longest = max(len(encode_prompt(session.task, session.tokenizer, row)) for row in session.train_rows)
     S, minibatch = bucket(longest, sampling.max_prompt_tokens), P // training.updates_per_step
     cut = Microbatches.plan(minibatch, K, S, T, setup.token_budget)
     tokens = cut.prompts * (S + cut.responses * T)

@@ -20,18 +20,12 @@ PACKAGES = ("lpo_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "gr
 
 # A resumed run must sample and learn what the uninterrupted one would have; these settings decide that.
 # Others (steps, evaluation, checkpoints, workers, token budget) may change between two starts.
-FIXED = (
-    "seed",
-    "model",
-    "task",
-    "objective",
-    "sampling",
-    "optimizer",
-    "warm_start",
-    "training.prompts_per_step",
-    "training.updates_per_step",
-    "training.behaviour",
-)
+_BOTH = ("seed", "model", "task", "sampling", "optimizer")
+_ROUND = ("training.prompts_per_step", "training.updates_per_step", "training.behaviour")
+FIXED = {
+    "train": (*_BOTH, "objective", "warm_start", *_ROUND),
+    "sft": (*_BOTH, "warm_start.batch_size", "warm_start.learning_rate"),
+}
 
 
 class RunDirectory:
@@ -63,7 +57,7 @@ class RunDirectory:
     def __enter__(self):
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.path / ".lock", "w")  # noqa: SIM115 (held until close)
+            self._lock = open(self.path / ".lock", "w")
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{self.path}: another process is writing to this run") from None
@@ -93,7 +87,7 @@ class RunDirectory:
                 f"{self.path}: holds an `lpo {held}` run; `lpo {kind} --resume` cannot continue it"
             )
         before, now = read_config(self.path).to_dict(), self.config.to_dict()
-        for dotted in FIXED:
+        for dotted in FIXED[kind]:
             old, new = _at(before, dotted), _at(now, dotted)
             for key, was, becomes in _differences(dotted, old, new):
                 raise UserError(

@@ -19,8 +19,8 @@ from lpo_jax.config import Config
 from lpo_jax.errors import UserError
 from lpo_jax.evaluation.collect import Collector, within_limit
 from lpo_jax.evaluation.heldout import Evaluation, evaluate
-from lpo_jax.models.decoder import Params, abstract_params
 from lpo_jax.models.config import ModelConfig
+from lpo_jax.models.decoder import Params, abstract_params
 from lpo_jax.models.load import load_config_and_tokenizer, load_model
 from lpo_jax.sampling import Sampler, Sampling
 from lpo_jax.training.step import Objective, TrainState, Update

@@ -14,10 +14,10 @@ import numpy as np
 from lpo_jax import reporting
 from lpo_jax.config import Config
 from lpo_jax.errors import UserError
+from lpo_jax.evaluation.encode import encode_prompt, encode_solution
 from lpo_jax.models.decoder import Params
 from lpo_jax.objectives import Scored, TokenStats
 from lpo_jax.sampling.padding import bucket, pad_prompts
-from lpo_jax.tasks.encode import encode_prompt, encode_solution
 from lpo_jax.training.batch import Groups, Rollouts
 from lpo_jax.training.optimizer import make_optimizer, warm_start_config
 from lpo_jax.training.position import Position, Recorder

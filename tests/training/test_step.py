@@ -62,7 +62,9 @@ def plain_gradient(name, config, params, rollouts):
     objective = setup_for(config, name).objective
 
     def loss(params):
-        return objective(TokenStats(plain_log_probs(config, params, rollouts.groups, 0.7)), rollouts.scored)[0]
+        return objective(TokenStats(plain_log_probs(config, params, rollouts.groups, 0.7)), rollouts.scored)[
+            0
+        ]
 
     if name not in PLAIN:
         PLAIN[name] = jax.jit(jax.grad(loss))(params)

@@ -1,0 +1,20 @@
+"""Task rows to token ids."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from lpo_jax.sampling.text import encode
+from lpo_jax.tasks.task import Task
+
+
+def encode_prompt(task: Task, tokenizer: Any, row: Mapping[str, Any]) -> list[int]:
+    """The ids a response to this row continues, the task's prefill included."""
+    return encode(tokenizer, task.prompt(row))
+
+
+def encode_solution(task: Task, tokenizer: Any, row: Mapping[str, Any]) -> list[int]:
+    """The ids of the row's solution and the end token: what a supervised response must be.
+
+    Encoded apart from the prompt: a sampled response begins at a token boundary too.
+    """
+    return [*tokenizer.encode(task.solution(row), add_special_tokens=False), tokenizer.eos_token_id]

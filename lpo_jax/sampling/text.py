@@ -1,0 +1,106 @@
+"""From prompts to texts with a loaded model: what `Model.generate` and `lpo sample` do."""
+
+import collections
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from lpo_jax.errors import UserError
+from lpo_jax.sampling.distribution import Sampling
+from lpo_jax.sampling.generate import Responses, Sampler
+from lpo_jax.sampling.padding import pad_prompts
+
+Prompt = str | Sequence[dict[str, str]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Generated(Responses):
+    """`Responses` and their texts `[P][K]`, special tokens left out."""
+
+    texts: list[list[str]]
+
+
+def generate(
+    model: Any,
+    prompts: Sequence[Prompt],
+    *,
+    num_responses: int = 1,
+    temperature: float = 1.0,
+    max_tokens: int = 128,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    stop: Sequence[str] = (),
+    seed: int = 0,
+) -> Generated:
+    """Samples responses; see `lpo_jax.models.load.Model.generate`."""
+    if isinstance(prompts, str) or not prompts:
+        raise UserError("generate: prompts must be a list of at least one text or list of chat messages")
+    if num_responses < 1 or max_tokens < 1:
+        raise UserError(
+            f"generate: num_responses {num_responses} and max_tokens {max_tokens} must be at least 1"
+        )
+    tokenizer, limit = model.tokenizer, model.config.max_positions - max_tokens
+    if tokenizer is None:
+        raise UserError("generate: the model has no tokenizer")
+    ids = [encode(tokenizer, prompt) for prompt in prompts]
+    for index, row in enumerate(ids):
+        if not 1 <= len(row) <= limit:
+            raise UserError(
+                f"generate: prompt {index} has {len(row)} tokens; need 1 to {limit} (the model's "
+                f"{model.config.max_positions} positions less max_tokens)"
+            )
+    padded, lengths = pad_prompts(ids, limit)
+    sampler = Sampler(model.config, model.eos_ids, jnp.float32, decode=tokenizer.decode)
+    responses = sampler(
+        sampler.prepare(model.params),
+        padded,
+        lengths,
+        prompt_ids(ids),
+        num_responses=num_responses,
+        max_tokens=max_tokens,
+        sampling=Sampling(temperature, top_k, top_p, min_p),
+        seed=seed,
+        stop=stop,
+    )
+    texts = [
+        [tokenizer.decode(responses.ids(p, k), skip_special_tokens=True) for k in range(num_responses)]
+        for p in range(len(ids))
+    ]
+    return Generated(**vars(responses), texts=texts)
+
+
+def encode(tokenizer: Any, prompt: Prompt) -> list[int]:
+    """The ids a response continues.
+
+    A text gets the special tokens the tokenizer puts before any text; chat messages are rendered by the
+    tokenizer's own template, which brings its own, so that no prompt has two beginnings. Where the last message
+    is the assistant's, that one is continued.
+    """
+    if isinstance(prompt, str):
+        return tokenizer.encode(prompt)
+    if not getattr(tokenizer, "chat_template", None):
+        raise UserError("the model has no chat template; use raw prompts")
+    continued = prompt[-1]["role"] == "assistant"
+    text = tokenizer.apply_chat_template(
+        list(prompt), tokenize=False, add_generation_prompt=not continued, continue_final_message=continued
+    )
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+def prompt_ids(ids: Sequence[Sequence[int]]) -> np.ndarray:
+    """An identity `[P]` uint32 for each prompt's random numbers: of its tokens, and of how often they came before.
+
+    So a prompt draws the same alone or among others, and twice the same prompt draws twice.
+    """
+    seen = collections.Counter()
+    identities = []
+    for row in map(tuple, ids):
+        digest = hashlib.sha256(f"{seen[row]} {row}".encode()).digest()
+        identities.append(int.from_bytes(digest[:4], "little"))
+        seen[row] += 1
+    return np.array(identities, np.uint32)

@@ -1,0 +1,53 @@
+"""A tiny model, its tokenizer, and a task that gives it something to learn."""
+
+from lpo_jax.models.config import ModelConfig
+
+LETTERS = "0123456789+-*= abcdefghijklmnopqrstuvwxyz<>/,."
+
+CONFIG = ModelConfig(
+    family="qwen3",
+    vocab_size=3 + len(LETTERS),
+    width=32,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_width=8,
+    ffn_width=48,
+    max_positions=128,
+    qk_norm=True,
+    tie_embeddings=True,
+)
+
+# Prompts of ragged length; the reward is the share of digits in the response, so that it varies and can be learned.
+VERIFIER = '''
+from lpo_jax.rewards import Verdict
+
+def dataset(split):
+    first, count = {"train": (0, 24), "heldout": (100, 8)}[split]
+    return [{"n": n, "answer": "7" * (1 + n % 4)} for n in range(first, first + count)]
+
+def prompt(row):
+    return "say " + "x" * (row["n"] % 7) + str(row["n"])
+
+def solution(row):
+    return row["answer"]
+
+def verify(response, row):
+    digits = sum(c.isdigit() for c in response) / max(len(response), 1)
+    return Verdict(digits, "pass" if digits >= 0.5 else "wrong", {"length": len(response)})
+'''
+
+
+def character_tokenizer():
+    """One token a character; 0 pads, 1 ends, 2 is unknown."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<pad>", "<end>", "<unk>"]
+    vocabulary = {token: i for i, token in enumerate([*special, *LETTERS])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    backend.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", eos_token="<end>", unk_token="<unk>"
+    )

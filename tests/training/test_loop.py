@@ -1,0 +1,368 @@
+"""Whole runs on a tiny model: resume, kills, equivalences, failures. Every run is the real loop."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import chex
+import jax
+import numpy as np
+import pytest
+import yaml
+
+from lpo_jax import objectives
+from lpo_jax.config import parse_config
+from lpo_jax.errors import RunStopped, UserError
+from lpo_jax.reporting import is_timing, read_metrics
+from lpo_jax.sampling import generate as sampling
+from lpo_jax.training import loop, step
+from lpo_jax.training.checkpoint import load_run
+from lpo_jax.training.loop import train
+from lpo_jax.training.sft import sft
+
+
+def learned(config):
+    """What a run leaves that must not depend on how it was interrupted: parameters, metrics, rollouts."""
+    run = Path(config["output"])
+    rows = [{k: v for k, v in row.items() if not is_timing(k)} for row in read_metrics(run)]
+    rollouts = {p.name: p.read_text() for folder in ("rollouts", "validation") for p in (run / folder).iterdir()}
+    return load_run(run, "latest")[0].params, [row for row in rows if len(row) > 1], rollouts
+
+
+def assert_same_run(one, other):
+    chex.assert_trees_all_equal(one[0], other[0])
+    assert one[1] == other[1]
+    assert one[2] == other[2]
+
+
+def start(config, path, *arguments):
+    """`lpo train` in a process of its own."""
+    path.write_text(yaml.safe_dump(config))
+    command = [sys.executable, "-m", "lpo_jax.cli", "train", str(path), *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ)
+
+
+def wait_for_step(config, number, process):
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if Path(config["output"], "rollouts", f"{number}.jsonl").exists():
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"no step {number}: {process.communicate()[0]}")
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory, tiny_model, tiny_task):
+    """Four steps that nothing interrupted."""
+    values = {
+        "output": str(tmp_path_factory.mktemp("reference") / "run"),
+        "model": {"path": str(tiny_model)},
+        "task": {"name": "python", "file": str(tiny_task)},
+        "sampling": {"num_responses": 4, "max_tokens": 6, "max_prompt_tokens": 16},
+        "training": {"steps": 4, "prompts_per_step": 4, "updates_per_step": 2, "token_budget": 64},
+        "optimizer": {"learning_rate": 1e-2, "weight_decay": 0.0},
+        "evaluation": {"every": 2, "problems": 6},
+        "checkpoint": {"every": 1},
+        "rewards": {"workers": 1},
+    }
+    train(parse_config(values))
+    return learned(values)
+
+
+def test_learns_and_leaves_a_complete_record(reference):
+    params, metrics, rollouts = reference
+    steps = [row for row in metrics if "critic/score/mean" in row]
+    assert [row["step"] for row in steps] == [1, 2, 3, 4]
+    assert steps[-1]["critic/score/mean"] > steps[0]["critic/score/mean"] + 0.1
+    assert max(row["lpo/logp_gap_max"] for row in steps) <= 2e-4
+    assert all(abs(row["lpo/coef_sum"]) < 1e-5 for row in steps)
+    evaluations = [row for row in metrics if "val-core/python/acc/pass@1" in row]
+    assert [row["step"] for row in evaluations] == [0, 2, 4]
+    responses = [json.loads(line) for line in rollouts["3.jsonl"].splitlines()]
+    assert len(responses) == 16
+    for group in range(4):
+        rows = responses[4 * group : 4 * group + 4]
+        assert len({row["input"] for row in rows}) == 1 and [row["k"] for row in rows] == [0, 1, 2, 3]
+        assert sum(row["target"] for row in rows) == pytest.approx(1, abs=1e-5)
+        assert sum(row["policy"] for row in rows) == pytest.approx(1, abs=1e-5)
+        assert sum(row["coefficient"] for row in rows) == pytest.approx(0, abs=1e-5)
+        best = max(rows, key=lambda row: row["score"])
+        assert best["target"] == max(row["target"] for row in rows)
+
+
+def test_resume_is_exact(reference, run_config):
+    train(parse_config(run_config(training={"steps": 2})))
+    config = run_config(training={"steps": 4})
+    train(parse_config(config), resume=True)
+    assert_same_run(learned(config), reference)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_killed_run_goes_on_exactly(reference, run_config, tmp_path, number):
+    config = run_config()
+    process = start(config, tmp_path / "config.yaml")
+    wait_for_step(config, 1, process)
+    time.sleep(random.random())
+    process.send_signal(number)
+    output = process.communicate(timeout=120)[0]
+    if number != signal.SIGKILL and "finished" not in output:
+        assert process.returncode == 0, output
+        assert "--resume" in output or "lpo export" in output  # stopped by the signal, or already done
+    again = start(config, tmp_path / "config.yaml", "--resume")
+    output = again.communicate(timeout=240)[0]
+    assert again.returncode == 0, output
+    assert_same_run(learned(config), reference)
+
+
+def test_half_written_checkpoint_is_not_resumed_from(reference, run_config):
+    train(parse_config(run_config(training={"steps": 2})))
+    checkpoints = Path(run_config()["output"]) / "checkpoints"
+    (checkpoints / "3.orbax-checkpoint-tmp-1").mkdir()
+    (checkpoints / "3.orbax-checkpoint-tmp-1" / "state").write_text("half of it")
+    config = run_config()
+    train(parse_config(config), resume=True)
+    assert_same_run(learned(config), reference)
+
+
+def test_finished_run_resumes_to_its_report(reference, run_config, capsys):
+    config = run_config(training={"steps": 1}, evaluation={"problems": 2})
+    train(parse_config(config))
+    before = learned(config)
+    train(parse_config(config), resume=True)
+    assert_same_run(learned(config), before)
+    assert "lpo export" in capsys.readouterr().out
+
+
+def test_best_checkpoint_is_kept(run_config):
+    config = run_config(training={"steps": 4}, checkpoint={"every": 1, "keep": 1}, evaluation={"every": 1})
+    train(parse_config(config))
+    scores = {
+        row["step"]: row["val-core/python/acc/pass@1"]
+        for row in read_metrics(config["output"])
+        if "val-core/python/acc/pass@1" in row and row["step"] > 0
+    }
+    model, best = load_run(config["output"], "best")
+    assert scores[best] == max(scores.values())
+    assert load_run(config["output"], "latest")[1] == 4
+    chex.assert_tree_all_finite(model.params)
+
+
+def test_no_drift_at_learning_rate_zero(run_config, tiny_params):
+    config = run_config(
+        optimizer={"learning_rate": 0.0}, training={"steps": 20}, evaluation={"every": 0, "problems": 1}
+    )
+    train(parse_config(config))
+    params, metrics, _ = learned(config)
+    chex.assert_trees_all_equal(params, jax.tree.map(np.asarray, tiny_params))
+    steps = [row for row in metrics if "lpo/logp_gap_max" in row]
+    assert len(steps) == 20
+    assert max(row["lpo/logp_gap_max"] for row in steps) <= 2e-4
+    assert max(row["lpo/score_abs_max"] for row in steps) <= 2e-4
+
+
+def test_lpo_reverse_on_policy_is_grpo(run_config):
+    """The paper's E.4 with one update per round: one learning curve, to rounding."""
+    curves = {}
+    for name in ("lpo-reverse", "grpo"):
+        config = run_config(output=name, objective={"name": name}, training={"updates_per_step": 1})
+        train(parse_config(config))
+        curves[name] = learned(config)
+    rewards = [[row.get("critic/score/mean") for row in metrics] for _, metrics, _ in curves.values()]
+    assert rewards[0] == rewards[1]
+    chex.assert_trees_all_close(curves["grpo"][0], curves["lpo-reverse"][0], rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", list(objectives.names()))
+def test_every_method_trains(run_config, tiny_params, name):
+    config = run_config(
+        objective={"name": name}, training={"steps": 1}, evaluation={"problems": 1}, checkpoint={"every": 0}
+    )
+    train(parse_config(config))
+    params, metrics, _ = learned(config)
+    row = next(row for row in metrics if "actor/pg_loss" in row)
+    assert np.isfinite(row["actor/pg_loss"]) and row["actor/grad_norm"] > 0
+    assert float(np.abs(params["layers"]["wq"] - tiny_params["layers"]["wq"]).max()) > 1e-4
+
+
+@pytest.mark.parametrize("settings", [{"behaviour": "rescored"}, {"remat": False, "token_budget": 4096}])
+def test_memory_and_scoring_settings_do_not_change_what_is_learned(reference, run_config, settings):
+    config = run_config(training=settings)
+    train(parse_config(config))
+    params, metrics, _ = learned(config)
+    chex.assert_trees_all_close(params, reference[0], rtol=1e-2, atol=1e-3)
+    gaps = [row["lpo/logp_gap_max"] for row in metrics if "lpo/logp_gap_max" in row]
+    assert 0 < max(gaps) <= 2e-4
+
+
+def test_bfloat16_trains(run_config):
+    config = run_config(model={"dtype": "bfloat16"}, training={"steps": 2})
+    train(parse_config(config))
+    params, metrics, _ = learned(config)
+    assert params["embed"].dtype == np.float32  # master weights
+    gaps = [row["lpo/logp_gap_max"] for row in metrics if "lpo/logp_gap_max" in row]
+    assert 1e-4 < max(gaps) < 0.5
+
+
+def test_ragged_prompts_compile_a_stated_number_of_programs(run_config, monkeypatch):
+    """One program for each padded size: here prompts pad to one size and responses to one."""
+    for module, name, static, donated in (
+        (step, "update", (0,), (1,)),
+        (step, "score", (0,), ()),
+        (sampling, "_prefill", (0, 1, 2, 3, 4), ()),
+        (sampling, "_decode", (0, 1, 2, 3), (5, 7)),
+    ):
+        counted = chex.assert_max_traces(getattr(module, name).__wrapped__, n=1)
+        jitted = jax.jit(counted, static_argnums=static, donate_argnums=donated)
+        monkeypatch.setattr(module, name, jitted)
+        if module is step:
+            monkeypatch.setattr(loop, name, jitted)
+    train(parse_config(run_config(evaluation={"problems": 8})))
+
+
+class NotFinite(objectives.get("grpo").__class__):
+    """A method whose gradient is NaN from the start."""
+
+    def __call__(self, stats, scored):
+        loss, metrics = super().__call__(stats, scored)
+        return loss * float("nan"), metrics
+
+
+def test_stops_after_several_gradients_that_are_not_finite(run_config, tiny_params, monkeypatch):
+    broken = NotFinite(**vars(objectives.get("grpo")))
+    monkeypatch.setattr(loop, "check_config", lambda config: broken)
+    config = run_config(training={"max_skipped_updates": 4}, checkpoint={"every": 1})
+    with pytest.raises(RunStopped, match="the last 4 gradients were not finite"):
+        train(parse_config(config))
+    rows = [row for row in read_metrics(config["output"]) if "lpo/skipped_updates" in row]
+    assert [row["lpo/skipped_updates"] for row in rows] == [2, 2]
+    chex.assert_trees_all_equal(load_run(config["output"], "latest")[0].params, tiny_params)
+
+
+def test_failing_verifier_masks_its_sample(run_config, tmp_path, tiny_task):
+    """Responses whose verifier hangs, dies or raises are left out of the simplex, counted, never scored 0."""
+    task = tmp_path / "failing.py"
+    failing = """
+import os, time
+
+def verify(response, row):
+    if response[0] in "0123456789":
+        time.sleep(60)
+    if response[0] in "+-*=":
+        os._exit(3)
+    if response[0] in "xyz":
+        raise ValueError("no idea")
+    return Verdict(len(set(response)) / 6, "wrong")
+"""
+    task.write_text(tiny_task.read_text() + failing)
+    config = run_config(
+        task={"name": "python", "file": str(task)},
+        rewards={"workers": 2, "timeout": 0.3},
+        training={"steps": 1},
+        sampling={"num_responses": 8},
+        evaluation={"problems": 1},
+    )
+    train(parse_config(config))
+    _, metrics, rollouts = learned(config)
+    rows = [json.loads(line) for line in rollouts["1.jsonl"].splitlines()]
+    masked = [row for row in rows if row["outcome"] == "infrastructure"]
+    reasons = " ".join(row["parts"]["reason"] for row in masked)
+    assert "wall-clock limit" in reasons and "died" in reasons and "ValueError: no idea" in reasons
+    assert all(row["target"] == row["policy"] == row["coefficient"] == 0 and not row["valid"] for row in masked)
+    row = next(row for row in metrics if "actor/pg_loss" in row)
+    assert row["reward/outcome/infrastructure"] == pytest.approx(len(masked) / len(rows))
+    assert row["lpo/masked_response_frac"] == pytest.approx(len(masked) / len(rows))
+    assert row["critic/score/min"] > 0  # the masked ones are no zeros
+
+
+def test_warm_start_then_rl(run_config, capsys):
+    warm = {"steps": 6, "batch_size": 8, "learning_rate": 1e-2, "only_below": 0.9}
+    config = run_config(warm_start=warm, training={"steps": 1})
+    train(parse_config(config))
+    rows = read_metrics(Path(config["output"]) / "warm_start")
+    assert rows[-1]["train/loss"] < rows[0]["train/loss"] / 2
+    output = capsys.readouterr().out
+    assert "warm-started with 6 supervised steps" in output
+    assert "cold model" in output and "before" in output and "after 1 steps" in output
+
+
+def test_no_warm_start_where_the_cold_model_succeeds(run_config, capsys):
+    warm = {"steps": 6, "batch_size": 8, "only_below": 0.0}
+    config = run_config(warm_start=warm, training={"steps": 0})
+    train(parse_config(config))
+    assert not (Path(config["output"]) / "warm_start").exists()
+    assert "no warm start" in capsys.readouterr().out
+
+
+def test_sft_learns_and_resumes_exactly(run_config):
+    def config(output, steps):
+        warm = {"steps": steps, "batch_size": 8, "learning_rate": 1e-2}
+        return run_config(output=output, warm_start=warm, evaluation={"every": 0, "problems": 2})
+
+    whole = config("whole", 4)
+    sft(parse_config(whole))
+    losses = [row["train/loss"] for row in read_metrics(whole["output"]) if "train/loss" in row]
+    assert len(losses) == 4 and losses[-1] < 0.7 * losses[0]
+    sft(parse_config(config("parts", 2)))
+    sft(parse_config(config("parts", 4)), resume=True)
+    chex.assert_trees_all_equal(*(load_run(config(name, 4)["output"], "latest")[0].params for name in ("whole", "parts")))
+
+
+@pytest.mark.parametrize(
+    ("section", "keys", "difference"),
+    [
+        ("training", {"prompts_per_step": 8}, "training.prompts_per_step = 8; the run was started with 4"),
+        ("sampling", {"num_responses": 2}, "sampling.num_responses = 2; the run was started with 4"),
+        ("objective", {"name": "grpo"}, "objective.name = 'grpo'; the run was started with 'lpo-forward'"),
+    ],
+)
+def test_changed_settings_are_refused_by_name(run_config, section, keys, difference):
+    train(parse_config(run_config(training={"steps": 0}, evaluation={"problems": 1})))
+    before = sorted(Path(run_config()["output"]).rglob("*"))
+    with pytest.raises(UserError, match=f"cannot resume with {difference}"):
+        train(parse_config(run_config(**{section: keys})), resume=True)
+    assert sorted(Path(run_config()["output"]).rglob("*")) == before
+
+
+def test_changed_data_is_refused(run_config, tmp_path, tiny_task):
+    task = tmp_path / "task.py"
+    task.write_text(tiny_task.read_text())
+    config = run_config(task={"name": "python", "file": str(task)}, training={"steps": 1}, evaluation={"problems": 1})
+    train(parse_config(config))
+    task.write_text(tiny_task.read_text().replace("(0, 24)", "(1, 24)"))
+    with pytest.raises(UserError, match="data_hash was"):
+        train(parse_config(config), resume=True)
+
+
+def test_another_run_is_not_overwritten(run_config):
+    config = run_config(training={"steps": 0}, evaluation={"problems": 1})
+    train(parse_config(config))
+    with pytest.raises(UserError, match="holds a run already; continue it with --resume"):
+        train(parse_config(config))
+
+
+def test_full_disk_keeps_the_checkpoint_before(run_config, tmp_path):
+    """A save that hits the file-size limit stops the run; the step before it can be resumed from."""
+    config = run_config(training={"steps": 2}, evaluation={"every": 0, "problems": 1})
+    train(parse_config(config))
+    good = learned(config)[0]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(run_config(training={"steps": 4}, evaluation={"problems": 1})))
+    limited = (
+        "import resource, sys; from lpo_jax.cli import main; import lpo_jax.training.checkpoint as c\n"
+        "save = c.Checkpoints.save\n"
+        "def full(*args, **kwargs):\n"
+        "    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
+        "    return save(*args, **kwargs)\n"
+        "c.Checkpoints.save = full\n"
+        f"sys.exit(main(['train', {str(tmp_path / 'config.yaml')!r}, '--resume']))"
+    )
+    done = subprocess.run([sys.executable, "-c", limited], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "could not be saved" in done.stderr and "the one of step 2 is intact" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1 and "Traceback" not in done.stderr
+    assert load_run(config["output"], "latest")[1] == 2
+    chex.assert_trees_all_equal(load_run(config["output"], "latest")[0].params, good)
