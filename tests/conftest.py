@@ -51,7 +51,8 @@ def tiny_task(tmp_path_factory):
 
 @pytest.fixture
 def run_config(tmp_path, tiny_model, tiny_task):
-    """The plain values of a config that trains in seconds; keyword arguments replace whole sections' keys."""
+    """The plain values of a config that trains in seconds; keyword arguments change keys of its sections, or
+    replace `model`, `task` and `objective` whole."""
 
     def make(output="run", **sections):
         values = {
@@ -67,7 +68,8 @@ def run_config(tmp_path, tiny_model, tiny_task):
             "rewards": {"workers": 1},
         }
         for section, keys in sections.items():
-            values[section] = {**values.get(section, {}), **keys} if isinstance(keys, dict) else keys
+            whole = section in ("model", "task", "objective")
+            values[section] = keys if whole else {**values.get(section, {}), **keys}
         return values
 
     return make

@@ -19,7 +19,7 @@ CONFIG = ModelConfig(
 )
 
 # Prompts of ragged length; the reward is the share of digits in the response, so that it varies and can be learned.
-VERIFIER = '''
+VERIFIER = """
 from lpo_jax.rewards import Verdict
 
 def dataset(split):
@@ -35,7 +35,7 @@ def solution(row):
 def verify(response, row):
     digits = sum(c.isdigit() for c in response) / max(len(response), 1)
     return Verdict(digits, "pass" if digits >= 0.5 else "wrong", {"length": len(response)})
-'''
+"""
 
 
 def character_tokenizer():

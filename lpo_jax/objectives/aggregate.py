@@ -6,7 +6,7 @@ import jax.numpy as jnp
 AGGREGATIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
 
 
-def token_weights(tokens: jax.Array, aggregation: str, max_tokens: int | None = None) -> jax.Array:
+def token_weights(tokens: jax.Array, aggregation: str, max_tokens: int = 1024) -> jax.Array:
     """Weights W [P,K,T]: the loss is sum W phi(delta, c), where c [P,K] already holds the 1/K of its group.
 
     With n_k tokens in response k, K_p responses and N tokens in all, over prompts that have a token:

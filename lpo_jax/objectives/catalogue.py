@@ -24,7 +24,8 @@ _POLICY_GRADIENT = {
     "epsilon_low": 0.2,
     "epsilon_high": 0.2,
     "aggregation": "seq-mean-token-mean",
-    "max_tokens": None,
+    # Of "seq-mean-token-sum-norm": a constant scale. `lpo train` sets it to the run's response budget.
+    "max_tokens": 1024,
     **_SHARED,
 }
 
@@ -69,11 +70,6 @@ def _listwise(divergence: str) -> Callable[[str, Mapping[str, Any]], Objective]:
 
 def _policy_gradient(rule: str) -> Callable[[str, Mapping[str, Any]], Objective]:
     def build(name: str, options: Mapping[str, Any]) -> Objective:
-        if options["aggregation"] == "seq-mean-token-sum-norm" and options["max_tokens"] is None:
-            raise ValueError(
-                f"{name}: aggregation 'seq-mean-token-sum-norm' divides by a constant: "
-                "set max_tokens to the run's response budget"
-            )
         return Objective(
             name,
             rule=rule,
@@ -130,7 +126,6 @@ CATALOGUE = {
         "code",
         _policy_gradient("dr-grpo"),
         _POLICY_GRADIENT | {"aggregation": "seq-mean-token-sum-norm"},
-        ("K >= 2", "max_tokens"),
     ),
     "maxrl": Method(
         "c = -A / K, A = (R - mu) / mu; PPO clip",
@@ -170,7 +165,7 @@ def get(name: str, **options: Any) -> Objective:
       with the same arguments, so it may be a static argument of a jitted function.
 
     Raises:
-      ValueError: one line: an unknown name or option, a value out of range, or a missing `max_tokens`.
+      ValueError: one line: an unknown name or option, or a value out of range.
     """
     if name not in CATALOGUE:
         known = ", ".join(CATALOGUE)
@@ -206,8 +201,8 @@ def _between(low: float, high: float) -> Callable[[Any], str | None]:
     return problem
 
 
-def _count_or_none(value: Any) -> str | None:
-    if value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+def _count(value: Any) -> str | None:
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
         return None
     return f"must be a whole number of tokens, 1 or more, got {value!r}"
 
@@ -221,7 +216,7 @@ OPTIONS: Mapping[str, Callable[[Any], str | None]] = {
     "epsilon_low": _between(0, 1),
     "epsilon_high": _between(0, math.inf),
     "aggregation": _one_of(*AGGREGATIONS),
-    "max_tokens": _count_or_none,
+    "max_tokens": _count,
     "ddof": _one_of(0, 1),
     "temperature_floor": _between(0, math.inf),
     "degenerate": _one_of("keep", "mask"),

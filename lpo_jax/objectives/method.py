@@ -57,7 +57,7 @@ class Objective:
     divergence: Divergence | None
     gate: Gate
     aggregation: str
-    max_tokens: int | None = None
+    max_tokens: int = 1024
     score: str = "mean"
     ddof: int = 0
     temperature_floor: float = TEMPERATURE_FLOOR

@@ -113,9 +113,9 @@ class Sampler:
         )
         storage = min(FIRST_STORAGE, max_tokens)
         own_kv = _empty_storage(self.config, (*rows.lengths.shape, storage), jnp.dtype(self.dtype))
-        done = 1
+        looked, done = 0, 1  # tokens searched for stop strings, tokens drawn
         while True:
-            rows = self._apply_stops(rows, stop)
+            rows, looked = self._apply_stops(rows, stop, looked), done
             if done >= max_tokens or bool(rows.ended.all()):
                 break
             if done >= storage:
@@ -126,17 +126,19 @@ class Sampler:
             done = limit
         return _to_host(rows, active)
 
-    def _apply_stops(self, rows: Rows, stop: Sequence[str]) -> Rows:
-        """Ends rows whose text holds a stop string, cutting them behind the token that completed it."""
+    def _apply_stops(self, rows: Rows, stop: Sequence[str], looked: int) -> Rows:
+        """Ends rows whose text holds a stop string, cutting them behind the token that completed it.
+
+        Rows of more than `looked` tokens have grown since the last look, those an end token has ended included.
+        """
         if not stop:
             return rows
         tokens, lengths, ended = (
             np.array(x) for x in jax.device_get((rows.tokens, rows.lengths, rows.ended))
         )
-        for p, k in np.argwhere(~ended):
+        for p, k in np.argwhere(lengths > looked):
             ids = tokens[p, k, : lengths[p, k]].tolist()
-            text = self.decode(ids)
-            if any(s in text for s in stop):
+            if any(s in self.decode(ids) for s in stop):
                 lengths[p, k] = _completes(self.decode, ids, stop)
                 ended[p, k] = True
         keep = np.arange(tokens.shape[-1]) < lengths[..., None]

@@ -95,24 +95,18 @@ class Checkpoints:
         return self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
 
     def restore(self, step: int, abstract_state: Any) -> Any:
-        """The train state (or any subtree that `abstract_state` names), placed as it says."""
-        restored = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
+        """The train state of a checkpoint, on the default device."""
+        restored = ocp.args.Composite(state=ocp.args.StandardRestore(_on_default_device(abstract_state)))
         return self._manager.restore(step, args=restored)["state"]
 
     def restore_params(self, step: int, abstract_params: Any) -> Any:
         """The parameters alone: the optimizer's arrays are not read."""
-        path = self.directory / str(step) / "state"
+        item = {"params": _on_default_device(abstract_params)}
+        arguments = jax.tree.map(lambda p: ocp.ArrayRestoreArgs(dtype=p.dtype, sharding=p.sharding), item)
         with ocp.PyTreeCheckpointer() as checkpointer:
             restored = checkpointer.restore(
-                path,
-                args=ocp.args.PyTreeRestore(
-                    item={"params": abstract_params},
-                    restore_args=jax.tree.map(
-                        lambda p: ocp.ArrayRestoreArgs(dtype=p.dtype, sharding=getattr(p, "sharding", None)),
-                        {"params": abstract_params},
-                    ),
-                    partial_restore=True,
-                ),
+                self.directory / str(step) / "state",
+                args=ocp.args.PyTreeRestore(item=item, restore_args=arguments, partial_restore=True),
             )
         return restored["params"]
 
@@ -166,3 +160,8 @@ def load_model_or_run(name: str) -> Model:
     if (Path(name) / "run.json").is_file():
         return load_run(name)[0]
     return load_model(name)
+
+
+def _on_default_device(abstract: Any) -> Any:
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract)

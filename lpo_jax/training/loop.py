@@ -47,13 +47,13 @@ def train(config: Config, *, resume: bool = False) -> None:
             make_optimizer(config.optimizer, config.training.total_updates),
             config.sampling.temperature,
         )
-        with run, Recorder(session, run, config.training.steps) as recorder, Signals() as signals:
+        with run, Signals() as signals, Recorder(session, run, signals, config.training.steps) as recorder:
             introduce(session, setup, recorder.progress)
             position = recorder.restore(session.abstract_state(setup.optimizer)) or begin(
                 session, setup, recorder
             )
             data = session.prompts(config.training.prompts_per_step, position.data)
-            recorder.drive(position, lambda at: take_step(session, setup, at, data, recorder, signals))
+            recorder.drive(position, lambda at: take_step(session, setup, at, data, recorder))
             recorder.finish(position)
 
 
@@ -64,7 +64,6 @@ def begin(session: Session, setup: Update, recorder: Recorder) -> Position:
     if warm.steps:
         cold = recorder.evaluate(position, "cold model").score
         if cold > warm.only_below:
-            position.evaluated = True
             recorder.progress.log(f"the cold model passes {cold:.1%} of held-out samples: no warm start")
         else:
             recorder.progress.log(
@@ -72,10 +71,11 @@ def begin(session: Session, setup: Update, recorder: Recorder) -> Position:
                 f"is warm-started with {warm.steps} supervised steps on the task's own solutions"
             )
             params = warm_start(session, position.state.params, run=recorder.run, progress=recorder.progress)
-            position.state = TrainState(params, None)
+            position.state, position.evaluated = TrainState(params, None), False
     position.state = session.with_optimizer(position.state.params, setup.optimizer)
     if warm.steps and not position.evaluated:
-        recorder.checkpoints.save(0, position.state, position.record())
+        with recorder.signals.deferred():
+            recorder.save(position)
     return position
 
 
@@ -85,7 +85,6 @@ def take_step(
     position: Position,
     data: tasks.PromptIterator,
     recorder: Recorder,
-    signals: Signals,
 ) -> None:
     """One sampling round and its updates; moves `position` one step on."""
     config, step = session.config, position.step + 1
@@ -111,7 +110,7 @@ def take_step(
         rollouts, rescored_gap = rescored(setup, position.state.params, rollouts)
     learning = time.perf_counter()
 
-    with signals.deferred():  # parameters, position and files move on together
+    with recorder.signals.deferred():  # parameters, position and files move on together
         state, metrics, views = position.state, [], []
         for index, minibatch in enumerate(split(rollouts, training.updates_per_step)):
             used = TokenStats(minibatch.scored.behaviour_logp)

@@ -17,7 +17,7 @@ from lpo_jax.evaluation.metrics import paired_difference, summarise
 from lpo_jax.objectives import Listwise
 from lpo_jax.training import measure
 from lpo_jax.training.checkpoint import Checkpoints
-from lpo_jax.training.run import Interrupted, RunDirectory
+from lpo_jax.training.run import Interrupted, RunDirectory, Signals
 from lpo_jax.training.session import Session
 from lpo_jax.training.step import TrainState
 
@@ -61,8 +61,8 @@ class Position:
 class Recorder:
     """The outward side of a run: files, checkpoints, progress line."""
 
-    def __init__(self, session: Session, run: RunDirectory, total_steps: int):
-        self.session, self.run, self.total = session, run, total_steps
+    def __init__(self, session: Session, run: RunDirectory, signals: Signals, total_steps: int):
+        self.session, self.run, self.signals, self.total = session, run, signals, total_steps
         self.config = session.config
         self.console = reporting.console()
 
@@ -104,27 +104,26 @@ class Recorder:
                     break
                 take_step(position)
         except Interrupted:
-            self.checkpoints.save(position.step, position.state, position.record())
+            self.save(position)
             self.checkpoints.wait()
             raise
 
+    def save(self, position: Position, score: float | None = None) -> None:
+        """Saves the position unless its step is saved already."""
+        self.checkpoints.save(position.step, position.state, position.record(), score)
+
     def _evaluate_and_save(self, position: Position) -> None:
         step, last = position.step, position.step >= self.total
-        every = self.config.evaluation.every
-        score = None
-        if not position.evaluated and (step == 0 or last or (every and step % every == 0)):
-            score = self.evaluate(
-                position, "before" if step == 0 else f"after {step} steps" if last else None
-            ).score
-            position.evaluated = True
-        better = step > 0 and score is not None and (position.best is None or score > position.best)
-        if better:
-            position.best = score
-        every = self.config.checkpoint.every
-        if step > 0 and (better or last or (every and step % every == 0)):
-            with measure.stopwatch() as seconds:
-                self.checkpoints.save(step, position.state, position.record(), score)
-            self.writer.write(step, {"timing_s/save_checkpoint": seconds()})
+        score, better = None, False
+        if not position.evaluated and (step == 0 or last or _due(step, self.config.evaluation.every)):
+            label = "before" if step == 0 else f"after {step} steps" if last else None
+            score = self.evaluate(position, label).score
+            better = step > 0 and (position.best is None or score > position.best)
+            position.best = score if better else position.best
+        if step > 0 and (better or last or _due(step, self.config.checkpoint.every)):
+            with self.signals.deferred(), measure.stopwatch() as seconds:
+                self.save(position, score)
+                self.writer.write(step, {"timing_s/save_checkpoint": seconds()})
 
     def evaluate(self, position: Position, label: str | None = None) -> Evaluation:
         """Held-out evaluation of the current parameters: a metrics row, its responses, maybe a milestone."""
@@ -132,11 +131,13 @@ class Recorder:
         with measure.stopwatch() as seconds:
             evaluation = self.session.evaluate(position.state.params)
         row = measure.evaluation_metrics(self.session.task.name, evaluation)
-        self.writer.write_samples(position.step, evaluation.records, folder="validation")
-        self.writer.write(position.step, row | {"timing_s/testing": seconds()})
+        with self.signals.deferred():  # the position is evaluated when its row is written
+            self.writer.write_samples(position.step, evaluation.records, folder="validation")
+            self.writer.write(position.step, row | {"timing_s/testing": seconds()})
+            position.evaluated = True
+            if label:
+                position.add_milestone(label, evaluation)
         self.progress.update(position.step, row)
-        if label:
-            position.add_milestone(label, evaluation)
         return evaluation
 
     def write_step(self, step: int, row: dict[str, float], batch: Collected, views: list[Listwise]) -> None:
@@ -189,6 +190,10 @@ class Recorder:
     def _example_prompt(self) -> str:
         prompt = self.session.task.prompt(self.session.heldout_rows[0])
         return prompt if isinstance(prompt, str) else prompt[-1]["content"]
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
 
 
 def rollout_records(batch: Collected, views: list[Listwise]) -> list[dict]:

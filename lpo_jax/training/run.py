@@ -103,8 +103,9 @@ def read_config(run: str | Path) -> Config:
     return parse_config(yaml.safe_load(path.read_text()), str(path))
 
 
-class Interrupted(Exception):
-    """SIGTERM or Ctrl-C, raised where nothing is half done."""
+class Interrupted(BaseException):
+    """SIGTERM or Ctrl-C, raised where nothing is half done. Like KeyboardInterrupt no `Exception`, so that no
+    library takes it for an error of its own."""
 
 
 class Signals:

@@ -42,7 +42,7 @@ def sft(config: Config, *, resume: bool = False) -> None:
     with open_session(config) as session:
         check_solutions(session)
         setup = supervised_update(session)
-        with run, Recorder(session, run, warm.steps) as recorder, Signals() as signals:
+        with run, Signals() as signals, Recorder(session, run, signals, warm.steps) as recorder:
             position = recorder.restore(session.abstract_state(setup.optimizer)) or Position(
                 session.with_optimizer(session.load_params(), setup.optimizer)
             )

@@ -1,6 +1,7 @@
 """The table of names: complete, strict, and the source of the documentation."""
 
 import math
+from pathlib import Path
 
 import pytest
 
@@ -91,3 +92,8 @@ def test_markdown_documents_every_row():
         (line,) = [line for line in lines if line.startswith(f"| `{metric.name}`")]
         assert line.replace("\\|", "").count("|") == 4  # three cells, whatever bars the meaning holds
         assert ("†" in line) == metric.timing
+
+
+def test_the_document_is_the_table():
+    document = Path(__file__).parents[2] / "docs" / "metrics.md"
+    assert document.read_text() == N.markdown(), "write metric_names.markdown() to docs/metrics.md"

@@ -25,12 +25,17 @@ from lpo_jax.training.checkpoint import load_run
 from lpo_jax.training.loop import train
 from lpo_jax.training.sft import sft
 
+# A large epsilon makes Adam smooth in the gradient, so that rounding stays rounding over several steps.
+SMOOTH = {"learning_rate": 1e-2, "eps": 1e-1}
+
 
 def learned(config):
     """What a run leaves that must not depend on how it was interrupted: parameters, metrics, rollouts."""
     run = Path(config["output"])
     rows = [{k: v for k, v in row.items() if not is_timing(k)} for row in read_metrics(run)]
-    rollouts = {p.name: p.read_text() for folder in ("rollouts", "validation") for p in (run / folder).iterdir()}
+    rollouts = {
+        p.name: p.read_text() for folder in ("rollouts", "validation") for p in (run / folder).iterdir()
+    }
     return load_run(run, "latest")[0].params, [row for row in rows if len(row) > 1], rollouts
 
 
@@ -44,7 +49,9 @@ def start(config, path, *arguments):
     """`lpo train` in a process of its own."""
     path.write_text(yaml.safe_dump(config))
     command = [sys.executable, "-m", "lpo_jax.cli", "train", str(path), *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ)
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ
+    )
 
 
 def wait_for_step(config, number, process):
@@ -169,12 +176,14 @@ def test_lpo_reverse_on_policy_is_grpo(run_config):
     """The paper's E.4 with one update per round: one learning curve, to rounding."""
     curves = {}
     for name in ("lpo-reverse", "grpo"):
-        config = run_config(output=name, objective={"name": name}, training={"updates_per_step": 1})
+        config = run_config(
+            output=name, objective={"name": name}, training={"updates_per_step": 1}, optimizer=SMOOTH
+        )
         train(parse_config(config))
         curves[name] = learned(config)
     rewards = [[row.get("critic/score/mean") for row in metrics] for _, metrics, _ in curves.values()]
     assert rewards[0] == rewards[1]
-    chex.assert_trees_all_close(curves["grpo"][0], curves["lpo-reverse"][0], rtol=1e-3, atol=2e-5)
+    chex.assert_trees_all_close(curves["grpo"][0], curves["lpo-reverse"][0], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", list(objectives.names()))
@@ -189,18 +198,26 @@ def test_every_method_trains(run_config, tiny_params, name):
     assert float(np.abs(params["layers"]["wq"] - tiny_params["layers"]["wq"]).max()) > 1e-4
 
 
-@pytest.mark.parametrize("settings", [{"behaviour": "rescored"}, {"remat": False, "token_budget": 4096}])
-def test_memory_and_scoring_settings_do_not_change_what_is_learned(reference, run_config, settings):
-    config = run_config(training=settings)
-    train(parse_config(config))
-    params, metrics, _ = learned(config)
-    chex.assert_trees_all_close(params, reference[0], rtol=1e-2, atol=1e-3)
-    gaps = [row["lpo/logp_gap_max"] for row in metrics if "lpo/logp_gap_max" in row]
-    assert 0 < max(gaps) <= 2e-4
+def test_memory_and_scoring_settings_do_not_change_what_is_learned(run_config):
+    ends = []
+    for number, settings in enumerate(
+        [{}, {"behaviour": "rescored"}, {"remat": False, "token_budget": 4096}]
+    ):
+        config = run_config(
+            output=str(number), training=settings, optimizer=SMOOTH, evaluation={"problems": 1}
+        )
+        train(parse_config(config))
+        params, metrics, _ = learned(config)
+        ends.append(params)
+        gaps = [row["lpo/logp_gap_max"] for row in metrics if "lpo/logp_gap_max" in row]
+        assert 0 < max(gaps) <= 2e-4
+    chex.assert_trees_all_close(ends[0], ends[1], rtol=1e-4, atol=1e-5)
+    chex.assert_trees_all_close(ends[0], ends[2], rtol=1e-4, atol=1e-5)
 
 
 def test_bfloat16_trains(run_config):
-    config = run_config(model={"dtype": "bfloat16"}, training={"steps": 2})
+    config = run_config(training={"steps": 2})
+    config["model"]["dtype"] = "bfloat16"
     train(parse_config(config))
     params, metrics, _ = learned(config)
     assert params["embed"].dtype == np.float32  # master weights
@@ -272,7 +289,9 @@ def verify(response, row):
     masked = [row for row in rows if row["outcome"] == "infrastructure"]
     reasons = " ".join(row["parts"]["reason"] for row in masked)
     assert "wall-clock limit" in reasons and "died" in reasons and "ValueError: no idea" in reasons
-    assert all(row["target"] == row["policy"] == row["coefficient"] == 0 and not row["valid"] for row in masked)
+    assert all(
+        row["target"] == row["policy"] == row["coefficient"] == 0 and not row["valid"] for row in masked
+    )
     row = next(row for row in metrics if "actor/pg_loss" in row)
     assert row["reward/outcome/infrastructure"] == pytest.approx(len(masked) / len(rows))
     assert row["lpo/masked_response_frac"] == pytest.approx(len(masked) / len(rows))
@@ -309,7 +328,9 @@ def test_sft_learns_and_resumes_exactly(run_config):
     assert len(losses) == 4 and losses[-1] < 0.7 * losses[0]
     sft(parse_config(config("parts", 2)))
     sft(parse_config(config("parts", 4)), resume=True)
-    chex.assert_trees_all_equal(*(load_run(config(name, 4)["output"], "latest")[0].params for name in ("whole", "parts")))
+    chex.assert_trees_all_equal(
+        *(load_run(config(name, 4)["output"], "latest")[0].params for name in ("whole", "parts"))
+    )
 
 
 @pytest.mark.parametrize(
@@ -331,7 +352,9 @@ def test_changed_settings_are_refused_by_name(run_config, section, keys, differe
 def test_changed_data_is_refused(run_config, tmp_path, tiny_task):
     task = tmp_path / "task.py"
     task.write_text(tiny_task.read_text())
-    config = run_config(task={"name": "python", "file": str(task)}, training={"steps": 1}, evaluation={"problems": 1})
+    config = run_config(
+        task={"name": "python", "file": str(task)}, training={"steps": 1}, evaluation={"problems": 1}
+    )
     train(parse_config(config))
     task.write_text(tiny_task.read_text().replace("(0, 24)", "(1, 24)"))
     with pytest.raises(UserError, match="data_hash was"):
@@ -350,7 +373,9 @@ def test_full_disk_keeps_the_checkpoint_before(run_config, tmp_path):
     config = run_config(training={"steps": 2}, evaluation={"every": 0, "problems": 1})
     train(parse_config(config))
     good = learned(config)[0]
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(run_config(training={"steps": 4}, evaluation={"problems": 1})))
+    (tmp_path / "config.yaml").write_text(
+        yaml.safe_dump(run_config(training={"steps": 4}, evaluation={"problems": 1}))
+    )
     limited = (
         "import resource, sys; from lpo_jax.cli import main; import lpo_jax.training.checkpoint as c\n"
         "save = c.Checkpoints.save\n"

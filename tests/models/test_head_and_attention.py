@@ -1,0 +1,80 @@
+"""Chunked log-probs and blocked, merged attention against their plain twins."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lpo_jax.models import attention, head
+
+rng = np.random.default_rng(0)
+
+
+def normal(*shape):
+    return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 16, 37])
+def test_chunked_log_probs_equal_plain_ones(monkeypatch, rows):
+    """More rows than a chunk, ragged last chunk, values and gradients."""
+    monkeypatch.setattr(head, "CHUNK_ELEMENTS", 1)  # 16 tokens a chunk
+    hidden, unembed = normal(rows, 8), normal(50, 8)
+    targets = jnp.asarray(rng.integers(0, 50, rows))
+    weights = normal(rows)
+
+    def plain(hidden, unembed):
+        logp = jax.nn.log_softmax(hidden @ unembed.T / 0.7)
+        return logp[jnp.arange(rows), targets], -(jnp.exp(logp) * logp).sum(-1)
+
+    def chunked(hidden, unembed):
+        return head.token_log_probs(hidden, unembed, targets, 0.7)
+
+    chex.assert_trees_all_close(chunked(hidden, unembed), plain(hidden, unembed), atol=1e-5)
+    slope = lambda f: jax.grad(lambda *a: (weights * f(*a)[0] + f(*a)[1]).sum(), (0, 1))(hidden, unembed)  # noqa: E731
+    chex.assert_trees_all_close(slope(chunked), slope(plain), atol=1e-4, rtol=1e-4)
+
+
+def test_no_array_of_all_tokens_by_vocabulary():
+    """At V = 152k and 16k tokens the gradient's largest buffer is one chunk, not tokens x V."""
+    R, D, V = 16384, 64, 152_064
+    shapes = (jax.ShapeDtypeStruct((R, D), jnp.float32), jax.ShapeDtypeStruct((V, D), jnp.float32))
+    targets = jnp.zeros(R, jnp.int32)
+    loss = lambda h, u: head.token_log_probs(h, u, targets)[0].sum()  # noqa: E731
+    compiled = jax.jit(jax.grad(loss, (0, 1))).lower(*shapes).compile()
+    memory = compiled.memory_analysis().temp_size_in_bytes
+    assert memory < 16 * head.CHUNK_ELEMENTS  # four chunks of float32; tokens x V would be 10 GB
+    assert f"{R},{V}" not in compiled.as_text()
+
+
+def plain_attention(q, k, v, mask):
+    k, v = (jnp.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
+    scores = jnp.einsum("bxhn,byhn->bhxy", q, k) / np.sqrt(q.shape[-1])
+    weights = jax.nn.softmax(jnp.where(mask[:, None], scores, -jnp.inf))
+    return jnp.einsum("bhxy,byhn->bxhn", weights, v)
+
+
+def test_query_blocks_equal_one_block(monkeypatch):
+    q, k, v = normal(2, 11, 4, 8), normal(2, 11, 2, 8), normal(2, 11, 2, 8)
+    mask = jnp.tri(11, dtype=bool)[None]
+    want = plain_attention(q, k, v, jnp.broadcast_to(mask, (2, 11, 11)))
+    run = lambda q: attention.attend(q, k, v, mask)[0]  # noqa: E731
+    chex.assert_trees_all_close(run(q), want, atol=1e-5)
+    slope = jax.grad(lambda q: (run(q) ** 2).sum())(q)
+    monkeypatch.setattr(attention, "QUERY_BLOCK", 4)
+    chex.assert_trees_all_close(run(q), want, atol=1e-5)
+    chex.assert_trees_all_close(jax.grad(lambda q: (run(q) ** 2).sum())(q), slope, atol=1e-4)
+
+
+def test_merged_sources_equal_one_source():
+    q, k, v = normal(2, 5, 4, 8), normal(2, 9, 2, 8), normal(2, 9, 2, 8)
+    mask = jnp.asarray(rng.random((2, 5, 9)) < 0.6).at[:, :, 8].set(True)
+    parts = [attention.attend(q, k[:, a:b], v[:, a:b], mask[..., a:b]) for a, b in ((0, 4), (4, 9))]
+    chex.assert_trees_all_close(attention.merge(parts), plain_attention(q, k, v, mask), atol=1e-5)
+
+
+def test_source_without_a_key_has_no_weight():
+    q, k, v = normal(1, 2, 2, 4), normal(1, 3, 2, 4), normal(1, 3, 2, 4)
+    nothing = attention.attend(q, 1e3 * k, 1e3 * v, jnp.zeros((1, 2, 3), bool))
+    something = attention.attend(q, k, v, jnp.ones((1, 2, 3), bool))
+    chex.assert_trees_all_close(attention.merge([nothing, something]), something[0])

@@ -1,0 +1,217 @@
+"""Sampling: the right distribution, the same tokens whatever the batch, log-probs that scoring agrees with."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lpo_jax.errors import UserError
+from lpo_jax.models import decoder
+from lpo_jax.sampling import Sampler, Sampling
+from lpo_jax.sampling import generate as generation
+from lpo_jax.sampling.padding import bucket, pad_prompts
+from lpo_jax.sampling.text import encode, prompt_ids
+
+P, K, T = 4, 3, 12
+PROMPTS = [[5], [9, 30, 11, 7, 8, 40, 3], [12, 13, 14], [20, 21, 22, 23, 24]]
+EOS = (1, 17)  # two of them
+
+
+@pytest.fixture(scope="module")
+def sample(tiny_config, tiny_params):
+    sampler = Sampler(tiny_config, EOS, decode=lambda ids: "".join(chr(97 + i % 26) for i in ids))
+    weights = sampler.prepare(tiny_params)
+
+    def run(prompts=PROMPTS, ids=None, **options):
+        padded, lengths = pad_prompts(prompts, 64)
+        options = {"num_responses": K, "max_tokens": T, "seed": 3, "step": 2} | options
+        ids = np.arange(len(prompts)) if ids is None else ids
+        return sampler(weights, padded, lengths, np.array(ids), **options)
+
+    return run
+
+
+def teacher_forced(config, params, prompt, response, temperature=1.0):
+    """Log-probs of a response from plain logits of prompt and response in one unpadded row."""
+    ids = jnp.array([prompt + response])
+    logp = jax.nn.log_softmax(decoder.logits(config, params, ids) / temperature)[0]
+    return logp[jnp.arange(len(prompt) - 1, ids.shape[1] - 1), jnp.array(response)]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_log_probs_equal_teacher_forced_ones(sample, tiny_config, tiny_params, temperature):
+    got = sample(sampling=Sampling(temperature))
+    for p, prompt in enumerate(PROMPTS):
+        for k in range(K):
+            want = teacher_forced(tiny_config, tiny_params, prompt, got.ids(p, k), temperature)
+            chex.assert_trees_all_close(got.log_probs[p, k, : got.lengths[p, k]], want, atol=2e-4)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(top_k=3), Sampling(0.8, top_p=0.5), Sampling(min_p=0.2)])
+def test_truncated_log_probs_are_those_of_what_was_sampled_from(sample, tiny_config, tiny_params, sampling):
+    got = sample(sampling=sampling)
+    for p, prompt in enumerate(PROMPTS):
+        ids = got.ids(p, 0)
+        logits = decoder.logits(tiny_config, tiny_params, jnp.array([prompt + ids]))[0, len(prompt) - 1 : -1]
+        kept = sampling.logits(logits)
+        want = jax.nn.log_softmax(kept)[jnp.arange(len(ids)), jnp.array(ids)]
+        assert np.isfinite(want).all()
+        chex.assert_trees_all_close(got.log_probs[p, 0, : len(ids)], want, atol=5e-4)
+
+
+def test_a_row_is_the_same_alone_and_in_any_batch(sample):
+    together = sample(ids=[10, 11, 12, 13])
+    for p, prompt in enumerate(PROMPTS):
+        alone = sample([prompt], ids=[10 + p])
+        for k in range(K):
+            assert alone.ids(0, k) == together.ids(p, k)
+    order = [2, 0, 3, 1]
+    shuffled = sample([PROMPTS[p] for p in order], ids=[10 + p for p in order])
+    for at, p in enumerate(order):
+        assert [shuffled.ids(at, k) for k in range(K)] == [together.ids(p, k) for k in range(K)]
+    fewer = sample(ids=[10, 11, 12, 13], num_responses=2)
+    assert fewer.ids(1, 1) == together.ids(1, 1)
+
+
+def test_storage_growth_and_chunks_change_nothing(sample, monkeypatch):
+    whole = sample()
+    monkeypatch.setattr(generation, "FIRST_STORAGE", 2)
+    monkeypatch.setattr(generation, "STOP_CHECK", 3)
+    for other in (sample(), sample(stop=["never to be seen"])):
+        np.testing.assert_array_equal(whole.tokens, other.tokens)
+        np.testing.assert_allclose(whole.log_probs, other.log_probs, atol=1e-5)
+
+
+def test_seed_step_prompt_and_k_each_matter(sample):
+    base = sample().tokens
+    assert (sample(seed=4).tokens != base).any() and (sample(step=3).tokens != base).any()
+    assert (sample(ids=[7, 8, 9, 6]).tokens != base).any()
+    same = sample([PROMPTS[1]] * 3, ids=[0, 1, 2])
+    assert len({tuple(same.ids(p, k)) for p in range(3) for k in range(K)}) == 3 * K
+
+
+def test_every_end_token_ends_and_is_kept(sample):
+    got = sample(num_responses=64, max_tokens=32)
+    ended_by = {got.ids(p, k)[-1] for p in range(P) for k in range(64) if got.finished[p, k]}
+    assert ended_by == set(EOS)
+    for p in range(P):
+        for k in range(64):
+            ids = got.ids(p, k)
+            assert not set(EOS) & set(ids[:-1])
+            assert got.finished[p, k] == (ids[-1] in EOS) and (got.finished[p, k] or len(ids) == 32)
+    assert (got.tokens[~got.mask] == 0).all() and (got.log_probs[~got.mask] == 0).all()
+
+
+def test_stop_string_keeps_the_token_that_completes_it(sample, monkeypatch):
+    text = lambda ids: "".join(chr(97 + i % 26) for i in ids)  # noqa: E731
+    free, stopped = sample(num_responses=16), sample(num_responses=16, stop=["q", "ab"])
+    hits = 0
+    for p in range(P):
+        for k in range(16):
+            ids, full = stopped.ids(p, k), free.ids(p, k)
+            assert full[: len(ids)] == ids
+            met = [n for n in range(1, len(full) + 1) if "q" in text(full[:n]) or "ab" in text(full[:n])]
+            assert len(ids) == (met[0] if met else len(full))
+            hits += bool(met)
+            assert stopped.finished[p, k] == (bool(met) or free.finished[p, k])
+    assert hits > 5
+
+
+def test_inactive_prompts_are_not_sampled(sample):
+    got = sample(active=np.array([True, False, True, False]))
+    assert (got.lengths[[1, 3]] == 0).all() and (got.lengths[[0, 2]] > 0).all() and not got.finished[1].any()
+
+
+def test_greedy_takes_the_likeliest_token(sample, tiny_config, tiny_params):
+    got = sample(sampling=Sampling(0.0), num_responses=1)
+    ids = got.ids(1, 0)
+    logits = decoder.logits(tiny_config, tiny_params, jnp.array([PROMPTS[1] + ids]))[
+        0, len(PROMPTS[1]) - 1 : -1
+    ]
+    assert jnp.argmax(logits, -1).tolist() == ids
+
+
+@pytest.mark.parametrize(
+    "sampling", [Sampling(), Sampling(0.7, top_k=5), Sampling(top_p=0.5), Sampling(min_p=0.3)]
+)
+def test_draws_follow_the_distribution(sampling):
+    """Frequencies of 40,000 draws from 600 tokens (three blocks of the inverse CDF, the last one ragged)."""
+    logits = jnp.asarray(1.5 * np.random.default_rng(0).normal(size=600), jnp.float32)
+    n = 40_000
+    keys = jax.random.split(jax.random.key(1), n)
+    tokens, log_probs = jax.jit(sampling.draw)(keys, jnp.broadcast_to(logits, (n, 600)))
+    want = jax.nn.softmax(sampling.logits(logits[None])[0])
+    counts = np.bincount(np.asarray(tokens), minlength=600)
+    assert (counts[np.asarray(want) == 0] == 0).all()
+    deviation = (counts / n - want) / np.sqrt(np.maximum(want * (1 - want), 1e-9) / n)
+    assert np.abs(deviation).max() < 5
+    chex.assert_trees_all_close(log_probs, jnp.log(want[tokens]), atol=1e-5)
+
+
+def test_top_p_keeps_the_smallest_set_that_reaches_p():
+    logits = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]]))
+    kept = lambda p: jnp.isfinite(Sampling(top_p=p).logits(logits))[0].tolist()  # noqa: E731
+    assert kept(0.4) == [True, False, False, False]
+    assert kept(0.6) == [True, True, False, False]
+    assert kept(0.9) == [True, True, True, False]
+    assert jnp.isfinite(Sampling(top_p=1e-6).logits(logits)).sum() == 1
+
+
+@pytest.mark.parametrize("wrong", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_k": -1}, {"min_p": 1.0}])
+def test_impossible_settings_are_refused(wrong):
+    with pytest.raises(UserError, match=next(iter(wrong))):
+        Sampling(**wrong)
+
+
+def test_buckets_are_few():
+    assert [bucket(n, 100) for n in (1, 16, 17, 64, 65, 100)] == [16, 16, 32, 64, 100, 100]
+    assert bucket(3, 5) == 5
+    assert len({bucket(n, 4096) for n in range(1, 4097)}) == 9
+
+
+def test_generate_texts(tiny_model):
+    import lpo_jax
+
+    model = lpo_jax.load_model(str(tiny_model))
+    prompts = ["say xx1", "say 23", "say xx1"]
+    got = model.generate(prompts, num_responses=2, max_tokens=8, seed=5)
+    assert got.tokens.shape[:2] == (3, 2) and len(got.texts) == 3 and got.finished.shape == (3, 2)
+    assert got.texts[0][0] == model.tokenizer.decode(got.ids(0, 0), skip_special_tokens=True)
+    assert got.texts[0] != got.texts[2]  # the same prompt twice draws twice
+    alone = model.generate(prompts[1:2], num_responses=2, max_tokens=8, seed=5)
+    assert alone.texts[0] == got.texts[1]
+    with pytest.raises(UserError, match="prompt 0 has 200 tokens"):
+        model.generate(["x" * 200])
+    with pytest.raises(UserError, match="list of at least one"):
+        model.generate("a text")
+    with pytest.raises(UserError, match="no chat template"):
+        model.generate([[{"role": "user", "content": "hi"}]])
+
+
+def test_prompt_ids_tell_duplicates_apart():
+    ids = prompt_ids([[1, 2], [3], [1, 2]])
+    assert len(set(ids.tolist())) == 3
+    assert prompt_ids([[3]])[0] == ids[1]
+
+
+class Beginning:
+    """A tokenizer that puts token 0 before raw text, as Llama's does, and whose chat template does the same."""
+
+    chat_template = "{{ messages }}"
+
+    def encode(self, text, add_special_tokens=True):
+        return [0] * add_special_tokens + [0 if c == "^" else ord(c) for c in text]
+
+    def apply_chat_template(self, messages, tokenize, add_generation_prompt, continue_final_message):
+        return "^" + "".join(m["content"] for m in messages) + ">" * add_generation_prompt
+
+
+def test_every_prompt_has_one_beginning():
+    user, assistant = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "so"}
+    for prompt in ("hi", [user], [user, assistant]):
+        ids = encode(Beginning(), prompt)
+        assert ids.count(0) == 1 and ids[0] == 0
+    assert encode(Beginning(), [user])[-1] == ord(">") and encode(Beginning(), [user, assistant])[-1] == ord(
+        "o"
+    )
