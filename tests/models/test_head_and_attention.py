@@ -18,7 +18,7 @@ def normal(*shape):
 @pytest.mark.parametrize("rows", [1, 7, 16, 37])
 def test_chunked_log_probs_equal_plain_ones(monkeypatch, rows):
     """More rows than a chunk, ragged last chunk, values and gradients."""
-    monkeypatch.setattr(head, "CHUNK_ELEMENTS", 1)  # 16 tokens a chunk
+    monkeypatch.setattr(head, "CHUNK_ELEMENTS", 16 * 50)  # 16 tokens a chunk
     hidden, unembed = normal(rows, 8), normal(50, 8)
     targets = jnp.asarray(rng.integers(0, 50, rows))
     weights = normal(rows)
