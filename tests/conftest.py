@@ -15,7 +15,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # for tiny.py
 
-from tiny import CONFIG, VERIFIER, character_tokenizer
+from tiny import CONFIG, VERIFIER, character_tokenizer, run_values
 
 from lpo_jax.models.decoder import init_params
 
@@ -55,18 +55,7 @@ def run_config(tmp_path, tiny_model, tiny_task):
     replace `model`, `task` and `objective` whole."""
 
     def make(output="run", **sections):
-        values = {
-            "output": str(tmp_path / output),
-            "model": {"path": str(tiny_model)},
-            "task": {"name": "python", "file": str(tiny_task)},
-            "objective": {"name": "lpo-forward"},
-            "sampling": {"num_responses": 4, "max_tokens": 6, "max_prompt_tokens": 16},
-            "training": {"steps": 4, "prompts_per_step": 4, "updates_per_step": 2, "token_budget": 64},
-            "optimizer": {"learning_rate": 1e-2, "weight_decay": 0.0},
-            "evaluation": {"every": 2, "problems": 6},
-            "checkpoint": {"every": 1},
-            "rewards": {"workers": 1},
-        }
+        values = run_values(tmp_path / output, tiny_model, tiny_task)
         for section, keys in sections.items():
             whole = section in ("model", "task", "objective")
             values[section] = keys if whole else {**values.get(section, {}), **keys}

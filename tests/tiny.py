@@ -51,3 +51,19 @@ def character_tokenizer():
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token="<pad>", eos_token="<end>", unk_token="<unk>"
     )
+
+
+def run_values(output, model, task):
+    """The plain values of a config that trains in seconds."""
+    return {
+        "output": str(output),
+        "model": {"path": str(model)},
+        "task": {"name": "python", "file": str(task)},
+        "objective": {"name": "lpo-forward"},
+        "sampling": {"num_responses": 4, "max_tokens": 6, "max_prompt_tokens": 16},
+        "training": {"steps": 4, "prompts_per_step": 4, "updates_per_step": 2, "token_budget": 64},
+        "optimizer": {"learning_rate": 1e-2, "weight_decay": 0.0},
+        "evaluation": {"every": 2, "problems": 6},
+        "checkpoint": {"every": 1},
+        "rewards": {"workers": 1},
+    }

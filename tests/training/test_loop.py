@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 import yaml
+from tiny import run_values
 
 from lpo_jax import objectives
 from lpo_jax.config import parse_config
@@ -66,17 +67,7 @@ def wait_for_step(config, number, process):
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory, tiny_model, tiny_task):
     """Four steps that nothing interrupted."""
-    values = {
-        "output": str(tmp_path_factory.mktemp("reference") / "run"),
-        "model": {"path": str(tiny_model)},
-        "task": {"name": "python", "file": str(tiny_task)},
-        "sampling": {"num_responses": 4, "max_tokens": 6, "max_prompt_tokens": 16},
-        "training": {"steps": 4, "prompts_per_step": 4, "updates_per_step": 2, "token_budget": 64},
-        "optimizer": {"learning_rate": 1e-2, "weight_decay": 0.0},
-        "evaluation": {"every": 2, "problems": 6},
-        "checkpoint": {"every": 1},
-        "rewards": {"workers": 1},
-    }
+    values = run_values(tmp_path_factory.mktemp("reference") / "run", tiny_model, tiny_task)
     train(parse_config(values))
     return learned(values)
 
