@@ -81,7 +81,7 @@ def test_learns_and_leaves_a_complete_record(reference):
     assert all(abs(row["lpo/coef_sum"]) < 1e-5 for row in steps)
     evaluations = [row for row in metrics if "val-core/python/acc/pass@1" in row]
     assert [row["step"] for row in evaluations] == [0, 2, 4]
-    responses = [json.loads(line) for line in rollouts["3.jsonl"].splitlines()]
+    responses = [json.loads(line) for line in rollouts["rollouts/3.jsonl"].splitlines()]
     assert len(responses) == 16
     for group in range(4):
         rows = responses[4 * group : 4 * group + 4]
@@ -258,11 +258,12 @@ def test_failing_verifier_masks_its_sample(run_config, tmp_path, tiny_task):
 import os, time
 
 def verify(response, row):
-    if response[0] in "0123456789":
+    first = response[:1] or "?"
+    if first in "0123456789":
         time.sleep(60)
-    if response[0] in "+-*=":
+    if first in "+-*=":
         os._exit(3)
-    if response[0] in "xyz":
+    if first in "abcdefghijklm":
         raise ValueError("no idea")
     return Verdict(len(set(response)) / 6, "wrong")
 """
@@ -276,7 +277,7 @@ def verify(response, row):
     )
     train(parse_config(config))
     _, metrics, rollouts = learned(config)
-    rows = [json.loads(line) for line in rollouts["1.jsonl"].splitlines()]
+    rows = [json.loads(line) for line in rollouts["rollouts/1.jsonl"].splitlines()]
     masked = [row for row in rows if row["outcome"] == "infrastructure"]
     reasons = " ".join(row["parts"]["reason"] for row in masked)
     assert "wall-clock limit" in reasons and "died" in reasons and "ValueError: no idea" in reasons
