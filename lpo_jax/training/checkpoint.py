@@ -26,6 +26,7 @@ class Checkpoints:
 
     def __init__(self, directory: Path, keep: int = 2, read_only: bool = False):
         logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates every save at INFO and WARNING
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # a failed save comes as an exception anyway
         self.directory = Path(directory).absolute()
         best = BestN(
             get_metric_fn=lambda metrics: metrics[SCORE], n=1, keep_checkpoints_without_metrics=False
