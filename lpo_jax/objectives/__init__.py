@@ -8,30 +8,65 @@
 flax.struct only.
 """
 
-from lpo_jax.objectives.aggregate import AGGREGATIONS, token_weights
-from lpo_jax.objectives.batch import Listwise, Scored, TokenStats
+from lpo_jax.objectives.advantage import Advantage, Utility, advantages
+from lpo_jax.objectives.aggregate import AGGREGATIONS, Aggregate, token_weights
+from lpo_jax.objectives.batch import Context, Listwise, Scored, Teacher, TokenStats
 from lpo_jax.objectives.catalogue import get, names
-from lpo_jax.objectives.divergences import DIVERGENCES, Divergence, divergence
+from lpo_jax.objectives.control import Control
+from lpo_jax.objectives.credit import Credit
+from lpo_jax.objectives.divergences import (
+    DIVERGENCES,
+    Divergence,
+    alpha_divergence,
+    bregman,
+    divergence,
+    f_divergence,
+)
+from lpo_jax.objectives.hooks import Hook
 from lpo_jax.objectives.method import Objective
+from lpo_jax.objectives.part import Part
+from lpo_jax.objectives.projection import Projection, Simplex
+from lpo_jax.objectives.prompt_weight import PromptWeight
+from lpo_jax.objectives.regular import Regular
+from lpo_jax.objectives.select import Select
+from lpo_jax.objectives.shaping import Shape
 from lpo_jax.objectives.simplex import listwise_log_probs, sequence_scores
-from lpo_jax.objectives.targets import advantages, target_log_probs, temperature
-from lpo_jax.objectives.trust import Gate, HardLogClip, JointLogClip, PessimisticLogClip, RatioClip
+from lpo_jax.objectives.targets import target_log_probs, temperature
+from lpo_jax.objectives.token_weight import TokenWeight
+from lpo_jax.objectives.trust import Gate, LogClip, RatioClip
 
 __all__ = [
     "AGGREGATIONS",
     "DIVERGENCES",
+    "Advantage",
+    "Aggregate",
+    "Context",
+    "Control",
+    "Credit",
     "Divergence",
     "Gate",
-    "HardLogClip",
-    "JointLogClip",
+    "Hook",
     "Listwise",
+    "LogClip",
     "Objective",
-    "PessimisticLogClip",
+    "Part",
+    "Projection",
+    "PromptWeight",
     "RatioClip",
+    "Regular",
     "Scored",
+    "Select",
+    "Shape",
+    "Simplex",
+    "Teacher",
     "TokenStats",
+    "TokenWeight",
+    "Utility",
     "advantages",
+    "alpha_divergence",
+    "bregman",
     "divergence",
+    "f_divergence",
     "get",
     "listwise_log_probs",
     "names",

@@ -1,7 +1,11 @@
 """Token weights: how the token losses of a batch become one number."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
+
+from lpo_jax.objectives.part import Part
 
 AGGREGATIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
 
@@ -39,3 +43,21 @@ def token_weights(tokens: jax.Array, aggregation: str, max_tokens: int = 1024) -
     else:
         each = 1 / (prompts * max_tokens)
     return jnp.where(tokens, each, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Aggregate(Part):
+    """How tokens are weighed.
+
+    Attributes:
+      aggregation: as `token_weights` takes it.
+      max_tokens: the constant of "seq-mean-token-sum-norm"; `lpo train` sets it to the run's response budget
+        unless it is given.
+    """
+
+    aggregation: str = "seq-mean-token-mean"
+    max_tokens: int = 1024
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """Weights [P,K,T] of the tokens [P,K,T] that take part."""
+        return token_weights(tokens, self.aggregation, self.max_tokens)

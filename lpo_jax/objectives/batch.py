@@ -1,7 +1,10 @@
-"""What an objective is given and what it can show: three small pytrees of arrays.
+"""What an objective is given and what it can show: small pytrees of arrays.
 
-Axis letters: P prompts, K responses per prompt, T response tokens. Log-probs are in nats.
+Axis letters: P prompts, K responses per prompt, T response tokens, J of the likeliest tokens at a place.
+Log-probs are in nats.
 """
+
+from typing import Any
 
 import flax.struct
 import jax
@@ -12,20 +15,48 @@ import jax.numpy as jnp
 class TokenStats:
     """What the current policy says about the sampled tokens; an objective is differentiated in these.
 
+    All but `logp` are None unless the method needs them (`objective.needs`).
+
     Attributes:
       logp: [P,K,T] log-prob of each sampled token under the current policy. Padded places may hold anything.
-      entropy: [P,K,T] entropy of the next-token distribution, for the methods that weigh tokens by it.
-      ref_logp: [P,K,T] log-probs under a frozen reference, for the methods that stay close to one.
+      entropy: [P,K,T] entropy of the next-token distribution.
+      ref_logp: [P,K,T] log-probs under a frozen reference.
+      top_logp: [P,K,T,J] log-probs of the tokens `Scored.teacher.ids`.
+      collision: [P,K,T] sum of the squared next-token probabilities.
+      hidden_norm: [P,K,T] Euclidean norm of the state that the next token is predicted from.
     """
 
     logp: jax.Array
     entropy: jax.Array | None = None
     ref_logp: jax.Array | None = None
+    top_logp: jax.Array | None = None
+    collision: jax.Array | None = None
+    hidden_norm: jax.Array | None = None
+
+
+@flax.struct.dataclass
+class Teacher:
+    """Next-token distributions to stay near or to learn from, each as its J likeliest tokens.
+
+    Attributes:
+      ids: [P,K,T,J] int32.
+      logp: [P,K,T,J] their log-probs under the teacher; what they leave is one bin of its own.
+      entropy: [P,K,T] of the teacher's whole distribution.
+      valid: [P,K] bool: the responses that have a teacher.
+    """
+
+    ids: jax.Array
+    logp: jax.Array
+    entropy: jax.Array
+    valid: jax.Array
 
 
 @flax.struct.dataclass
 class Scored:
     """Sampled and verified responses: constants of the update.
+
+    The first five say everything that most methods look at. The others are None unless the run has them to
+    give; what a method cannot do without is in `objective.needs`.
 
     Attributes:
       behaviour_logp: [P,K,T] log-probs under the policy that sampled (pi_b).
@@ -35,6 +66,20 @@ class Scored:
       anchor_logp: [P,K,T] log-probs under the policy at the start of the update (pi_t). None means that it is
         the one that sampled.
       valid: [P,K] 1 on the responses to learn from. None means all that have a token.
+      passed: [P,K] bool, the verifier's verdict. None means rewards above 0.5.
+      malformed: [P,K] bool: no answer in the asked form. None means none.
+      truncated: [P,K] bool: cut at the token limit. None means none.
+      token_ids: [P,K,T] int32.
+      clusters: [P,K] int32: responses of a group with the same final answer share a number; -1 for no answer.
+      baseline: [P,K] or [P,1] what to compare a reward to: the greedy response's, or a probe's guess.
+      flawed: [P,K] bool: passed, but a judge found a wrong step.
+      credit: [P,K,T] what a judge or a probe says of each token.
+      prompt_confidence: [P] confidence of the policy in the prompt's own least likely tokens, 0 to 1.
+      features: [P,K,F] what a linear probe may look at; the last prompt features first.
+      teacher: next-token distributions of a teacher.
+      weight: [P] of each prompt's loss, from a hook.
+      progress: scalar, 0 at the first step of the run and 1 at its last.
+      control: the state of `objective.control`.
     """
 
     behaviour_logp: jax.Array
@@ -42,6 +87,61 @@ class Scored:
     mask: jax.Array
     anchor_logp: jax.Array | None = None
     valid: jax.Array | None = None
+    passed: jax.Array | None = None
+    malformed: jax.Array | None = None
+    truncated: jax.Array | None = None
+    token_ids: jax.Array | None = None
+    clusters: jax.Array | None = None
+    baseline: jax.Array | None = None
+    flawed: jax.Array | None = None
+    credit: jax.Array | None = None
+    prompt_confidence: jax.Array | None = None
+    features: jax.Array | None = None
+    teacher: Teacher | None = None
+    weight: jax.Array | None = None
+    progress: jax.Array | None = None
+    control: Any = None
+
+
+@flax.struct.dataclass
+class Context:
+    """A minibatch as the parts of a method see it: masked, shaped so far, and without gradient.
+
+    Attributes:
+      rewards: [P,K] float, 0 where invalid.
+      valid: [P,K] bool, the response is in its group.
+      tokens: [P,K,T] bool, the tokens of valid responses.
+      delta: [P,K,T] log-ratio of the current policy to the one that sampled, 0 outside `tokens`.
+      stats, scored: everything as it was given.
+    """
+
+    rewards: jax.Array
+    valid: jax.Array
+    tokens: jax.Array
+    delta: jax.Array
+    stats: TokenStats
+    scored: Scored
+
+    @property
+    def size(self) -> jax.Array:
+        """[P,1] valid responses of each group, at least 1."""
+        return jnp.maximum(self.valid.sum(-1, keepdims=True), 1)
+
+    @property
+    def lengths(self) -> jax.Array:
+        """[P,K] tokens of each response; 0 where invalid."""
+        return self.tokens.sum(-1)
+
+    @property
+    def passed(self) -> jax.Array:
+        """[P,K] bool, False where invalid."""
+        by_verdict = self.scored.rewards > 0.5 if self.scored.passed is None else self.scored.passed != 0
+        return by_verdict & self.valid
+
+    @property
+    def pass_rate(self) -> jax.Array:
+        """[P,1] share of the valid responses that passed."""
+        return self.passed.sum(-1, keepdims=True) / self.size
 
 
 @flax.struct.dataclass
@@ -49,21 +149,23 @@ class Listwise:
     """The group-level view of an update; `objective.listwise` makes it, and rollouts are written from it.
 
     Attributes:
-      valid: [P,K] bool, the response is in its group: marked valid, has a token, has a finite reward.
+      valid: [P,K] bool, the response is in its group: marked valid, has a token, has a finite reward, selected.
       active: [P] bool, the group takes part in the loss and in every mean.
       degenerate: [P] bool, the group is large enough but its rewards are all equal.
       temperature: [P,1] tau, in units of reward.
+      utilities: [P,K] u = (R - b) / tau with the method's biases: the "advantage"; 0 where invalid.
       scores: [P,K] s_k, the log-ratio of response k to the policy that sampled it, in nats; 0 where invalid.
       log_policy: [P,K] log P = log softmax(s); -inf where invalid.
-      log_target: [P,K] log w* = log softmax(R / tau + s_t); -inf where invalid.
+      log_target: [P,K] log w*, of softmax(u + s_t) unless the method says otherwise; -inf where invalid.
       coefficients: [P,K] c_k = d (the prompt's loss) / d s_k, before the gate and the mean over prompts; 0 in
-        an inactive group.
+        an inactive group. Where tokens of a response differ, their mean.
     """
 
     valid: jax.Array
     active: jax.Array
     degenerate: jax.Array
     temperature: jax.Array
+    utilities: jax.Array
     scores: jax.Array
     log_policy: jax.Array
     log_target: jax.Array

@@ -3,9 +3,17 @@
 A divergence is one scalar function of (log P, log w*). Its coefficients are c_k = d loss / d s_k, where
 P = softmax(s): by the chain rule P_k (g_k - sum_j P_j g_j) with g = d loss / d P, which sums to 0 over the
 group whatever the divergence. Autodiff gives them; forward and reverse KL have their closed forms.
+
+Every divergence is scaled so that near a uniform P it is the same quadratic: for a high temperature the
+on-policy coefficients are c = -A / K, those of the policy gradient. One learning rate then serves all of them.
+
+A new one is one scalar function: `f_divergence` of a convex f of the ratio w* / P, `bregman` of a convex
+generator h of a probability, or a `Divergence` of both log-probs. `O.get(method, divergence=mine)` takes it.
 """
 
 import dataclasses
+import functools
+import math
 from collections.abc import Callable
 
 import jax
@@ -13,8 +21,13 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from lpo_jax.objectives.hints import nearest
-from lpo_jax.objectives.simplex import as_float
+from lpo_jax.objectives.simplex import as_float, masked_mean
 from lpo_jax.objectives.targets import HUGE
+
+# Least log-prob that `f_divergence` and `bregman` see: the square of its inverse is still a float32.
+LOG_FLOOR = -40.0
+
+ALPHA = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +41,7 @@ class Divergence:
         is -1e30. `inside` marks the responses of the group, for a loss that counts them.
       closed_form: (log_p, log_w) -> [P,K] coefficients of the same finite arrays; None means autodiff.
       through_softmax: False for a loss on each log-prob by itself, which leaves the other responses alone.
+      full_support: True for a loss that is infinite where the target is 0, and so needs one that never is.
     """
 
     name: str
@@ -35,6 +49,7 @@ class Divergence:
     loss: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
     closed_form: Callable[[jax.Array, jax.Array], jax.Array] | None = None
     through_softmax: bool = True
+    full_support: bool = False
 
     def value(self, log_p: ArrayLike, log_w: ArrayLike) -> jax.Array:
         """The loss of each group.
@@ -68,16 +83,97 @@ class Divergence:
         return h - jnp.exp(log_p) * h.sum(-1, keepdims=True) if self.through_softmax else h
 
 
-def divergence(name: str) -> Divergence:
-    """The divergence called `name`: one of `DIVERGENCES`.
+def divergence(name: str | Divergence) -> Divergence:
+    """The divergence called `name`: one of `DIVERGENCES`. A `Divergence` is its own name.
 
     Raises:
       ValueError: there is none of that name.
     """
+    if isinstance(name, Divergence):
+        return name
     if name not in DIVERGENCES:
         known = ", ".join(DIVERGENCES)
         raise ValueError(f"unknown divergence {name!r}{nearest(name, DIVERGENCES)} (known: {known})")
     return DIVERGENCES[name]
+
+
+def f_divergence(
+    name: str, formula: str, f: Callable[[jax.Array], jax.Array], full_support: bool = False
+) -> Divergence:
+    """sum_k P_k f(w*_k / P_k) / f''(1), of a convex function of the ratio.
+
+        O.f_divergence("triangle", "sum (P - w*)^2 / (P + w*)", lambda t: (t - 1) ** 2 / (t + 1))
+
+    Args:
+      name, formula: what to call it.
+      f: elementwise in jax.numpy, for ratios > 0, convex, with f''(1) > 0. A constant or a multiple of t - 1
+        may be added without effect.
+      full_support: whether f(t) grows without bound as t goes to 0.
+
+    References:
+      Csiszar (1967); Ali and Silvey (1966).
+    """
+
+    def loss(log_p: jax.Array, log_w: jax.Array, inside: jax.Array) -> jax.Array:
+        log_p, log_w = _floored(log_p, LOG_FLOOR), _floored(log_w, LOG_FLOOR)
+        terms = jnp.exp(log_p) * (f(jnp.exp(log_w - log_p)) - f(jnp.ones_like(log_p)))
+        curvature = jax.grad(jax.grad(f))(jnp.ones((), log_p.dtype))
+        return jnp.where(inside, terms, 0).sum(-1) / curvature
+
+    return Divergence(name, formula, loss, full_support=full_support)
+
+
+@functools.cache  # one object for one alpha, so that equal objectives stay equal
+def alpha_divergence(alpha: float) -> Divergence:
+    """(1 - sum_k w*_k^a P_k^(1-a)) / (a (1 - a)): reverse KL at a = 0, forward KL at a = 1, and all in between.
+
+    a = 1/2 is the squared Hellinger distance, a = 2 chi-squared, a = -1 chi-squared with P and w* exchanged.
+
+    References:
+      Amari (1985), in the parametrisation of Minka (2005), "Divergence measures and message passing".
+    """
+    if alpha == 0:
+        return DIVERGENCES["reverse-kl"]
+    if alpha == 1:
+        return DIVERGENCES["forward-kl"]
+
+    def loss(log_p: jax.Array, log_w: jax.Array, inside: jax.Array) -> jax.Array:
+        mixed = jnp.exp(-_floored(-(alpha * log_w + (1 - alpha) * log_p), -math.log(HUGE)))
+        return (mixed - alpha * jnp.exp(log_w) - (1 - alpha) * jnp.exp(log_p)).sum(-1) / (alpha * (alpha - 1))
+
+    formula = "(1 - sum w*^a P^(1-a)) / (a (1-a))"
+    return Divergence("alpha", formula, loss, full_support=alpha < 0)
+
+
+def bregman(
+    name: str, formula: str, h: Callable[[jax.Array], jax.Array], full_support: bool = False
+) -> Divergence:
+    """sum_k h(w*_k) - h(P_k) - h'(P_k) (w*_k - P_k), over h''(1/K) / K: of a convex function of a probability.
+
+    On-policy its coefficients are P - w* exactly, whatever h; they differ in how they go on from there.
+
+        O.bregman("entropy", "KL(w* || P)", lambda p: p * jnp.log(p))
+
+    Args:
+      name, formula: what to call it.
+      h: elementwise in jax.numpy, for probabilities > 0, strictly convex, twice differentiable.
+      full_support: whether h(p) grows without bound as p goes to 0.
+
+    References:
+      Bregman (1967); Banerjee et al. (2005), "Clustering with Bregman divergences".
+    """
+
+    def slope(p: jax.Array) -> jax.Array:
+        return jax.grad(lambda p: h(p).sum())(p)
+
+    def loss(log_p: jax.Array, log_w: jax.Array, inside: jax.Array) -> jax.Array:
+        p, w = (jnp.exp(_floored(x, LOG_FLOOR)) for x in (log_p, log_w))
+        uniform = 1 / jnp.maximum(inside.sum(-1), 1).astype(p.dtype)  # [P]
+        curvature = jax.grad(lambda p: slope(p).sum())(uniform)
+        terms = h(w) - h(p) - slope(p) * (w - p)
+        return jnp.where(inside, terms, 0).sum(-1) / (curvature * uniform)
+
+    return Divergence(name, formula, loss, full_support=full_support)
 
 
 def _finite(log_p: ArrayLike, log_w: ArrayLike) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -85,6 +181,11 @@ def _finite(log_p: ArrayLike, log_w: ArrayLike) -> tuple[jax.Array, jax.Array, j
     log_p, log_w = as_float(log_p), as_float(log_w)
     inside = (log_p > -jnp.inf) | (log_w > -jnp.inf)
     return jnp.maximum(log_p, -HUGE), jnp.maximum(log_w, -HUGE), inside
+
+
+def _floored(log_x: jax.Array, floor: float) -> jax.Array:
+    """`log_x`, at least `floor`, with derivative 1 also there: a policy that has left is still called back."""
+    return jax.lax.stop_gradient(jnp.maximum(log_x, floor)) + (log_x - jax.lax.stop_gradient(log_x))
 
 
 def _kl(log_a: jax.Array, log_b: jax.Array) -> jax.Array:
@@ -99,6 +200,11 @@ def _reverse_kl_coefficients(log_p: jax.Array, log_w: jax.Array) -> jax.Array:
 def _forward_onpolicy_loss(log_p: jax.Array, log_w: jax.Array, inside: jax.Array) -> jax.Array:
     uniform = 1 / jnp.maximum(inside.sum(-1, keepdims=True), 1)
     return jnp.where(inside, (uniform - jnp.exp(log_w)) * log_p, 0).sum(-1)
+
+
+def _logit_variance(log_p: jax.Array, log_w: jax.Array, inside: jax.Array) -> jax.Array:
+    d = jnp.where(inside, log_p - log_w, 0).clip(-(HUGE**0.5), HUGE**0.5)  # its square is finite
+    return masked_mean(jnp.square(d - masked_mean(d, inside, -1, keepdims=True)), inside, -1) / 2
 
 
 DIVERGENCES = {
@@ -117,7 +223,25 @@ DIVERGENCES = {
             "KL(P || w*)",
             lambda log_p, log_w, inside: _kl(log_p, log_w),
             _reverse_kl_coefficients,
+            full_support=True,
         ),
+        f_divergence(
+            "jeffreys", "(KL(w* || P) + KL(P || w*)) / 2", lambda t: (t - 1) * jnp.log(t), full_support=True
+        ),
+        # m = (P + w*) / 2. Bounded: it never punishes a policy by more than 4 log 2.
+        f_divergence(
+            "js",
+            "2 KL(w* || m) + 2 KL(P || m), m = (P + w*) / 2",
+            lambda t: t * jnp.log(t) - (t + 1) * jnp.log((t + 1) / 2),
+        ),
+        alpha_divergence(ALPHA),
+        f_divergence("hellinger", "2 sum (sqrt P - sqrt w*)^2", lambda t: jnp.square(jnp.sqrt(t) - 1)),
+        f_divergence("chi2", "1/2 sum (P - w*)^2 / P", lambda t: jnp.square(t - 1)),
+        bregman("brier", "K/2 sum (P - w*)^2", lambda p: jnp.square(p) / 2),
+        # An even steeper barrier than forward KL's.
+        bregman("itakura-saito", "1/K sum (w*/P - log(w*/P) - 1)", lambda p: -jnp.log(p), full_support=True),
+        # c = (d - mean d) / K: the second-order surrogate of reverse KL at a uniform P, unbounded away from it.
+        Divergence("logit-var", "1/2 Var_k(log P_k - log w*_k)", _logit_variance, full_support=True),
         # Control: forward KL whose coefficient is frozen where P is uniform, c = 1/K - w*. It is the policy
         # gradient with A' = K w* - 1, so what it lacks against forward-kl is self-correction alone.
         Divergence("forward-onpolicy", "sum_k (1/K - w*_k) log P_k", _forward_onpolicy_loss),

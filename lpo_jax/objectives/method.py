@@ -1,138 +1,207 @@
-"""An objective: signal -> project -> trust -> aggregate, composed once and used everywhere.
+"""An objective: a frozen composition of parts, as a pure function of arrays.
 
-    grad = sum_k sum_t  W[k,t] * c_k(group) * gate(delta[k,t], c_k) * grad log pi(token)
+    grad = sum_k sum_t  W[k,t] * c_k(group) * gate(delta[k,t], c_k) * grad log pi(token)  +  grad of penalties
 
-    signal      rewards -> tau and u = (R - mu) / tau                       targets.py
-    project     (P, w*, u) -> c [P,K], the coefficient of each response     divergences.py; else c = -u / K
-    trust       (delta, c) -> token loss [P,K,T]                            trust.py
-    aggregate   tokens -> weights W [P,K,T]                                 aggregate.py
+    signal      rewards -> u = (R - b) / tau, and who counts    shape, advantage, select, bias, prompt_weight, credit
+    project     (u, s, s_t) -> c, the coefficient of a response   projection
+    trust       (delta, c) -> token loss                          gate
+    aggregate   tokens -> weights W                               token_weight, aggregate
+    regular     token penalties                                   regular
 
-c is a constant of the update: no gradient flows through it. `catalogue.py` names the compositions.
+c is a constant of the update: no gradient flows through it. `part.py` says what each kind of part is;
+`catalogue.py` names the compositions.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from lpo_jax.objectives.aggregate import token_weights
-from lpo_jax.objectives.batch import Listwise, Scored, TokenStats
-from lpo_jax.objectives.divergences import DIVERGENCES, Divergence
-from lpo_jax.objectives.simplex import (
-    as_float,
-    as_mask,
-    centred,
-    listwise_log_probs,
-    masked_mean,
-    sequence_scores,
-)
-from lpo_jax.objectives.targets import TEMPERATURE_FLOOR, advantages, target_log_probs, temperature
-from lpo_jax.objectives.trust import Gate
+from lpo_jax.objectives.advantage import Advantage
+from lpo_jax.objectives.aggregate import Aggregate
+from lpo_jax.objectives.batch import Context, Listwise, Scored, TokenStats
+from lpo_jax.objectives.divergences import DIVERGENCES
+from lpo_jax.objectives.part import Part
+from lpo_jax.objectives.projection import Projection
+from lpo_jax.objectives.regular import Regular
+from lpo_jax.objectives.simplex import as_float, as_mask, centred, listwise_log_probs, masked_mean
+from lpo_jax.objectives.trust import Gate, RatioClip
 
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
     """A method as a pure function `(stats, scored) -> (loss, metrics)`; hashable, and equal when built alike.
 
-    Make one with `get`, which checks the options.
+    Make one with `get`, which checks the options. Each kind of part is documented in `part.py`.
 
     Attributes:
       name: its name in the catalogue.
-      rule: the temperature rule, as `temperature` takes it.
-      divergence: what the policy is projected by; None means policy gradient, c = -A / K.
-      gate: the trust region.
-      aggregation: how tokens are weighed, as `token_weights` takes it.
-      max_tokens: the constant of the aggregation "seq-mean-token-sum-norm".
-      score: "mean" or "sum" of a response's token log-ratios.
-      ddof: of the group's standard deviation.
-      temperature_floor: least sigma.
+      aggregate: None for a loss on the scores, whose derivative says how tokens weigh.
+      prompt_weight_inside: True divides the temperature by the prompt's weight, so that the target of a prompt that
+        counts more is sharper; False multiplies the prompt's loss. The same thing for a policy gradient.
       degenerate: what becomes of a group whose rewards are all equal. "keep": its target is P_t, so later
         minibatches of LPO pull it back there, and it counts in the mean over prompts. "mask": it is left out
-        of everything, as if it had not been sampled. (The paper is silent; "keep" is the literal reading.)
-      min_group_size: the fewest valid responses that carry a signal. Smaller groups are left out.
+        of everything, as if it had not been sampled. (LPO's paper is silent; "keep" is the literal reading.)
+      min_group_size: the fewest valid responses, before selection, that carry a signal. Smaller groups are left
+        out.
     """
 
     name: str
-    rule: str | float
-    divergence: Divergence | None
-    gate: Gate
-    aggregation: str
-    max_tokens: int = 1024
-    score: str = "mean"
-    ddof: int = 0
-    temperature_floor: float = TEMPERATURE_FLOOR
+    shape: tuple[Part, ...] = ()
+    advantage: Part = Advantage()
+    select: Part | None = None
+    bias: Part | None = None
+    prompt_weight: Part | None = None
+    credit: Part | None = None
+    projection: Projection = Projection()
+    gate: Gate = RatioClip()
+    token_weight: Part | None = None
+    aggregate: Aggregate | None = Aggregate()
+    regular: tuple[Regular, ...] = ()
+    control: Part | None = None
+    hooks: tuple[Part, ...] = ()
+    prompt_weight_inside: bool = False
     degenerate: str = "keep"
     min_group_size: int = 2
+
+    def __post_init__(self):
+        if self.credit is not None and type(self.projection) is not Projection:
+            raise ValueError("is for policy gradients: it tells tokens apart by their advantage")
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """Every part, in the order of the fields."""
+        values = (getattr(self, field.name) for field in dataclasses.fields(self))
+        flat = (x for value in values for x in (value if isinstance(value, tuple) else (value,)))
+        return tuple(x for x in flat if isinstance(x, Part))
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Fields of `TokenStats` and `Scored` that may not be None, beside those that never may."""
+        return frozenset(name for part in self.parts for name in part.needs)
+
+    @property
+    def differentiates(self) -> frozenset[str]:
+        """Fields of `TokenStats` that the loss has a gradient in; `logp` always is one."""
+        penalties = (part for part in self.regular if part.coefficient)
+        return frozenset({"logp"}.union(*(part.differentiates for part in penalties)))
 
     def __call__(self, stats: TokenStats, scored: Scored) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The loss of a minibatch of whole groups, to be minimised, and its metrics.
 
         Args:
-          stats: the current policy's log-probs; differentiate in these (`jax.grad(..., has_aux=True)`).
+          stats: what the current policy says; differentiate in these (`jax.grad(..., has_aux=True)`).
           scored: the sampled and verified responses.
 
         Returns:
           loss: for a listwise method the divergence in nats, mean over the active prompts, whose gradient is
-            the gated coefficients'; for a policy gradient the clipped surrogate.
+            the gated coefficients'; for a policy gradient the clipped surrogate. Token penalties are added.
           metrics: float32 scalars. All are finite whenever the log-probs of the response tokens are; a NaN
             there means a broken model and is let through to the loss, for the step's guard to see.
 
         Raises:
-          ValueError: two arrays disagree in shape.
+          ValueError: two arrays disagree in shape, or one that the method needs is missing.
         """
-        view = self.listwise(jax.lax.stop_gradient(stats), scored)
-        tokens = as_mask(scored.mask, stats.logp) & (view.valid & view.active[:, None])[..., None]  # [P,K,T]
+        context, view, c, weight = self._look(jax.lax.stop_gradient(stats), scored)
+        tokens = context.tokens & view.active[:, None, None]
         delta = _log_ratio(stats.logp, scored.behaviour_logp, tokens)
-        c = view.coefficients[..., None]  # [P,K,1]
         with jax.named_scope("trust_and_aggregate"):
-            loss = (token_weights(tokens, self.aggregation, self.max_tokens) * self.gate(delta, c)).sum()
-        if self.divergence is not None:
-            # The value is the divergence, the gradient is the surrogate's: the added term is exactly 0.
-            value = masked_mean(self.divergence.value(view.log_policy, view.log_target), view.active)
-            loss = value + (loss - jax.lax.stop_gradient(loss))
-        metrics = self._metrics(view, scored, jax.lax.stop_gradient(delta), tokens) | {"actor/pg_loss": loss}
+            W = self.token_weights(tokens)
+            loss = (W * weight * self.gate(delta, c, context)).sum()
+        value = self.projection.value(context, view.utilities, view.scores, view.log_target)
+        if value is not None:
+            # The value is the projection's, the gradient is the surrogate's: the added term is exactly 0.
+            loss = masked_mean(value, view.active) + (loss - jax.lax.stop_gradient(loss))
+        metrics = self._metrics(context, view, c, delta, tokens) | {"actor/pg_loss": loss}
+        with jax.named_scope("regular"):
+            for part in self.regular:
+                if part.coefficient:
+                    # W weighs a coefficient that holds 1 / K; a penalty is a plain mean over the responses.
+                    penalty = (W * part(stats, context) / context.size[..., None]).sum()
+                    loss, metrics = loss + part.weight(context) * penalty, metrics | {part.metric: penalty}
         return loss, {k: jax.lax.stop_gradient(v).astype(jnp.float32) for k, v in metrics.items()}
 
     def listwise(self, stats: TokenStats, scored: Scored) -> Listwise:
         """Target, policy and coefficients of each group, before the gate and before the mean over prompts."""
+        return self._look(stats, scored)[1]
+
+    def token_weights(self, tokens: jax.Array) -> jax.Array:
+        """Weights W [P,K,T] of the tokens [P,K,T] that take part."""
+        return (self.aggregate or self.projection.token_weights)(tokens)
+
+    def init_control(self) -> Any:
+        """The state of the control at the start of a run, a pytree; None for a method without one."""
+        return None if self.control is None else self.control.init()
+
+    def next_control(self, stats: TokenStats, scored: Scored) -> Any:
+        """The state of the control after an update on this minibatch."""
+        if self.control is None:
+            return None
+        context, view, _, _ = self._look(jax.lax.stop_gradient(stats), scored)
+        return self.control.update(scored.control, context, view)
+
+    def _look(self, stats: TokenStats, scored: Scored) -> tuple[Context, Listwise, jax.Array, jax.Array]:
+        """The masked minibatch, its groups, and per token the coefficients and weights ([P,K,1] where equal)."""
         _check_shapes(stats, scored)
-        marked, rewards = _marked(scored), as_float(scored.rewards)
-        valid = marked & jnp.isfinite(rewards)
-        tokens = as_mask(scored.mask, stats.logp) & valid[..., None]  # [P,K,T]
-
-        def scores(logp: jax.Array) -> jax.Array:
-            delta = _log_ratio(logp, scored.behaviour_logp, tokens)
-            return sequence_scores(self.gate.scored(delta), tokens, self.score)
-
+        self._check_needs(stats, scored)
+        rewards = as_float(scored.rewards)
+        valid = _marked(scored) & jnp.isfinite(rewards)
         with jax.named_scope("signal"):
-            tau = temperature(rewards, self.rule, valid, ddof=self.ddof, floor=self.temperature_floor)
-            u = advantages(rewards, tau, valid)  # [P,K]
-            size = valid.sum(-1)  # [P]
-            degenerate = (size >= self.min_group_size) & (centred(rewards, valid) == 0).all(-1)
-            active = size >= self.min_group_size
+            context = _context(rewards, valid, stats, scored)
+            for part in self.shape:
+                context = context.replace(rewards=jnp.where(valid, part(context), 0))
+            active = valid.sum(-1) >= self.min_group_size  # [P]
+            degenerate = active & (centred(context.rewards, valid) == 0).all(-1)
             if self.degenerate == "mask":
                 active &= ~degenerate
+            u, tau = self.advantage(context)
+            if self.select is not None:
+                # Whoever is left out has still been compared to: advantages are of the group as sampled.
+                valid &= self.select(context, u)
+                active &= valid.any(-1)
+                u = jnp.where(valid, u, 0)
+                context = _context(context.rewards, valid, stats, scored)
+            if self.bias is not None:
+                u = jnp.where(valid, self.bias(context, u), 0)
+            if self.prompt_weight is not None and self.prompt_weight_inside:
+                u = u * self.prompt_weight(context)
         with jax.named_scope("project"):
-            s = scores(stats.logp)
-            s_t = None if scored.anchor_logp is None else scores(scored.anchor_logp)
-            log_p = listwise_log_probs(s, valid)
-            log_w = target_log_probs(rewards, tau, s_t, valid)
-            if self.divergence is None:
-                c = -u / jnp.maximum(size, 1)[:, None]
-            else:
-                c = self.divergence.coefficients(log_p, log_w)
-            c = jnp.where(valid & active[:, None], c, 0)
-        return Listwise(valid, active, degenerate, tau, s, log_p, log_w, c)
+            s = self._scores(stats.logp, context)
+            s_t = self._anchor_scores(context)
+            log_w = self.projection.log_target(u, s_t, valid)
+            by_token = u if self.credit is None else self.credit(context, u, tau)
+            c = self.projection.coefficients(context, by_token, s, log_w)
+            if self.prompt_weight is not None and not self.prompt_weight_inside:
+                c = c * self.prompt_weight(context)[(...,) + (None,) * (c.ndim - 2)]
+            c = c if c.ndim == 3 else c[..., None]  # [P,K,1] or [P,K,T]
+            c = jnp.where(valid[..., None] & active[:, None, None], c, 0)
+            c_k = c[..., 0] if c.shape[-1] == 1 else masked_mean(c, context.tokens, -1)
+            weight = jnp.ones_like(c) if self.token_weight is None else self.token_weight(context, by_token)
+        log_p = listwise_log_probs(s, valid)
+        return context, Listwise(valid, active, degenerate, tau, u, s, log_p, log_w, c_k), c, weight
+
+    def _scores(self, logp: jax.Array, context: Context) -> jax.Array:
+        delta = self.gate.scored(_log_ratio(logp, context.scored.behaviour_logp, context.tokens))
+        return self.projection.scores(logp, delta, context)
+
+    def _anchor_scores(self, context: Context) -> jax.Array | None:
+        """s_t [P,K]; None when it is 0 for every response."""
+        anchor = context.scored.anchor_logp
+        if anchor is None and not self.projection.absolute:
+            return None
+        return self._scores(context.scored.behaviour_logp if anchor is None else anchor, context)
 
     def _metrics(
-        self, view: Listwise, scored: Scored, delta: jax.Array, tokens: jax.Array
+        self, context: Context, view: Listwise, c: jax.Array, delta: jax.Array, tokens: jax.Array
     ) -> dict[str, jax.Array]:
+        delta = jax.lax.stop_gradient(delta)
         size = view.valid.sum(-1)  # [P]
         uniform = jnp.where(view.valid, 1 / jnp.maximum(size, 1)[:, None], 0)  # [P,K]
-        c = view.coefficients
         # A token counts as clipped when its response pulls on it and the gate lets nothing through.
-        slope = jax.grad(lambda d: self.gate(d, c[..., None]).sum())(delta)
-        pulled = tokens & (c != 0)[..., None]
+        slope = jax.grad(lambda d: self.gate(d, c, context).sum())(delta)
+        pulled = tokens & (c != 0)
+        marked = _marked(context.scored)
 
         def group_mean(x: jax.Array) -> jax.Array:
             return masked_mean(x, view.active)
@@ -140,25 +209,42 @@ class Objective:
         return {
             "lpo/target_tv": group_mean(0.5 * jnp.abs(view.target - uniform).sum(-1)),
             "lpo/policy_tv": group_mean(0.5 * jnp.abs(view.policy - uniform).sum(-1)),
-            "lpo/coef_l1": group_mean(jnp.abs(c).sum(-1)),
-            "lpo/coef_sum": group_mean(c.sum(-1)),
+            "lpo/coef_l1": group_mean(jnp.abs(view.coefficients).sum(-1)),
+            "lpo/coef_sum": group_mean(view.coefficients.sum(-1)),
             "lpo/score_abs_max": jnp.abs(view.scores).max(initial=0),
             # Groups without signal have the floor for a temperature, which would hide the others'.
             "lpo/temperature_mean": masked_mean(view.temperature[:, 0], view.active & ~view.degenerate),
-            "lpo/degenerate_group_frac": masked_mean(view.degenerate, size >= self.min_group_size),
+            "lpo/degenerate_group_frac": masked_mean(view.degenerate, view.active | view.degenerate),
             "lpo/masked_response_frac": 1 - (view.valid & view.active[:, None]).mean(),
-            "lpo/nonfinite_rewards": (_marked(scored) & ~view.valid).sum(),
+            "lpo/nonfinite_rewards": (marked & ~jnp.isfinite(as_float(context.scored.rewards))).sum(),
             "lpo/forward_kl": group_mean(DIVERGENCES["forward-kl"].value(view.log_policy, view.log_target)),
-            "lpo/reverse_kl": group_mean(DIVERGENCES["reverse-kl"].value(view.log_policy, view.log_target)),
+            # Infinite where the target leaves a response out: over the other prompts.
+            "lpo/reverse_kl": masked_mean(
+                DIVERGENCES["reverse-kl"].value(view.log_policy, view.log_target),
+                view.active & ~(view.valid & (view.log_target == -jnp.inf)).any(-1),
+            ),
             "actor/pg_clipfrac": masked_mean(pulled & (slope == 0), tokens),
             "actor/ppo_kl": masked_mean(-delta, tokens),
         }
+
+    def _check_needs(self, stats: TokenStats, scored: Scored) -> None:
+        given = {**vars(stats), **vars(scored)}
+        for name in sorted(self.needs):
+            if given[name] is None:
+                holder = "stats" if name in vars(stats) else "scored"
+                raise ValueError(f"{self.name} needs {holder}.{name}, which is None")
 
 
 def _marked(scored: Scored) -> jax.Array:
     """[P,K] the responses that the caller wants used and that have a token, whatever their reward."""
     has_token = (jnp.asarray(scored.mask) != 0).any(-1)
     return has_token & as_mask(scored.valid, has_token)
+
+
+def _context(rewards: jax.Array, valid: jax.Array, stats: TokenStats, scored: Scored) -> Context:
+    tokens = as_mask(scored.mask, jnp.asarray(stats.logp)) & valid[..., None]
+    delta = _log_ratio(stats.logp, scored.behaviour_logp, tokens)
+    return Context(jnp.where(valid, rewards, 0), valid, tokens, delta, stats, scored)
 
 
 def _log_ratio(logp: jax.Array, behaviour_logp: jax.Array, tokens: jax.Array) -> jax.Array:

@@ -58,6 +58,18 @@ def masked_std(x: ArrayLike, mask: ArrayLike | None = None, ddof: int = 0) -> ja
     return largest * jnp.sqrt(jnp.square(unit).sum(-1, keepdims=True) / jnp.maximum(count - ddof, 1))
 
 
+def masked_median(x: ArrayLike, mask: ArrayLike | None = None) -> jax.Array:
+    """Median [P,1] of `x` [P,K] over the valid responses, halfway where two are in the middle; 0 without any."""
+    x = as_float(x)
+    mask = as_mask(mask, x)
+    ordered = jnp.sort(jnp.where(mask, x, jnp.inf), -1)
+    count = mask.sum(-1, keepdims=True)
+    middle = jnp.concatenate([jnp.maximum(count - 1, 0) // 2, count // 2], -1)
+    # Halved before they are added: two rewards near the largest float would overflow otherwise.
+    halves = jnp.take_along_axis(ordered, middle, -1) / 2
+    return jnp.where(count > 0, halves.sum(-1, keepdims=True), 0)
+
+
 def sequence_scores(log_ratio: ArrayLike, mask: ArrayLike, score: str = "mean") -> jax.Array:
     """Scores s_k [P,K] of the responses, in nats, from token log-ratios.
 

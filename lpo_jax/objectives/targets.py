@@ -2,15 +2,24 @@
 
 import math
 import numbers
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.scipy import special
 from jax.typing import ArrayLike
 
 from lpo_jax.objectives.hints import nearest
-from lpo_jax.objectives.simplex import as_float, as_mask, centred, listwise_log_probs, masked_mean, masked_std
+from lpo_jax.objectives.simplex import (
+    as_float,
+    as_mask,
+    centred,
+    listwise_log_probs,
+    masked_mean,
+    masked_median,
+    masked_std,
+)
 
-TEMPERATURES = ("grpo", "dr-grpo", "maxrl")
 TEMPERATURE_FLOOR = 1e-6
 
 # Stands for infinity in R / tau: far beyond any real logit, and K of them still sum to a finite float32.
@@ -27,14 +36,23 @@ def temperature(
 ) -> jax.Array:
     """The temperature tau of each group, in units of reward: what a method divides its advantage by.
 
+    | rule | tau | of |
+    |---|---|---|
+    | "grpo" | sigma, the group's standard deviation | GRPO |
+    | "dr-grpo" | 1 | Dr. GRPO, RLOO, ReMax |
+    | "maxrl" | mu, the group's mean | MaxRL |
+    | "batch" | standard deviation over the batch of R - mu | REINFORCE++ with a baseline |
+    | "mean-abs" | mean of abs(R - mu) in the group | DGPO |
+    | "mad" | median of abs(R - median) in the group, + 0.001 | MC-GRPO |
+    | "beta" | density at mu of a Beta distribution fitted to the means of the batch | BNPO |
+
     Args:
       rewards: [P,K].
-      rule: "grpo" (sigma, the group's standard deviation), "dr-grpo" (1), "maxrl" (mu, the group's mean), or
-        a positive number.
+      rule: one of the above, or a positive number.
       mask: [P,K] the valid responses; None means all. Rewards of the others may be NaN or inf.
-      ddof: 0 divides the variance by K, 1 by K - 1. UNCERTAIN in the paper: the text has
+      ddof: 0 divides the variances of "grpo" and "batch" by K, 1 by K - 1. UNCERTAIN in the paper: the text has
         sigma = sqrt(mu (1 - mu)), so 0; the verl code it was run in has 1. At K = 8 they differ by 7%.
-      floor: least sigma. A mean at or below it has no scale to give: tau is 1 there, as in Dr. GRPO (MaxRL is
+      floor: least tau. A mean at or below it has no scale to give: tau is 1 there, as in Dr. GRPO (MaxRL is
         defined for rewards >= 0, whose mean is 0 only in a group without signal).
 
     Returns:
@@ -44,21 +62,59 @@ def temperature(
       ValueError: `rule` is neither a known name nor a positive finite number.
 
     References:
-      LPO, arXiv 2605.06139, tables 1 and 2.
+      LPO, arXiv 2605.06139, tables 1 and 2; public code of MC-GRPO, BNPO and MathForge (DGPO).
     """
     rewards = as_float(rewards)
     mask = as_mask(mask, rewards)
-    if rule == "grpo":
-        return jnp.maximum(masked_std(rewards, mask, ddof), floor)
-    if rule == "maxrl":
-        mu = masked_mean(rewards, mask, -1, keepdims=True)
-        return jnp.where(mu > floor, mu, 1)
-    if rule == "dr-grpo":
-        rule = 1.0
     problem = temperature_problem(rule)
     if problem:
         raise ValueError(f"temperature: {problem}")
-    return jnp.full_like(rewards[..., :1], rule)
+    if rule == "maxrl":
+        mu = masked_mean(rewards, mask, -1, keepdims=True)
+        return jnp.where(mu > floor, mu, 1)
+    if rule in SCALES:
+        scale = jnp.maximum(SCALES[rule](rewards, mask, ddof), floor)
+        return jnp.broadcast_to(scale, rewards[..., :1].shape)
+    return jnp.full_like(rewards[..., :1], 1 if rule == "dr-grpo" else rule)
+
+
+def _batch_std(rewards: jax.Array, mask: jax.Array, ddof: int) -> jax.Array:
+    return masked_std(centred(rewards, mask).reshape(1, -1), mask.reshape(1, -1), ddof)
+
+
+def _mean_abs(rewards: jax.Array, mask: jax.Array, ddof: int) -> jax.Array:
+    return masked_mean(jnp.abs(centred(rewards, mask)), mask, -1, keepdims=True)
+
+
+def _mad(rewards: jax.Array, mask: jax.Array, ddof: int) -> jax.Array:
+    deviation = jnp.abs(jnp.where(mask, rewards - masked_median(rewards, mask), 0))
+    mad = masked_median(deviation, mask)
+    # When most rewards are equal, as binary ones are, the MAD is 0 and 0.001 alone would make advantages of 1000.
+    return jnp.where(mad > 0, mad, masked_mean(deviation, mask, -1, keepdims=True)) + 1e-3
+
+
+def _beta_density(rewards: jax.Array, mask: jax.Array, ddof: int) -> jax.Array:
+    """By moments, a third of the way from the uniform density to the fit; rewards are meant to lie in [0, 1]."""
+    p = masked_mean(rewards, mask, -1, keepdims=True).clip(0, 1)  # [P,1]
+    sampled = mask.any(-1, keepdims=True)
+    m = masked_mean(p, sampled)
+    v = jnp.square(masked_std(p.T, sampled.T, ddof=1))  # [1,1]
+    # Means that are all equal have no spread to fit, so the uniform density stays; beyond a concentration of 1e4
+    # the float32 density is rounding.
+    nu = jnp.where(v > 0, (m * (1 - m) / jnp.where(v > 0, v, 1) - 1).clip(0, 1e4), 0)
+    a, b = 1 + m * nu / 3, 1 + (1 - m) * nu / 3
+    return jnp.exp(special.xlogy(a - 1, p) + special.xlog1py(b - 1, -p) - special.betaln(a, b))
+
+
+# word -> (rewards [P,K], mask [P,K], ddof) -> [P,1] or [1,1], not yet kept from 0
+SCALES: dict[str, Callable[[jax.Array, jax.Array, int], jax.Array]] = {
+    "grpo": masked_std,
+    "batch": _batch_std,
+    "mean-abs": _mean_abs,
+    "mad": _mad,
+    "beta": _beta_density,
+}
+TEMPERATURES = ("grpo", "dr-grpo", "maxrl", *(word for word in SCALES if word != "grpo"))
 
 
 def temperature_problem(rule: object) -> str | None:
@@ -70,11 +126,6 @@ def temperature_problem(rule: object) -> str | None:
         return None
     known = ", ".join(map(repr, TEMPERATURES))
     return f"must be {known} or a positive number, got {rule!r}{nearest(rule, TEMPERATURES)}"
-
-
-def advantages(rewards: ArrayLike, temperature: ArrayLike, mask: ArrayLike | None = None) -> jax.Array:
-    """A = (R - mu) / tau [P,K], in units of tau; 0 where invalid, exactly 0 in a group of equal rewards."""
-    return jnp.clip(centred(rewards, mask) / as_float(temperature), -HUGE, HUGE)
 
 
 def target_log_probs(

@@ -56,7 +56,10 @@ METRICS: tuple[Metric, ...] = (
     Metric("actor/pg_loss", "-", "the objective's loss, mean over the updates of the step"),
     Metric("actor/pg_clipfrac", "fraction", "terms (tokens or responses) at the clip of the trust region"),
     Metric("actor/ppo_kl", "nats/token", "mean of behaviour minus current log-prob (verl's k1 estimate)"),
-    Metric("actor/kl_loss", "nats/token", "divergence from the reference model, where a method has one"),
+    Metric(
+        "actor/kl_loss", "nats/token", "estimated divergence from the reference model, before its coefficient"
+    ),
+    Metric("actor/entropy_loss", "nats/token", "minus the entropy, where a method has a bonus for it"),
     Metric("actor/entropy", "nats/token", "mean entropy of the next-token distribution on response tokens"),
     Metric("actor/grad_norm", "-", "l2 norm of the gradient before clipping, mean over the step's updates"),
     Metric("actor/lr", "-", "learning rate of the step's last update"),
@@ -76,8 +79,15 @@ METRICS: tuple[Metric, ...] = (
     Metric("lpo/nonfinite_rewards", "responses", "rewards that were NaN or infinite; they are masked"),
     Metric("lpo/forward_kl", "nats", "KL(w* || P)"),
     Metric("lpo/reverse_kl", "nats", "KL(P || w*)"),
+    Metric("lpo/bregman", "-", "GBMPO: Bregman divergence from the reference model, before its coefficient"),
+    Metric("lpo/distil_jsd", "nats/token", "Jensen-Shannon divergence from the teacher, where there is one"),
+    Metric("lpo/previous_kl", "nats/token", "MDPO: KL from the policy that sampled, before its weight"),
     Metric("lpo/logp_gap_mean", "nats/token", "mean |log-prob when sampled - when scored|, same weights"),
     Metric("lpo/logp_gap_max", "nats", "largest such gap of one token in the step"),
+    Metric("lpo/sampling_rounds", "rounds", "dynamic sampling: rounds of sampling this step took"),
+    Metric("lpo/useful_group_frac", "fraction", "dynamic sampling: groups of the batch that carry a signal"),
+    Metric("lpo/hinted_groups", "groups", "groups that all failed and passed with a hint"),
+    Metric("lpo/replay_weight", "-", "PIPO: weight of the update on the batch before"),
     Metric("lpo/skipped_updates", "updates", "updates of this step not applied: gradient not finite"),
     # The run.
     Metric("training/global_step", "steps", "training steps done"),
@@ -116,6 +126,12 @@ METRICS: tuple[Metric, ...] = (
     Metric("val-aux/<data>/response_length/mean", "tokens", "mean length of the evaluation's responses"),
     Metric("val-aux/<data>/response_length/clip_ratio", "fraction", "of those, cut off at the length limit"),
     Metric("val-aux/<data>/invalid_samples", "samples", "samples not counted: the verifier failed on them"),
+    # The search for a mirror map (`lpo meta`), a row a round.
+    Metric("meta/fitness/{mean,max,min}", "fraction", "final held-out pass@1 of the round's candidates"),
+    Metric("meta/best", "fraction", "mean of the best round so far"),
+    Metric("meta/accepted", "fraction", "1 where the round was the best so far, and the map moved"),
+    Metric("meta/sigma", "-", "standard deviation of the candidates' noise"),
+    Metric("meta/step_norm", "-", "l2 norm of the map's move"),
     # Supervised warm start (`lpo sft`), under the names of verl's SFT trainer.
     Metric("train/loss", "nats/token", "supervised loss: mean negative log-prob of the target tokens"),
     Metric("train/token_accuracy", "fraction", "target tokens that are the model's first choice"),

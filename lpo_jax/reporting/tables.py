@@ -148,16 +148,53 @@ def method_table(methods: Iterable[Mapping]) -> Table:
     """The catalogue of methods.
 
     Args:
-        methods: dicts with `name`, `formula`, `paper`, `fidelity`, `options` and `needs`.
+        methods: dicts with `name`, `formula`, `paper`, `fidelity`, `note`, `options` and `needs`.
     """
     table = _table("Methods")
     for column in ("name", "formula and paper", "fidelity", "options and defaults"):
         table.add_column(column)
     for method in methods:
-        options = "\n".join(f"{key}={value}" for key, value in method["options"].items())
+        # An option and its default stay on one line.
+        options = ", ".join(
+            f"{key}={value}".replace(" ", "\N{NO-BREAK SPACE}") for key, value in method["options"].items()
+        )
         what = Text.assemble(method["formula"], "\n", (method["paper"], "dim"))
-        if method["needs"]:
-            what.append(f"\nneeds {', '.join(method['needs'])}", "dim")
+        for line in (method["note"], method["needs"] and f"needs {', '.join(method['needs'])}"):
+            what.append(f"\n{line}" if line else "", "dim")
         table.add_row(Text(method["name"], "bold"), what, Text(method["fidelity"]), Text(options))
         table.add_section()
     return table
+
+
+def suite_table(results: Mapping[str, Mapping], mean: float, title: str) -> Group:
+    """Benchmarks put to one model, one a row, with 95% intervals.
+
+    Args:
+        results: by benchmark, `evaluation.suite.run_exam`'s.
+        mean: of their pass@1.
+        title: above the table.
+    """
+    table = _table(title)
+    table.add_column("benchmark")
+    for column in ("problems", "k", "pass@1 (avg@k)", "pass@k", "maj@k", "cut", "tokens"):
+        table.add_column(column, justify="right")
+    for index, (name, result) in enumerate(results.items()):
+        if index:
+            table.add_row()
+        k = result["samples_per_problem"]
+        scores = (_score(result[score]) for score in ("pass@1", f"pass@{k}", f"maj@{k}"))
+        cut, length = percent(result["truncated"]), f"{result['mean_length']:,.0f}"
+        table.add_row(Text(name, "bold"), f"{result['problems']:,}", str(k), *scores, cut, length)
+    notes = [
+        "Below each score its 95% interval, a bootstrap over problems. cut: responses that met --max-tokens."
+    ]
+    if len(results) > 1:
+        notes.append(f"pass@1, mean over the benchmarks: {percent(mean)}.")
+    for count, what in (
+        ("invalid_samples", "samples not counted because the verifier failed on them"),
+        ("left_out", "problems left out because their prompts are too long"),
+        ("skipped", "problems left out because their gold answers cannot be used"),
+    ):
+        if lost := sum(result[count] for result in results.values()):
+            notes.append(f"{lost} {what}.")
+    return Group(table, Text(" ".join(notes), "dim"))

@@ -80,10 +80,10 @@ class RunWriter:
         if folder not in SAMPLE_FOLDERS:
             raise ValueError(f"folder must be one of {SAMPLE_FOLDERS}, got {folder!r}")
         path = self.run_dir / folder / f"{step}.jsonl"
-        data = b"".join(_line(_plain({**row, "step": int(step)})) for row in rows)
+        data = b"".join(json_line({**row, "step": int(step)}) for row in rows)
         try:
             path.parent.mkdir(exist_ok=True)
-            _write_atomically(path, data)
+            write_atomically(path, data)
         except OSError as error:
             raise _cannot_write(path, error) from error
         return path
@@ -134,7 +134,7 @@ class RunWriter:
         rows = [(line, row) for line, row in _parse(before, self._path) if wanted(row)]
         after = b"".join(line + b"\n" for line, _ in rows)
         if after != before:
-            _write_atomically(self._path, after)
+            write_atomically(self._path, after)
         self._last_step = rows[-1][1]["step"] if rows else -1
 
     def _append(self, row: Mapping) -> None:
@@ -223,12 +223,18 @@ def _plain(value):
     return value if value is None or isinstance(value, str | int) else str(value)
 
 
+def json_line(row: Mapping) -> bytes:
+    """A row as one line of valid JSON: arrays as lists, numbers that are not finite as null."""
+    return _line(_plain(row))
+
+
 def _line(row: Mapping) -> bytes:
     # A lone surrogate (half a character, which a model can emit) becomes its JSON escape.
     return json.dumps(row, ensure_ascii=False, allow_nan=False).encode("utf-8", "backslashreplace") + b"\n"
 
 
-def _write_atomically(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, data: bytes) -> None:
+    """Writes a file whole or not at all; raises `OSError` where the disk does not take it."""
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as file:
         file.write(data)

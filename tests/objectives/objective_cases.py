@@ -91,6 +91,83 @@ def batch(seed=0, K=4, T=6, off=0.1, dtype=np.float32, anchor=False):
     return O.TokenStats(logp), scored
 
 
+# The axes of every field that is not None in a full batch; what is not named here has none.
+AXES = {
+    **dict.fromkeys(("rewards", "valid", "passed", "malformed", "truncated", "clusters", "flawed"), "PK"),
+    **dict.fromkeys(("baseline", "prompt_confidence", "weight"), "P"),
+    **dict.fromkeys(("logp", "entropy", "ref_logp", "collision", "hidden_norm"), "PKT"),
+    **dict.fromkeys(("behaviour_logp", "mask", "anchor_logp", "token_ids", "credit"), "PKT"),
+    **{"top_logp": "PKTJ", "features": "PKF"},
+}
+TEACHER_AXES = {"ids": "PKTJ", "logp": "PKTJ", "entropy": "PKT", "valid": "PK"}
+
+
+def full_batch(seed=0, K=4, T=6, J=3, off=0.1, dtype=np.float32, objective=None):
+    """As `batch`, with every field that any method looks at, and the first state of `objective`'s control.
+
+    Group 0 has a pass and a failure, flawed and cut responses, and two answers that agree. Without an objective
+    `control` is None.
+    """
+    stats, scored = batch(seed, K, T, off, dtype, anchor=True)
+    rng = np.random.default_rng(seed + 1000)
+    tokens, responses = (P, K, T), (P, K)
+
+    def floats(shape):
+        return rng.random(shape).astype(dtype)
+
+    def top():
+        return np.log(rng.dirichlet(np.ones(J + 1), tokens)[..., :J]).astype(dtype)
+
+    passed = scored.rewards > 0.5
+    stats = stats.replace(
+        entropy=floats(tokens),
+        ref_logp=scored.behaviour_logp + off * rng.standard_normal(tokens).astype(dtype),
+        top_logp=top(),
+        collision=floats(tokens),
+        hidden_norm=1 + floats(tokens),
+    )
+    scored = scored.replace(
+        valid=np.ones(responses, bool),
+        passed=passed,
+        malformed=~passed & (rng.random(responses) < 0.5),
+        truncated=~passed & (np.arange(K) == 0),
+        token_ids=rng.integers(0, 3, tokens).astype(np.int32),
+        clusters=rng.integers(-1, 2, responses).astype(np.int32),
+        baseline=floats((P, 1)),
+        flawed=passed & (np.arange(K) == 1),
+        credit=floats(tokens),
+        prompt_confidence=floats((P,)),
+        features=floats((P, K, 5)),
+        teacher=O.Teacher(rng.integers(0, 9, (*tokens, J)).astype(np.int32), top(), floats(tokens), ~passed),
+        weight=0.5 + floats((P,)),
+        progress=np.asarray(0.25, dtype),
+        control=None if objective is None else jax.device_get(objective.init_control()),
+    )
+    return stats, scored
+
+
+def padded(stats, scored, prompts=1, responses=2, tokens=3, garbage=np.nan):
+    """The same batch with more prompts, responses and tokens, and garbage at every place without a token."""
+    sizes = {"P": prompts, "K": responses, "T": tokens}
+    mask = np.pad(scored.mask, ((0, prompts), (0, responses), (0, tokens)))
+
+    def pad(name, x, axes):
+        if x is None or not axes:
+            return x
+        x = np.asarray(x)
+        fill = garbage if np.issubdtype(x.dtype, np.floating) else name not in ("mask", "valid")
+        x = np.pad(x, [(0, sizes.get(a, 0)) for a in axes + "?" * (x.ndim - len(axes))], constant_values=fill)
+        if "T" not in axes or name == "mask":
+            return x
+        return np.where(mask.reshape(mask.shape + (1,) * (x.ndim - 3)), x, np.asarray(fill, x.dtype))
+
+    def each(record, axes):
+        return record.replace(**{name: pad(name, x, axes.get(name, "")) for name, x in vars(record).items()})
+
+    teacher = None if scored.teacher is None else each(scored.teacher, TEACHER_AXES)
+    return each(stats, AXES), each(scored.replace(teacher=None), AXES).replace(teacher=teacher)
+
+
 def run(objective, stats, scored):
     """(loss, metrics, gradient [P,K,T] in logp).
 

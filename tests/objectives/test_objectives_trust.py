@@ -1,5 +1,7 @@
-"""Trust-region gates (METHODS 4.4 item 15, variants A, B and C of 1.5) and token weights."""
+"""Trust-region gates (METHODS 4.4 items 15, 16 and 18, variants A, B and C of 1.5) and token weights."""
 
+import copy
+import dataclasses
 import functools
 
 import chex
@@ -9,16 +11,35 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from objective_cases import batch, run, small
+from objective_cases import batch, full_batch, in_float64, put, run, small
 
 from lpo_jax import objectives as O
+from lpo_jax.objectives.covariance_gates import ClipCov, KLCov
+from lpo_jax.objectives.sequence_gates import (
+    BudgetClip,
+    FiberClip,
+    GeometricClip,
+    HybridClip,
+    PrefixWeightClip,
+    SequenceClip,
+    TaperedWeight,
+)
+from lpo_jax.objectives.trust import (
+    ElasticClip,
+    ImplicitNegative,
+    Ratio,
+    RatioVariance,
+    SoftGate,
+    TargetRatio,
+    WeightClip,
+)
 
 EPSILON = 0.2
 GATES = {
     "none": O.Gate(),
-    "hard": O.HardLogClip(EPSILON),
-    "ppo": O.PessimisticLogClip(EPSILON),
-    "joint": O.JointLogClip(EPSILON),
+    "hard": O.LogClip("hard", EPSILON),
+    "ppo": O.LogClip("ppo", EPSILON),
+    "joint": O.LogClip("joint", EPSILON),
     "ratio": O.RatioClip(EPSILON, EPSILON),
 }
 # Log-ratios far below, at, and far above the range [log 0.8, log 1.2], for both signs of c.
@@ -40,7 +61,7 @@ OPEN = {  # which of them pass the gradient
 @functools.partial(jax.jit, static_argnums=0)
 def slope(gate, delta, c):
     """d phi / d delta of each token."""
-    return jax.grad(lambda d: gate(d, c).sum())(delta)
+    return jax.grad(lambda d: gate(d, c, None).sum())(delta)
 
 
 @pytest.mark.parametrize("name", GATES)
@@ -67,7 +88,7 @@ class GateValuesTest(chex.TestCase):
                 "ppo": np.maximum(c * DELTA, c * clipped),
                 "ratio": np.maximum(c * ratio, c * clipped_ratio),
             }.items():
-                got = self.variant(GATES[name])(DELTA, np.float32(c))
+                got = self.variant(GATES[name])(DELTA, np.float32(c), None)
                 np.testing.assert_allclose(got, expected, rtol=1e-6, err_msg=name)
 
 
@@ -93,8 +114,272 @@ def test_a_broken_ratio_stays_finite():
     delta = np.float32([[[-1e4, 1e4]]])
     for c in (-1.0, 1.0):
         for gate in GATES.values():
-            assert np.isfinite(gate(delta, np.float32([[[c]]]))).all()
+            assert np.isfinite(gate(delta, np.float32([[[c]]]), None)).all()
             assert np.isfinite(slope(gate, delta, np.float32([[[c]]]))).all()
+
+
+def test_dual_clip_caps_the_loss_of_a_failure_that_grew():
+    """verl: where A < 0, min(-A c, max(-A rho, -A clip(rho)))."""
+    gate = O.RatioClip(0.2, 0.28, dual_clip=3.0)
+    rho = np.float32([0.5, 1.0, 2.0, 2.9, 3.1, 50.0])
+    for c in (-0.5, 0.5):
+        pg = np.maximum(c * rho, c * np.clip(rho, 0.8, 1.28))
+        expected = np.minimum(pg, 3 * c) if c > 0 else pg
+        args = np.log(rho)[None, None], np.float32([[[c]]])
+        np.testing.assert_allclose(gate(*args, None)[0, 0], expected, rtol=1e-5)
+        closed = [0, 0, 1, 1, 1, 1] if c < 0 else [1, 0, 0, 0, 1, 1]
+        np.testing.assert_array_equal(slope(gate, *args)[0, 0] == 0, closed)
+    # c = 0 is neither, and off is off.
+    assert gate(np.zeros((1, 1, 3)), np.zeros((1, 1, 1)), None).sum() == 0
+    assert O.RatioClip(0.2, 0.28)(np.log(np.float32([50.0])), 0.5, None) == pytest.approx(25, rel=1e-5)
+
+
+class Case:
+    """A minibatch for gates: log-ratios far out of every range, coefficients c = -A / K, and what twins look at."""
+
+    def __init__(self, seed=0, off=0.5, dtype=np.float64):
+        stats, scored = full_batch(seed, off=off, dtype=dtype)
+        self.m = put(scored.mask, (0, 3), True)  # of full length
+        self.A = (scored.rewards - scored.rewards.mean(-1, keepdims=True))[..., None] * 3
+        self.c = (-self.A / 4).astype(dtype)
+        self.delta = np.where(self.m, stats.logp - scored.behaviour_logp, 0)
+        self.n = self.m.sum(-1, keepdims=True)
+        self.mean = self.delta.sum(-1, keepdims=True) / self.n
+        self.p = scored.passed.mean(-1)[:, None, None].clip(0.02, 0.98)
+        self.scored = scored.replace(control=np.asarray(1.7, dtype))
+        self.stats = stats
+        self.rewards = scored.rewards
+
+    @property
+    def context(self):
+        return O.Context(self.rewards, self.scored.valid, self.m, self.delta, self.stats, self.scored)
+
+    def loss_and_slope(self, gate, W):
+        """phi [P,K,T] at the tokens, and the gradient of sum W phi."""
+        context = jax.tree.map(jnp.asarray, self.context)
+        loss = lambda d: (W * jnp.where(self.m, gate(d, self.c, context), 0)).sum()  # noqa: E731
+        phi = gate(jnp.asarray(self.delta), self.c, context)
+        return np.where(self.m, phi, 0), np.asarray(jax.grad(loss)(self.delta))
+
+
+def worse(c, x, y, slope_x, slope_y):
+    """max(c x, c y) and its slope."""
+    return np.maximum(c * x, c * y), c * np.where(c * x >= c * y, slope_x, slope_y)
+
+
+def clip_twin(x, low, high, c, slope=None):
+    """PPO's clip of x = 1, whose slope is x itself unless given."""
+    slope = x if slope is None else slope
+    y = np.clip(x, 1 - low, 1 + high)
+    return worse(c, x, y, slope, slope * (x == y))
+
+
+def nft_twin(k):
+    rho, p = np.exp(k.delta), k.p
+    left = np.maximum((1 - p * rho) / (1 - p), 1)
+    fail = -k.c * np.log(left), k.c * p * rho / (1 - p) / left
+    return tuple(np.where(k.c < 0, x, y) for x, y in zip((k.c * k.delta, k.c + 0 * rho), fail))
+
+
+def gbpo_twin(k):
+    x = (k.A - np.median(k.A, axis=1, keepdims=True)) / 0.8
+    rho, target = np.exp(k.delta), 1 + 0.3 * np.tanh(x / 2)
+    return abs(k.c) * abs(rho - target), abs(k.c) * rho * np.sign(rho - target)
+
+
+def gmpo_twin(k):
+    sign = np.sign(k.A)
+    each = sign * np.minimum(sign * k.delta, sign * np.clip(k.delta, -0.3, 0.4)) * k.m
+    value = k.c * np.exp(each.sum(-1, keepdims=True) / k.n)
+    return value + 0 * each, value * ((each == k.delta) | (k.A == 0))
+
+
+def dhpo_twin(k):
+    a = np.where(k.m, k.stats.entropy, 0)
+    a = a / a.max()
+    rho, s = np.exp(k.delta), np.exp(k.mean)
+    low, high = np.clip(rho, 0.8, 1.2), np.clip(s, 0.95, 1.1)
+    flows = a * rho * (rho == low) + (1 - a) * s * (s == high)
+    return worse(k.c, a * rho + (1 - a) * s, a * low + (1 - a) * high, a * rho + (1 - a) * s, flows)
+
+
+def minpro_twin(k):
+    weight = np.ones_like(k.delta)
+    for t in range(k.delta.shape[-1]):
+        before = np.exp(k.delta[..., :t]).min(-1) if t else 1
+        weight[..., t] = np.clip(before * np.exp(k.delta[..., t]), 0.1, 1.28)
+    return k.c * weight * k.delta, k.c * weight
+
+
+def weight_twin(k, weight):
+    return k.c * weight * k.delta, k.c * weight + 0 * k.delta
+
+
+def sapo_twin(k):
+    tau, rho = np.where(k.A > 0, 1.0, 2.0), np.exp(k.delta)
+    gate = 1 / (1 + np.exp(-tau * (rho - 1)))
+    return 4 * k.c / tau * gate, 4 * k.c * gate * (1 - gate) * rho
+
+
+def r2vpo_twin(k):
+    rho = np.exp(k.delta)
+    return k.c * rho + 1.7 * (rho - 1) ** 2 / 4, rho * (k.c + 2 * 1.7 * (rho - 1) / 4)
+
+
+def etr_twin(k):
+    stretch = (1 + 0.5 * np.tanh(abs(k.A))) * (1 + 2 * k.rewards.var(-1)[:, None, None])
+    return clip_twin(np.exp(k.delta), 0.1 * stretch, 0.15 * stretch, k.c)
+
+
+def fiber_twin(k):
+    return k.c * np.exp(np.clip(k.mean, -0.05, 0.05)) * np.exp(np.clip(k.delta - k.mean, -0.3, 0.3))
+
+
+def apc_twin(k):
+    moved = (np.exp(k.delta) - 1) * k.m
+    budget = np.maximum(k.n * 0.4 - abs(moved).sum(-1, keepdims=True) + abs(moved), 0)
+    return k.c * (1 + np.clip(moved, -budget, budget))
+
+
+def covariance_twin(k):
+    A, l = np.broadcast_to(k.A, k.m.shape)[k.m], k.stats.logp[k.m]
+    cov = np.full(k.m.shape, -np.inf)
+    cov[k.m] = (A - A.mean()) * (l - l.mean())
+    return cov
+
+
+def clip_cov_twin(k):
+    value, slope = clip_twin(np.exp(k.delta), 0.2, 0.2, k.c)
+    cov = covariance_twin(k)
+    shut = k.c * np.clip(np.exp(k.delta), 0.8, 1.2) > k.c * np.exp(k.delta)
+    kept = ~((cov > 0.1) & (cov < 2) & ~shut)  # with a fraction of 1 all candidates are drawn
+    assert 3 < (k.m & ~kept).sum() < 20
+    return value * kept, slope * kept
+
+
+def kl_cov_twin(k):
+    rho, cov = np.exp(k.delta), covariance_twin(k)
+    held = cov >= np.sort(cov.ravel())[-int(0.3 * k.m.sum())]
+    return k.c * rho + held * 0.6 * abs(k.delta) / 4, k.c * rho + held * 0.6 * np.sign(k.delta) / 4
+
+
+# name -> gate, and its formula in numpy: phi [P,K,T] and d phi_t / d delta_t; phi alone where tokens are coupled.
+GATE_TWINS = {
+    "ratio": (Ratio(), lambda k: (k.c * np.exp(k.delta),) * 2),
+    "ppo": (O.RatioClip(0.1, 0.3), lambda k: clip_twin(np.exp(k.delta), 0.1, 0.3, k.c)),
+    "etr": (ElasticClip(0.1, 0.15), etr_twin),
+    "cispo": (WeightClip(0.5, 0.28), lambda k: weight_twin(k, np.clip(np.exp(k.delta), 0.5, 1.28))),
+    "minpro": (PrefixWeightClip(0.9, 0.28), minpro_twin),
+    "topr": (
+        TaperedWeight(),
+        lambda k: weight_twin(k, np.where(k.c < 0, 1, np.exp(np.minimum(k.mean * k.n, 0)))),
+    ),
+    "sapo": (SoftGate(1.0, 2.0), sapo_twin),
+    "r2vpo": (RatioVariance(), r2vpo_twin),
+    "gbpo": (TargetRatio(target_temperature=0.8), gbpo_twin),
+    "nft": (ImplicitNegative(), nft_twin),
+    "gspo": (SequenceClip(0.05, 0.1), lambda k: clip_twin(np.exp(k.mean) + 0 * k.delta, 0.05, 0.1, k.c)),
+    "gmpo": (GeometricClip(0.3, 0.4), gmpo_twin),
+    "dhpo": (
+        HybridClip(token_share="entropy", sequence_epsilon_low=0.05, sequence_epsilon_high=0.1),
+        dhpo_twin,
+    ),
+    "fiber": (FiberClip(0.05, 0.3), fiber_twin),
+    "apc": (BudgetClip(0.4), apc_twin),
+    "clip-cov": (ClipCov(cov_low=0.1, cov_high=2.0, cov_fraction=1.0), clip_cov_twin),
+    "kl-cov": (KLCov(0.3, 0.6), kl_cov_twin),
+}
+COUPLED = {"fiber", "apc"}
+
+
+def finite_differences(twin, k, W, step=1e-6):
+    """d (sum W phi) / d delta at the tokens, by moving one log-ratio after the other."""
+    slope = np.zeros_like(k.delta)
+    for where in zip(*np.nonzero(k.m)):
+        ends = []
+        for sign in (1, -1):
+            moved = copy.copy(k)
+            moved.delta = put(k.delta, where, k.delta[where] + sign * step)
+            moved.mean = moved.delta.sum(-1, keepdims=True) / moved.n
+            ends.append((W * k.m * twin(moved)).sum())
+        slope[where] = (ends[0] - ends[1]) / (2 * step)
+    return slope
+
+
+@pytest.mark.parametrize("name", GATE_TWINS)
+@in_float64
+def test_gate_against_numpy(name):
+    gate, twin = GATE_TWINS[name]
+    k = Case()
+    W = np.random.default_rng(1).random(k.m.shape)
+    value, slope = twin(k) if name not in COUPLED else (twin(k), None)
+    slope = finite_differences(twin, k, W) if slope is None else W * k.m * slope
+    got, got_slope = k.loss_and_slope(gate, W)
+    np.testing.assert_allclose(got, value * k.m, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(got_slope, slope, rtol=1e-9, atol=1e-8 if name in COUPLED else 1e-12)
+    assert got.dtype == np.float64
+    # The case shows what the gate does: it is not the plain importance weight everywhere.
+    if name != "ratio":
+        assert np.abs(slope - W * k.m * k.c * np.exp(k.delta)).max() > 1e-2
+
+
+class NewGatesTest(chex.TestCase):
+    @chex.variants(with_jit=True, without_jit=True)
+    def test_float32_agrees_with_float64(self):
+        k = Case(dtype=np.float32)
+        context = jax.tree.map(jnp.asarray, k.context)
+        for name, (gate, twin) in GATE_TWINS.items():
+            got = self.variant(gate)(jnp.asarray(k.delta), k.c, context)
+            assert got.dtype == jnp.float32, name
+            value = twin(Case()) if name in COUPLED else twin(Case())[0]
+            np.testing.assert_allclose(np.where(k.m, got, 0), value * k.m, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("name", GATE_TWINS)
+def test_a_broken_ratio_stays_finite_in_every_gate(name):
+    k = Case(dtype=np.float32)
+    k.delta[0, 3, :2] = -1e4, 1e4
+    k.delta[0, 1, 0], k.delta[0, 0, 0] = 1e4, -1e4
+    chex.assert_tree_all_finite(k.loss_and_slope(GATE_TWINS[name][0], np.ones(k.m.shape, np.float32)))
+
+
+@pytest.mark.parametrize("name", GATE_TWINS)
+def test_item_15_at_no_movement_the_slope_is_c_or_what_the_class_says(name):
+    gate, k = GATE_TWINS[name][0], Case(off=0.0, dtype=np.float32)
+    if name == "clip-cov":
+        gate = dataclasses.replace(gate, cov_low=1e6, cov_high=2e6)  # no token is silenced
+    slope = k.loss_and_slope(gate, np.ones(k.m.shape, np.float32))[1]
+    expected = {
+        "nft": np.where(k.c < 0, k.c, k.c * k.p / (1 - k.p)),
+        "gbpo": -np.abs(k.c) * np.sign(k.A - np.median(k.A, axis=1, keepdims=True)),
+    }.get(name, k.c)
+    np.testing.assert_allclose(slope, expected * k.m, rtol=1e-5, atol=1e-7)
+    assert (slope[2] == 0).all()  # equal rewards
+
+
+def what_moves(gate, k, t):
+    """[P,K,T] bool: the tokens that feel a change of the log-ratio at place t of group 0's last response."""
+    W = np.ones(k.m.shape)
+    before = k.loss_and_slope(gate, W)
+    k.delta[0, 3, t] -= 0.4
+    return np.abs(np.stack(k.loss_and_slope(gate, W)) - np.stack(before)).max(0) > 1e-9
+
+
+@pytest.mark.parametrize("name", [n for n in GATE_TWINS if n not in ("clip-cov", "kl-cov")])
+@in_float64
+def test_item_16_what_a_token_can_move(name):
+    """Token gates: itself. MinPRO: itself and those after it. Sequence gates: its response. None: another response."""
+    gate, k = GATE_TWINS[name][0], Case(seed=2, off=0.05)
+    moved = what_moves(gate, k, t=3)
+    assert moved[0, 3, 3]
+    assert not moved[1:].any() and not moved[0, :3].any()
+    sequence = name in ("topr", "gspo", "gmpo", "dhpo", "fiber", "apc")
+    if name == "minpro":
+        assert not moved[0, 3, :3].any() and moved[0, 3, 4:].all()
+    elif not sequence:
+        assert moved.sum() == 1
+    elif name in ("gspo", "gmpo"):
+        assert moved[0, 3].all()
 
 
 @pytest.mark.parametrize("divergence", ["forward-kl", "reverse-kl"])

@@ -1,0 +1,77 @@
+"""Biases: what is added to the advantages for reasons other than the response's own reward."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from lpo_jax.objectives.batch import Context
+from lpo_jax.objectives.part import Part
+from lpo_jax.objectives.shaping import agreement
+from lpo_jax.objectives.simplex import as_float, masked_mean, masked_std
+
+
+@dataclasses.dataclass(frozen=True)
+class Bias(Part):
+    """The base."""
+
+    def __call__(self, context: Context, u: jax.Array) -> jax.Array:
+        """New utilities [P,K] from utilities [P,K]; what it says of invalid responses is ignored."""
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class ConfidenceGap(Bias):
+    """u + a (c(q) - c(o)) in groups with a pass: responses that the policy is too sure of gain less.
+
+    c(o) = exp(mean log-prob of the response's least likely tokens), under the policy that sampled; c(q) is the
+    same of the prompt, `Scored.prompt_confidence`.
+
+    Attributes:
+      confidence_weight: a. UNCERTAIN: the paper's value was not found; the default is ours.
+      unlikely_share: the share of a response's tokens that are its least likely.
+
+    References:
+      ProGRPO, arXiv 2602.05281, advantage re-weighting, as third-party notes quote it.
+    """
+
+    confidence_weight: float = 0.3
+    unlikely_share: float = 0.2
+    needs = ("prompt_confidence",)
+
+    def __call__(self, context, u):
+        logp = as_float(context.scored.behaviour_logp)
+        ordered = jnp.sort(jnp.where(context.tokens, logp, jnp.inf), -1)
+        few = jnp.ceil(self.unlikely_share * context.lengths)[..., None]
+        confidence = jnp.exp(masked_mean(ordered, jnp.arange(logp.shape[-1]) < few, -1))
+        gap = as_float(context.scored.prompt_confidence)[:, None] - confidence
+        return u + jnp.where(context.pass_rate > 0, self.confidence_weight * gap, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class GlobalMix(Bias):
+    """w u + (1 - w) g: where a group's answers agree, the prompt is compared to the other prompts instead.
+
+    g = (mu - mean of the mu) / their standard deviation, over the groups of the minibatch, and
+    w = sigmoid(slope (H - middle)), H the entropy of the group's answers. So groups that all fail, or all pass, in
+    the same way still learn. UNCERTAIN: the paper's w was not found; this form and its numbers are ours.
+
+    Attributes:
+      mix_slope: in 1/nats.
+      mix_entropy: the middle, in nats.
+
+    References:
+      COPO, arXiv 2508.04138, as third-party notes quote it.
+    """
+
+    mix_slope: float = 3.0
+    mix_entropy: float = 1.0
+    needs = ("clusters",)
+
+    def __call__(self, context, u):
+        mu = masked_mean(context.rewards, context.valid, -1, keepdims=True).T  # [1,P]
+        sampled = context.valid.any(-1)[None]
+        sigma = masked_std(mu, sampled)
+        g = jnp.where(sampled, mu - masked_mean(mu, sampled), 0) / jnp.where(sigma > 0, sigma, 1)
+        w = jax.nn.sigmoid(self.mix_slope * (agreement(context)[1] - self.mix_entropy))
+        return w * u + (1 - w) * g.T

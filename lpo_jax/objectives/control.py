@@ -1,0 +1,26 @@
+"""What some methods keep from update to update: an explicit state, checkpointed with the run.
+
+The state is a pytree of arrays. `Scored.control` carries it into the objective, `Objective.next_control` gives
+the one after; the parts of the method read it there, and never see the data of the update it is used in.
+"""
+
+import dataclasses
+from typing import Any
+
+from lpo_jax.objectives.batch import Context, Listwise
+from lpo_jax.objectives.part import Part
+
+
+@dataclasses.dataclass(frozen=True)
+class Control(Part):
+    """The base: a state, and what an update makes of it."""
+
+    needs = ("control",)
+
+    def init(self) -> Any:
+        """The state at the start of a run, a pytree of arrays of fixed shape."""
+        raise NotImplementedError
+
+    def update(self, state: Any, context: Context, view: Listwise) -> Any:
+        """The state after an update on the minibatch `context`, whose groups are `view`."""
+        raise NotImplementedError

@@ -1,0 +1,111 @@
+"""HAPO: how sure the policy is of a token decides how its advantage and its trust region are scaled.
+
+References:
+  HAPO, public code starriver030515/HAPO (a fork of verl).
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from lpo_jax.objectives.advantage import Utility, scaled
+from lpo_jax.objectives.batch import Context
+from lpo_jax.objectives.simplex import as_float
+from lpo_jax.objectives.token_weight import TokenWeight
+from lpo_jax.objectives.trust import RatioClip, ratio
+
+
+def relative_entropy(context: Context, pivot: float) -> jax.Array:
+    """h [P,K,T]: 1 at the highest entropy of the minibatch, 0 at its `pivot` quantile, -1 at the lowest, in its log.
+
+    The public code divides what is below the pivot by its minimum, which is negative, so that its h is never below
+    0 and the branches for sure tokens are dead there; here they do what the paper says.
+    """
+    tokens = context.tokens
+    log_entropy = jnp.log(jnp.maximum(jnp.where(tokens, as_float(context.stats.entropy), 1), 1e-8))
+    middle = jnp.nanquantile(jnp.where(tokens, log_entropy, jnp.nan), pivot, method="nearest")
+    h = jnp.where(tokens, log_entropy - middle, 0)
+    far = jnp.where(h > 0, h.max(initial=0), -h.min(initial=0))
+    return h / jnp.where(far > 0, far, 1)
+
+
+def _widths(h: jax.Array, growth: float) -> tuple[jax.Array, jax.Array]:
+    """What the lower and the upper width of the clip are multiplied by: sure tokens may fall, unsure ones rise."""
+    return 1 - growth * jnp.minimum(h, 0), 1 + growth * jnp.maximum(h, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenLevelUtility(Utility):
+    """u = (R - mu) / tau with mean and deviation over the tokens of the group, so that long responses count more.
+
+    Temperatures other than "grpo", the deviation, are as ever. A group in which |u| would reach `most_utility` is
+    scaled by its responses instead.
+
+    Attributes:
+      most_utility: largest |u| that is trusted.
+    """
+
+    most_utility: float = 5.0
+
+    def __call__(self, context):
+        u, tau = super().__call__(context)
+        share = context.lengths / jnp.maximum(context.lengths.sum(-1, keepdims=True), 1)
+        # Of differences to the plain mean: equal rewards give exactly 0.
+        difference = self.difference(context)
+        difference = difference - (share * difference).sum(-1, keepdims=True)
+        deviation = tau
+        if self.temperature == "grpo":
+            deviation = jnp.sqrt((share * jnp.square(difference)).sum(-1, keepdims=True))
+            deviation = jnp.maximum(deviation, self.temperature_floor)
+        by_token = jnp.where(context.valid, scaled(difference, deviation), 0)
+        trusted = (jnp.abs(by_token) < self.most_utility).all(-1, keepdims=True)
+        return jnp.where(trusted, by_token, u), jnp.where(trusted, deviation, tau)
+
+
+@dataclasses.dataclass(frozen=True)
+class EntropyClip(RatioClip):
+    """PPO's clip, wider below for tokens the policy is sure of and wider above for those it is not.
+
+    The widths are low (1 - g min(h, 0)) and high (1 + g max(h, 0)), h of `relative_entropy`.
+
+    Attributes:
+      entropy_pivot: quantile of the entropy that is neither.
+      clip_growth: g.
+    """
+
+    entropy_pivot: float = 0.8
+    clip_growth: float = 1.0
+    needs = ("entropy",)
+
+    def __call__(self, delta, c, context):
+        low, high = _widths(relative_entropy(context, self.entropy_pivot), self.clip_growth)
+        rho = ratio(delta)
+        clipped = jnp.clip(rho, 1 - self.epsilon_low * low, 1 + self.epsilon_high * high)
+        return self.pessimistic(rho, clipped, c)
+
+
+@dataclasses.dataclass(frozen=True)
+class EntropyWeight(TokenWeight):
+    """1 + g h on unsure tokens that have moved and on sure tokens that have not, 1 on the others.
+
+    A token has moved when its ratio is out of the inner half of `EntropyClip`'s range.
+
+    Attributes:
+      epsilon_low, epsilon_high, entropy_pivot, clip_growth: as in `EntropyClip`.
+      weight_growth: g.
+    """
+
+    epsilon_low: float = 0.2
+    epsilon_high: float = 0.2
+    entropy_pivot: float = 0.8
+    clip_growth: float = 1.0
+    weight_growth: float = 1.0
+    needs = ("entropy",)
+
+    def __call__(self, context, u):
+        h = relative_entropy(context, self.entropy_pivot)
+        low, high = _widths(h, self.clip_growth)
+        rho = ratio(context.delta)
+        moved = (rho <= 1 - self.epsilon_low * low / 2) | (rho >= 1 + self.epsilon_high * high / 2)
+        return jnp.where((h > 0) == moved, 1 + self.weight_growth * h, 1)

@@ -1,0 +1,243 @@
+"""What a method asks of the run around its updates, as plain settings: the work is `training/hooks/`'s.
+
+A hook has no arithmetic of its own here, so that a method is one frozen, hashable composition.
+"""
+
+import dataclasses
+from typing import ClassVar
+
+from lpo_jax.objectives.part import Part
+
+
+@dataclasses.dataclass(frozen=True)
+class Hook(Part):
+    """The base: what happens around sampling, before the objective sees the round.
+
+    Attributes:
+      gives: the fields of `Scored` that the hook fills.
+    """
+
+    gives: ClassVar[tuple[str, ...]] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class DynamicSampling(Hook):
+    """Keep groups with signal, 0 < mean reward < 1 of the best; sample more prompts until the batch is full.
+
+    Attributes:
+      max_rounds: sampling rounds at most; what is still missing then is filled with groups without signal.
+
+    References:
+      DAPO, arXiv 2503.14476, section 3.2.
+    """
+
+    max_rounds: int = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class LearnabilitySampling(Hook):
+    """Part of each batch in the order of the data, the rest drawn in proportion to p (1 - p) of the pass rate p.
+
+    Attributes:
+      uniform_share: of the batch that keeps the order of the data.
+      rate_momentum: of the moving average of a prompt's pass rate; 0 keeps the last group's.
+
+    References:
+      VAS, MMR1 (public code LengSicong/MMR1), which refreshes all pass rates every few steps with extra
+      rollouts; here they are those of the training groups.
+    """
+
+    uniform_share: float = 0.5
+    rate_momentum: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class GaussianSampling(Hook):
+    """Prompts drawn in proportion to exp(-(p - 1/2)^2 / (2 width^2)), p the moving average of the pass rate.
+
+    Attributes:
+      rate_momentum: of the moving average, which starts at 1/2.
+      width: standard deviation of the curve, in pass rate.
+
+    References:
+      FG-ExPO, Gaussian curriculum sampling.
+    """
+
+    rate_momentum: float = 0.9
+    width: float = 0.35
+
+
+@dataclasses.dataclass(frozen=True)
+class SolutionHints(Hook):
+    """Groups that all fail are sampled again behind growing parts of the row's solution, until one passes.
+
+    The group is then trained on with the hint in its prompt.
+
+    Attributes:
+      hint_fractions: of the solution's text, tried in order.
+
+    References:
+      GHPO (public code hkgc-1/GHPO).
+    """
+
+    hint_fractions: tuple[float, ...] = (0.25, 0.5, 0.75)
+
+
+@dataclasses.dataclass(frozen=True)
+class LadderHints(Hook):
+    """In groups that all fail, one response is replaced by one that passed with the least of the row's hints.
+
+    Rows carry `hints`, a list of texts from the vaguest to the whole solution. The replacing response is trained
+    on under the prompt without the hint.
+
+    Attributes:
+      hint_after: steps before hints are given.
+
+    References:
+      Scaf-GRPO (public code dvlab-research/Scaf-GRPO).
+    """
+
+    hint_after: int = 50
+
+
+@dataclasses.dataclass(frozen=True)
+class Replay(Hook):
+    """One more clipped update on the batch before, weighed by how far this batch's reward beats the last ones'.
+
+    With xi = (mean reward - mean of the window) / deviation of the window, the weight is xi, or
+    `regress_scale` xi where it is negative.
+
+    Attributes:
+      window: steps in the window.
+      regress_scale: of a negative xi.
+
+    References:
+      PIPO.
+    """
+
+    gives = ("weight",)
+
+    window: int = 8
+    regress_scale: float = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class SiblingTeacher(Hook):
+    """Failed responses of a group that has a passing one get a teacher: the policy that has read the sibling.
+
+    Attributes:
+      top: likeliest tokens of the teacher that are kept.
+      reprompt: what is put behind the prompt; `{solution}` stands for the passing response.
+
+    References:
+      SRPO.
+    """
+
+    gives = ("teacher",)
+
+    top: int = 100
+    reprompt: str = "\nA correct solution:\n{solution}\nSolve the problem again.\n"
+
+
+@dataclasses.dataclass(frozen=True)
+class PreviousPolicy(Hook):
+    """`Scored.teacher` is the policy that sampled the round.
+
+    Attributes:
+      top: likeliest tokens that are kept; the rest is one bin.
+    """
+
+    gives = ("teacher",)
+
+    top: int = 100
+
+
+@dataclasses.dataclass(frozen=True)
+class GreedyBaseline(Hook):
+    """`Scored.baseline` is the reward of one greedy response a prompt, which is not learnt from.
+
+    References:
+      ReMax, arXiv 2310.10505.
+    """
+
+    gives = ("baseline",)
+
+
+@dataclasses.dataclass(frozen=True)
+class Judge(Hook):
+    """`Scored.flawed` marks the passing responses in which a judge finds a wrong step.
+
+    Attributes:
+      judge: "path/to/file.py:function", of a function (response, example) -> bool, True for a flawed one. The run
+        refuses to start without.
+
+    References:
+      FAPO (public code verl-recipe/fapo), whose judge is a generative reward model.
+    """
+
+    gives = ("flawed",)
+
+    judge: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class StepJudge(Judge):
+    """`Scored.credit` is 1 on the tokens of the steps that a judge finds wrong, 0 on the others.
+
+    Attributes:
+      judge: as in `Judge`; the function gives a `Verdict` whose parts hold, under "wrong", the wrong steps as ranges of
+        characters of the response: "12:40 80:95", or "" for none.
+
+    References:
+      CAPO (credit), whose judge is the majority of several critiques of a generative model.
+    """
+
+    gives = ("credit",)
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefixValues(Hook):
+    """`Scored.credit` is what each part of a response did for the chance of the row's solution.
+
+    A response of n tokens is cut in `segments` parts, token t being in part t segments // n. The chance after part m
+    is the probability of the row's solution behind the prompt, the response so far and the cue (before the first
+    part, behind the prompt and the cue); a token holds the difference over its part.
+
+    Attributes:
+      segments: parts of a response.
+      cue: text that asks for the answer there and then.
+
+    References:
+      GRPO-VPS, which cuts at the steps of the text.
+    """
+
+    gives = ("credit",)
+
+    segments: int = 4
+    cue: str = "\nThe answer is "
+
+
+@dataclasses.dataclass(frozen=True)
+class Budgets(Hook):
+    """`Scored.credit` is what a response is worth when it is cut at each of several budgets and must answer there.
+
+    The layout is `credit.AnytimeReturns`'s: on the tokens of segment s the mean reward of `summaries` answers, sampled
+    behind the prompt, the response up to the end of that segment and the cue. A response that ends inside a segment
+    is not cut there: its tokens in it hold its own reward.
+
+    Attributes:
+      budgets: number of budgets, the last of them the whole response.
+      summaries: answers sampled at each cut.
+      summary_tokens: tokens of an answer at most.
+      cue: text that asks for the answer there and then.
+
+    References:
+      AnytimeReasoner, arXiv 2505.13438; public code sail-sg/AnytimeReasoner, which trains on the answers too.
+    """
+
+    gives = ("credit",)
+
+    budgets: int = 4
+    summaries: int = 4
+    summary_tokens: int = 64
+    cue: str = "\nThe answer is "

@@ -1,0 +1,82 @@
+"""Methods that change the round itself: which prompts, which samples, hints, replay, teachers."""
+
+from lpo_jax.objectives.advantage import Advantage
+from lpo_jax.objectives.aggregate import Aggregate
+from lpo_jax.objectives.hooks import (
+    DynamicSampling,
+    GaussianSampling,
+    LadderHints,
+    LearnabilitySampling,
+    Replay,
+    SiblingTeacher,
+    SolutionHints,
+)
+from lpo_jax.objectives.methods.row import method
+from lpo_jax.objectives.prompt_weight import HookWeight
+from lpo_jax.objectives.regular import AdaptiveKL, Distil
+from lpo_jax.objectives.shaping import Overlong
+from lpo_jax.objectives.token_weight import Untaught
+from lpo_jax.objectives.trust import RatioClip
+
+METHODS = (
+    method(
+        "dapo",
+        "GRPO; clip 0.2 / 0.28, dual clip 10; token mean; overlong penalty; groups without signal sampled anew",
+        "DAPO, arXiv 2503.14476",
+        "code",
+        shape=(Overlong(),),
+        gate=RatioClip(epsilon_high=0.28, dual_clip=10.0),
+        aggregate=Aggregate("token-mean"),
+        hooks=(DynamicSampling(),),
+    ),
+    method(
+        "vas",
+        "GRPO; half of each batch drawn in proportion to p (1 - p) of the prompts' pass rates p",
+        "MMR1, variance-aware sampling (public code LengSicong/MMR1)",
+        "code",
+        "pass rates are those of the training groups: the released code refreshes them with extra rollouts",
+        hooks=(LearnabilitySampling(),),
+    ),
+    method(
+        "fg-expo",
+        "GRPO; KL weight beta (tanh(accuracy) + 1) / 2; prompts drawn by exp(-(p - 1/2)^2 / (2 0.35^2))",
+        "FG-ExPO",
+        "paper",
+        regular=(AdaptiveKL(kl_coef=0.02),),
+        hooks=(GaussianSampling(),),
+    ),
+    method(
+        "scaf-grpo",
+        "GRPO; in groups that all fail, one response is replaced by one that passed with the least hint",
+        "Scaf-GRPO (public code dvlab-research/Scaf-GRPO)",
+        "code",
+        "rows carry `hints`, the vaguest first; the variant that trains under the hinted prompt is not built",
+        hooks=(LadderHints(),),
+    ),
+    method(
+        "ghpo",
+        "GRPO; groups that all fail are sampled anew behind 25%, 50%, 75% of the solution",
+        "GHPO (public code hkgc-1/GHPO)",
+        "code",
+        hooks=(SolutionHints(),),
+    ),
+    method(
+        "pipo",
+        "A = K (R - mu) / sum|R - mu|; one more update on the batch before, weighed by how rewards moved since",
+        "PIPO",
+        "note",
+        advantage=Advantage(temperature="mean-abs"),
+        prompt_weight=HookWeight(),
+        hooks=(Replay(),),
+    ),
+    method(
+        "srpo",
+        "GRPO; failed responses with a passing sibling learn from the policy that has read it, by JSD instead",
+        "SRPO",
+        "note",
+        "the wording of the re-prompt was not found",
+        token_weight=Untaught(),
+        regular=(Distil(),),
+        hooks=(SiblingTeacher(),),
+    ),
+)

@@ -1,0 +1,182 @@
+"""Policy gradients that differ in their trust region: how far a ratio may go, of a token or of a sequence."""
+
+from typing import Any
+
+from lpo_jax.objectives.advantage import Advantage
+from lpo_jax.objectives.aggregate import Aggregate
+from lpo_jax.objectives.covariance_gates import ClipCov, KLCov
+from lpo_jax.objectives.hooks import PreviousPolicy
+from lpo_jax.objectives.methods.row import Method, method
+from lpo_jax.objectives.prompt_weight import NftWeight
+from lpo_jax.objectives.proximal import PreviousKL, RatioVarianceDual
+from lpo_jax.objectives.regular import KL
+from lpo_jax.objectives.sequence_gates import (
+    BudgetClip,
+    FiberClip,
+    GeometricClip,
+    HybridClip,
+    PrefixWeightClip,
+    SequenceClip,
+    TaperedWeight,
+)
+from lpo_jax.objectives.shaping import Sign
+from lpo_jax.objectives.trust import (
+    ElasticClip,
+    ImplicitNegative,
+    Ratio,
+    RatioVariance,
+    SoftGate,
+    TargetRatio,
+    WeightClip,
+)
+
+FIBER_PAPER = "Fibration Policy Optimization, arXiv 2603.08239"
+VERDICT = {"shape": (Sign(),), "advantage": Advantage(temperature="dr-grpo", centre="none")}
+
+
+def _bounded(name: str, formula: str, paper: str, fidelity: str, note: str = "", **parts: Any) -> Method:
+    # The KL to a reference is there to be switched on, as in `shaped.py`.
+    return method(name, formula, paper, fidelity, note, **{"regular": (KL(),), **parts})
+
+
+# All of them have GRPO's advantage A = (R - mu) / sigma unless the formula says otherwise, and c = -A / K.
+METHODS: tuple[Method, ...] = (
+    _bounded(
+        "gspo",
+        "c = -A / K; PPO clip of s = exp(mean delta), 3e-4 below and 4e-4 above",
+        "Group Sequence Policy Optimization, arXiv 2507.18071",
+        "code",
+        gate=SequenceClip(),
+    ),
+    _bounded(
+        "gmpo",
+        "c = -A / K; loss c exp(mean of delta clipped to +-0.4)",
+        "Geometric-Mean Policy Optimization, arXiv 2507.20673",
+        "code",
+        gate=GeometricClip(),
+    ),
+    _bounded(
+        "cispo",
+        "c = -A / K; loss c sg(clip(rho)) log pi; token mean",
+        "MiniMax-M1 (CISPO), arXiv 2506.13585",
+        "code",
+        "the paper's upper bound was not found: 1.28 is DAPO's, TRL's recipe has 5",
+        gate=WeightClip(),
+        aggregate=Aggregate("token-mean"),
+    ),
+    _bounded(
+        "minpro",
+        "c = -A / K; loss c sg(clip(rho_t min_(i<t) rho_i)) log pi; token mean",
+        "A Step Back: Prefix Importance Ratio (MinPRO), arXiv 2601.22718",
+        "note",
+        "the range of the clip was not found: CISPO's stands in",
+        gate=PrefixWeightClip(),
+        aggregate=Aggregate("token-mean"),
+    ),
+    _bounded(
+        "sapo",
+        "c = -A / K; loss c (4 / tau) sigmoid(tau (rho - 1))",
+        "Soft Adaptive Policy Optimization, arXiv 2511.20347",
+        "code",
+        gate=SoftGate(),
+    ),
+    _bounded(
+        "dhpo",
+        "c = -A / K; PPO clip of a rho + (1 - a) s, each clipped in its own range",
+        "Dynamic Hybrid Policy Optimization, arXiv 2601.05607",
+        "note",
+        "the ranges (here PPO's and GSPO's), where the minimum is taken and the entropy's normaliser were not found",
+        gate=HybridClip(),
+    ),
+    _bounded(
+        "fiberpo",
+        "c = -A / K; loss c exp(clip(m)) exp(clip(delta - m)), m = mean delta",
+        FIBER_PAPER,
+        "code",
+        "ranges from a third party's code, which subtracts the clipped mean; the unclipped one is our reading",
+        gate=FiberClip(),
+    ),
+    _bounded(
+        "apc",
+        "c = -A / K; loss c (1 + clip(rho - 1, +-B)), B = what the others leave of n D; token mean",
+        FIBER_PAPER,
+        "code",
+        "from a third party's code, whose budget D has no default; 0.2 is ours",
+        gate=BudgetClip(),
+        aggregate=Aggregate("token-mean"),
+    ),
+    _bounded(
+        "r2vpo",
+        "c = -A / K; loss c rho + lambda (rho - 1)^2 / K, lambda by dual ascent",
+        "Ratio-Variance Regularized Policy Optimization, arXiv 2601.03320",
+        "code",
+        "the constants of the dual were not found, these are ours; the replay buffer is left out",
+        gate=RatioVariance(),
+        control=RatioVarianceDual(),
+    ),
+    _bounded(
+        "gbpo",
+        "loss |A| |rho - r*| / K, r* = 1 - e + 2 e sigmoid((A - median A) / lambda); token mean",
+        "Bounded Ratio Reinforcement Learning (BPO), arXiv 2604.18578",
+        "code",
+        "constants of its runs on language models; the code's own default of lambda is 1, and its sigma has ddof 1",
+        gate=TargetRatio(),
+        aggregate=Aggregate("token-mean"),
+    ),
+    _bounded(
+        "nft",
+        "pass: c = -q / K, loss c log rho; fail: c = q / K, loss -c log max(1, (1 - p rho) / (1 - p)); q = 1 - p",
+        "Negative-aware Fine-Tuning, arXiv 2505.18116",
+        "code",
+        "token ratios, as the code's runs; the code sums over the responses of a minibatch where this takes their mean",
+        **VERDICT,
+        prompt_weight=NftWeight(),
+        gate=ImplicitNegative(),
+        aggregate=Aggregate("seq-mean-token-sum-norm", max_tokens=1000),
+        degenerate="mask",
+    ),
+    _bounded(
+        "topr",
+        "pass: c = -1 / K, loss c log pi; fail: c = 1 / K, loss c sg(min(1, rho_k)) log pi; token sum",
+        "Tapered Off-Policy REINFORCE, arXiv 2503.14286",
+        "note",
+        **VERDICT,
+        gate=TaperedWeight(),
+        aggregate=Aggregate("seq-mean-token-sum"),
+    ),
+    _bounded(
+        "etr",
+        "c = -A / K; PPO clip of width e (1 + a tanh|A|) (1 + b Var R)",
+        "ETR: Elastic Trust Regions, arXiv 2601.03723",
+        "reconstructed",
+        "from the abstract: the forms and constants of both factors are ours",
+        gate=ElasticClip(),
+    ),
+    _bounded(
+        "mdpo",
+        "c = -A / K; loss c rho + KL(pi || pi_old) / (K t), t from 1 to 0 over the run",
+        "Mirror Descent Policy Optimization, arXiv 2005.09814",
+        "note",
+        "the KL is over the likeliest tokens of pi_old and one bin for the rest; the floor of t is ours",
+        gate=Ratio(),
+        regular=(PreviousKL(),),
+        hooks=(PreviousPolicy(),),
+    ),
+    _bounded(
+        "clip-cov",
+        "c = -A / K; PPO clip, and no gradient on a few tokens of covariance 1 to 5; token mean",
+        "The Entropy Mechanism of RL, arXiv 2505.22617",
+        "code",
+        "the few are drawn by a hash of the log-prob instead of at random",
+        gate=ClipCov(),
+        aggregate=Aggregate("token-mean"),
+    ),
+    _bounded(
+        "kl-cov",
+        "c = -A / K; loss c rho + |delta| / K on the tokens of highest covariance; token mean",
+        "The Entropy Mechanism of RL, arXiv 2505.22617",
+        "code",
+        gate=KLCov(),
+        aggregate=Aggregate("token-mean"),
+    ),
+)

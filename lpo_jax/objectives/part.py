@@ -1,0 +1,33 @@
+"""What methods are composed of: parts, small frozen dataclasses, each of one kind.
+
+A part's fields are options of every method that it is in, so field names mean the same everywhere. A part is
+a pure function of arrays:
+
+    Shape         (context) -> rewards [P,K]                                          shaping.py
+    Advantage     (context) -> u [P,K], tau [P,1]                                     advantage.py
+    Select        (context, u) -> valid [P,K]                                         select.py
+    Bias          (context, u) -> u [P,K]                                             bias.py
+    PromptWeight  (context) -> [P,1]                                                  prompt_weight.py
+    Credit        (context, u, tau) -> u [P,K,T]                                      credit.py
+    Projection    (context, u, s, s_t) -> c [P,K]                                     projection.py
+    Gate          (delta, c, context) -> token loss [P,K,T]                           trust.py
+    TokenWeight   (context, u) -> [P,K,T]                                             token_weight.py
+    Aggregate     (tokens) -> weights [P,K,T]                                         aggregate.py
+    Regular       (stats, context) -> token penalty [P,K,T]                           regular.py
+    Control       state, and (state, context) -> state after an update                control.py
+    Hook          what the run must do around an update; no arithmetic of its own     hooks.py
+"""
+
+import dataclasses
+from typing import ClassVar
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """The base of all kinds.
+
+    Attributes:
+      needs: names of fields of `TokenStats` or `Scored` that may not be None.
+    """
+
+    needs: ClassVar[tuple[str, ...]] = ()

@@ -1,0 +1,77 @@
+"""Penalties whose strength the run itself sets: a schedule over its steps, or a dual variable that it adapts."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from lpo_jax.objectives.batch import Context, Listwise
+from lpo_jax.objectives.control import Control
+from lpo_jax.objectives.regular import Regular, with_rest
+from lpo_jax.objectives.simplex import masked_mean
+from lpo_jax.objectives.trust import ratio
+
+
+@dataclasses.dataclass(frozen=True)
+class PreviousKL(Regular):
+    """KL(pi_theta || pi_old) / t at every place of a response, over pi_old's likeliest tokens and one bin for the rest.
+
+    The weight 1 / t rises as the run goes on: t falls linearly from `step_size` to 0, and is held at a share of
+    `step_size`, since the last steps would otherwise not move at all.
+
+    Attributes:
+      step_size: t at the first step of the run.
+      step_floor: least t, as a share of `step_size`.
+
+    References:
+      MDPO, arXiv 2005.09814.
+    """
+
+    step_size: float = 1.0
+    step_floor: float = 0.05
+    metric = "lpo/previous_kl"
+    reads = ("top_logp", "teacher", "progress")
+    differentiates = ("top_logp",)
+
+    @property
+    def coefficient(self):
+        return 1 / self.step_size
+
+    def weight(self, context):
+        return self.coefficient / jnp.maximum(1 - context.scored.progress, self.step_floor)
+
+    def __call__(self, stats, context):
+        teacher = context.scored.teacher
+        tokens = context.tokens & teacher.valid[..., None]
+        log_p, log_q = (with_rest(x, tokens) for x in (stats.top_logp, teacher.logp))
+        p, q = jnp.exp(log_p), jnp.exp(log_q)
+        # The last two sum to 0 over the bins, and make the slope of each bin 0 by itself where p = q.
+        return jnp.where(tokens, (p * (log_p - log_q) - p + q).sum(-1), 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class RatioVarianceDual(Control):
+    """The price lambda on the variance of the ratio, by dual ascent: lambda <- max(0, lambda + eta (E - limit)).
+
+    E is the mean of (rho - 1)^2 over the tokens of the minibatch. The state is lambda, a scalar, which the gate
+    `RatioVariance` reads. The paper's constants were not found: these are ours.
+
+    Attributes:
+      dual_start: lambda at the start; at 2.5 and |A| = 1 a ratio is at rest 0.2 from 1.
+      dual_rate: eta.
+      variance_limit: what E may be for free.
+
+    References:
+      R2VPO, arXiv 2601.03320.
+    """
+
+    dual_start: float = 2.5
+    dual_rate: float = 10.0
+    variance_limit: float = 1e-3
+
+    def init(self) -> jax.Array:
+        return jnp.float32(self.dual_start)
+
+    def update(self, state: jax.Array, context: Context, view: Listwise) -> jax.Array:
+        variance = masked_mean(jnp.square(ratio(context.delta) - 1), context.tokens)
+        return jnp.maximum(state + self.dual_rate * (variance - self.variance_limit), 0).astype(jnp.float32)

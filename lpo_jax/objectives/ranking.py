@@ -1,0 +1,136 @@
+"""Methods that ask of a reward only who is better: labels, preferences, rankings.
+
+They are losses on the scores of a group, or advantages made of pairs of responses, and have no target of their
+own; `Listwise.log_target` shows softmax(R) for them.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from lpo_jax.objectives.batch import Context
+from lpo_jax.objectives.bias import Bias
+from lpo_jax.objectives.part import Part
+from lpo_jax.objectives.projection import ScoreLoss, reference_scores
+from lpo_jax.objectives.regular import KL
+from lpo_jax.objectives.simplex import as_float, centred, masked_mean, sequence_scores
+
+LABEL_LOSSES = ("listwise", "bce")
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference(Part):
+    """u = R - mu and tau = 1, for a method without a temperature."""
+
+    def __call__(self, context: Context) -> tuple[jax.Array, jax.Array]:
+        """Utilities [P,K], 0 where invalid, and tau [P,1] in units of reward."""
+        return centred(context.rewards, context.valid), jnp.ones_like(context.rewards[:, :1])
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardLabels(ScoreLoss):
+    """Rewards above the group's mean are labels: log(1 + sum_+ exp(-s / tau)) + log(1 + sum_- exp(s / tau)).
+
+    The 1 is an anchor logit: a response that is already on its side of s = 0 pulls little. |c| <= 1 / tau, and
+    on-policy c = -1 / (tau (1 + n)) for each of n above, 1 / (tau (1 + n)) for each of n below. A group of equal
+    rewards has no labels and gives 0.
+
+    Attributes:
+      label_loss: "listwise" as above, or "bce": the mean of log(1 + exp(-+ s / tau)), one response at a time.
+      label_temperature: tau, in nats of score.
+
+    References:
+      REAL, arXiv 2602.05630; public code modelscope/ms-swift, `loss_type="real"`.
+    """
+
+    label_loss: str = "listwise"
+    label_temperature: float = 0.5
+
+    def value(self, context, u, s, log_w):
+        above = context.valid & (u > 0)
+        below = context.valid & ~above & above.any(-1, keepdims=True)
+        x = s / self.label_temperature
+        if self.label_loss == "bce":
+            return masked_mean(jax.nn.softplus(jnp.where(above, -x, x)), above | below, -1)
+        return _anchored(-x, above) + _anchored(x, below)
+
+
+def _anchored(x: jax.Array, mask: jax.Array) -> jax.Array:
+    """log(1 + sum exp x) [P] over `mask` [P,K]."""
+    return jax.nn.logsumexp(jnp.pad(jnp.where(mask, x, -jnp.inf), ((0, 0), (0, 1))), axis=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Preferences(ScoreLoss):
+    """Pairs of a better and a worse response: the mean of -log sigmoid(beta (s_i - s_j)).
+
+    A response that passed is better than one that did not, and a wrong one better than one without an answer in
+    the asked form. Scores are log-ratios to the reference. A group of one level has no pairs: it moves as a whole,
+    by the mean of -log sigmoid(+-s), up if it passed and down if it did not.
+
+    Attributes:
+      preference_beta: beta, of a score in nats.
+      anisotropy: what beta is multiplied by in a pair whose better response passed.
+
+    References:
+      TRPA, arXiv 2504.04524; public code XueruiSu/Trust-Region-Preference-Approximation.
+    """
+
+    preference_beta: float = 0.1
+    anisotropy: float = 2.5
+    needs = ("ref_logp",)
+
+    def scores(self, logp, delta, context):
+        return reference_scores(logp, context)
+
+    def value(self, context, u, s, log_w):
+        malformed = False if context.scored.malformed is None else jnp.asarray(context.scored.malformed) != 0
+        level = jnp.where(context.passed, 2, jnp.where(malformed, 0, 1))
+        better = (level[:, :, None] > level[:, None, :]) & _pairs(context.valid)
+        beta = self.preference_beta * jnp.where(context.passed, self.anisotropy, 1)[:, :, None]
+        by_pair = masked_mean(jax.nn.softplus(-beta * (s[:, :, None] - s[:, None, :])), better, (1, 2))
+        alone = masked_mean(jax.nn.softplus(jnp.where(context.passed, -s, s)), context.valid, -1)
+        return jnp.where(better.any((1, 2)), by_pair, alone)
+
+
+def _pairs(valid: jax.Array) -> jax.Array:
+    """[P,K,K] bool: both are valid."""
+    return valid[:, :, None] & valid[:, None, :]
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplerKL(KL):
+    """`KL` from the policy that sampled, not from the reference: a trust region."""
+
+    kl_coef: float = 0.001
+    reads = ()
+
+    def __call__(self, stats, context):
+        return super().__call__(stats.replace(ref_logp=context.scored.behaviour_logp), context)
+
+
+@dataclasses.dataclass(frozen=True)
+class RankingAdvantage(Bias):
+    """In place of u: how much each response is out of order with those of the other verdict.
+
+    With v_k the mean log-prob of response k under the policy that sampled, a response that passed gets
+    sum_j sigmoid(-(v_k - v_j) / tau) / tau over the j that did not, and each of these gets minus its share:
+    minus the gradient in v of sum_ij log(1 + exp(-(v_i - v_j) / tau)), a logistic surrogate of the AUC of
+    confidence against correctness. The sum over a group is 0.
+
+    Attributes:
+      ranking_temperature: tau, in nats per token.
+
+    References:
+      CAPO (calibration), arXiv 2604.12632, as a third party's notes quote it.
+    """
+
+    ranking_temperature: float = 0.6
+
+    def __call__(self, context, u):
+        v = sequence_scores(as_float(context.scored.behaviour_logp), context.tokens)
+        pull = jax.nn.sigmoid(-(v[:, :, None] - v[:, None, :]) / self.ranking_temperature)
+        opposed = context.passed[:, :, None] & ~context.passed[:, None, :] & _pairs(context.valid)
+        pull = jnp.where(opposed, pull / self.ranking_temperature, 0)  # [P,K,K] passed x failed
+        return pull.sum(2) - pull.sum(1)

@@ -1,0 +1,184 @@
+"""Penalties on tokens, added to the loss: stay near a reference, keep entropy, learn from a teacher.
+
+A penalty is a function of what the policy says of each token, differentiated as it stands; unlike the
+coefficients of the responses it needs no reward. `mirror.py` has the penalties of GBMPO.
+"""
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from lpo_jax.objectives.batch import Context, TokenStats
+from lpo_jax.objectives.part import Part
+from lpo_jax.objectives.simplex import as_float, masked_mean
+from lpo_jax.objectives.trust import MAX_LOG_RATIO, magnitude
+
+KLS = ("k1", "k2", "k3", "abs")
+
+
+@dataclasses.dataclass(frozen=True)
+class Regular(Part):
+    """A token penalty: the loss grows by `weight` times its mean, weighed over tokens as the method's loss is.
+
+    A part whose `coefficient` is 0 is as good as absent: it needs nothing and shows nothing.
+
+    Attributes:
+      metric: the name that the mean is shown under, before it is multiplied by the weight.
+      reads: what `needs` is while the part is on.
+      differentiates: fields of `TokenStats` that the penalty has a gradient in.
+    """
+
+    metric: ClassVar[str]
+    reads: ClassVar[tuple[str, ...]] = ()
+    differentiates: ClassVar[tuple[str, ...]] = ("logp",)
+
+    @property
+    def coefficient(self) -> float:
+        """The option that says how much the penalty counts; 0 is off."""
+        raise NotImplementedError
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return self.reads if self.coefficient else ()
+
+    def weight(self, context: Context) -> float | jax.Array:
+        """What the mean is multiplied by, a scalar."""
+        return self.coefficient
+
+    def __call__(self, stats: TokenStats, context: Context) -> jax.Array:
+        """The penalty [P,K,T] of each token, 0 outside `context.tokens`.
+
+        Args:
+          stats: what the current policy says, to be differentiated in; may hold anything outside the tokens.
+          context: the minibatch, without gradient.
+        """
+        raise NotImplementedError
+
+
+def reference_log_ratio(stats: TokenStats, context: Context) -> jax.Array:
+    """log pi_theta - log pi_ref [P,K,T], 0 outside the tokens; the reference is a constant."""
+    log_ref = jax.lax.stop_gradient(as_float(stats.ref_logp))
+    return jnp.where(context.tokens, as_float(stats.logp) - log_ref, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class KL(Regular):
+    """An estimate of KL(pi_theta || pi_ref) from the sampled token alone, of d = log pi_theta - log pi_ref.
+
+    Attributes:
+      kl_coef: its weight in the loss; 0 is off, and then no reference model is needed.
+      kl: "k1": d, whose own gradient has mean 0: it shows the KL but does not hold it. "k2": d^2 / 2, whose
+        gradient is that of the KL. "k3": exp(-d) + d - 1, never negative (GRPO's). "abs": |d|.
+
+    References:
+      Schulman, Approximating KL Divergence (2020); verl, `kl_penalty`.
+    """
+
+    kl_coef: float = 0.0
+    kl: str = "k3"
+    metric = "actor/kl_loss"
+    reads = ("ref_logp",)
+
+    @property
+    def coefficient(self):
+        return self.kl_coef
+
+    def __call__(self, stats, context):
+        d = reference_log_ratio(stats, context)
+        if self.kl == "k2":
+            return jnp.square(d) / 2
+        if self.kl == "k3":
+            # Beyond this the reference and the policy have nothing in common, and exp would overflow.
+            return jnp.exp(jnp.clip(-d, -MAX_LOG_RATIO, MAX_LOG_RATIO)) + d - 1
+        return magnitude(d) if self.kl == "abs" else d
+
+
+@dataclasses.dataclass(frozen=True)
+class AdaptiveKL(KL):
+    """`KL` with the weight kl_coef (tanh(a) + 1) / 2, a the accuracy of the minibatch: held tighter once it succeeds.
+
+    References:
+      FG-ExPO, accuracy-conditioned KL.
+    """
+
+    kl_coef: float = 0.02
+
+    def weight(self, context):
+        accuracy = masked_mean(context.passed, context.valid)
+        return self.kl_coef * (jnp.tanh(accuracy) + 1) / 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Entropy(Regular):
+    """Minus the entropy of the next-token distribution.
+
+    Under LPO the same pull comes from a higher temperature: the target of an objective with gamma H added is
+    softmax(R / (tau + gamma)).
+
+    Attributes:
+      entropy_coef: its weight in the loss; 0 is off.
+    """
+
+    entropy_coef: float = 0.0
+    metric = "actor/entropy_loss"
+    reads = ("entropy",)
+    differentiates = ("entropy",)
+
+    @property
+    def coefficient(self):
+        return self.entropy_coef
+
+    def __call__(self, stats, context):
+        return -jnp.where(context.tokens, as_float(stats.entropy), 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Distil(Regular):
+    """Jensen-Shannon divergence between teacher and policy at the tokens of the responses that have a teacher.
+
+    a KL(teacher || m) + (1 - a) KL(policy || m), m = a teacher + (1 - a) policy, over the teacher's likeliest
+    tokens and one bin for all others. Tokens where the teacher itself is unsure count less: by exp(-b H), over its
+    mean at the taught tokens of the minibatch.
+
+    Attributes:
+      distil_coef: its weight in the loss; 0 is off.
+      distil_share: a, the teacher's share of the mixture.
+      distil_decay: b, in 1/nats.
+
+    References:
+      SRPO and SDPO (self-distillation from a correct sibling), as third-party notes quote them.
+    """
+
+    distil_coef: float = 1.0
+    distil_share: float = 0.5
+    distil_decay: float = 1.0
+    metric = "lpo/distil_jsd"
+    reads = ("top_logp", "teacher")
+    differentiates = ("top_logp",)
+
+    @property
+    def coefficient(self):
+        return self.distil_coef
+
+    def __call__(self, stats, context):
+        teacher = context.scored.teacher
+        tokens = context.tokens & teacher.valid[..., None]
+        log_q, log_p = (with_rest(x, tokens) for x in (teacher.logp, stats.top_logp))
+        a = self.distil_share
+        log_m = jnp.logaddexp(log_q + jnp.log(a), log_p + jnp.log1p(-a))
+        divergence = a * jnp.exp(log_q) * (log_q - log_m) + (1 - a) * jnp.exp(log_p) * (log_p - log_m)
+        sure = jnp.exp(-self.distil_decay * jnp.where(tokens, as_float(teacher.entropy), 0))
+        # The mean is positive wherever a token is taught; a constant there when none is keeps 0 / 0 away.
+        mean = jnp.where(tokens.any(), masked_mean(sure, tokens), 1)
+        return jnp.where(tokens, sure / mean * divergence.sum(-1), 0)
+
+
+def with_rest(logp: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Log-probs [P,K,T,J+1] of J tokens and of all others together; equal for everyone outside `tokens`."""
+    J = logp.shape[-1]
+    logp = jnp.where(tokens[..., None], as_float(logp), -jnp.log(J + 1.0))
+    # The tail of a float32 sum of probabilities is rounding: below this floor nothing is learnt from it.
+    rest = jnp.log(jnp.maximum(1 - jnp.exp(logp).sum(-1, keepdims=True), 1e-6))
+    return jnp.concatenate([logp, rest], -1)

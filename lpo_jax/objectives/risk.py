@@ -1,0 +1,128 @@
+"""RiskPO: bundles of prompts are scored together, and only scores below a tracked quantile call for more.
+
+Five prompts make a bundle; the k-th responses of its prompts make a paper, and a paper's score is the sum of its
+rewards. Two quantiles of the scores are tracked over the run. What a paper lacks to the upper one is its
+advantage, counted more below the lower one; all its responses share it.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from lpo_jax.objectives.advantage import scaled
+from lpo_jax.objectives.batch import Context
+from lpo_jax.objectives.control import Control
+from lpo_jax.objectives.part import Part
+from lpo_jax.objectives.simplex import masked_mean, masked_std
+from lpo_jax.objectives.targets import HUGE
+
+# A standard deviation below this one says that there is nothing to scale by.
+LEAST_STD = 1e-3
+
+
+@dataclasses.dataclass(frozen=True)
+class Bundles(Part):
+    """What the advantage and the quantiles of RiskPO agree on.
+
+    Attributes:
+      bundle_size: prompts in a bundle, neighbours in the minibatch; the last one may have fewer.
+      quantile_low, quantile_high: levels of the two quantiles.
+    """
+
+    bundle_size: int = 5
+    quantile_low: float = 0.2
+    quantile_high: float = 0.8
+
+    def __post_init__(self) -> None:
+        if not self.quantile_low < self.quantile_high:
+            raise ValueError(
+                f"quantile_low must be less than quantile_high, got {self.quantile_low:g} and {self.quantile_high:g}"
+            )
+
+    def scores(self, context: Context) -> tuple[jax.Array, jax.Array]:
+        """Scores of the papers [bundles, K], and which papers have a response.
+
+        A bundle that lacks responses is scored as if those it has stood for the others.
+        """
+        P, K = context.valid.shape
+        short = -P % self.bundle_size
+        rewards, valid = (
+            jnp.pad(x, ((0, short), (0, 0))).reshape(-1, self.bundle_size, K)
+            for x in (context.rewards, context.valid)
+        )
+        return self.bundle_size * masked_mean(rewards, valid, 1), valid.any(1)
+
+    def quantiles(self, scores: jax.Array, there: jax.Array) -> jax.Array:
+        """[2] the two quantiles of the scores of one minibatch, between neighbours in proportion; 0 without scores."""
+        ordered = jnp.where(there.any(), jnp.sort(jnp.where(there, scores, jnp.inf).ravel()), 0)
+        last = jnp.maximum(there.sum() - 1, 0)
+        place = jnp.array([self.quantile_low, self.quantile_high]) * last
+        left = jnp.floor(place).astype(int)
+        lower, upper = ordered[left], ordered[jnp.minimum(left + 1, last)]
+        return lower + (place - left) * (upper - lower)
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantiles(Bundles, Control):
+    """The tracked quantiles: those of the first minibatch, then q + rate (level - share of scores below q).
+
+    The step is that of stochastic gradient descent on the pinball loss, so q settles where the share is the level.
+
+    Attributes:
+      quantile_rate: in units of reward.
+
+    References:
+      RiskPO, public code RTkenny/RiskPO.
+    """
+
+    quantile_rate: float = 0.1
+
+    def init(self):
+        return {"quantiles": jnp.zeros(2), "started": jnp.zeros((), bool)}
+
+    def update(self, state, context, view):
+        scores, there = self.scores(context)
+        levels = jnp.array([self.quantile_low, self.quantile_high])
+        below = masked_mean(scores < state["quantiles"][:, None, None], there[None], (1, 2))
+        moved = state["quantiles"] + self.quantile_rate * (levels - below)
+        q = jnp.where(state["started"], moved, self.quantiles(scores, there))
+        return {
+            "quantiles": jnp.where(there.any(), q, state["quantiles"]).astype(state["quantiles"].dtype),
+            "started": state["started"] | there.any(),
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class RiskAdvantage(Bundles):
+    """Mixed value at risk: (w CVaR + RVaR) / (w + 1) of a paper's score S, over the deviations of bundle and group.
+
+    RVaR = (clip(S, q_low, q_high) - q_high) / (level_high - level_low) is what S lacks to q_high, down to q_low;
+    CVaR = -max(q_low - S, 0) / level_low is what it lacks to q_low.
+
+    Attributes:
+      tail_weight: w.
+
+    References:
+      RiskPO, public code RTkenny/RiskPO (its MATH setting: tracked quantiles, natural baseline, credit "std").
+    """
+
+    tail_weight: float = 1.5
+    needs = ("control",)
+
+    def __call__(self, context):
+        scores, there = self.scores(context)
+        state = context.scored.control
+        low, high = jnp.where(state["started"], state["quantiles"], self.quantiles(scores, there))
+        lack = jnp.maximum(low - scores, 0)
+        between = jnp.clip(scores, low, high) - high
+        value = between / (self.quantile_high - self.quantile_low)
+        value = (value - self.tail_weight * lack / self.quantile_low) / (self.tail_weight + 1)
+        bundle = jnp.arange(context.valid.shape[0]) // self.bundle_size
+        tau = jnp.minimum(_scale(scores, there)[bundle] * _scale(context.rewards, context.valid), HUGE)
+        return jnp.where(context.valid, scaled(value[bundle], tau), 0), tau
+
+
+def _scale(x: jax.Array, mask: jax.Array) -> jax.Array:
+    std = masked_std(x, mask, ddof=1)
+    return jnp.where(std > LEAST_STD, std, 1)

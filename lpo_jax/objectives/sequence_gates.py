@@ -1,0 +1,185 @@
+"""Trust-region gates that look beyond one token: at the response it is in, or at what came before it.
+
+A ratio of the whole response is the exponential of its mean log-ratio (its sum, where the class says so). Where
+one number clips a whole response, each token's loss has that number for its value and its own log-ratio for its
+gradient, so that token weights and aggregations mean for these gates what they mean for the others. Under
+"seq-mean-token-mean" that is the exact gradient of the loss -A s_k of the sequence ratio s_k.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from lpo_jax.objectives.batch import Context
+from lpo_jax.objectives.simplex import as_float, sequence_scores
+from lpo_jax.objectives.trust import Gate, RatioClip, WeightClip, magnitude, ratio
+
+
+def mean_log_ratio(delta: jax.Array, context: Context) -> jax.Array:
+    """[P,K,1] the mean of a response's log-ratios [P,K,T]."""
+    return sequence_scores(delta, context.tokens)[..., None]
+
+
+def sequence_ratio(delta: jax.Array, context: Context) -> jax.Array:
+    """exp(mean delta) at every token [P,K,T], with the gradient of the token's own log-ratio."""
+    mean = jax.lax.stop_gradient(mean_log_ratio(delta, context))
+    return ratio(mean + (delta - jax.lax.stop_gradient(delta)))
+
+
+@dataclasses.dataclass(frozen=True)
+class SequenceClip(RatioClip):
+    """PPO's surrogate of the sequence ratio s_k = exp(mean delta).
+
+    References:
+      GSPO, arXiv 2507.18071, its token form; verl, `compute_policy_loss_gspo`.
+    """
+
+    epsilon_low: float = 3e-4
+    epsilon_high: float = 4e-4
+
+    def __call__(self, delta, c, context):
+        s = sequence_ratio(delta, context)
+        return self.pessimistic(s, self.clipped(s), c)
+
+
+@dataclasses.dataclass(frozen=True)
+class GeometricClip(Gate):
+    """phi = c exp(mean of the log-ratios, each clipped to [-low, high]): tokens are clipped, the sequence is weighed.
+
+    A token is clipped only in the direction its response pushes it, as in PPO.
+
+    Attributes:
+      log_epsilon_low, log_epsilon_high: the range, in nats.
+
+    References:
+      GMPO, arXiv 2507.20673; verl, `compute_policy_loss_geo_mean`.
+    """
+
+    log_epsilon_low: float = 0.4
+    log_epsilon_high: float = 0.4
+
+    def __call__(self, delta, c, context):
+        clipped = jnp.clip(delta, -self.log_epsilon_low, self.log_epsilon_high)
+        pessimistic = jnp.where(c < 0, jnp.minimum(delta, clipped), jnp.maximum(delta, clipped))
+        return c * sequence_ratio(pessimistic, context)
+
+
+@dataclasses.dataclass(frozen=True)
+class HybridClip(RatioClip):
+    """PPO's surrogate of a mixture a rho + (1 - a) s of token and sequence ratio, each clipped in a range of its own.
+
+    phi = max(c (a rho + (1 - a) s), c (a clip(rho) + (1 - a) clip(s))), s = exp(mean delta). That the two are
+    clipped before they are mixed is the abstract's; where PPO's pessimism enters is not, nor are the ranges.
+
+    Attributes:
+      token_share: a, or "entropy": of each token its entropy over the largest of the minibatch, so that tokens
+        where the policy is unsure go by their own ratio.
+      epsilon_low, epsilon_high: of the token ratio.
+      sequence_epsilon_low, sequence_epsilon_high: of the sequence ratio.
+
+    References:
+      DHPO, arXiv 2601.05607, as third-party notes describe it.
+    """
+
+    token_share: float | str = 0.5
+    sequence_epsilon_low: float = 3e-4
+    sequence_epsilon_high: float = 4e-4
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return ("entropy",) if self.token_share == "entropy" else ()
+
+    def share(self, context: Context) -> float | jax.Array:
+        """a, a number or [P,K,T] in [0, 1]."""
+        if self.token_share != "entropy":
+            return self.token_share
+        entropy = jnp.where(context.tokens, as_float(context.stats.entropy), 0)
+        return entropy / jnp.maximum(entropy.max(initial=0), 1e-6)
+
+    def __call__(self, delta, c, context):
+        a, rho, s = self.share(context), ratio(delta), sequence_ratio(delta, context)
+        clipped_s = jnp.clip(s, 1 - self.sequence_epsilon_low, 1 + self.sequence_epsilon_high)
+        clipped = a * self.clipped(rho) + (1 - a) * clipped_s
+        return self.pessimistic(a * rho + (1 - a) * s, clipped, c)
+
+
+@dataclasses.dataclass(frozen=True)
+class FiberClip(Gate):
+    """phi = c r_b r_f: a clipped ratio of the response times clipped ratios of its tokens to it.
+
+    r_b = exp(clip(m, +-base_epsilon)), r_f = exp(clip(delta - m, +-fiber_epsilon)), m = mean delta, all of it
+    differentiated. The residual is to the mean itself, so a response that drifted as a whole is held by its base
+    alone; the public code has it to the clipped mean.
+
+    Attributes:
+      base_epsilon: range of a response, in nats.
+      fiber_epsilon: range of a token beside its response, in nats.
+
+    References:
+      FiberPO, arXiv 2603.08239, section 4; a third party's code.
+    """
+
+    base_epsilon: float = 0.2
+    fiber_epsilon: float = 0.2
+
+    def __call__(self, delta, c, context):
+        mean = mean_log_ratio(delta, context)
+        base = jnp.clip(mean, -self.base_epsilon, self.base_epsilon)
+        fiber = jnp.clip(delta - mean, -self.fiber_epsilon, self.fiber_epsilon)
+        return c * jnp.exp(base + fiber)
+
+
+@dataclasses.dataclass(frozen=True)
+class BudgetClip(Gate):
+    """phi = c (1 + clip(rho - 1, +-B)): a response has a budget of total variation, and a token what is left of it.
+
+    B_t = max(0, n D - sum over the other tokens of |rho - 1|), of n tokens, differentiated too: beyond the budget
+    every token is pulled back.
+
+    Attributes:
+      variation_budget: D, the mean |rho - 1| that a response may reach.
+
+    References:
+      APC-Obj, arXiv 2603.08239, definition 3.2; a third party's code, whose D has no default.
+    """
+
+    variation_budget: float = 0.2
+
+    def __call__(self, delta, c, context):
+        moved = ratio(delta) - 1
+        used = jnp.where(context.tokens, magnitude(moved), 0)
+        others = used.sum(-1, keepdims=True) - used
+        budget = jnp.maximum(context.lengths[..., None] * self.variation_budget - others, 0)
+        return c * (1 + jnp.clip(moved, -budget, budget))
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefixWeightClip(WeightClip):
+    """`WeightClip` of the weight rho_t min over i < t of rho_i; the minimum over an empty prefix is 1.
+
+    The exact weight is the product over the prefix, which explodes; its smallest factor stands in for it.
+
+    References:
+      MinPRO, arXiv 2601.22718, as third-party notes quote its objective.
+    """
+
+    def log_weight(self, delta, context):
+        until = jax.lax.cummin(jnp.where(context.tokens, delta, jnp.inf), axis=2)
+        before = jnp.pad(until, ((0, 0), (0, 0), (1, 0)), constant_values=jnp.inf)[..., :-1]
+        return delta + jnp.where(before < jnp.inf, before, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class TaperedWeight(Gate):
+    """phi = c delta where c < 0, and c sg(min(1, rho_k)) delta where c > 0, rho_k = exp(sum delta).
+
+    Responses to be made likelier weigh fully however stale they are; the others fade as the policy leaves them.
+
+    References:
+      TOPR, arXiv 2503.14286.
+    """
+
+    def __call__(self, delta, c, context):
+        total = sequence_scores(jax.lax.stop_gradient(delta), context.tokens, "sum")[..., None]
+        return c * jnp.where(c < 0, 1, ratio(jnp.minimum(total, 0))) * delta

@@ -1,0 +1,168 @@
+"""Token weights: which tokens of a response its coefficient reaches, and how strongly.
+
+They multiply the aggregate's weights, whose totals stay those of all tokens.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from lpo_jax.objectives.batch import Context
+from lpo_jax.objectives.part import Part
+from lpo_jax.objectives.simplex import as_float, centred
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenWeight(Part):
+    """The base."""
+
+    def __call__(self, context: Context, u: jax.Array) -> jax.Array:
+        """Weights [P,K,T], finite everywhere.
+
+        Args:
+          context: the minibatch.
+          u: utilities [P,K], or [P,K,T] where a method gives credit to tokens.
+        """
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class Untaught(TokenWeight):
+    """0 on the responses that learn from a teacher instead, 1 on the others."""
+
+    needs = ("teacher",)
+
+    def __call__(self, context, u):
+        return (context.tokens & ~context.scored.teacher.valid[..., None]).astype(u.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class TopEntropy(TokenWeight):
+    """1 on the tokens of the minibatch where the policy is least sure, 0 on the others.
+
+    Attributes:
+      top_tokens: their share of the tokens.
+
+    References:
+      Beyond the 80/20 Rule, arXiv 2506.01939, which divides by all tokens, as here; EARL.
+    """
+
+    top_tokens: float = 0.2
+    needs = ("entropy",)
+
+    def __call__(self, context, u):
+        entropy = as_float(context.stats.entropy)
+        return (entropy >= _cut(entropy, context, 1 - self.top_tokens)).astype(u.dtype) * context.tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class TopImpact(TokenWeight):
+    """1 on the tokens of the minibatch with the largest |A| H, 0 on the others; the share moves with the run.
+
+    Attributes:
+      tokens_initial: their share of the tokens at the first step.
+      tokens_final: the share at the last, in a straight line over the steps. UNCERTAIN: the paper's shares were not
+        found; the defaults are ours.
+
+    References:
+      D3S, token level, as a third party's notes quote it.
+    """
+
+    tokens_initial: float = 0.25
+    tokens_final: float = 0.75
+    needs = ("entropy", "progress")
+
+    def __call__(self, context, u):
+        share = self.tokens_initial + context.scored.progress * (self.tokens_final - self.tokens_initial)
+        impact = jnp.abs(_by_token(u)) * as_float(context.stats.entropy)
+        return (impact >= _cut(impact, context, 1 - share)).astype(u.dtype) * context.tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class CurvatureMask(TokenWeight):
+    """0 on the tokens where one step would bend the policy most, 1 on the others.
+
+    The bend is A^2 |e - pi|^2 |h|^2: the squared gradient of the last layer, which its Fisher information is made
+    of; |e - pi|^2 = 1 - 2 pi(token) + sum pi^2.
+
+    Attributes:
+      reject_tokens: share of the minibatch's tokens that is left out.
+
+    References:
+      CAPO (curvature), as a third party's notes quote it. The paper takes second moments of an Adam step, of the
+      objective and of the policy, against absolute thresholds (not found); it reports under 8% rejected.
+    """
+
+    reject_tokens: float = 0.08
+    needs = ("collision", "hidden_norm")
+
+    def __call__(self, context, u):
+        stats = context.stats
+        error = (
+            1 - 2 * jnp.exp(jnp.where(context.tokens, as_float(stats.logp), 0)) + as_float(stats.collision)
+        )
+        bend = jnp.square(_by_token(u) * as_float(stats.hidden_norm)) * error
+        return (bend <= _cut(bend, context, 1 - self.reject_tokens)).astype(u.dtype) * context.tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Conflicts(TokenWeight):
+    """The runs of tokens that responses above and below the group's mean share: kept for the one, not the other.
+
+    A token is in conflict where a response above the mean and one below it have the same token at the same place,
+    without a break from the start of the response, or, places counted from there, from its end. On a response above
+    the mean it weighs `conflict_weight` (squared where both hold), on one below 0. All weights of a response are
+    divided by the number of its tokens in conflict, at least 1.
+
+    Attributes:
+      conflict_weight: on the responses above the mean.
+
+    References:
+      GTPO, public code winstonsmith1897/GTPO.
+    """
+
+    conflict_weight: float = 2.0
+    needs = ("token_ids",)
+
+    def __call__(self, context, u):
+        tokens, ids = context.tokens, context.scored.token_ids
+        above = centred(context.rewards, context.valid)
+        # The k-th last token of every response in one column, to look back from the end.
+        T = tokens.shape[-1]
+        last_first = context.lengths[..., None] - 1 - jnp.arange(T)
+        there = last_first >= 0
+        from_end = jnp.where(there, jnp.take_along_axis(ids, jnp.maximum(last_first, 0), -1), 0)
+        start = _shared_run(ids, tokens, above)
+        end = _shared_run(from_end, there, above)
+        end = jnp.take_along_axis(end, jnp.maximum(last_first, 0), -1) & tokens
+        weight = jnp.where(above > 0, self.conflict_weight, 0.0)[..., None]
+        shared = jnp.where(start, weight, 1) * jnp.where(end, weight, 1)
+        count = jnp.maximum((start | end).sum(-1, keepdims=True), 1)
+        # A response at the mean has no side; its coefficient is 0 anyway.
+        return (tokens * jnp.where((above == 0)[..., None], 1, shared) / count).astype(u.dtype)
+
+
+def _shared_run(ids: jax.Array, tokens: jax.Array, above: jax.Array) -> jax.Array:
+    """[P,K,T] bool: places 0, 1, ... of a response while both sides of its group have its token there."""
+
+    def look_at(seen, other):
+        ids_j, tokens_j, above_j = other  # of response j: [P,T], [P,T], [P]
+        same = (ids == ids_j[:, None]) & tokens & tokens_j[:, None]
+        of_side = (above_j > 0)[:, None, None], (above_j < 0)[:, None, None]
+        return tuple(s | (same & side) for s, side in zip(seen, of_side)), None
+
+    # One response at a time: [P,K,K,T] at once would be the largest array of the step.
+    others = tuple(jnp.moveaxis(x, 1, 0) for x in (ids, tokens, above))
+    none = jnp.zeros(tokens.shape, bool)
+    (by_above, by_below), _ = jax.lax.scan(look_at, (none, none), others)
+    return jnp.cumprod(by_above & by_below, -1) == 1
+
+
+def _cut(x: jax.Array, context: Context, quantile: float | jax.Array) -> jax.Array:
+    """The quantile of `x` over the tokens of the minibatch, a scalar; NaN, which nothing reaches, without tokens."""
+    return jnp.nanquantile(jnp.where(context.tokens, x, jnp.nan), quantile)
+
+
+def _by_token(u: jax.Array) -> jax.Array:
+    return u if u.ndim == 3 else u[..., None]

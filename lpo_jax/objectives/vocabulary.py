@@ -1,0 +1,64 @@
+"""Parts by word, so that a method can be recombined from a config: `gate: soft-gate`, `hooks: [dynamic-sampling]`.
+
+A part's word is its class name in lower case with hyphens; "none" is no such part (for a gate: no trust region).
+"""
+
+import re
+from typing import Any
+
+from lpo_jax.objectives import covariance_gates, entropy_adaptive, proximal, ranking, sequence_gates  # noqa: F401
+from lpo_jax.objectives.bias import Bias
+from lpo_jax.objectives.credit import Credit
+from lpo_jax.objectives.hints import nearest
+from lpo_jax.objectives.hooks import Hook
+from lpo_jax.objectives.part import Part
+from lpo_jax.objectives.prompt_weight import PromptWeight
+from lpo_jax.objectives.regular import Regular
+from lpo_jax.objectives.select import Select
+from lpo_jax.objectives.shaping import Shape
+from lpo_jax.objectives.token_weight import TokenWeight
+from lpo_jax.objectives.trust import Gate
+
+# Field of `Objective` -> the base of the parts it may hold: one of them, or several.
+ONE: dict[str, type[Part]] = {
+    "select": Select,
+    "bias": Bias,
+    "prompt_weight": PromptWeight,
+    "credit": Credit,
+    "gate": Gate,
+    "token_weight": TokenWeight,
+}
+SEVERAL: dict[str, type[Part]] = {"shape": Shape, "regular": Regular, "hooks": Hook}
+
+
+def word(part: Part) -> str:
+    """What a part is called."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", type(part).__name__).lower()
+
+
+def words(kind: str) -> dict[str, Part]:
+    """The parts of a kind with their defaults, by word; not its base, which does nothing."""
+    return {word(part()): part() for part in _below((ONE | SEVERAL)[kind])}
+
+
+def parse(kind: str, value: Any) -> Part | tuple[Part, ...] | None:
+    """The part, or for a kind that holds several the parts, that a config's words stand for.
+
+    Raises:
+      ValueError: an unknown word, or several where one is meant; the text completes "<kind> ...".
+    """
+    known = words(kind)
+    chosen = list(value) if isinstance(value, list | tuple) else [value]
+    chosen = [] if chosen == ["none"] else chosen
+    for name in chosen:
+        if name not in known:
+            raise ValueError(f"has no {name!r}{nearest(name, known)} (known: {', '.join(known)}, none)")
+    if kind in SEVERAL:
+        return tuple(known[name] for name in chosen)
+    if len(chosen) > 1:
+        raise ValueError(f"holds one part, got {value!r}")
+    return known[chosen[0]] if chosen else Gate() if kind == "gate" else None
+
+
+def _below(base: type[Part]) -> list[type[Part]]:
+    return [x for part in base.__subclasses__() for x in (part, *_below(part))]
