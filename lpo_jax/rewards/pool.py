@@ -23,6 +23,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lpo_jax.errors import UserError
+from lpo_jax.rewards.code import confine
 from lpo_jax.rewards.registry import VerifierSpec
 from lpo_jax.rewards.verdict import Verdict, infrastructure
 from lpo_jax.rewards.worker import HEADER, frame
@@ -137,10 +138,15 @@ class VerifierPool:
       timeout: seconds of wall clock for one item.
       recycle_after: items after which a worker is replaced by a fresh one, so that leaks stay bounded.
       start_timeout: seconds for a worker to import the verifier.
+      allow_weak_sandbox: whether the code verifier may run programs where they cannot be kept from reading
+        this user's files; see `sandbox.py`. Others run none.
+
+    Attributes:
+      sandbox: the kind of sandbox that programs run in; empty for a verifier that runs none.
 
     Raises:
-      UserError: if an argument makes no sense or the verifier cannot be loaded; known before the constructor
-        returns.
+      UserError: if an argument makes no sense, the verifier cannot be loaded, or programs cannot be confined;
+        known before the constructor returns.
     """
 
     def __init__(
@@ -151,6 +157,7 @@ class VerifierPool:
         timeout: float = 5.0,
         recycle_after: int = 10_000,
         start_timeout: float = 60.0,
+        allow_weak_sandbox: bool = False,
     ):
         workers = min(os.cpu_count() or 1, 8) if workers is None else workers
         if workers < 1 or timeout <= 0 or recycle_after < 1 or start_timeout <= 0:
@@ -158,7 +165,8 @@ class VerifierPool:
                 f"rewards: workers {workers}, timeout {timeout}, recycle_after {recycle_after}, "
                 f"start_timeout {start_timeout}: all must be positive"
             )
-        self._spec = VerifierSpec(verifier) if isinstance(verifier, str) else verifier
+        spec = VerifierSpec(verifier) if isinstance(verifier, str) else verifier
+        self._spec, self.sandbox = confine(spec, allow_weak=allow_weak_sandbox, timeout=timeout)
         self._timeout, self._recycle_after, self._start_timeout = timeout, recycle_after, start_timeout
         self._lock = threading.Lock()
         self._attempts = (

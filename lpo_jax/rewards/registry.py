@@ -7,8 +7,12 @@ from typing import Any
 
 from lpo_jax.errors import UserError, nearest
 from lpo_jax.rewards.arithmetic import arithmetic
+from lpo_jax.rewards.code import code
 from lpo_jax.rewards.countdown import countdown
 from lpo_jax.rewards.format import format_tags
+from lpo_jax.rewards.gsm8k import gsm8k
+from lpo_jax.rewards.gym import reasoning_gym
+from lpo_jax.rewards.math import math
 from lpo_jax.rewards.user_code import load_function, split_reference
 from lpo_jax.rewards.verdict import Verdict
 
@@ -17,9 +21,17 @@ Verifier = Callable[[str, Mapping[str, Any]], Verdict]
 # name: (builder, the fields an example must have)
 _BUILT_IN: dict[str, tuple[Callable[..., Verifier], tuple[str, ...]]] = {
     "arithmetic": (arithmetic, ("answer",)),
+    "code": (code, ("tests",)),
     "countdown": (countdown, ("numbers", "target")),
     "format": (format_tags, ()),
+    "gsm8k": (gsm8k, ("answer",)),
+    "math": (math, ("answer",)),
+    "reasoning-gym": (reasoning_gym, ("question", "answer", "metadata")),
 }
+# What a worker does before it says that it is ready: slow imports, which no item's time should go into, and a
+# bound on its memory, in bytes.
+_SLOW_IMPORTS = {"math": ("lpo_jax.rewards.symbolic",)}
+_MEMORY = {"math": 2 << 30}
 
 
 def names() -> list[str]:
@@ -106,6 +118,16 @@ class VerifierSpec:
     def fields(self) -> tuple[str, ...]:
         """Fields that every example must have; none are known for a user's function."""
         return _BUILT_IN[self.source][1] if self.source in _BUILT_IN else ()
+
+    @property
+    def slow_imports(self) -> tuple[str, ...]:
+        """Modules that a worker imports before its first item."""
+        return _SLOW_IMPORTS.get(self.source, ())
+
+    @property
+    def memory(self) -> int | None:
+        """Bytes that a worker may allocate; None where that is not bounded."""
+        return _MEMORY.get(self.source)
 
     def load(self) -> Verifier:
         """The verifier itself.

@@ -5,8 +5,11 @@ trainer never unpickles what comes from a process that has handled a model's tex
 length.
 """
 
+import importlib
 import json
+import os
 import pickle
+import resource
 import signal
 import socket
 import struct
@@ -23,6 +26,13 @@ def frame(payload: bytes) -> bytes:
     return HEADER.pack(len(payload)) + payload
 
 
+def _bound_memory(limit: int) -> None:
+    """From here on, allocating more bytes than this raises `MemoryError` (where the system counts them)."""
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    if hard == resource.RLIM_INFINITY or limit < hard:
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+
+
 def main(descriptor: str) -> None:
     """Serves one pool: loads its verifier, says so, then judges one (response, example) after another.
 
@@ -36,8 +46,11 @@ def main(descriptor: str) -> None:
     stream = channel.makefile("rwb")
 
     def send(reply: dict) -> None:
-        stream.write(frame(json.dumps(reply).encode()))
-        stream.flush()
+        try:
+            stream.write(frame(json.dumps(reply).encode()))
+            stream.flush()
+        except BrokenPipeError:
+            os._exit(0)  # the parent has closed the line; what is still to be written has no reader
 
     def receive():
         header = stream.read(HEADER.size)
@@ -51,6 +64,10 @@ def main(descriptor: str) -> None:
     signal.setitimer(signal.ITIMER_REAL, start_limit + 10)
     try:
         verify = spec.load()
+        for module in spec.slow_imports:
+            importlib.import_module(module)
+        if spec.memory:
+            _bound_memory(spec.memory)
     except UserError as error:
         send({"error": str(error)})
         return

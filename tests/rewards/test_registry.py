@@ -10,7 +10,7 @@ from lpo_jax.errors import UserError
 
 
 def test_names():
-    assert rewards.names() == ["arithmetic", "countdown", "format"]
+    assert rewards.names() == ["arithmetic", "code", "countdown", "format", "gsm8k", "math", "reasoning-gym"]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,149 @@
+"""Programs, judged by running them on a problem's tests in a sandbox (see `sandbox.py` for what that is worth)."""
+
+import dataclasses
+import re
+import time
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from lpo_jax.errors import UserError, nearest
+from lpo_jax.rewards import sandbox as sandboxes
+from lpo_jax.rewards.code_tests import read_tests
+from lpo_jax.rewards.same import same_output, same_result
+from lpo_jax.rewards.verdict import Verdict, infrastructure
+
+if TYPE_CHECKING:
+    from lpo_jax.rewards.registry import VerifierSpec
+
+_BLOCK = re.compile(r"^[ \t]*```(?:python3?|py)\b[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.M | re.S | re.I)
+_MARGIN = 2.0  # seconds between the last test's end and the pool's limit, for the sandbox to come and go
+
+
+def code(
+    *,
+    score: str = "fraction",
+    time_limit: float = 4.0,
+    total_limit: float = 8.0,
+    memory_mb: int = 1024,
+    max_tests: int = 0,
+    sandbox: str = "bubblewrap",
+) -> Callable[[str, Mapping[str, Any]], Verdict]:
+    """The code verifier; examples have `tests`, in one of the shapes that `code_tests.read_tests` knows.
+
+    The program is the last ```` ```python ```` block of the response (one that is never closed ends with the text).
+    It passes a test if it ends by itself with exit status 0 and prints what is expected, or its function returns it;
+    see `same.py` for what counts as the same. The verdict is `timeout` if a test, or all together, took too long.
+
+    Args:
+      score: the reward: `fraction` of the tests that pass, as in the paper, or `binary`, 1 if all do.
+      time_limit: seconds of processor time for a test (on the clock, three times as much).
+      total_limit: seconds on the clock for all tests; those that come to no end in it count as failed. A run sets
+        this from `rewards.timeout`.
+      memory_mb: address space of the program.
+      max_tests: only the first so many tests; 0: all.
+      sandbox: `bubblewrap` or `weak`; a run only takes the latter with `rewards.allow_weak_sandbox`.
+
+    Returns:
+      `(response, example) -> Verdict`. It raises `UserError` where there is no such sandbox, and `ValueError` or
+      `TypeError` for tests that it cannot read.
+
+    Raises:
+      UserError: if an option makes no sense.
+    """
+    for name, value, known in (
+        ("score", score, ("binary", "fraction")),
+        ("sandbox", sandbox, sandboxes.KINDS),
+    ):
+        if value not in known:
+            raise UserError(f"code: {name} {value!r}{nearest(value, known)}; there are {' and '.join(known)}")
+    if not (time_limit > 0 and total_limit > 0 and memory_mb >= 64 and max_tests >= 0):
+        raise UserError(
+            f"code: time_limit {time_limit}, total_limit {total_limit}, memory_mb {memory_mb}, max_tests {max_tests}: "
+            "limits must be positive, and a program needs 64 MB"
+        )
+    seen_to_work = False
+
+    def verify(response: str, example: Mapping[str, Any]) -> Verdict:
+        nonlocal seen_to_work
+        tests = read_tests(example["tests"])
+        program = last_program(response)
+        if program is None:
+            return Verdict(0.0, "malformed", {"reason": "no ```python block"})
+        if not seen_to_work:
+            sandboxes.choose(sandbox, allow_weak=sandbox == "weak")
+            seen_to_work = True
+        cases = tests.cases[: max_tests or None]
+        passed, late, reason = 0, False, ""
+        try:
+            with sandboxes.Sandbox(sandbox, program, tests.function, memory_mb=memory_mb) as running:
+                deadline = time.monotonic() + total_limit
+                for index, (given, expected) in enumerate(cases, 1):
+                    left = deadline - time.monotonic()
+                    if left <= 0:
+                        late, reason = (
+                            True,
+                            reason or f"test {index}: {total_limit:g} s for all tests are over",
+                        )
+                        break
+                    wall = min(left, sandboxes.PATIENCE * time_limit)
+                    report = running.run(given, seconds=time_limit, wall_seconds=wall)
+                    failure = _failure(report, expected, bool(tests.function))
+                    passed += not failure
+                    late |= report.status == "timeout"
+                    if failure:
+                        reason = reason or f"test {index}: {failure}"
+                        if score == "binary":
+                            break
+        except sandboxes.SandboxFailed as error:
+            return infrastructure(f"sandbox: {error}")
+        parts: dict[str, float | str] = {"passed": passed, "tests": len(cases)}
+        if passed == len(cases):
+            return Verdict(1.0, "pass", parts)
+        reward = passed / len(cases) if score == "fraction" else 0.0
+        return Verdict(reward, "timeout" if late else "wrong", parts | {"reason": reason})
+
+    return verify
+
+
+def last_program(response: str) -> str | None:
+    """The last Python block of a text; None if there is none, or nothing in it."""
+    programs = _BLOCK.findall(response)
+    return programs[-1] if programs and programs[-1].strip() else None
+
+
+def _failure(report: sandboxes.Report, expected: Any, function: bool) -> str:
+    """Why a test has failed; empty if it has passed."""
+    if report.status == "timeout":
+        return f"out of time ({report.detail})"
+    if report.status != "ok":
+        return report.detail
+    if function:
+        if not report.output:
+            return "the function never returned"
+        return "" if same_result(report.output, expected) else "wrong result"
+    return "" if same_output(report.output.decode(errors="replace"), expected) else "wrong output"
+
+
+def confine(spec: "VerifierSpec", *, allow_weak: bool, timeout: float) -> "tuple[VerifierSpec, str]":
+    """Settles the sandbox of a code verifier before work begins.
+
+    Args:
+      spec: of any verifier; all but `code` stay as they are.
+      allow_weak: whether the weak sandbox may be used where there is no better one.
+      timeout: seconds that the pool gives one response; the verifier's own limit stays below it, so that a program
+        that takes too long is scored and not masked.
+
+    Returns:
+      The spec with sandbox and time limit set, and the kind of sandbox, empty for other verifiers.
+
+    Raises:
+      UserError: if there is no sandbox that may be used, or too little time.
+    """
+    if spec.source != "code":
+        return spec, ""
+    options = {"total_limit": timeout - _MARGIN, **spec.options}
+    if not 0 < options["total_limit"] <= timeout - _MARGIN:
+        least = max(spec.options.get("total_limit", 0), 1) + _MARGIN
+        raise UserError(f"rewards.timeout = {timeout:g}: the code verifier needs at least {least:g} seconds")
+    options["sandbox"] = sandboxes.choose(options.get("sandbox", "bubblewrap"), allow_weak=allow_weak)
+    return dataclasses.replace(spec, options=options), options["sandbox"]

@@ -1,0 +1,154 @@
+"""Tests of a programming problem: the shapes that data sets keep them in, read into pairs of input and output."""
+
+import ast
+import dataclasses
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class ProblemTests:
+    """What a program is tried on.
+
+    Attributes:
+      function: the function to call; empty: the program reads stdin and prints.
+      cases: (stdin, stdout) texts; of a function, (tuple of arguments, value) of builtin types.
+    """
+
+    function: str
+    cases: tuple[tuple[Any, Any], ...]
+
+
+def read_tests(stored: Any) -> ProblemTests:
+    """Tests as data sets keep them, an object or its JSON text.
+
+    - PRIME, CodeContests: `{"inputs": [...], "outputs": [...]}`, stdin and stdout as text or lists of lines.
+    - the same with `"fn_name"`: an input is text with one argument a line, and its output a text, in JSON or, where
+      that does not parse, as Python literals (for tuples and sets); or an input is the list of arguments, and its
+      output the value itself.
+    - Codeforces: `[{"input": ..., "output": ...}, ...]`.
+
+    Raises:
+      ValueError, TypeError: saying what is wrong.
+    """
+    if isinstance(stored, str):
+        stored = json.loads(stored)
+    if isinstance(stored, Sequence):
+        if not all(isinstance(test, Mapping) and {"input", "output"} <= set(test) for test in stored):
+            raise ValueError("tests: a list has to hold objects with input and output")
+        stored = {key + "s": [test[key] for test in stored] for key in ("input", "output")}
+    if not isinstance(stored, Mapping) or not {"inputs", "outputs"} <= set(stored):
+        raise ValueError(f"tests have no inputs and outputs: {str(stored)[:60]}")
+    inputs, outputs = stored["inputs"], stored["outputs"]
+    if not isinstance(inputs, Sequence) or not isinstance(outputs, Sequence):
+        raise ValueError("tests: inputs and outputs have to be lists")
+    if len(inputs) != len(outputs) or not inputs:
+        raise ValueError(f"tests: {len(inputs)} inputs and {len(outputs)} outputs")
+    function = stored.get("fn_name") or ""
+    if function and not (isinstance(function, str) and function.isidentifier()):
+        raise ValueError(f"tests: fn_name is {function!r}, which names no function")
+    read = _call if function else _lines
+    cases = tuple(read(given, wanted) for given, wanted in zip(inputs, outputs))
+    if not function and not any(wanted.strip() for _, wanted in cases):
+        raise ValueError("tests: no output is expected, so a program that does nothing would pass")
+    return ProblemTests(function, cases)
+
+
+def _lines(given: Any, wanted: Any) -> tuple[str, str]:
+    return _text(given), _text(wanted)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list | tuple) and all(isinstance(line, str) for line in value):
+        return "\n".join(value)
+    if not isinstance(value, str):
+        raise ValueError(f"tests: stdin and stdout have to be text, not {str(value)[:60]}")
+    return value
+
+
+def _call(given: Any, wanted: Any) -> tuple[tuple[Any, ...], Any]:
+    if not isinstance(given, str):
+        if not isinstance(given, list | tuple):
+            raise ValueError(f"tests: arguments have to be a list, not {str(given)[:60]}")
+        return tuple(given), wanted
+    arguments = [_literal(line) for line in given.split("\n") if line.strip()]
+    return tuple(arguments), _literal(wanted) if isinstance(wanted, str) else wanted
+
+
+def _literal(text: str) -> Any:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        try:
+            return ast.literal_eval(text.strip())
+        except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
+            raise ValueError(f"tests: neither JSON nor a Python literal: {text[:60]}") from None
+    # JSON has text as keys alone; where all are integers, PRIME takes them for integers.
+    if isinstance(value, dict) and value and all(re.fullmatch(r"-?[0-9]{1,18}", key) for key in value):
+        return {int(key): item for key, item in value.items()}
+    return value
+
+
+def asserts_to_tests(code: str) -> dict[str, Any] | None:
+    """Assertions about one function, as tests whose values can stay out of the program's reach.
+
+    `assert f(3, [1]) == (4, 5)`, one after another (MBPP), or in `def check(candidate):` with a call
+    `check(f)` or `check(Solution().f)` after it (HumanEval, LeetCode). Arguments and values have to be literals;
+    arguments by keyword are taken to stand in the function's order, as LeetCode's do.
+
+    Args:
+      code: the assertions; definitions of plain data around them are left out.
+
+    Returns:
+      `{"inputs", "outputs", "fn_name"}` for `read_tests`; None if one assertion is anything else, for tests are used
+      as a whole or not at all.
+    """
+    try:
+        body = ast.parse(code).body
+        checks = [node for node in body if isinstance(node, ast.FunctionDef) and node.name == "check"]
+        names = {name for name in map(_checked, body) if name}
+        statements = checks[0].body if checks else body
+        asserts = [node for node in statements if isinstance(node, ast.Assert) and not _idle(node)]
+        others = [node for node in statements if not isinstance(node, ast.Assert | ast.Assign | ast.Import)]
+        calls = [_called(node.test) for node in asserts]
+        called = {name for name, _, _, _ in calls}
+        orders = {keywords for _, _, keywords, _ in calls}
+        if checks:
+            called = names if called == {checks[0].args.args[0].arg} else set()
+        if len(checks) > 1 or others or len(called) != 1 or len(orders) != 1:
+            return None
+        inputs = ["\n".join(map(repr, arguments)) for _, arguments, _, _ in calls]
+        outputs = [repr(value) for _, _, _, value in calls]
+    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError, IndexError):
+        return None
+    return {"inputs": inputs, "outputs": outputs, "fn_name": called.pop()}
+
+
+def _checked(node: ast.stmt) -> str:
+    """`f` of the statement `check(f)` or `check(Solution().f)`, else nothing."""
+    match node:
+        case ast.Expr(ast.Call(ast.Name("check"), [ast.Name(name) | ast.Attribute(attr=name)], [])):
+            return name
+    return ""
+
+
+def _idle(node: ast.Assert) -> bool:
+    """Whether it is `assert True`, of which HumanEval has many."""
+    return isinstance(node.test, ast.Constant) and node.test.value is True
+
+
+def _called(test: ast.expr) -> tuple[str, list[Any], tuple[str | None, ...], Any]:
+    """Function, arguments, names of those given by keyword, and expected value of an assertion.
+
+    Raises:
+      ValueError: if it is not of that form.
+    """
+    match test:
+        case ast.Compare(ast.Call(ast.Name(name), arguments, keywords), [ast.Eq() | ast.Is()], [value]):
+            given = [
+                ast.literal_eval(node) for node in [*arguments, *(keyword.value for keyword in keywords)]
+            ]
+            return name, given, tuple(keyword.arg for keyword in keywords), ast.literal_eval(value)
+    raise ValueError("no assertion about the value of a call")  # `assert f(x)` takes any value that is true

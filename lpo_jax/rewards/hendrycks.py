@@ -1,0 +1,100 @@
+r"""MATH answers compared as strings, as Hendrycks et al. did and verl does: for comparison with published numbers.
+
+Kept to the letter, false negatives included: `\frac{2}{4}` is not `\frac{1}{2}`, `1,000` is not `1000`, `x=5` is
+5 but `\alpha=5` is not. References: Hendrycks et al., "Measuring Mathematical Problem Solving with the MATH
+Dataset" (2021), math_equivalence.py; verl, utils/reward_score/math_reward.py.
+"""
+
+import re
+
+
+def boxed(text: str) -> str | None:
+    r"""What the last box holds, as verl finds it; None where it finds none.
+
+    The text behind the last `\boxed ` with a space, up to the next dollar sign, if there is such a box
+    anywhere; else the last `\boxed{...}`. Where the braces of the very last one do not match there is none.
+    """
+    if "\\boxed " in text:
+        return text.split("\\boxed ")[-1].split("$")[0]
+    start = text.rfind("\\boxed")
+    depth = 0
+    for match in re.finditer("[{}]", text[start:] if start >= 0 else ""):
+        depth += 1 if match[0] == "{" else -1
+        if match[0] == "}" and depth == 0:
+            box = text[start : start + match.end()]
+            return box[len("\\boxed{") : -1] if box.startswith("\\boxed{") else None
+    return None
+
+
+def equal(answer: str, gold: str) -> bool:
+    """Whether two answers are the same once stripped; as they are, where one cannot be stripped."""
+    try:
+        return strip(answer) == strip(gold)
+    except (ValueError, IndexError):
+        return answer == gold
+
+
+def strip(text: str) -> str:
+    r"""Removes what LaTeX can say in several ways, and units that follow `\text{ `.
+
+    Raises:
+      ValueError, IndexError: for the malformed commands that the original fails on.
+    """
+    for before, after in (
+        ("\n", ""),
+        ("\\!", ""),
+        ("\\\\", "\\"),
+        ("tfrac", "frac"),
+        ("dfrac", "frac"),
+        ("\\left", ""),
+        ("\\right", ""),
+        ("^{\\circ}", ""),
+        ("^\\circ", ""),
+        ("\\$", ""),
+    ):
+        text = text.replace(before, after)
+    if "\\text{ " in text:  # in this data it only ever begins a unit
+        text, _ = text.split("\\text{ ")
+    text = text.replace("\\\\%", "").replace("\\%", "").replace(" .", " 0.").replace("{.", "{0.")
+    if not text:
+        return text
+    if text[0] == ".":
+        text = "0" + text
+    sides = text.split("=")
+    if len(sides) == 2 and len(sides[0]) <= 2:
+        text = sides[1]
+    text = _fractions(_roots(text).replace(" ", ""))
+    return _slash("\\frac{1}{2}" if text == "0.5" else text)
+
+
+def _roots(text: str) -> str:
+    """sqrt3 as sqrt{3}."""
+    first, *rest = text.split("\\sqrt")
+    return first + "".join(
+        "\\sqrt" + (part if part[0] == "{" else "{" + part[0] + "}" + part[1:]) for part in rest
+    )
+
+
+def _fractions(text: str) -> str:
+    """frac12 as frac{1}{2}, and frac1{72} as frac{1}{72}."""
+    result, *rest = text.split("\\frac")
+    for part in rest:
+        if part[0] == "{":
+            result += "\\frac" + part
+        elif len(part) < 2:
+            return text
+        elif part[1] == "{":
+            result += "\\frac{" + part[0] + "}" + part[1:]
+        else:
+            result += "\\frac{" + part[0] + "}{" + part[1] + "}" + part[2:]
+    return result
+
+
+def _slash(text: str) -> str:
+    """3/4, of integers written as Python writes them, as frac{3}{4}."""
+    sides = text.split("/")
+    try:
+        top, bottom = map(int, sides)
+    except ValueError:
+        return text
+    return f"\\frac{{{top}}}{{{bottom}}}" if text == f"{top}/{bottom}" else text

@@ -1,0 +1,230 @@
+r"""One spelling for what is written in many: the LaTeX of answers.
+
+`\dfrac12`, `\tfrac{1}{2}` and `\frac 1 2` become `\frac{1}{2}`; sizes, spacing, dollar signs and fonts go;
+Unicode signs, plain `sqrt(2)` and `**` become commands. Nothing is evaluated.
+"""
+
+import re
+
+MAX_DEPTH = 40
+
+_UNICODE = str.maketrans(
+    {
+        "−": "-",
+        "–": "-",
+        "×": r"\times ",
+        "⋅": r"\cdot ",
+        "·": r"\cdot ",
+        "÷": "/",
+        "π": r"\pi ",
+        "θ": r"\theta ",
+        "∞": r"\infty ",
+        "√": r"\sqrt ",
+        "°": r"^\circ ",
+        "…": r"\ldots ",
+        "≤": r"\le ",
+        "≥": r"\ge ",
+        "≠": r"\ne ",
+        "±": r"\pm ",
+        "∪": r"\cup ",
+        "∈": r"\in ",
+        "²": "^2",
+        "³": "^3",
+        "，": ",",
+        "€": "",
+        "£": "",
+        "¥": "",
+    }
+)
+# 10,\!080 and 10{,}080 and 10\,080: a separator that can only be meant for thousands.
+_THOUSANDS = re.compile(r"(?<=[0-9])(?:,\s*\\!\s*|\\!\s*,\s*|\{\s*,\s*\}\s*|\\[,; ]|~)(?=[0-9]{3}(?![0-9]))")
+_ROW_GAP = re.compile(r"(?<=\\\\)\s*\[-?[0-9.]+(?:pt|em|ex|mm|cm)\]")  # \\[2pt]
+_TEXT = r"\\(?:text|mbox|hbox|textrm|textbf|textit|textnormal|mathrm|rm)\b\s*"
+_CONJUNCTION = re.compile(
+    _TEXT
+    + r"\{[\s,;~]*(?:and|or)[\s,;~]*\}|(?<![A-Za-z\\{])(?:and|or)(?![A-Za-z}])|\\(?:land|lor|vee|wedge)\b"
+)
+_WORDS = re.compile(
+    r"(?<![A-Za-z\\])(sqrt|pi|infinity|infty|sin|cos|tan|arcsin|arccos|arctan|log|ln|exp|theta)(?![A-Za-z])"
+)
+# 575 students, 5 cm, 5cm^2: words after a number are its unit.
+_BARE_UNIT = re.compile(
+    r"(?<=[0-9}])(?:\s+([A-Za-z]{3,}(?:\s+[A-Za-z]{2,}){0,3})|\s*(cm|mm|km|kg|ft|mph|in))"
+    r"(?=\s*(?:\^\s*\{?[23]\}?)?\s*(?:[.,;)\]]|$))"
+)
+_TOKEN = re.compile(r"\\[A-Za-z]+|\\.|\s+|.", re.DOTALL)
+_COMMAND = re.compile(r"\\[A-Za-z]+")
+
+_SPACES = frozenset({r"\,", r"\;", r"\:", r"\>", r"\ ", "\\\n", "~", r"\quad", r"\qquad", r"\space"})
+_DROPPED = frozenset(
+    re.findall(
+        r"\S+",
+        r"""\! $ \$ \( \) \[ \] \displaystyle \textstyle \limits \nolimits \mathbf \mathit \boldsymbol \bm \mathsf
+        \big \Big \bigg \Bigg \bigl \bigr \Bigl \Bigr \biggl \biggr \Biggl \Biggr \left \right \middle""",
+    )
+)
+_RENAMED = {
+    r"\dfrac": r"\frac",
+    r"\tfrac": r"\frac",
+    r"\cfrac": r"\frac",
+    r"\dbinom": r"\binom",
+    r"\tbinom": r"\binom",
+    r"\leq": r"\le",
+    r"\leqslant": r"\le",
+    r"\geq": r"\ge",
+    r"\geqslant": r"\ge",
+    r"\lt": "<",
+    r"\gt": ">",
+    r"\neq": r"\ne",
+    r"\times": r"\cdot",
+    r"\ast": r"\cdot",
+    "*": r"\cdot",
+    r"\div": "/",
+    r"\lbrace": r"\{",
+    r"\rbrace": r"\}",
+    r"\lbrack": "[",
+    r"\rbrack": "]",
+    r"\langle": "(",
+    r"\rangle": ")",
+    r"\lvert": "|",
+    r"\rvert": "|",
+    r"\vert": "|",
+    r"\%": "%",
+    r"\degree": r"^{\circ}",
+    r"\infinity": r"\infty",
+    r"\varnothing": r"\emptyset",
+    r"\simeq": r"\approx",
+    r"\dots": r"\ldots",
+    r"\cdots": r"\ldots",
+    r"\prime": "'",
+}
+_TEXTS = frozenset(
+    {r"\text", r"\mbox", r"\hbox", r"\textrm", r"\textbf", r"\textit", r"\textnormal", r"\mathrm"}
+)
+_ARGUMENTS = {r"\frac": 2, r"\binom": 2, r"\sqrt": 1, r"\overline": 1, "^": 1, "_": 1}
+
+
+class Unreadable(ValueError):
+    """The text is not well-formed LaTeX: its braces do not match, or it is nested too deep."""
+
+
+def canonical(text: str) -> str:
+    r"""The text in one spelling, without spaces that mean nothing.
+
+    Every argument is in braces, a text is `\text{words with single spaces}`, and `and`, `or` between values are
+    commas. A space stays between two numbers, and after a command in front of a letter.
+
+    Raises:
+      Unreadable: if braces do not match, an argument is missing or the nesting is deeper than 40.
+    """
+    text = text.translate(_UNICODE).replace("**", "^")
+    text = _ROW_GAP.sub("", _THOUSANDS.sub("", text))
+    text = _CONJUNCTION.sub(" , ", text)
+    text = _WORDS.sub(r"\\\1 ", text)
+    text = _BARE_UNIT.sub(lambda match: rf"\text{{{match[1] or match[2]}}}", text)
+    return _Reader(_TOKEN.findall(text)).sequence(closing=None, depth=0).strip()
+
+
+class _Reader:
+    """Walks over the tokens once."""
+
+    def __init__(self, tokens: list[str]):
+        self._tokens, self._at = tokens, 0
+
+    def sequence(self, closing: str | None, depth: int) -> str:
+        """All up to the closing token (or the end), in canonical spelling."""
+        if depth > MAX_DEPTH:
+            raise Unreadable(f"nested deeper than {MAX_DEPTH} levels")
+        out, space = "", False
+        while True:
+            if self._at == len(self._tokens):
+                if closing is not None:
+                    raise Unreadable(f"a {closing} is missing")
+                return out
+            token = self._tokens[self._at]
+            self._at += 1
+            if token == closing:
+                return out
+            if token == "}":
+                raise Unreadable("a } without its {")
+            if token.isspace() or token in _SPACES:
+                space = True
+                continue
+            piece = self._piece(token, depth)
+            if not piece:
+                continue
+            out += _gap(out, piece, space) + piece
+            space = False
+
+    def _piece(self, token: str, depth: int) -> str:
+        token = _RENAMED.get(token, token)
+        if token in _DROPPED:
+            if token in (r"\left", r"\right") and self._next() == ".":
+                self._at += 1
+            return ""
+        if token == "{":
+            inside = self.sequence("}", depth + 1)
+            return "{" + inside + "}" if inside else ""
+        if token in _TEXTS:
+            return self._text()
+        if token not in _ARGUMENTS:
+            return token
+        option = ""
+        if token == r"\sqrt" and self._next() == "[":
+            self._at += 1
+            option = "[" + self.sequence("]", depth + 1) + "]"
+        arguments = [self._argument(token, depth + 1) for _ in range(_ARGUMENTS[token])]
+        return token + option + "".join("{" + argument + "}" for argument in arguments)
+
+    def _next(self) -> str | None:
+        """The next token that is not space, left where it is."""
+        while self._at < len(self._tokens):
+            token = self._tokens[self._at]
+            if not token.isspace() and token not in _SPACES:
+                return token
+            self._at += 1
+        return None
+
+    def _argument(self, command: str, depth: int) -> str:
+        """One group, or one token; but x^10, x^-1, x^(n+1) and sqrt(2) mean what they mean in plain text."""
+        token = self._next()
+        if token is None or token == "}":
+            raise Unreadable(f"{command} lacks its argument")
+        self._at += 1
+        if token == "{":
+            return self.sequence("}", depth).strip()
+        if token == "(" and command != "_":
+            return "(" + self.sequence(")", depth) + ")"
+        if token == "-" and command == "^":
+            return "-" + self._argument(command, depth + 1)
+        if token.isdigit() and command == "^":
+            while self._at < len(self._tokens) and self._tokens[self._at].isdigit():
+                token += self._tokens[self._at]
+                self._at += 1
+        return self._piece(token, depth)
+
+    def _text(self) -> str:
+        if self._next() != "{":
+            return ""
+        self._at += 1
+        out, depth = [], 1
+        while depth:
+            if self._at == len(self._tokens):
+                raise Unreadable("a } is missing")
+            token = self._tokens[self._at]
+            self._at += 1
+            depth += (token == "{") - (token == "}")
+            out.append(" " if token in _SPACES else token)
+        words = " ".join("".join(out[:-1]).replace("$", "").split())
+        if re.fullmatch(r"[A-Za-z]|[0-9.,]+|", words):  # \mathrm{e}, \text{13}
+            return words
+        return r"\text{" + words + "}"
+
+
+def _gap(before: str, piece: str, space: bool) -> str:
+    if space and before[-1:].isdigit() and piece[0].isdigit():
+        return " "
+    command = before.rfind("\\")
+    if piece[0].isalpha() and command >= 0 and _COMMAND.fullmatch(before, command):
+        return " "
+    return ""

@@ -1,0 +1,163 @@
+r"""Mathematics: the answer in the last `\boxed{}`, compared with the gold answer by value.
+
+robust (default): answers are taken apart (lists in any order, tuples, intervals, matrices, equations), and their
+  scalars are equal if they are written the same, or are the same rational number, exactly; what has roots,
+  letters or functions goes to sympy, through math-verify's grammar. No decimal is ever near enough: 0.333 is
+  not 1/3. A unit or a percent sign that only one side wrote does no harm, another unit does.
+strict: as verl scores it, string against string, except that an empty box never passes; see `hendrycks.py`.
+
+What a model writes is bounded before it is read (2,000 characters), before it is evaluated (32,768 bits), and
+in processor time. What is out of bounds is the answer's fault and earns nothing; it is never masked.
+"""
+
+import functools
+import re
+from collections.abc import Callable, Mapping
+from fractions import Fraction
+from typing import Any
+
+from lpo_jax.errors import UserError
+from lpo_jax.rewards import hendrycks, rational, structure
+from lpo_jax.rewards.answers import last_boxed, last_line_after
+from lpo_jax.rewards.latex import Unreadable
+from lpo_jax.rewards.limits import OutOfTime, cpu_limit
+from lpo_jax.rewards.structure import Value
+from lpo_jax.rewards.units import clash
+from lpo_jax.rewards.verdict import Verdict, infrastructure
+
+CPU_SECONDS = 1.0  # for one answer; most take microseconds or milliseconds, hard ones a tenth of a second
+
+_ALTERNATIVES = re.compile(r"\\text\{\s*OR\s*\}")
+
+
+def math(*, mode: str = "robust", extract: str = "boxed") -> Callable[[str, Mapping[str, Any]], Verdict]:
+    r"""The mathematics verifier; examples have `answer`, LaTeX or a number.
+
+    Args:
+      mode: "robust", or "strict" for verl's string equality.
+      extract: "boxed", the last `\boxed{}` or `\fbox{}`; or "answer_line", what follows the last `Answer:` on its
+        line, as DAPO's prompt asks for it (robust only).
+
+    Returns:
+      `(response, example) -> Verdict`, reward 1 or 0. Besides `pass` and `wrong`: `malformed` without an answer
+      in that form, `timeout` for one that takes more than 1 s of processor time or too much memory,
+      `infrastructure` for every response to a row whose gold answer cannot be read (see `parses`; strict, which
+      reads nothing, takes any that is not empty).
+
+    Raises:
+      UserError: if an option is not one of these.
+    """
+    if mode not in ("robust", "strict") or extract not in ("boxed", "answer_line"):
+        raise UserError(
+            f"math: mode {mode!r}, extract {extract!r}: mode is robust or strict, extract boxed or answer_line"
+        )
+    if mode == "strict" and extract != "boxed":
+        raise UserError("math: strict reads \\boxed{} as verl does; answer_line goes with robust")
+
+    def verify(response: str, example: Mapping[str, Any]) -> Verdict:
+        gold = str(example["answer"])
+        if not (parses(gold) if mode == "robust" else gold.strip()):
+            return infrastructure(f"the gold answer cannot be read: {gold[:200]}")
+        if mode == "strict":
+            answer = hendrycks.boxed(response)
+        else:
+            answer = last_boxed(response) if extract == "boxed" else _answer_line(response)
+        if answer is None or not answer.strip():
+            return Verdict(
+                0.0, "malformed", {"reason": f"no answer in the form that was asked for: {extract}"}
+            )
+        parts: dict[str, float | str] = {"answer": answer[:200]}
+        if mode == "strict":
+            right = hendrycks.equal(answer, gold)
+            return Verdict(1.0, "pass", parts) if right else Verdict(0.0, "wrong", parts)
+        try:
+            outcome = "pass" if _same(gold, answer) else "wrong"
+        except (Unreadable, rational.TooLarge, RecursionError) as error:
+            return Verdict(0.0, "wrong", parts | {"reason": str(error)})
+        except (OutOfTime, MemoryError) as error:
+            return Verdict(0.0, "timeout", parts | {"reason": str(error) or "out of memory"})
+        return Verdict(float(outcome == "pass"), outcome, parts)
+
+    return verify
+
+
+def parses(answer: str) -> bool:
+    """Whether a gold answer can be compared with: well-formed, not empty, and no prose.
+
+    A row without such an answer teaches nothing: the verifier masks every response to it. Takes microseconds.
+    """
+    return bool(_gold(answer))
+
+
+@functools.lru_cache(maxsize=4096)
+def _gold(answer: str) -> tuple[Value, ...]:
+    """All readings of a gold answer: some rows offer alternatives, 'A OR B'. Empty when it cannot be read."""
+    if "\\boxed" in answer:
+        answer = last_boxed(answer) or ""
+    try:
+        return tuple(value for part in _ALTERNATIVES.split(answer) for value in structure.read(part))
+    except (Unreadable, RecursionError):
+        return ()
+
+
+def _answer_line(response: str) -> str | None:
+    line = last_line_after("answer", response)
+    return line if line is None else last_boxed(line) or line.strip("*").strip()
+
+
+def _same(gold: str, answer: str) -> bool:
+    pairs = [(g, a) for a in structure.read(answer) for g in _gold(gold)]
+    undecided: list[bool] = []
+
+    def cheaply(g: Value, a: Value) -> bool:
+        verdict = _same_exactly(g, a)
+        undecided.append(verdict is None)
+        return bool(verdict)
+
+    with cpu_limit(CPU_SECONDS):
+        if any(structure.same(g, a, cheaply) for g, a in pairs):
+            return True
+    if not any(undecided):
+        return False
+    from lpo_jax.rewards import symbolic  # imports sympy, which most answers do without
+
+    def thoroughly(g: Value, a: Value) -> bool:
+        verdict = _same_exactly(g, a)
+        if verdict is not None:
+            return verdict
+        if g.kind == "equation":
+            return symbolic.same_equation(_sides(g), _sides(a))
+        return symbolic.equal(g.text, a.text)
+
+    with cpu_limit(CPU_SECONDS):
+        return any(structure.same(g, a, thoroughly) for g, a in pairs)
+
+
+def _sides(equation: Value) -> tuple[str, str]:
+    left, right = equation.parts
+    return left.text, right.text
+
+
+def _same_exactly(gold: Value, answer: Value) -> bool | None:
+    """Without sympy: the same text or the same rational number; None where that does not decide."""
+    if gold.kind == "equation":
+        scalars = all(part.kind == "scalar" for part in (*gold.parts, *answer.parts))
+        return None if scalars and len(gold.parts) == len(answer.parts) == 2 else False
+    if clash(gold.unit, answer.unit):
+        return False
+    percents = "%" in gold.unit, "%" in answer.unit
+    if gold.text == answer.text and percents[0] == percents[1]:
+        return True
+    numbers = rational.value(gold.text), rational.value(answer.text)
+    if None in numbers:
+        return None
+    return _same_number(*numbers, *percents)
+
+
+def _same_number(gold: Fraction, answer: Fraction, gold_percent: bool, answer_percent: bool) -> bool:
+    """8% is 8 where the question asked for percents, and 0.08; but a gold answer of 1 or less may be a share."""
+    if gold_percent == answer_percent:
+        return gold == answer
+    if gold_percent:
+        return answer in (gold, gold / 100)
+    return answer / 100 == gold or (answer == gold and abs(gold) > 1)

@@ -1,0 +1,142 @@
+"""Whether what an untrusted program printed or returned is what was expected.
+
+Both comparisons run outside the sandbox on plain text and parsed JSON, and take time in proportion to the text:
+nothing of the program's own making is built, hashed or called, so no `__eq__` of its own and no crafted set counts.
+
+Numbers: an expected decimal (it has a point or an exponent) is met within 1e-8 + 1e-5 of its size, PRIME's tolerance
+(`numpy.allclose`). An expected integer is met by that integer alone, in printed output also written as a decimal
+(`3.0` for `3`, as PRIME accepts): integers are counted, not measured.
+"""
+
+import json
+import math
+import re
+from collections.abc import Mapping, Set
+from typing import Any
+
+_INTEGER = re.compile(r"[+-]?[0-9]+")
+_NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,4})?")
+_MAX_INNER_SET = 1000  # elements; they may be made to collide
+_EXACT_DIGITS = 15  # integers of so many digits are exact as floats
+
+
+def same_output(printed: str, expected: str) -> bool:
+    """Whether a program printed what was expected: the same lines of the same words.
+
+    Blank lines and the amount of whitespace do not count; the case of letters and the order of lines do. (PRIME also
+    takes lines in any order, which gives points for sorting nothing.)
+    """
+    if printed == expected:
+        return True
+    lines, wanted = ([line for line in text.splitlines() if line.strip()] for text in (printed, expected))
+    return len(lines) == len(wanted) and all(map(_same_line, lines, wanted))
+
+
+def _same_line(line: str, wanted: str) -> bool:
+    if line == wanted:
+        return True
+    words, expected = line.split(), wanted.split()
+    return len(words) == len(expected) and all(map(_same_word, words, expected))
+
+
+def _same_word(word: str, wanted: str) -> bool:
+    if word == wanted:
+        return True
+    if not _NUMBER.fullmatch(word) or not _NUMBER.fullmatch(wanted):
+        return False
+    if not _INTEGER.fullmatch(wanted):
+        return _close(float(word), float(wanted))
+    if _INTEGER.fullmatch(word):
+        return _canonical(word) == _canonical(wanted)
+    return len(wanted) <= _EXACT_DIGITS and abs(float(word) - int(wanted)) <= 1e-6
+
+
+def _canonical(integer: str) -> str:
+    digits = integer.lstrip("+-").lstrip("0")
+    return f"-{digits}" if integer[0] == "-" and digits else digits
+
+
+def _close(value: float, wanted: float) -> bool:
+    return value == wanted or abs(value - wanted) <= 1e-8 + 1e-5 * abs(wanted)
+
+
+def same_result(claim: bytes, expected: Any) -> bool:
+    """Whether a function's result, as the JSON that `sandbox_child.encode` made of it, is the expected value.
+
+    As Python's `==` on builtin types, but that tuples are lists and floats have the tolerance above: so `1 == True`
+    and `3.0 == 3`, and a list is never a set.
+
+    Args:
+      claim: what came out of the sandbox; whatever is no such JSON is nobody's result.
+      expected: a value of builtin types.
+    """
+    try:
+        return _same(json.loads(claim), expected)
+    except (ValueError, TypeError, KeyError, IndexError, RecursionError, OverflowError):
+        return False
+
+
+def _same(claim: Any, expected: Any) -> bool:
+    kind, held = _tagged(claim)
+    match expected:
+        case None | str() | bytes():
+            return (bytes.fromhex(held) if kind == "bytes" else claim) == expected
+        case complex():
+            return kind == "complex" and complex(*held) == expected
+        case float():
+            number = _number(kind, held)
+            both_nan = number is not None and math.isnan(number) and math.isnan(expected)
+            return both_nan or (number is not None and _close(float(number), expected))
+        case int():
+            return _number(kind, held) == expected
+        case list() | tuple():
+            if not isinstance(claim, list) or len(claim) != len(expected):
+                return False
+            return all(map(_same, claim, expected))
+        case set() | frozenset():
+            return kind == "set" and len(held) == len(expected) == len(_found(held, expected))
+        case dict():
+            if kind != "dict" or len(held) != len(expected):
+                return False
+            keys = [key for key, _ in held]
+            return len(_found(keys, expected)) == len(expected) and all(
+                _same(value, expected[_key(key)]) for key, value in held
+            )
+    return False
+
+
+def _tagged(claim: Any) -> tuple[str, Any]:
+    """What `encode` made an object with one key of, and the content; `""` and the claim for all else."""
+    if not isinstance(claim, dict):
+        return "", claim
+    ((kind, held),) = claim.items()
+    return kind, held
+
+
+def _found(claims: list[Any], expected: Set[Any] | Mapping[Any, Any]) -> set[Any]:
+    """The claims that are in a trusted set: looked up in that one, for elements of a claim may be made to collide."""
+    return {key for key in map(_key, claims) if key in expected}
+
+
+def _number(kind: str, held: Any) -> int | float | None:
+    if kind == "int":
+        return int(held, 16)
+    return held if isinstance(held, int | float) else None
+
+
+def _key(claim: Any) -> Any:
+    """A hashable value of a claim: an element of a set, or a key."""
+    if isinstance(claim, list):
+        return tuple(map(_key, claim))
+    kind, held = _tagged(claim)
+    if not kind:
+        return claim
+    if kind == "int":
+        return int(held, 16)
+    if kind == "bytes":
+        return bytes.fromhex(held)
+    if kind == "complex":
+        return complex(*held)
+    if len(held) > _MAX_INNER_SET:
+        raise ValueError("a set in a set is too large")
+    return frozenset(map(_key, held))

@@ -1,0 +1,294 @@
+"""The half of the sandbox that is inside it: runs an untrusted program, once a test, each time as a fresh process.
+
+It is started by file name, in an interpreter that sees the standard library alone, so it imports nothing of ours.
+File descriptor 0 is the line to the verifier. The runner reads one job (program, limits, filter) from it, and then
+one test after another; for each it forks, the fork takes on the limits and falls out of `serve` to become the
+program, and the runner waits, kills and reports what was printed or returned. The runner itself never runs, parses
+or even prints a word of the program.
+
+Messages to the runner are marshalled (they come from the verifier); its reports are a line of text and raw bytes,
+for nothing that the program had a hand in is unmarshalled.
+"""
+
+import atexit
+import contextlib
+import ctypes
+import json
+import marshal
+import os
+import resource
+import select
+import struct
+import sys
+import time
+import types
+
+LENGTH = struct.Struct("!Q")
+LINE = 3  # where the line to the verifier lies once the runner has started
+RESULT = 3  # where a function's result goes in the process that computes it, in which the line is closed
+STDERR_TAIL = 2000  # bytes
+
+_LIBC = ctypes.CDLL(None, use_errno=True)
+# prctl(2)
+_PDEATHSIG, _NO_NEW_PRIVS, _SECCOMP, _FILTER = 1, 38, 22, 2
+_SIGKILL = 9
+
+# What programs for judges take for granted. The names of these are there without any import, except those of
+# builtins (math.pow would hide pow), and so are the modules themselves.
+_STARRED = (
+    "typing",
+    "collections",
+    "heapq",
+    "bisect",
+    "math",
+    "itertools",
+    "functools",
+    "operator",
+    "string",
+)
+# These modules are there where the program says their name and a dot.
+_NAMED = ("copy", "datetime", "io", "json", "os", "random", "re", "statistics", "time")
+
+
+def serve() -> dict:
+    """Serves the verifier. Returns only in the process of a test, with the job, and never in the runner."""
+    job = marshal.loads(_receive(0))
+    os.dup2(0, LINE)
+    if user := job["user"]:
+        os.setgroups([])
+        os.setresgid(user, user, user)
+        os.setresuid(user, user, user)
+    if job["count_processes"]:
+        job["limits"]["NPROC"] += _own_tasks()
+    job["names"] = _names(job["program"])
+    _report(job, "ready", "")
+    while True:
+        test = marshal.loads(_receive(LINE))
+        try:
+            if _run(job, test):
+                return job
+        except OSError as error:  # a fork that failed, no memory for a file: nothing the program has done
+            _report(job, "broken", f"{type(error).__name__}: {error}")
+            os._exit(1)
+
+
+def _run(job: dict, test: dict) -> bool:
+    """Runs one test and reports it. Returns whether this is the process that is to become the program."""
+    given, output, errors = (os.memfd_create(name) for name in ("given", "output", "errors"))
+    _write(given, test["stdin"].encode(errors="replace"))
+    os.lseek(given, 0, os.SEEK_SET)
+    child = os.fork()
+    if child == 0:
+        _become(job, test, given, output, errors)
+        return True
+    late = _wait(child, test)
+    _kill_all(child)
+    _, code, usage = os.wait4(child, 0)
+    _reap()
+    code = os.waitstatus_to_exitcode(code)
+    if late or usage.ru_utime + usage.ru_stime > test["seconds"]:
+        status, detail = "timeout", late or "of processor time"
+    elif code == 0:
+        status, detail = "ok", ""
+    else:
+        status, detail = "error", _last_line(errors) or (f"signal {-code}" if code < 0 else f"exit {code}")
+    _report(job, status, detail, os.pread(output, job["limits"]["FSIZE"], 0))
+    for file in (given, output, errors):
+        os.close(file)
+    return False
+
+
+def _wait(child: int, test: dict) -> str:
+    """Waits for a process to end; returns which time was up if it has not. Leaves when the verifier hangs up."""
+    clock = (~child << 3) | 2  # clock_getcpuclockid(3)
+    deadline = time.monotonic() + test["wall_seconds"]
+    ended = os.pidfd_open(child)
+    poll = select.poll()
+    poll.register(ended, select.POLLIN)
+    poll.register(LINE, select.POLLIN)  # nothing is due on it, so whatever happens there is its end
+    late = ""
+    while not late:
+        left, wall_left = test["seconds"] - time.clock_gettime(clock), deadline - time.monotonic()
+        happened = [file for file, _ in poll.poll(max(0, int(1000 * min(left, wall_left))) + 1)]
+        if LINE in happened:
+            _kill_all(child)
+            os._exit(0)
+        if ended in happened:
+            break
+        late = "of processor time" if left <= 0 else "on the clock" if wall_left <= 0 else ""
+    os.close(ended)
+    return late
+
+
+def _kill_all(child: int) -> None:
+    os.kill(child, _SIGKILL)
+    if os.getpid() == 1:  # in a namespace of its own: everything else in it
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(-1, _SIGKILL)
+
+
+def _reap() -> None:
+    """Waits for all that the namespace's first process has inherited: killed, but perhaps not gone yet."""
+    with contextlib.suppress(ChildProcessError):
+        while True:
+            os.waitpid(-1, 0)
+
+
+def _become(job: dict, test: dict, given: int, output: int, errors: int) -> None:
+    """Makes this process that of the program: its files, its limits, its filter. There is no way back."""
+    nowhere = os.open("/dev/null", os.O_RDWR)
+    os.dup2(given, 0)
+    os.dup2(nowhere if job["function"] else output, 1)
+    os.dup2(errors, 2)
+    if job["function"]:
+        os.dup2(output, RESULT)
+    os.closerange(RESULT + bool(job["function"]), 64)
+    job["arguments"] = test["arguments"]
+    limits = job["limits"] | {"CPU": int(test["seconds"]) + 1, "CORE": 0, "NOFILE": 64}
+    for name, value in limits.items():
+        _limit(getattr(resource, f"RLIMIT_{name}"), value)
+    sys.setrecursionlimit(600_000)  # as PRIME
+    sys.set_int_max_str_digits(0)
+    _prctl(_PDEATHSIG, _SIGKILL)
+    _prctl(_NO_NEW_PRIVS, 1)
+    _LIBC.capset(struct.pack("=Ii", 0x20080522, 0), bytes(24))  # root too is a user without privileges
+    code = ctypes.create_string_buffer(job["filter"])
+    program = ctypes.create_string_buffer(  # struct sock_fprog
+        struct.pack("@HP", len(job["filter"]) // 8, ctypes.addressof(code))
+    )
+    _prctl(_SECCOMP, _FILTER, ctypes.addressof(program))
+
+
+def _prctl(option: int, *arguments: int) -> None:
+    padded = [ctypes.c_ulong(value) for value in (*arguments, 0, 0, 0)[:4]]
+    if _LIBC.prctl(option, *padded):
+        raise OSError(ctypes.get_errno(), f"prctl({option})")
+
+
+def _limit(which: int, value: int) -> None:
+    _, hard = resource.getrlimit(which)
+    value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+    resource.setrlimit(which, (value, hard if which == resource.RLIMIT_STACK else value))
+
+
+def _own_tasks() -> int:
+    """Threads of this user on the whole machine, which is what the limit on their number counts."""
+    count = 0
+    for entry in os.scandir("/proc"):
+        with contextlib.suppress(OSError):  # it has ended
+            if entry.name.isdigit() and entry.stat().st_uid == os.getuid():
+                count += len(os.listdir(f"/proc/{entry.name}/task"))
+    return count
+
+
+def _names(program: str) -> dict:
+    """The names that a program finds defined."""
+    builtins = vars(__import__("builtins"))
+    modules = {name: __import__(name) for name in _STARRED}
+    names = {
+        name: value
+        for module in modules.values()
+        for name, value in vars(module).items()
+        if name in getattr(module, "__all__", vars(module)) and name[0] != "_" and name not in builtins
+    }
+    return (
+        names | modules | {name: __import__(name) for name in _NAMED if f"{name}." in program} | {"sys": sys}
+    )
+
+
+def run(job: dict) -> None:
+    """Runs the program in this process and ends it, as the interpreter would but without taking it apart first."""
+    name = "solution" if job["function"] else "__main__"
+    module = sys.modules[name] = types.ModuleType(name)
+    code = 1
+    try:
+        try:
+            _execute(job, module)
+        finally:
+            if "threading" in sys.modules:
+                sys.modules["threading"]._shutdown()  # waits for the threads that it started
+            atexit._run_exitfuncs()
+        code = 0
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else 0 if error.code is None else 1
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    try:
+        for file in (sys.stdout, sys.__stdout__, sys.stderr):
+            file.flush()
+        vars(module).clear()  # flushes files that it has left open
+    except Exception:
+        code = code or 120  # as the interpreter
+    os._exit(code & 0xFF)
+
+
+def _execute(job: dict, module: types.ModuleType) -> None:
+    vars(module).update(job["names"])
+    sys.argv = ["solution.py"]
+    exec(compile(job["program"], "solution.py", "exec", dont_inherit=True), vars(module))
+    if job["function"]:
+        owner = getattr(module, "Solution", None)
+        owner = owner() if hasattr(owner, job["function"]) else module
+        value = encode(getattr(owner, job["function"])(*job["arguments"]))
+        _write(RESULT, f"{job['nonce']}{json.dumps(value)}".encode())
+
+
+def encode(value: object) -> object:
+    """A value of builtin types as JSON: lists and tuples as arrays, other containers as an object with one key.
+
+    Raises:
+      TypeError: if something else is in it.
+    """
+    if value is None or isinstance(value, bool | str):
+        return value
+    if isinstance(value, int):
+        return int(value) if value.bit_length() < 1000 else {"int": hex(value)}  # digits take quadratic time
+    if isinstance(value, float):
+        return float(value)
+    if isinstance(value, list | tuple):
+        return [encode(item) for item in value]
+    if isinstance(value, set | frozenset):
+        return {"set": [encode(item) for item in value]}
+    if isinstance(value, dict):
+        return {"dict": [[encode(key), encode(item)] for key, item in value.items()]}
+    if isinstance(value, complex):
+        return {"complex": [value.real, value.imag]}
+    if isinstance(value, bytes | bytearray):
+        return {"bytes": value.hex()}
+    raise TypeError(f"returned a {type(value).__name__}, which is no value of a builtin type")
+
+
+def _last_line(file: int) -> str:
+    start = max(0, os.fstat(file).st_size - STDERR_TAIL)
+    lines = os.pread(file, STDERR_TAIL, start).decode(errors="replace").split("\n")
+    return next((line.strip()[:200] for line in reversed(lines) if line.strip()), "")
+
+
+def _report(job: dict, status: str, detail: str, output: bytes = b"") -> None:
+    report = f"{job['nonce']} {status} {detail}\n".encode() + output
+    _write(LINE, LENGTH.pack(len(report)) + report)
+
+
+def _write(file: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(file, view) :]
+
+
+def _receive(file: int) -> bytes:
+    (length,) = LENGTH.unpack(_exactly(file, LENGTH.size))
+    return _exactly(file, length)
+
+
+def _exactly(file: int, count: int) -> bytes:
+    data = bytearray()
+    while len(data) < count:
+        piece = os.read(file, count - len(data))
+        if not piece:
+            os._exit(0)  # the verifier has hung up
+        data += piece
+    return bytes(data)
+
+
+if __name__ == "__main__":
+    run(serve())

@@ -1,0 +1,298 @@
+r"""What an answer is made of: lists, tuples, intervals, unions, matrices, equations, and scalars at the leaves.
+
+`read` takes answers apart without evaluating anything; `same` says whether two are put together the same way
+and leaves the scalars to a function. So a list is never compared as one expression, where `n=2,3,4` might
+pass for `n=1,2,3`.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable
+
+from lpo_jax.rewards.latex import MAX_DEPTH, Unreadable, canonical
+
+MAX_CHARS = 2000
+MAX_ITEMS = 100
+MAX_WORDS = 6  # more of them are prose
+
+_OPEN, _CLOSE = ("(", "[", r"\{"), (")", "]", r"\}")
+_TOKEN = re.compile(r"\\text\{[^{}]*\}|\\[A-Za-z]+|\\.|.", re.DOTALL)
+_COMMAND = re.compile(r"\\[A-Za-z]+")
+_WORD = re.compile(r"[A-Za-z]{3,}")
+_GROUPED = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,])")
+_MATRIX = re.compile(r"\\begin\{([pb]?matrix)\}(.*)\\end\{\1\}", re.DOTALL)
+_WHOLE_TEXT = re.compile(r"\\(?:text|mbox|textbf|textrm|textit|mathrm)\s*\{([^{}]*)\}")
+_DEGREE = r"\^\{\\circ\}"
+_UNIT = r"%|\^\{\\text\{(?:st|nd|rd|th)\}\}|(?:/|\\cdot)?\\text\{[^{}]*\}(?:\^\{-?[0-9]\})?"
+_UNITS = re.compile(rf"(?:{_DEGREE}|{_UNIT})+$")
+_UNITS_OF_FUNCTION = re.compile(rf"(?:{_UNIT})+$")  # \cos 15^\circ is not \cos 15, in degrees
+_LETTER = r"(?:[A-Za-z]|\\(?!frac|sqrt|sin|cos|tan|log|ln|text|pi\b)[a-z]+)"
+_SCRIPTS = r"(?:_\{[^{}]*(?:\{[^{}]*\})?[^{}]*\}|'|\^\{(?:'+|-1)\})*"
+# What stands in front of = and only names the value.
+_SYMBOL = rf"{_LETTER} ?{_SCRIPTS}"
+_NAME = re.compile(
+    rf" ?(?:{_SYMBOL}(?:\([^()]*\))?"  # x, f(x)
+    rf"|\({_SYMBOL}(?:,{_SYMBOL})+\)"  # (a,b)
+    r"|(?:m?\\angle ?|\\overline)\{?[A-Z_{}0-9]+\}?|[A-Z]{2,3}"  # \angle ABC, \overline{AB}, AB
+    r"|\\text\{[^{}]*\})"
+)
+_COMPARISONS = {"<": "<", ">": ">", r"\le": "<=", r"\ge": ">="}
+
+
+@dataclasses.dataclass(frozen=True)
+class Value:
+    """A node.
+
+    Attributes:
+      kind: "scalar", "word", "equation" (its sides), "list" and "set" (in any order), "union", "matrix", "row", or
+        a pair of brackets such as "()" or "[)".
+      text: of a scalar: its canonical LaTeX; of a word: lower case; of anything else: as it was written.
+      parts: the nodes it is made of.
+      name: what the answer called it, as in `x = 5` or `x \\in (0, 1)`; empty when it had no name.
+      unit: of a scalar: what was written behind it (`%`, degrees, a text).
+    """
+
+    kind: str
+    text: str
+    parts: tuple["Value", ...] = ()
+    name: str = ""
+    unit: str = ""
+
+
+def read(text: str) -> tuple[Value, ...]:
+    """The ways to read an answer: one, or two where a comma may part thousands or items (`1,234`).
+
+    Raises:
+      Unreadable: if the text is empty, too long, prose, or not well-formed.
+    """
+    text = text.strip()
+    if len(text) > MAX_CHARS:
+        raise Unreadable(f"longer than {MAX_CHARS} characters")
+    if text.startswith("**") and text.endswith("**"):
+        text = text.strip("*")
+    if whole := _WHOLE_TEXT.fullmatch(text.rstrip("., ")):
+        text = whole[1]
+    if len(_WORD.findall(_COMMAND.sub(" ", text))) > MAX_WORDS:
+        raise Unreadable("prose")
+    text = _strip(canonical(text)).removeprefix(r"\approx").strip()
+    if not text:
+        raise Unreadable("empty")
+    if r"\begin{" in text and "matrix}" not in text:
+        return (Value("scalar", text),)  # cases and arrays are compared as they are written
+    readings = [text]
+    if _GROUPED.search(text):
+        readings.append(_GROUPED.sub(lambda match: match[0].replace(",", ""), text))
+    return tuple(_list(reading) for reading in readings)
+
+
+def _strip(text: str) -> str:
+    return text.strip().rstrip(".,;").strip()
+
+
+def _split(text: str, separators: tuple[str, ...]) -> list[tuple[str, str]]:
+    """Parts outside of all brackets, each with the separator in front of it.
+
+    Raises:
+      Unreadable: if brackets do not match in number.
+    """
+    parts, start, depth, before = [], 0, 0, ""
+    for match in _TOKEN.finditer(text):
+        token = match[0]
+        if token in _OPEN or token == "{":
+            depth += 1
+        elif token in _CLOSE or token == "}":
+            depth -= 1
+        elif depth == 0 and token in separators:
+            parts.append((before, text[start : match.start()]))
+            start, before = match.end(), token
+        if depth < 0:
+            raise Unreadable("a closing bracket without its opening one")
+        if depth > MAX_DEPTH:
+            raise Unreadable(f"nested deeper than {MAX_DEPTH} levels")
+    if depth:
+        raise Unreadable("a bracket is not closed")
+    return [*parts, (before, text[start:])]
+
+
+def _list(text: str) -> Value:
+    parts = [stripped for _, part in _split(text, (",", ";")) if (stripped := _strip(part))]
+    if not parts or len(parts) > MAX_ITEMS:
+        raise Unreadable("empty" if not parts else f"more than {MAX_ITEMS} items")
+    if len(parts) == 1:
+        return _item(parts[0])
+    items = [_item(part) for part in parts]
+    if items[0].name and not any(item.name for item in items[1:]):  # n = 2, 3, 4
+        items = [dataclasses.replace(item, name=items[0].name) for item in items]
+    return _flat(text, items)
+
+
+def _flat(text: str, items: list[Value], kind: str = "list") -> Value:
+    """A list or set in which the two values of a plus-minus are two items."""
+    flat = []
+    for item in items:
+        inner = item.parts if item.kind == "list" else (item,)  # a set in a list stays one item
+        flat += [dataclasses.replace(part, name=part.name or item.name) for part in inner]
+    return Value(kind, text, tuple(flat))
+
+
+def _item(text: str) -> Value:
+    if not text:
+        raise Unreadable("an item is missing")
+    sides = _split(text, ("=", r"\in", r"\approx"))
+    if len(sides) > 1:
+        return _sides(text, sides)
+    sides = _split(text, (r"\cup",))
+    if len(sides) > 1:
+        return Value("union", text, tuple(_item(_strip(side)) for _, side in sides))
+    sides = _split(text, tuple(_COMPARISONS))
+    if len(sides) > 1:
+        return _inequality(text, sides)
+    return _group(text) or _plus_minus(text) or _scalar(text)
+
+
+def _sides(text: str, sides: list[tuple[str, str]]) -> Value:
+    parts = [_strip(side) for _, side in sides]
+    if sides[-1][0] == r"\approx":  # 20000/pi = ... ~ 6366.2: the exact value counts
+        return _item(text[: text.rindex(r"\approx")])
+    name = parts.pop(0) if _NAME.fullmatch(parts[0]) else ""
+    if len(parts) == 1:
+        return dataclasses.replace(_item(parts[0]), name=name)
+    return Value("equation", text, tuple(_item(part) for part in parts), name=name)
+
+
+def _inequality(text: str, sides: list[tuple[str, str]]) -> Value:
+    """`2 < x \\le 3` as the interval `(2,3]` by the name of x; anything else is compared as it is written."""
+    operands, signs = [_strip(side) for _, side in sides], [_COMPARISONS[sign] for sign, _ in sides[1:]]
+    if len({sign[0] for sign in signs}) == 1 and len(operands) in (2, 3):
+        if signs[0][0] == ">":  # 3 >= x > 2
+            operands.reverse()
+            signs = [sign.replace(">", "<") for sign in reversed(signs)]
+        if len(operands) == 2 and _NAME.fullmatch(operands[0]):
+            operands, signs = [r"-\infty", *operands], ["<", *signs]
+        elif len(operands) == 2 and _NAME.fullmatch(operands[1]):
+            operands, signs = [*operands, r"\infty"], [*signs, "<"]
+        if len(operands) == 3 and _NAME.fullmatch(operands[1]):
+            kind = ("[" if signs[0] == "<=" else "(") + ("]" if signs[1] == "<=" else ")")
+            return Value(kind, text, (_item(operands[0]), _item(operands[2])), name=operands[1])
+    return Value("word", text)
+
+
+def _group(text: str) -> Value | None:
+    """A tuple, an interval, a set or a matrix; None for a scalar."""
+    if matrix := _MATRIX.fullmatch(text):
+        rows = [row for _, row in _split(matrix[2], ("\\\\",)) if row.strip()]
+        cells = [[_item(_strip(cell)) for _, cell in _split(row, ("&",))] for row in rows]
+        return Value("matrix", text, tuple(Value("row", "", tuple(row)) for row in cells))
+    tokens = _TOKEN.findall(text)
+    opening, closing = tokens[0], tokens[-1]
+    if opening not in _OPEN or closing not in _CLOSE or len(tokens) < 3 or not _encloses(tokens):
+        return None
+    inside = text[len(opening) : len(text) - len(closing)]
+    parts = [_strip(part) for _, part in _split(inside, (",", ";"))]
+    if opening == r"\{" and closing == r"\}":
+        items = [_item(part) for part in parts if part]
+        return items[0] if len(items) == 1 else _flat(text, items, kind="set")
+    if len(parts) == 1:  # parentheses around one thing mean nothing
+        return _item(parts[0])
+    return Value(opening + closing, text, tuple(_item(part) for part in parts))
+
+
+def _encloses(tokens: list[str]) -> bool:
+    """Whether the first bracket is closed by the last one."""
+    depth = 0
+    for index, token in enumerate(tokens):
+        depth += (token in _OPEN) - (token in _CLOSE)
+        if depth == 0:
+            return index == len(tokens) - 1
+    return False
+
+
+def _plus_minus(text: str) -> Value | None:
+    if r"\pm" not in text and r"\mp" not in text:
+        return None
+    signs = (("+", "-"), ("-", "+"))
+    return _flat(text, [_item(text.replace(r"\pm", up).replace(r"\mp", down)) for up, down in signs])
+
+
+def _scalar(text: str) -> Value:
+    pattern = _UNITS_OF_FUNCTION if re.search(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-z])", text) else _UNITS
+    unit = match[0] if (match := pattern.search(text)) and match.start() else ""
+    text = text.removesuffix(unit).strip().removeprefix("+")
+    while text.startswith("{") and _closes_at_end(text):
+        text = text[1:-1].strip()
+    if not text:
+        raise Unreadable("empty")
+    if text == r"\emptyset":
+        return Value("set", text)
+    letters = text.removeprefix(r"\text{").removesuffix("}")
+    if re.fullmatch(r"[A-Za-z][A-Za-z .']{2,}|[Nn]o", letters) or text.startswith(r"\text{"):
+        return Value("word", letters.replace(" ", "").lower())
+    return Value("scalar", text, unit=unit)
+
+
+def _closes_at_end(text: str) -> bool:
+    depth = 0
+    for index, match in enumerate(matches := list(_TOKEN.finditer(text))):
+        depth += (match[0] == "{") - (match[0] == "}")
+        if depth == 0:
+            return index == len(matches) - 1
+    return False
+
+
+def same(gold: Value, answer: Value, equal: Callable[[Value, Value], bool]) -> bool:
+    """Whether two answers are the same.
+
+    Args:
+      gold: the right answer.
+      answer: the one to judge.
+      equal: decides two scalars, or two equations.
+    """
+    if gold.name and answer.name and gold.name != answer.name:
+        return False
+    kinds = {gold.kind, answer.kind}
+    unordered = kinds <= {"list", "set"} or kinds == {"union"}
+    if len(kinds) > 1 and not unordered:
+        return _one_is_an_equation(gold, answer, equal)
+    if gold.kind == "scalar":
+        return equal(gold, answer)
+    if gold.kind == "word":
+        return gold.text == answer.text
+    if gold.kind == "equation":
+        return gold.text == answer.text or equal(gold, answer)
+    if len(gold.parts) != len(answer.parts):
+        return False
+    if unordered:
+        return _any_order(gold.parts, answer.parts, equal)
+    return all(same(g, a, equal) for g, a in zip(gold.parts, answer.parts))
+
+
+def _any_order(
+    gold: tuple[Value, ...], answer: tuple[Value, ...], equal: Callable[[Value, Value], bool]
+) -> bool:
+    if len({item.name for item in gold}) > 1 and not any(item.name for item in answer):
+        return all(same(g, a, equal) for g, a in zip(gold, answer))  # which is which only the order can tell
+    left = list(answer)
+    for item in gold:
+        found = next((index for index, other in enumerate(left) if same(item, other, equal)), None)
+        if found is None:
+            return False
+        del left[found]
+    return True
+
+
+def _one_is_an_equation(gold: Value, answer: Value, equal: Callable[[Value, Value], bool]) -> bool:
+    """`2^3 = 8` is 8, for all its sides are; and `y = 2x` is `y - 2x = 0`, as an equation."""
+    if "equation" not in (gold.kind, answer.kind):
+        return False
+    pair = tuple(value if value.kind == "equation" else _as_equation(value) for value in (gold, answer))
+    if all(len(value.parts) == 2 for value in pair) and equal(*pair):
+        return True
+    if gold.kind == "equation":
+        return all(same(side, answer, equal) for side in gold.parts)
+    return all(same(gold, side, equal) for side in answer.parts)
+
+
+def _as_equation(value: Value) -> Value:
+    """`y = 2x`, which was read as 2x by the name of y; a value without a name has no sides."""
+    sides = (Value("scalar", value.name), value) if value.name and value.kind == "scalar" else ()
+    return Value("equation", value.text, sides)

@@ -1,0 +1,242 @@
+r"""Expressions with roots, letters and functions: read by math-verify's LaTeX grammar, compared by value.
+
+Importing this imports sympy and math-verify (about a second): the `math` verifier does so when it first meets
+such an answer, a pool's worker before it says that it is ready.
+
+math-verify's own comparison rounds: it lets 1/2004! pass for 1/2006! and 2^{-99} for 2^{-98} (its issue 14).
+Here two expressions are equal when their values agree to 40 digits, relative to their size, wherever they are
+looked at: constants once, expressions in letters at several points. Where no value can be had, math-verify
+decides. Sizes are bounded before anything is evaluated: `5^{5^{5^{5}}}` costs nothing.
+"""
+
+import functools
+import itertools
+import logging
+import math
+import random
+import re
+
+import sympy
+from latex2sympy2_extended.latex2sympy2 import ConversionConfig, _Latex2Sympy
+from math_verify import verify
+from sympy.core.function import AppliedUndef
+
+from lpo_jax.rewards.rational import MAX_BITS, TooLarge
+
+MAX_CHARS = 400
+MAX_DEPTH = 10  # of braces and parentheses; the grammar's time grows with powers of it
+MAX_BARS = 8  # and of the bars of |x|
+DIGITS = 60  # that values are computed to
+AGREE = sympy.Float(10, DIGITS) ** -40
+TINY = sympy.Float(10, DIGITS) ** -30  # may be what is left of terms that cancel
+
+# It warns that its timeout is off. It is: that one works by signals of its own, and fails in threads.
+logging.getLogger("math_verify").setLevel(logging.ERROR)
+
+# Commands that only build expressions. Others compute while they are read (determinants, eigenvalues, sums) or
+# mean no number.
+_ALLOWED = frozenset(
+    re.findall(
+        r"\\[a-z]+",
+        r"""\frac \sqrt \cdot \pi \infty \binom \ln \log \exp \sin \cos \tan \cot \sec \csc \arcsin \arccos \arctan
+        \sinh \cosh \tanh \lfloor \rfloor \lceil \rceil \alpha \beta \delta \epsilon \varepsilon \zeta \eta
+        \theta \vartheta \kappa \lambda \mu \nu \xi \rho \sigma \tau \phi \varphi \chi \psi \omega \hbar \ell""",
+    )
+)
+# What the grammar takes for something else: the gamma function, the imaginary unit, the transpose of a matrix, a
+# differential (dx); and it writes Greek capitals small. Each has a letter of its own here.
+_RENAMED = {
+    r"\gamma": r"\varpi ",
+    r"\Delta": r"\varrho ",
+    r"\Omega": r"\varsigma ",
+    "I": r"\iota ",
+    "T": r"\upsilon ",
+    "d": r"\Lambda ",
+}
+_TOKEN = re.compile(r"\\(?:[A-Za-z]+|.)|.", re.DOTALL)
+# Digits in a base (52_8), ratios and times of day (3:1), primes, derivatives, words: compared as they are written,
+# or not at all.
+_NO_NUMBER = re.compile(r"[0-9][A-Z]*_\{|\)_\{|[0-9] [0-9]|[:&;=<>#\"']|[A-Za-z]{5,}|\{d[^{}]*\}\{d")
+_DEGREES = re.compile(r"([0-9.]+|\\frac\{[0-9]+\}\{[0-9]+\})\^\{\\circ\}")
+_LOG = re.compile(r"\\log(?![A-Za-z_])")
+_DECIMAL = re.compile(r"([0-9]*)\.([0-9]+)")
+_MIXED = re.compile(r"(?<![0-9}])([0-9]+)(\\frac\{[0-9]+\}\{[0-9]+\})(?![!^])")
+_CONFIG = ConversionConfig(lowercase_symbols=False)  # r is not R
+_I = sympy.Symbol("i", real=True)  # which the grammar leaves a letter
+_LARGEST = 20  # of the unknowns where exponents may grow with them
+
+
+def equal(gold: str, answer: str) -> bool:
+    """Whether two scalars in canonical LaTeX are equal; False where one of them cannot be read.
+
+    Raises:
+      TooLarge: if a number in one of them is out of bounds.
+    """
+    if r"\ln" in gold:
+        answer = _LOG.sub(r"\\ln", answer)  # where the question has natural logarithms a bare log is one
+    expressions = read(gold), read(answer)
+    if None in expressions:
+        return False
+    if expressions[0] == expressions[1]:
+        return True
+    pairs = _values(expressions)
+    if pairs:
+        return all(_close(*pair) for pair in pairs)
+    return verify(*expressions, numeric_precision=DIGITS, timeout_seconds=None)
+
+
+def same_equation(gold: tuple[str, str], answer: tuple[str, str]) -> bool:
+    """Whether two equations, each as its two sides, say the same: their differences are in a fixed ratio.
+
+    Raises:
+      TooLarge: as `equal`.
+    """
+    sides = [read(side) for side in (*gold, *answer)]
+    if None in sides:
+        return False
+    pairs = _values((sides[0] - sides[1], sides[2] - sides[3]))
+    ratios = [g / a for g, a in pairs if abs(a) > AGREE and abs(g) > AGREE]
+    return len(ratios) >= 3 and all(_close(ratio, ratios[0]) for ratio in ratios)
+
+
+class _Grammar(_Latex2Sympy):
+    """math-verify's grammar, but for one rule."""
+
+    def convert_postfix_list(self, arr, i=0):
+        """Side by side is a product; the original takes 2(3) for the mixed number 5."""
+        return sympy.Mul(*(self.convert_postfix(factor) for factor in arr[i:]), evaluate=False)
+
+
+@functools.lru_cache(maxsize=512)
+def read(text: str) -> sympy.Expr | None:
+    """The expression, unevaluated; None for what is no number, or what the grammar does not know.
+
+    Raises:
+      TooLarge: for what would take too long to read or to evaluate.
+    """
+    if len(text) > MAX_CHARS:
+        raise TooLarge(f"longer than {MAX_CHARS} characters")
+    text = _MIXED.sub(r"(\1+\2)", text)
+    # Exact fractions, where the grammar would make floats of 15 digits.
+    text = _DECIMAL.sub(lambda match: rf"\frac{{{match[1]}{match[2]}}}{{1{'0' * len(match[2])}}}", text)
+    text = _DEGREES.sub(r"(\1\\cdot\\frac{\\pi}{180})", text)
+    tokens = _TOKEN.findall(text)
+    if _NO_NUMBER.search("".join("\\" if token[0] == "\\" else token for token in tokens)):
+        return None
+    if any(token[0] == "\\" and token not in _ALLOWED and token not in _RENAMED for token in tokens):
+        return None
+    if _depth(text) > MAX_DEPTH or text.count("|") > MAX_BARS:
+        raise TooLarge(f"nested deeper than {MAX_DEPTH} levels, or more than {MAX_BARS} bars")
+    if r"\binom" in text and re.search(r"[0-9]{4}", text):  # evaluated while it is read
+        raise TooLarge("a binomial of more than 999")
+    text = "".join(_RENAMED.get(token, token) for token in tokens)
+    try:
+        expression = _Grammar(is_real=True, config=_CONFIG).parse(text)
+    except Exception:  # the grammar raises bare Exceptions, its conversion whatever sympy does
+        return None
+    if not isinstance(expression, sympy.Expr) or expression.has(sympy.Derivative):
+        return None
+    _size(expression)
+    return expression.xreplace({_I: sympy.I})
+
+
+def _depth(text: str) -> int:
+    return max(itertools.accumulate((c in "({[") - (c in ")}]") for c in text), default=0)
+
+
+def _size(expression: sympy.Expr) -> float:
+    """An upper bound on the bits of the rational numbers that come up at the points where it is looked at.
+
+    Parts come first, so an exponent is only evaluated once it is known to be small enough for that.
+
+    Raises:
+      TooLarge: if it or a part of it has more than `MAX_BITS`.
+    """
+    sizes = [_size(part) for part in expression.args]
+    if isinstance(expression, sympy.Rational):
+        bits = expression.p.bit_length() + expression.q.bit_length()
+    elif isinstance(expression, sympy.Pow):
+        bits = sizes[0] * max(1.0, _magnitude(expression.exp))
+    elif isinstance(expression, sympy.exp):
+        bits = 2 * _magnitude(expression.args[0])
+    elif isinstance(expression, sympy.factorial | sympy.binomial):
+        largest = max(2.0, _magnitude(expression.args[0]))
+        bits = largest * math.log2(largest)
+    else:
+        bits = 8 + sum(sizes)
+    if not bits <= MAX_BITS:
+        raise TooLarge(f"a number of more than {MAX_BITS:,} bits")
+    return bits
+
+
+def _magnitude(expression: sympy.Expr) -> float:
+    """The absolute value where every unknown is at its largest; 1 where it has none."""
+    if expression.is_Rational:
+        return abs(float(expression))
+    value = _value(expression, {unknown: sympy.Integer(_LARGEST) for unknown in _unknowns(expression)})
+    return 1.0 if value is None else float(abs(value))
+
+
+def _unknowns(expression: sympy.Expr) -> set[sympy.Expr]:
+    """Letters, and functions of which nothing is known, such as f(4)."""
+    return expression.free_symbols | expression.atoms(AppliedUndef)
+
+
+def _values(pair: tuple[sympy.Expr, sympy.Expr]) -> list[tuple[sympy.Expr, sympy.Expr]]:
+    """The values of two expressions wherever both have one."""
+    unknowns = sorted(_unknowns(pair[0]) | _unknowns(pair[1]), key=str)
+    real = unknowns and not any(expression.has(sympy.I) for expression in pair)
+    found = []
+    for point in _points(unknowns, pair):
+        values = tuple(_value(expression, point) for expression in pair)
+        # x sqrt(x) at a negative x: the question was about the x for which there is a value.
+        if None not in values and not (real and sympy.im(values[0])):
+            found.append(values)
+    return found
+
+
+def _points(
+    unknowns: list[sympy.Expr], pair: tuple[sympy.Expr, ...]
+) -> list[dict[sympy.Expr, sympy.Rational]]:
+    """Where to look: once at constants; else at fractions of both signs, or at integers if it takes those."""
+    if not unknowns:
+        return [{}]
+    rng = random.Random(0)
+    powers = set().union(*(expression.atoms(sympy.Pow) for expression in pair))
+    in_exponents = any(_unknowns(power.exp) for power in powers)
+    signs = any(power.base.is_negative and _unknowns(power.exp) for power in powers)
+    rounds = any(expression.has(sympy.floor, sympy.ceiling) for expression in pair)
+    counts = any(expression.has(sympy.factorial, sympy.binomial) for expression in pair)
+    if rounds or counts or signs:
+        tops = [8] * 8 + [_LARGEST] * 8 + ([5000] * 8 if rounds and not (in_exponents or counts) else [])
+        return [{unknown: sympy.Integer(rng.randint(1, top)) for unknown in unknowns} for top in tops]
+    scales = [(1, 1), (1, 1), (10, 10), (10, 10), (-1, 1), (-1, 1), (-10, 10)]
+    return [
+        {unknown: sympy.Rational(rng.choice(signs) * rng.randint(300, 1500), 997) for unknown in unknowns}
+        for signs in scales
+    ]
+
+
+def _value(expression: sympy.Expr, point: dict[sympy.Expr, sympy.Rational]) -> sympy.Expr | None:
+    """A number to `DIGITS` digits, or an infinity; None where there is none."""
+    try:
+        number = expression.xreplace(point)
+        value = number.evalf(DIGITS)
+        if value in (sympy.oo, -sympy.oo):
+            return value
+        parts = value.as_real_imag()
+        if not all(part.is_Rational or part.is_Float for part in parts):
+            return None
+        # What more digits change is noise, and stands for zero: sqrt(2) sqrt(3) - sqrt(6).
+        if any(0 < abs(part) < TINY for part in parts):
+            again = number.evalf(2 * DIGITS).as_real_imag()
+            parts = [part if _close(part, other) else sympy.Integer(0) for part, other in zip(parts, again)]
+    except Exception:  # sympy raises many kinds where a function has no value
+        return None
+    return parts[0] + sympy.I * parts[1]
+
+
+def _close(a: sympy.Expr, b: sympy.Expr) -> bool:
+    if sympy.oo in (abs(a), abs(b)):
+        return a == b
+    return bool(abs(a - b) <= AGREE * max(abs(a), abs(b)))

