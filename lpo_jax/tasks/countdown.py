@@ -1,4 +1,4 @@
-"""Countdown, generated: every problem has a solution, which is kept for the supervised warm start."""
+"""Countdown: generated problems, each with a solution for the supervised warm start; or problems from files."""
 
 import random
 from collections.abc import Sequence
@@ -8,6 +8,8 @@ from typing import Any
 from lpo_jax.errors import UserError, nearest
 from lpo_jax.rewards import VerifierSpec
 from lpo_jax.tasks.generate import train_and_heldout
+from lpo_jax.tasks.prepared import Recipe
+from lpo_jax.tasks.splits import Splits, field, splits
 from lpo_jax.tasks.task import Row, Task, with_prefill
 
 # name: (prompt, prefill, what the model would write after it)
@@ -37,6 +39,8 @@ _SUM, _PRODUCT, _ATOM = 1, 2, 3  # how tightly an expression holds together
 
 def countdown(
     *,
+    path: str = "",
+    heldout: str = "",
     numbers: int | Sequence[int] = (3, 4),
     max_number: int = 99,
     max_target: int = 100,
@@ -48,21 +52,25 @@ def countdown(
     strict: bool = False,
     scores: Sequence[float] = (1.0, 0.1, 0.0),
 ) -> Task:
-    """Countdown problems from a seed: rows `{"numbers": [3, 5, 2], "target": 16, "solution": "(3+5)*2"}`.
+    """Countdown: rows `{"numbers": [3, 5, 2], "target": 16, "solution": "(3+5)*2"}`.
+
+    Problems come from a seed, or from files with the columns `nums` (or `numbers`) and `target`, such as
+    `hf:Jiayi-Pan/Countdown-Tasks-3to4` (Countdown-34) and `hf:Jiayi-Pan/Countdown-Tasks-4` (Countdown-4). Those of
+    files have no solution. No problem (numbers in any order, target) occurs twice in a split or in both.
 
     Args:
-      numbers: how many numbers a problem has, or several such counts to draw from.
-      max_number: numbers are 1 to this.
-      max_target: targets are 1 to this.
-      operators: those that solutions are built from, such as `"+-*"`.
-      train_size, heldout_size: rows; no problem (numbers in any order, target) occurs twice in either or
-      both.
-      seed: of the problems.
+      path, heldout: sources of problems (`lpo_jax.tasks.records`), used as in `lpo_jax.tasks.splits.splits`; both
+        empty: problems are generated.
+      numbers: how many numbers a problem has, or several such counts to draw from; other rows of files are dropped.
+      max_number, max_target: of generated problems: numbers and targets are 1 to this.
+      operators: of generated problems: those that solutions are built from, such as `"+-*"`.
+      train_size, heldout_size: rows; 0 in files: all, and for held-out ones as in `splits`.
+      seed: of the problems, or of the draw from files.
       template: `"short"` or `"tinyzero"`; the first is raw and brief, for small models.
       strict, scores: of the verifier; see `lpo_jax.rewards.countdown`.
 
     Raises:
-      UserError: if an option makes no sense or there are too few different problems.
+      UserError: if an option makes no sense, there are too few different problems, or files are not as they must be.
     """
     counts = [numbers] if isinstance(numbers, int) else list(numbers)
     if not counts or not all(isinstance(count, int) and 2 <= count <= 8 for count in counts):
@@ -78,22 +86,15 @@ def countdown(
         raise UserError(
             f"task countdown: unknown template {template!r}{nearest(template, TEMPLATES)}; known: {known}"
         )
-
-    def draw(rng: random.Random) -> dict[str, Any] | None:
-        given = [1 + rng.randrange(max_number) for _ in range(counts[rng.randrange(len(counts))])]
-        solution, value = _random_expression(rng, given, operators)
-        if value is None or value.denominator != 1 or not 1 <= value <= max_target:
-            return None
-        return {"numbers": given, "target": int(value), "solution": solution}
-
-    train, heldout = train_and_heldout(
-        draw,
-        lambda row: (tuple(sorted(row["numbers"])), row["target"]),
-        name="countdown",
-        train_size=train_size,
-        heldout_size=heldout_size,
-        seed=seed,
-    )
+    if path or heldout:
+        if (max_number, max_target, operators) != (99, 100, "+-*/"):
+            raise UserError(
+                "task countdown: max_number, max_target and operators are of generated problems; leave out them or the "
+                "files"
+            )
+        rows = splits(_recipe(counts), path, heldout, train_size, heldout_size, seed)
+    else:
+        rows = _generate(counts, max_number, max_target, operators, train_size, heldout_size, seed)
     prompt, prefill, response = TEMPLATES[template]
 
     def ask(row: Row) -> str:
@@ -103,7 +104,53 @@ def countdown(
         return response.format(**row) if row.get("solution") else None
 
     verifier = VerifierSpec("countdown", {"strict": strict, "scores": scores}, prefill)
-    return Task("countdown", train, heldout, ask, verifier, solve)
+    return Task("countdown", rows.train, rows.heldout, ask, verifier, solve, rows.about)
+
+
+def _key(row: Row) -> tuple[tuple[int, ...], int]:
+    return tuple(sorted(row["numbers"])), row["target"]
+
+
+def _recipe(counts: list[int]) -> Recipe:
+    """Rows of files with that many numbers."""
+
+    def convert(row: Row) -> dict[str, Any] | None:
+        numbers = field(row, "numbers", ("nums", "numbers"), {})
+        target = field(row, "target", ("target",), {})
+        whole = isinstance(numbers, list) and all(
+            type(n) is int and abs(n) < 2**63 for n in [*numbers, target]
+        )
+        if not whole:
+            raise UserError(
+                f"numbers {numbers!r}, target {target!r}: need a list of whole numbers and a whole number"
+            )
+        return {"numbers": numbers, "target": target} if len(numbers) in counts else None
+
+    return Recipe(
+        "countdown", {"numbers": "ints", "target": "int"}, convert, _key, {"counts": sorted(counts)}
+    )
+
+
+def _generate(
+    counts: list[int],
+    max_number: int,
+    max_target: int,
+    operators: str,
+    train_size: int,
+    heldout_size: int,
+    seed: int,
+) -> Splits:
+    def draw(rng: random.Random) -> dict[str, Any] | None:
+        given = [1 + rng.randrange(max_number) for _ in range(counts[rng.randrange(len(counts))])]
+        solution, value = _random_expression(rng, given, operators)
+        if value is None or value.denominator != 1 or not 1 <= value <= max_target:
+            return None
+        return {"numbers": given, "target": int(value), "solution": solution}
+
+    train, heldout = train_and_heldout(
+        draw, _key, name="countdown", train_size=train_size, heldout_size=heldout_size, seed=seed
+    )
+    return Splits(train, heldout, {})
 
 
 def _random_expression(rng: random.Random, given: list[int], operators: str) -> tuple[str, Fraction | None]:

@@ -22,12 +22,15 @@ def plain(value: Any) -> Any:
 
 
 def content_hash(*parts: Sequence[Mapping[str, Any]]) -> str:
-    """SHA-256 over the rows of each part as canonical JSON: same rows in the same order, same hash."""
+    """SHA-256 over the rows of each part as canonical JSON: same rows in the same order, same hash.
+
+    What JSON has no value for (a fraction, say) counts as its text.
+    """
     digest = hashlib.sha256()
     for rows in parts:
         digest.update(f"{len(rows)} rows\n".encode())
-        for index in range(len(rows)):
-            line = json.dumps(rows[index], sort_keys=True, separators=(",", ":"))
+        for row in rows:
+            line = json.dumps(row, sort_keys=True, separators=(",", ":"), default=str)
             digest.update(line.encode() + b"\n")
     return digest.hexdigest()
 

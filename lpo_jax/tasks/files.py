@@ -1,47 +1,47 @@
-"""Tasks from files: JSON lines, and TFDS builders on disk (array_record, read without TensorFlow).
+"""Tasks of the user's own: rows of files as they are, and TFDS builders on disk (array_record, without TensorFlow).
 
 Every row is checked before work begins: a missing or empty field is an error that names file and line.
 """
 
-import json
 import os
 import random
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lpo_jax.errors import UserError, nearest
 from lpo_jax.rewards import VerifierSpec
-from lpo_jax.tasks.data import plain
+from lpo_jax.tasks.prepared import Records, Unusable
+from lpo_jax.tasks.records import find_files, read_rows, unique_ids
+from lpo_jax.tasks.splits import check_gold, refuse_or_warn
 from lpo_jax.tasks.task import Row, Task, warn_overlap, with_prefill
-
-# {field} and nothing else: \boxed{} and other braces of a template stay what they are.
-_FIELD = re.compile(r"\{(\w+)\}")
+from lpo_jax.tasks.templates import FIELD, fill
 
 
 def jsonl(
     *,
-    path: str,
     prompt: str,
     verifier: str,
+    path: str = "",
     heldout: str | None = None,
     heldout_fraction: float = 0.1,
     seed: int = 0,
+    strict: bool = False,
     fields: Mapping[str, str] | None = None,
     verifier_options: Mapping[str, Any] | None = None,
     prefill: str = "",
     solution: str | None = None,
 ) -> Task:
-    """A task from a file with one JSON object a line.
+    """A task from JSON lines, or from any other source of rows (`lpo_jax.tasks.records`); they are held in memory.
 
     Args:
-      path: the training rows.
       prompt: template with `{field}` for a row's field, such as `"{question}\\n"`.
       verifier: a built-in name, or `"path/to/file.py:function"`.
-      heldout: a second file. Without it, `heldout_fraction` of the prompts of `path` are held out, drawn by
+      path: the training rows; empty for a task that is only evaluated on.
+      heldout: a second source. Without it, `heldout_fraction` of the prompts of `path` are held out, drawn by
         `seed`.
       heldout_fraction: share of distinct prompts (rows with the same prompt stay together).
       seed: of that split.
+      strict: refuse rows whose gold answer the verifier cannot read, instead of skipping them with a warning.
       fields: what the verifier calls a field -> what the file calls it, such as `{"answer": "final_answer"}`.
       verifier_options: options of a built-in verifier.
       prefill: text that begins the model's answer; it is put at the prompt's end and before each response.
@@ -50,13 +50,17 @@ def jsonl(
     Raises:
       UserError: naming file and line, for what is missing, empty or not JSON.
     """
+    if not path and heldout is None:
+        raise UserError("task jsonl needs the option 'path', or 'heldout' for evaluation alone")
     form = _Form(prompt, verifier, fields, verifier_options, prefill, solution)
-    rows = [form.row(where, row) for where, row in _json_lines(path)]
+    train, about = (), {}
+    if path:
+        train, about["train"] = form.rows(path, "train", strict)
     if heldout is not None:
-        train, kept = rows, [form.row(where, row) for where, row in _json_lines(heldout)]
+        kept, about["heldout"] = form.rows(heldout, "heldout", strict)
     else:
-        train, kept = _split(rows, form.prompt, heldout_fraction, seed, path)
-    return warn_overlap(form.task("jsonl", train, kept))
+        train, kept = _split(train, form.prompt, heldout_fraction, seed, path)
+    return warn_overlap(form.task("jsonl", train, kept, about))
 
 
 def tfds(
@@ -98,30 +102,21 @@ def tfds(
             raise UserError(
                 f"{path}: split {name!r}: {reason}; it has {', '.join(builder.info.splits)}"
             ) from None
-        rows = _Records(source, lambda index, row: form.row(f"{path}: split {name}, row {index}", row))
+
+        def convert(index: int, row: Row) -> Row:
+            where = f"{path}: split {name}, row {index}"
+            try:
+                return form.row(where, row)
+            except Unusable as reason:
+                raise UserError(f"{where}: its gold answer cannot be used: {reason}") from None
+
+        rows = Records(source, convert)
         if not len(rows):
             raise UserError(f"{path}: split {name!r} has no rows")
         return rows
 
     # This reads, and so checks, every row.
-    return warn_overlap(form.task("tfds", split(train), split(heldout)))
-
-
-class _Records(Sequence):
-    """Rows read from disk when they are asked for."""
-
-    def __init__(self, source: Sequence[Row], convert: Callable[[int, Row], Row]):
-        self._source, self._convert = source, convert
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-    def __getitem__(self, index: int | slice) -> Row | list[Row]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        return self._convert(index, plain(self._source[index]))
+    return warn_overlap(form.task("tfds", split(train), split(heldout), {}))
 
 
 class _Form:
@@ -133,17 +128,21 @@ class _Form:
                 raise UserError(f"task: {name} is {value!r}, but has to be a mapping")
         self._template, self._solution, self._fields = prompt, solution, dict(fields or {})
         self._verifier = VerifierSpec(verifier, verifier_options or {}, prefill)
-        # A built-in verifier is shown every row: a gold answer it cannot read would mask all its samples.
-        self._judge = self._verifier.load() if self._verifier.fields else lambda response, row: None
-        in_templates = _FIELD.findall(prompt + (solution or ""))
+        self._verify = self._verifier.load() if self._verifier.fields else None
+        in_templates = FIELD.findall(prompt + (solution or ""))
         self._wanted = sorted({*in_templates, *self._verifier.fields, *self._fields})
-        if not _FIELD.search(prompt):
+        if not FIELD.search(prompt):
             raise UserError(
                 f"task: the prompt template {prompt!r} has no {{field}}, so every prompt would be the same"
             )
 
     def row(self, where: str, row: Row) -> dict[str, Any]:
-        """A row of the file with the verifier's names added, once it has all it needs."""
+        """A row of the file with the verifier's names added, once it has all it needs.
+
+        Raises:
+          UserError: if it lacks a field.
+          Unusable: if the verifier, which is shown every row, cannot read its gold answer.
+        """
         if not row:
             raise UserError(f"{where}: the row is empty")
         named = dict(row)
@@ -162,49 +161,34 @@ class _Form:
             value = named[field]
             if value is None or value == [] or (isinstance(value, str) and not value.strip()):
                 raise UserError(f"{where}: the field {field!r} is empty")
-        try:
-            self._judge("", named)
-        except (TypeError, ValueError) as error:
-            raise UserError(
-                f"{where}: the verifier {self._verifier.source} cannot read it: {error}"
-            ) from None
+        if self._verify:
+            check_gold(self._verify, named)
         return named
 
-    def prompt(self, row: Row) -> str:
-        return with_prefill(_fill(self._template, row), self._verifier.prefill)
-
-    def task(self, name: str, train: Sequence[Row], heldout: Sequence[Row]) -> Task:
-        solution = (lambda row: _fill(self._solution, row)) if self._solution else lambda row: None
-        return Task(name, train, heldout, self.prompt, self._verifier, solution)
-
-
-def _fill(template: str, row: Row) -> str:
-    return _FIELD.sub(lambda match: str(row[match[1]]), template)
-
-
-def _json_lines(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """`("file:line", row)` for every line of a file."""
-    number = 0
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    raise UserError(f"{path}:{number}: the line is empty")
+    def rows(self, source: str, split: str, strict: bool) -> tuple[list[Row], dict[str, Any]]:
+        """The rows of a source, and what became of them (as `prepared.prepare` counts)."""
+        kept, skips = [], []
+        for path in find_files(source, split):
+            for where, row in unique_ids(read_rows(path)):
                 try:
-                    row = json.loads(line)
-                except ValueError as error:
-                    raise UserError(f"{path}:{number}: not JSON: {error}") from None
-                if not isinstance(row, dict):
-                    raise UserError(
-                        f"{path}:{number}: a row is a JSON object with named fields, not {line.strip()[:60]}"
-                    )
-                yield f"{path}:{number}", row
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text after line {number}: {error.reason}") from None
-    if number == 0:
-        raise UserError(f"{path}: the file is empty")
+                    kept.append(self.row(where, row))
+                except Unusable as reason:
+                    skips.append(f"{where}: {reason}")
+        about = {
+            "read": len(kept) + len(skips),
+            "kept": len(kept),
+            "skipped": len(skips),
+            "first_skipped": skips[:5],
+        }
+        refuse_or_warn(self._verifier.source, source, about, strict)
+        return kept, about
+
+    def prompt(self, row: Row) -> str:
+        return with_prefill(fill(self._template, row), self._verifier.prefill)
+
+    def task(self, name: str, train: Sequence[Row], heldout: Sequence[Row], about: Mapping[str, Any]) -> Task:
+        solution = (lambda row: fill(self._solution, row)) if self._solution else lambda row: None
+        return Task(name, train, heldout, self.prompt, self._verifier, solution, about)
 
 
 def _split(

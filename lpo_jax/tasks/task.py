@@ -26,6 +26,7 @@ class Task:
       verifier: how to make the verifier, in plain data; it puts the prefill back before each response.
       solution: row -> a response that the verifier passes, for supervised warm start; None where none is
         known.
+      about: of tasks from files, by split: what became of the files' rows (see `prepared.prepare`).
     """
 
     name: str
@@ -34,6 +35,7 @@ class Task:
     prompt: Callable[[Row], Prompt]
     verifier: VerifierSpec
     solution: Callable[[Row], str | None] = lambda row: None
+    about: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
     @property
     def prefill(self) -> str:
@@ -74,8 +76,8 @@ def as_chat(task: Task, system: str = "") -> Task:
 
 def warn_overlap(task: Task) -> Task:
     """Warns when held-out prompts are also trained on; returns the task."""
-    trained = {str(task.prompt(row)) for row in task.train}
-    shared = sum(str(task.prompt(row)) in trained for row in task.heldout)
+    trained = {hash(str(task.prompt(row))) for row in task.train}  # hashes, for training rows may be many
+    shared = sum(hash(str(task.prompt(row))) in trained for row in task.heldout)
     if shared:
         warnings.warn(
             f"task {task.name}: {shared} of {len(task.heldout)} held-out prompts are trained on too, "

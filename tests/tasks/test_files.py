@@ -74,10 +74,7 @@ BAD = {
     ),
     "null": ([question(1), question(2), question(3) | {"final": None}], r":3: the field 'answer' is empty"),
     "blank": ([question(1) | {"question": "  "}], r":1: the field 'question' is empty"),
-    "no integer": (
-        [question(1), question(2) | {"final": "two"}],
-        r":2: the verifier arithmetic cannot read it",
-    ),
+    "an id twice": ([question(1) | {"id": 4}, question(2) | {"id": 4}], r":2: its id 4 is that of .*:1 too"),
     "empty line": ([question(1), "", question(2)], r":2: the line is empty"),
     "empty row": ([question(1), {}], r":2: the row is empty"),
     "not JSON": ([question(1), "{'a': 1}"], r":2: not JSON"),
@@ -93,6 +90,24 @@ def test_jsonl_bad_files(tmp_path, case):
     with pytest.raises(UserError, match=message) as error:
         tasks.get("jsonl", path=write(tmp_path / "train.jsonl", rows), **FORM)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("verifier", ["arithmetic", "gsm8k", "math"])
+def test_jsonl_gold_answers_that_the_verifier_cannot_read(tmp_path, verifier):
+    path = write(tmp_path / "a.jsonl", [*map(question, range(5)), question(5) | {"final": "\\frac{two"}])
+    options = {"path": path, **FORM, "verifier": verifier}
+    with pytest.warns(
+        UserWarning, match=r"1 of 6 rows have a gold answer that cannot be used \(first: .*a.jsonl:6"
+    ):
+        task = tasks.get("jsonl", **options)
+    assert len(task.train) + len(task.heldout) == 5 and task.about["train"]["skipped"] == 1
+    with pytest.raises(UserError, match=r"1 of 6 rows .*a.jsonl:6.*strict: false"):
+        tasks.get("jsonl", **options, strict=True)
+
+
+def test_jsonl_takes_any_source(tmp_path):
+    (tmp_path / "rows.json").write_text(json.dumps([question(n) for n in range(10)]))
+    assert len(tasks.get("jsonl", path=str(tmp_path / "rows.json"), **FORM).train) == 9
 
 
 @pytest.mark.parametrize(
@@ -190,6 +205,7 @@ def test_tfds_hash_is_that_of_the_rows(builder_dir, tmp_path):
         ({"heldout": "validation"}, "split 'validation'.*it has train, test"),
         ({"fields": {"answer": "finl"}}, "split train, row 0: no field 'finl'; did you mean 'final'"),
         ({"path": "nowhere"}, "nowhere: no prepared TFDS builder"),
+        ({"fields": {"answer": "question"}}, "split train, row 0: its gold answer cannot be used"),
     ],
 )
 def test_tfds_errors(builder_dir, options, message):

@@ -1,0 +1,73 @@
+"""Any of reasoning-gym's generated tasks, by name (extra `[envs]`)."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from lpo_jax.errors import UserError
+from lpo_jax.rewards import VerifierSpec
+from lpo_jax.rewards.gym import open_dataset
+from lpo_jax.tasks.task import Row, Task
+from lpo_jax.tasks.templates import GYM, asker
+
+_PATIENCE = 1000  # entries in a row that bring no new question
+
+
+def reasoning_gym(
+    *,
+    dataset: str,
+    config: Mapping[str, Any] | None = None,
+    train_size: int = 1000,
+    heldout_size: int = 128,
+    seed: int = 0,
+    template: str = "tags",
+) -> Task:
+    """A task of reasoning-gym: rows are its entries, `{"question": ..., "answer": ..., "metadata": {...}}`.
+
+    Args:
+      dataset: its name, such as `"leg_counting"`.
+      config: its own options, such as `{"min_animals": 2}`.
+      train_size, heldout_size: rows; no question comes twice in either or both. Held-out rows are drawn first, so they
+        stay the same when `train_size` changes.
+      seed: of the entries.
+      template: `"tags"` (reasoning-gym's own words), `"short"`, or a text with `{question}` that asks for
+        `<answer>...</answer>`.
+
+    Raises:
+      UserError: if the package, the data set or an option is not there, or there are too few different questions.
+    """
+    if train_size < 1 or heldout_size < 1:
+        raise UserError(
+            f"task reasoning-gym: train_size {train_size}, heldout_size {heldout_size}: need at least 1 of each"
+        )
+    ask = asker("reasoning-gym", template, GYM, "question")
+    # Entries are made when they are asked for, each from (seed, index): the size only bounds the index.
+    data = open_dataset(dataset, config, seed=seed, size=(train_size + heldout_size) * _PATIENCE)
+    entries = _different(dataset, data, train_size + heldout_size)
+    heldout = [next(entries) for _ in range(heldout_size)]
+    train = [next(entries) for _ in range(train_size)]
+    verifier = VerifierSpec("reasoning-gym", {"dataset": dataset, "config": dict(config or {})})
+    return Task("reasoning-gym", train, heldout, ask, verifier, _solve)
+
+
+def _different(name: str, data: Any, wanted: int) -> Iterator[dict[str, Any]]:
+    """Entries whose questions differ; the one last asked for may end in an error."""
+    seen: set[str] = set()
+    misses = 0
+    for index in range(len(data)):
+        entry = data[index]
+        if entry["question"] in seen:
+            if (misses := misses + 1) >= _PATIENCE:
+                break
+            continue
+        seen.add(entry["question"])
+        misses = 0
+        # As it is: the scorer tells tuples from lists.
+        yield {key: entry[key] for key in ("question", "answer", "metadata")}
+    raise UserError(
+        f"task reasoning-gym: {name} has only {len(seen)} different questions with these options, not {wanted}; ask "
+        "for fewer rows or set others in config"
+    )
+
+
+def _solve(row: Row) -> str | None:
+    return f"<answer>{row['answer']}</answer>" if isinstance(row["answer"], str) else None

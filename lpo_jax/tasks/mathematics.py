@@ -1,0 +1,141 @@
+r"""Word problems and competition mathematics from files: GSM8K, MATH, AIME, AMC, OlympiadBench, Polaris and the like.
+
+A file may call the answer `answer`, `final_answer` or `expected_answer`, may hold it under verl's
+`reward_model.ground_truth`, or only in the last `\boxed{}` of a `solution`. The option `fields` names it otherwise.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from lpo_jax import rewards
+from lpo_jax.errors import UserError
+from lpo_jax.rewards.answers import last_boxed
+from lpo_jax.tasks.prepared import Recipe, Unusable
+from lpo_jax.tasks.splits import check_fields, check_gold, field, splits, squeezed, text
+from lpo_jax.tasks.task import Row, Task
+from lpo_jax.tasks.templates import GSM8K, MATH, asker, bare
+
+_PROBLEM = ("problem", "question", "extra_info.question", "prompt")
+_ANSWER = ("answer", "final_answer", "expected_answer", "reward_model.ground_truth")
+
+
+def math(
+    *,
+    path: str = "",
+    heldout: str = "",
+    train_size: int = 0,
+    heldout_size: int = 0,
+    seed: int = 0,
+    template: str = "boxed",
+    fields: Mapping[str, str] | None = None,
+    strict: bool = False,
+    verifier_options: Mapping[str, Any] | None = None,
+) -> Task:
+    r"""Mathematics with a final answer: rows `{"problem": ..., "answer": "\\frac{1}{2}", "solution": ...}`.
+
+    Args:
+      path, heldout, train_size, heldout_size, seed, strict: see `lpo_jax.tasks.splits.splits`. Problems are the same
+        when their text is, whitespace aside.
+      template: `"boxed"` (the LPO paper's), `"qwen"` (for chat), `"prime"`, or a text with `{problem}`.
+      fields: what the file calls `problem`, `answer` and `solution`, where it is unusual.
+      verifier_options: of the verifier; see `lpo_jax.rewards.math`.
+
+    Raises:
+      UserError: if an option makes no sense or the files are not as they must be.
+    """
+    ask, verify = asker("math", template, MATH, "problem"), rewards.get("math")
+    fields = check_fields("math", fields, ("problem", "answer", "solution"))
+
+    def convert(row: Row) -> dict[str, Any] | None:
+        if row.get("ability", "math") != "math":
+            return None
+        problem, solution = _problem(row, "problem", MATH, fields), _solution(row, fields)
+        row = {"problem": problem, "answer": _gold(row, solution, fields)}
+        check_gold(verify, row)
+        return row | {"solution": solution if last_boxed(solution) else ""}
+
+    recipe = Recipe(
+        "math", _columns("problem"), convert, lambda row: squeezed(row["problem"]), {"fields": fields}
+    )
+    rows = splits(recipe, path, heldout, train_size, heldout_size, seed, strict)
+    verifier = rewards.VerifierSpec("math", verifier_options or {})
+    return Task("math", rows.train, rows.heldout, ask, verifier, _solve, rows.about)
+
+
+def gsm8k(
+    *,
+    path: str = "",
+    heldout: str = "",
+    train_size: int = 0,
+    heldout_size: int = 0,
+    seed: int = 0,
+    template: str = "hashes",
+    fields: Mapping[str, str] | None = None,
+    strict: bool = False,
+    verifier_options: Mapping[str, Any] | None = None,
+) -> Task:
+    """Grade-school word problems: rows `{"question": ..., "answer": "72", "solution": "...\\n#### 72"}`.
+
+    The file's answer is a number, alone or after `####` at the end of its derivation, which is then the solution
+    (without the calculator's `<<48/2=24>>`).
+
+    Args:
+      path, heldout, train_size, heldout_size, seed, strict: as for `math`.
+      template: `"hashes"` (verl's), `"boxed"`, or a text with `{question}`.
+      fields: what the file calls `question` and `answer`, where it is unusual.
+      verifier_options: of the verifier; see `lpo_jax.rewards.gsm8k`.
+
+    Raises:
+      UserError: if an option makes no sense or the files are not as they must be.
+    """
+    ask, verify = asker("gsm8k", template, GSM8K, "question"), rewards.get("gsm8k")
+    fields = check_fields("gsm8k", fields, ("question", "answer"))
+
+    def convert(row: Row) -> dict[str, Any]:
+        question = _problem(row, "question", GSM8K, fields)
+        derivation = _gold(row, "", fields)
+        row = {"question": question, "answer": derivation.rpartition("####")[2].strip()}
+        check_gold(verify, row)
+        return row | {"solution": re.sub(r"<<[^<>]*>>", "", derivation) if "####" in derivation else ""}
+
+    recipe = Recipe(
+        "gsm8k", _columns("question"), convert, lambda row: squeezed(row["question"]), {"fields": fields}
+    )
+    rows = splits(recipe, path, heldout, train_size, heldout_size, seed, strict)
+    verifier = rewards.VerifierSpec("gsm8k", verifier_options or {})
+    return Task("gsm8k", rows.train, rows.heldout, ask, verifier, _solve, rows.about)
+
+
+def _columns(problem: str) -> dict[str, str]:
+    return {problem: "text", "answer": "text", "solution": "text"}
+
+
+def _problem(row: Row, name: str, known: Mapping, fields: Mapping[str, str]) -> str:
+    return text(bare(field(row, name, _PROBLEM, fields), known, name), name)
+
+
+def _solution(row: Row, fields: Mapping[str, str]) -> str:
+    """Where the row has one as text: OlympiadBench's are lists of proofs."""
+    if "solution" not in fields and "solution" not in row:
+        return ""
+    solution = field(row, "solution", ("solution",), fields)
+    return text(solution, "solution") if isinstance(solution, str) and solution.strip() else ""
+
+
+def _gold(row: Row, solution: str, fields: Mapping[str, str]) -> str:
+    try:
+        gold = field(row, "answer", _ANSWER, fields)
+    except UserError:
+        if not solution or "answer" in fields:
+            raise
+        gold = last_boxed(solution)
+    if isinstance(gold, list):  # OlympiadBench's; where it has several answers, they are one text in the list
+        gold = ", ".join(map(str, gold))
+    if gold is None or not str(gold).strip():
+        raise Unusable("the answer is empty")
+    return text(str(gold).strip(), "answer")
+
+
+def _solve(row: Row) -> str | None:
+    return f" {row['solution']}" if row["solution"] else None

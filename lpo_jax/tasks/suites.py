@@ -1,0 +1,176 @@
+"""Evaluation suites: the paper's benchmarks, and how many samples each problem gets.
+
+| suite | benchmark | k | in the data folder | on the hub |
+| --- | --- | --- | --- | --- |
+| math | aime24, aime25, amc23 | 32 | `math_eval/aime24.jsonl` (or `.parquet`), ... | `math-ai/aime24`, ... |
+| math | minerva | 4 | `math_eval/minerva_math.jsonl` | `math-ai/minervamath` |
+| math | math500 | 1 | `math/math500.jsonl` | `math-ai/math500` |
+| math | olympiadbench | 1 | `math_eval/olympiadbench.jsonl` | `math-ai/olympiadbench` |
+| countdown | cd34, cd4 (512 each) | 64 | `countdown/tinyzero_test_2001.parquet` | `Jiayi-Pan/Countdown-Tasks-...` |
+| countdown-generated | cd34, cd4 (512 each) | 64 | none: problems from a seed | |
+| code | prime (its validation rows) | 8 | `code/prime_validation.parquet` | `PRIME-RL/Eurus-2-RL-Data` |
+| code | codecontests, codeforces, leetcode | 8 | `code/code_contests_test_165.json`, ... | not there: left out |
+
+A training run on a file that holds such problems keeps them out of training with `heldout:` (the larger Countdown files
+hold TinyZero's test problems). A suite of one's own is a YAML file:
+
+    - {name: mine, k: 16, task: {name: math, heldout: mine.jsonl}}
+
+References: LPO, "Experiments": benchmarks and samples per problem.
+"""
+
+import dataclasses
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lpo_jax.errors import UserError, nearest
+from lpo_jax.tasks.registry import get as get_task
+from lpo_jax.tasks.task import Task
+
+
+@dataclasses.dataclass(frozen=True)
+class Benchmark:
+    """Problems with the number of samples that each gets.
+
+    Attributes:
+      name: unique in its suite.
+      k: samples per problem; pass@1 is their average.
+      task: name and options of the task whose held-out rows are the problems.
+    """
+
+    name: str
+    k: int
+    task: Mapping[str, Any]
+
+    def build(self, **options: Any) -> Task:
+        """The task; options such as `chat=True` come on top of its own. Raises `UserError` as `tasks.get`."""
+        return get_task(**{**self.task, **options})
+
+
+@dataclasses.dataclass(frozen=True)
+class _Known:
+    """A benchmark of a built-in suite: its files in a data folder, likeliest first, and its hub data set.
+
+    Neither: its problems are generated.
+    """
+
+    name: str
+    k: int
+    task: str
+    files: tuple[str, ...] = ()
+    hub: str = ""
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+_TINYZERO = "countdown/tinyzero_test_2001.parquet"
+_CD34 = {"numbers": (3, 4), "heldout_size": 512}
+_CD4 = {"numbers": 4, "heldout_size": 512}
+
+# The hub's names are those of the paper, untried where this was written (no access to the hub); the files were.
+_SUITES: dict[str, tuple[_Known, ...]] = {
+    "math": (
+        _Known(
+            "aime24", 32, "math", ("math_eval/aime24.jsonl", "math_eval/aime24.parquet"), "math-ai/aime24"
+        ),
+        _Known(
+            "aime25", 32, "math", ("math_eval/aime25.jsonl", "math_eval/aime25.parquet"), "math-ai/aime25"
+        ),
+        _Known("amc23", 32, "math", ("math_eval/amc23.jsonl",), "math-ai/amc23"),
+        _Known("minerva", 4, "math", ("math_eval/minerva_math.jsonl",), "math-ai/minervamath"),
+        _Known("math500", 1, "math", ("math/math500.jsonl", "math_eval/math500.jsonl"), "math-ai/math500"),
+        _Known("olympiadbench", 1, "math", ("math_eval/olympiadbench.jsonl",), "math-ai/olympiadbench"),
+    ),
+    # The hub's cd34 is what a training run on that data set holds out with the same seed.
+    "countdown": (
+        _Known("cd34", 64, "countdown", (_TINYZERO,), "Jiayi-Pan/Countdown-Tasks-3to4:*.parquet", _CD34),
+        _Known("cd4", 64, "countdown", (_TINYZERO,), "Jiayi-Pan/Countdown-Tasks-4:*.parquet", _CD4),
+    ),
+    "countdown-generated": (
+        _Known("cd34", 64, "countdown", options={**_CD34, "train_size": 1}),
+        _Known("cd4", 64, "countdown", options={**_CD4, "train_size": 1}),
+    ),
+    "code": (
+        _Known("prime", 8, "code", ("code/prime_validation.parquet",), "PRIME-RL/Eurus-2-RL-Data"),
+        _Known("codecontests", 8, "code", ("code/code_contests_test_165.json",)),
+        _Known("codeforces", 8, "code", ("code/codeforces_test_408.json",)),
+        _Known("leetcode", 8, "code", ("code/leetcode_test_200.json",)),
+    ),
+}
+
+
+def names() -> list[str]:
+    """Names of the built-in suites."""
+    return sorted(_SUITES)
+
+
+def get(name: str, data_dir: str | None = None) -> list[Benchmark]:
+    """The benchmarks of a suite; nothing is read before one is built.
+
+    Args:
+      name: one of `names()`, or a YAML file.
+      data_dir: a folder with the files named above; benchmarks whose file it lacks are left out with a warning. None:
+        the hub.
+
+    Raises:
+      UserError: if there is no such suite, the folder has none of its files, or the YAML is not as it must be.
+    """
+    if name.endswith((".yaml", ".yml")):
+        return _from_yaml(name)
+    if name not in _SUITES:
+        raise UserError(
+            f"unknown suite {name!r}{nearest(name, _SUITES)}; there are {', '.join(names())}, and a YAML file of "
+            "your own"
+        )
+    suite = _SUITES[name]
+    places = [_place(known, data_dir) for known in suite]
+    missing = [known.name for known, place in zip(suite, places) if place is None]
+    if len(missing) == len(suite):
+        wanted = ", ".join(known.files[0] for known in suite)
+        hub = ", ".join(f"hf:{known.hub}" for known in suite if known.hub)
+        raise UserError(
+            f"suite {name}: {data_dir} has none of its files: {wanted}; put them there, or give no folder and they are "
+            f"downloaded from the hub ({hub})"
+        )
+    if missing and data_dir is not None:
+        warnings.warn(
+            f"suite {name}: {data_dir} has no file for {', '.join(missing)}: left out", stacklevel=2
+        )
+    return [
+        Benchmark(known.name, known.k, {"name": known.task, **place, **known.options})
+        for known, place in zip(suite, places)
+        if place is not None
+    ]
+
+
+def _place(known: _Known, data_dir: str | None) -> dict[str, str] | None:
+    """The task's option that says where the problems are; None where they are nowhere."""
+    if not known.files:
+        return {}  # generated
+    if data_dir is None:
+        return {"heldout": f"hf:{known.hub}"} if known.hub else None
+    found = [path for file in known.files if os.path.isfile(path := os.path.join(data_dir, file))]
+    return {"heldout": found[0]} if found else None
+
+
+def _from_yaml(path: str) -> list[Benchmark]:
+    try:
+        entries = yaml.safe_load(Path(path).read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"suite {path}: cannot be read ({' '.join(str(error).split())})") from None
+    shape = "a list of {name: ..., k: ..., task: {name: ..., options}}"
+    if not isinstance(entries, list) or not entries:
+        raise UserError(f"suite {path}: expected {shape}")
+    for entry in entries:
+        well = (
+            isinstance(entry, dict)
+            and entry.keys() == {"name", "k", "task"}
+            and isinstance(entry["task"], dict)
+        )
+        if not well or type(entry["k"]) is not int or entry["k"] < 1 or "name" not in entry["task"]:
+            raise UserError(f"suite {path}: expected {shape}, not {str(entry)[:80]}")
+    return [Benchmark(str(entry["name"]), entry["k"], entry["task"]) for entry in entries]
