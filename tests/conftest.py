@@ -63,3 +63,9 @@ def run_config(tmp_path, tiny_model, tiny_task):
         return values
 
     return make
+
+
+@pytest.fixture
+def no_plots(monkeypatch):
+    """Drawing takes longer than a short run; runs whose plots are not looked at go without."""
+    monkeypatch.setattr("lpo_jax.reporting.save_plots", lambda run: [])

@@ -24,7 +24,7 @@ from lpo_jax.rewards import Verdict
 
 def dataset(split):
     first, count = {"train": (0, 24), "heldout": (100, 8)}[split]
-    return [{"n": n, "answer": "7" * (1 + n % 4)} for n in range(first, first + count)]
+    return [{"n": n, "answer": "7" * (1 + n % 4), "hints": ["7"]} for n in range(first, first + count)]
 
 def prompt(row):
     return "say " + "x" * (row["n"] % 7) + str(row["n"])
@@ -34,7 +34,13 @@ def solution(row):
 
 def verify(response, row):
     digits = sum(c.isdigit() for c in response) / max(len(response), 1)
-    return Verdict(digits, "pass" if digits >= 0.5 else "wrong", {"length": len(response)})
+    return Verdict(digits, "pass" if digits >= 0.5 else "wrong", {"length": len(response), "answer": response[:1]})
+
+def flawed(response, row):
+    return len(response) % 2 == 0
+
+def wrong_steps(response, row):
+    return Verdict(1.0, "wrong", {"wrong": "0:2"})
 """
 
 

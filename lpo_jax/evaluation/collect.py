@@ -14,7 +14,7 @@ from lpo_jax.errors import UserError
 from lpo_jax.evaluation.encode import encode_prompt
 from lpo_jax.rewards import Verdict, VerifierPool
 from lpo_jax.sampling import Responses, Sampler, Sampling
-from lpo_jax.sampling.padding import pad_prompts
+from lpo_jax.sampling.padding import NO_LIMIT, pad_prompts, pad_to
 from lpo_jax.tasks import Task
 
 
@@ -43,9 +43,29 @@ class Collected:
         return np.array([[v.outcome == "pass" for v in group] for group in self.verdicts])
 
     @property
+    def malformed(self) -> np.ndarray:
+        """`[P, K]` bool: no answer in the asked form."""
+        return np.array([[v.outcome == "malformed" for v in group] for group in self.verdicts])
+
+    @property
     def valid(self) -> np.ndarray:
         """`[P, K]` bool: False where the verifier, not the response, failed."""
         return np.array([[not v.masked for v in group] for group in self.verdicts])
+
+    def take(self, prompts: Sequence[int]) -> "Collected":
+        """Some of the groups, in the given order."""
+        some = np.asarray(prompts, int)
+        of = lambda items: [items[p] for p in some]  # noqa: E731
+        return dataclasses.replace(
+            self,
+            ids=of(self.ids),
+            prompt_texts=of(self.prompt_texts),
+            prompts=self.prompts[some],
+            prompt_lengths=self.prompt_lengths[some],
+            responses=Responses(*(x[some] for x in vars(self.responses).values())),
+            texts=of(self.texts),
+            verdicts=of(self.verdicts),
+        )
 
     def records(self) -> list[dict]:
         """One dict a response, group by group, under verl's names where it has them."""
@@ -64,6 +84,40 @@ class Collected:
             for p, (row_id, prompt) in enumerate(zip(self.ids, self.prompt_texts))
             for k, (text, verdict) in enumerate(zip(self.texts[p], self.verdicts[p]))
         ]
+
+
+def join(batches: Sequence[Collected]) -> Collected:
+    """Batches of equal K as one; prompts and responses are padded to the longest."""
+    responses = [vars(batch.responses) for batch in batches]
+    S = max(batch.prompts.shape[-1] for batch in batches)
+    T = max(r["tokens"].shape[-1] for r in responses)
+    fields = {
+        name: np.concatenate([pad_to(r[name], T) if r[name].ndim == 3 else r[name] for r in responses])
+        for name in responses[0]
+    }
+    return Collected(
+        ids=[x for batch in batches for x in batch.ids],
+        prompt_texts=[x for batch in batches for x in batch.prompt_texts],
+        prompts=np.concatenate([pad_to(batch.prompts, S) for batch in batches]),
+        prompt_lengths=np.concatenate([batch.prompt_lengths for batch in batches]),
+        responses=Responses(**fields),
+        texts=[x for batch in batches for x in batch.texts],
+        verdicts=[x for batch in batches for x in batch.verdicts],
+        seconds_sampling=sum(batch.seconds_sampling for batch in batches),
+        seconds_verifying=sum(batch.seconds_verifying for batch in batches),
+    )
+
+
+def replace_response(batch: Collected, p: int, k: int, source: Collected, q: int, j: int) -> Collected:
+    """Response (p, k) of a batch becomes response (q, j) of another; its prompt stays."""
+    both = join([batch, source.take([q])])
+    fields = {name: x[:-1].copy() for name, x in vars(both.responses).items()}
+    for name, x in vars(both.responses).items():
+        fields[name][p, k] = x[-1, j]
+    texts, verdicts = ([list(group) for group in groups[:-1]] for groups in (both.texts, both.verdicts))
+    texts[p][k], verdicts[p][k] = source.texts[q][j], source.verdicts[q][j]
+    kept = both.take(range(len(batch.ids)))
+    return dataclasses.replace(kept, responses=Responses(**fields), texts=texts, verdicts=verdicts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,21 +141,27 @@ class Collector:
         seed: int,
         step: int,
         stop: Sequence[str] = (),
-        pad_to: int = 0,
+        prompts: Sequence[list[int]] | None = None,
+        written: Sequence[str] | None = None,
+        at_least: int = 0,
     ) -> Collected:
         """Samples `num_responses` to each `(id, row)` and verifies them.
 
         Args:
-          pad_to: at least this many prompts are given to the sampler (the rest are empty), so that a last,
+          prompts: token ids to continue instead of the rows' own prompts.
+          written: for each row, what of the response its prompt holds already: the verifier sees it in front.
+          at_least: at least this many prompts are given to the sampler (the rest are empty), so that a last,
             smaller batch needs no program of its own.
         """
         started = time.perf_counter()
-        ids = [encode_prompt(self.task, self.tokenizer, row) for _, row in rows]
-        missing = max(0, pad_to - len(ids))
-        prompts, lengths = pad_prompts(ids + [[0]] * missing, self.max_prompt_tokens)
+        ids = prompts or [encode_prompt(self.task, self.tokenizer, row) for _, row in rows]
+        missing = max(0, at_least - len(ids))
+        # Prompts that were made longer go to the next power of two, not each to a size of its own.
+        limit = self.max_prompt_tokens if max(map(len, ids)) <= self.max_prompt_tokens else NO_LIMIT
+        padded, lengths = pad_prompts(ids + [[0]] * missing, limit)
         sampled = self.sampler(
             weights,
-            prompts,
+            padded,
             lengths,
             np.array([row_id for row_id, _ in rows] + [0] * missing, np.uint32),
             num_responses=num_responses,
@@ -110,7 +170,7 @@ class Collector:
             seed=seed,
             step=step,
             stop=stop,
-            active=np.arange(len(prompts)) < len(ids),
+            active=np.arange(len(padded)) < len(ids),
         )
         P = len(ids)
         responses = Responses(*(getattr(sampled, f.name)[:P] for f in dataclasses.fields(sampled)))
@@ -122,14 +182,15 @@ class Collector:
             for p in range(P)
         ]
         sampled_at = time.perf_counter()
+        written = written or [""] * P
         verdicts = self.pool.verify(
-            [text for group in texts for text in group],
+            [before + text for before, group in zip(written, texts) for text in group],
             [row for _, row in rows for _ in range(num_responses)],
         )
         return Collected(
             ids=[row_id for row_id, _ in rows],
             prompt_texts=[self.tokenizer.decode(row) for row in ids],
-            prompts=prompts[:P],
+            prompts=padded[:P],
             prompt_lengths=lengths[:P],
             responses=responses,
             texts=texts,
@@ -139,21 +200,35 @@ class Collector:
         )
 
 
-def within_limit(task: Task, tokenizer: Any, rows: Sequence[dict], limit: int, drop: bool, what: str):
+def within_limit(
+    task: Task,
+    tokenizer: Any,
+    rows: Sequence[dict],
+    limit: int,
+    drop: bool,
+    what: str,
+    settings: tuple[str, str] = ("sampling.max_prompt_tokens", "sampling.overlong_prompts"),
+):
     """The rows whose prompts fit, and how many do not.
+
+    Args:
+      settings: what the user calls `limit` and `drop`.
 
     Raises:
       UserError: some do not fit and `drop` is off, or none is left.
     """
+    if not len(rows):
+        raise UserError(f"{what}: task {task.name} has none; give it a path to train on")
     lengths = [len(encode_prompt(task, tokenizer, row)) for row in rows]
-    kept = [row for row, length in zip(rows, lengths) if length <= limit]
-    long = len(rows) - len(kept)
+    long = sum(length > limit for length in lengths)
+    # Where all fit they stay where they are, which may be on disk.
+    kept = [row for row, length in zip(rows, lengths) if length <= limit] if long else rows
     if long and not drop:
         first = next(i for i, length in enumerate(lengths) if length > limit)
         raise UserError(
-            f"{what} row {first}: its prompt has {lengths[first]} tokens, more than sampling.max_prompt_tokens = "
-            f"{limit} ({long} such rows); raise the limit or set sampling.overlong_prompts to drop"
+            f"{what} row {first}: its prompt has {lengths[first]} tokens, more than {settings[0]} = "
+            f"{limit} ({long} such rows); raise the limit or set {settings[1]} to drop"
         )
     if not kept:
-        raise UserError(f"{what}: no row has a prompt of at most {limit} tokens (sampling.max_prompt_tokens)")
+        raise UserError(f"{what}: no row has a prompt of at most {limit} tokens ({settings[0]})")
     return kept, long

@@ -12,6 +12,16 @@ def encode_prompt(task: Task, tokenizer: Any, row: Mapping[str, Any]) -> list[in
     return encode(tokenizer, task.prompt(row))
 
 
+def encode_hinted(task: Task, tokenizer: Any, row: Mapping[str, Any], hint: str) -> list[int]:
+    """The row's prompt with a hint at the end of the question, before the prefill."""
+    prompt = task.prompt(row)
+    if isinstance(prompt, str):
+        return encode(tokenizer, f"{prompt.removesuffix(task.prefill).rstrip()}\n{hint}\n{task.prefill}")
+    last = max(i for i, message in enumerate(prompt) if message["role"] == "user")
+    asked = {"role": "user", "content": f"{prompt[last]['content']}\n{hint}"}
+    return encode(tokenizer, [*prompt[:last], asked, *prompt[last + 1 :]])
+
+
 def encode_solution(task: Task, tokenizer: Any, row: Mapping[str, Any]) -> list[int]:
     """The ids of the row's solution and the end token: what a supervised response must be.
 

@@ -1,12 +1,12 @@
 """Held-out evaluation: the same problems with the same random numbers every time, so that changes are paired."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from lpo_jax.evaluation.collect import Collector
+from lpo_jax.evaluation.collect import Collected, Collector
 from lpo_jax.evaluation.metrics import summarise
 from lpo_jax.sampling import Sampling
 
@@ -37,6 +37,34 @@ def powers_of_two(n: int) -> tuple[int, ...]:
     return tuple(2**i for i in range(n.bit_length()))
 
 
+def sample_rows(
+    collect: Collector,
+    weights: Any,
+    rows: Sequence[dict],
+    *,
+    num_responses: int,
+    prompts_per_batch: int,
+    max_tokens: int,
+    sampling: Sampling,
+    stop: Sequence[str],
+    seed: int,
+    start: int = 0,
+) -> Iterator[Collected]:
+    """Samples `num_responses` to every row from `start` on, batch by batch. The last batch is padded, never dropped."""
+    for first in range(start, len(rows), prompts_per_batch):
+        yield collect(
+            weights,
+            list(enumerate(rows[first : first + prompts_per_batch], first)),
+            num_responses=num_responses,
+            max_tokens=max_tokens,
+            sampling=sampling,
+            seed=seed + SEED_OFFSET,
+            step=0,
+            stop=stop,
+            at_least=prompts_per_batch,
+        )
+
+
 def evaluate(
     collect: Collector,
     weights: Any,
@@ -50,26 +78,20 @@ def evaluate(
     ks: Sequence[int] = (),
     seed: int = 0,
 ) -> Evaluation:
-    """Samples `num_responses` to every row, verifies them, and summarises pass@k with intervals.
-
-    A batch of `prompts_per_batch` is padded at the end, never dropped: every row is counted.
-    """
-    batches = []
-    for start in range(0, len(rows), prompts_per_batch):
-        some = list(enumerate(rows))[start : start + prompts_per_batch]
-        batches.append(
-            collect(
-                weights,
-                some,
-                num_responses=num_responses,
-                max_tokens=max_tokens,
-                sampling=sampling,
-                seed=seed + SEED_OFFSET,
-                step=0,
-                stop=stop,
-                pad_to=prompts_per_batch,
-            )
+    """Samples `num_responses` to every row, verifies them, and summarises pass@k with intervals."""
+    batches = list(
+        sample_rows(
+            collect,
+            weights,
+            rows,
+            num_responses=num_responses,
+            prompts_per_batch=prompts_per_batch,
+            max_tokens=max_tokens,
+            sampling=sampling,
+            stop=stop,
+            seed=seed,
         )
+    )
     join = lambda name: np.concatenate([getattr(batch, name) for batch in batches])  # noqa: E731
     passed, valid, rewards = join("passed"), join("valid"), join("rewards")
     lengths = np.concatenate([batch.responses.lengths for batch in batches])

@@ -6,6 +6,7 @@ Every real sequence is left-aligned: padding comes last.
 import numpy as np
 
 SMALLEST_BUCKET = 16
+NO_LIMIT = 2**30
 
 
 def bucket(length: int, limit: int) -> int:

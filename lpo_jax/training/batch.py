@@ -21,12 +21,13 @@ class Groups:
     """Token ids of whole groups, left-aligned and padded with 0.
 
     prompts `[P, S]`, lengths `[P]` (at least 1), responses `[P, K, T]`; which response tokens count is the
-    scored record's mask.
+    scored record's mask. top_ids `[P, K, T, J]` are tokens whose log-probs are wanted beside the sampled ones'.
     """
 
     prompts: jax.Array
     lengths: jax.Array
     responses: jax.Array
+    top_ids: jax.Array | None = None
 
 
 @struct.dataclass
@@ -59,19 +60,20 @@ class Microbatches:
 
     def split_groups(self, groups: Groups) -> Groups:
         """Leaves get a leading M; a group that is split repeats its prompt in each of its pieces."""
-        P, K, T = groups.responses.shape
+        P, K, _ = groups.responses.shape
         pieces = K // self.responses
         shape = (self.count, self.prompts)
         return Groups(
             prompts=jnp.repeat(groups.prompts, pieces, axis=0).reshape(*shape, -1),
             lengths=jnp.repeat(groups.lengths, pieces, axis=0).reshape(*shape),
-            responses=groups.responses.reshape(*shape, self.responses, T),
+            responses=self.split(groups.responses),
+            top_ids=None if groups.top_ids is None else self.split(groups.top_ids),
         )
 
     def split(self, x: jax.Array) -> jax.Array:
-        """`[P, K, T]` to `[M, p, k, T]`."""
-        return x.reshape(self.count, self.prompts, self.responses, x.shape[-1])
+        """`[P, K, ...]` to `[M, p, k, ...]`."""
+        return x.reshape(self.count, self.prompts, self.responses, *x.shape[2:])
 
     def join(self, x: jax.Array, K: int) -> jax.Array:
-        """`[M, p, k, T]` back to `[P, K, T]`."""
-        return x.reshape(-1, K, x.shape[-1])
+        """`[M, p, k, ...]` back to `[P, K, ...]`."""
+        return x.reshape(-1, K, *x.shape[3:])

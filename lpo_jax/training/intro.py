@@ -7,10 +7,10 @@ from lpo_jax.evaluation.encode import encode_prompt
 from lpo_jax.sampling.padding import bucket
 from lpo_jax.training.batch import Microbatches
 from lpo_jax.training.session import Session
-from lpo_jax.training.step import Update
+from lpo_jax.training.step import Program
 
 
-def introduce(session: Session, setup: Update, progress: reporting.Progress) -> None:
+def introduce(session: Session, program: Program, progress: reporting.Progress) -> None:
     """Model, task, method, devices, and the table of derived batch sizes."""
     config, model = session.config, session.model_config
     name = config.objective["name"]
@@ -21,19 +21,26 @@ def introduce(session: Session, setup: Update, progress: reporting.Progress) -> 
         f"held-out problems" + (f", {session.dropped} dropped for their length" if session.dropped else ""),
         f"method   {name}: {objectives.names()[name]['formula']}",
         f"devices  {jax.device_count()} x {jax.devices()[0].device_kind} ({jax.default_backend()})",
-        reporting.batch_table(batch_sizes(session, setup)),
+        *sandbox_line(session.collect.pool.sandbox),
+        reporting.batch_table(batch_sizes(session, program)),
     )
 
 
-def batch_sizes(session: Session, setup: Update) -> list[tuple[str, object, str]]:
+def sandbox_line(kind: str) -> list[str]:
+    """Where programs run, if any do."""
+    weak = " (rewards.allow_weak_sandbox): programs are not kept from reading this user's files"
+    return [f"sandbox  {kind}{weak if kind == 'weak' else ''}"] if kind else []
+
+
+def batch_sizes(session: Session, program: Program) -> list[tuple[str, object, str]]:
     """(name, value, meaning) of everything the batch settings come to."""
     training, sampling = session.config.training, session.config.sampling
     P, K, T = training.prompts_per_step, sampling.num_responses, sampling.max_tokens
     longest = max(len(encode_prompt(session.task, session.tokenizer, row)) for row in session.train_rows)
     S, minibatch = bucket(longest, sampling.max_prompt_tokens), P // training.updates_per_step
-    cut = Microbatches.plan(minibatch, K, S, T, setup.token_budget)
+    cut = Microbatches.plan(minibatch, K, S, T, program.token_budget)
     tokens = cut.prompts * (S + cut.responses * T)
-    over = "" if tokens <= setup.token_budget else "; more than the token budget, and the least there is"
+    over = "" if tokens <= program.token_budget else "; more than the token budget, and the least there is"
     return [
         ("prompts per step", P, "training.prompts_per_step"),
         ("responses per prompt", K, "sampling.num_responses"),

@@ -1,6 +1,7 @@
 """AdamW with schedule and clipping, from optax; a gradient that is not finite is skipped and counted."""
 
 import dataclasses
+import functools
 
 import jax
 import optax
@@ -25,6 +26,7 @@ def make_schedule(config: OptimizerConfig, total_updates: int) -> optax.Schedule
     return optax.join_schedules([optax.linear_schedule(peak / warmup, peak, warmup), after], [warmup])
 
 
+@functools.cache  # one object for equal settings, so that a program that holds it is not traced again
 def make_optimizer(config: OptimizerConfig, total_updates: int) -> optax.GradientTransformation:
     """Clip by global norm, Adam moments in float32, decoupled weight decay on matrices only."""
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()

@@ -31,6 +31,7 @@ class Position:
       evaluated: whether the held-out evaluation of `step` is done.
       best: best held-out pass@1 so far.
       skipped: non-finite gradients so far.
+      hooks: states of the method's hooks; None where there are none yet.
       milestones: label -> per-problem outcomes of the evaluations shown at the end.
     """
 
@@ -40,15 +41,17 @@ class Position:
     evaluated: bool = False
     best: float | None = None
     skipped: int = 0
+    hooks: list[Any] | None = None
     milestones: dict[str, dict] = dataclasses.field(default_factory=dict)
 
-    def advance(self, state: TrainState, data: Any) -> None:
+    def advance(self, state: TrainState, data: Any, hooks: list[Any] | None = None) -> None:
         """One step on."""
-        self.state, self.data, self.step, self.evaluated = state, data, self.step + 1, False
+        self.state, self.data, self.hooks = state, data, hooks
+        self.step, self.evaluated = self.step + 1, False
 
     def record(self) -> dict[str, Any]:
         """All but the arrays, as JSON."""
-        names = ("step", "data", "evaluated", "best", "skipped", "milestones")
+        names = ("step", "data", "evaluated", "best", "skipped", "hooks", "milestones")
         return {name: getattr(self, name) for name in names}
 
     def add_milestone(self, label: str, evaluation: Evaluation) -> None:
@@ -75,6 +78,10 @@ class Recorder:
             self.progress = stack.enter_context(
                 reporting.Progress(self.total, start=self.checkpoints.latest() or 0, console=self.console)
             )
+            task = self.session.task
+            self.run.note(data={"content_hash": task.content_hash, **task.about})
+            if sandbox := self.session.collect.pool.sandbox:
+                self.run.note(sandbox=sandbox)
             self._stack = stack.pop_all()
         return self
 

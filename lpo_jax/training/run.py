@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,12 @@ PACKAGES = ("lpo_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "gr
 # Others (steps, evaluation, checkpoints, workers, token budget) may change between two starts.
 _BOTH = ("seed", "model", "task", "sampling", "optimizer")
 _ROUND = ("training.prompts_per_step", "training.updates_per_step", "training.behaviour")
+_FITNESS = tuple(f"evaluation.{key}" for key in ("problems", "num_responses", "temperature", "top_p"))
+_SEARCH = ("meta.population", "meta.sigma", "meta.decay", "meta.alpha")
 FIXED = {
     "train": (*_BOTH, "objective", "warm_start", *_ROUND),
     "sft": (*_BOTH, "warm_start.batch_size", "warm_start.learning_rate"),
+    "meta": (*_BOTH, "objective", "warm_start", *_ROUND, "training.steps", *_FITNESS, *_SEARCH),
 }
 
 
@@ -70,6 +74,11 @@ class RunDirectory:
     def __exit__(self, *_):
         self._lock.close()
 
+    def note(self, **facts: Any) -> None:
+        """Adds to run.json what was only known once the run was under way."""
+        known = json.loads((self.path / "run.json").read_text())
+        self._write("run.json", json.dumps(known | facts, indent=2) + "\n")
+
     def _write(self, name: str, text: str) -> None:
         """Whole or not at all: config.yaml is what tells a run from any other directory."""
         partial = self.path / f".{name}.tmp"
@@ -89,7 +98,7 @@ class RunDirectory:
         before, now = read_config(self.path).to_dict(), self.config.to_dict()
         for dotted in FIXED[kind]:
             old, new = _at(before, dotted), _at(now, dotted)
-            for key, was, becomes in _differences(dotted, old, new):
+            for key, was, becomes in differences(dotted, old, new):
                 raise UserError(
                     f"{self.path}: cannot resume with {key} = {becomes!r}; the run was started with {was!r}"
                 )
@@ -162,9 +171,10 @@ def _at(values: dict, dotted: str):
     return values
 
 
-def _differences(key: str, old: Any, new: Any):
+def differences(key: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
+    """(dotted key, old, new) wherever two trees of settings differ."""
     if isinstance(old, dict) and isinstance(new, dict):
         for name in sorted(old.keys() | new.keys()):
-            yield from _differences(f"{key}.{name}", old.get(name), new.get(name))
+            yield from differences(f"{key}.{name}", old.get(name), new.get(name))
     elif old != new:
         yield key, old, new

@@ -23,7 +23,24 @@ from lpo_jax.models.config import ModelConfig
 from lpo_jax.models.decoder import Params, abstract_params
 from lpo_jax.models.load import load_config_and_tokenizer, load_model
 from lpo_jax.sampling import Sampler, Sampling
-from lpo_jax.training.step import Objective, TrainState, Update
+from lpo_jax.training.mirror_file import read_map
+from lpo_jax.training.step import EXTRA_STATS, Program, TrainState
+
+# What every round has for an objective, or can have from one more pass of the model; hooks give the rest.
+GIVEN = frozenset(
+    {
+        "entropy",
+        "ref_logp",
+        "passed",
+        "malformed",
+        "truncated",
+        "token_ids",
+        "clusters",
+        "progress",
+        "control",
+    }
+    | {"features", "prompt_confidence", *EXTRA_STATS}
+)
 
 
 def check_config(config: Config) -> objectives.Objective:
@@ -49,6 +66,14 @@ def check_config(config: Config) -> objectives.Objective:
             f"sampling.num_responses = {sampling.num_responses}: {config.objective['name']} compares the responses "
             f"to one prompt and needs at least {objective.min_group_size}"
         )
+    given = GIVEN.union(*(hook.gives for hook in objective.hooks))
+    if "teacher" in given:
+        given |= {"top_logp"}
+    if lacking := sorted(objective.needs - given):
+        raise UserError(
+            f"objective {objective.name}: with these options it needs {', '.join(lacking)} of every response, which "
+            "nothing in it provides; use a method that has the hook for it (lpo methods)"
+        )
     most = config.evaluation.num_responses or sampling.num_responses
     if config.evaluation.ks and max(config.evaluation.ks) > most:
         raise UserError(
@@ -64,6 +89,8 @@ def make_objective(config: Config) -> objectives.Objective:
     known = objectives.names().get(name, {}).get("options", {})
     if "max_tokens" in known:
         options.setdefault("max_tokens", config.sampling.max_tokens)
+    if isinstance(options.get("mirror"), str):
+        options["mirror"] = read_map(options["mirror"])
     try:
         return objectives.get(name, **options)
     except ValueError as error:
@@ -97,29 +124,39 @@ class Session:
         """The float32 master weights, read from the model's files."""
         return load_model(self.config.model.path).params
 
-    def update(
-        self, objective: Objective, optimizer: optax.GradientTransformation, temperature: float
-    ) -> Update:
-        """The static half of an update under this run's model and memory settings."""
-        training = self.config.training
-        return Update(
+    def program(self, temperature: float, objective: objectives.Objective | None = None) -> Program:
+        """How the model is run in training, under this run's memory settings, for what an objective needs."""
+        training, needs = self.config.training, objective.needs if objective else ()
+        return Program(
             self.model_config,
-            objective,
-            optimizer,
             temperature,
             training.token_budget,
             self.dtype,
             training.remat,
+            tuple(name for name in EXTRA_STATS if name in needs),
         )
 
-    def with_optimizer(self, params: Params, optimizer: optax.GradientTransformation) -> TrainState:
-        """Parameters and a fresh optimizer."""
-        return TrainState(params, jax.jit(optimizer.init)(params))
+    def start(
+        self,
+        params: Params,
+        optimizer: optax.GradientTransformation,
+        objective: objectives.Objective | None = None,
+    ) -> TrainState:
+        """Parameters with a fresh optimizer, and what the objective keeps beside them."""
+        control, frozen = (
+            (objective.init_control(), "ref_logp" in objective.needs) if objective else (None, False)
+        )
+        # A copy: the parameters themselves are donated to the update.
+        reference = jax.tree.map(jnp.copy, params) if frozen else None
+        return TrainState(params, jax.jit(optimizer.init)(params), control, reference)
 
-    def abstract_state(self, optimizer: optax.GradientTransformation) -> TrainState:
+    def abstract_state(
+        self, optimizer: optax.GradientTransformation, objective: objectives.Objective | None = None
+    ) -> TrainState:
         """Shapes and types of a train state, for restoring one."""
-        params = abstract_params(self.model_config)
-        return TrainState(params, jax.eval_shape(optimizer.init, params))
+        return jax.eval_shape(
+            lambda p: self.start(p, optimizer, objective), abstract_params(self.model_config)
+        )
 
     def prompts(self, batch_size: int, state: Any) -> tasks.PromptIterator:
         """Batches of training rows, from the start or from where `state` was taken."""
@@ -172,7 +209,10 @@ def open_session(config: Config) -> Iterator[Session]:
             "training rows"
         )
     workers = rewards.VerifierPool(
-        task.verifier, workers=config.rewards.workers, timeout=config.rewards.timeout
+        task.verifier,
+        workers=config.rewards.workers,
+        timeout=config.rewards.timeout,
+        allow_weak_sandbox=config.rewards.allow_weak_sandbox,
     )
     with workers as pool:
         sampler = Sampler(model_config, eos_ids, jnp.dtype(config.model.dtype), decode=tokenizer.decode)

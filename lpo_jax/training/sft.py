@@ -1,29 +1,38 @@
 """Supervised learning on the task's own solutions: the warm start of a model that never succeeds cold.
 
-The same update as in RL with another objective: every example is a group of one response, and the coefficient
-of each of its tokens is -1 / (tokens of the batch).
+The same update as in RL, whose coefficients need no objective: every example is a group of one response, and the
+coefficient of each of its tokens is -1 / (tokens of the batch).
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from lpo_jax import reporting
 from lpo_jax.config import Config
 from lpo_jax.errors import UserError
 from lpo_jax.evaluation.encode import encode_prompt, encode_solution
 from lpo_jax.models.decoder import Params
-from lpo_jax.objectives import Scored, TokenStats
+from lpo_jax.objectives import TokenStats
 from lpo_jax.sampling.padding import bucket, pad_prompts
-from lpo_jax.training.batch import Groups, Rollouts
+from lpo_jax.training.batch import Groups
 from lpo_jax.training.optimizer import make_optimizer, warm_start_config
 from lpo_jax.training.position import Position, Recorder
 from lpo_jax.training.run import RunDirectory, Signals
 from lpo_jax.training.session import Session, open_session
-from lpo_jax.training.step import TrainState, Update, update
+from lpo_jax.training.step import TrainState, update
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Prompts and solutions, `[P, 1, T]`; mask marks the solutions' tokens, the end token included."""
+
+    groups: Groups
+    mask: np.ndarray
 
 
 def sft(config: Config, *, resume: bool = False) -> None:
@@ -41,17 +50,17 @@ def sft(config: Config, *, resume: bool = False) -> None:
     run = RunDirectory(config, "sft", resume)
     with open_session(config) as session:
         check_solutions(session)
-        setup = supervised_update(session)
+        optimizer = make_optimizer(warm_start_config(session.config), warm.steps)
         with run, Signals() as signals, Recorder(session, run, signals, warm.steps) as recorder:
-            position = recorder.restore(session.abstract_state(setup.optimizer)) or Position(
-                session.with_optimizer(session.load_params(), setup.optimizer)
+            position = recorder.restore(session.abstract_state(optimizer)) or Position(
+                session.start(session.load_params(), optimizer)
             )
             data = session.prompts(warm.batch_size, position.data)
 
             def take_step(at: Position) -> None:
                 batch = supervised_batch(session, [row for _, row in next(data)])
                 with signals.deferred():
-                    state, row = supervised_step(setup, at.state, batch, warm.learning_rate)
+                    state, row = supervised_step(session, optimizer, at.state, batch)
                     at.advance(state, data.state())
                     recorder.writer.write(at.step, row)
                     recorder.progress.update(at.step, row)
@@ -62,47 +71,38 @@ def sft(config: Config, *, resume: bool = False) -> None:
 
 def warm_start(session: Session, params: Params, run: RunDirectory, progress: reporting.Progress) -> Params:
     """The supervised steps before RL; their metrics go to `warm_start/` in the run directory."""
-    warm, setup = session.config.warm_start, supervised_update(session)
-    state = session.with_optimizer(params, setup.optimizer)
+    warm = session.config.warm_start
+    optimizer = make_optimizer(warm_start_config(session.config), warm.steps)
+    state = session.start(params, optimizer)
     data = session.prompts(warm.batch_size, None)
     with reporting.RunWriter(run.path / "warm_start") as writer:
         writer.truncate_after(-1)
         for step in range(1, warm.steps + 1):
             progress.phase(f"warm start {step}/{warm.steps}")
             batch = supervised_batch(session, [row for _, row in next(data)])
-            state, row = supervised_step(setup, state, batch, warm.learning_rate)
+            state, row = supervised_step(session, optimizer, state, batch)
             writer.write(step, row)
         progress.log(f"warm start done: {warm.steps} updates, last loss {row['train/loss']:.3f} nats/token")
     return state.params
 
 
-def negative_log_likelihood(stats: TokenStats, scored: Scored) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Mean over the batch's tokens of -log prob, in nats; an objective like any other."""
-    tokens = jnp.maximum(scored.mask.sum(), 1)
-    loss = -jnp.sum(jnp.where(scored.mask, stats.logp, 0.0)) / tokens
-    return loss, {"train/loss": loss}
-
-
-def supervised_update(session: Session) -> Update:
-    """The run's update with the supervised objective and the warm start's own learning rate."""
-    optimizer = make_optimizer(warm_start_config(session.config), session.config.warm_start.steps)
-    return session.update(negative_log_likelihood, optimizer, temperature=1.0)
-
-
 def supervised_step(
-    setup: Update, state: TrainState, batch: Rollouts, learning_rate: float
+    session: Session, optimizer: optax.GradientTransformation, state: TrainState, batch: Batch
 ) -> tuple[TrainState, dict[str, float]]:
-    """One update, and its metrics under the names of a supervised run."""
-    state, metrics = update(setup, state, batch, TokenStats(batch.scored.behaviour_logp))
+    """One update on the mean over the batch's tokens of -log prob, in nats, and its metrics."""
+    tokens = int(batch.mask.sum())
+    cotangent = TokenStats(np.where(batch.mask, np.float32(-1 / tokens), 0))
+    program = session.program(temperature=1.0)
+    state, stats, norm = update(program, optimizer, state, batch.groups, cotangent)
     return state, {
-        "train/loss": float(metrics["train/loss"]),
-        "train/grad_norm": float(metrics["actor/grad_norm"]),
-        "train/lr": learning_rate,
-        "train/global_tokens": int(batch.scored.mask.sum()),
+        "train/loss": -float(jnp.where(batch.mask, stats.logp, 0.0).sum()) / tokens,
+        "train/grad_norm": float(norm),
+        "train/lr": session.config.warm_start.learning_rate,
+        "train/global_tokens": tokens,
     }
 
 
-def supervised_batch(session: Session, rows: Sequence[Any]) -> Rollouts:
+def supervised_batch(session: Session, rows: Sequence[Any]) -> Batch:
     """Prompts and solutions `[P, 1, T]` of some rows, the end token included."""
     tokenizer, sampling = session.tokenizer, session.config.sampling
     prompts, lengths = pad_prompts(
@@ -113,10 +113,7 @@ def supervised_batch(session: Session, rows: Sequence[Any]) -> Rollouts:
     responses, mask = np.zeros(shape, np.int32), np.zeros(shape, bool)
     for p, ids in enumerate(solutions):
         responses[p, 0, : len(ids)], mask[p, 0, : len(ids)] = ids, True
-    # The coefficients do not depend on log-probs, so none need be known before the update.
-    unknown = np.zeros(shape, np.float32)
-    scored = Scored(behaviour_logp=unknown, rewards=np.zeros(shape[:2], np.float32), mask=mask)
-    return Rollouts(Groups(prompts, lengths, responses), scored)
+    return Batch(Groups(prompts, lengths, responses), mask)
 
 
 def check_solutions(session: Session) -> None:

@@ -22,17 +22,35 @@ def test_chunked_log_probs_equal_plain_ones(monkeypatch, rows):
     hidden, unembed = normal(rows, 8), normal(50, 8)
     targets = jnp.asarray(rng.integers(0, 50, rows))
     weights = normal(rows)
+    top_ids = jnp.argsort(hidden @ unembed.T, axis=-1)[:, ::-1][:, :5]
 
     def plain(hidden, unembed):
         logp = jax.nn.log_softmax(hidden @ unembed.T / 0.7)
-        return logp[jnp.arange(rows), targets], -(jnp.exp(logp) * logp).sum(-1)
+        p = jnp.exp(logp)
+        return {
+            "logp": logp[jnp.arange(rows), targets],
+            "entropy": -(p * logp).sum(-1),
+            "top_logp": jnp.take_along_axis(logp, top_ids, axis=1),
+            "collision": (p**2).sum(-1),
+        }
 
     def chunked(hidden, unembed):
-        return head.token_log_probs(hidden, unembed, targets, 0.7)
+        return head.token_log_probs(hidden, unembed, targets, 0.7, top_ids=top_ids, collision=True)
 
     chex.assert_trees_all_close(chunked(hidden, unembed), plain(hidden, unembed), atol=1e-5)
-    slope = lambda f: jax.grad(lambda *a: (weights * f(*a)[0] + f(*a)[1]).sum(), (0, 1))(hidden, unembed)  # noqa: E731
+
+    def slope(f):
+        def loss(*a):
+            out = f(*a)
+            return (weights * out["logp"] + out["entropy"] + out["top_logp"].sum(-1) + out["collision"]).sum()
+
+        return jax.grad(loss, (0, 1))(hidden, unembed)
+
     chex.assert_trees_all_close(slope(chunked), slope(plain), atol=1e-4, rtol=1e-4)
+    top = head.top_tokens(hidden, unembed, 5, 0.7)
+    want = plain(hidden, unembed)
+    chex.assert_trees_all_close((top["logp"], top["entropy"]), (want["top_logp"], want["entropy"]), atol=1e-5)
+    chex.assert_trees_all_equal(top["ids"], top_ids)
 
 
 def test_no_array_of_all_tokens_by_vocabulary():
@@ -40,7 +58,7 @@ def test_no_array_of_all_tokens_by_vocabulary():
     R, D, V = 16384, 64, 152_064
     shapes = (jax.ShapeDtypeStruct((R, D), jnp.float32), jax.ShapeDtypeStruct((V, D), jnp.float32))
     targets = jnp.zeros(R, jnp.int32)
-    loss = lambda h, u: head.token_log_probs(h, u, targets)[0].sum()  # noqa: E731
+    loss = lambda h, u: head.token_log_probs(h, u, targets)["logp"].sum()  # noqa: E731
     compiled = jax.jit(jax.grad(loss, (0, 1))).lower(*shapes).compile()
     memory = compiled.memory_analysis().temp_size_in_bytes
     assert memory < 16 * head.CHUNK_ELEMENTS  # four chunks of float32; tokens x V would be 10 GB

@@ -21,10 +21,12 @@ from lpo_jax.config import parse_config
 from lpo_jax.errors import RunStopped, UserError
 from lpo_jax.reporting import is_timing, read_metrics
 from lpo_jax.sampling import generate as sampling
-from lpo_jax.training import loop, step
+from lpo_jax.training import loop, rounds, step
 from lpo_jax.training.checkpoint import load_run
 from lpo_jax.training.loop import train
 from lpo_jax.training.sft import sft
+
+pytestmark = pytest.mark.usefixtures("no_plots")  # but the reference run, made before any test, draws its own
 
 # A large epsilon makes Adam smooth in the gradient, so that rounding stays rounding over several steps.
 SMOOTH = {"learning_rate": 1e-2, "eps": 1e-1}
@@ -71,11 +73,12 @@ def reference(tmp_path_factory, tiny_model, tiny_task):
     """Four steps that nothing interrupted."""
     values = run_values(tmp_path_factory.mktemp("reference") / "run", tiny_model, tiny_task)
     train(parse_config(values))
-    return learned(values)
+    return *learned(values), sorted(path.name for path in Path(values["output"], "plots").iterdir())
 
 
 def test_learns_and_leaves_a_complete_record(reference):
-    params, metrics, rollouts = reference
+    params, metrics, rollouts, plots = reference
+    assert plots == ["diagnostics.png", "learning_curves.png"]
     steps = [row for row in metrics if "critic/score/mean" in row]
     assert [row["step"] for row in steps] == [1, 2, 3, 4]
     assert steps[-1]["critic/score/mean"] > steps[0]["critic/score/mean"] + 0.1
@@ -179,16 +182,77 @@ def test_lpo_reverse_on_policy_is_grpo(run_config):
     chex.assert_trees_all_close(curves["grpo"][0], curves["lpo-reverse"][0], rtol=1e-4, atol=1e-6)
 
 
+# What a method cannot do without, and settings that keep its extra programs few and small.
+SETTINGS = {
+    "fapo": {"judge": "flawed"},
+    "capo-credit": {"judge": "wrong_steps"},
+    "scaf-grpo": {"hint_after": 0},
+    "ghpo": {"hint_fractions": [0.5]},
+    "grpo-vps": {"segments": 2, "cue": "="},
+    "brpo": {"budgets": 2, "summaries": 2, "summary_tokens": 2, "cue": "="},
+    "srpo": {"reprompt": "{solution}"},
+}
+# Methods whose control or hooks carry a state from step to step that does not depend on the run's length.
+STATEFUL = ["riskpo", "poise", "flowrl", "r2vpo", "pipo", "vas", "fg-expo"]
+
+
+@pytest.fixture
+def method_config(run_config, tiny_task):
+    """A short run of a method: no held-out problems but one, no checkpoint but the last."""
+
+    def make(name, output, steps):
+        options = {"name": name, **SETTINGS.get(name, {})}
+        if "judge" in options:
+            options["judge"] = f"{tiny_task}:{options['judge']}"
+        return run_config(
+            output=output,
+            objective=options,
+            training={"steps": steps, "save_rollouts": False},
+            evaluation={"problems": 1, "every": 0},
+            checkpoint={"every": 0, "keep": 1},
+        )
+
+    return make
+
+
 @pytest.mark.parametrize("name", list(objectives.names()))
-def test_every_method_trains(run_config, tiny_params, name):
-    config = run_config(
-        objective={"name": name}, training={"steps": 1}, evaluation={"problems": 1}, checkpoint={"every": 0}
-    )
-    train(parse_config(config))
-    params, metrics, _ = learned(config)
-    row = next(row for row in metrics if "actor/pg_loss" in row)
-    assert np.isfinite(row["actor/pg_loss"]) and row["actor/grad_norm"] > 0
+def test_every_method_trains_resumes_and_reports(method_config, tiny_params, name):
+    train(parse_config(method_config(name, "run", 2)))
+    config = method_config(name, "run", 3)
+    train(parse_config(config), resume=True)
+    params = load_run(config["output"], "latest")[0].params
+    rows = [row for row in read_metrics(config["output"]) if "actor/pg_loss" in row]
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert all(np.isfinite(row["actor/pg_loss"]) and row["actor/grad_norm"] >= 0 for row in rows)
+    assert max(row["actor/grad_norm"] for row in rows) > 0
+    assert all(row["lpo/skipped_updates"] == 0 for row in rows)
     assert float(np.abs(params["layers"]["wq"] - tiny_params["layers"]["wq"]).max()) > 1e-4
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_state_of_a_method_survives_a_resume(method_config, name):
+    constant = {"optimizer": {"learning_rate": 1e-2, "weight_decay": 0.0, "schedule": "constant"}}
+    whole = method_config(name, "whole", 4) | constant
+    train(parse_config(whole))
+    for steps in (2, 4):
+        parts = method_config(name, "parts", steps) | constant
+        train(parse_config(parts), resume=steps == 4)
+    ends = [load_run(config["output"], "latest")[0].params for config in (whole, parts)]
+    chex.assert_trees_all_equal(*ends)
+
+
+def test_reference_stays_where_the_run_began(method_config):
+    """The penalty is 0 at the first update, whose policy is the reference, and more once it has moved."""
+    for coefficient in (0.0, 0.1):
+        config = method_config("grpo", f"kl{coefficient}", 3)
+        config["objective"]["kl_coef"] = coefficient
+        config["training"]["updates_per_step"] = 1
+        train(parse_config(config))
+        rows = [row for row in read_metrics(config["output"]) if "actor/pg_loss" in row]
+        assert ("actor/kl_loss" in rows[-1]) == (coefficient > 0)
+        if coefficient:
+            assert rows[0]["actor/kl_loss"] == pytest.approx(0, abs=1e-6)  # the reference is the start itself
+            assert rows[-1]["actor/kl_loss"] > 0
 
 
 def test_memory_and_scoring_settings_do_not_change_what_is_learned(run_config):
@@ -221,7 +285,7 @@ def test_bfloat16_trains(run_config):
 def test_ragged_prompts_compile_a_stated_number_of_programs(run_config, monkeypatch):
     """One program for each padded size: here prompts pad to one size and responses to one."""
     for module, name, static, donated in (
-        (step, "update", (0,), (1,)),
+        (step, "update", (0, 1), (2,)),
         (step, "score", (0,), ()),
         (sampling, "_prefill", (0, 1, 2, 3, 4), ()),
         (sampling, "_decode", (0, 1, 2, 3), (5, 7)),
@@ -230,7 +294,7 @@ def test_ragged_prompts_compile_a_stated_number_of_programs(run_config, monkeypa
         jitted = jax.jit(counted, static_argnums=static, donate_argnums=donated)
         monkeypatch.setattr(module, name, jitted)
         if module is step:
-            monkeypatch.setattr(loop, name, jitted)
+            monkeypatch.setattr(loop if name == "update" else rounds, name, jitted)
     train(parse_config(run_config(evaluation={"problems": 8})))
 
 

@@ -13,7 +13,7 @@ from lpo_jax import objectives as O
 from lpo_jax.models import decoder
 from lpo_jax.objectives import Scored, TokenStats
 from lpo_jax.training.batch import Groups, Microbatches, Rollouts
-from lpo_jax.training.step import TrainState, Update, score, update
+from lpo_jax.training.step import Program, TrainState, likeliest, score, signal, token_metrics, update
 
 P, K, S, T = 4, 4, 6, 5
 
@@ -36,8 +36,27 @@ def rollouts(tiny_config):
     return Rollouts(Groups(prompts * (np.arange(S) < lengths[:, None]), lengths, tokens * mask), scored)
 
 
-def setup_for(config, name="lpo-forward", budget=10**6, remat=False, **options):
-    return Update(config, O.get(name, **options), optax.sgd(1.0), 0.7, budget, remat=remat)
+def program_for(config, budget=10**6, remat=False, **options):
+    return Program(config, 0.7, budget, remat=remat, **options)
+
+
+def gradient_by_parts(program, params, rollouts, objective):
+    used = score(program, params, rollouts.groups)
+    return pull_back(program, params, rollouts.groups, signal(objective, used, rollouts.scored).cotangent)[0]
+
+
+pull_back = jax.jit(Program.pull_back, static_argnums=0)
+
+
+def one_update(program, params, rollouts, objective):
+    """An update right after sampling: the state and its metrics."""
+    optimizer = optax.sgd(1.0)
+    state = TrainState(jax.tree.map(jnp.copy, params), optimizer.init(params))
+    used = TokenStats(rollouts.scored.behaviour_logp)
+    learned = signal(objective, used, rollouts.scored)
+    state, stats, norm = update(program, optimizer, state, rollouts.groups, learned.cotangent)
+    metrics = learned.metrics | token_metrics(used, stats, rollouts.scored.mask) | {"actor/grad_norm": norm}
+    return state, metrics
 
 
 def plain_log_probs(config, params, groups, temperature):
@@ -59,7 +78,7 @@ PLAIN: dict[str, object] = {}
 
 def plain_gradient(name, config, params, rollouts):
     """Autodiff of the whole batch's loss, nothing cut; once per method."""
-    objective = setup_for(config, name).objective
+    objective = O.get(name)
 
     def loss(params):
         return objective(TokenStats(plain_log_probs(config, params, rollouts.groups, 0.7)), rollouts.scored)[
@@ -86,7 +105,7 @@ def behaviour(config, params, rollouts, noise):
 @pytest.mark.parametrize("window", [None, 3])
 def test_scores_equal_those_of_each_response_alone(tiny_config, tiny_params, rollouts, window):
     config = dataclasses.replace(tiny_config, sliding_window=window)
-    got = score(setup_for(config), tiny_params, rollouts.groups).logp
+    got = score(program_for(config), tiny_params, rollouts.groups).logp
     want = plain_log_probs(config, tiny_params, rollouts.groups, 0.7)
     chex.assert_trees_all_close(got * rollouts.scored.mask, want * rollouts.scored.mask, atol=2e-5)
 
@@ -96,23 +115,20 @@ def test_scores_equal_those_of_each_response_alone(tiny_config, tiny_params, rol
 def test_three_parts_equal_plain_autodiff(tiny_config, tiny_params, rollouts, name, budget):
     """Whole groups, several prompts a microbatch, groups split in halves and into single responses."""
     rollouts = behaviour(tiny_config, tiny_params, rollouts, noise=0.1)
-    setup = setup_for(tiny_config, name, budget, remat=budget == 1)
+    program = program_for(tiny_config, budget, remat=budget == 1)
 
     want = plain_gradient(name, tiny_config, tiny_params, rollouts)
-    used = score(setup, tiny_params, rollouts.groups)
-    coefficients = setup.coefficients(used, rollouts.scored)
-    got, _ = jax.jit(setup.pull_back)(tiny_params, rollouts.groups, coefficients)
+    got = gradient_by_parts(program, tiny_params, rollouts, O.get(name))
     assert float(optax.global_norm(want)) > 1e-3
     assert relative_error(got, want) <= 1e-5
 
 
 def test_split_and_unsplit_gradients_agree(tiny_config, tiny_params, rollouts):
     rollouts = behaviour(tiny_config, tiny_params, rollouts, noise=0.1)
-    gradients = []
-    for budget in (10**6, S + K * T, S + T):
-        setup = setup_for(tiny_config, budget=budget)
-        coefficients = setup.coefficients(score(setup, tiny_params, rollouts.groups), rollouts.scored)
-        gradients.append(jax.jit(setup.pull_back)(tiny_params, rollouts.groups, coefficients)[0])
+    gradients = [
+        gradient_by_parts(program_for(tiny_config, budget), tiny_params, rollouts, O.get("lpo-forward"))
+        for budget in (10**6, S + K * T, S + T)
+    ]
     for other in gradients[1:]:
         assert relative_error(other, gradients[0]) <= 1e-5
 
@@ -120,48 +136,64 @@ def test_split_and_unsplit_gradients_agree(tiny_config, tiny_params, rollouts):
 def test_padding_changes_nothing(tiny_config, tiny_params, rollouts):
     """More padding behind prompts and responses, with garbage in it, leaves the gradient alone."""
     rollouts = behaviour(tiny_config, tiny_params, rollouts, noise=0.1)
-    setup = setup_for(tiny_config)
     g, s = rollouts.groups, rollouts.scored
     junk = lambda x, n: jnp.concatenate([x, jnp.full((*x.shape[:-1], n), 7, x.dtype)], axis=-1)  # noqa: E731
     wider = Rollouts(
         Groups(junk(g.prompts, 3), g.lengths, junk(g.responses, 2)),
         s.replace(behaviour_logp=junk(s.behaviour_logp, 2), mask=np.pad(s.mask, ((0, 0), (0, 0), (0, 2)))),
     )
-    results = []
-    for some in (rollouts, wider):
-        coefficients = setup.coefficients(score(setup, tiny_params, some.groups), some.scored)
-        results.append(jax.jit(setup.pull_back)(tiny_params, some.groups, coefficients)[0])
+    program, objective = program_for(tiny_config), O.get("lpo-forward")
+    results = [gradient_by_parts(program, tiny_params, some, objective) for some in (rollouts, wider)]
     assert relative_error(*results) <= 1e-5
 
 
 def test_first_update_reports_no_gap_and_clips_nothing(tiny_config, tiny_params, rollouts):
     """Sampled log-probs stand in for part 1; the ratio is 1 whatever the microbatches."""
     rollouts = behaviour(tiny_config, tiny_params, rollouts, noise=0.0)
-    setup = setup_for(tiny_config, budget=S + T)
-    state = TrainState(jax.tree.map(jnp.copy, tiny_params), setup.optimizer.init(tiny_params))
-    _, metrics = update(setup, state, rollouts, TokenStats(rollouts.scored.behaviour_logp))
+    _, metrics = one_update(program_for(tiny_config, S + T), tiny_params, rollouts, O.get("lpo-forward"))
     assert metrics["lpo/logp_gap_max"] < 5e-5
     assert metrics["actor/pg_clipfrac"] == 0
-    assert metrics["lpo/score_abs_max"] < 5e-5
+    assert metrics["lpo/score_abs_max"] == 0
     assert metrics["actor/entropy"] > 0.1
 
 
 def test_gap_shows_a_wrong_sampler(tiny_config, tiny_params, rollouts):
     rollouts = behaviour(tiny_config, tiny_params, rollouts, noise=0.5)
-    setup = setup_for(tiny_config)
-    state = TrainState(jax.tree.map(jnp.copy, tiny_params), setup.optimizer.init(tiny_params))
-    _, metrics = update(setup, state, rollouts, TokenStats(rollouts.scored.behaviour_logp))
+    _, metrics = one_update(program_for(tiny_config), tiny_params, rollouts, O.get("lpo-forward"))
     assert 0.2 < metrics["lpo/logp_gap_mean"] < 0.8
 
 
 def test_all_masked_batch_gives_a_zero_gradient(tiny_config, tiny_params, rollouts):
     empty = rollouts.replace(scored=rollouts.scored.replace(mask=np.zeros((P, K, T), bool)))
-    setup = setup_for(tiny_config)
-    state = TrainState(jax.tree.map(jnp.copy, tiny_params), setup.optimizer.init(tiny_params))
-    after, metrics = update(setup, state, empty, TokenStats(empty.scored.behaviour_logp))
+    after, metrics = one_update(program_for(tiny_config), tiny_params, empty, O.get("lpo-forward"))
     chex.assert_trees_all_equal(after.params, tiny_params)
     assert metrics["actor/grad_norm"] == 0
     chex.assert_tree_all_finite(metrics)
+
+
+def test_gradient_reaches_the_parameters_through_every_statistic(tiny_config, tiny_params, rollouts):
+    """Entropy, collision, state norms and other tokens' log-probs, each with a cotangent, against plain autodiff."""
+    teacher = likeliest(program_for(tiny_config), 3, tiny_params, rollouts.groups)
+    groups = rollouts.groups.replace(top_ids=teacher.ids)
+    rng = np.random.default_rng(2)
+
+    def total(program, params):
+        stats = program.token_stats(params, groups)
+        return sum((vars(stats)[name] * weight).sum() for name, weight in weights.items())
+
+    shapes = {name: (P, K, T) for name in ("entropy", "collision", "hidden_norm")} | {
+        "top_logp": (P, K, T, 3)
+    }
+    weights = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    cotangent = TokenStats(**({"logp": np.zeros((P, K, T), np.float32)} | weights))
+    extra = ("collision", "hidden_norm")
+    want = jax.grad(lambda p: total(program_for(tiny_config, extra=extra), p))(tiny_params)
+    for budget in (10**6, S + 2 * T):
+        program = program_for(tiny_config, budget, extra=extra)
+        got, stats = pull_back(program, tiny_params, groups, cotangent)
+        assert relative_error(got, want) <= 1e-5
+        chex.assert_trees_all_close(stats.top_logp, teacher.logp, atol=1e-5)
+        chex.assert_trees_all_close(stats.entropy, teacher.entropy, atol=1e-5)
 
 
 def test_microbatch_plan():

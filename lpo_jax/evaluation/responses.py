@@ -1,0 +1,110 @@
+"""The responses to one benchmark on disk, appended batch by batch, so that a killed evaluation can go on.
+
+A batch is on the disk when `append` returns. Whatever a kill left of a batch that was being written is removed, and the
+batch done again: as a sample's random numbers are its own, and the batch has the same shape as before, it comes out
+the same.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lpo_jax.errors import RunStopped, UserError
+from lpo_jax.reporting.writers import json_line
+
+
+class Fact(NamedTuple):
+    """What scores are made of, of one response."""
+
+    outcome: str
+    answer: str | None
+    reward: float
+    tokens: int
+    finished: bool
+
+
+class ResponseFile:
+    """The responses to P problems, K each, one a line: problem by problem, as in `Collected.records`.
+
+    Args:
+      path: of the file; made if it is not there, cut behind its last whole batch if it is.
+      problems: P.
+      num_responses: K.
+      batch: problems that are written together.
+
+    Attributes:
+      facts: of every response in the file, in order.
+
+    Raises:
+      UserError: a line before the last is not a response, or not the one that belongs there.
+    """
+
+    def __init__(self, path: str | os.PathLike, problems: int, num_responses: int, batch: int):
+        self.path, self._K = Path(path), num_responses
+        self._total, self._unit = problems * num_responses, batch * num_responses
+        self.facts: list[Fact] = []
+        try:
+            self._file = open(self.path, "ab+", buffering=0)  # noqa: SIM115 - closed by __exit__
+            self._file.truncate(self._read())
+        except OSError as error:
+            raise self._stopped(error) from None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._file.close()
+
+    @property
+    def problems(self) -> int:
+        """Problems whose responses are all there."""
+        return len(self.facts) // self._K
+
+    def append(self, records: Iterable[Mapping[str, Any]]) -> None:
+        """Writes one batch, and returns when it is on the disk. Raises `RunStopped` where the disk does not take it."""
+        records = list(records)
+        rest = memoryview(b"".join(map(json_line, records)))
+        try:
+            while rest:
+                rest = rest[self._file.write(rest) :]
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise self._stopped(error) from None
+        self.facts += map(_fact, records)
+
+    def _read(self) -> int:
+        """Fills `facts` with the whole batches; returns where the last one ends."""
+        end = whole = position = 0
+        with open(self.path, "rb") as lines:
+            for line in lines:
+                try:
+                    record = json.loads(line)
+                    expected = divmod(len(self.facts), self._K)
+                    if not line.endswith(b"\n") or (record["id"], record["k"]) != expected:
+                        raise ValueError
+                    self.facts.append(_fact(record))
+                except (ValueError, KeyError, TypeError):
+                    if lines.read(1):
+                        raise UserError(
+                            f"{self.path} line {len(self.facts) + 1} is damaged; remove the file to ask anew"
+                        ) from None
+                    break
+                position += len(line)
+                if len(self.facts) % self._unit == 0 or len(self.facts) == self._total:
+                    end, whole = position, len(self.facts)
+        del self.facts[whole:]
+        return end
+
+    def _stopped(self, error: OSError) -> RunStopped:
+        return RunStopped(
+            f"{self.path}: cannot be written ({error.strerror}); make room or permission, and the same command goes on"
+        )
+
+
+def _fact(record: Mapping[str, Any]) -> Fact:
+    answer = record["parts"].get("answer")
+    # A function of the user's own may name a number; JSON has no text for one.
+    answer = None if answer is None else str(answer)
+    return Fact(record["outcome"], answer, record["score"], record["tokens"], record["finished"])

@@ -1,0 +1,243 @@
+"""A suite of benchmarks put to one model: pass@1 as avg@k, pass@k and maj@k of each, with every response on disk.
+
+Axes: P problems · K samples of a problem.
+
+The same command goes on where a killed one stopped and gives the same figures: a sample's random numbers are its
+problem's place, k and the seed; batches are whole and have one shape; and scores are always made from the file.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from lpo_jax.errors import UserError
+from lpo_jax.evaluation.collect import Collector, within_limit
+from lpo_jax.evaluation.heldout import powers_of_two, sample_rows
+from lpo_jax.evaluation.metrics import bootstrap_interval, summarise
+from lpo_jax.evaluation.responses import Fact, ResponseFile
+from lpo_jax.evaluation.votes import majority
+from lpo_jax.rewards import VerifierPool, VerifierSpec
+from lpo_jax.rewards.code import confine
+from lpo_jax.sampling import Sampler, Sampling
+from lpo_jax.tasks import Task
+from lpo_jax.tasks.data import content_hash
+from lpo_jax.tasks.suites import Benchmark
+
+ROWS_AT_ONCE = 64  # responses sampled together unless `batch` says otherwise
+VERIFIER_SECONDS = 10.0  # for one response
+_FILE_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How every benchmark is put to the model.
+
+    Attributes:
+      num_responses: K; 0: the benchmark's own.
+      temperature, top_p: of the sampling; 0.6 is the LPO paper's, and a temperature of 0 is greedy.
+      max_tokens: of a response.
+      max_prompt_tokens: 0: what the model's positions leave beside `max_tokens`.
+      overlong_prompts: refuse longer prompts, or leave them out and count them.
+      stop: strings that end a response.
+      problems: the first so many; 0: all.
+      batch: prompts sampled together; 0: as many as make about `ROWS_AT_ONCE` responses.
+      chat: ask through the model's chat template, or not; None: as the benchmark has it.
+      dtype: of activations and products.
+      seed: of the samples and the bootstrap.
+      allow_weak_sandbox: run programs where there is no bubblewrap.
+    """
+
+    num_responses: int = 0
+    temperature: float = 0.6
+    top_p: float = 1.0
+    max_tokens: int = 1024
+    max_prompt_tokens: int = 0
+    overlong_prompts: Literal["error", "drop"] = "error"
+    stop: tuple[str, ...] = ()
+    problems: int = 0
+    batch: int = 0
+    chat: bool | None = None
+    dtype: str = "float32"
+    seed: int = 0
+    allow_weak_sandbox: bool = False
+
+    @property
+    def sampling(self) -> Sampling:
+        """Raises `UserError` where temperature or top_p make no sense."""
+        return Sampling(self.temperature, top_p=self.top_p)
+
+
+@dataclasses.dataclass(frozen=True)
+class Exam:
+    """A benchmark ready to be put to a model.
+
+    Attributes:
+      name: of the benchmark, and of its file of responses.
+      num_responses: K.
+      batch: prompts sampled together.
+      limit: prompt tokens at most.
+      task: how rows are asked.
+      rows: the P problems.
+      left_out: problems whose prompts are too long.
+      verifier: with its sandbox settled, `sandbox` being its kind; empty for verifiers that run no programs.
+    """
+
+    name: str
+    num_responses: int
+    batch: int
+    limit: int
+    task: Task
+    rows: Sequence[Mapping[str, Any]]
+    left_out: int
+    verifier: VerifierSpec
+    sandbox: str
+
+    def identity(self) -> dict[str, Any]:
+        """JSON values that decide what the responses and their verdicts are, the model and the settings aside."""
+        asked = [{"prompt": self.task.prompt(row), "row": row} for row in self.rows]
+        return {
+            "k": self.num_responses,
+            "batch": self.batch,
+            "problems": len(self.rows),
+            "left_out": self.left_out,
+            "data": content_hash(asked),
+            "verifier": {**vars(self.verifier), "options": dict(self.verifier.options)},
+        }
+
+
+def prepare(
+    benchmarks: Sequence[Benchmark], settings: Settings, tokenizer: Any, max_positions: int
+) -> list[Exam]:
+    """Reads the problems and checks that they can be asked and judged.
+
+    Args:
+      max_positions: prompt and response tokens that the model takes.
+
+    Raises:
+      UserError: from the tasks, for a prompt that does not fit, or for programs that no sandbox can run.
+    """
+    names = [benchmark.name for benchmark in benchmarks]
+    for name in names:
+        if not _FILE_NAME.fullmatch(name) or names.count(name) > 1:
+            raise UserError(
+                f"benchmark {name!r}: names are those of files, each once: letters, digits, - _ ."
+            )
+    limit = settings.max_prompt_tokens or max(1, max_positions - settings.max_tokens)
+    if limit + settings.max_tokens > max_positions:
+        raise UserError(
+            f"--max-tokens = {settings.max_tokens} with prompts of up to {limit} tokens (--max-prompt-tokens) is more "
+            f"than the {max_positions} positions of the model"
+        )
+    chat = {} if settings.chat is None else {"chat": settings.chat}
+    return [_exam(benchmark, benchmark.build(**chat), settings, tokenizer, limit) for benchmark in benchmarks]
+
+
+def _exam(benchmark: Benchmark, task: Task, settings: Settings, tokenizer: Any, limit: int) -> Exam:
+    rows, left_out = within_limit(
+        task,
+        tokenizer,
+        task.heldout[: settings.problems or len(task.heldout)],
+        limit,
+        settings.overlong_prompts == "drop",
+        f"benchmark {benchmark.name}",
+        ("--max-prompt-tokens", "--overlong-prompts"),
+    )
+    verifier, sandbox = confine(
+        task.verifier, allow_weak=settings.allow_weak_sandbox, timeout=VERIFIER_SECONDS
+    )
+    K = settings.num_responses or benchmark.k
+    batch = min(settings.batch or max(1, ROWS_AT_ONCE // K), len(rows))
+    return Exam(benchmark.name, K, batch, limit, task, rows, left_out, verifier, sandbox)
+
+
+def run_exam(
+    exam: Exam,
+    settings: Settings,
+    sampler: Sampler,
+    weights: Any,
+    tokenizer: Any,
+    path: Path,
+    progress: Callable[[str, int, int], None] = lambda name, done, total: None,
+) -> dict[str, Any]:
+    """Asks what has not been asked yet, and scores everything.
+
+    Args:
+      weights: from `sampler.prepare`.
+      path: the file of responses.
+      progress: told the benchmark's name, the problems done, and all of them.
+
+    Returns:
+      `score` of the responses; the problems `left_out` (prompt too long) and `skipped` (unusable gold answer); and the
+      kind of `sandbox`, where programs were run.
+    """
+    K, P = exam.num_responses, len(exam.rows)
+    with ResponseFile(path, P, K, exam.batch) as responses:
+        if responses.problems < P:
+            with VerifierPool(
+                exam.verifier, timeout=VERIFIER_SECONDS, allow_weak_sandbox=settings.allow_weak_sandbox
+            ) as pool:
+                batches = sample_rows(
+                    Collector(exam.task, tokenizer, sampler, pool, exam.limit),
+                    weights,
+                    exam.rows,
+                    num_responses=K,
+                    prompts_per_batch=exam.batch,
+                    max_tokens=settings.max_tokens,
+                    sampling=settings.sampling,
+                    stop=settings.stop,
+                    seed=settings.seed,
+                    start=responses.problems,
+                )
+                progress(exam.name, responses.problems, P)
+                for batch in batches:
+                    responses.append(batch.records())
+                    progress(exam.name, responses.problems, P)
+        result = score(responses.facts, K, settings.seed)
+    sandbox = {"sandbox": exam.sandbox} if exam.sandbox else {}
+    skipped = exam.task.about.get("heldout", {}).get("skipped", 0)
+    return {**result, "left_out": exam.left_out, "skipped": skipped, **sandbox}
+
+
+def score(facts: Sequence[Fact], num_responses: int, seed: int = 0) -> dict[str, Any]:
+    """The figures of one benchmark.
+
+    Args:
+      facts: of P x K responses, problem by problem.
+      num_responses: K.
+      seed: of the bootstrap.
+
+    Returns:
+      `metrics.summarise` (pass@1 is avg@K; pass@k for powers of two and K), and `"maj@k"` for k = K in the same form
+      (see `votes.majority`; NaN where no answer is named), `truncated` and `malformed` (shares of all responses),
+      `mean_length` (tokens) and `mean_reward` (of the valid ones).
+    """
+    K = num_responses
+    column = lambda name: np.array([getattr(fact, name) for fact in facts]).reshape(-1, K)  # noqa: E731
+    outcome = column("outcome")
+    passed, valid, rewards = outcome == "pass", outcome != "infrastructure", column("reward")
+    answers = [[fact.answer for fact in facts[i : i + K]] for i in range(0, len(facts), K)]
+    votes = majority(passed, valid, answers)
+    votes = votes[~np.isnan(votes)]
+    low, high = bootstrap_interval(votes, seed=seed)
+    return {
+        **summarise(passed, valid, ks={*powers_of_two(K), K}, seed=seed),
+        f"maj@{K}": {
+            "mean": float(votes.mean()) if votes.size else float("nan"),
+            "ci_low": low,
+            "ci_high": high,
+            "problems": votes.size,
+        },
+        "truncated": float(np.mean(~column("finished"))),
+        "malformed": float(np.mean(outcome == "malformed")),
+        "mean_length": float(column("tokens").mean()),
+        "mean_reward": float(rewards[valid].mean()) if valid.any() else float("nan"),
+    }
+
+
+def average(results: Mapping[str, Mapping[str, Any]]) -> float:
+    """pass@1, mean over benchmarks, as in the LPO paper's curves."""
+    return float(np.mean([result["pass@1"]["mean"] for result in results.values()]))

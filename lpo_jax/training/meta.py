@@ -1,0 +1,156 @@
+"""`lpo meta`: learns the mirror map of GBMPO by evolution. Every candidate is a whole training run of the config.
+
+All candidates start from the same model with the same random numbers, so that they differ by their maps alone. The
+search is saved after each candidate, and a candidate's run is resumable itself: killed at any moment and
+resumed, the search ends where it would have.
+"""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from lpo_jax import reporting
+from lpo_jax.config import Config, MetaSection
+from lpo_jax.errors import Diverged, UserError
+from lpo_jax.objectives import meta as evolution
+from lpo_jax.objectives.meta import Evolution
+from lpo_jax.objectives.mirror import NeuralMirror, initial_map
+from lpo_jax.training.loop import train
+from lpo_jax.training.mirror_file import write_map, write_whole
+from lpo_jax.training.run import RunDirectory
+from lpo_jax.training.session import check_config
+
+
+def meta(config: Config, *, resume: bool = False, fitness: Callable[[Config], float] | None = None) -> None:
+    """Runs `lpo meta`.
+
+    Leaves in `config.output`: mirror.json (the map learnt so far, for `objective.mirror`), metrics.jsonl (a row a
+    round), maps/ and runs/ (each candidate's map and run, without its checkpoints).
+
+    Args:
+      fitness: what a candidate's config is worth; by default `run_candidate`.
+
+    Raises:
+      UserError: as `lpo_jax.training.loop.train`, or the method has no mirror map.
+      RunStopped: the search or a candidate's run could not be saved.
+      Interrupted: SIGTERM or Ctrl-C; the search is saved, and so is the candidate's run.
+    """
+    mirror = mirror_of(config)
+    console = reporting.console()
+    with RunDirectory(config, "meta", resume) as run, reporting.RunWriter(run.path) as writer:
+        phi = mirror.mirror or initial_map(mirror.mirror_seed)
+        search = Search.load(run.path) or Search(evolution.start(phi))
+        writer.truncate_after(len(search.state.history))
+        while not finished(search.state, config.meta):
+            number, before = len(search.state.history) + 1, search.state
+            sigma = evolution.deviation(before, config.meta.sigma, config.meta.decay)
+            noise = evolution.new_noise(before, config.meta.population, config.seed)
+            for i in range(len(search.fitness), len(noise)):
+                worth = (fitness or run_candidate)(
+                    candidate(config, number, i, before.phi + sigma * noise[i])
+                )
+                search.fitness.append(worth)
+                search.save(run.path)
+                shutil.rmtree(candidate_output(config, number, i) / "checkpoints", ignore_errors=True)
+                console.print(f"round {number}, candidate {i + 1}/{len(noise)}: held-out pass@1 {worth:.1%}")
+            search.state = evolution.advance(before, noise, search.fitness, sigma, config.meta.alpha)
+            writer.write(number, round_metrics(before, search, sigma))
+            write_map(run.path / "mirror.json", search.state.phi)
+            search.fitness = []
+            search.save(run.path)
+        console.print(
+            f"{len(search.state.history)} rounds; mean held-out pass@1 of the best {search.state.best:.1%}; train with "
+            f"the map by --objective.mirror={run.path}/mirror.json"
+        )
+
+
+def finished(state: Evolution, settings: MetaSection) -> bool:
+    """Whether the last round has been played."""
+    stalled = evolution.stalled(state, settings.patience, settings.min_delta)
+    return stalled or len(state.history) >= settings.iterations
+
+
+@dataclasses.dataclass
+class Search:
+    """What is saved: the evolution, and the fitness of this round's candidates so far."""
+
+    state: Evolution
+    fitness: list[float] = dataclasses.field(default_factory=list)
+
+    @staticmethod
+    def file(output: Path) -> Path:
+        # In checkpoints/, which tells a run that has begun from one that failed at once.
+        return output / "checkpoints" / "search.json"
+
+    def save(self, output: Path) -> None:
+        """Whole or not at all."""
+        plain = {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in vars(self.state).items()}
+        write_whole(self.file(output), json.dumps(plain | {"fitness": self.fitness}))
+
+    @classmethod
+    def load(cls, output: Path) -> "Search | None":
+        """What `save` wrote, or None in a fresh run."""
+        if not cls.file(output).exists():
+            return None
+        held = json.loads(cls.file(output).read_text())
+        phi = np.array(held["phi"])
+        noise = np.array(held["carried_noise"]).reshape(-1, len(phi))
+        state = Evolution(phi, noise, np.array(held["carried_fitness"]), tuple(held["history"]))
+        return cls(state, held["fitness"])
+
+
+def mirror_of(config: Config) -> NeuralMirror:
+    """The part of the config's method that is learnt. Raises `UserError` where there is none."""
+    parts = check_config(config).parts
+    mirror = next((part for part in parts if isinstance(part, NeuralMirror)), None)
+    if mirror is None:
+        raise UserError(
+            f"objective.name = {config.objective['name']}: has no mirror map to learn; "
+            "set --objective.name=gbmpo-mirror"
+        )
+    if not mirror.mirror_coef:
+        raise UserError("objective.mirror_coef is 0: the mirror map would change nothing")
+    return mirror
+
+
+def candidate_output(config: Config, number: int, i: int) -> Path:
+    """The run directory of candidate i of a round."""
+    return Path(config.output) / "runs" / f"{number:02d}-{i:02d}"
+
+
+def candidate(config: Config, number: int, i: int, phi: np.ndarray) -> Config:
+    """The config of one candidate's run; its map is written to a file."""
+    path = Path(config.output) / "maps" / f"{number:02d}-{i:02d}.json"
+    write_map(path, phi)
+    objective = config.objective | {"mirror": str(path)}
+    return dataclasses.replace(config, output=str(candidate_output(config, number, i)), objective=objective)
+
+
+def run_candidate(config: Config) -> float:
+    """Trains, from where an earlier start left off, and returns the final held-out pass@1; 0 where it diverged."""
+    try:
+        train(config, resume=True)
+    except Diverged:
+        return 0.0
+    rows = (row.items() for row in reversed(reporting.read_metrics(config.output)))
+    scores = (v for row in rows for k, v in row if k.startswith("val-core/") and "/acc/mean@" in k)
+    return float(next(scores))
+
+
+def round_metrics(before: Evolution, search: Search, sigma: float) -> dict[str, float]:
+    """The row of a finished round."""
+    tried = np.concatenate([before.carried_fitness, search.fitness])
+    after = search.state
+    return {
+        "meta/fitness/mean": after.history[-1],
+        "meta/fitness/max": tried.max(),
+        "meta/fitness/min": tried.min(),
+        "meta/accepted": float(after.history[-1] > before.best),
+        "meta/best": after.best,
+        "meta/sigma": sigma,
+        "meta/step_norm": float(np.linalg.norm(after.phi - before.phi)),
+    }

@@ -1,0 +1,58 @@
+"""The file that holds a learnt mirror map: `lpo meta` writes it, `objective.mirror` names it."""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from lpo_jax.errors import RunStopped, UserError
+from lpo_jax.objectives.mirror import UNITS, map_problem
+
+# Name -> where it is among the 380 parameters. v, w, b: the public code's names, in its order of units.
+PARTS = {
+    "v": slice(0, UNITS),
+    "w": slice(UNITS, 2 * UNITS),
+    "b": slice(2 * UNITS, 3 * UNITS),
+    "a": slice(3 * UNITS, 3 * UNITS + 1),
+    "c": slice(3 * UNITS + 1, None),
+}
+
+
+def write_map(path: Path, parameters: Sequence[float]) -> None:
+    """Writes a map, whole or not at all; negative parameters become 0, since with them h would not be convex."""
+    usable = np.maximum(parameters, 0).tolist()
+    write_whole(path, json.dumps({name: usable[part] for name, part in PARTS.items()}, indent=1))
+
+
+def read_map(path: str) -> tuple[float, ...]:
+    """The 380 parameters of a map.
+
+    Raises:
+      UserError: no such file, or it holds no map.
+    """
+    try:
+        held = json.loads(Path(path).read_text())
+        parameters = tuple(float(x) for name in PARTS for x in held[name])
+    except FileNotFoundError:
+        raise UserError(f"objective.mirror: {path}: no such file; `lpo meta` writes one") from None
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"objective.mirror: {path}: not a mirror map as `lpo meta` writes it ({type(error).__name__}: {error})"
+        ) from None
+    problem = map_problem(parameters) if parameters else "is empty"
+    if problem:
+        raise UserError(f"objective.mirror: {path}: {problem}")
+    return parameters
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file so that whoever reads it sees the old text or the new one. Raises `RunStopped` on a full disk."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.tmp")
+        partial.write_text(text)
+        os.replace(partial, path)
+    except OSError as error:
+        raise RunStopped(f"{path}: cannot be written ({error.strerror})") from None

@@ -1,0 +1,153 @@
+"""One sampling round: prompts drawn, responses sampled and verified, hooks heard, arrays made for the objective.
+
+Axes: P prompts · K responses · T response tokens.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from lpo_jax import tasks
+from lpo_jax.evaluation.collect import Collected
+from lpo_jax.models.decoder import Params
+from lpo_jax.objectives import Scored, TokenStats
+from lpo_jax.objectives.method import Objective
+from lpo_jax.sampling.padding import bucket, pad_to
+from lpo_jax.training.batch import Groups, Rollouts
+from lpo_jax.training.hooks import Round, RunHook, Tools
+from lpo_jax.training.observe import observed
+from lpo_jax.training.session import Session
+from lpo_jax.training.step import EXTRA_STATS, Program, TrainState, gap, score
+
+
+@dataclasses.dataclass(frozen=True)
+class Learner:
+    """What a run learns by: the objective, its hooks at work, how the model is run, and the optimizer."""
+
+    objective: Objective
+    hooks: Sequence[RunHook]
+    program: Program
+    optimizer: optax.GradientTransformation
+
+    @property
+    def scores_first(self) -> bool:
+        """Whether the objective needs more of the tokens than the sampler can say."""
+        return bool(self.objective.needs & {"entropy", "top_logp", *EXTRA_STATS})
+
+    def metrics(self) -> dict[str, float]:
+        """What the hooks have to report of the last round."""
+        return {name: value for hook in self.hooks for name, value in hook.metrics().items()}
+
+    def state(self) -> list[Any]:
+        """JSON, of all hooks."""
+        return [hook.state() for hook in self.hooks]
+
+    def restore(self, states: Sequence[Any]) -> None:
+        """Continues from `state()`."""
+        for hook, state in zip(self.hooks, states, strict=True):
+            hook.restore(state)
+
+
+def sample_round(session: Session, learner: Learner, params: Params, data: tasks.PromptIterator, step: int):
+    """Samples and verifies a round. Returns it and the tools of its step."""
+    tools = Tools(session, learner.program, step, params, session.collect.sampler.prepare(params))
+
+    def rows() -> list[tuple[int, tasks.Row]]:
+        drawn = next(data)
+        for hook in learner.hooks:
+            drawn = hook.draw(drawn, step)
+        return drawn
+
+    round = Round(tools.sample(rows()))
+    for hook in learner.hooks:
+        hook.fill(round, rows, tools)
+    for hook in learner.hooks:
+        hook.mend(round, tools)
+        hook.observe(round.batch)
+    return round, tools
+
+
+def make_rollouts(round: Round, max_tokens: int, progress: float) -> Rollouts:
+    """What was sampled, padded to a bucket of response tokens, as the arrays an update takes."""
+    batch, responses = round.batch, round.batch.responses
+    T = bucket(responses.tokens.shape[-1], max_tokens)
+    tokens = pad_to(responses.tokens, T)
+    scored = Scored(
+        behaviour_logp=pad_to(responses.log_probs, T),
+        rewards=batch.rewards,
+        mask=pad_to(responses.mask, T),
+        valid=batch.valid,
+        passed=batch.passed,
+        malformed=batch.malformed,
+        truncated=~responses.finished,
+        token_ids=tokens,
+        clusters=clusters(batch),
+        progress=np.float32(progress),
+    )
+    return Rollouts(Groups(batch.prompts, batch.prompt_lengths, tokens), scored)
+
+
+def complete(
+    learner: Learner, rollouts: Rollouts, round: Round, tools: Tools, rescore: bool
+) -> tuple[Rollouts, dict[str, float]]:
+    """What the objective needs beyond the samples, from the model before its first update.
+
+    Returns:
+      The rollouts, and the sampler's gap to the trainer where behaviour log-probs are the trainer's (`rescore`).
+    """
+    scored, gaps = rollouts.scored, {}
+    if rescore or round.rescore:
+        by_trainer = score(learner.program, tools.params, rollouts.groups)
+        if not round.rescore:
+            found = gap(TokenStats(scored.behaviour_logp), by_trainer, scored.mask)
+            gaps = {name: float(value) for name, value in found.items()}
+        scored = scored.replace(behaviour_logp=by_trainer.logp)
+    wanted = learner.objective.needs & {"features", "prompt_confidence"}
+    if wanted:
+        seen = observed(learner.program, tools.params, rollouts.groups, scored.mask)
+        scored = scored.replace(**{name: seen[name] for name in wanted})
+    rollouts = rollouts.replace(scored=scored)
+    for hook in learner.hooks:
+        extra = hook.extras(rollouts, round.batch, tools)
+        rollouts = rollouts.replace(scored=rollouts.scored.replace(**extra))
+    teacher = rollouts.scored.teacher
+    if teacher is not None:
+        rollouts = rollouts.replace(groups=rollouts.groups.replace(top_ids=teacher.ids))
+    return rollouts, gaps
+
+
+def current_stats(learner: Learner, state: TrainState, rollouts: Rollouts, first: bool) -> TokenStats:
+    """The policy's statistics before an update of a minibatch.
+
+    In the first update after sampling the behaviour log-probs are the policy's own and stand in.
+    """
+    used = TokenStats(rollouts.scored.behaviour_logp)
+    if learner.scores_first or not first:
+        scored = score(learner.program, state.params, rollouts.groups)
+        used = scored.replace(logp=used.logp) if first else scored
+    if "ref_logp" in learner.objective.needs:
+        used = used.replace(ref_logp=score(learner.program, state.reference, rollouts.groups).logp)
+    return used
+
+
+def split(rollouts: Rollouts, parts: int) -> list[Rollouts]:
+    """A round's prompts as equal minibatches of whole groups; what is no array of prompts goes to each."""
+    size = rollouts.groups.prompts.shape[0] // parts
+    cut = lambda x, i: x[i * size : (i + 1) * size] if np.ndim(x) else x  # noqa: E731
+    return [jax.tree.map(lambda x, i=i: cut(x, i), rollouts) for i in range(parts)]
+
+
+def clusters(batch: Collected) -> np.ndarray:
+    """`[P, K]` int32: equal final answers of a group share a number; -1 where the verifier saw no answer."""
+    numbers = np.full(batch.rewards.shape, -1, np.int32)
+    for p, group in enumerate(batch.verdicts):
+        seen: dict[str, int] = {}
+        for k, verdict in enumerate(group):
+            answer = verdict.parts.get("answer")
+            if answer not in (None, ""):
+                numbers[p, k] = seen.setdefault(str(answer), len(seen))
+    return numbers
