@@ -1,4 +1,4 @@
-"""The command `lpo`: `lpo train | sft | eval | sample | export | methods`.
+"""The command `lpo`: `lpo train | sft | meta | eval | sample | export | methods | simplex | data`.
 
 A user's mistake ends in one line on stderr and exit status 2; a run that had to stop, in one line and status 1.
 """
@@ -42,9 +42,10 @@ def _fail(error: Exception, status: int) -> int:
 def _train(arguments: argparse.Namespace) -> None:
     from lpo_jax.config import load_config
     from lpo_jax.training.loop import train
+    from lpo_jax.training.meta import meta
     from lpo_jax.training.sft import sft
 
-    _run_resumably({"train": train, "sft": sft}[arguments.command], arguments, load_config)
+    _run_resumably({"train": train, "sft": sft, "meta": meta}[arguments.command], arguments, load_config)
 
 
 def _run_resumably(run, arguments, load_config):
@@ -61,13 +62,45 @@ def _run_resumably(run, arguments, load_config):
         )
 
 
-def _eval(arguments: argparse.Namespace) -> None:
+def _eval(arguments: argparse.Namespace) -> int | None:
+    given = {name: getattr(arguments, name) for name in _SUITE_OPTIONS if hasattr(arguments, name)}
+    if arguments.suite is not None:
+        return _eval_suite(arguments, given)
+    # Two of these are keys of a config as well, and mean that here.
+    config_keys = [f"--{name}={given.pop(name)}" for name in ("task", "seed") if name in given]
+    for name in given:
+        raise UserError(f"--{name.replace('_', '-')} goes with --suite; a config has keys for it (--help)")
     from lpo_jax.training.evaluate import evaluate_command
 
     _compile_cache()
-    evaluate_command(
-        arguments.target, arguments.overrides, checkpoint=arguments.checkpoint, as_json=arguments.json
-    )
+    overrides = [*config_keys, *arguments.overrides]
+    evaluate_command(arguments.target, overrides, checkpoint=arguments.checkpoint, as_json=arguments.json)
+    return None
+
+
+def _eval_suite(arguments: argparse.Namespace, given: dict) -> int | None:
+    from lpo_jax.training.run import Interrupted, Signals
+    from lpo_jax.training.suite import suite_command
+
+    _compile_cache()
+    if "stop" in given:
+        given["stop"] = tuple(given["stop"])
+    apart = {name: given.pop(name) for name in ("data_dir", "task", "out") if name in given}
+    try:
+        with Signals():
+            suite_command(
+                arguments.target,
+                arguments.suite,
+                given,
+                **apart,
+                overrides=arguments.overrides,
+                checkpoint=arguments.checkpoint,
+                as_json=arguments.json,
+            )
+    except Interrupted:
+        print("lpo: stopped by a signal; the same command goes on where it stopped", file=sys.stderr)
+        return 130
+    return None
 
 
 def _sample(arguments: argparse.Namespace) -> None:
@@ -110,18 +143,95 @@ def _methods(arguments: argparse.Namespace) -> None:
     from lpo_jax.reporting.tables import method_table
     from lpo_jax.reporting.text import console
 
-    methods = list(objectives.names().values())
+    if arguments.markdown:
+        from lpo_jax.reporting.method_docs import markdown
+
+        print(markdown(), end="")
+        return
+    known = objectives.names()
+    for name in arguments.names:
+        _method(name)  # refuses what is not known
+    methods = [known[name] for name in arguments.names or known]
     if arguments.json:
         print(json.dumps(methods, indent=2))
     else:
         console().print(method_table(methods))
 
 
+def _simplex(arguments: argparse.Namespace) -> None:
+    from lpo_jax.reporting.simplex import draw
+
+    try:
+        rewards = [float(reward) for reward in arguments.rewards.split(",")]
+    except ValueError:
+        raise UserError(f"--rewards: expected numbers, such as 1,0,0; got {arguments.rewards!r}") from None
+    if not arguments.out.endswith(".png"):
+        raise UserError(f"--out: the picture is a PNG file, so its name ends in .png; got {arguments.out!r}")
+    if not os.path.isdir(os.path.dirname(arguments.out) or "."):
+        raise UserError(f"--out: no such directory: {os.path.dirname(arguments.out)}")
+    methods = {spec.strip(): _method(spec.strip()) for spec in arguments.methods.split(",")}
+    try:
+        print(f"wrote {draw(rewards, methods, arguments.out)}")
+    except OSError as error:
+        raise UserError(f"--out: cannot write {arguments.out}: {error.strerror}") from None
+
+
+def _method(spec: str):
+    """The objective of "name" or "name:option=value:option=value"."""
+    import yaml
+
+    from lpo_jax import objectives
+
+    name, *settings = spec.split(":")
+    options = {}
+    for setting in settings:
+        key, given, value = setting.partition("=")
+        if not given:
+            raise UserError(f"method {spec!r}: write options as name:option=value, got {setting!r}")
+        options[key] = yaml.safe_load(value)
+    try:
+        return objectives.get(name, **options)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def _data(arguments: argparse.Namespace) -> None:
+    from lpo_jax import tasks
+    from lpo_jax.config import load_config, override_config, parse_config
+    from lpo_jax.reporting.text import sanitise
+    from lpo_jax.tasks.describe import describe, lines
+
+    if (
+        arguments.target in tasks.names()
+    ):  # a task by name, its options as --task.option=value; it needs no model
+        config = parse_config({"output": "-", "model": {"path": "-"}, "task": arguments.target})
+        config = override_config(config, arguments.overrides)
+    elif not os.path.exists(arguments.target):
+        raise UserError(
+            f"{arguments.target}: no such config file, and no task; tasks are {', '.join(tasks.names())}"
+        )
+    else:
+        config = load_config(arguments.target, arguments.overrides)
+    options = dict(config.task)
+    task = tasks.get(options.pop("name"), **options)
+    encoding = ()
+    if config.model.path != "-":
+        import functools
+
+        from lpo_jax.models.load import load_config_and_tokenizer
+        from lpo_jax.sampling.text import encode
+
+        _, tokenizer, _ = load_config_and_tokenizer(config.model.path)
+        encoding = (functools.partial(encode, tokenizer), tokenizer.decode) if tokenizer else ()
+    summary = describe(task, *encoding)
+    print(json.dumps(summary, default=str) if arguments.json else sanitise("\n".join(lines(summary))))
+
+
 def _compile_cache() -> None:
     """Compiled programs are kept on disk, so that a second start does not compile again."""
     import jax
 
-    from lpo_jax.models.sources import cache_dir
+    from lpo_jax.hub import cache_dir
 
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
@@ -138,6 +248,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, text in (
         ("train", "train a model on a task with Listwise Policy Optimization or a relative"),
         ("sft", "the config's supervised warm start as a run of its own"),
+        ("meta", "learn the mirror map of gbmpo-mirror by evolution; every candidate is a run of the config"),
     ):
         command = _command(commands, name, text, _train, configurable=True)
         command.add_argument("config", metavar="CONFIG", help="YAML file")
@@ -146,11 +257,20 @@ def _parser() -> argparse.ArgumentParser:
         )
 
     command = _command(
-        commands, "eval", "held-out pass@k of a run or of a config's model", _eval, configurable=True
+        commands,
+        "eval",
+        "held-out pass@k of a run or of a config's model; with --suite, benchmarks put to any model",
+        _eval,
+        configurable=True,
     )
-    command.add_argument("target", metavar="CONFIG|RUN", help="YAML file, or a run directory")
+    command.add_argument(
+        "target",
+        metavar="CONFIG|RUN|MODEL",
+        help="YAML file, or a run directory; with --suite a run or a model",
+    )
     _checkpoint_option(command)
     command.add_argument("--json", action="store_true", help="print the summary as JSON")
+    _suite_options(command)
 
     command = _command(commands, "sample", "print responses of a model to prompts", _sample)
     command.add_argument(
@@ -179,6 +299,30 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     command = _command(commands, "methods", "list the methods with their formulas and options", _methods)
+    command.add_argument("names", nargs="*", metavar="NAME", help="of the methods to show (all)")
+    command.add_argument("--json", action="store_true", help="as JSON")
+    command.add_argument("--markdown", action="store_true", help="the text of docs/methods.md")
+
+    command = _command(
+        commands,
+        "simplex",
+        "draw targets and updates of methods for three responses, as a PNG file",
+        _simplex,
+    )
+    command.add_argument("--rewards", default="1,0,0", help="of the three responses (1,0,0)")
+    command.add_argument(
+        "--methods",
+        default="lpo-forward,lpo-reverse,grpo",
+        help="names, each with options if wanted: lpo-forward:divergence=js (lpo-forward,lpo-reverse,grpo)",
+    )
+    command.add_argument("--out", default="simplex.png", help="file to write (simplex.png)")
+
+    command = _command(
+        commands, "data", "read a task's data, and show its rows, prompts and hash", _data, configurable=True
+    )
+    command.add_argument(
+        "target", metavar="CONFIG|TASK", help="YAML file, or a task's name with --task.option=value"
+    )
     command.add_argument("--json", action="store_true", help="as JSON")
     return parser
 
@@ -215,6 +359,71 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not positive")
     return value
+
+
+# What `lpo eval` takes beside --suite, under the names of `evaluation.suite.Settings` and `suite_command`.
+_SUITE_OPTIONS: dict[str, dict] = {
+    "data_dir": {"metavar": "DIR", "help": "folder with the suite's files (default: from the hub)"},
+    "task": {
+        "metavar": "NAME",
+        "help": "of a data FILE: math, gsm8k, code, ...; its options as --task.option=value",
+    },
+    "out": {"metavar": "DIR", "help": "where figures and responses go (runs/eval-MODEL-SUITE)"},
+    "num_responses": {
+        "type": _positive,
+        "metavar": "K",
+        "help": "samples per problem (each benchmark's own; of a data FILE 1)",
+    },
+    "problems": {"type": _positive, "metavar": "N", "help": "the first N of each benchmark (all)"},
+    "temperature": {"type": float, "metavar": "T", "help": "0 is greedy (0.6, the paper's)"},
+    "top_p": {"type": float, "metavar": "P", "help": "nucleus (1.0: off)"},
+    "max_tokens": {
+        "type": _positive,
+        "metavar": "N",
+        "help": "response tokens at most (4096 for math and code, else 1024)",
+    },
+    "max_prompt_tokens": {
+        "type": _positive,
+        "metavar": "N",
+        "help": "at most (what the model's positions leave)",
+    },
+    "overlong_prompts": {
+        "choices": ("error", "drop"),
+        "help": "refuse longer ones, or leave them out (error)",
+    },
+    "stop": {"action": "append", "help": "a string that ends a response; may be repeated"},
+    "chat": {
+        "action": argparse.BooleanOptionalAction,
+        "help": "ask through the chat template (as the benchmark says)",
+    },
+    "batch": {
+        "type": _positive,
+        "metavar": "N",
+        "help": "prompts sampled together (as many as make 64 responses)",
+    },
+    "dtype": {"choices": ("float32", "bfloat16"), "help": "of activations and products (float32)"},
+    "seed": {"type": int, "metavar": "N", "help": "of the samples and the bootstrap (0)"},
+    "allow_weak_sandbox": {"action": "store_true", "help": "run programs without bubblewrap; recorded"},
+}
+
+
+def _suite_options(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group(
+        "suites",
+        "Every response is kept, and the same command goes on where it was stopped. A FILE is data (jsonl, json,\n  "
+        "parquet) with --task, or YAML: a list of {name: mine, k: 16, task: {name: math, heldout: mine.jsonl}}.",
+    )
+    group.add_argument(
+        "--suite",
+        metavar="NAME|FILE",
+        help="math, countdown, countdown-generated, code, or a file of your own",
+    )
+    for name, option in _SUITE_OPTIONS.items():
+        dashes = f"--{name.replace('_', '-')}"
+        group.add_argument(dashes, dest=name, default=argparse.SUPPRESS, **option)
+        if "_" in name:  # as config keys are written
+            hidden = {**option, "help": argparse.SUPPRESS}
+            group.add_argument(f"--{name}", dest=name, default=argparse.SUPPRESS, **hidden)
 
 
 if __name__ == "__main__":

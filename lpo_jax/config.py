@@ -42,6 +42,9 @@ class RewardsSection(_Strict):
     timeout: Annotated[float, Field(gt=0)] = _option(
         10.0, "seconds one response may take; then its worker is killed"
     )
+    allow_weak_sandbox: bool = _option(
+        False, "run programs without bubblewrap, where they can read your files; recorded in run.json"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +126,21 @@ class WarmStartSection(_Strict):
 
 
 @dataclasses.dataclass(frozen=True)
+class MetaSection(_Strict):
+    """Evolution of the mirror map of gbmpo-mirror (`lpo meta`); every candidate is a whole run of the config."""
+
+    iterations: Positive = _option(15, "rounds at most")
+    population: Annotated[int, Field(ge=2, multiple_of=2)] = _option(
+        10, "candidates a round, in opposite pairs"
+    )
+    sigma: Annotated[float, Field(gt=0)] = _option(0.01, "standard deviation of their noise")
+    decay: Annotated[float, Field(gt=0, le=1)] = _option(0.99, "of sigma, each round")
+    alpha: Annotated[float, Field(gt=0)] = _option(0.01, "step along the estimated gradient")
+    patience: Positive = _option(5, "stop after this many rounds without improvement")
+    min_delta: Annotated[float, Field(ge=0)] = _option(1e-3, "held-out pass@1 that counts as improvement")
+
+
+@dataclasses.dataclass(frozen=True)
 class Config(_Strict):
     """A run. `task` and `objective` hold a name and that task's or method's own options."""
 
@@ -143,6 +161,7 @@ class Config(_Strict):
     evaluation: EvaluationSection = EvaluationSection()
     checkpoint: CheckpointSection = CheckpointSection()
     warm_start: WarmStartSection = WarmStartSection()
+    meta: MetaSection = MetaSection()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as YAML and JSON hold them."""

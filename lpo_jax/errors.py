@@ -15,6 +15,10 @@ class RunStopped(Exception):
     """A run that cannot go on, for a reason found while it ran. Its text says what is saved. Exit status 1."""
 
 
+class Diverged(RunStopped):
+    """A run that had nothing to learn from any more: one gradient after another was not finite."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """`"; did you mean 'x'?"` for the known name closest to `name`, or `""` when none is close."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)

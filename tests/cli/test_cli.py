@@ -157,6 +157,7 @@ def test_train_then_eval_export_and_sample(config_file, capsys, tmp_path, fails)
     for name in ("config.yaml", "run.json", "metrics.jsonl", "rollouts/1.jsonl", "plots/learning_curves.png"):
         assert (tmp_path / "run" / name).stat().st_size > 0
     assert list((tmp_path / "run" / "tensorboard").iterdir())
+    assert len(json.loads((tmp_path / "run" / "run.json").read_text())["data"]["content_hash"]) == 64
 
     assert main(["eval", run, "--checkpoint", "latest", "--json"]) == 0
     summary = json.loads(capsys.readouterr().out)
@@ -165,6 +166,13 @@ def test_train_then_eval_export_and_sample(config_file, capsys, tmp_path, fails)
     assert summary["pass@1"]["mean"] == during[-1]  # the same problems with the same random numbers
     assert main(["eval", path, "--evaluation.problems=2"]) == 0
     assert "pass@1" in capsys.readouterr().out
+    suite = tmp_path / "suite.yaml"
+    task = load_config(path).task
+    suite.write_text(yaml.safe_dump([{"name": "mine", "k": 2, "task": task}]))
+    sizes = ["--problems=3", "--max-tokens=6", "--json", "--out", str(tmp_path / "suite")]
+    assert main(["eval", run, "--suite", str(suite), "--checkpoint=latest", *sizes]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert "step 1" in summary["model"] and summary["benchmarks"]["mine"]["samples"] == 6
 
     assert main(["export", run, out]) == 0
     capsys.readouterr()
@@ -202,13 +210,13 @@ def test_methods(capsys):
     assert all(name in printed for name in objectives.names())
 
 
-@pytest.mark.parametrize("command", ["train", "sft", "eval", "sample", "export", "methods"])
+@pytest.mark.parametrize("command", ["train", "sft", "eval", "sample", "export", "methods", "data"])
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
     assert stop.value.code == 0
     printed = capsys.readouterr().out
-    if command in ("train", "sft", "eval"):
+    if command in ("train", "sft", "eval", "data"):
         assert all(f"--{key}=" in printed for key, _, _ in describe())
 
 
