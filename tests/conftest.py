@@ -1,5 +1,6 @@
 """Tiny models for every test, and one compile cache for all of them; set before jax starts."""
 
+import gc
 import os
 import sys
 import tempfile
@@ -69,3 +70,13 @@ def run_config(tmp_path, tiny_model, tiny_task):
 def no_plots(monkeypatch):
     """Drawing takes longer than a short run; runs whose plots are not looked at go without."""
     monkeypatch.setattr("lpo_jax.reporting.save_plots", lambda run: [])
+
+
+@pytest.fixture(autouse=True)
+def few_programs():
+    """Compiled programs are memory maps, of which Linux gives a process 65,530; jax crashes where they run out."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 30_000:
+        jax.clear_caches()
+        gc.collect()

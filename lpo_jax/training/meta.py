@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from lpo_jax import reporting
@@ -136,6 +137,9 @@ def run_candidate(config: Config) -> float:
         train(config, resume=True)
     except Diverged:
         return 0.0
+    finally:
+        # Each map is a program of its own: those of hundreds of candidates would fill the process's memory maps.
+        jax.clear_caches()
     rows = (row.items() for row in reversed(reporting.read_metrics(config.output)))
     scores = (v for row in rows for k, v in row if k.startswith("val-core/") and "/acc/mean@" in k)
     return float(next(scores))

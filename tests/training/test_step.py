@@ -188,12 +188,10 @@ def test_gradient_reaches_the_parameters_through_every_statistic(tiny_config, ti
     cotangent = TokenStats(**({"logp": np.zeros((P, K, T), np.float32)} | weights))
     extra = ("collision", "hidden_norm")
     want = jax.grad(lambda p: total(program_for(tiny_config, extra=extra), p))(tiny_params)
-    for budget in (10**6, S + 2 * T):
-        program = program_for(tiny_config, budget, extra=extra)
-        got, stats = pull_back(program, tiny_params, groups, cotangent)
-        assert relative_error(got, want) <= 1e-5
-        chex.assert_trees_all_close(stats.top_logp, teacher.logp, atol=1e-5)
-        chex.assert_trees_all_close(stats.entropy, teacher.entropy, atol=1e-5)
+    got, stats = pull_back(program_for(tiny_config, S + 2 * T, extra=extra), tiny_params, groups, cotangent)
+    assert relative_error(got, want) <= 1e-5
+    chex.assert_trees_all_close(stats.top_logp, teacher.logp, atol=1e-5)
+    chex.assert_trees_all_close(stats.entropy, teacher.entropy, atol=1e-5)
 
 
 def test_microbatch_plan():
