@@ -1,6 +1,6 @@
 # Needs only Python >= 3.11, make and a reachable package index.
 #   make run     the quickstart: a 135M model learns a task with checkable answers (ARGS="--training.steps=20" ...)
-#   make test    lint and all tests
+#   make test    lint and tests (ARGS='-m slow': every method end to end, and others that take minutes)
 PYTHON ?= python3
 BIN := .venv/bin
 # The accelerator that is there decides which jax is installed; EXTRAS= or EXTRAS=cuda overrides.

@@ -105,7 +105,9 @@ def test_resume_is_exact(reference, run_config):
     assert_same_run(learned(config), reference)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGKILL, signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_killed_run_goes_on_exactly(reference, run_config, tmp_path, number):
     config = run_config()
     process = start(config, tmp_path / "config.yaml")
@@ -196,25 +198,27 @@ SETTINGS = {
     "empo": {"entropy_threshold": 10.0},
     "capo-calibration": {"ppl_correct_max": 1e6},
 }
-# Methods with large programs of their own (longer prompts, features, a teacher): minutes in all, so `-m slow`.
-HEAVY = {
-    "brpo",
-    "capo-curvature",
-    "copg",
-    "flowrl",
-    "ghpo",
-    "grpo-vps",
-    "mdpo",
-    "poise",
-    "progrpo",
-    "riskpo",
-    "srpo",
-}
-HEAVY |= {"fg-expo"}
+# Methods that keep a state, mend rounds or ask for more of the model, and one of each family, run in every test run.
+# The others, which differ in arrays alone, and those with large programs of their own (longer prompts, a teacher) are
+# minutes in all: `pytest -m slow`.
+ALWAYS = [
+    "lpo-forward",
+    "grpo",
+    "dr-grpo",
+    "gspo",
+    "tpo",
+    "earl",
+    "gbmpo-probl2",
+    "r2vpo",
+    "pipo",
+    "vas",
+    "dapo",
+]
+ALWAYS += ["remax", "fapo", "capo-credit", "scaf-grpo"]
 
 
 def by_weight(names):
-    return [pytest.param(name, marks=pytest.mark.slow) if name in HEAVY else name for name in names]
+    return [name if name in ALWAYS else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 # Methods whose control or hooks carry a state from step to step that does not depend on the run's length.
@@ -282,6 +286,7 @@ def test_reference_stays_where_the_run_began(method_config):
             assert rows[-1]["actor/kl_loss"] > 0
 
 
+@pytest.mark.slow
 def test_memory_and_scoring_settings_do_not_change_what_is_learned(run_config):
     ends = []
     for number, settings in enumerate(

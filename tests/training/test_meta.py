@@ -216,6 +216,7 @@ def test_a_candidate_that_diverges_is_worth_nothing(config, monkeypatch):
     assert command.run_candidate(config()) == 0.0
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_plots")
 def test_lpo_meta_with_real_runs(run_config, tmp_path, capsys):
     """Two candidates, one round: every candidate is a run like any other, and its last evaluation is its worth."""

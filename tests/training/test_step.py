@@ -111,7 +111,7 @@ def test_scores_equal_those_of_each_response_alone(tiny_config, tiny_params, rol
 
 
 @pytest.mark.parametrize("name", ["lpo-forward", "lpo-reverse", "grpo"])
-@pytest.mark.parametrize("budget", [10**6, 2 * (S + K * T), S + K * T, S + 2 * T, 1])
+@pytest.mark.parametrize("budget", [10**6, S + K * T, S + 2 * T, 1])
 def test_three_parts_equal_plain_autodiff(tiny_config, tiny_params, rollouts, name, budget):
     """Whole groups, several prompts a microbatch, groups split in halves and into single responses."""
     rollouts = behaviour(tiny_config, tiny_params, rollouts, noise=0.1)
@@ -171,6 +171,7 @@ def test_all_masked_batch_gives_a_zero_gradient(tiny_config, tiny_params, rollou
     chex.assert_tree_all_finite(metrics)
 
 
+@pytest.mark.slow
 def test_gradient_reaches_the_parameters_through_every_statistic(tiny_config, tiny_params, rollouts):
     """Entropy, collision, state norms and other tokens' log-probs, each with a cotangent, against plain autodiff."""
     teacher = likeliest(program_for(tiny_config), 3, tiny_params, rollouts.groups)
