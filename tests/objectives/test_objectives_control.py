@@ -119,6 +119,7 @@ def test_item_4_state_without_a_valid_response(name):
             chex.assert_trees_all_equal(after, before)
 
 
+@pytest.mark.slow
 def test_item_1_padding_does_not_reach_the_state():
     objective = O.get("riskpo")
     stats, scored = full_batch(objective=objective)

@@ -84,6 +84,7 @@ def test_gvpo_is_the_public_loss_up_to_its_constant():
     np.testing.assert_allclose(slope, scale * (gradient * nudge).sum(), rtol=1e-4)
 
 
+@pytest.mark.slow
 @in_float64
 def test_item_18_copg_is_all_pairs_against_the_reference():
     objective, stats, scored = case("copg", dtype=np.float64)

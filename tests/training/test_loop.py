@@ -272,6 +272,7 @@ def test_state_of_a_method_survives_a_resume(method_config, name):
     chex.assert_trees_all_equal(*ends)
 
 
+@pytest.mark.slow
 def test_reference_stays_where_the_run_began(method_config):
     """The penalty is 0 at the first update, whose policy is the reference, and more once it has moved."""
     for coefficient in (0.0, 0.1):
@@ -304,6 +305,7 @@ def test_memory_and_scoring_settings_do_not_change_what_is_learned(run_config):
     chex.assert_trees_all_close(ends[0], ends[2], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_bfloat16_trains(run_config):
     config = run_config(training={"steps": 2})
     config["model"]["dtype"] = "bfloat16"

@@ -111,7 +111,7 @@ def test_scores_equal_those_of_each_response_alone(tiny_config, tiny_params, rol
 
 
 @pytest.mark.parametrize("name", ["lpo-forward", "lpo-reverse", "grpo"])
-@pytest.mark.parametrize("budget", [10**6, S + K * T, S + 2 * T, 1])
+@pytest.mark.parametrize("budget", [10**6, S + 2 * T, 1])
 def test_three_parts_equal_plain_autodiff(tiny_config, tiny_params, rollouts, name, budget):
     """Whole groups, several prompts a microbatch, groups split in halves and into single responses."""
     rollouts = behaviour(tiny_config, tiny_params, rollouts, noise=0.1)
