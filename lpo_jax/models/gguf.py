@@ -134,13 +134,13 @@ class GgufFile:
         layout.check_names(str(self.path), layout.file_names(config, "gguf"), found)
         interleaved = self.metadata["general.architecture"] == "llama"
 
-        def read(tensor: layout.Tensor, layer: int) -> np.ndarray:
+        def read(tensor: layout.Tensor, layer: int, index: layout.Index) -> np.ndarray:
             x = self.read(tensor.gguf.format(layer))
             if interleaved and tensor.name in ("wq", "wk"):
                 # llama.cpp rotates neighbours: its rows alternate between the two halves of a head.
                 heads = config.num_heads if tensor.name == "wq" else config.num_kv_heads
                 x = x.reshape(heads, config.head_width // 2, 2, config.width).swapaxes(1, 2)
-            return x
+            return x.reshape(tensor.file_shape)[index]
 
         return layout.read_params(config, read, dtype, shardings)
 

@@ -1,19 +1,34 @@
 """From hidden states to log-probs of given tokens, without ever holding `[tokens, V]`.
 
-Axes: R tokens (any flattened rows) · D width · V vocabulary · C tokens of a chunk (this file only).
+Chunks of tokens run one after another; peak memory is one chunk of logits. A chunk is cut along the tokens of a row,
+never across rows, so that rows may lie on different devices; and the vocabulary axis is only ever compared and
+summed, so that it may too.
+
+`token_log_probs` gives the statistics alone. In training the cotangent of every statistic is known before the pass,
+so `weighted_log_probs` makes the gradient in the same pass: the logits are computed once, where autodiff with
+recomputed chunks would compute them twice.
+
+Axes: B rows · X tokens of a row · D width · V vocabulary · J likeliest tokens · C tokens of a chunk (this file only).
 """
+
+import functools
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 
 from lpo_jax.models.decoder import project
+from lpo_jax.models.sharding import RULES, constrain, gathered, summed
 
-# Logits of one chunk, in elements: 2^25 float32 values are 128 MiB, whatever the vocabulary.
+# Logits of one chunk of one row, in elements: 2^25 float32 values are 128 MiB, whatever the vocabulary.
 CHUNK_ELEMENTS = 1 << 25
+
+# Statistics beyond log-prob and entropy; computed where asked for.
+EXTRA_STATS = ("collision", "hidden_norm")
 
 
 def chunk_size(vocab_size: int) -> int:
-    """Tokens whose logits exist at once: a power of two, at least 16."""
+    """Tokens of a row whose logits exist at once: a power of two, at least 16."""
     return max(16, 1 << ((CHUNK_ELEMENTS // vocab_size).bit_length() - 1))
 
 
@@ -24,63 +39,177 @@ def token_log_probs(
     temperature: float = 1.0,
     *,
     top_ids: jax.Array | None = None,
-    collision: bool = False,
+    extra: tuple[str, ...] = (),
 ) -> dict[str, jax.Array]:
-    """What softmax(logits / temperature) says of each target, differentiable.
-
-    Chunks of tokens run one after another and are rematerialised in the backward pass, so peak memory is one
-    chunk of logits in either direction.
+    """What softmax(logits / temperature) says of each target; not for differentiation.
 
     Args:
-      hidden: `[R, D]` normed states, each predicting the target of its row.
+      hidden: `[B, X, D]` normed states, each predicting the target at its place.
       unembed: `[V, D]`.
-      targets: `[R]` ids.
+      targets: `[B, X]` ids.
       temperature: the one the sampler used; scores are of the distribution that was sampled from.
-      top_ids: `[R, J]` ids whose log-probs are wanted too.
-      collision: whether the sum of squared probabilities is wanted too.
+      top_ids: `[B, X, J]` ids whose log-probs are wanted too.
+      extra: which of `EXTRA_STATS` are wanted too.
 
     Returns:
-      Float32 arrays: "logp" `[R]`, "entropy" in nats `[R]`, and as asked "top_logp" `[R, J]`, "collision" `[R]`.
+      Float32 arrays: "logp" `[B, X]`, "entropy" in nats `[B, X]`, and as asked "top_logp" `[B, X, J]`, "collision"
+      `[B, X]` (sum of squared probabilities) and "hidden_norm" `[B, X]` (Euclidean norm of the state).
     """
 
-    @jax.checkpoint
-    def chunk(xs):
+    def chunk(_, xs):
         h, target, top = xs
-        logits = project(h, unembed) / temperature  # [C, V]
-        lse = jax.nn.logsumexp(logits, axis=-1)
-        chosen = jnp.take_along_axis(logits, target[:, None], axis=-1)[:, 0]
-        entropy = lse - jnp.sum(jnp.exp(logits - lse[:, None]) * logits, axis=-1)
-        out = {"logp": chosen - lse, "entropy": entropy}
-        if top is not None:
-            out["top_logp"] = jnp.take_along_axis(logits, top, axis=-1) - lse[:, None]
-        if collision:
-            out["collision"] = jnp.exp(2 * (logits - lse[:, None])).sum(-1)
-        return out
+        return None, _statistics(_logits(h, unembed, temperature), h, target, top, extra)[0]
 
+    unembed = gathered(unembed, hidden.dtype, "vocab", "embed")
     with jax.named_scope("token_log_probs"):
-        return _by_chunks(chunk, unembed.shape[0], hidden, targets, top_ids)
+        return _by_chunks(chunk, None, unembed.shape[0], hidden, targets, top_ids)[1]
+
+
+def weighted_log_probs(
+    hidden: jax.Array,
+    unembed: jax.Array,
+    targets: jax.Array,
+    cotangent: Mapping[str, jax.Array],
+    temperature: float = 1.0,
+    *,
+    top_ids: jax.Array | None = None,
+    extra: tuple[str, ...] = (),
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The sum of cotangent times statistic, for `jax.grad` with respect to `hidden` and `unembed`.
+
+    Args:
+      cotangent: by the names of `token_log_probs`; constant, and only those of statistics that have a say.
+      others: as `token_log_probs`.
+
+    Returns:
+      A float32 scalar, and the statistics themselves, which carry no gradient.
+    """
+    return _weighted((temperature, extra), hidden, unembed, (targets, dict(cotangent), top_ids))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _weighted(options, hidden, unembed, given):
+    temperature, extra = options
+    targets, cotangent, top_ids = given
+    stats = token_log_probs(hidden, unembed, targets, temperature, top_ids=top_ids, extra=extra)
+    return sum(jnp.vdot(stats[name], weight) for name, weight in cotangent.items()), stats
+
+
+def _weighted_forward(options, hidden, unembed, given):
+    temperature, extra = options
+
+    def chunk(unembed, d_unembed, xs):
+        h, target, cotangent, top = xs
+        logits = _logits(h, unembed, temperature)
+        stats, probabilities = _statistics(logits, h, target, top, extra)
+        slope = _slope(logits, probabilities, stats, target, top, cotangent) / temperature
+        slope = constrain(slope.astype(h.dtype), "batch", None, "vocab")
+        product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+        with jax.default_matmul_precision("float32" if h.dtype == jnp.float32 else "default"):
+            d_h = product("bcv,vd->bcd", slope, unembed.astype(h.dtype))
+            # On one axis of tokens: with two, a CPU would take a transposed copy of the slopes first.
+            d_unembed += product("rv,rd->vd", slope.reshape(-1, slope.shape[-1]), h.reshape(-1, h.shape[-1]))
+        if "hidden_norm" in cotangent:
+            weight = cotangent["hidden_norm"] / jnp.maximum(stats["hidden_norm"], 1e-30)
+            d_h += weight[..., None] * h.astype(jnp.float32)
+        return d_unembed, (stats, d_h.astype(h.dtype))
+
+    def rows(unembed, arrays):
+        zero = constrain(jnp.zeros(unembed.shape, jnp.float32), "vocab", None)
+        return _by_chunks(functools.partial(chunk, unembed), zero, unembed.shape[0], *arrays)
+
+    targets, cotangent, top_ids = given
+    with jax.named_scope("token_log_probs"):
+        d_unembed, (stats, d_hidden) = summed(rows, RULES["batch"], dim=0)(
+            gathered(unembed, hidden.dtype, "vocab", "embed"), (hidden, targets, cotangent, top_ids)
+        )
+        d_unembed = constrain(d_unembed, "vocab", "embed")
+    total = sum(jnp.vdot(stats[name], weight) for name, weight in cotangent.items())
+    return (total, stats), (d_hidden, d_unembed.astype(unembed.dtype))
+
+
+def _weighted_backward(options, gradients, cotangent):
+    d_hidden, d_unembed = gradients
+    scale = cotangent[0]
+    return (scale * d_hidden).astype(d_hidden.dtype), (scale * d_unembed).astype(d_unembed.dtype), None
+
+
+_weighted.defvjp(_weighted_forward, _weighted_backward)
 
 
 def top_tokens(
     hidden: jax.Array, unembed: jax.Array, count: int, temperature: float = 1.0
 ) -> dict[str, jax.Array]:
-    """The likeliest next tokens: "ids" `[R, J]` int32, their "logp" `[R, J]`, and the "entropy" `[R]` of the whole."""
+    """The likeliest next tokens: "ids" `[B, X, J]` int32, their "logp", and the "entropy" `[B, X]` of the whole."""
 
-    def chunk(xs):
-        logits = project(xs[0], unembed) / temperature
+    def chunk(_, xs):
+        logits = _logits(xs[0], unembed, temperature)
         lse = jax.nn.logsumexp(logits, axis=-1)
         top, ids = jax.lax.top_k(logits, count)
-        entropy = lse - jnp.sum(jnp.exp(logits - lse[:, None]) * logits, axis=-1)
-        return {"ids": ids, "logp": top - lse[:, None], "entropy": entropy}
+        entropy = lse - jnp.sum(jnp.exp(logits - lse[..., None]) * logits, axis=-1)
+        return None, {"ids": ids, "logp": top - lse[..., None], "entropy": entropy}
 
+    unembed = gathered(unembed, hidden.dtype, "vocab", "embed")
     with jax.named_scope("top_tokens"):
-        return _by_chunks(chunk, unembed.shape[0], hidden)
+        return _by_chunks(chunk, None, unembed.shape[0], hidden)[1]
 
 
-def _by_chunks(function, vocab_size: int, *arrays: jax.Array | None):
-    """`function` over chunks of the rows `[R, ...]`; outputs are joined and cut back to R rows."""
-    R = arrays[0].shape[0]
-    C = min(chunk_size(vocab_size), R)
-    cut = lambda x: jnp.pad(x, [(0, -R % C)] + [(0, 0)] * (x.ndim - 1)).reshape(-1, C, *x.shape[1:])  # noqa: E731
-    out = jax.lax.map(function, jax.tree.map(cut, arrays))
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:R], out)
+def _logits(h, unembed, temperature):
+    """`[B, C, V]` float32."""
+    return constrain(project(h, unembed) / temperature, "batch", None, "vocab")
+
+
+def _statistics(logits, h, target, top, extra):
+    """What is asked of a chunk, and its probabilities."""
+    lse = jax.nn.logsumexp(logits, axis=-1)
+    p = jnp.exp(logits - lse[..., None])
+    chosen = jnp.where(_is(target, logits), logits, 0).sum(-1)
+    out = {"logp": chosen - lse, "entropy": lse - jnp.sum(p * logits, axis=-1)}
+    if top is not None:
+        out["top_logp"] = jnp.take_along_axis(logits, top, axis=-1) - lse[..., None]
+    if "collision" in extra:
+        out["collision"] = (p * p).sum(-1)
+    if "hidden_norm" in extra:
+        out["hidden_norm"] = jnp.linalg.norm(h.astype(jnp.float32), axis=-1)
+    return out, p
+
+
+def _slope(logits, p, stats, target, top, cotangent):
+    """d (cotangent times statistics) / d logits `[B, C, V]`, with logits already over temperature.
+
+    d logp / d z_j = [j is the target] - p_j; d entropy / d z_j = -p_j (log p_j + entropy);
+    d collision / d z_j = 2 p_j (p_j - collision).
+    """
+    weight = {name: x[..., None] for name, x in cotangent.items()}
+    logp = weight.get("logp", 0.0)
+    factor = -logp
+    if "top_logp" in cotangent:
+        factor -= cotangent["top_logp"].sum(-1, keepdims=True)
+    if "entropy" in cotangent:
+        log_p = logits - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+        factor -= weight["entropy"] * (log_p + stats["entropy"][..., None])
+    if "collision" in cotangent:
+        factor += 2 * weight["collision"] * (p - stats["collision"][..., None])
+    slope = p * factor + jnp.where(_is(target, logits), logp, 0.0)
+    if "top_logp" in cotangent:
+        b, c = jnp.indices(target.shape)
+        slope = slope.at[b[..., None], c[..., None], top].add(cotangent["top_logp"])
+    return slope
+
+
+def _is(target, logits):
+    """One-hot `[B, C, V]`; never stored, as it is used inside a sum or a choice."""
+    return target[..., None] == jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+
+
+def _by_chunks(function, carry, vocab_size: int, *arrays):
+    """`function` scanned over chunks of arrays `[B, X, ...]`; its outputs are joined and cut back to X."""
+    B, X = arrays[0].shape[:2]
+    C = min(chunk_size(vocab_size), X)
+
+    def cut(x):
+        x = jnp.pad(x, [(0, 0), (0, -X % C)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(B, -1, C, *x.shape[2:]), 1, 0)
+
+    carry, out = jax.lax.scan(function, carry, jax.tree.map(cut, arrays))
+    return carry, jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(B, -1, *x.shape[3:])[:, :X], out)

@@ -70,9 +70,9 @@ class HfDirectory:
                     raise UserError(f"{self.path}: {name} is stored as {stored}; only {have} are read")
             layout.check_names(str(self.path), expected, found)
 
-            def read(tensor: layout.Tensor, layer: int) -> np.ndarray:
+            def read(tensor: layout.Tensor, layer: int, index: layout.Index) -> np.ndarray:
                 name = tensor.hf.format(layer)
-                return files[name].get_tensor(name)
+                return files[name].get_slice(name)[index]
 
             return layout.read_params(self.config, read, dtype, shardings)
 
@@ -87,7 +87,10 @@ class HfDirectory:
         else:
             paths = [self.path / "model.safetensors"]
             if not paths[0].exists():
-                hint = "convert its .bin files" if list(self.path.glob("*.bin")) else "download them"
+                there = list(self.path.glob("*.bin"))
+                hint = (
+                    "convert its .bin files" if there else "download them, or train from --model.init=random"
+                )
                 raise UserError(f"{self.path}: no weights (model.safetensors or its index); {hint}")
         files = {}
         for path in paths:
@@ -137,7 +140,7 @@ def save_hf(
         raise UserError(f"{path}: cannot be written ({error.strerror}); name another place") from None
     try:
         saved = _write_weights(beside, config, params, layout.DTYPES.get(dtype), shard_bytes)
-        _write_configs(beside, config, saved, tokenizer, eos_ids)
+        write_configs(beside, config, saved, tokenizer, eos_ids)
         if tokenizer is not None:
             from lpo_jax.models.tokenizer import save_tokenizer
 
@@ -196,7 +199,10 @@ def _write_shard(path: Path, shard: list) -> None:
         os.fsync(file.fileno())
 
 
-def _write_configs(path: Path, config: ModelConfig, dtype: str, tokenizer: Any, eos_ids: Sequence[int]):
+def write_configs(
+    path: Path, config: ModelConfig, dtype: str, tokenizer: Any, eos_ids: Sequence[int] = ()
+) -> None:
+    """Writes config.json and generation_config.json; `dtype`, `tokenizer` and `eos_ids` as in `save_hf`."""
     from importlib.metadata import version
 
     special = {key: getattr(tokenizer, key, None) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}

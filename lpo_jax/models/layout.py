@@ -5,6 +5,8 @@ the axes apart, contracts from the left, and stacks the layers. Axes: L D H G N 
 """
 
 import dataclasses
+import functools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,6 +16,8 @@ import numpy as np
 
 from lpo_jax.errors import UserError
 from lpo_jax.models.config import ModelConfig
+
+Index = tuple[slice, ...]  # of a part of an array: start and stop of each axis, no steps
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
@@ -63,13 +67,26 @@ class Tensor:
     def file_shape(self) -> tuple[int, ...]:
         return tuple(int(np.prod([self.sizes[a] for a in axes])) for axes in self.file_axes.split(","))
 
-    def from_file(self, x: np.ndarray) -> np.ndarray:
-        """A view of a file's tensor with the axes of the tree."""
+    def from_file(self, read: Callable[[tuple[slice, ...]], np.ndarray], index: Index) -> np.ndarray:
+        """A part of the tensor, with the axes of the tree.
+
+        Args:
+          read: gives a part of the file's tensor; it is asked for no more rows and columns than the part needs.
+          index: of the part, in the tree, without the leading L.
+        """
+        of = dict(zip(self.axes, index, strict=True))
+        rows, shape, cut = [], [], {}
+        for first, *inner in self.file_axes.split(","):
+            stride = math.prod(self.sizes[a] for a in inner)
+            rows.append(slice(of[first].start * stride, of[first].stop * stride))
+            shape += [of[first].stop - of[first].start, *(self.sizes[a] for a in inner)]
+            cut |= {first: slice(None)} | {a: of[a] for a in inner}  # folded axes behind the first come whole
         stored = self.file_axes.replace(",", "")
-        return x.reshape([self.sizes[a] for a in stored]).transpose([stored.index(a) for a in self.axes])
+        part = read(tuple(rows)).reshape(shape).transpose([stored.index(a) for a in self.axes])
+        return part[tuple(cut[a] for a in self.axes)]
 
     def to_file(self, x: np.ndarray) -> np.ndarray:
-        """The inverse of `from_file`, contiguous."""
+        """The inverse of `from_file` for a whole tensor, contiguous."""
         stored = self.file_axes.replace(",", "")
         return np.ascontiguousarray(x.transpose([self.axes.index(a) for a in stored])).reshape(
             self.file_shape
@@ -116,18 +133,19 @@ def check_names(where: str, expected: dict[str, tuple[int, ...]], found: dict[st
 
 def read_params(
     config: ModelConfig,
-    read: Callable[[Tensor, int], np.ndarray],
+    read: Callable[[Tensor, int, Index], np.ndarray],
     dtype: str = "float32",
     shardings: Any = None,
 ) -> dict[str, Any]:
     """Builds the parameter tree, one tensor of the file at a time.
 
     On a CPU the host memory this needs is the model plus one tensor of the file; on an accelerator, one
-    parameter with all its layers.
+    parameter with all its layers. With shardings, a host reads and holds only what its own devices get, each
+    part once.
 
     Args:
-      read: `(tensor, layer)` to the file's array, `tensor.file_shape`, any float dtype; layer is 0 outside
-        layers.
+      read: `(tensor, layer, index)` to that part of the file's array of shape `tensor.file_shape`, any float
+        dtype; layer is 0 outside layers.
       dtype: of the parameters, "float32" or "bfloat16".
       shardings: a tree of `jax.sharding.Sharding` shaped like the parameters; None: the default device.
     """
@@ -135,16 +153,23 @@ def read_params(
         raise UserError(f"dtype {dtype!r} is not supported; have {', '.join(DTYPES)}")
     params: dict[str, Any] = {"layers": {}}
     for tensor in tensors(config):
-        if tensor.in_layers:
-            leaf = _empty((config.num_layers, *tensor.shape), DTYPES[dtype])
-            for layer in range(config.num_layers):
-                leaf[layer] = tensor.from_file(read(tensor, layer))
-        else:
-            leaf = _empty(tensor.shape, DTYPES[dtype])
-            leaf[...] = tensor.from_file(read(tensor, 0))
+        part = functools.partial(_read_part, tensor, read, DTYPES[dtype])
+        shape = (config.num_layers, *tensor.shape) if tensor.in_layers else tensor.shape
         place = (lambda tree: tree["layers"]) if tensor.in_layers else (lambda tree: tree)
-        place(params)[tensor.name] = _to_device(leaf, shardings and place(shardings)[tensor.name])
+        place(params)[tensor.name] = _to_device(part, shape, shardings and place(shardings)[tensor.name])
     return params
+
+
+def _read_part(tensor: Tensor, read, dtype: np.dtype, index: Index) -> np.ndarray:
+    """A part of a parameter, layers first where it has them."""
+    part = _empty(tuple(s.stop - s.start for s in index), dtype)
+    if tensor.in_layers:
+        for layer in range(index[0].start, index[0].stop):
+            rows = functools.partial(read, tensor, layer)
+            part[layer - index[0].start] = tensor.from_file(rows, index[1:])
+    else:
+        part[...] = tensor.from_file(functools.partial(read, tensor, 0), index)
+    return part
 
 
 def file_tensors(config: ModelConfig, params: dict[str, Any], dtype: np.dtype | None) -> Iterator:
@@ -172,7 +197,17 @@ def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return raw[start : start + size].view(dtype).reshape(shape)
 
 
-def _to_device(leaf: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array:
+def _to_device(
+    part: Callable[[Index], np.ndarray], shape: tuple[int, ...], sharding: jax.sharding.Sharding | None
+) -> jax.Array:
     if sharding is None:
-        return jax.device_put(leaf)
-    return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
+        return jax.device_put(part(tuple(slice(0, n) for n in shape)))
+    held: dict[tuple, np.ndarray] = {}  # devices that get the same part share one reading of it
+
+    def of_device(index: tuple[slice, ...]) -> np.ndarray:
+        bounds = tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
+        if bounds not in held:
+            held[bounds] = part(tuple(slice(*b) for b in bounds))
+        return held[bounds]
+
+    return jax.make_array_from_callback(shape, sharding, of_device)

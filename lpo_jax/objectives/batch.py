@@ -78,6 +78,7 @@ class Scored:
       features: [P,K,F] what a linear probe may look at; the last prompt features first.
       teacher: next-token distributions of a teacher.
       weight: [P] of each prompt's loss, from a hook.
+      sampler_logp: [P,K,T] log-probs as the sampler computed them, where `behaviour_logp` is the trainer's.
       progress: scalar, 0 at the first step of the run and 1 at its last.
       control: the state of `objective.control`.
     """
@@ -99,6 +100,7 @@ class Scored:
     features: jax.Array | None = None
     teacher: Teacher | None = None
     weight: jax.Array | None = None
+    sampler_logp: jax.Array | None = None
     progress: jax.Array | None = None
     control: Any = None
 

@@ -218,6 +218,7 @@ OPTIONS: Mapping[str, Callable[[Any], str | None]] = {
     "tokens_final": within(0, 1),
     "reject_tokens": within(0, 1),
     "conflict_weight": within(0, math.inf),
+    "importance_cap": between(0, math.inf),
     # entropy_adaptive.py
     "most_utility": between(0, math.inf),
     "entropy_pivot": within(0, 1),

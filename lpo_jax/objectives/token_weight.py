@@ -143,6 +143,30 @@ class Conflicts(TokenWeight):
         return (tokens * jnp.where((above == 0)[..., None], 1, shared) / count).astype(u.dtype)
 
 
+@dataclasses.dataclass(frozen=True)
+class TruncatedImportance(TokenWeight):
+    """min(pi_b / pi_sampler, cap) of each token, where the sampler's arithmetic is not the trainer's.
+
+    pi_b is the policy that sampled as the trainer computes it, pi_sampler as the sampler did, in fewer bits. Their
+    ratio makes what was sampled count as if pi_b had sampled it; the cap bounds its variance.
+
+    Attributes:
+      importance_cap: the largest weight.
+
+    References:
+      Truncated importance sampling of Yao et al., Your Efficient RL Framework Secretly Brings You Off-Policy RL
+      Training, 2025; verl's `rollout_is: token`, whose threshold is 2 as well.
+    """
+
+    importance_cap: float = 2.0
+    needs = ("sampler_logp",)
+
+    def __call__(self, context, u):
+        scored = context.scored
+        gap = jnp.where(context.tokens, as_float(scored.behaviour_logp) - as_float(scored.sampler_logp), 0)
+        return jnp.minimum(jnp.exp(gap), self.importance_cap).astype(u.dtype) * context.tokens
+
+
 def _shared_run(ids: jax.Array, tokens: jax.Array, above: jax.Array) -> jax.Array:
     """[P,K,T] bool: places 0, 1, ... of a response while both sides of its group have its token there."""
 

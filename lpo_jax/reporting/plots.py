@@ -13,7 +13,7 @@ from pathlib import Path
 
 from lpo_jax.reporting.writers import read_metrics
 
-_COLORS = (
+COLORS = (
     "#0072B2",
     "#D55E00",
     "#009E73",
@@ -144,31 +144,36 @@ def _heldout_panels(rows: Sequence[dict]) -> list[Panel]:
 
 
 def _figure(rows: Sequence[dict], panels: list[Panel], title: str):
-    from matplotlib.figure import Figure
-
     panels = [panel for panel in panels if any(name in row for name, _ in panel.lines for row in rows)]
     if not panels:
         return None
-    columns = min(len(panels), 2 if len(panels) in (2, 4) else 3)
-    lines = math.ceil(len(panels) / columns)
+    figure, places = grid_of(len(panels), title)
+    steps = [row["step"] for row in rows]
+    for axes, panel in zip(places, panels):
+        smoothed = _draw(axes, rows, panel)
+        dress(axes, panel, min(steps), max(steps), smoothed)
+    return figure
+
+
+def grid_of(panels: int, title: str = ""):
+    """A new Figure and the axes of its panels, row by row."""
+    from matplotlib.figure import Figure
+
+    columns = min(panels, 2 if panels in (2, 4) else 3)
+    lines = math.ceil(panels / columns)
     figure = Figure(figsize=(4.4 * columns, 3.0 * lines + 0.5), layout="constrained", facecolor="white")
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1, wspace=0.03, hspace=0.04)
     if title:
         figure.suptitle(title, fontsize=13, fontweight="bold", color=_INK, x=0.015, ha="left")
-    steps = [row["step"] for row in rows]
-    for index, panel in enumerate(panels):
-        axes = figure.add_subplot(lines, columns, index + 1)
-        smoothed = _draw(axes, rows, panel)
-        _dress(axes, panel, min(steps), max(steps), smoothed)
-    return figure
+    return figure, [figure.add_subplot(lines, columns, index + 1) for index in range(panels)]
 
 
 def _draw(axes, rows: Sequence[dict], panel: Panel) -> bool:
     """Draws the lines of a panel; true where a moving average was drawn over the raw values."""
     smoothed = False
     if panel.band:
-        _shade(axes, rows, *panel.band, _COLORS[0])
-    for color, (name, label) in zip(_COLORS, panel.lines):
+        _shade(axes, rows, *panel.band, COLORS[0])
+    for color, (name, label) in zip(COLORS, panel.lines):
         steps, values = _series(rows, name)
         if not steps:
             continue
@@ -209,7 +214,8 @@ def _shade(axes, rows: Sequence[dict], low_name: str, high_name: str, color: str
         axes.vlines(steps, *bounds, color=color, alpha=0.5, linewidth=1)
 
 
-def _dress(axes, panel: Panel, first: int, last: int, smoothed: bool) -> None:
+def dress(axes, panel: Panel, first: int, last: int, smoothed: bool = False) -> None:
+    """Title, units, limits and legend of a panel whose lines are drawn, over the steps `first` to `last`."""
     from matplotlib.ticker import MaxNLocator
 
     axes.set_title(panel.title, fontsize=10.5, color=_INK, loc="left", fontweight="bold")

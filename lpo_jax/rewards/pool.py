@@ -6,7 +6,6 @@ forked (a fork of a process that runs jax may deadlock) and not by `multiprocess
 user's main script again).
 """
 
-import collections
 import contextlib
 import json
 import os
@@ -19,7 +18,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lpo_jax.errors import UserError
@@ -126,11 +125,38 @@ def _stop_all(workers: list[_Worker], owner: int) -> None:
         worker.stop(wait=1.0 if worker.idle else 0.0)
 
 
+class Judging:
+    """Responses that are judged while others are still to come; made by `VerifierPool.judging`."""
+
+    def __init__(self):
+        self.items: list[tuple[str, Mapping[str, Any]]] = []
+        self.settled: dict[int, Verdict] = {}
+        self.complete = False  # nothing more will be submitted
+        self.error: BaseException | None = None
+        self.bell, self.ring = socket.socketpair()  # wakes the thread that waits for workers
+        for end in (self.bell, self.ring):
+            end.setblocking(False)
+
+    def submit(self, response: str, example: Mapping[str, Any]) -> None:
+        """Hands in one response (without prompt and prefill) to the data row `example`; returns at once."""
+        self.items.append((response, example))
+        self.wake()
+
+    @property
+    def verdicts(self) -> list[Verdict]:
+        """In the order of submission, once the `with` is left."""
+        return [self.settled[item] for item in range(len(self.items))]
+
+    def wake(self) -> None:
+        with contextlib.suppress(BlockingIOError):  # it has been rung often enough
+            self.ring.send(b"!")
+
+
 class VerifierPool:
     """Runs one verifier in worker processes, each item under a wall-clock limit.
 
     Use it as a context manager, or call `close`; leaving the interpreter closes it too. An exception inside
-    `verify` (Ctrl-C, say) closes it at once. Safe to use from several threads, one call at a time.
+    `verify` or `judging` (Ctrl-C, say) closes it at once. Safe to use from several threads, one call at a time.
 
     Args:
       verifier: a `VerifierSpec`, or its source alone.
@@ -174,6 +200,7 @@ class VerifierPool:
         )
         self._failed_starts = 0
         self._workers: list[_Worker] = []
+        self._job: Judging | None = None
         self._close = weakref.finalize(self, _stop_all, self._workers, os.getpid())
         try:
             self._workers.extend(self._start() for _ in range(workers))
@@ -218,28 +245,72 @@ class VerifierPool:
         """
         if len(responses) != len(examples):
             raise ValueError(f"{len(responses)} responses but {len(examples)} examples")
-        with self._lock:
+        job = Judging()
+        job.items, job.complete = list(zip(responses, examples)), True
+        with self._alone(job):
+            self._judge(job)
+        return job.verdicts
+
+    @contextlib.contextmanager
+    def judging(self) -> Iterator[Judging]:
+        """Judges what is submitted inside the `with` while its body goes on; leaving it waits for the rest.
+
+        The verdicts are those of `verify`, whose guarantees hold here too.
+
+        Raises:
+          RuntimeError: if the pool is closed.
+          UserError: if workers die again and again while they start.
+        """
+        job = Judging()
+        with self._alone(job):
+            thread = threading.Thread(target=self._judge_apart, args=(job,), daemon=True)
+            thread.start()
+            try:
+                yield job
+                job.complete = True
+                job.wake()
+                thread.join()
+            except BaseException as error:
+                job.error = job.error or error
+                raise
+            finally:
+                job.wake()
+                thread.join()  # on an error at once: nobody else may touch the workers that are closed then
+            if job.error:
+                raise job.error
+
+    @contextlib.contextmanager
+    def _alone(self, job: Judging) -> Iterator[None]:
+        with self._lock, job.bell, job.ring:
             if not self._close.alive:
                 raise RuntimeError("the verifier pool is closed")
+            self._job = job
             try:
-                return self._verify(responses, examples)
+                yield
             except BaseException:
                 self.close()  # items are still out: their replies would be taken for those of the next call
                 raise
+            finally:
+                self._job = None
 
-    def _verify(self, responses: Sequence[str], examples: Sequence[Mapping[str, Any]]) -> list[Verdict]:
-        verdicts: dict[int, Verdict] = {}
-        waiting = collections.deque(range(len(responses)))
-        if waiting:
+    def _judge_apart(self, job: Judging) -> None:
+        try:
+            self._judge(job)
+        except BaseException as error:
+            job.error = job.error or error
+
+    def _judge(self, job: Judging) -> None:
+        """Settles items until there are no more to come."""
+        given = 0
+        if job.items or not job.complete:
             self._step(wait=0)  # workers that died since the last call must not cost an item
-        while len(verdicts) < len(responses):
+        while not job.error and not (job.complete and len(job.settled) == len(job.items)):
             for worker in self._workers:
-                if worker.idle and waiting:
-                    worker.item = waiting.popleft()
+                if worker.idle and given < len(job.items):
+                    worker.item, given = given, given + 1
                     worker.deadline = time.monotonic() + self._timeout
-                    worker.send((responses[worker.item], examples[worker.item]))
-            verdicts.update(self._step())
-        return [verdicts[item] for item in range(len(responses))]
+                    worker.send(job.items[worker.item])
+            job.settled.update(self._step())
 
     def _start(self) -> _Worker:
         return _Worker(self._spec, self._start_timeout, self._timeout)
@@ -248,7 +319,7 @@ class VerifierPool:
         """Waits until a worker replies, dies or is out of time, and deals with it; returns settled items.
 
         Args:
-          wait: seconds to wait at most; None: until the next deadline.
+          wait: seconds to wait at most; None: until the next deadline, or until the bell rings.
         """
         if wait is None:
             deadlines = [worker.deadline for worker in self._workers if worker.deadline is not None]
@@ -258,7 +329,11 @@ class VerifierPool:
             for worker in self._workers:
                 events = selectors.EVENT_READ | (selectors.EVENT_WRITE if worker.unsent else 0)
                 selector.register(worker.line, events, worker)
+            if self._job:
+                selector.register(self._job.bell, selectors.EVENT_READ)
             happened = {key.data: events for key, events in selector.select(wait)}
+        if None in happened:
+            self._job.bell.recv(1 << 16)
         # A reply that is here counts, even if the parent was itself late to look: so first read, then hold
         # against the clock of that look, for ending one worker takes time in which others may reply.
         now = time.monotonic()

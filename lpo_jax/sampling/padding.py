@@ -27,6 +27,12 @@ def pad_to(x: np.ndarray, size: int, axis: int = -1) -> np.ndarray:
     return np.pad(x, room)
 
 
+def pad_rows(x: np.ndarray, more: int, value: int = 0) -> np.ndarray:
+    """`more` rows of `value` behind the last one; none: `x` itself."""
+    room = [(0, more)] + [(0, 0)] * (np.ndim(x) - 1)
+    return np.pad(x, room, constant_values=value) if more else x
+
+
 def pad_prompts(ids: list[list[int]], limit: int) -> tuple[np.ndarray, np.ndarray]:
     """Token lists to `[P, S]` int32, S a bucket, and lengths `[P]`."""
     lengths = np.array([len(row) for row in ids], np.int32)

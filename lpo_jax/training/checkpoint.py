@@ -6,28 +6,38 @@ half-written checkpoint is never seen; the latest few and the best by held-out p
 """
 
 import contextlib
+import dataclasses
 import logging
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from lpo_jax.errors import RunStopped, UserError
-from lpo_jax.models import Model, decoder, load_config_and_tokenizer, load_model
-from lpo_jax.training.run import read_config
+from lpo_jax.models import Model, decoder, load_config_and_tokenizer, load_model, lora
+from lpo_jax.models.sharding import current_shardings, placed
+from lpo_jax.scale import hosts
+from lpo_jax.training.run import checkpoint_directory, read_config
 
 SCORE = "pass@1"
 
 
 class Checkpoints:
-    """The checkpoints of one run directory."""
+    """The checkpoints of one run. With many hosts all of them make one, and save and restore together.
 
-    def __init__(self, directory: Path, keep: int = 2, read_only: bool = False):
+    Raises:
+      UserError: several hosts, and not all of them see the directory.
+    """
+
+    def __init__(self, directory: epath.PathLike, keep: int = 2, read_only: bool = False):
         logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates every save at INFO and WARNING
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # a failed save comes as an exception anyway
-        self.directory = Path(directory).absolute()
+        self.directory = epath.Path(directory)
+        if hosts.many() and not read_only:
+            self._check_shared()
         best = BestN(
             get_metric_fn=lambda metrics: metrics[SCORE], n=1, keep_checkpoints_without_metrics=False
         )
@@ -96,13 +106,13 @@ class Checkpoints:
         return self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
 
     def restore(self, step: int, abstract_state: Any) -> Any:
-        """The train state of a checkpoint, on the default device."""
-        restored = ocp.args.Composite(state=ocp.args.StandardRestore(_on_default_device(abstract_state)))
+        """The train state of a checkpoint, where the abstract one's shardings say, or on the default device."""
+        restored = ocp.args.Composite(state=ocp.args.StandardRestore(_somewhere(abstract_state)))
         return self._manager.restore(step, args=restored)["state"]
 
     def restore_params(self, step: int, abstract_params: Any) -> Any:
         """The parameters alone: the optimizer's arrays are not read."""
-        item = {"params": _on_default_device(abstract_params)}
+        item = {"params": _somewhere(abstract_params)}
         arguments = jax.tree.map(lambda p: ocp.ArrayRestoreArgs(dtype=p.dtype, sharding=p.sharding), item)
         with ocp.PyTreeCheckpointer() as checkpointer:
             restored = checkpointer.restore(
@@ -110,6 +120,23 @@ class Checkpoints:
                 args=ocp.args.PyTreeRestore(item=item, restore_args=arguments, partial_restore=True),
             )
         return restored["params"]
+
+    def _check_shared(self) -> None:
+        """Every host writes its part of a checkpoint, so that each must see what the first one made."""
+        mark = self.directory / ".seen-by-all-hosts"
+
+        def make() -> None:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            mark.write_text("")
+
+        hosts.on_first(make)
+        seen = hosts.gather(mark.exists())
+        hosts.on_first(lambda: mark.unlink())
+        if not all(seen):
+            raise UserError(
+                f"{self.directory}: host {seen.index(False)} of {len(seen)} does not see this directory of the first "
+                "one; set checkpoint.directory to a place that all share, such as gs://..."
+            )
 
     @contextlib.contextmanager
     def _explained(self, step: int | None):
@@ -128,7 +155,7 @@ class Checkpoints:
 
 
 def load_run(run: str | Path, checkpoint: str = "best") -> tuple[Model, int]:
-    """The model of a run's checkpoint, and the step it was saved at.
+    """The model of a run's checkpoint, adapters merged, and the step it was saved at.
 
     Args:
       run: a run directory.
@@ -137,8 +164,9 @@ def load_run(run: str | Path, checkpoint: str = "best") -> tuple[Model, int]:
     Raises:
       UserError: no such run or checkpoint.
     """
-    directory = Path(run) / "checkpoints"
-    name = read_config(run).model.path
+    config = read_config(run)
+    directory, name = checkpoint_directory(dataclasses.replace(config, output=str(run))), config.model.path
+    adapters, frozen_dtype = lora.configured(config.model.lora), config.model.frozen_dtype
     with (
         Checkpoints(directory, read_only=True)
         if directory.is_dir()
@@ -152,7 +180,15 @@ def load_run(run: str | Path, checkpoint: str = "best") -> tuple[Model, int]:
             raise UserError(f"{run}: no checkpoint {checkpoint!r}; there are {', '.join(known)}")
         config, tokenizer, eos_ids = load_config_and_tokenizer(name)
         step = known[checkpoint]
-        params = checkpoints.restore_params(step, decoder.abstract_params(config))
+        trained = (
+            lora.abstract_params(config, adapters)
+            if adapters is not None
+            else decoder.abstract_params(config)
+        )
+        params = checkpoints.restore_params(step, placed(config, trained))
+    if adapters is not None:
+        base = load_model(name, frozen_dtype, current_shardings(config)).params
+        params = lora.merge(lora.join(lora.Frozen(base, adapters.scale), params))
     return Model(config, params, tokenizer, eos_ids), step
 
 
@@ -163,6 +199,8 @@ def load_model_or_run(name: str) -> Model:
     return load_model(name)
 
 
-def _on_default_device(abstract: Any) -> Any:
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract)
+def _somewhere(abstract: Any) -> Any:
+    """Orbax would restore to the devices that saved, which may not be there any more."""
+    first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or first)  # noqa: E731
+    return jax.tree.map(place, abstract)

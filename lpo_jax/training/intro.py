@@ -4,8 +4,9 @@ import jax
 
 from lpo_jax import objectives, reporting
 from lpo_jax.evaluation.encode import encode_prompt
+from lpo_jax.models.sharding import batch_shards
 from lpo_jax.sampling.padding import bucket
-from lpo_jax.training.batch import Microbatches
+from lpo_jax.training.packing import full
 from lpo_jax.training.session import Session
 from lpo_jax.training.step import Program
 
@@ -16,14 +17,30 @@ def introduce(session: Session, program: Program, progress: reporting.Progress) 
     name = config.objective["name"]
     progress.log(
         f"model    {config.model.path} ({model.family}, {session.num_params / 1e6:.0f}M parameters, "
-        f"{config.model.dtype})",
+        f"{config.model.dtype})" + adapters_line(session),
         f"task     {session.task.name}: {len(session.train_rows):,} training and {len(session.heldout_rows):,} "
         f"held-out problems" + (f", {session.dropped} dropped for their length" if session.dropped else ""),
         f"method   {name}: {objectives.names()[name]['formula']}",
-        f"devices  {jax.device_count()} x {jax.devices()[0].device_kind} ({jax.default_backend()})",
+        f"devices  {jax.device_count()} x {jax.devices()[0].device_kind} ({jax.default_backend()}){mesh_line()}",
         *sandbox_line(session.collect.pool.sandbox),
         reporting.batch_table(batch_sizes(session, program)),
     )
+
+
+def adapters_line(session: Session) -> str:
+    """How much of the model is trained, where not all of it is."""
+    if session.adapters is None:
+        return ""
+    trained = sum(leaf.size for leaf in jax.tree.leaves(session.trainable))
+    return f"; trained are adapters of rank {session.adapters.rank}, {trained / 1e6:.2f}M parameters"
+
+
+def mesh_line() -> str:
+    """How the devices share the work; those that do not are the rest."""
+    mesh = jax.sharding.get_mesh()
+    used = 1 if mesh.empty else mesh.size
+    axes = ", mesh " + " x ".join(f"{name} {size}" for name, size in mesh.shape.items()) if used > 1 else ""
+    return axes + (f"; {jax.device_count() - used} are not used" if used < jax.device_count() else "")
 
 
 def sandbox_line(kind: str) -> list[str]:
@@ -38,8 +55,8 @@ def batch_sizes(session: Session, program: Program) -> list[tuple[str, object, s
     P, K, T = training.prompts_per_step, sampling.num_responses, sampling.max_tokens
     longest = max(len(encode_prompt(session.task, session.tokenizer, row)) for row in session.train_rows)
     S, minibatch = bucket(longest, sampling.max_prompt_tokens), P // training.updates_per_step
-    cut = Microbatches.plan(minibatch, K, S, T, program.token_budget)
-    tokens = cut.prompts * (S + cut.responses * T)
+    layout = full(minibatch, K, S, T, program.token_budget, batch_shards())
+    M, B, tokens = layout.token.shape
     over = "" if tokens <= program.token_budget else "; more than the token budget, and the least there is"
     return [
         ("prompts per step", P, "training.prompts_per_step"),
@@ -47,9 +64,11 @@ def batch_sizes(session: Session, program: Program) -> list[tuple[str, object, s
         ("responses per step", P * K, "sampled, verified, written to rollouts/"),
         ("updates per step", training.updates_per_step, "optimizer steps on one round of samples"),
         ("prompts per update", minibatch, "whole groups"),
-        ("microbatches per update", cut.count, f"of {cut.prompts} prompts x {cut.responses} responses"),
+        ("microbatches per update", M, "at most; shorter responses need fewer"),
+        ("rows per microbatch", B, f"of {layout.prompt.shape[2]} prompts x {layout.num_responses} responses"),
         ("padded prompt tokens", S, f"longest prompt {longest}"),
         ("padded response tokens", T, "at most; shorter rounds use smaller buckets"),
-        ("tokens per microbatch", tokens, f"at most{over}"),
+        ("tokens per row", tokens, f"at most{over}"),
+        ("layers in the backward pass", "computed again" if program.remat else "kept", "training.remat"),
         ("updates in all", training.total_updates, f"{training.steps} steps"),
     ]

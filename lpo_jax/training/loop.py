@@ -17,11 +17,19 @@ from lpo_jax.training.hooks import open_hooks
 from lpo_jax.training.intro import introduce
 from lpo_jax.training.optimizer import learning_rate, make_optimizer, skipped_updates
 from lpo_jax.training.position import Position, Recorder
-from lpo_jax.training.rounds import Learner, complete, current_stats, make_rollouts, sample_round, split
+from lpo_jax.training.rounds import (
+    Learner,
+    complete,
+    current_stats,
+    make_rollouts,
+    packed,
+    sample_round,
+    split,
+)
 from lpo_jax.training.run import RunDirectory, Signals
 from lpo_jax.training.session import Session, check_config, open_session
 from lpo_jax.training.sft import check_solutions, warm_start
-from lpo_jax.training.step import TrainState, signal, token_metrics, update
+from lpo_jax.training.step import signal, token_metrics, update
 
 
 def train(config: Config, *, resume: bool = False) -> None:
@@ -57,7 +65,7 @@ def train(config: Config, *, resume: bool = False) -> None:
 def begin(session: Session, learner: Learner, recorder: Recorder) -> Position:
     """Step 0 of a fresh run: the model as it comes, or warm-started where it fails cold."""
     warm = session.config.warm_start
-    position = Position(TrainState(session.load_params(), None))
+    position = Position(session.load_state())
     if warm.steps:
         cold = recorder.evaluate(position, "cold model").score
         if cold > warm.only_below:
@@ -67,9 +75,9 @@ def begin(session: Session, learner: Learner, recorder: Recorder) -> Position:
                 f"the cold model passes {cold:.1%} of held-out samples: RL would have nothing to learn from, so it "
                 f"is warm-started with {warm.steps} supervised steps on the task's own solutions"
             )
-            params = warm_start(session, position.state.params, run=recorder.run, progress=recorder.progress)
-            position.state, position.evaluated = TrainState(params, None), False
-    position.state = session.start(position.state.params, learner.optimizer, learner.objective)
+            position.state = warm_start(session, position.state, run=recorder.run, progress=recorder.progress)
+            position.evaluated = False
+    position.state = session.start(position.state, learner.optimizer, learner.objective)
     if warm.steps and not position.evaluated:
         with recorder.signals.deferred():
             recorder.save(position)
@@ -85,7 +93,7 @@ def take_step(
     started = time.perf_counter()
 
     recorder.progress.phase("sampling")
-    round, tools = sample_round(session, learner, position.state.params, data, step)
+    round, tools = sample_round(session, learner, position.state.policy, data, step)
     recorder.progress.phase("learning")
     rollouts = make_rollouts(round, sampling.max_tokens, position.step / max(recorder.total - 1, 1))
     scoring = time.perf_counter()
@@ -99,6 +107,7 @@ def take_step(
         minibatches = split(rollouts, training.updates_per_step)
         again = [extra for hook in learner.hooks if (extra := hook.replay(rollouts)) is not None]
         for index, minibatch in enumerate([*minibatches, *again]):
+            minibatch = packed(learner, minibatch)
             scored = minibatch.scored.replace(control=state.control)
             used = current_stats(learner, state, minibatch, first=index == 0)
             learned = signal(learner.objective, used, scored)
@@ -107,8 +116,9 @@ def take_step(
             )
             state = state.replace(control=learned.control)
             of_update = learned.metrics | token_metrics(used, stats, scored.mask) | {"actor/grad_norm": norm}
-            metrics.append(jax.device_get(of_update))
+            metrics.append(of_update)
             views.append(learned.view)
+        metrics = jax.device_get(metrics)  # the updates were queued without waiting for one another
         position.advance(state, data.state(), learner.state())
 
         batch, seconds = round.batch, time.perf_counter() - started

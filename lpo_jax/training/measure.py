@@ -75,6 +75,7 @@ def sampling_metrics(batch: Collected, max_tokens: int, max_prompt_tokens: int) 
     metrics["response_length/clip_ratio"] = float(np.mean(~batch.responses.finished))
     metrics["prompt_length/clip_ratio"] = float(np.mean(prompts >= max_prompt_tokens))
     metrics["perf/total_num_tokens"] = int(lengths.sum() + prompts.sum())
+    metrics["perf/useful_row_steps"] = float(lengths.sum() / max(batch.responses.row_steps.sum(), 1))
     return metrics
 
 

@@ -20,6 +20,7 @@ from lpo_jax.errors import Diverged, UserError
 from lpo_jax.objectives import meta as evolution
 from lpo_jax.objectives.meta import Evolution
 from lpo_jax.objectives.mirror import NeuralMirror, initial_map
+from lpo_jax.scale import hosts
 from lpo_jax.training.loop import train
 from lpo_jax.training.mirror_file import write_map, write_whole
 from lpo_jax.training.run import RunDirectory
@@ -41,6 +42,8 @@ def meta(config: Config, *, resume: bool = False, fitness: Callable[[Config], fl
       Interrupted: SIGTERM or Ctrl-C; the search is saved, and so is the candidate's run.
     """
     mirror = mirror_of(config)
+    if hosts.many():
+        raise UserError("lpo meta: a search runs on one host; start it once, not on every host of a job")
     console = reporting.console()
     with RunDirectory(config, "meta", resume) as run, reporting.RunWriter(run.path) as writer:
         phi = mirror.mirror or initial_map(mirror.mirror_seed)
@@ -128,7 +131,9 @@ def candidate(config: Config, number: int, i: int, phi: np.ndarray) -> Config:
     path = Path(config.output) / "maps" / f"{number:02d}-{i:02d}.json"
     write_map(path, phi)
     objective = config.objective | {"mirror": str(path)}
-    return dataclasses.replace(config, output=str(candidate_output(config, number, i)), objective=objective)
+    output = str(candidate_output(config, number, i))
+    checkpoint = dataclasses.replace(config.checkpoint, directory="auto")  # its own, and not for long
+    return dataclasses.replace(config, output=output, objective=objective, checkpoint=checkpoint)
 
 
 def run_candidate(config: Config) -> float:

@@ -1,6 +1,6 @@
 """What a probe may look at: hidden states and entropies of a round, and the confidence in its prompts.
 
-Axes: P prompts · K responses · S prompt tokens · T response tokens · D width · F features.
+Axes: P prompts · K responses · S prompt tokens · T response tokens · D width · rows B, p, k, X as in `packing.py`.
 """
 
 import functools
@@ -10,7 +10,9 @@ import jax.numpy as jnp
 
 from lpo_jax.models import decoder
 from lpo_jax.models.head import token_log_probs
+from lpo_jax.models.sharding import whole
 from lpo_jax.training.batch import Groups
+from lpo_jax.training.packing import take
 from lpo_jax.training.step import Program
 
 LAST = 8  # tokens whose states are averaged
@@ -31,50 +33,56 @@ def observed(
         mean, maximum, first and last of the response's token entropies. The prompt's come first, equal for its K.
       prompt_confidence: `[P]` exp of the mean log-prob of the prompt's least likely tokens.
     """
-    # Microbatches hold whole groups only when they fit, so per-prompt results are made per response and averaged.
     unembed = decoder.unembedding(params)
+    S, T = groups.prompts.shape[1], mask.shape[-1]
+    count, steps = mask.sum(-1, keepdims=True), jnp.arange(T)
+    last = mask & (steps >= count - LAST)
+    weight = last / jnp.maximum(last.sum(-1, keepdims=True), 1)  # [P, K, T]
 
     def piece(xs):
-        groups, mask = xs
-        P, K, T = groups.responses.shape
-        S = groups.prompts.shape[1]
-        states, prompt_states = program.predicting(params, groups)
-        at, length = jnp.arange(S), groups.lengths[:, None]
-        prompt = _mean(prompt_states, (at < length) & (at >= length - LAST))  # [P, D]
-        count = mask.sum(-1, keepdims=True)
-        steps = jnp.arange(T)
-        own = _mean(states, mask & (steps >= count - LAST))  # [P, K, D]
-        rows = states.reshape(P * K * T, -1)
-        entropy = token_log_probs(rows, unembed, groups.responses.reshape(-1), program.temperature)["entropy"]
-        entropy = jnp.where(mask, entropy.reshape(P, K, T), 0)
-        last = jnp.take_along_axis(entropy, jnp.maximum(count - 1, 0), axis=-1)[..., 0]
-        summary = [entropy.sum(-1) / jnp.maximum(count[..., 0], 1), entropy.max(-1), entropy[..., 0], last]
-        features = jnp.concatenate(
-            [jnp.broadcast_to(prompt[:, None], (P, K, prompt.shape[-1])), own, jnp.stack(summary, -1)],
-            axis=-1,
-        )
+        rows, weight, prompts = xs  # prompts [B, p, S]
+        B, p = rows.lengths.shape
+        hidden = program.hidden(params, rows)
+        states = rows.predicting(hidden)
+        entropy = token_log_probs(states, unembed, rows.targets, program.temperature)["entropy"]
+        response = jnp.arange(p * rows.num_responses)[:, None] == rows.place[:, None] // T  # [B, p k, X]
+        own = _sum(jnp.where(response, weight[:, None], 0), states).reshape(B, p, rows.num_responses, -1)
+        padded = hidden if rows.unpack is None else jax.vmap(take)(hidden, rows.unpack)
+        of_prompt = padded.reshape(B, p, -1, hidden.shape[-1])[:, :, :S]
+        at, length = jnp.arange(S), rows.lengths[..., None]
+        near = (at < length) & (at >= length - LAST)
+        prompt = _sum((near / near.sum(-1, keepdims=True))[..., None, :], of_prompt)  # [B, p, 1, D]
         # Token i + 1 of a prompt is predicted by its token i.
-        logp = token_log_probs(
-            prompt_states[:, :-1].reshape(P * (S - 1), -1), unembed, groups.prompts[:, 1:].reshape(-1)
-        )["logp"].reshape(P, S - 1)
-        confidence = _least_likely(logp, at[1:] < length)
-        return {"features": features, "prompt_confidence": jnp.broadcast_to(confidence[:, None], (P, K))}
+        predicting, ids = of_prompt[:, :, :-1].reshape(B, p * (S - 1), -1), prompts[:, :, 1:].reshape(B, -1)
+        logp = token_log_probs(predicting, unembed, ids)["logp"].reshape(B, p, S - 1)
+        sure = _least_likely(logp, at[1:] < length)
+        return (
+            entropy,
+            own,
+            jnp.broadcast_to(prompt, own.shape),
+            jnp.broadcast_to(sure[..., None], own.shape[:-1]),
+        )
 
-    cut = program.plan(groups)
-    pieces = jax.lax.map(piece, (cut.split_groups(groups), cut.split(mask)))
-    out = jax.tree.map(lambda x: cut.join(x, groups.responses.shape[1]), pieces)
-    return out | {"prompt_confidence": out["prompt_confidence"][:, 0]}
+    layout, rows = program.rows(groups)
+    xs = rows, layout.split(weight), take(groups.prompts, layout.prompt)
+    entropy, *of_response = jax.lax.map(piece, xs)
+    own, prompt, sure = (layout.join_responses(x) for x in of_response)
+    entropy = jnp.where(mask, layout.join(entropy), 0)
+    ends = jnp.take_along_axis(entropy, jnp.maximum(count - 1, 0), axis=-1)[..., 0]
+    mean = entropy.sum(-1) / jnp.maximum(count[..., 0], 1)
+    summary = jnp.stack([mean, entropy.max(-1), entropy[..., 0], ends], -1)
+    features = jnp.concatenate([prompt, own, summary], axis=-1)
+    return whole({"features": features, "prompt_confidence": sure[:, 0]})
 
 
-def _mean(states: jax.Array, keep: jax.Array) -> jax.Array:
-    """Mean over the second to last axis where `keep`, in float32."""
-    kept = jnp.where(keep[..., None], states.astype(jnp.float32), 0)
-    return kept.sum(-2) / jnp.maximum(keep.sum(-1, keepdims=True), 1)
+def _sum(weight: jax.Array, states: jax.Array) -> jax.Array:
+    """Weighted sums `[..., W, D]` of states `[..., X, D]` by weights `[..., W, X]`, in float32."""
+    return jnp.einsum("...wx,...xd->...wd", weight, states.astype(jnp.float32), precision="highest")
 
 
 def _least_likely(logp: jax.Array, real: jax.Array) -> jax.Array:
-    """exp of the mean of the lowest fifth of `logp` [P, S - 1]; 1 for a prompt of one token."""
+    """exp of the mean of the lowest fifth of `logp` [B, p, S - 1]; 1 for a prompt of one token."""
     count = jnp.ceil(LEAST_LIKELY * real.sum(-1, keepdims=True))
     ordered = jnp.sort(jnp.where(real, logp, jnp.inf), axis=-1)
     chosen = jnp.arange(logp.shape[-1]) < count
-    return jnp.exp(jnp.where(chosen, ordered, 0).sum(-1) / jnp.maximum(count[:, 0], 1))
+    return jnp.exp(jnp.where(chosen, ordered, 0).sum(-1) / jnp.maximum(count[..., 0], 1))

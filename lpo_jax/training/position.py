@@ -5,9 +5,9 @@ import dataclasses
 import json
 import shlex
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from lpo_jax import reporting
@@ -15,6 +15,7 @@ from lpo_jax.evaluation.collect import Collected
 from lpo_jax.evaluation.heldout import Evaluation, powers_of_two
 from lpo_jax.evaluation.metrics import paired_difference, summarise
 from lpo_jax.objectives import Listwise
+from lpo_jax.scale import hosts
 from lpo_jax.training import measure
 from lpo_jax.training.checkpoint import Checkpoints
 from lpo_jax.training.run import Interrupted, RunDirectory, Signals
@@ -72,14 +73,15 @@ class Recorder:
     def __enter__(self):
         with contextlib.ExitStack() as stack:
             self.checkpoints = stack.enter_context(
-                Checkpoints(self.run.path / "checkpoints", self.config.checkpoint.keep)
+                Checkpoints(self.run.checkpoints, self.config.checkpoint.keep)
             )
-            self.writer = stack.enter_context(reporting.RunWriter(self.run.path))
-            self.progress = stack.enter_context(
-                reporting.Progress(self.total, start=self.checkpoints.latest() or 0, console=self.console)
-            )
+            self.writer = stack.enter_context(open_writer(self.run.path))
+            start = self.checkpoints.latest() or 0
+            progress = reporting.Progress(self.total, start=start, console=self.console)
+            self.progress = stack.enter_context(progress if hosts.first() else hosts.Silent())
             task = self.session.task
             self.run.note(data={"content_hash": task.content_hash, **task.about})
+            self.run.note(remat=self.session.remat)
             if sandbox := self.session.collect.pool.sandbox:
                 self.run.note(sandbox=sandbox)
             self._stack = stack.pop_all()
@@ -97,27 +99,31 @@ class Recorder:
         record = self.checkpoints.record(step)
         self.writer.truncate_after(step, evaluated=record["evaluated"])
         self.progress.log(f"resumed from the checkpoint of step {step}")
-        return Position(self.checkpoints.restore(step, abstract_state), **record)
+        state = self.checkpoints.restore(step, abstract_state.replace(frozen=None))
+        return Position(state.replace(frozen=self.session.load_frozen()), **record)
 
     def drive(self, position: Position, take_step: Callable[[Position], None]) -> None:
         """Steps until the run's last one, with evaluations and checkpoints between them.
 
         SIGTERM and Ctrl-C save the position and come out as `Interrupted`.
         """
-        try:
-            while True:
-                self._evaluate_and_save(position)
-                if position.step >= self.total:
-                    break
-                take_step(position)
-        except Interrupted:
-            self.save(position)
-            self.checkpoints.wait()
-            raise
+        with hosts.together():
+            try:
+                while True:
+                    self._evaluate_and_save(position)
+                    if position.step >= self.total:
+                        break
+                    self.signals.agree()
+                    take_step(position)
+            except Interrupted:
+                self.save(position)
+                self.checkpoints.wait()
+                raise
 
     def save(self, position: Position, score: float | None = None) -> None:
         """Saves the position unless its step is saved already."""
-        self.checkpoints.save(position.step, position.state, position.record(), score)
+        changing = position.state.replace(frozen=None)  # the base of adapters is read from the model's files
+        self.checkpoints.save(position.step, changing, position.record(), score)
 
     def _evaluate_and_save(self, position: Position) -> None:
         step, last = position.step, position.step >= self.total
@@ -136,7 +142,7 @@ class Recorder:
         """Held-out evaluation of the current parameters: a metrics row, its responses, maybe a milestone."""
         self.progress.phase("evaluating")
         with measure.stopwatch() as seconds:
-            evaluation = self.session.evaluate(position.state.params)
+            evaluation = self.session.evaluate(position.state.policy)
         row = measure.evaluation_metrics(self.session.task.name, evaluation)
         with self.signals.deferred():  # the position is evaluated when its row is written
             self.writer.write_samples(position.step, evaluation.records, folder="validation")
@@ -157,12 +163,14 @@ class Recorder:
     def finish(self, position: Position) -> None:
         """The end of a run: before/after table, sample responses, plots, and what to do next."""
         self.checkpoints.wait()
+        if not hosts.first():
+            return
         self.progress.log(self._evaluations_table(position))
         self.progress.log(reporting.sample_panel(self._last_samples()))
-        plots = reporting.save_plots(self.run.path)
         run = self.run.path
+        if self.config.training.save_plots:
+            self.progress.log(f"curves       {', '.join(map(str, reporting.save_plots(run)))}")
         self.progress.log(
-            f"curves       {', '.join(map(str, plots))}",
             f"metrics      {run}/metrics.jsonl, {run}/tensorboard",
             f"responses    {run}/rollouts, {run}/validation",
             f"checkpoints  latest step {self.checkpoints.latest()}, best step {self.checkpoints.best()}",
@@ -199,13 +207,18 @@ class Recorder:
         return prompt if isinstance(prompt, str) else prompt[-1]["content"]
 
 
+def open_writer(directory: Path) -> reporting.RunWriter | hosts.Silent:
+    """The writer of a directory's metrics and samples; the first of many hosts writes for all."""
+    return reporting.RunWriter(directory) if hosts.first() else hosts.Silent()
+
+
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
 def rollout_records(batch: Collected, views: list[Listwise]) -> list[dict]:
     """Each response with its target w*, policy P and coefficient c (`[P, K]` over the round's minibatches)."""
-    views = jax.device_get(views)
+    views = hosts.to_host(views)
     of = {
         name: np.concatenate([getattr(view, name) for view in views]).ravel()
         for name in ("target", "policy", "coefficients", "valid")

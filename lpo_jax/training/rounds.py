@@ -14,6 +14,8 @@ import optax
 from lpo_jax import tasks
 from lpo_jax.evaluation.collect import Collected
 from lpo_jax.models.decoder import Params
+from lpo_jax.models.head import EXTRA_STATS
+from lpo_jax.models.lora import join
 from lpo_jax.objectives import Scored, TokenStats
 from lpo_jax.objectives.method import Objective
 from lpo_jax.sampling.padding import bucket, pad_to
@@ -21,7 +23,7 @@ from lpo_jax.training.batch import Groups, Rollouts
 from lpo_jax.training.hooks import Round, RunHook, Tools
 from lpo_jax.training.observe import observed
 from lpo_jax.training.session import Session
-from lpo_jax.training.step import EXTRA_STATS, Program, TrainState, gap, score
+from lpo_jax.training.step import Program, TrainState, gap, score
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +56,7 @@ class Learner:
 
 def sample_round(session: Session, learner: Learner, params: Params, data: tasks.PromptIterator, step: int):
     """Samples and verifies a round. Returns it and the tools of its step."""
-    tools = Tools(session, learner.program, step, params, session.collect.sampler.prepare(params))
+    tools = Tools(session, learner.program, step, params, session.prepare(params))
 
     def rows() -> list[tuple[int, tasks.Row]]:
         drawn = next(data)
@@ -99,13 +101,14 @@ def complete(
     Returns:
       The rollouts, and the sampler's gap to the trainer where behaviour log-probs are the trainer's (`rescore`).
     """
-    scored, gaps = rollouts.scored, {}
+    groups, scored, gaps = rollouts.groups, rollouts.scored, {}
+    rollouts = packed(learner, rollouts)
     if rescore or round.rescore:
         by_trainer = score(learner.program, tools.params, rollouts.groups)
         if not round.rescore:
             found = gap(TokenStats(scored.behaviour_logp), by_trainer, scored.mask)
             gaps = {name: float(value) for name, value in found.items()}
-        scored = scored.replace(behaviour_logp=by_trainer.logp)
+        scored = scored.replace(behaviour_logp=by_trainer.logp, sampler_logp=scored.behaviour_logp)
     wanted = learner.objective.needs & {"features", "prompt_confidence"}
     if wanted:
         seen = observed(learner.program, tools.params, rollouts.groups, scored.mask)
@@ -116,8 +119,13 @@ def complete(
         rollouts = rollouts.replace(scored=rollouts.scored.replace(**extra))
     teacher = rollouts.scored.teacher
     if teacher is not None:
-        rollouts = rollouts.replace(groups=rollouts.groups.replace(top_ids=teacher.ids))
-    return rollouts, gaps
+        groups = groups.replace(top_ids=teacher.ids)
+    return rollouts.replace(groups=groups), gaps
+
+
+def packed(learner: Learner, rollouts: Rollouts) -> Rollouts:
+    """The same, laid out by its real tokens."""
+    return rollouts.replace(groups=learner.program.pack(rollouts.groups, rollouts.scored.mask))
 
 
 def current_stats(learner: Learner, state: TrainState, rollouts: Rollouts, first: bool) -> TokenStats:
@@ -127,10 +135,11 @@ def current_stats(learner: Learner, state: TrainState, rollouts: Rollouts, first
     """
     used = TokenStats(rollouts.scored.behaviour_logp)
     if learner.scores_first or not first:
-        scored = score(learner.program, state.params, rollouts.groups)
+        scored = score(learner.program, state.policy, rollouts.groups)
         used = scored.replace(logp=used.logp) if first else scored
     if "ref_logp" in learner.objective.needs:
-        used = used.replace(ref_logp=score(learner.program, state.reference, rollouts.groups).logp)
+        reference = join(state.frozen, state.reference)
+        used = used.replace(ref_logp=score(learner.program, reference, rollouts.groups).logp)
     return used
 
 

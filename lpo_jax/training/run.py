@@ -3,7 +3,9 @@
 import contextlib
 import fcntl
 import importlib.metadata
+import importlib.util
 import json
+import logging
 import os
 import platform
 import signal
@@ -13,9 +15,11 @@ from typing import Any
 
 import jax
 import yaml
+from etils import epath
 
 from lpo_jax.config import Config, parse_config
 from lpo_jax.errors import UserError
+from lpo_jax.scale import hosts
 
 PACKAGES = ("lpo_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
 
@@ -29,11 +33,12 @@ FIXED = {
     "train": (*_BOTH, "objective", "warm_start", *_ROUND),
     "sft": (*_BOTH, "warm_start.batch_size", "warm_start.learning_rate"),
     "meta": (*_BOTH, "objective", "warm_start", *_ROUND, "training.steps", *_FITNESS, *_SEARCH),
+    "compare": (*_BOTH, "warm_start", *_ROUND, "training.steps", "evaluation"),
 }
 
 
 class RunDirectory:
-    """`config.output`, written to by this process alone.
+    """`config.output`, written to by this process alone; of a job of many hosts, by its first.
 
     Making one only checks, so that a mistake found while the model loads leaves nothing behind; entering it
     creates config.yaml (resolved), run.json (versions, devices) and the lock.
@@ -46,22 +51,39 @@ class RunDirectory:
     def __init__(self, config: Config, kind: str, resume: bool):
         self.path = Path(config.output)
         self.config, self.kind = config, kind
+        self.checkpoints = checkpoint_directory(config)
+        self.resumed = hosts.on_first(lambda: self._look(resume))
+
+    def _look(self, resume: bool) -> bool:
+        """Whether the directory holds a run, which may be continued."""
         # A start that failed before its first row or checkpoint leaves only its settings: no run yet.
-        rows, checkpoints = self.path / "metrics.jsonl", self.path / "checkpoints"
-        self.resumed = (rows.exists() and rows.stat().st_size > 0) or any_child(checkpoints)
-        if self.resumed and not resume:
+        # (Of a comparison: before its warm start, or its first cell.)
+        rows = self.path / "metrics.jsonl"
+        folders = (self.checkpoints, self.path / "warm", self.path / "cells")
+        held = (rows.exists() and rows.stat().st_size > 0) or any(any_child(folder) for folder in folders)
+        if held and not resume:
             raise UserError(
                 f"{self.path}: holds a run already; continue it with --resume, or set another --output=..."
             )
-        if not self.resumed and any_child(self.path) and not (self.path / "config.yaml").exists():
+        settings = (self.path / "config.yaml").exists()
+        if not held and any_child(self.path) and not settings:
             raise UserError(f"{self.path}: is not empty and holds no run; set another --output=...")
-        if self.resumed:
-            self._check_unchanged(kind)
+        if held and settings:
+            self._check_unchanged(self.kind)
+        return held
 
     def __enter__(self):
+        hosts.on_first(self._open)
+        return self
+
+    def __exit__(self, *_):
+        if hosts.first():
+            self._lock.close()
+
+    def _open(self) -> None:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.path / ".lock", "w")
+            self._lock = open(self.path / ".lock", "w")  # noqa: SIM115 - held while the run goes on
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{self.path}: another process is writing to this run") from None
@@ -69,13 +91,11 @@ class RunDirectory:
             raise UserError(f"{self.path}: cannot be written to ({error.strerror})") from None
         self._write("run.json", json.dumps({"kind": self.kind, **_surroundings()}, indent=2) + "\n")
         self._write("config.yaml", yaml.safe_dump(self.config.to_dict(), sort_keys=False))
-        return self
-
-    def __exit__(self, *_):
-        self._lock.close()
 
     def note(self, **facts: Any) -> None:
         """Adds to run.json what was only known once the run was under way."""
+        if not hosts.first():
+            return
         known = json.loads((self.path / "run.json").read_text())
         self._write("run.json", json.dumps(known | facts, indent=2) + "\n")
 
@@ -104,6 +124,35 @@ class RunDirectory:
                 )
 
 
+def checkpoint_directory(config: Config) -> epath.Path:
+    """Where a run's checkpoints are: in its own directory, or where the config says.
+
+    Raises:
+      UserError: a gs:// path that this machine cannot reach.
+    """
+    named = config.checkpoint.directory
+    if named == "auto":
+        return epath.Path(os.path.abspath(config.output)) / "checkpoints"
+    if not named.startswith("gs://"):
+        return epath.Path(os.path.abspath(named))
+    if importlib.util.find_spec("gcsfs") is None:
+        raise UserError(f"checkpoint.directory = {named}: gs:// needs gcsfs; pip install 'lpo_jax[tpu]'")
+    for noisy in ("gcsfs", "google.auth", "asyncio"):
+        logging.getLogger(noisy).setLevel(logging.CRITICAL)
+    try:
+        import google.auth
+
+        google.auth.default()
+        epath.Path(named).exists()
+    except Exception as error:  # of several libraries, for the network, the credentials or the bucket
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(
+            f"checkpoint.directory = {named}: cannot be used ({reason}); log in with `gcloud auth "
+            "application-default login`, or give this machine's service account the right to write there"
+        ) from None
+    return epath.Path(named)
+
+
 def read_config(run: str | Path) -> Config:
     """The resolved config a run directory was started with."""
     path = Path(run) / "config.yaml"
@@ -121,11 +170,13 @@ class Signals:
     """Turns SIGTERM and SIGINT into `Interrupted`.
 
     At once in the phases that change nothing (sampling, verifying, evaluating); at the end of a `deferred`
-    block in those that do. A second signal ends the process in the usual hard way.
+    block in those that do. With many hosts only where all of them ask each other (`agree`), since one that
+    stopped by itself would leave the others waiting. A second signal ends the process in the usual hard way.
     """
 
     def __init__(self):
         self._waiting = self._deferred = False
+        self._many = hosts.many()
 
     def __enter__(self):
         self._before = {s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGINT)}
@@ -143,20 +194,25 @@ class Signals:
             yield
         finally:
             self._deferred = False
-        if self._waiting:
+        if self._waiting and not self._many:
+            raise Interrupted
+
+    def agree(self) -> None:
+        """Obeys a signal that any host has got. All hosts call this together, between two steps."""
+        if self._many and any(hosts.gather(self._waiting)):
             raise Interrupted
 
     def _handle(self, number, frame):
         for again, handler in self._before.items():
             signal.signal(again, handler)
         self._waiting = True
-        if not self._deferred:
+        if not self._deferred and not self._many:
             raise Interrupted
 
 
-def any_child(directory: Path) -> bool:
+def any_child(directory: Path | epath.Path) -> bool:
     """Whether a directory exists and holds anything."""
-    return directory.is_dir() and any(directory.iterdir())
+    return directory.is_dir() and any(True for _ in directory.iterdir())
 
 
 def _surroundings() -> dict[str, Any]:

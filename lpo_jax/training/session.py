@@ -19,12 +19,18 @@ from lpo_jax.config import Config
 from lpo_jax.errors import UserError
 from lpo_jax.evaluation.collect import Collector, within_limit
 from lpo_jax.evaluation.heldout import Evaluation, evaluate
+from lpo_jax.models import lora
 from lpo_jax.models.config import ModelConfig
-from lpo_jax.models.decoder import Params, abstract_params
+from lpo_jax.models.decoder import Params, abstract_params, init_params
+from lpo_jax.models.head import EXTRA_STATS
 from lpo_jax.models.load import load_config_and_tokenizer, load_model
+from lpo_jax.models.quantize import require_qwix
+from lpo_jax.models.sharding import constrain_params, current_shardings, decode_mesh, placed, using
 from lpo_jax.sampling import Sampler, Sampling
+from lpo_jax.scale.mesh import open_mesh
+from lpo_jax.training.memory import recomputes
 from lpo_jax.training.mirror_file import read_map
-from lpo_jax.training.step import EXTRA_STATS, Program, TrainState
+from lpo_jax.training.step import Program, TrainState
 
 # What every round has for an objective, or can have from one more pass of the model; hooks give the rest.
 GIVEN = frozenset(
@@ -38,6 +44,7 @@ GIVEN = frozenset(
         "clusters",
         "progress",
         "control",
+        "sampler_logp",
     }
     | {"features", "prompt_confidence", *EXTRA_STATS}
 )
@@ -60,7 +67,24 @@ def check_config(config: Config) -> objectives.Objective:
             "sampling: training needs temperature > 0 and top_k, top_p and min_p off: tokens outside the kept set "
             "have no log-prob under the policy that is trained (evaluation may truncate)"
         )
+    if config.model.lora.rank and config.model.init == "random":
+        raise UserError(
+            "model.lora.rank: adapters need a trained base to stay near; with model.init=random train all weights"
+        )
     objective = make_objective(config)
+    rescored = training.behaviour == "rescored"
+    if sampling.weights == "int8":
+        require_qwix()
+        if not rescored:
+            raise UserError(
+                "sampling.weights = int8 samples from another model than the one that is trained: set "
+                "training.behaviour=rescored (objective.token_weight=truncated-importance corrects the rest)"
+            )
+    if "sampler_logp" in objective.needs and not rescored:
+        raise UserError(
+            f"objective {objective.name}: truncated-importance compares the trainer's log-probs with the sampler's; "
+            "set training.behaviour=rescored"
+        )
     if sampling.num_responses < objective.min_group_size:
         raise UserError(
             f"sampling.num_responses = {sampling.num_responses}: {config.objective['name']} compares the responses "
@@ -116,13 +140,48 @@ class Session:
         return jnp.dtype(self.config.model.dtype)
 
     @property
+    def adapters(self) -> lora.Lora | None:
+        """The run's adapters; None where all weights are trained."""
+        return lora.configured(self.config.model.lora)
+
+    @property
+    def trainable(self) -> Params:
+        """Shapes and types of what the optimizer moves: the adapters, or all parameters."""
+        if self.adapters is None:
+            return abstract_params(self.model_config)
+        return lora.abstract_params(self.model_config, self.adapters)
+
+    @property
     def num_params(self) -> int:
         """Parameters of the model."""
         return sum(leaf.size for leaf in jax.tree.leaves(abstract_params(self.model_config)))
 
-    def load_params(self) -> Params:
-        """The float32 master weights, read from the model's files."""
-        return load_model(self.config.model.path).params
+    def load_params(self, dtype: str = "float32") -> Params:
+        """The weights: read from the model's files, or new ones, float32, drawn from the run's seed."""
+        where = current_shardings(self.model_config)
+        if self.config.model.init == "random":
+            return init_params(self.model_config, jax.random.key(self.config.seed), shardings=where)
+        return load_model(self.config.model.path, dtype, where).params
+
+    def load_frozen(self) -> lora.Frozen | None:
+        """The base of the run's adapters; None in a run that trains all weights."""
+        if self.adapters is None:
+            return None
+        return lora.Frozen(self.load_params(self.config.model.frozen_dtype), self.adapters.scale)
+
+    def load_state(self) -> TrainState:
+        """The model as it comes, without an optimizer: float32 weights, or a frozen base and fresh adapters."""
+        if self.adapters is None:
+            return TrainState(self.load_params(), None)
+        fresh = lora.init(self.model_config, self.adapters, jax.random.key(self.config.seed))
+        return TrainState(fresh, None, frozen=self.load_frozen())
+
+    @functools.cached_property
+    def remat(self) -> bool:
+        """Whether the backward pass computes layers again; decided once, so that a run has one program."""
+        training = self.config.training
+        trained = sum(leaf.size for leaf in jax.tree.leaves(self.trainable))
+        return recomputes(training.remat, self.model_config, training.token_budget, self.dtype, trained)
 
     def program(self, temperature: float, objective: objectives.Objective | None = None) -> Program:
         """How the model is run in training, under this run's memory settings, for what an objective needs."""
@@ -132,31 +191,38 @@ class Session:
             temperature,
             training.token_budget,
             self.dtype,
-            training.remat,
+            self.remat,
             tuple(name for name in EXTRA_STATS if name in needs),
+            self.config.model.attention,
         )
 
     def start(
         self,
-        params: Params,
+        state: TrainState,
         optimizer: optax.GradientTransformation,
         objective: objectives.Objective | None = None,
     ) -> TrainState:
-        """Parameters with a fresh optimizer, and what the objective keeps beside them."""
-        control, frozen = (
+        """A state's parameters with a fresh optimizer, and what the objective keeps beside them."""
+        params = state.params
+        control, referred = (
             (objective.init_control(), "ref_logp" in objective.needs) if objective else (None, False)
         )
         # A copy: the parameters themselves are donated to the update.
-        reference = jax.tree.map(jnp.copy, params) if frozen else None
-        return TrainState(params, jax.jit(optimizer.init)(params), control, reference)
+        reference = jax.tree.map(jnp.copy, params) if referred else None
+        # Each moment lies as its parameter.
+        opt_state = jax.jit(lambda p: constrain_params(self.model_config, optimizer.init(p)))(params)
+        return TrainState(params, opt_state, control, reference, state.frozen)
 
     def abstract_state(
         self, optimizer: optax.GradientTransformation, objective: objectives.Objective | None = None
     ) -> TrainState:
-        """Shapes and types of a train state, for restoring one."""
-        return jax.eval_shape(
-            lambda p: self.start(p, optimizer, objective), abstract_params(self.model_config)
-        )
+        """Shapes, types and places of a train state, for restoring or planning one."""
+        state, adapters = TrainState(self.trainable, None), self.adapters
+        if adapters is not None:
+            base = abstract_params(self.model_config, self.config.model.frozen_dtype)
+            state = state.replace(frozen=lora.Frozen(base, adapters.scale))
+        start = lambda s: self.start(s, optimizer, objective)  # noqa: E731
+        return placed(self.model_config, jax.eval_shape(start, state))
 
     def prompts(self, batch_size: int, state: Any) -> tasks.PromptIterator:
         """Batches of training rows, from the start or from where `state` was taken."""
@@ -166,6 +232,10 @@ class Session:
         if state is not None:
             data.restore(state)
         return data
+
+    def prepare(self, params: Params) -> Params:
+        """The weights that a round is sampled with; evaluation takes those of the model itself."""
+        return self.collect.sampler.prepare(params, int8=self.config.sampling.weights == "int8")
 
     def evaluate(self, params: Params) -> Evaluation:
         """pass@k on the held-out problems."""
@@ -192,6 +262,13 @@ def open_session(config: Config) -> Iterator[Session]:
     model_config, tokenizer, eos_ids = load_config_and_tokenizer(config.model.path)
     if tokenizer is None:
         raise UserError(f"{config.model.path}: has no tokenizer")
+    if (adapters := lora.configured(config.model.lora)) is not None:
+        adapters.check(model_config)
+    sizes, mesh = open_mesh(config, model_config)
+    if config.model.attention == "pallas" and jax.default_backend() != "tpu":
+        raise UserError(
+            "model.attention=pallas: there is no TPU here; auto takes the kernels where there is one"
+        )
     limit, drop = config.sampling.max_prompt_tokens, config.sampling.overlong_prompts == "drop"
     longest = limit + config.sampling.max_tokens
     if longest > model_config.max_positions:
@@ -214,8 +291,11 @@ def open_session(config: Config) -> Iterator[Session]:
         timeout=config.rewards.timeout,
         allow_weak_sandbox=config.rewards.allow_weak_sandbox,
     )
-    with workers as pool:
-        sampler = Sampler(model_config, eos_ids, jnp.dtype(config.model.dtype), decode=tokenizer.decode)
+    with workers as pool, using(mesh):
+        decoding = mesh and decode_mesh(mesh, sizes.decode_tensor)
+        dtype, attention = jnp.dtype(config.model.dtype), config.model.attention
+        rows = config.sampling.max_rows
+        sampler = Sampler(model_config, eos_ids, dtype, tokenizer.decode, decoding, rows, attention)
         collect = Collector(task, tokenizer, sampler, pool, limit)
         yield Session(
             config, task, model_config, tokenizer, collect, train_rows, heldout_rows, dropped + also_dropped

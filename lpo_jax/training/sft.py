@@ -16,12 +16,11 @@ from lpo_jax import reporting
 from lpo_jax.config import Config
 from lpo_jax.errors import UserError
 from lpo_jax.evaluation.encode import encode_prompt, encode_solution
-from lpo_jax.models.decoder import Params
 from lpo_jax.objectives import TokenStats
 from lpo_jax.sampling.padding import bucket, pad_prompts
 from lpo_jax.training.batch import Groups
 from lpo_jax.training.optimizer import make_optimizer, warm_start_config
-from lpo_jax.training.position import Position, Recorder
+from lpo_jax.training.position import Position, Recorder, open_writer
 from lpo_jax.training.run import RunDirectory, Signals
 from lpo_jax.training.session import Session, open_session
 from lpo_jax.training.step import TrainState, update
@@ -53,7 +52,7 @@ def sft(config: Config, *, resume: bool = False) -> None:
         optimizer = make_optimizer(warm_start_config(session.config), warm.steps)
         with run, Signals() as signals, Recorder(session, run, signals, warm.steps) as recorder:
             position = recorder.restore(session.abstract_state(optimizer)) or Position(
-                session.start(session.load_params(), optimizer)
+                session.start(session.load_state(), optimizer)
             )
             data = session.prompts(warm.batch_size, position.data)
 
@@ -69,13 +68,15 @@ def sft(config: Config, *, resume: bool = False) -> None:
             recorder.finish(position)
 
 
-def warm_start(session: Session, params: Params, run: RunDirectory, progress: reporting.Progress) -> Params:
+def warm_start(
+    session: Session, state: TrainState, run: RunDirectory, progress: reporting.Progress
+) -> TrainState:
     """The supervised steps before RL; their metrics go to `warm_start/` in the run directory."""
     warm = session.config.warm_start
     optimizer = make_optimizer(warm_start_config(session.config), warm.steps)
-    state = session.start(params, optimizer)
+    state = session.start(state, optimizer)
     data = session.prompts(warm.batch_size, None)
-    with reporting.RunWriter(run.path / "warm_start") as writer:
+    with open_writer(run.path / "warm_start") as writer:
         writer.truncate_after(-1)
         for step in range(1, warm.steps + 1):
             progress.phase(f"warm start {step}/{warm.steps}")
@@ -83,7 +84,7 @@ def warm_start(session: Session, params: Params, run: RunDirectory, progress: re
             state, row = supervised_step(session, optimizer, state, batch)
             writer.write(step, row)
         progress.log(f"warm start done: {warm.steps} updates, last loss {row['train/loss']:.3f} nats/token")
-    return state.params
+    return state
 
 
 def supervised_step(
@@ -93,7 +94,8 @@ def supervised_step(
     tokens = int(batch.mask.sum())
     cotangent = TokenStats(np.where(batch.mask, np.float32(-1 / tokens), 0))
     program = session.program(temperature=1.0)
-    state, stats, norm = update(program, optimizer, state, batch.groups, cotangent)
+    groups = program.pack(batch.groups, batch.mask)
+    state, stats, norm = update(program, optimizer, state, groups, cotangent)
     return state, {
         "train/loss": -float(jnp.where(batch.mask, stats.logp, 0.0).sum()) / tokens,
         "train/grad_norm": float(norm),

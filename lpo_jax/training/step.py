@@ -6,12 +6,14 @@
 
 The sum of part 3 is the exact gradient of the whole group's loss, however groups are cut into microbatches
 (chain rule: the objective reaches the parameters through the token statistics only). In the first update after
-sampling the sampler's log-probs stand in for part 1, so nothing is computed twice.
+sampling the sampler's log-probs stand in for part 1, so nothing is computed twice. Which tokens run together is the
+layout's business (`packing.py`).
 
 Parts 1 and 3 are the large programs; they do not know the method, so that all methods share them. Part 2 is a
 small one for each method.
 
-Axes: P prompts · K responses · S prompt tokens · T response tokens · J likeliest tokens · M microbatches · D width.
+Axes: P prompts · K responses · S prompt tokens · T response tokens · J likeliest tokens · D width ·
+M microbatches · B rows of one · C tokens of a row · p prompts, k responses of each, X predicted tokens in it.
 """
 
 import dataclasses
@@ -20,18 +22,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import struct
 
 from lpo_jax.models import decoder
-from lpo_jax.models.attention import SharedPrefix
+from lpo_jax.models.attention import Attention, SharedPrefix
 from lpo_jax.models.config import ModelConfig
-from lpo_jax.models.head import token_log_probs, top_tokens
+from lpo_jax.models.head import token_log_probs, top_tokens, weighted_log_probs
+from lpo_jax.models.lora import Frozen, join
+from lpo_jax.models.sharding import batch_shards, constrain_params, summed, whole
 from lpo_jax.objectives import Listwise, Objective, Scored, Teacher, TokenStats
-from lpo_jax.training.batch import Groups, Microbatches
-
-# Statistics beyond log-prob and entropy, which every pass gives; the model computes them for the methods that ask.
-EXTRA_STATS = ("collision", "hidden_norm")
+from lpo_jax.training import packing
+from lpo_jax.training.batch import Groups
 
 
 @struct.dataclass
@@ -39,15 +42,23 @@ class TrainState:
     """What an update changes, and what goes with it into a checkpoint.
 
     Attributes:
+      params: what the optimizer moves: all parameters, or the adapters beside a frozen base.
       opt_state: holds the count of updates and of skipped ones too.
       control: the state of the method's own control; None for a method without one.
-      reference: the frozen parameters that a penalty is measured from; None where none is used.
+      reference: `params` as they were where a penalty is measured from; None where none is used.
+      frozen: the base of adapters, shared by policy and reference; None where all parameters are trained.
     """
 
     params: decoder.Params
     opt_state: Any
     control: Any = None
     reference: decoder.Params | None = None
+    frozen: Frozen | None = None
+
+    @property
+    def policy(self) -> decoder.Params:
+        """The parameters that the model runs with."""
+        return join(self.frozen, self.params)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +67,11 @@ class Program:
 
     Attributes:
       temperature: the sampler's; scores are of the distribution that was sampled from.
-      token_budget: most tokens, padding included, in one microbatch.
+      token_budget: most tokens, padding included, in one row of a microbatch; there is a row for each shard of the
+        batch.
+      remat: recompute layers in the backward pass.
       extra: which of `EXTRA_STATS` to compute.
+      attention: kernels for TPUs, or plain products (`lpo_jax.models.attention`).
     """
 
     config: ModelConfig
@@ -66,97 +80,160 @@ class Program:
     dtype: Any = jnp.float32
     remat: bool = True
     extra: tuple[str, ...] = ()
+    attention: Attention = "auto"
 
-    def predicting(self, params: decoder.Params, groups: Groups) -> tuple[jax.Array, jax.Array]:
-        """States `[P, K, T, D]` that each response token is predicted from, and the prompts' `[P, S, D]`.
+    def pack(self, groups: Groups, mask: np.ndarray) -> Groups:
+        """Groups laid out by their real tokens, which end at the last true place of `mask [P, K, T]`; on the host."""
+        T = mask.shape[-1]
+        sizes = (np.asarray(mask) * np.arange(1, T + 1)).max(-1)
+        S = groups.prompts.shape[1]
+        layout = packing.plan(groups.lengths, sizes, S, T, self.token_budget, batch_shards())
+        return groups.replace(layout=layout)
 
-        The prompt is computed once per group.
-        """
-        P, S = groups.prompts.shape
-        _, K, T = groups.responses.shape
-        row = jnp.concatenate([groups.prompts, groups.responses.reshape(P, K * T)], axis=1)
-        context = SharedPrefix(groups.lengths, S, K, window=self.config.sliding_window)
-        positions = context.positions(S + K * T)
-        hidden, _ = decoder.forward(
-            self.config, params, row, positions, context, dtype=self.dtype, remat=self.remat
+    def rows(self, groups: Groups) -> tuple[packing.Layout, "Rows"]:
+        """The batch as it runs; leaves `[M, B, ...]`."""
+        (P, S), (_, K, T) = groups.prompts.shape, groups.responses.shape
+        layout = groups.layout or packing.full(P, K, S, T, self.token_budget, batch_shards())
+        ids = jnp.concatenate([jnp.ravel(groups.prompts), jnp.ravel(groups.responses)])
+        return layout, Rows(
+            tokens=packing.take(ids, layout.token),
+            lengths=jnp.maximum(packing.take(groups.lengths, layout.prompt), 1),
+            unpack=layout.unpack,
+            pack=layout.pack,
+            place=layout.place,
+            targets=layout.split(groups.responses),
+            top_ids=None if groups.top_ids is None else layout.split(groups.top_ids),
+            prompt_size=S,
+            num_responses=layout.num_responses,
+            response_size=T,
         )
-        # Token t of a response is predicted by token t - 1, the first one by the prompt's last token.
-        last = jnp.take_along_axis(hidden[:, :S], (groups.lengths - 1)[:, None, None], axis=1)  # [P, 1, D]
-        own = hidden[:, S:].reshape(P, K, T, -1)
-        first = jnp.broadcast_to(last[:, None], (P, K, 1, own.shape[-1]))
-        return jnp.concatenate([first, own[:, :, :-1]], axis=2), hidden[:, :S]
 
-    def token_stats(self, params: decoder.Params, groups: Groups) -> TokenStats:
-        """What the model says about every response token; `[P, K, T]` each."""
-        P, K, T = groups.responses.shape
-        states, _ = self.predicting(params, groups)
-        rows = lambda x: x.reshape(P * K * T, *x.shape[3:])  # noqa: E731
-        stats = token_log_probs(
-            rows(states),
-            decoder.unembedding(params),
-            rows(groups.responses),
-            self.temperature,
-            top_ids=None if groups.top_ids is None else rows(groups.top_ids),
-            collision="collision" in self.extra,
+    def hidden(self, params: decoder.Params, rows: "Rows") -> jax.Array:
+        """Normed states `[B, C, D]` of all tokens. A prompt is computed once for all of its responses."""
+        context = SharedPrefix(
+            rows.lengths,
+            rows.unpack,
+            rows.pack,
+            rows.prompt_size,
+            rows.num_responses,
+            rows.response_size,
+            self.config.sliding_window,
+            self.attention,
         )
-        if "hidden_norm" in self.extra:
-            stats["hidden_norm"] = jnp.linalg.norm(rows(states).astype(jnp.float32), axis=-1)
-        return TokenStats(**{name: x.reshape(P, K, T, *x.shape[1:]) for name, x in stats.items()})
+        return decoder.forward(
+            self.config,
+            params,
+            rows.tokens,
+            context.positions(),
+            context,
+            dtype=self.dtype,
+            remat=self.remat,
+        )[0]
 
-    def plan(self, groups: Groups) -> Microbatches:
-        """How this batch is cut."""
-        P, K, T = groups.responses.shape
-        return Microbatches.plan(P, K, groups.prompts.shape[1], T, self.token_budget)
-
-    def over_microbatches(self, function, groups: Groups):
-        """`function(piece)` for every microbatch, its leaves `[p, k, ...]` joined to `[P, K, ...]`."""
-        cut, K = self.plan(groups), groups.responses.shape[1]
-        return jax.tree.map(lambda x: cut.join(x, K), jax.lax.map(function, cut.split_groups(groups)))
+    def token_stats(self, params: decoder.Params, rows: "Rows") -> TokenStats:
+        """What the model says about every response token; `[B, X]` each."""
+        states = rows.predicting(self.hidden(params, rows))
+        unembed, options = decoder.unembedding(params), {"top_ids": rows.top_ids, "extra": self.extra}
+        return TokenStats(**token_log_probs(states, unembed, rows.targets, self.temperature, **options))
 
     def pull_back(
-        self, params: decoder.Params, groups: Groups, cotangent: TokenStats
+        self, params: decoder.Params, groups: Groups, cotangent: TokenStats, frozen: Frozen | None = None
     ) -> tuple[decoder.Params, TokenStats]:
         """Part 3: the gradient (float32), and the statistics the model gave on the way.
 
         Args:
+          params: what the gradient is of; with `frozen`, the adapters of that base.
           cotangent: d loss / d statistics; a statistic that is None there has no say.
         """
-        cut, K = self.plan(groups), groups.responses.shape[1]
+        layout, rows = self.rows(groups)
+        given = {name: layout.split(x) for name, x in vars(cotangent).items() if x is not None}
+        gradient, stats = self.accumulate(params, rows, given, frozen)
+        return gradient, jax.tree.map(layout.join, TokenStats(**stats))
 
-        def piece(total, xs):
-            tokens, given = xs
-            stats, vjp = jax.vjp(lambda p: self.token_stats(p, tokens), params)
-            full = {
-                name: None if value is None else jnp.zeros_like(value) if given[name] is None else given[name]
-                for name, value in vars(stats).items()
-            }
-            (gradient,) = vjp(TokenStats(**full))
-            return jax.tree.map(jnp.add, total, gradient), stats
+    def accumulate(
+        self, params: decoder.Params, rows: "Rows", given: dict[str, jax.Array], frozen: Frozen | None
+    ) -> tuple[decoder.Params, dict[str, jax.Array]]:
+        """The sum of the gradients of all microbatches, and their statistics `[M, B, X]`.
 
-        zero = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
-        given = jax.tree.map(cut.split, vars(cotangent))
-        gradient, stats = jax.lax.scan(piece, zero, (cut.split_groups(groups), given))
-        return gradient, jax.tree.map(lambda x: cut.join(x, K), stats)
+        Parameters that are split (`fsdp`) are gathered and their gradients added up layer by layer, as they must be
+        to fit; those of whole copies (`data`) are added up once.
+        """
+
+        def weighted(params, frozen, rows, given):
+            policy = join(frozen, params)
+            states, unembed = rows.predicting(self.hidden(policy, rows)), decoder.unembedding(policy)
+            options = {"top_ids": rows.top_ids, "extra": self.extra}
+            return weighted_log_probs(states, unembed, rows.targets, given, self.temperature, **options)
+
+        def microbatches(weights, batch):
+            params, frozen = weights
+
+            def piece(total, xs):
+                gradient, stats = jax.grad(weighted, has_aux=True)(params, frozen, *xs)
+                return constrain_params(self.config, jax.tree.map(jnp.add, total, gradient)), stats
+
+            zero = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+            return jax.lax.scan(piece, constrain_params(self.config, zero), batch)
+
+        return summed(microbatches, ("data",), dim=1)((params, frozen), (rows, given))
+
+
+@struct.dataclass
+class Rows:
+    """A microbatch as it runs: packed rows of whole groups, or of pieces of them (`packing.Layout`).
+
+    Attributes:
+      tokens: `[B, C]` ids; lengths: `[B, p]` of the prompts.
+      unpack, pack: between packed and padded form, as in `SharedPrefix`.
+      place: `[B, X]` of each predicted token among the p k T response places; targets: its id; top_ids: `[B, X, J]`.
+      prompt_size, num_responses, response_size: S, k, T.
+    """
+
+    tokens: jax.Array
+    lengths: jax.Array
+    unpack: jax.Array | None
+    pack: jax.Array | None
+    place: jax.Array
+    targets: jax.Array
+    top_ids: jax.Array | None
+    prompt_size: int = struct.field(pytree_node=False)
+    num_responses: int = struct.field(pytree_node=False)
+    response_size: int = struct.field(pytree_node=False)
+
+    def predicting(self, hidden: jax.Array) -> jax.Array:
+        """The states `[B, X, D]` that the targets are predicted from, of all states `[B, C, D]`.
+
+        Token t of a response is predicted by its token t - 1, the first one by the prompt's last token.
+        """
+        S, T, kT = self.prompt_size, self.response_size, self.num_responses * self.response_size
+        place = jnp.minimum(self.place, self.lengths.shape[1] * kT - 1)
+        piece = place // kT
+        last = jnp.take_along_axis(self.lengths, piece, axis=1) - 1
+        at = piece * (S + kT) + jnp.where(place % T == 0, last, S + place % kT - 1)  # in the padded row
+        if self.unpack is not None:
+            at = jnp.take_along_axis(self.unpack, at, axis=1)
+        return jax.vmap(packing.take)(hidden, at)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def score(program: Program, params: decoder.Params, groups: Groups) -> TokenStats:
     """Part 1: the trainer's statistics `[P, K, T]` of given responses."""
-    return program.over_microbatches(lambda piece: program.token_stats(params, piece), groups)
+    layout, rows = program.rows(groups)
+    stats = jax.lax.map(lambda rows: program.token_stats(params, rows), rows)
+    return whole(jax.tree.map(layout.join, stats))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def likeliest(program: Program, count: int, params: decoder.Params, groups: Groups) -> Teacher:
     """The `count` likeliest tokens at every place of given responses, as a teacher for all of them."""
 
-    def piece(groups: Groups):
-        states, _ = program.predicting(params, groups)
-        rows = states.reshape(-1, states.shape[-1])
-        top = top_tokens(rows, decoder.unembedding(params), count, program.temperature)
-        return {name: x.reshape(*groups.responses.shape, *x.shape[1:]) for name, x in top.items()}
+    def likely(rows):
+        states = rows.predicting(program.hidden(params, rows))
+        return top_tokens(states, decoder.unembedding(params), count, program.temperature)
 
-    top = program.over_microbatches(piece, groups)
-    return Teacher(**top, valid=jnp.ones(groups.responses.shape[:2], bool))
+    layout, rows = program.rows(groups)
+    top = jax.tree.map(layout.join, jax.lax.map(likely, rows))
+    return Teacher(**whole(top), valid=jnp.ones(groups.responses.shape[:2], bool))
 
 
 @struct.dataclass
@@ -189,7 +266,7 @@ def signal(objective: Objective, used: TokenStats, scored: Scored) -> Signal:
     # A broken model must not spoil a state that outlives it: the optimizer skips such an update too.
     sound = jax.tree.reduce(lambda ok, x: ok & jnp.isfinite(x).all(), control, jnp.bool_(True))
     control = jax.tree.map(lambda new, old: jnp.where(sound, new, old), control, scored.control)
-    return Signal(TokenStats(**cotangent), objective.listwise(used, scored), metrics, control)
+    return whole(Signal(TokenStats(**cotangent), objective.listwise(used, scored), metrics, control))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
@@ -207,10 +284,11 @@ def update(
     Returns:
       The new state, the trainer's statistics at the old one, and the norm of the gradient.
     """
-    gradient, stats = program.pull_back(state.params, groups, cotangent)
+    gradient, stats = program.pull_back(state.params, groups, cotangent, state.frozen)
     updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    return state.replace(params=params, opt_state=opt_state), stats, optax.global_norm(gradient)
+    state = constrain_params(program.config, state.replace(params=params, opt_state=opt_state))
+    return state, whole(stats), optax.global_norm(gradient)
 
 
 @jax.jit

@@ -238,7 +238,8 @@ def test_shipped_configs_are_valid(path):
     config = load_config(path)
     check_config(config)
     options = dict(config.task)
-    assert tasks.get(options.pop("name"), **options).train
+    if not str(options.get("path")).startswith("hf:"):  # those are in tests/launch/test_paper_configs.py
+        assert tasks.get(options.pop("name"), **options).train
 
 
 def test_scientific_notation_is_a_number(config_file):

@@ -15,54 +15,77 @@ def normal(*shape):
     return jnp.asarray(rng.normal(size=shape), jnp.float32)
 
 
-@pytest.mark.parametrize("rows", [1, 7, 16, 37])
-def test_chunked_log_probs_equal_plain_ones(monkeypatch, rows):
-    """More rows than a chunk, ragged last chunk, values and gradients."""
+STATS = ("logp", "entropy", "top_logp", "collision", "hidden_norm")
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 16, 37])
+@pytest.mark.parametrize("weighted", [("logp",), ("logp", "entropy"), STATS[1:], STATS])
+def test_chunked_log_probs_equal_plain_ones(monkeypatch, tokens, weighted):
+    """More tokens than a chunk, ragged last chunk; values, and gradients through any of the statistics."""
     monkeypatch.setattr(head, "CHUNK_ELEMENTS", 16 * 50)  # 16 tokens a chunk
-    hidden, unembed = normal(rows, 8), normal(50, 8)
-    targets = jnp.asarray(rng.integers(0, 50, rows))
-    weights = normal(rows)
-    top_ids = jnp.argsort(hidden @ unembed.T, axis=-1)[:, ::-1][:, :5]
+    hidden, unembed = normal(2, tokens, 8), normal(50, 8)
+    targets = jnp.asarray(rng.integers(0, 50, (2, tokens)))
+    top_ids = jnp.argsort(hidden @ unembed.T, axis=-1)[..., ::-1][..., :5]
+    options = {"top_ids": top_ids, "extra": head.EXTRA_STATS}
 
     def plain(hidden, unembed):
         logp = jax.nn.log_softmax(hidden @ unembed.T / 0.7)
         p = jnp.exp(logp)
         return {
-            "logp": logp[jnp.arange(rows), targets],
+            "logp": jnp.take_along_axis(logp, targets[..., None], axis=-1)[..., 0],
             "entropy": -(p * logp).sum(-1),
-            "top_logp": jnp.take_along_axis(logp, top_ids, axis=1),
+            "top_logp": jnp.take_along_axis(logp, top_ids, axis=-1),
             "collision": (p**2).sum(-1),
+            "hidden_norm": jnp.linalg.norm(hidden, axis=-1),
         }
 
-    def chunked(hidden, unembed):
-        return head.token_log_probs(hidden, unembed, targets, 0.7, top_ids=top_ids, collision=True)
-
-    chex.assert_trees_all_close(chunked(hidden, unembed), plain(hidden, unembed), atol=1e-5)
-
-    def slope(f):
-        def loss(*a):
-            out = f(*a)
-            return (weights * out["logp"] + out["entropy"] + out["top_logp"].sum(-1) + out["collision"]).sum()
-
-        return jax.grad(loss, (0, 1))(hidden, unembed)
-
-    chex.assert_trees_all_close(slope(chunked), slope(plain), atol=1e-4, rtol=1e-4)
-    top = head.top_tokens(hidden, unembed, 5, 0.7)
     want = plain(hidden, unembed)
-    chex.assert_trees_all_close((top["logp"], top["entropy"]), (want["top_logp"], want["entropy"]), atol=1e-5)
+    cotangent = {name: normal(*want[name].shape) for name in weighted}
+
+    def plain_total(hidden, unembed):
+        stats = plain(hidden, unembed)
+        return 3 * sum((stats[name] * cotangent[name]).sum() for name in weighted)
+
+    def total(hidden, unembed):
+        value, stats = head.weighted_log_probs(hidden, unembed, targets, cotangent, 0.7, **options)
+        return 3 * value, stats
+
+    gradient, stats = jax.grad(total, (0, 1), has_aux=True)(hidden, unembed)
+    chex.assert_trees_all_close(stats, want, atol=5e-5)
+    chex.assert_trees_all_close(
+        gradient, jax.grad(plain_total, (0, 1))(hidden, unembed), atol=1e-4, rtol=1e-4
+    )
+    chex.assert_trees_all_close(total(hidden, unembed)[0], plain_total(hidden, unembed), rtol=1e-4, atol=1e-4)
+    top = head.top_tokens(hidden, unembed, 5, 0.7)
+    chex.assert_trees_all_close((top["logp"], top["entropy"]), (want["top_logp"], want["entropy"]), atol=5e-5)
     chex.assert_trees_all_equal(top["ids"], top_ids)
 
 
 def test_no_array_of_all_tokens_by_vocabulary():
-    """At V = 152k and 16k tokens the gradient's largest buffer is one chunk, not tokens x V."""
-    R, D, V = 16384, 64, 152_064
-    shapes = (jax.ShapeDtypeStruct((R, D), jnp.float32), jax.ShapeDtypeStruct((V, D), jnp.float32))
-    targets = jnp.zeros(R, jnp.int32)
-    loss = lambda h, u: head.token_log_probs(h, u, targets)["logp"].sum()  # noqa: E731
+    """At V = 152k and 16k tokens the gradient's largest buffer is one chunk, and its logits are computed once."""
+    X, D, V = 16384, 64, 152_064
+    shapes = (jax.ShapeDtypeStruct((1, X, D), jnp.float32), jax.ShapeDtypeStruct((V, D), jnp.float32))
+    targets, cotangent = jnp.zeros((1, X), jnp.int32), {"logp": jnp.ones((1, X))}
+    loss = lambda h, u: head.weighted_log_probs(h, u, targets, cotangent)[0]  # noqa: E731
     compiled = jax.jit(jax.grad(loss, (0, 1))).lower(*shapes).compile()
     memory = compiled.memory_analysis().temp_size_in_bytes
     assert memory < 16 * head.CHUNK_ELEMENTS  # four chunks of float32; tokens x V would be 10 GB
-    assert f"{R},{V}" not in compiled.as_text()
+    assert f"{X},{V}" not in compiled.as_text()
+
+
+@pytest.mark.parametrize("differentiated", [0, 1])
+def test_gradient_of_one_side_costs_two_products(differentiated):
+    """A frozen output matrix costs no gradient: the chunks' flops show what is computed."""
+    X, D, V = 64, 32, 512
+    h, u, targets, weight = (
+        jnp.ones((1, X, D)),
+        jnp.ones((V, D)),
+        jnp.zeros((1, X), jnp.int32),
+        jnp.ones((1, X)),
+    )
+    loss = lambda h, u: head.weighted_log_probs(h, u, targets, {"logp": weight})[0]  # noqa: E731
+    text = jax.jit(jax.grad(loss, differentiated)).lower(h, u).compile().as_text()
+    assert sum(" dot(" in line for line in text.splitlines()) == 2
 
 
 def plain_attention(q, k, v, mask):

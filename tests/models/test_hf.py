@@ -266,7 +266,7 @@ def test_memory_is_one_model_and_one_tensor(tmp_path):
     assert peak(lambda: save_hf(tmp_path / "again", config, params)) < 2 * largest + slack
     # The trace does not see jax's own memory: on the CPU it takes the loader's over, and adds none.
     leaf = layout._empty((3, 1000), np.dtype(np.float32))
-    assert layout._to_device(leaf, None).unsafe_buffer_pointer() == leaf.ctypes.data
+    assert jax.device_put(leaf).unsafe_buffer_pointer() == leaf.ctypes.data
 
 
 @pytest.mark.parametrize("name", FAMILIES)

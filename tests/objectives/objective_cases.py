@@ -96,7 +96,7 @@ AXES = {
     **dict.fromkeys(("rewards", "valid", "passed", "malformed", "truncated", "clusters", "flawed"), "PK"),
     **dict.fromkeys(("baseline", "prompt_confidence", "weight"), "P"),
     **dict.fromkeys(("logp", "entropy", "ref_logp", "collision", "hidden_norm"), "PKT"),
-    **dict.fromkeys(("behaviour_logp", "mask", "anchor_logp", "token_ids", "credit"), "PKT"),
+    **dict.fromkeys(("behaviour_logp", "mask", "anchor_logp", "token_ids", "credit", "sampler_logp"), "PKT"),
     **{"top_logp": "PKTJ", "features": "PKF"},
 }
 TEACHER_AXES = {"ids": "PKTJ", "logp": "PKTJ", "entropy": "PKT", "valid": "PK"}
@@ -141,6 +141,7 @@ def full_batch(seed=0, K=4, T=6, J=3, off=0.1, dtype=np.float32, objective=None)
         teacher=O.Teacher(rng.integers(0, 9, (*tokens, J)).astype(np.int32), top(), floats(tokens), ~passed),
         weight=0.5 + floats((P,)),
         progress=np.asarray(0.25, dtype),
+        sampler_logp=(scored.behaviour_logp + off * rng.standard_normal(tokens)).astype(dtype),
         control=None if objective is None else jax.device_get(objective.init_control()),
     )
     return stats, scored

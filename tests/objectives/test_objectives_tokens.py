@@ -194,6 +194,28 @@ def test_untaught_responses():
     np.testing.assert_array_equal(got, m & ~context.scored.teacher.valid[..., None])
 
 
+@in_float64
+def test_truncated_importance_against_numpy():
+    context, m, _, u = case(off=0.5)
+    behaviour, sampler = context.scored.behaviour_logp, context.scored.sampler_logp
+    got = np.asarray(token_weight.TruncatedImportance(1.2)(context, u))
+    ratio = [exp if m[i] else 0 for i, exp in np.ndenumerate(np.exp(behaviour - sampler))]
+    np.testing.assert_allclose(got.ravel(), np.clip(ratio, 0, 1.2), rtol=1e-12)
+    assert (got[m] == 1.2).any() and (got[m] < 1).any()
+
+
+def test_truncated_importance_weighs_the_gradient_token_by_token():
+    """In any method: the gradient of a token is multiplied by its ratio, padding with garbage left out."""
+    stats, scored = padded(*full_batch())
+    ratio = np.exp(np.where(scored.mask, scored.behaviour_logp - scored.sampler_logp, 0))
+
+    def gradient(**parts):
+        return jax.grad(O.get("dr-grpo", max_tokens=6, **parts), has_aux=True)(stats, scored)[0].logp
+
+    got = gradient(token_weight="truncated-importance", importance_cap=1.1)
+    np.testing.assert_allclose(got, gradient() * np.minimum(ratio, 1.1), rtol=1e-5, atol=1e-8)
+
+
 # HAPO
 
 

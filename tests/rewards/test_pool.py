@@ -253,6 +253,36 @@ def test_an_interrupted_call_closes_the_pool(source, monkeypatch):
         judge(pool, "1")
 
 
+def test_judging_goes_on_while_the_caller_does_other_things(source):
+    responses = ["1", "echo a", "hang", "die", "0", "1"]
+    with VerifierPool(source, workers=2, timeout=1.0) as pool:
+        with pool.judging() as job:
+            for response in responses:
+                job.submit(response, {"answer": 1})
+                time.sleep(0.05)
+            deadline = time.monotonic() + 20.0
+            while len(job.settled) < len(responses) and time.monotonic() < deadline:
+                time.sleep(0.02)
+            assert len(job.settled) == len(responses)  # before anybody waits for them
+            job.submit("0", {"answer": 1})
+        assert job.verdicts == judge(pool, *responses, "0")
+        with pool.judging() as job:
+            pass
+        assert job.verdicts == []
+
+
+def test_an_error_while_judging_closes_the_pool(source):
+    pool = VerifierPool(source, workers=2)
+    pids, started = pool.pids, time.monotonic()
+    with pytest.raises(KeyboardInterrupt), pool.judging() as job:
+        job.submit("hang", {"answer": 1})
+        raise KeyboardInterrupt
+    assert time.monotonic() - started < 4.0  # and not the 5 s of the limit
+    assert not any(map(unreaped, pids))
+    with pytest.raises(RuntimeError, match="closed"), pool.judging():
+        pass
+
+
 def test_close_ends_every_process(source):
     pool = VerifierPool(source, workers=3)
     pids = pool.pids

@@ -8,8 +8,7 @@ import pytest
 
 from lpo_jax.errors import UserError
 from lpo_jax.models import decoder
-from lpo_jax.sampling import Sampler, Sampling
-from lpo_jax.sampling import generate as generation
+from lpo_jax.sampling import Sampler, Sampling, schedule
 from lpo_jax.sampling.padding import bucket, pad_prompts
 from lpo_jax.sampling.text import encode, prompt_ids
 
@@ -76,8 +75,7 @@ def test_a_row_is_the_same_alone_and_in_any_batch(sample):
 
 def test_storage_growth_and_chunks_change_nothing(sample, monkeypatch):
     whole = sample()
-    monkeypatch.setattr(generation, "FIRST_STORAGE", 2)
-    monkeypatch.setattr(generation, "STOP_CHECK", 3)
+    monkeypatch.setattr(schedule, "FIRST_STORAGE", 2)
     for other in (sample(), sample(stop=["never to be seen"])):
         np.testing.assert_array_equal(whole.tokens, other.tokens)
         np.testing.assert_allclose(whole.log_probs, other.log_probs, atol=1e-5)

@@ -20,7 +20,7 @@ from lpo_jax import objectives
 from lpo_jax.config import parse_config
 from lpo_jax.errors import RunStopped, UserError
 from lpo_jax.reporting import is_timing, read_metrics
-from lpo_jax.sampling import generate as sampling
+from lpo_jax.sampling import decode as sampling
 from lpo_jax.training import loop, rounds, step
 from lpo_jax.training.checkpoint import load_run
 from lpo_jax.training.loop import train
@@ -317,14 +317,14 @@ def test_bfloat16_trains(run_config):
 
 
 def test_ragged_prompts_compile_a_stated_number_of_programs(run_config, monkeypatch):
-    """One program for each padded size: here prompts pad to one size and responses to one."""
-    for module, name, static, donated in (
-        (step, "update", (0, 1), (2,)),
-        (step, "score", (0,), ()),
-        (sampling, "_prefill", (0, 1, 2, 3, 4), ()),
-        (sampling, "_decode", (0, 1, 2, 3), (5, 7)),
+    """One program for each padded size: prompts pad to one size and responses to one, packed rows to a few."""
+    for module, name, static, donated, most in (
+        (step, "update", (0, 1), (2,), 6),
+        (step, "score", (0,), (), 6),
+        (sampling, "prefill", (0, 1, 5), (), 1),
+        (sampling, "decode", (0, 1, 2, 3, 12), (8,), 1),
     ):
-        counted = chex.assert_max_traces(getattr(module, name).__wrapped__, n=1)
+        counted = chex.assert_max_traces(getattr(module, name).__wrapped__, n=most)
         jitted = jax.jit(counted, static_argnums=static, donate_argnums=donated)
         monkeypatch.setattr(module, name, jitted)
         if module is step:

@@ -11,8 +11,10 @@ import pytest
 
 from lpo_jax import objectives as O
 from lpo_jax.models import decoder
+from lpo_jax.models.attention import Causal
 from lpo_jax.objectives import Scored, TokenStats
-from lpo_jax.training.batch import Groups, Microbatches, Rollouts
+from lpo_jax.training.batch import Groups, Rollouts
+from lpo_jax.training.observe import LAST, observed
 from lpo_jax.training.step import Program, TrainState, likeliest, score, signal, token_metrics, update
 
 P, K, S, T = 4, 4, 6, 5
@@ -111,16 +113,49 @@ def test_scores_equal_those_of_each_response_alone(tiny_config, tiny_params, rol
 
 
 @pytest.mark.parametrize("name", ["lpo-forward", "lpo-reverse", "grpo"])
-@pytest.mark.parametrize("budget", [10**6, S + 2 * T, 1])
-def test_three_parts_equal_plain_autodiff(tiny_config, tiny_params, rollouts, name, budget):
-    """Whole groups, several prompts a microbatch, groups split in halves and into single responses."""
+@pytest.mark.parametrize("budget, packed", [(10**6, False), (10**6, True), (2 * T + S, True), (1, True)])
+def test_three_parts_equal_plain_autodiff(tiny_config, tiny_params, rollouts, name, budget, packed):
+    """Whole groups, padded or packed, several prompts a row, groups cut in parts and into single responses."""
     rollouts = behaviour(tiny_config, tiny_params, rollouts, noise=0.1)
     program = program_for(tiny_config, budget, remat=budget == 1)
 
     want = plain_gradient(name, tiny_config, tiny_params, rollouts)
+    if packed:
+        rollouts = rollouts.replace(groups=program.pack(rollouts.groups, rollouts.scored.mask))
+        assert budget == 1 or rollouts.groups.layout.pack is not None
     got = gradient_by_parts(program, tiny_params, rollouts, O.get(name))
     assert float(optax.global_norm(want)) > 1e-3
     assert relative_error(got, want) <= 1e-5
+
+
+def test_packed_scores_and_likeliest_equal_padded_ones(tiny_config, tiny_params, rollouts):
+    groups, mask = rollouts.groups, rollouts.scored.mask
+    program = program_for(tiny_config, 30)
+    packed = program.pack(groups, mask)
+    real = lambda tree: jax.tree.map(lambda x: x * mask.reshape(mask.shape + (1,) * (x.ndim - 3)), tree)  # noqa: E731
+    want, got = (score(program, tiny_params, some) for some in (groups, packed))
+    chex.assert_trees_all_close(real(got), real(want), atol=2e-5)
+    want, got = (likeliest(program, 3, tiny_params, some).replace(valid=None) for some in (groups, packed))
+    chex.assert_trees_all_close(real(got), real(want), atol=2e-5)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_features_are_those_of_each_response_alone(tiny_config, tiny_params, rollouts, packed):
+    """Whatever the rows; of one prompt token there is nothing to be unsure of."""
+    groups, mask = rollouts.groups, rollouts.scored.mask
+    program = program_for(tiny_config, 30 if packed else 10**6)
+    got = observed(program, tiny_params, program.pack(groups, mask) if packed else groups, mask)
+    assert got["prompt_confidence"][0] == 1
+    entropy = np.where(mask, score(program, tiny_params, groups).entropy, 0)
+    for p, k in np.ndindex(P, K):
+        n, t = groups.lengths[p], mask[p, k].sum()
+        row = np.concatenate([groups.prompts[p, :n], groups.responses[p, k, :t]])[None]
+        context = Causal(jnp.ones(row.shape, bool), jnp.arange(n + t)[None])
+        states = decoder.forward(tiny_config, tiny_params, row, jnp.arange(n + t)[None], context)[0][0]
+        H = entropy[p, k, :t]
+        ends = [H.mean(), H.max(), H[0], H[-1]]
+        want = np.concatenate([states[:n][-LAST:].mean(0), states[n - 1 : n + t - 1][-LAST:].mean(0), ends])
+        np.testing.assert_allclose(got["features"][p, k], want, atol=2e-4)
 
 
 def test_split_and_unsplit_gradients_agree(tiny_config, tiny_params, rollouts):
@@ -178,9 +213,21 @@ def test_gradient_reaches_the_parameters_through_every_statistic(tiny_config, ti
     groups = rollouts.groups.replace(top_ids=teacher.ids)
     rng = np.random.default_rng(2)
 
-    def total(program, params):
-        stats = program.token_stats(params, groups)
-        return sum((vars(stats)[name] * weight).sum() for name, weight in weights.items())
+    def total(params):
+        """Over plain statistics of all states at once."""
+        program = program_for(tiny_config)
+        layout, rows = program.rows(groups)
+        rows = jax.tree.map(lambda x: x[0], rows)
+        states = rows.predicting(program.hidden(params, rows))
+        logp = jax.nn.log_softmax(decoder.project(states, decoder.unembedding(params)) / 0.7)
+        p = jnp.exp(logp)
+        stats = {
+            "entropy": -(p * logp).sum(-1),
+            "collision": (p * p).sum(-1),
+            "hidden_norm": jnp.linalg.norm(states, axis=-1),
+            "top_logp": jnp.take_along_axis(logp, rows.top_ids, axis=-1),
+        }
+        return sum((layout.join(stats[name][None]) * weight).sum() for name, weight in weights.items())
 
     shapes = {name: (P, K, T) for name in ("entropy", "collision", "hidden_norm")} | {
         "top_logp": (P, K, T, 3)
@@ -188,23 +235,8 @@ def test_gradient_reaches_the_parameters_through_every_statistic(tiny_config, ti
     weights = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
     cotangent = TokenStats(**({"logp": np.zeros((P, K, T), np.float32)} | weights))
     extra = ("collision", "hidden_norm")
-    want = jax.grad(lambda p: total(program_for(tiny_config, extra=extra), p))(tiny_params)
+    want = jax.jit(jax.grad(total))(tiny_params)
     got, stats = pull_back(program_for(tiny_config, S + 2 * T, extra=extra), tiny_params, groups, cotangent)
     assert relative_error(got, want) <= 1e-5
     chex.assert_trees_all_close(stats.top_logp, teacher.logp, atol=1e-5)
     chex.assert_trees_all_close(stats.entropy, teacher.entropy, atol=1e-5)
-
-
-def test_microbatch_plan():
-    # whole groups while they fit, then parts of one group, then single responses over the budget
-    assert Microbatches.plan(8, 4, 10, 5, 10**6) == Microbatches(1, 8, 4)
-    assert Microbatches.plan(8, 4, 10, 5, 2 * 30) == Microbatches(4, 2, 4)
-    assert Microbatches.plan(6, 4, 10, 5, 5 * 30) == Microbatches(2, 3, 4)  # 5 does not divide 6
-    assert Microbatches.plan(8, 4, 10, 5, 29) == Microbatches(16, 1, 2)
-    assert Microbatches.plan(8, 4, 10, 5, 1) == Microbatches(32, 1, 1)
-
-
-def test_microbatch_split_and_join_are_inverse():
-    x = np.arange(4 * 6 * 3).reshape(4, 6, 3)
-    for cut in (Microbatches(2, 2, 6), Microbatches(8, 1, 3), Microbatches(24, 1, 1)):
-        np.testing.assert_array_equal(cut.join(cut.split(x), 6), x)

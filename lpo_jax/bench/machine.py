@@ -1,0 +1,63 @@
+"""What this machine can do, measured in the same run as what is held against it."""
+
+import dataclasses
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+WIDTH = 4096  # of the square matrix product; large enough for full speed on CPUs and accelerators
+COPIED = 1 << 26  # elements that are copied
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """Rates of one device.
+
+    Attributes:
+      matrix_flops: FLOP/s of a large matrix product in the dtype that is benchmarked.
+      copy_bytes: bytes/s of a large copy, reads and writes counted.
+    """
+
+    matrix_flops: float
+    copy_bytes: float
+
+    @classmethod
+    def measure(cls, dtype: Any, repeats: int = 5) -> "Machine":
+        """Medians of `repeats` timed calls after one that is not timed."""
+        a = jnp.ones((WIDTH, WIDTH), dtype)
+        precision = "float32" if a.dtype == jnp.float32 else "default"
+        product = jax.jit(lambda x, y: jnp.matmul(x, y, precision=precision))
+        x = jnp.ones((COPIED,), jnp.float32)
+        copy = jax.jit(lambda x, by: x + by)
+        return cls(
+            2 * WIDTH**3 / median(lambda: product(a, a), repeats),
+            2 * x.nbytes / median(lambda: copy(x, 1.0), repeats),
+        )
+
+
+def seconds(function: Callable[[], Any]) -> float:
+    """Wall-clock seconds until what `function` returns is computed."""
+    started = time.perf_counter()
+    jax.block_until_ready(function())
+    return time.perf_counter() - started
+
+
+def median(function: Callable[[], Any], repeats: int) -> float:
+    """Median seconds of `repeats` calls, after one that is not counted."""
+    seconds(function)
+    return statistics.median(seconds(function) for _ in range(repeats))
+
+
+def peak_memory() -> int:
+    """Bytes: of the device where it counts them, else the largest this process has been."""
+    stats = jax.devices()[0].memory_stats()
+    if stats and "peak_bytes_in_use" in stats:
+        return stats["peak_bytes_in_use"]
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kilobytes if sys.platform == "darwin" else kilobytes * 1024

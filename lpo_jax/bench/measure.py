@@ -1,0 +1,170 @@
+"""The three benchmarks, on the parts that a run is made of: its session, sampler, programs and `take_step`.
+
+Each returns one flat dict. What is timed is computed to its end (`block_until_ready`); compiling is timed apart.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import statistics
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from lpo_jax.bench.machine import Machine, peak_memory, seconds
+from lpo_jax.bench.shapes import Shapes
+from lpo_jax.bench.work import Work
+from lpo_jax.config import override_config, parse_config
+from lpo_jax.errors import UserError
+from lpo_jax.models.load import load_config_and_tokenizer
+from lpo_jax.objectives import TokenStats
+from lpo_jax.sampling import Sampling
+from lpo_jax.sampling.text import encode
+from lpo_jax.training.batch import Groups
+from lpo_jax.training.hooks import open_hooks
+from lpo_jax.training.loop import take_step
+from lpo_jax.training.optimizer import make_optimizer
+from lpo_jax.training.position import Position, Recorder
+from lpo_jax.training.rounds import Learner
+from lpo_jax.training.run import RunDirectory, Signals
+from lpo_jax.training.session import Session, check_config, open_session
+
+# Words that are one token each, however often they are repeated: byte-pair tokenizers, and those of characters.
+_WORDS = ((" the", " of"), ("a", "b"))
+
+# Rewards differ within a group.
+_TASK = """
+import zlib
+
+def dataset(split):
+    word = {words}[split == "heldout"]
+    return [{{"prompt": word * {prompt_tokens}, "row": i}} for i in range({rows})]
+
+def verify(response, example):
+    return float(zlib.crc32(response.encode()) % 2)
+"""
+
+
+@contextlib.contextmanager
+def bench_session(model: str, shapes: Shapes, repeats: int, overrides: Sequence[str]) -> Iterator[Session]:
+    """A session whose model never ends a response by itself, in a run directory that is removed afterwards."""
+    _, tokenizer, _ = load_config_and_tokenizer(model)
+    S = shapes.prompt_tokens
+    fitting = [words for words in _WORDS if all(len(encode(tokenizer, w * S)) == S for w in words)]
+    if not fitting:
+        raise UserError(f"{model}: its tokenizer makes no prompt of exactly {S} tokens out of repeated words")
+    with tempfile.TemporaryDirectory() as folder:
+        task = Path(folder) / "task.py"
+        task.write_text(_TASK.format(words=fitting[0], prompt_tokens=S, rows=shapes.prompts))
+        values = {
+            "output": f"{folder}/run",
+            "model": {"path": model},
+            "task": {"name": "python", "file": str(task)},
+            "sampling": {
+                "num_responses": shapes.responses,
+                "max_tokens": shapes.tokens,
+                "max_prompt_tokens": shapes.prompt_tokens,
+            },
+            "training": {
+                "steps": repeats + 1,
+                "prompts_per_step": shapes.prompts,
+                "updates_per_step": 1,
+            },
+            "evaluation": {"every": 0, "problems": 1, "num_responses": 1},
+        }
+        config = override_config(parse_config(values), overrides)
+        with open_session(config) as session:
+            sampler = dataclasses.replace(session.collect.sampler, eos_ids=(-1,))
+            yield dataclasses.replace(session, collect=dataclasses.replace(session.collect, sampler=sampler))
+
+
+def sampling(session: Session, shapes: Shapes) -> Callable[[], Any]:
+    """A call that samples: weights in decode layout, every row to the length that it is given."""
+    sampler = session.collect.sampler
+    return functools.partial(
+        sampler,
+        jax.block_until_ready(session.prepare(session.load_params())),
+        shapes.prompt_ids(session.model_config.vocab_size),
+        np.full(shapes.prompts, shapes.prompt_tokens, np.int32),
+        np.arange(shapes.prompts, dtype=np.uint32),
+        num_responses=shapes.responses,
+        max_tokens=shapes.tokens,
+        sampling=Sampling(),
+        budgets=shapes.lengths(),
+    )
+
+
+def gradient(session: Session, shapes: Shapes) -> Callable[[], Any]:
+    """A call that gives the gradient of all parameters, and the statistics on the way."""
+    params, mask, program = session.load_params(), shapes.mask(), session.program(1.0)
+    groups = Groups(
+        shapes.prompt_ids(session.model_config.vocab_size),
+        np.full(shapes.prompts, shapes.prompt_tokens, np.int32),
+        shapes.response_ids(session.model_config.vocab_size),
+    )
+    packed = program.pack(groups, mask)
+    cotangent = TokenStats(np.where(mask, 1 / mask.sum(), 0.0).astype(np.float32))
+    run = jax.jit(program.pull_back)
+    return lambda: run(params, packed, cotangent)
+
+
+@contextlib.contextmanager
+def stepping(session: Session) -> Iterator[Callable[[], Any]]:
+    """A call that takes the run's next step, as `lpo train` takes it: sampled, verified, learned, written down."""
+    config, objective = session.config, check_config(session.config)
+    with open_hooks(objective, session) as hooks:
+        learner = Learner(
+            objective,
+            hooks,
+            session.program(config.sampling.temperature, objective),
+            make_optimizer(config.optimizer, config.training.total_updates),
+        )
+        run = RunDirectory(config, "train", resume=False)
+        with run, Signals() as signals, Recorder(session, run, signals, config.training.steps) as recorder:
+            position = Position(session.start(session.load_state(), learner.optimizer, objective))
+            data = session.prompts(config.training.prompts_per_step, None)
+            yield lambda: take_step(session, learner, position, data, recorder)
+
+
+def report(
+    what: str, session: Session, shapes: Shapes, run: Callable[[], Any], repeats: int, machine: Machine
+) -> dict[str, Any]:
+    """Times a call of one of the above and holds it against the machine.
+
+    Returns:
+      Shapes, "tokens_per_s" (of responses; the gradient counts the prompts' too), seconds (median and all),
+      "compile_s", peak memory in bytes, what the work takes at least, and "of_floor": the seconds of the
+      matrix products alone at the machine's rate, over those measured.
+    """
+    first = seconds(run)
+    times = [seconds(run) for _ in range(repeats)]
+    middle = statistics.median(times)
+    lengths, dtype = shapes.lengths(), session.dtype
+    work = Work.forward(session.model_config, shapes, lengths, dtype.itemsize)
+    passes = {"sample": 1, "train": 3, "step": 4}[what]  # the backward pass is two more
+    tokens = lengths.sum() + (shapes.prompts * shapes.prompt_tokens if what == "train" else 0)
+    floor = passes * work.product_flops / machine.matrix_flops
+    return {
+        "benchmark": what,
+        "model": session.config.model.path,
+        "dtype": dtype.name,
+        **dataclasses.asdict(shapes),
+        "tokens_per_s": float(tokens / middle),
+        "seconds": middle,
+        "all_seconds": times,
+        "compile_s": max(0.0, first - middle),
+        "peak_memory_bytes": peak_memory(),
+        "model_flops": passes * work.flops,
+        "model_bytes": work.weight_bytes * (lengths.max() if what == "sample" else passes) + work.cache_bytes,
+        "machine_matrix_flops_per_s": machine.matrix_flops,
+        "machine_copy_bytes_per_s": machine.copy_bytes,
+        "floor_seconds": floor,
+        "of_floor": floor / middle,
+        "device": jax.devices()[0].device_kind,
+        "devices": jax.device_count(),
+        "jax": jax.__version__,
+    }

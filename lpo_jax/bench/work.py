@@ -1,0 +1,51 @@
+"""The arithmetic and the traffic that a batch takes at least.
+
+Axes: P prompts · K responses · S prompt tokens · T response tokens · L D H G N F V.
+"""
+
+import dataclasses
+
+import jax
+import numpy as np
+
+from lpo_jax.bench.shapes import Shapes
+from lpo_jax.models.config import ModelConfig
+from lpo_jax.models.decoder import abstract_params, unembedding
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What one pass takes, with every prompt computed once: nothing recomputed, nothing padded.
+
+    Attributes:
+      product_flops: two for each weight that a token meets; the matrix-product floor counts these alone.
+      attention_flops: four H N for each query and the key it sees.
+      weight_bytes: all weights read once, in the dtype they are used in.
+      cache_bytes: keys and values of all tokens, in that dtype.
+    """
+
+    product_flops: float
+    attention_flops: float
+    weight_bytes: float
+    cache_bytes: float
+
+    @classmethod
+    def forward(cls, config: ModelConfig, shapes: Shapes, lengths: np.ndarray, itemsize: int) -> "Work":
+        """One forward pass over P prompts and their `lengths [P, K]` response tokens."""
+        params = abstract_params(config)
+        matrices = sum(leaf.size for name, leaf in params["layers"].items() if name.startswith("w"))
+        S, T = shapes.prompt_tokens, lengths.astype(float)
+        tokens = shapes.prompts * S + T.sum()
+        pairs = shapes.prompts * S**2 / 2 + (S * T + T**2 / 2).sum()
+        kept = 2 * config.num_layers * config.num_kv_heads * config.head_width
+        return cls(
+            2.0 * (matrices * tokens + unembedding(params).size * T.sum()),
+            4.0 * config.num_layers * config.num_heads * config.head_width * pairs,
+            float(sum(leaf.size for leaf in jax.tree.leaves(params)) * itemsize),
+            float(kept * tokens * itemsize),
+        )
+
+    @property
+    def flops(self) -> float:
+        """All of them."""
+        return self.product_flops + self.attention_flops

@@ -1,0 +1,102 @@
+"""The curves of a comparison as PNG files: one figure a rule, and one of all paired differences.
+
+The panels are those of figures 3, 4 and 5 of the LPO paper. Lines are means over seeds, bands one standard error
+of that mean to either side.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lpo_jax.compare.grid import Grid
+from lpo_jax.compare.outcome import CURVES
+from lpo_jax.compare.pairs import solved
+from lpo_jax.compare.table import POOLED, Outcomes
+from lpo_jax.reporting.plots import COLORS, Panel, dress, grid_of
+
+DPI = 90
+_TICKS = (-100, -30, -10, -3, -2, -1, 0, 1, 2, 3, 10, 30, 100)  # percentage points
+
+
+def save_figures(folder: Path, grid: Grid, outcomes: Outcomes, table: dict[str, Any]) -> list[Path]:
+    """Draws `<rule>.png` for every rule with results, and `differences.png`."""
+    drawn = {}
+    for rule in grid.rules:
+        if any(key[0] == rule for key in outcomes):
+            drawn[f"{rule}.png"] = curves(rule, grid, outcomes, table["samples_per_problem"])
+    drawn["differences.png"] = differences(table)
+    for name, figure in drawn.items():
+        figure.savefig(folder / name, format="png", dpi=DPI)
+    return [folder / name for name in drawn]
+
+
+def curves(rule: str, grid: Grid, outcomes: Outcomes, k: int):
+    """pass@1, pass@k, entropy, gradient norm and response length of every method under one rule, as a Figure."""
+    panels = [Panel(f"Held-out pass@{n}", "share solved", (), share=True) for n in (1, k)]
+    panels += [Panel(title, unit, ()) for title, unit in CURVES.values()]
+    figure, places = grid_of(len(panels), f"temperature {rule}")
+    for color, method in zip(_colors(grid.methods), grid.methods):
+        found = [outcomes[key] for seed in grid.seeds if (key := (rule, method, seed)) in outcomes]
+        if not found:
+            continue
+        for axes, n in zip(places, (1, k)):
+            share = [np.nanmean(solved(o.passed, o.valid, n), axis=1) for o in found]
+            _line(axes, found[0].evaluated, np.array(share), color, method)
+        for axes, name in zip(places[2:], CURVES):
+            _line(axes, found[0].steps, np.array([o.curves[name] for o in found]), color, method)
+    last = max(int(o.evaluated.max()) for o in outcomes.values())
+    for axes, panel in zip(places, panels):
+        dress(axes, panel, 0, last)
+        axes.autoscale(axis="y")  # shares too: lines that run close together are to be told apart
+        if axes is not places[0] and axes.get_legend():
+            axes.get_legend().remove()
+    return figure
+
+
+def differences(table: dict[str, Any]):
+    """Every paired difference of pass@1 and pass@k on the way and at the end, with its interval, as a Figure."""
+    names = [f"{when} pass@{k}" for when in ("mean", "final") for k in (1, table["samples_per_problem"])]
+    rules = [*table["rules"], *([POOLED] if len(table["rules"]) > 1 else [])]
+    figure, places = grid_of(len(names) * len(table["differences"]), "Paired differences, 95% intervals")
+    colors, marks = dict(zip(table["methods"], _colors(table["methods"]))), {}
+    panels = ((name, other) for other in table["differences"] for name in names)
+    for axes, (name, other) in zip(places, panels):
+        by_rule = table["differences"][other]
+        shown = [m for m in table["methods"] if m != other]
+        for row, method in enumerate(shown):
+            for column, rule in enumerate(rules):
+                if not (of := by_rule[rule][method].get(name)):
+                    continue
+                y = column + 0.8 * ((row + 0.5) / len(shown) - 0.5)
+                points = 100 * np.array([of["low"], of["mean"], of["high"]], float)
+                axes.plot(points[[0, 2]], [y, y], color=colors[method], linewidth=1.6)
+                (marks[method],) = axes.plot(points[1], y, "o", color=colors[method], markersize=4)
+        dress(axes, Panel(f"{name}, against {other}", "", ()), 0, 1)
+        axes.axvline(0, color="#333333", linewidth=0.8)
+        axes.set_xlabel("percentage points", fontsize=8.5)
+        # Proportional up to 3 points, logarithmic beyond: one method that collapses must not hide the others.
+        axes.autoscale(axis="x")
+        axes.set_xscale("symlog", linthresh=3)
+        low, high = axes.get_xlim()
+        axes.set_xticks([x for x in _TICKS if low <= x <= high], minor=False)
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.set_yticks(range(len(rules)), rules)
+        axes.set_ylim(len(rules) - 0.5, -0.5)  # the first rule on top
+    shown = [method for method in table["methods"] if method in marks]
+    handles = [marks[method] for method in shown]
+    figure.legend(handles, shown, loc="outside lower center", ncols=len(shown), fontsize=9, frameon=False)
+    return figure
+
+
+def _line(axes, steps: np.ndarray, values: np.ndarray, color: str, label: str) -> None:
+    """Mean over the seeds of `values` [S, E], and one standard error to either side."""
+    mean, S = values.mean(axis=0), len(values)
+    axes.plot(steps, mean, color=color, linewidth=1.6, label=label)
+    if S > 1:
+        error = values.std(axis=0, ddof=1) / np.sqrt(S)
+        axes.fill_between(steps, mean - error, mean + error, color=color, alpha=0.15, linewidth=0)
+
+
+def _colors(methods) -> list[str]:
+    return [COLORS[i % len(COLORS)] for i in range(len(methods))]

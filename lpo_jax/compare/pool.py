@@ -1,0 +1,157 @@
+"""Worker processes for whole runs: each takes the next task when it has ended one.
+
+A process that dies takes its task with it and nothing else: the task is reported, and a fresh process goes on.
+"""
+
+import contextlib
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from lpo_jax.config import Config
+from lpo_jax.errors import UserError
+
+WORKER = (sys.executable, "-m", "lpo_jax.compare.worker")
+
+
+class Task(NamedTuple):
+    """A run for a worker; `kind` is one of `lpo_jax.compare.worker.RUNNERS`."""
+
+    name: str
+    kind: str
+    config: Config
+
+
+class Share(NamedTuple):
+    """A worker's part of the machine: CPU cores (none: all), and environment variables."""
+
+    cores: list[int]
+    environment: dict[str, str]
+
+
+def run_tasks(
+    tasks: Sequence[Task], shares: Sequence[Share], logs: Path, ended: Callable[[Task, str | None], None]
+) -> None:
+    """Runs all tasks, as many at a time as there are shares.
+
+    On an exception (a signal, say) every worker is told to save what it is at, and waited for.
+
+    Args:
+      logs: folder for `worker<i>.log`, what the runs print.
+      ended: called with each task that has ended, and what went wrong if anything did.
+    """
+    logs.mkdir(parents=True, exist_ok=True)
+    waiting, workers = deque(tasks), {}
+    try:
+        while waiting or any(worker.task for worker in workers.values()):
+            for index, share in enumerate(shares):
+                if waiting and index not in workers:
+                    workers[index] = _Worker(share, logs / f"worker{index}.log")
+                if waiting and workers[index].task is None:
+                    workers[index].give(waiting.popleft())
+            for index in _answering(workers):
+                task, error = workers[index].answer()
+                if workers[index].process.poll() is not None:
+                    del workers[index]
+                ended(task, error)
+    finally:
+        for worker in workers.values():
+            worker.close()
+        for worker in workers.values():
+            worker.process.wait()
+
+
+class _Worker:
+    def __init__(self, share: Share, log: Path):
+        self.log, self.task = log, None
+        with open(log, "a") as output:
+            self.process = subprocess.Popen(
+                [*WORKER, json.dumps(share.cores)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=output,
+                env=os.environ | _compile_cache() | share.environment,
+                text=True,
+                start_new_session=True,  # the terminal's Ctrl-C is for the parent, which passes it on
+            )
+
+    def give(self, task: Task) -> None:
+        self.task = task
+        # One that has died is noticed when its answer is read.
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.write(json.dumps({"kind": task.kind, "config": task.config.to_dict()}) + "\n")
+            self.process.stdin.flush()
+
+    def answer(self) -> tuple[Task, str | None]:
+        """The task that has ended, and what went wrong."""
+        task, self.task = self.task, None
+        if line := self.process.stdout.readline():
+            return task, json.loads(line)["error"]
+        status = self.process.wait()
+        how = signal.Signals(-status).name if status < 0 else f"status {status}"
+        return task, f"its process ended with {how}; see {self.log}"
+
+    def close(self) -> None:
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
+
+
+def _answering(workers: dict[int, _Worker]) -> list[int]:
+    """Waits until workers have answered or died."""
+    with selectors.DefaultSelector() as selector:
+        for index, worker in workers.items():
+            if worker.task:
+                selector.register(worker.process.stdout, selectors.EVENT_READ, index)
+        return [key.data for key, _ in selector.select()]
+
+
+def shares(workers: int) -> list[Share]:
+    """The machine in equal parts: a GPU each where there are any, else so many cores.
+
+    Raises:
+      UserError: more workers than GPUs.
+    """
+    if workers == 1:
+        return [Share([], {})]
+    if gpus := _gpus():
+        if workers > len(gpus):
+            raise UserError(f"compare.workers = {workers} is more than the {len(gpus)} GPUs of this machine")
+        return [Share([], {"CUDA_VISIBLE_DEVICES": gpu}) for gpu in gpus[:workers]]
+    if not hasattr(os, "sched_getaffinity"):  # macOS: the system divides
+        return [Share([], {}) for _ in range(workers)]
+    cores = sorted(os.sched_getaffinity(0))
+    return [Share(cores[i::workers] or [cores[i % len(cores)]], {}) for i in range(workers)]
+
+
+def _gpus() -> list[str]:
+    """Names of the GPUs this process may use, found without starting jax on them."""
+    if os.environ.get("JAX_PLATFORMS") == "cpu":
+        return []
+    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return [name for name in visible.split(",") if name]
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return []
+    return [str(i) for i in range(len(listed.splitlines()))]
+
+
+def _compile_cache() -> dict[str, Any]:
+    """This process's cache of compiled programs is the workers' too."""
+    folder = jax.config.jax_compilation_cache_dir
+    seconds = jax.config.jax_persistent_cache_min_compile_time_secs
+    if not folder:
+        return {}
+    return {
+        "JAX_COMPILATION_CACHE_DIR": str(folder),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": str(seconds),
+    }

@@ -1,0 +1,214 @@
+"""A comparison in words: what was run, every number with its interval, and the statements that they bear out."""
+
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from lpo_jax.compare.grid import Grid
+from lpo_jax.compare.outcome import Outcome
+from lpo_jax.compare.table import POOLED, Outcomes
+from lpo_jax.config import Config
+from lpo_jax.reporting.text import duration
+
+# The other measures, as they are named in tables; those of pass@k are shares, shown in percent.
+_NAMES = {
+    "mean actor/entropy": "entropy, nats",
+    "mean actor/grad_norm": "gradient norm",
+    "spread actor/grad_norm": "gradient norm, spread / mean",
+    "mean response_length/mean": "response, tokens",
+}
+
+
+def report(
+    config: Config, grid: Grid, outcomes: Outcomes, table: dict[str, Any], figures: Sequence[Path]
+) -> str:
+    """The text of `report.md`."""
+    parts = [
+        "# Comparison of methods",
+        _what_was_run(config, grid, outcomes, table),
+        "## What can be said",
+        _how_to_read(table),
+        *(_statements(table, other) for other in table["differences"]),
+        "## Scores",
+        "Mean over seeds and problems, in percent for pass@k; in brackets the 95% interval. *final* is after the last "
+        "step, *mean* is over all evaluations after training has begun.",
+        *(_scores(table, rule) for rule in table["rules"] if any(table["scores"][rule].values())),
+        "## Paired differences",
+        "In percentage points for pass@k, in its own unit otherwise; in brackets the 95% interval; after the bar in "
+        "how many of the pairs of runs the difference is above 0. **Bold** where the interval excludes 0. "
+        f"The rule *{POOLED}* is the mean over the rules, seed by seed.",
+        *(_differences(table, other) for other in table["differences"]),
+        "## Curves",
+        *(f"![{path.stem}]({path.name})" for path in figures),
+        "## Machine",
+        _machine(outcomes),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _what_was_run(config: Config, grid: Grid, outcomes: Outcomes, table: dict[str, Any]) -> str:
+    training, sampling, k = config.training, config.sampling, table["samples_per_problem"]
+    start = {name: _share(of) for name, of in table["start"].items()}
+    warm = (
+        f"One supervised warm start ({config.warm_start.steps} updates of {config.warm_start.batch_size} examples) is "
+        "the common beginning of all runs: "
+        if config.warm_start.steps
+        else f"All runs begin from {config.model.path}: "
+    )
+    missing = (
+        f"\n\n**{len(table['missing'])} cells are missing** (their runs failed): {', '.join(table['missing'])}."
+        if table["missing"]
+        else ""
+    )
+    counts = (
+        _several(len(grid.rules), "temperature rule"),
+        _several(len(grid.methods), "method"),
+        _several(len(grid.seeds), "seed"),
+    )
+    return (
+        f"{' x '.join(counts)} = {_several(len(grid.cells), 'run')} of task {config.task['name']}. {warm}"
+        f"it solves {start['pass@1']} of the held-out samples (pass@1) and {start[f'pass@{k}']} of the problems in "
+        f"{k} tries.\n\n"
+        f"Each run: {training.steps} steps of {training.prompts_per_step} prompts x {sampling.num_responses} responses "
+        f"of at most {sampling.max_tokens} tokens, {training.updates_per_step} updates a step, learning rate "
+        f"{config.optimizer.learning_rate:g}; held-out evaluation on {table['problems']} problems x {k} samples at "
+        f"temperature {config.evaluation.temperature:g} after steps {', '.join(map(str, table['evaluated_after']))}. "
+        "Runs of equal seed draw the same prompts and the same random numbers; runs of equal rule have the same "
+        "target, since the rule is the temperature that a policy gradient divides its advantage by and a listwise "
+        f"method its rewards.\n\n{_methods(config)}{missing}"
+    )
+
+
+def _methods(config: Config) -> str:
+    from lpo_jax import objectives
+    from lpo_jax.compare.grid import read_method
+
+    known = objectives.names()
+    rows = []
+    for spec in config.compare.methods:
+        method = read_method(spec)
+        options = {k: v for k, v in method.objective.items() if k != "name"}
+        name = method.objective["name"] + (f" {options}" if options else "")
+        rows.append((method.label, f"`{name}`", known[method.objective["name"]]["formula"]))
+    return _markdown(("label", "method", "formula, with the rule's temperature"), rows)
+
+
+def _how_to_read(table: dict[str, Any]) -> str:
+    if len(table["seeds"]) < 2:
+        return "One seed says nothing of other seeds: there are no intervals, and nothing can be told from chance."
+    return (
+        "Differences are paired: same seed, same problem. Intervals are over seeds and problems. A sentence stands "
+        f"here only where the 95% interval of its difference excludes 0; of the {_intervals(table)} intervals below "
+        "up to one in twenty would do so by chance alone if no method differed from any other."
+    )
+
+
+def _statements(table: dict[str, Any], other: str) -> str:
+    lines, told, of_all = [], 0, 0
+    for rule, by_method in table["differences"][other].items():
+        for method, by_name in by_method.items():
+            sure = {name: of for name, of in by_name.items() if _certain(of)}
+            told, of_all = told + len(sure), of_all + len(by_name)
+            where = "over all rules together" if rule == POOLED else f"under {rule}"
+            if sure:
+                said = ", ".join(f"{_title(name)} {_change(of, name)}" for name, of in sure.items())
+                lines.append(f"- {where}, {method}: {said}")
+    rest = f"{of_all - told} of {of_all} differences from {other} cannot be told from 0."
+    return f"Against **{other}**, in points of pass@k or the measure's own unit:\n\n" + "\n".join(
+        [*lines, f"- {rest}"]
+    )
+
+
+def _scores(table: dict[str, Any], rule: str) -> str:
+    by_method = {m: of for m, of in table["scores"][rule].items() if of}
+    names = list(next(iter(by_method.values()), ()))
+    rows = [
+        (method, *(_share(of[name]) if _is_share(name) else _plain(of[name]) for name in names))
+        for method, of in by_method.items()
+    ]
+    return f"### {rule}\n\n" + _markdown(("method", *map(_title, names)), rows)
+
+
+def _differences(table: dict[str, Any], other: str) -> str:
+    by_rule = table["differences"][other]
+    names = list(next((of for by_method in by_rule.values() for of in by_method.values() if of), ()))
+    rows = [
+        (rule, method, *(_difference(by_name[name], name) for name in names))
+        for rule, by_method in by_rule.items()
+        for method, by_name in by_method.items()
+        if by_name
+    ]
+    return f"### Against {other}\n\n" + _markdown(("rule", "method", *map(_title, names)), rows)
+
+
+def _machine(outcomes: Outcomes) -> str:
+    found = list(outcomes.values())
+    seconds = sorted(outcome.seconds for outcome in found)
+    kinds = list(dict.fromkeys(_surroundings(outcome) for outcome in found))
+    return (
+        f"{len(found)} runs, {duration(sum(seconds))} of training and evaluating in all (median of a run "
+        f"{seconds[len(seconds) // 2]:.0f} s, shortest {seconds[0]:.0f} s, longest {seconds[-1]:.0f} s), starting and "
+        "compiling not counted.\n\n" + "\n".join(f"- {kind}" for kind in kinds)
+    )
+
+
+def _surroundings(outcome: Outcome) -> str:
+    about = outcome.surroundings
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    return f"{', '.join(dict.fromkeys(about['devices']))}; Python {about['python']}; {versions}"
+
+
+def _several(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
+
+
+def _certain(of: dict[str, float]) -> bool:
+    return of["low"] > 0 or of["high"] < 0
+
+
+def _is_share(name: str) -> bool:
+    return "pass@" in name
+
+
+def _title(name: str) -> str:
+    return _NAMES.get(name, name)
+
+
+def _share(of: dict[str, float]) -> str:
+    return f"{100 * of['mean']:.1f}% ({_interval(of, 100)})"
+
+
+def _plain(of: dict[str, float]) -> str:
+    return f"{of['mean']:.3f} ({_interval(of, 1)})"
+
+
+def _difference(of: dict[str, float], name: str) -> str:
+    change = f"**{_change(of, name)}**" if _certain(of) else _change(of, name)
+    return f"{change} \\| {of['wins']}/{of['pairs']}"
+
+
+def _change(of: dict[str, float], name: str) -> str:
+    scale, digits = (100, 1) if _is_share(name) else (1, 3)
+    return f"{scale * of['mean']:+.{digits}f} ({_interval(of, scale)})"
+
+
+def _interval(of: dict[str, float], scale: float) -> str:
+    if math.isnan(of["low"]):
+        return "no interval"
+    digits = 1 if scale == 100 else 3
+    return f"{scale * of['low']:.{digits}f} to {scale * of['high']:.{digits}f}"
+
+
+def _intervals(table: dict[str, Any]) -> int:
+    return sum(
+        len(by_name)
+        for by_rule in table["differences"].values()
+        for by_method in by_rule.values()
+        for by_name in by_method.values()
+    )
+
+
+def _markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -1,0 +1,48 @@
+"""Weights of 8 bits for sampling (extra `[quant]`): half the bytes that a decoded token reads, or a quarter.
+
+Each output channel of a layer's matrix has one scale, set by its largest weight; embeddings, norms and biases
+stay as they are, and activations too. What is sampled is thereby another model than the one that is
+trained: its log-probs differ, by `lpo/logp_gap_*`, and the method must be told (training.behaviour=rescored).
+"""
+
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from lpo_jax.errors import UserError
+from lpo_jax.models.decoder import Params
+
+
+@struct.dataclass
+class Int8:
+    """A matrix in the place of its array: int8 values and a scale for each output channel, by qwix."""
+
+    array: "qwix.QArray"  # noqa: F821
+
+    def product(self, axes: str, x: jax.Array) -> jax.Array:
+        """`jnp.einsum(axes, x, matrix)` in x's dtype."""
+        import qwix
+
+        return qwix.einsum(axes, x, self.array.astype(x.dtype))
+
+
+def require_qwix() -> None:
+    """Raises `UserError` where the extra is missing."""
+    if importlib.util.find_spec("qwix") is None:
+        raise UserError("sampling.weights = int8 needs qwix: pip install 'lpo_jax[quant]'")
+
+
+def quantise_layer(layer: Params) -> Params:
+    """A layer's parameters with every matrix, alone or fused with its neighbours, as `Int8`."""
+    import qwix
+
+    def quantise(name: str, x: jax.Array) -> jax.Array | Int8:
+        if not name.startswith("w"):
+            return x
+        inputs = 2 if name == "wo" else 1  # input axes come first, and wo takes heads apart
+        outputs = tuple(range(inputs, x.ndim))
+        return Int8(qwix.quantize(x.astype(jnp.float32), jnp.int8, channelwise_axes=outputs))
+
+    return {name: quantise(name, x) for name, x in layer.items()}

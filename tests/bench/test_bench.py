@@ -1,0 +1,77 @@
+"""`lpo bench`: its arithmetic against hand counts, and every benchmark end to end on the tiny model."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from tiny import CONFIG
+
+from lpo_jax.bench import machine
+from lpo_jax.bench.shapes import Shapes
+from lpo_jax.bench.work import Work
+from lpo_jax.cli import main
+from lpo_jax.models.decoder import init_params
+
+
+def test_work_counts_every_weight_once_for_each_token():
+    D, L, H, G, N, F, V = 32, 2, 4, 2, 8, 48, CONFIG.vocab_size
+    P, K, S, T = 2, 3, 5, 7
+    shapes = Shapes(P, K, S, T)
+    work = Work.forward(CONFIG, shapes, shapes.lengths(), itemsize=4)
+    layer = D * H * N + 2 * D * G * N + H * N * D + 3 * D * F
+    assert work.product_flops == 2 * (L * layer * P * (S + K * T) + V * D * P * K * T)
+    pairs = P * (S * S / 2 + K * (S * T + T * T / 2))
+    assert work.attention_flops == 4 * L * H * N * pairs
+    assert work.cache_bytes == 2 * L * G * N * P * (S + K * T) * 4
+
+    params = init_params(CONFIG, jax.random.key(0))
+    assert work.weight_bytes == sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+
+
+def test_uneven_lengths_are_geometric_and_an_eighth_of_the_longest():
+    lengths = Shapes(64, 64, 8, 256, uneven=True).lengths()
+    assert lengths.min() >= 1 and lengths.max() <= 256
+    assert 28 < lengths.mean() < 36
+    assert np.array_equal(lengths, Shapes(64, 64, 8, 256, uneven=True).lengths())
+
+
+@pytest.mark.parametrize("what", ["sample", "train", "step"])
+def test_every_benchmark_prints_one_json_line(what, tiny_model, capsys, monkeypatch, no_plots):
+    monkeypatch.setattr(machine, "WIDTH", 64)
+    monkeypatch.setattr(machine, "COPIED", 1024)
+    shapes = ["--prompts=2", "--responses=4", "--prompt-tokens=8", "--tokens=6", "--repeats=2"]
+    assert (
+        main(
+            [
+                "bench",
+                what,
+                f"--model={tiny_model}",
+                *shapes,
+                "--json",
+                "--rewards.workers=1",
+                "--mesh.devices=1",
+            ]
+        )
+        == 0
+    )
+    result = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert result["benchmark"] == what and len(result["all_seconds"]) == 2
+    tokens = 2 * 4 * 6 + (2 * 8 if what == "train" else 0)
+    assert result["tokens_per_s"] == pytest.approx(tokens / result["seconds"])
+    assert result["of_floor"] == pytest.approx(result["floor_seconds"] / result["seconds"])
+    assert result["model_flops"] > 0 and result["peak_memory_bytes"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["sample", "--tokens=0"], "at least 1"),
+        (["step", "--uneven"], "goes with sample or train"),
+        (["train", "--training.tokens=3"], "unknown key"),
+    ],
+)
+def test_wrong_arguments_end_in_one_line(arguments, message, tiny_model, capsys):
+    assert main(["bench", *arguments, f"--model={tiny_model}"]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1

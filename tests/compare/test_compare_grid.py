@@ -1,0 +1,143 @@
+"""The grid: which cells there are, what makes them pairs, and what is refused before any of them runs."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lpo_jax.cli import main
+from lpo_jax.compare.grid import make_grid, start_of_cells, warm_config
+from lpo_jax.config import load_config, parse_config
+from lpo_jax.errors import UserError
+from lpo_jax.training.run import RunDirectory
+
+GRID = {
+    "rules": ["grpo", "maxrl"],
+    "methods": [{"name": "grpo", "label": "pg"}, "lpo-forward"],
+    "seeds": [3, 5],
+}
+
+
+@pytest.fixture
+def compared(run_config):
+    """The values of a config with a grid; keyword arguments change it."""
+
+    def make(**changes):
+        values = run_config(compare=GRID | changes)
+        del values["objective"]
+        return values
+
+    return make
+
+
+def test_every_rule_meets_every_method_and_seed(compared):
+    grid = make_grid(parse_config(compared()))
+    assert [(c.rule, c.method, c.seed) for c in grid.cells] == [
+        (rule, method, seed)
+        for rule in ("grpo", "maxrl")
+        for method in ("pg", "lpo-forward")
+        for seed in (3, 5)
+    ]
+    assert grid.cells[0].name == "grpo-pg-seed3"
+    assert grid.against == ("pg",)  # the first
+    assert len({cell.config.output for cell in grid.cells}) == 8
+
+
+def test_cells_of_a_seed_differ_by_their_objective_and_place_alone(compared):
+    cells = make_grid(parse_config(compared())).cells
+    plain = {
+        dataclasses.replace(c.config, output="", objective={}, seed=0).to_dict().__repr__() for c in cells
+    }
+    assert len(plain) == 1
+    for cell in cells:
+        assert cell.config.seed == cell.seed
+        assert cell.config.objective["temperature"] == cell.rule
+    names = {cell.method: cell.config.objective["name"] for cell in cells}
+    assert names == {"pg": "grpo", "lpo-forward": "lpo-forward"}
+
+
+def test_cells_begin_from_the_common_warm_start(compared):
+    config = parse_config(compared() | {"warm_start": {"steps": 7}})
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, init="random"))
+    warm, start = warm_config(config), start_of_cells(config)
+    assert warm.warm_start.steps == 7 and warm.model == config.model
+    assert start.warm_start.steps == 0 and start.model.init == "weights"
+    assert start.model.path == f"{warm.output}/hf"
+    without = dataclasses.replace(config, warm_start=dataclasses.replace(config.warm_start, steps=0))
+    assert start_of_cells(without).model == config.model  # nothing to begin from but the model itself
+
+
+def test_numbers_are_rules_and_methods_keep_their_options(compared):
+    methods = [{"name": "lpo-forward", "score": "sum"}, {"name": "lpo-forward", "label": "mean"}]
+    cells = make_grid(parse_config(compared(rules=[0.5], methods=methods, seeds=[0]))).cells
+    assert [cell.name for cell in cells] == ["0.5-lpo-forward-seed0", "0.5-mean-seed0"]
+    assert cells[0].config.objective == {"name": "lpo-forward", "score": "sum", "temperature": 0.5}
+
+
+@pytest.mark.parametrize(
+    "changes,says",
+    [
+        ({"methods": ["lpo-foward"]}, "unknown method 'lpo-foward'; did you mean 'lpo-forward'?"),
+        ({"rules": ["gpro"]}, "did you mean 'grpo'?"),
+        ({"rules": [0.0]}, "a positive number, got 0.0"),
+        ({"rules": []}, "compare.rules is empty"),
+        ({"methods": []}, "compare.methods is empty"),
+        ({"seeds": []}, "compare.seeds is empty"),
+        ({"seeds": [1, 1]}, "compare.seeds: 1 is there twice"),
+        ({"rules": ["grpo", "grpo"]}, "compare.rules: grpo is there twice"),
+        (
+            {"methods": ["grpo", {"name": "grpo", "centre": "loo"}]},
+            "grpo is there twice, and would be one cell; tell",
+        ),
+        ({"methods": [{"name": "lpo-forward", "temperature": 1}]}, "its temperature is the rule's"),
+        ({"methods": ["mpo"]}, "mpo has no temperature"),
+        ({"methods": [{"label": "x"}]}, "unknown method None"),
+        ({"methods": [{"name": "grpo", "label": "a/b"}]}, "label 'a/b' is to be part of file names"),
+        ({"against": ["forward"]}, "compare.against: no method 'forward'; did you mean 'lpo-forward'?"),
+        (
+            {"methods": [{"name": "grpo", "epsilon": 1}]},
+            "cell grpo-grpo-seed3: objective: grpo: unknown option 'epsilon'",
+        ),
+        ({"workers": 0}, "compare.workers"),
+        ({"rule": ["grpo"]}, "unknown key 'compare.rule'; did you mean 'rules'?"),
+    ],
+)
+def test_what_is_no_grid_is_refused_in_one_line(compared, changes, says):
+    with pytest.raises(UserError) as refused:
+        make_grid(parse_config(compared(**changes)))
+    assert says in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_methods_belong_into_the_grid(compared):
+    with pytest.raises(UserError, match=r"lpo compare takes its methods from compare\.methods"):
+        make_grid(parse_config(compared() | {"objective": "grpo"}))
+
+
+def test_cells_keep_their_own_checkpoints(compared):
+    with pytest.raises(UserError, match=r"checkpoint\.directory: the cells of a comparison keep their own"):
+        make_grid(parse_config(compared() | {"checkpoint": {"directory": "elsewhere"}}))
+
+
+def test_a_cell_that_holds_another_run_is_refused_before_any_runs(compared):
+    config = parse_config(compared())
+    cell = make_grid(config).cells[-1]
+    other = dataclasses.replace(cell.config, objective={"name": "lpo-reverse"})
+    with RunDirectory(other, "train", resume=False) as run:
+        (run.path / "metrics.jsonl").write_text('{"step": 0}\n')
+    with pytest.raises(UserError, match=r"cannot resume with objective\.name = 'lpo-forward'"):
+        make_grid(config)
+
+
+def test_the_command_refuses_in_one_line(compared, tmp_path, capsys):
+    path = tmp_path / "compare.yaml"
+    path.write_text(yaml.safe_dump(compared(methods=["lpo-foward"])))
+    assert main(["compare", str(path)]) == 2
+    assert "did you mean 'lpo-forward'?" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_shipped_grid_is_whole():
+    config = load_config(Path(__file__).parents[2] / "configs" / "compare_countdown_micro.yaml")
+    grid = make_grid(config)
+    assert len(grid.cells) == 75 and grid.against == ("pg", "forward-onpolicy")

@@ -1,0 +1,63 @@
+"""`configs/micro` is what its script makes, and its tokenizer fits the task it is for."""
+
+import dataclasses
+import importlib.util
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from lpo_jax import tasks
+from lpo_jax.config import load_config, parse_config
+from lpo_jax.evaluation.encode import encode_prompt, encode_solution
+from lpo_jax.models.load import load_config_and_tokenizer
+from lpo_jax.training.session import Session
+
+ROOT = Path(__file__).parents[2]
+MICRO = ROOT / "configs" / "micro"
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location(
+        "make_micro_model", ROOT / "scripts" / "make_micro_model.py"
+    )
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_directory_is_what_the_script_makes(script, tmp_path):
+    script.main(tmp_path)
+    assert (tmp_path / "tokenizer.json").read_text() == (MICRO / "tokenizer.json").read_text()
+    config, tokenizer, eos_ids = load_config_and_tokenizer(MICRO)
+    assert config == script.CONFIG and len(tokenizer) == config.vocab_size
+    assert eos_ids == (tokenizer.eos_token_id,) == (1,)
+
+
+def test_prompts_and_solutions_are_short_and_come_back_as_they_were():
+    config = load_config(ROOT / "configs" / "compare_countdown_micro.yaml")
+    options = {k: v for k, v in config.task.items() if k != "name"} | {"train_size": 200, "heldout_size": 8}
+    task = tasks.get("countdown", **options)
+    _, tokenizer, _ = load_config_and_tokenizer(MICRO)
+    for row in task.train:
+        prompt, solution = encode_prompt(task, tokenizer, row), encode_solution(task, tokenizer, row)
+        assert tokenizer.decode(prompt) == task.prompt(row)
+        assert tokenizer.decode(solution, skip_special_tokens=True) == task.solution(row)
+        assert tokenizer.unk_token_id not in prompt + solution
+        assert len(prompt) <= config.sampling.max_prompt_tokens
+        assert len(solution) <= config.sampling.max_tokens
+
+
+def test_weights_are_drawn_from_the_seed(run_config):
+    model_config, _, _ = load_config_and_tokenizer(MICRO)
+    config = parse_config(run_config(model={"path": str(MICRO), "init": "random"}))
+
+    def drawn(seed):
+        session = Session(dataclasses.replace(config, seed=seed), None, model_config, None, None, [], [], 0)
+        return session.load_params()
+
+    first, again, other = drawn(0), drawn(0), drawn(1)
+    jax.tree.map(np.testing.assert_array_equal, first, again)
+    assert not np.array_equal(first["embed"], other["embed"])

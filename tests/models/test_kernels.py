@@ -1,0 +1,236 @@
+"""Kernels for TPUs against their plain twins, run by Pallas' interpreter; and compiled for TPUs that are not here."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lpo_jax.config import parse_config
+from lpo_jax.errors import UserError
+from lpo_jax.models import attention, sharding
+from lpo_jax.models.attention import Causal, attend_stored, shared_prefix_attention
+from lpo_jax.models.kernels import decode, splash
+from lpo_jax.sampling import Sampler
+from lpo_jax.scale.topology import parse, tpu_devices
+from lpo_jax.training.batch import Groups
+from lpo_jax.training.session import open_session
+from lpo_jax.training.step import Program, score
+
+rng = np.random.default_rng(0)
+
+
+def normal(*shape):
+    return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Several blocks in rows that a test can afford; programs of the other sizes are not found again."""
+    monkeypatch.setattr(splash, "QUERIES", 128)
+    monkeypatch.setattr(splash, "KEYS", 128)
+    monkeypatch.setattr(decode, "BLOCK_BYTES", 1)  # the least there is: 128 keys
+
+
+def values_and_gradients(function, real, *qkv):
+    """What a function gives at real tokens, and how that depends on its arguments."""
+
+    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # compiles sooner
+    def both(*qkv):
+        out, pull_back = jax.vjp(lambda *qkv: jnp.where(real, function(*qkv), 0.0), *qkv)
+        return out, pull_back(jnp.cos(jnp.arange(out.size)).reshape(out.shape))
+
+    return both(*qkv)
+
+
+# The interpreter's programs take seconds to compile: one of each kind, the other combinations when there is time.
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("heads, window", [((4, 2), 9), slow((4, 2), None), slow((3, 3), 9)])
+def test_causal(small_blocks, heads, window):
+    """Padding on either side, a row without any token, rows longer than a block."""
+    (H, G), X = heads, 140
+    q, k, v = normal(4, X, H, 16), normal(4, X, G, 16), normal(4, X, G, 16)
+    index = jnp.arange(X)
+    first, last = jnp.array([[0], [0], [131], [0]]), jnp.array([[X], [5], [X], [0]])
+    valid = (first <= index) & (index < last)
+    rows = Causal(valid, jnp.maximum(index - first, 0), window)
+    run = lambda choice: values_and_gradients(  # noqa: E731
+        lambda *qkv: rows.replace(attention=choice)(*qkv)[0], valid[..., None, None], q, k, v
+    )
+    chex.assert_trees_all_close(run("interpret"), run("plain"), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "sizes, window",
+    [
+        ((2, 20, 17), None),
+        ((3, 7, 140), 9),
+        *(
+            slow(*case)
+            for case in (((2, 20, 17), 9), ((3, 7, 140), None), ((1, 150, 6), 9), ((1, 150, 6), None))
+        ),
+    ],
+)
+def test_shared_prefix(small_blocks, sizes, window):
+    """Ragged prompts, several K, parts of a row within a block and beyond one."""
+    K, S, T = sizes
+    P, X = 3, S + K * T
+    q, k, v = normal(P, X, 4, 16), normal(P, X, 2, 16), normal(P, X, 2, 16)
+    lengths = jnp.array([S, 1, S // 2])
+    real = jnp.concatenate([jnp.arange(S) < lengths[:, None], jnp.ones((P, K * T), bool)], axis=1)[
+        ..., None, None
+    ]
+
+    def run(choice):
+        function = lambda *qkv: shared_prefix_attention(*qkv, lengths, S, K, window, choice)  # noqa: E731
+        return values_and_gradients(function, real, q, k, v)
+
+    kernel, plain = run("interpret"), run("plain")
+    chex.assert_trees_all_close(kernel, plain, atol=1e-5)
+    assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(kernel))
+
+
+def test_the_backward_pass_is_as_precise_as_the_forward_one():
+    """A float32 product is three bfloat16 ones on a TPU unless it is told otherwise, in either direction."""
+    q = jax.ShapeDtypeStruct((1, 128, 2, 16), jnp.float32)
+    valid = jnp.ones((1, 128), bool)
+    loss = lambda q: splash.causal(q, q, q, valid, interpret=True).sum()  # noqa: E731
+    program = str(jax.make_jaxpr(jax.grad(loss))(q))
+    precise = program.count("precision=(Precision.HIGHEST, Precision.HIGHEST)")
+    assert precise == program.count("dot_general[") >= 2 + 3 + 4  # forward, dq, dk and dv
+
+
+@pytest.mark.parametrize("num_keys", [48, 300])
+def test_stored_keys(small_blocks, num_keys):
+    """Bounds within a block, across blocks, at the ragged last one, each query's own; no keys; a start before all."""
+    B, G, C, I, N = 6, 2, 3, 2, 16
+    q, k, v = normal(B, G, C, I, N), normal(B, G, N, num_keys), normal(B, G, num_keys, N)
+    stop = jnp.array([num_keys, num_keys - 5, 17, 1, 20, 0])
+    start = jnp.array([[0, 0, 0], [3, 40, 11], [5, 5, 6], [0, 0, 0], [-7, 2, -1], [0, 0, 0]])
+    kernel, plain = (attend_stored(q, k, v, start, stop, choice) for choice in ("interpret", "plain"))
+    some = lambda tree: jax.tree.map(lambda x: x[:-1], tree)  # noqa: E731
+    chex.assert_trees_all_close(some(kernel), some(plain), atol=1e-5)
+    nothing = jax.tree.map(lambda x: x[-1], kernel)
+    chex.assert_trees_all_close(nothing[0], jnp.zeros_like(nothing[0]))
+    assert (nothing[1] == plain[1][-1]).all()
+
+
+def test_storage_behind_the_last_key_is_never_looked_at(small_blocks):
+    """A row of which only a beginning is real costs the same whatever lies behind it, and nothing of it is read."""
+    q, k, v = normal(1, 1, 1, 1, 16), normal(1, 1, 16, 512), normal(1, 1, 512, 16)
+    start, stop = jnp.array([[130]]), jnp.array([250])  # of the four blocks the second one
+    spoiled = jnp.arange(512) // 128 != 1
+    k, v = jnp.where(spoiled, jnp.nan, k), jnp.where(spoiled[:, None], jnp.nan, v)
+    out, lse = attend_stored(q, k, v, start, stop, "interpret")
+    assert jnp.isfinite(out).all() and jnp.isfinite(lse).all()
+
+
+@pytest.mark.parametrize("G", [2, 1])
+def test_on_a_mesh(G):
+    """Each device runs the kernel on its rows and heads; an axis that does not divide stays whole."""
+    auto = (jax.sharding.AxisType.Auto,) * 3
+    mesh = jax.make_mesh((2, 1, 2), sharding.AXES, devices=jax.devices()[:4], axis_types=auto)
+    P, K, H = 4, 2, 4
+    q, k, v = normal(P, G, K, H // G, 16), normal(P, G, 16, 40), normal(P, G, 40, 16)
+    start, stop = jnp.zeros((P, K), jnp.int32), jnp.array([9, 3, 1, 40])
+    step = jax.jit(lambda *qkv: attend_stored(*qkv, start, stop, "interpret"))
+    alone = step(q, k, v)
+    with jax.set_mesh(mesh):
+        together = step(q, k, v)
+        chex.assert_trees_all_close(together, alone, atol=1e-6)
+        heads = ("tensor",) if G == 2 else None
+        assert together[0].sharding.is_equivalent_to(
+            jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data", heads)), 5
+        )
+
+
+def test_the_gradient_on_a_mesh():
+    auto = (jax.sharding.AxisType.Auto,) * 3
+    mesh = jax.make_mesh((2, 2, 2), sharding.AXES, axis_types=auto)
+    P, S, K, T = 4, 5, 2, 6
+    lengths = jnp.array([5, 1, 3, 4])
+    row = normal(P, S + K * T, 4, 16), normal(P, S + K * T, 2, 16), normal(P, S + K * T, 2, 16)
+    run = lambda: values_and_gradients(  # noqa: E731
+        lambda *qkv: shared_prefix_attention(*qkv, lengths, S, K, attention="interpret"), True, *row
+    )
+    alone = run()
+    with jax.set_mesh(mesh):
+        chex.assert_trees_all_close(run(), alone, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_the_model_with_kernels_is_the_model(tiny_config, tiny_params):
+    """Sampling and scoring through the kernels: the same tokens, the same log-probs, and the two agree."""
+    prompts, lengths = np.array([[5, 6, 7, 8], [9, 3, 0, 0]]), np.array([4, 2])
+
+    def run(choice):
+        sampler = Sampler(tiny_config, (1,), attention=choice)
+        drawn = sampler(
+            sampler.prepare(tiny_params), prompts, lengths, np.arange(2), num_responses=2, max_tokens=5
+        )
+        groups = Groups(jnp.asarray(prompts), jnp.asarray(lengths), jnp.asarray(drawn.tokens))
+        stats = score(Program(tiny_config, attention=choice), tiny_params, groups)
+        return drawn, np.where(drawn.mask, stats.logp, 0.0)
+
+    (drawn, scored), (plain, plain_scored) = run("interpret"), run("plain")
+    np.testing.assert_array_equal(drawn.tokens, plain.tokens)
+    np.testing.assert_allclose(scored, plain_scored, atol=1e-4)
+    np.testing.assert_allclose(drawn.log_probs, scored, atol=1e-4)
+
+
+def test_kernels_where_there_are_tpus(monkeypatch):
+    assert not attention.uses_kernels("auto") and not attention.uses_kernels("plain")
+    assert attention.uses_kernels("pallas") and attention.uses_kernels("interpret")
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert attention.uses_kernels("auto") and not attention.uses_kernels("plain")
+
+
+def test_kernels_where_there_is_no_tpu(run_config):
+    values = run_config()
+    values["model"] = {**values["model"], "attention": "pallas"}
+    session = open_session(parse_config(values))
+    with pytest.raises(UserError, match=r"model\.attention=pallas: there is no TPU here"), session:
+        pass
+
+
+def compile_for(devices, function, *shapes):
+    """Compiles for one device of a slice, or for a (2, 1, 2) mesh of four."""
+    make = lambda place: [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place(x)) for x in shapes]  # noqa: E731
+    if len(devices) == 1:
+        where = jax.sharding.SingleDeviceSharding(devices[0])
+        return jax.jit(function).lower(*make(lambda _: where)).compile()
+    mesh = jax.sharding.Mesh(np.reshape(devices, (2, 1, 2)), sharding.AXES)
+    batch = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    with jax.set_mesh(mesh):
+        return jax.jit(function).lower(*make(lambda _: batch)).compile()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["smollm2", "qwen3"])
+@pytest.mark.parametrize(
+    "name, num_devices", [("v5e:2x2", 1), ("v5p:2x2x1", 1), ("v6e:2x2", 1), ("v5e:2x2", 4)]
+)
+def test_compiles_for_tpus(name, num_devices, model):
+    """Heads of 64 and of 128, float32 and bfloat16, blocks of full size: forward, backward and decode are kernels."""
+    H, G, N, dtype = {"smollm2": (8, 4, 64, jnp.float32), "qwen3": (16, 8, 128, jnp.bfloat16)}[model]
+    pytest.importorskip("libtpu")
+    devices = tpu_devices(parse(name))[:num_devices]
+    P, S, K, T = 2, 512, 2, 1024
+    shape = lambda *dims, dtype=dtype: jax.ShapeDtypeStruct(dims, dtype)  # noqa: E731
+
+    def update(q, k, v, lengths):
+        loss = lambda *qkv: shared_prefix_attention(*qkv, lengths, S, K, attention="pallas").sum()  # noqa: E731
+        return jax.grad(loss, (0, 1, 2))(q, k, v)
+
+    row = [shape(P, S + K * T, heads, N) for heads in (H, G, G)]
+    compiled = compile_for(devices, update, *row, shape(P, dtype=jnp.int32)).as_text()
+    assert compiled.count("tpu_custom_call") >= 6  # forward, dq, dk and dv of prompts and of responses
+
+    stored = shape(P, G, K, H // G, N), shape(P, G, N, T), shape(P, G, T, N)
+    bounds = shape(P, K, dtype=jnp.int32), shape(P, dtype=jnp.int32)
+    step = functools.partial(attend_stored, attention="pallas")
+    assert "tpu_custom_call" in compile_for(devices, step, *stored, *bounds).as_text()

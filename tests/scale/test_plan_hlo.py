@@ -1,0 +1,78 @@
+"""Program texts read for what they do, against XLA's own count and against arithmetic."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from lpo_jax.scale.hlo import program_cost, with_turns
+
+# One batched product as a TPU program has it: the batch is a spatial axis that padding and dilation keep apart.
+TPU_TEXT = """HloModule jit_f
+
+%fused (p.0: bf16[3,8,16], p.1: bf16[3,32,16]) -> bf16[3,8,32] {
+  %p.0 = bf16[3,8,16]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %p.1 = bf16[3,32,16]{2,1,0:T(8,128)(2,1)} parameter(1)
+  ROOT %convolution.1 = bf16[3,8,32]{2,1,0:T(8,128)(2,1)} convolution(%p.0, %p.1), window={size=3 stride=2 pad=0_0 lhs_dilate=3}, dim_labels=0bf_0oi->0bf
+}
+
+%body (p: (s32[], bf16[3,8,16], bf16[3,32,16])) -> (s32[], bf16[3,8,16], bf16[3,32,16]) {
+  %p = (s32[]{:T(128)}, bf16[3,8,16]{2,1,0:T(8,128)(2,1)}, bf16[3,32,16]{2,1,0:T(8,128)(2,1)S(1)}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
+  %a = bf16[3,8,16]{2,1,0:T(8,128)(2,1)} get-tuple-element(%p), index=1
+  %b = bf16[3,32,16]{2,1,0:T(8,128)(2,1)S(1)} get-tuple-element(%p), index=2
+  %fusion.1 = bf16[3,8,32]{2,1,0:T(8,128)(2,1)} fusion(%a, %b), kind=kOutput, calls=%fused
+  ROOT %tuple.1 = (s32[]{:T(128)}, bf16[3,8,16]{2,1,0:T(8,128)(2,1)}, bf16[3,32,16]{2,1,0:T(8,128)(2,1)S(1)}) tuple(%i, %a, %b)
+}
+
+%condition (p.9: (s32[], bf16[3,8,16], bf16[3,32,16])) -> pred[] {
+  %p.9 = (s32[]{:T(128)}, bf16[3,8,16]{2,1,0:T(8,128)(2,1)}, bf16[3,32,16]{2,1,0:T(8,128)(2,1)S(1)}) parameter(0)
+  %j = s32[]{:T(128)} get-tuple-element(%p.9), index=0
+  %n = s32[]{:T(128)} constant(5)
+  ROOT %less = pred[]{:T(512)} compare(%j, %n), direction=LT
+}
+
+ENTRY %main (x: (s32[], bf16[3,8,16], bf16[3,32,16])) -> (s32[], bf16[3,8,16], bf16[3,32,16]) {
+  %x = (s32[]{:T(128)}, bf16[3,8,16]{2,1,0:T(8,128)(2,1)}, bf16[3,32,16]{2,1,0:T(8,128)(2,1)S(1)}) parameter(0)
+  ROOT %while.1 = (s32[]{:T(128)}, bf16[3,8,16]{2,1,0:T(8,128)(2,1)}, bf16[3,32,16]{2,1,0:T(8,128)(2,1)S(1)}) while(%x), condition=%condition, body=%body
+}
+"""  # noqa: E501
+
+
+def test_a_batched_product_of_a_tpu_program_in_a_loop():
+    cost = program_cost(TPU_TEXT)
+    assert cost.flops == 5 * 2 * 3 * 8 * 16 * 32
+    # The input and the result lie in main memory, the other input, S(1), does not.
+    assert cost.bytes == 5 * 2 * (3 * 8 * 16 + 3 * 8 * 32)
+    assert program_cost(TPU_TEXT, loops_once=True).flops == cost.flops / 5
+
+
+def test_turns_are_written_where_the_compiler_leaves_them_out():
+    assert '"known_trip_count":{"n":"5"}' in with_turns(TPU_TEXT)
+    assert program_cost(with_turns(TPU_TEXT)).flops == program_cost(TPU_TEXT).flops
+
+
+L, B, D = 6, 8, 32
+
+
+@pytest.fixture(scope="module")
+def gradient():
+    """The compiled gradient of L layers under `lax.scan`, each rematerialised."""
+
+    def loss(weights, x):
+        layer = jax.checkpoint(lambda x, w: (jnp.tanh(x @ w), None))
+        return jax.lax.scan(layer, x, weights)[0].sum()
+
+    shapes = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((L, D, D), (B, D)))
+    return jax.jit(jax.grad(loss)).lower(*shapes).compile()
+
+
+def test_arithmetic_of_a_scan_by_hand(gradient):
+    # Forward, once more before the backward pass, and the two products of that.
+    assert program_cost(gradient.as_text()).flops == 4 * L * 2 * B * D * D
+
+
+def test_with_loops_counted_once_xla_agrees(gradient):
+    ours = program_cost(gradient.as_text(), loops_once=True)
+    theirs = gradient.cost_analysis()
+    assert ours.flops == 4 * 2 * B * D * D
+    assert 0.8 * theirs["flops"] < ours.flops <= theirs["flops"]  # which counts element-wise operations too

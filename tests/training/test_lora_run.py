@@ -1,0 +1,172 @@
+"""Adapters in the training step and in whole runs: only they move, and what is exported has them merged."""
+
+from pathlib import Path
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import lpo_jax
+from lpo_jax.cli import main
+from lpo_jax.config import OptimizerConfig, parse_config
+from lpo_jax.errors import UserError
+from lpo_jax.models import decoder, lora
+from lpo_jax.models.config import ModelConfig
+from lpo_jax.models.lora import Frozen, Lora
+from lpo_jax.objectives import TokenStats
+from lpo_jax.reporting import read_metrics
+from lpo_jax.training.batch import Groups
+from lpo_jax.training.checkpoint import load_run
+from lpo_jax.training.loop import train
+from lpo_jax.training.optimizer import make_optimizer
+from lpo_jax.training.step import Program, TrainState, score, update
+
+pytestmark = pytest.mark.usefixtures("no_plots")
+
+LORA = Lora(rank=2, alpha=4.0, targets=("wq", "wo", "w_down"))
+P, K, S, T = 2, 2, 5, 4
+
+
+@pytest.fixture(scope="module")
+def batch(tiny_config):
+    rng = np.random.default_rng(0)
+    ids = lambda *shape: rng.integers(1, tiny_config.vocab_size, shape).astype(np.int32)  # noqa: E731
+    groups = Groups(ids(P, S), np.array([2, 5], np.int32), ids(P, K, T))
+    return groups, TokenStats(rng.normal(size=(P, K, T)).astype(np.float32))
+
+
+def trained(config, params, batch, optimizer, steps, dtype=jnp.float32):
+    """A state of adapters after some updates of constant coefficients, in microbatches, and the last statistics."""
+    frozen = Frozen(jax.tree.map(jnp.copy, params), LORA.scale)
+    adapters = lora.init(config, LORA, jax.random.key(0))
+    state = TrainState(adapters, optimizer.init(adapters), frozen=frozen)
+    for _ in range(steps):
+        program = Program(config, token_budget=S + K * T, dtype=dtype)
+        state, stats, _ = update(program, optimizer, state, *batch)
+    return state, stats
+
+
+def test_updates_move_the_adapters_alone(tiny_config, tiny_params, batch):
+    optimizer = optax.adam(1e-2)
+    state, _ = trained(tiny_config, tiny_params, batch, optimizer, steps=3)
+    chex.assert_trees_all_equal(state.frozen.params, tiny_params)
+    start = lora.init(tiny_config, LORA, jax.random.key(0))
+    moved = jax.tree.map(lambda x, y: float(jnp.abs(x - y).max()), state.params, start)
+    assert min(jax.tree.leaves(moved)) > 1e-3
+    chex.assert_trees_all_equal_shapes(state.opt_state[0].mu, start)
+    before = (batch[1].logp * score(Program(tiny_config), tiny_params, batch[0]).logp).sum()
+    assert (batch[1].logp * score(Program(tiny_config), state.policy, batch[0]).logp).sum() < before - 0.1
+
+
+def test_an_update_is_the_gradient_of_the_whole_batch(tiny_config, tiny_params, batch):
+    """One step of SGD, microbatch by microbatch, against autodiff of everything at once."""
+    state, _ = trained(tiny_config, tiny_params, batch, optax.sgd(1.0), steps=1)
+    start, (groups, coefficients) = lora.init(tiny_config, LORA, jax.random.key(0)), batch
+
+    def loss(adapters):
+        policy = lora.merge(lora.join(state.frozen, adapters))
+        return (coefficients.logp * score(Program(tiny_config), policy, groups).logp).sum()
+
+    want = jax.jit(jax.grad(loss))(start)
+    got = jax.tree.map(jnp.subtract, start, state.params)
+    error = optax.global_norm(jax.tree.map(jnp.subtract, got, want))
+    assert error <= 1e-5 * optax.global_norm(want)
+
+
+@pytest.mark.parametrize("with_adapters", [True, False])
+def test_bfloat16_keeps_what_is_trained_in_float32(tiny_config, tiny_params, batch, with_adapters):
+    optimizer = optax.adam(1e-2)
+    if with_adapters:
+        base = jax.tree.map(lambda p: p.astype(jnp.bfloat16), tiny_params)
+        state, stats = trained(tiny_config, base, batch, optimizer, 1, jnp.bfloat16)
+        chex.assert_trees_all_equal(state.frozen.params, base)
+    else:
+        params = jax.tree.map(jnp.copy, tiny_params)
+        state = TrainState(params, optimizer.init(params))
+        state, stats, _ = update(Program(tiny_config, dtype=jnp.bfloat16), optimizer, state, *batch)
+    floats = jax.tree.leaves((state.params, state.opt_state[0].mu, state.opt_state[0].nu, stats))
+    assert {x.dtype for x in floats} == {jnp.dtype(jnp.float32)}
+    exact = score(Program(tiny_config), tiny_params, batch[0]).logp
+    gap = jnp.abs(stats.logp - exact)
+    assert 1e-4 < gap.max() < 0.3  # rounded as bfloat16 rounds, and no worse
+
+
+def config_for(run_config, output, steps):
+    """GRPO with a penalty to the reference, after a warm start."""
+    model = run_config()["model"]["path"]
+    return run_config(
+        output,
+        model={"path": model, "lora": {"rank": 2, "alpha": 4, "targets": ["wq", "wo", "w_down"]}},
+        objective={"name": "grpo", "kl_coef": 0.1},
+        training={"steps": steps},
+        warm_start={"steps": 2, "batch_size": 4, "learning_rate": 1e-2},
+        evaluation={"every": 0, "problems": 2},
+    )
+
+
+def test_run_learns_resumes_and_is_exported_merged(run_config, tiny_params, tmp_path):
+    config, run = config_for(run_config, "whole", 2), tmp_path / "whole"
+    train(parse_config(config))
+    rows = [row for row in read_metrics(run) if "actor/kl_loss" in row]
+    # The reference is the warm-started policy: at distance 0 in the first update, and left behind.
+    assert len(rows) == 2 and 0 < rows[0]["actor/kl_loss"] < rows[1]["actor/kl_loss"]
+
+    for steps in (1, 2):
+        train(parse_config(config_for(run_config, "parts", steps)), resume=steps == 2)
+    model, step = load_run(run, "latest")
+    resumed, _ = load_run(tmp_path / "parts", "latest")
+    chex.assert_trees_all_equal(resumed.params, model.params)
+
+    assert step == 2
+    held = (run / "checkpoints" / "2" / "state" / "_METADATA").read_text()
+    assert "w_down" in held and "w_up" not in held and "embed" not in held
+    untouched = ("embed", "final_norm")
+    chex.assert_trees_all_equal(
+        {n: model.params[n] for n in untouched}, {n: tiny_params[n] for n in untouched}
+    )
+    chex.assert_trees_all_equal(model.params["layers"]["w_up"], tiny_params["layers"]["w_up"])
+    assert jnp.abs(model.params["layers"]["w_down"] - tiny_params["layers"]["w_down"]).max() > 1e-3
+
+    assert main(["export", str(run), str(tmp_path / "hf"), "--checkpoint", "latest"]) == 0
+    exported = lpo_jax.load_model(tmp_path / "hf")
+    tokens = np.array([[5, 6, 7, 8]])
+    chex.assert_trees_all_equal(exported.logits(tokens), model.logits(tokens))
+    assert jnp.abs(exported.logits(tokens) - decoder.logits(model.config, tiny_params, tokens)).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    "model, message",
+    [
+        ({"lora": {"rank": 2, "targets": ["wqq"]}}, "no linear layer 'wqq'; did you mean 'wq'"),
+        ({"lora": {"rank": 16}}, "smaller side of wk, 16"),
+        ({"lora": {"rank": -1}}, "model.lora.rank: input should be greater than or equal to 0"),
+        ({"lora": {"rank": 2}, "init": "random"}, "train all weights"),
+    ],
+)
+def test_adapters_that_cannot_be_are_refused(run_config, model, message):
+    values = run_config(model=model | {"path": run_config()["model"]["path"]})
+    with pytest.raises(UserError, match=message):
+        train(parse_config(values))
+    assert not Path(values["output"]).exists()
+
+
+@pytest.mark.slow
+def test_a_model_of_1p7b_is_trained_in_24_gb():
+    """The compiled update of Qwen3-1.7B in bfloat16, rank 16, four microbatches; nothing is allocated here."""
+    sizes = {"vocab_size": 151936, "width": 2048, "num_layers": 28, "num_heads": 16, "num_kv_heads": 8}
+    sizes |= {"head_width": 128, "ffn_width": 6144, "max_positions": 40960}
+    config = ModelConfig("qwen3", **sizes, qk_norm=True, tie_embeddings=True)
+    optimizer, adapters = make_optimizer(OptimizerConfig(), 100), Lora(rank=16, alpha=32.0)
+    trained = lora.abstract_params(config, adapters)
+    base = Frozen(decoder.abstract_params(config, jnp.bfloat16), adapters.scale)
+    state = TrainState(trained, jax.eval_shape(optimizer.init, trained), frozen=base)
+    ids = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)  # noqa: E731
+    groups = Groups(ids(4, 256), ids(4), ids(4, 8, 224))
+    cotangent = TokenStats(jax.ShapeDtypeStruct((4, 8, 224), jnp.float32))
+    program = Program(config, token_budget=2048, dtype=jnp.bfloat16, remat=True)
+    memory = update.lower(program, optimizer, state, groups, cotangent).compile().memory_analysis()
+    new = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    assert 4e9 < memory.argument_size_in_bytes + memory.temp_size_in_bytes + new < 24e9
