@@ -202,11 +202,29 @@ def project(hidden: jax.Array, unembed: jax.Array) -> jax.Array:
         )
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     """Root-mean-square norm over the last axis, computed in float32."""
+    return _rms_norm_forward(x, weight, eps)[0]
+
+
+def _rms_norm_forward(x, weight, eps):
     y = x.astype(jnp.float32)
-    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
-    return (y * weight.astype(jnp.float32)).astype(x.dtype)
+    scale = jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
+    return (y * scale * weight.astype(jnp.float32)).astype(x.dtype), (x, weight, scale)
+
+
+def _rms_norm_backward(eps, kept, g):
+    # Autodiff's sums of products, written as einsums: XLA's CPU compiler runs the former 20 times slower.
+    x, weight, scale = kept
+    y, g = x.astype(jnp.float32) * scale, g.astype(jnp.float32)
+    slope = g * weight.astype(jnp.float32)
+    along = jnp.einsum("...d,...d->...", slope, y)[..., None] / y.shape[-1]
+    d_weight = jnp.einsum("...d,...d->d", g, y)
+    return (scale * (slope - y * along)).astype(x.dtype), d_weight.astype(weight.dtype)
+
+
+rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
 
 
 def rope_table(config: ModelConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:

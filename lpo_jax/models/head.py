@@ -146,7 +146,7 @@ def top_tokens(
         logits = _logits(xs[0], unembed, temperature)
         lse = jax.nn.logsumexp(logits, axis=-1)
         top, ids = jax.lax.top_k(logits, count)
-        entropy = lse - jnp.sum(jnp.exp(logits - lse[..., None]) * logits, axis=-1)
+        entropy = lse - jnp.einsum("bcv,bcv->bc", jnp.exp(logits - lse[..., None]), logits)
         return None, {"ids": ids, "logp": top - lse[..., None], "entropy": entropy}
 
     unembed = gathered(unembed, hidden.dtype, "vocab", "embed")
@@ -164,11 +164,12 @@ def _statistics(logits, h, target, top, extra):
     lse = jax.nn.logsumexp(logits, axis=-1)
     p = jnp.exp(logits - lse[..., None])
     chosen = jnp.where(_is(target, logits), logits, 0).sum(-1)
-    out = {"logp": chosen - lse, "entropy": lse - jnp.sum(p * logits, axis=-1)}
+    # An einsum, for XLA's CPU compiler runs the sum of a product along the last axis 20 times slower.
+    out = {"logp": chosen - lse, "entropy": lse - jnp.einsum("bcv,bcv->bc", p, logits)}
     if top is not None:
         out["top_logp"] = jnp.take_along_axis(logits, top, axis=-1) - lse[..., None]
     if "collision" in extra:
-        out["collision"] = (p * p).sum(-1)
+        out["collision"] = jnp.square(p).sum(-1)
     if "hidden_norm" in extra:
         out["hidden_norm"] = jnp.linalg.norm(h.astype(jnp.float32), axis=-1)
     return out, p

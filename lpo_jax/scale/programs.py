@@ -94,6 +94,18 @@ class Slice:
         with sharding.using(self._decode_mesh):
             return sharding.placed(model, jax.eval_shape(make, state.policy))
 
+    def _storage(self, model: ModelConfig, size: tuple[int, int]) -> sampler.Storage:
+        """Keys and values of (sequences, tokens) on the decode mesh, where `empty_storage` puts them."""
+        mesh = self._decode_mesh
+
+        def place(x):
+            where = sharding.spec(mesh, ("batch", "kv_heads", None, None), x.shape)
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.sharding.NamedSharding(mesh, where))
+
+        return jax.tree.map(
+            place, jax.eval_shape(functools.partial(sampler.empty_storage, model, size, self._dtype))
+        )
+
     def _sampling(self, name: str, model: ModelConfig) -> Phase:
         work, setting, attention = self.work, self.setting, self.config.model.attention
         dtype = self._dtype
@@ -105,10 +117,7 @@ class Slice:
                 lowered = sampler.decode_layout.lower(model, state.policy, dtype, self._int8)
                 return _measure(name, 1, lowered, state)
             weights = self._weights(model, state)
-            prompt_kv, own_kv = (
-                _outputs(sampler.empty_storage.lower(model, size, dtype))
-                for size in ((U, work.S), (R, work.T))
-            )
+            prompt_kv, own_kv = (self._storage(model, size) for size in ((U, work.S), (R, work.T)))
             if name == "prefill":
                 arguments = weights, _ints(U, work.S), _ints(U), attention
                 lowered = sampler.prefill.lower(model, dtype, *arguments)
@@ -140,8 +149,8 @@ class Slice:
                 optimizer = make_optimizer(self.config.optimizer, self.config.training.total_updates)
                 cotangent = TokenStats(jax.ShapeDtypeStruct((P, work.K, work.T), jnp.float32))
                 times, lowered = work.updates, update.lower(program, optimizer, state, groups, cotangent)
-        # The sampler's weights stay until the step ends: hooks may sample again.
-        alive = state, self._weights(self.model, state)
+        # The sampler's weights stay as long as hooks may sample again, which ends before the first update.
+        alive = (state, self._weights(self.model, state)) if name == "score" else state
         return _measure(name, times, lowered, alive, kernel_flops(work, self.setting, name))
 
 
@@ -211,12 +220,6 @@ def _needed(complaint: str, arguments: float) -> float:
     if used := re.search(rf"Used {size} of", complaint):  # all that was to lie in memory
         return number(used) - arguments
     return number(re.search(rf"temporaries \({size}\)", complaint))
-
-
-def _outputs(lowered: jax.stages.Lowered) -> Any:
-    """What a program will give, with the shardings that the compiler chooses."""
-    place = lambda out, where: jax.ShapeDtypeStruct(out.shape, out.dtype, sharding=where)  # noqa: E731
-    return jax.tree.map(place, lowered.out_info, lowered.compile().output_shardings)
 
 
 def _bytes(tree: Any) -> float:

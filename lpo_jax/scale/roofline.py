@@ -315,9 +315,9 @@ def _phases(work: Workload, setting: Setting) -> Iterator[Phase]:
     yield Phase(
         "update",
         work.updates,
-        (3 + again) * forward + 4 * head + (4 + again) * attention,
+        (3 + again) * forward + 3 * head + (4 + again) * attention,
         (3 + again) * traffic + 28 * sizes.total / setting.parts,
-        state + weights,
+        state,
         FULL * sizes.total / setting.parts  # the gradient
         + L * micro * item * (D if setting.remat else width)
         + 2 * micro * item * width

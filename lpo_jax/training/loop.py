@@ -100,6 +100,7 @@ def take_step(
     rollouts, sampler_gap = complete(
         learner, rollouts, round, tools, rescore=training.behaviour == "rescored"
     )
+    del tools  # and with them the sampler's weights: the updates need the room
     learning = time.perf_counter()
 
     with recorder.signals.deferred():  # parameters, position and files move on together

@@ -94,6 +94,7 @@ def table_of(values):
     return (Path(values["output"]) / "table.json").read_text()
 
 
+@pytest.mark.slow
 def test_a_comparison_that_was_stopped_has_the_same_table(compared, in_process, monkeypatch):
     whole, stopped = compared("whole"), compared("stopped")
     compare(parse_config(whole))

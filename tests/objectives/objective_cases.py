@@ -7,6 +7,7 @@ import hypothesis.extra.numpy as hnp
 import hypothesis.strategies as st
 import jax
 import numpy as np
+import pytest
 
 from lpo_jax import objectives as O
 
@@ -100,6 +101,11 @@ AXES = {
     **{"top_logp": "PKTJ", "features": "PKF"},
 }
 TEACHER_AXES = {"ids": "PKTJ", "logp": "PKTJ", "entropy": "PKT", "valid": "PK"}
+
+
+def all_but(names, *heavy):
+    """Parameters of a test; those whose programs take ten seconds to compile are marked slow."""
+    return [pytest.param(name, marks=pytest.mark.slow) if name in heavy else name for name in names]
 
 
 def full_batch(seed=0, K=4, T=6, J=3, off=0.1, dtype=np.float32, objective=None):

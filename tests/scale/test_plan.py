@@ -54,7 +54,7 @@ def test_arithmetic_of_a_step_by_hand():
     tokens = 4 * (S + K * T)  # of a minibatch of 4 prompts
     update = phases()["update"]
     assert update.times == 2
-    assert update.flops == 3 * 2 * matrices * tokens + 4 * 2 * head * 4 * K * T + 4 * 4 * attention
+    assert update.flops == 3 * 2 * matrices * tokens + 3 * 2 * head * 4 * K * T + 4 * 4 * attention
     score = phases()["score"]
     assert score.flops == 2 * matrices * tokens + 2 * head * 4 * K * T + 4 * attention
     assert phases()["decode"].times == T

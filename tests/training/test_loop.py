@@ -106,7 +106,8 @@ def test_resume_is_exact(reference, run_config):
 
 
 @pytest.mark.parametrize(
-    "number", [signal.SIGKILL, signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+    "number",
+    [signal.SIGKILL, *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGTERM, signal.SIGINT))],
 )
 def test_killed_run_goes_on_exactly(reference, run_config, tmp_path, number):
     config = run_config()
@@ -157,6 +158,7 @@ def test_best_checkpoint_is_kept(run_config):
     chex.assert_tree_all_finite(model.params)
 
 
+@pytest.mark.slow
 def test_no_drift_at_learning_rate_zero(run_config, tiny_params):
     config = run_config(
         optimizer={"learning_rate": 0.0}, training={"steps": 20}, evaluation={"every": 0, "problems": 1}
@@ -208,9 +210,6 @@ ALWAYS = [
     "gspo",
     "tpo",
     "earl",
-    "gbmpo-probl2",
-    "r2vpo",
-    "pipo",
     "vas",
     "dapo",
 ]
@@ -390,6 +389,7 @@ def verify(response, row):
     assert row["critic/score/min"] > 0  # the masked ones are no zeros
 
 
+@pytest.mark.slow
 def test_warm_start_then_rl(run_config, capsys):
     warm = {"steps": 6, "batch_size": 8, "learning_rate": 1e-2, "only_below": 0.9}
     config = run_config(warm_start=warm, training={"steps": 1})
@@ -460,6 +460,7 @@ def test_another_run_is_not_overwritten(run_config):
         train(parse_config(config))
 
 
+@pytest.mark.slow
 def test_full_disk_keeps_the_checkpoint_before(run_config, tmp_path):
     """A save that hits the file-size limit stops the run; the step before it can be resumed from."""
     config = run_config(training={"steps": 2}, evaluation={"every": 0, "problems": 1})

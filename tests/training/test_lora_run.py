@@ -76,7 +76,7 @@ def test_an_update_is_the_gradient_of_the_whole_batch(tiny_config, tiny_params, 
     assert error <= 1e-5 * optax.global_norm(want)
 
 
-@pytest.mark.parametrize("with_adapters", [True, False])
+@pytest.mark.parametrize("with_adapters", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_bfloat16_keeps_what_is_trained_in_float32(tiny_config, tiny_params, batch, with_adapters):
     optimizer = optax.adam(1e-2)
     if with_adapters:
@@ -107,6 +107,7 @@ def config_for(run_config, output, steps):
     )
 
 
+@pytest.mark.slow
 def test_run_learns_resumes_and_is_exported_merged(run_config, tiny_params, tmp_path):
     config, run = config_for(run_config, "whole", 2), tmp_path / "whole"
     train(parse_config(config))

@@ -139,7 +139,7 @@ def test_packed_scores_and_likeliest_equal_padded_ones(tiny_config, tiny_params,
     chex.assert_trees_all_close(real(got), real(want), atol=2e-5)
 
 
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("packed", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_features_are_those_of_each_response_alone(tiny_config, tiny_params, rollouts, packed):
     """Whatever the rows; of one prompt token there is nothing to be unsure of."""
     groups, mask = rollouts.groups, rollouts.scored.mask
