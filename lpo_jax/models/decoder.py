@@ -6,8 +6,8 @@ arrays happens at trace time only.
 
 Two layouts of the same parameters:
   stacked    every layer's arrays on one leading axis L; the layers run under `lax.scan` (training, prefill)
-  unstacked  one dict per layer (`unstack_layers`); the layers are unrolled (decode: no slice of a stacked
-             weight is copied for each new token)
+  unstacked  one dict per layer (`sampling.decode.decode_layout`); the layers are unrolled (decode: no slice of
+             a stacked weight is copied for each new token)
 
 Axes: P rows (prompts) · X tokens of a row · L D H G N F V.
 """
@@ -275,12 +275,6 @@ def init_params(
         return jax.tree.map(lambda p: p.astype(dtype), params)
 
     return jax.jit(make, out_shardings=shardings)(key)
-
-
-def unstack_layers(params: Params) -> Params:
-    """The same parameters with one dict per layer, for decoding. Copies; call it once a round, inside jit."""
-    L = params["layers"]["attn_norm"].shape[0]
-    return {**params, "layers": {i: jax.tree.map(lambda p, i=i: p[i], params["layers"]) for i in range(L)}}
 
 
 def _param(rngs, stack, shape, axes, fill=None):

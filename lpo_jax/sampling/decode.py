@@ -12,6 +12,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from lpo_jax.models import decoder, sharding
@@ -50,16 +51,27 @@ class Drawn:
     steps: jax.Array  # int32 scalar: tokens that each row could have drawn
 
 
-@functools.partial(jax.jit, static_argnums=(0, 2, 3))
 def decode_layout(config, params, dtype, int8=False):
     """One dict of weights per layer, adapters merged, in the sampling dtype (matrices in 8 bits with `int8`), where
-    the current mesh wants them."""
+    the current mesh wants them. Layer by layer: beside old and new weights no third copy is ever there."""
+    rest = {name: leaf for name, leaf in params.items() if name != "layers"}
+    layers = range(config.num_layers)
+    made = {i: decode_layer(config, params["layers"], np.int32(i), dtype, int8) for i in layers}
+    return {**_cast(config, rest, dtype), "layers": made}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3, 4))
+def decode_layer(config, stacked, layer, dtype, int8=False):
+    """One layer of `decode_layout`."""
+    weights = jax.tree.map(lambda p: jax.lax.dynamic_index_in_dim(p, layer, keepdims=False), stacked)
+    weights = _cast(config, {"layers": {0: merge(weights)}}, dtype)["layers"][0]
+    return quantise_layer(weights) if int8 else weights
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def _cast(config, weights, dtype):
     # On a mesh this is where weights move from the training layout: cast first, so that half the bytes travel.
-    weights = jax.tree.map(lambda p: p.astype(dtype), merge(decoder.unstack_layers(params)))
-    weights = sharding.constrain_params(config, weights)
-    if int8:
-        weights["layers"] = {i: quantise_layer(layer) for i, layer in weights["layers"].items()}
-    return weights
+    return sharding.constrain_params(config, jax.tree.map(lambda p: p.astype(dtype), weights))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

@@ -114,8 +114,9 @@ class Slice:
         state = self._state(model)
         with sharding.using(self._decode_mesh):
             if name == "layout":
-                lowered = sampler.decode_layout.lower(model, state.policy, dtype, self._int8)
-                return _measure(name, 1, lowered, state)
+                one = model, state.policy["layers"], _ints(), dtype, self._int8
+                alive = state, self._weights(model, state)
+                return _measure(name, self.model.num_layers, sampler.decode_layer.lower(*one), alive)
             weights = self._weights(model, state)
             prompt_kv, own_kv = (self._storage(model, size) for size in ((U, work.S), (R, work.T)))
             if name == "prefill":

@@ -263,8 +263,8 @@ def _phases(work: Workload, setting: Setting) -> Iterator[Phase]:
     read = prompts * (S + K * mean_storage(T)) * kv_bytes(work) / parts
     width = 4 * D + (2 * heads + 3 * m.ffn_width) / parts  # of what a layer makes of one token
     sums = lambda tokens: (Exchange("all-reduce", tokens * D * item, parts, 2 * L),)  # noqa: E731
-    moved = (Exchange("all-gather", weights, mesh.fsdp, 1),)
-    yield Phase("layout", 1, 0.0, 3 * weights, state + weights, weights, moved)
+    moved = (Exchange("all-gather", weights / L, mesh.fsdp, 1),)
+    yield Phase("layout", L, 0.0, 3 * weights / L, state + weights, weights / L, moved)
     yield Phase(
         "prefill",
         waves,

@@ -99,9 +99,10 @@ def finish(config, *arguments):
 
 
 def rows(run):
-    """The metrics of a run but for times and the sampler's gap, which is rounding."""
+    """The metrics of a run but for times and the sampler's gap, which is rounding, and rows of times alone."""
     skip = lambda name: metric_names.is_timing(name) or name.startswith(("lpo/logp_gap", "training/rollout"))  # noqa: E731
-    return [{k: v for k, v in row.items() if not skip(k)} for row in read_metrics(run)]
+    kept = [{k: v for k, v in row.items() if not skip(k)} for row in read_metrics(run)]
+    return [row for row in kept if row.keys() != {"step"}]
 
 
 def texts(run):
@@ -147,4 +148,6 @@ def test_a_killed_process_ends_the_job_which_another_machine_takes_up(tmp_path, 
     assert [row.keys() for row in found] == [row.keys() for row in expected]
     for row, other in zip(found, expected):
         for name in row:
-            np.testing.assert_allclose(row[name], other[name], rtol=1e-5, atol=1e-6, err_msg=name)
+            # A score is the difference of log-probs of whole responses, which are far larger.
+            rounding = 3e-5 if name == "lpo/score_abs_max" else 1e-6
+            np.testing.assert_allclose(row[name], other[name], rtol=1e-5, atol=rounding, err_msg=name)

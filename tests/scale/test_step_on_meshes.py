@@ -65,7 +65,8 @@ def test_equals_one_device(step_on, one_device, tiny_model, data, fsdp, tensor):
         assert row.keys() == expected.keys()
         for name in sorted(row):
             if not metric_names.is_timing(name) and not name.startswith(("lpo/logp_gap", "training/rollout")):
-                close(row[name], expected[name], name)
+                # A score is the difference of log-probs of whole responses, which are ten times its size.
+                close(row[name], expected[name], name, 3e-5 if name == "lpo/score_abs_max" else 0.0)
     start = load_model(tiny_model).params
     learnt = jax.tree.map(lambda new, old: np.asarray(new) - np.asarray(old), params, start)
     expected = jax.tree.map(lambda new, old: np.asarray(new) - np.asarray(old), expected_params, start)
