@@ -158,6 +158,7 @@ def check_start(config):
     assert warm.config == CONFIG and warm.tokenizer is not None
 
 
+@pytest.mark.slow
 def test_a_cell_that_fails_is_named_and_the_others_go_on(compared, in_process, monkeypatch):
     values = compared()
     take_step = loop.take_step

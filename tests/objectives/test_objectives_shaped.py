@@ -475,6 +475,7 @@ CHANGES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: f"{change[0]}-{change[1]}-{change[2]}")
 def test_no_dead_option(change):
     name, option, value, *others = change

@@ -49,6 +49,7 @@ def trained(config, params, batch, optimizer, steps, dtype=jnp.float32):
     return state, stats
 
 
+@pytest.mark.slow
 def test_updates_move_the_adapters_alone(tiny_config, tiny_params, batch):
     optimizer = optax.adam(1e-2)
     state, _ = trained(tiny_config, tiny_params, batch, optimizer, steps=3)
