@@ -150,4 +150,4 @@ def test_a_killed_process_ends_the_job_which_another_machine_takes_up(tmp_path, 
         for name in row:
             # A score is the difference of log-probs of whole responses, which are far larger.
             rounding = 3e-5 if name == "lpo/score_abs_max" else 1e-6
-            np.testing.assert_allclose(row[name], other[name], rtol=1e-5, atol=rounding, err_msg=name)
+            np.testing.assert_allclose(row[name], other[name], rtol=2e-5, atol=rounding, err_msg=name)
