@@ -4,6 +4,7 @@ A user's mistake ends in one line on stderr and exit status 2; a run that had to
 """
 
 import argparse
+import importlib
 import json
 import os
 import sys
@@ -13,6 +14,14 @@ from lpo_jax import __version__
 from lpo_jax.bench.command import add_options as add_bench_options
 from lpo_jax.errors import RunStopped, UserError
 from lpo_jax.scale.command import add_options as add_plan_options
+
+# Where the commands that are resumable runs have their functions, of the same names.
+_RUNS = {
+    "train": "lpo_jax.training.loop",
+    "sft": "lpo_jax.training.sft",
+    "meta": "lpo_jax.training.meta",
+    "compare": "lpo_jax.compare.command",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,20 +51,12 @@ def _fail(error: Exception, status: int) -> int:
 
 
 def _train(arguments: argparse.Namespace) -> None:
-    from lpo_jax.compare.command import compare
     from lpo_jax.config import load_config
-    from lpo_jax.training.loop import train
-    from lpo_jax.training.meta import meta
-    from lpo_jax.training.sft import sft
-
-    commands = {"train": train, "sft": sft, "meta": meta, "compare": compare}
-    _run_resumably(commands[arguments.command], arguments, load_config)
-
-
-def _run_resumably(run, arguments, load_config):
     from lpo_jax.scale import hosts
     from lpo_jax.training.run import Interrupted
 
+    # This command's module alone: the others' imports would cost a second.
+    run = getattr(importlib.import_module(_RUNS[arguments.command]), arguments.command)
     config = load_config(arguments.config, arguments.overrides)
     _compile_cache()
     hosts.start()
@@ -255,7 +256,7 @@ def _compile_cache() -> None:
 
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,6 +1,7 @@
 """The three benchmarks, on the parts that a run is made of: its session, sampler, programs and `take_step`.
 
-Each returns one flat dict. What is timed is computed to its end (`block_until_ready`); compiling is timed apart.
+`sampling`, `gradient` and `stepping` give the call that is timed, `report` times it: what is computed is computed to
+its end (`block_until_ready`), and compiling is timed apart.
 """
 
 import contextlib

@@ -163,7 +163,7 @@ def forward(
     stacked = "wq" in params["layers"]
     # Accelerators multiply float32 in lower precision unless told not to, and log-probs would show it.
     with jax.default_matmul_precision("float32" if jnp.dtype(dtype) == jnp.float32 else "default"):
-        decoder = nnx.merge(_graphdef(config, stacked), nnx.State(params))
+        decoder = nnx.merge(_abstract(config, stacked)[0], nnx.State(params))
         return decoder(tokens, positions, context, kv, dtype=dtype, remat=remat)
 
 
@@ -255,13 +255,13 @@ def rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
 
 def abstract_params(config: ModelConfig, dtype: Any = jnp.float32) -> Params:
     """The parameter tree as `jax.ShapeDtypeStruct`s, layers stacked; allocates nothing."""
-    tree = _as_dict(nnx.split(_abstract(config, stacked=True))[1])
+    tree = _as_dict(_abstract(config, stacked=True)[1])
     return jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.dtype(dtype)), tree)
 
 
 def logical_axes(config: ModelConfig) -> Params:
     """The tree of logical axis names, one tuple per parameter, in the shape of `abstract_params`."""
-    state = nnx.split(_abstract(config, stacked=True))[1]
+    state = _abstract(config, stacked=True)[1]
     return _as_dict(state, lambda param: param.get_metadata()["axes"])
 
 
@@ -284,13 +284,10 @@ def _param(rngs, stack, shape, axes, fill=None):
     return nnx.Param(value, axes=axes)
 
 
-def _abstract(config: ModelConfig, stacked: bool) -> Decoder:
-    return nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), stacked=stacked))
-
-
 @functools.cache
-def _graphdef(config: ModelConfig, stacked: bool):
-    return nnx.split(_abstract(config, stacked))[0]
+def _abstract(config: ModelConfig, stacked: bool) -> tuple[nnx.GraphDef, nnx.State]:
+    """The decoder's structure and its parameters' shapes."""
+    return nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), stacked=stacked)))
 
 
 def _as_dict(state, read=lambda param: param.get_value()):

@@ -85,11 +85,15 @@ def load_model(name: str | os.PathLike, dtype: str = "float32", shardings: Any =
     Raises:
       UserError: one line that says what is wrong with the name, the files or the network.
     """
+    config, tokenizer, eos_ids = load_config_and_tokenizer(name)
+    return Model(config, load_weights(name, dtype, shardings), tokenizer, eos_ids)
+
+
+def load_weights(name: str | os.PathLike, dtype: str = "float32", shardings: Any = None) -> decoder.Params:
+    """The parameters alone of a model that is named as for `load_model`."""
     if dtype not in layout.DTYPES:
         raise UserError(f"dtype {dtype!r} is not supported; have {', '.join(layout.DTYPES)}")
-    source = _open(name)
-    tokenizer = source.tokenizer()
-    return Model(source.config, source.params(dtype, shardings), tokenizer, _eos_ids(source, tokenizer))
+    return _open(name).params(dtype, shardings)
 
 
 def load_config_and_tokenizer(name: str | os.PathLike) -> tuple[ModelConfig, Any, tuple[int, ...]]:

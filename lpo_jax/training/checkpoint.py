@@ -17,7 +17,7 @@ from etils import epath
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from lpo_jax.errors import RunStopped, UserError
-from lpo_jax.models import Model, decoder, load_config_and_tokenizer, load_model, lora
+from lpo_jax.models import Model, decoder, load_config_and_tokenizer, load_model, load_weights, lora
 from lpo_jax.models.sharding import current_shardings, placed
 from lpo_jax.scale import hosts
 from lpo_jax.training.run import checkpoint_directory, read_config
@@ -187,7 +187,7 @@ def load_run(run: str | Path, checkpoint: str = "best") -> tuple[Model, int]:
         )
         params = checkpoints.restore_params(step, placed(config, trained))
     if adapters is not None:
-        base = load_model(name, frozen_dtype, current_shardings(config)).params
+        base = load_weights(name, frozen_dtype, current_shardings(config))
         params = lora.merge(lora.join(lora.Frozen(base, adapters.scale), params))
     return Model(config, params, tokenizer, eos_ids), step
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from lpo_jax.config import Config
 from lpo_jax.models.config import ModelConfig
 from lpo_jax.models.sharding import current_mesh
 from lpo_jax.scale import hosts
@@ -36,6 +37,14 @@ def recomputes(
     parts = 1 if mesh is None else mesh.shape["fsdp"] * mesh.shape["tensor"]
     left = min(hosts.gather(free_memory())) - STATE_BYTES * trained / parts
     return kept_bytes(model, row, dtype) > SHARE * left
+
+
+def most_update_tokens(config: Config) -> int:
+    """Tokens of a run's largest update, of RL or of its warm start: every prompt once, everything at full length."""
+    training, sampling, warm = config.training, config.sampling, config.warm_start
+    S, T = sampling.max_prompt_tokens, sampling.max_tokens
+    update = training.prompts_per_step // training.updates_per_step * (S + sampling.num_responses * T)
+    return max(update, warm.batch_size * (S + T) if warm.steps else 0)
 
 
 def kept_bytes(model: ModelConfig, tokens: int, dtype: Any) -> int:

@@ -23,12 +23,12 @@ from lpo_jax.models import lora
 from lpo_jax.models.config import ModelConfig
 from lpo_jax.models.decoder import Params, abstract_params, init_params
 from lpo_jax.models.head import EXTRA_STATS
-from lpo_jax.models.load import load_config_and_tokenizer, load_model
+from lpo_jax.models.load import load_config_and_tokenizer, load_weights
 from lpo_jax.models.quantize import require_qwix
 from lpo_jax.models.sharding import constrain_params, current_shardings, decode_mesh, placed, using
 from lpo_jax.sampling import Sampler, Sampling
 from lpo_jax.scale.mesh import open_mesh
-from lpo_jax.training.memory import recomputes
+from lpo_jax.training.memory import most_update_tokens, recomputes
 from lpo_jax.training.mirror_file import read_map
 from lpo_jax.training.step import Program, TrainState
 
@@ -161,7 +161,7 @@ class Session:
         where = current_shardings(self.model_config)
         if self.config.model.init == "random":
             return init_params(self.model_config, jax.random.key(self.config.seed), shardings=where)
-        return load_model(self.config.model.path, dtype, where).params
+        return load_weights(self.config.model.path, dtype, where)
 
     def load_frozen(self) -> lora.Frozen | None:
         """The base of the run's adapters; None in a run that trains all weights."""
@@ -180,8 +180,9 @@ class Session:
     def remat(self) -> bool:
         """Whether the backward pass computes layers again; decided once, so that a run has one program."""
         training = self.config.training
+        row = min(training.token_budget, most_update_tokens(self.config))
         trained = sum(leaf.size for leaf in jax.tree.leaves(self.trainable))
-        return recomputes(training.remat, self.model_config, training.token_budget, self.dtype, trained)
+        return recomputes(training.remat, self.model_config, row, self.dtype, trained)
 
     def program(self, temperature: float, objective: objectives.Objective | None = None) -> Program:
         """How the model is run in training, under this run's memory settings, for what an objective needs."""

@@ -118,7 +118,7 @@ def test_a_killed_process_ends_the_job_which_another_machine_takes_up(tmp_path, 
     from tiny import run_values
 
     values = run_values(tmp_path / "one", tiny_model, tiny_task)
-    values["training"] |= {"steps": 8, "prompts_per_step": 8, "token_budget": 160}
+    values["training"] |= {"steps": 4, "prompts_per_step": 8, "token_budget": 160}
     # Adam's usual eps makes a sign of a gradient that is all rounding, and a trajectory of that.
     values["optimizer"] = {"learning_rate": 0.01, "eps": 1.0, "clip_norm": 0.0, "weight_decay": 0.0}
     values["evaluation"] = {"every": 0, "problems": 4}
@@ -150,4 +150,4 @@ def test_a_killed_process_ends_the_job_which_another_machine_takes_up(tmp_path, 
         for name in row:
             # A score is the difference of log-probs of whole responses, which are far larger.
             rounding = 3e-5 if name == "lpo/score_abs_max" else 1e-6
-            np.testing.assert_allclose(row[name], other[name], rtol=2e-5, atol=rounding, err_msg=name)
+            np.testing.assert_allclose(row[name], other[name], rtol=1e-5, atol=rounding, err_msg=name)

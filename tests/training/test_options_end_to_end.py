@@ -1,0 +1,72 @@
+"""Options whose effect is only seen in a whole run."""
+
+import json
+from pathlib import Path
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lpo_jax.config import parse_config
+from lpo_jax.training.checkpoint import load_run
+from lpo_jax.training.loop import train
+
+# Adam at its usual eps makes a sign of a gradient that is all rounding.
+SMOOTH = {"learning_rate": 1e-2, "eps": 1.0, "weight_decay": 0.0}
+
+
+def texts(run):
+    return {
+        path.stem: [json.loads(line)["output"] for line in path.read_text().splitlines()]
+        for path in (Path(run) / "rollouts").glob("*.jsonl")
+    }
+
+
+def test_checkpoints_elsewhere_are_found_by_resume_and_by_load_run(run_config, tmp_path, no_plots):
+    elsewhere = {"checkpoint": {"every": 1, "directory": str(tmp_path / "elsewhere")}}
+    ends = []
+    for output, sections, stops in (("whole", {}, (3,)), ("parts", elsewhere, (1, 3))):
+        for steps in stops:
+            values = run_config(
+                output, training={"steps": steps}, optimizer={"schedule": "constant"}, **sections
+            )
+            train(parse_config(values), resume=steps > stops[0])
+        ends.append(load_run(values["output"], "latest"))
+    assert not (tmp_path / "parts" / "checkpoints").exists() and (tmp_path / "elsewhere").is_dir()
+    assert ends[0][1] == ends[1][1] == 3
+    chex.assert_trees_all_equal(ends[0][0].params, ends[1][0].params)
+
+
+@pytest.mark.slow
+def test_fewer_rows_at_once_sample_the_same(run_config, no_plots):
+    ends = []
+    for output, max_rows in (("all", 0), ("few", 6)):
+        values = run_config(output, sampling={"max_rows": max_rows}, training={"steps": 2}, optimizer=SMOOTH)
+        train(parse_config(values))
+        ends.append((texts(values["output"]), load_run(values["output"], "latest")[0].params))
+    assert ends[0][0] == ends[1][0]
+    chex.assert_trees_all_close(ends[0][1], ends[1][1], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_plots_are_drawn_where_they_are_wanted(run_config, wanted, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("lpo_jax.reporting.save_plots", lambda run: drawn.append(run) or [])
+    train(parse_config(run_config(training={"steps": 1, "save_plots": wanted})))
+    assert bool(drawn) is wanted
+
+
+@pytest.mark.slow
+def test_the_base_of_adapters_is_stored_as_asked(run_config, tiny_params, no_plots):
+    values = run_config(training={"steps": 1})
+    values["model"] |= {"dtype": "float32", "lora": {"rank": 2, "targets": ["wq"], "base_dtype": "bfloat16"}}
+    train(parse_config(values))
+    params = load_run(values["output"], "latest")[0].params
+    rounded = jax.tree.map(lambda p: p.astype(jnp.bfloat16), tiny_params)
+    kept = lambda tree: jax.tree.map(lambda p: np.asarray(p, np.float32), tree)  # noqa: E731
+    found, expected = kept(params), kept(rounded)
+    assert (found["layers"]["wq"] != expected["layers"]["wq"]).any()
+    found["layers"].pop("wq"), expected["layers"].pop("wq")
+    chex.assert_trees_all_equal(found, expected)
