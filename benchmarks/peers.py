@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import statistics
+import sys
 import tempfile
 import time
 
@@ -84,7 +85,11 @@ def main() -> None:
 
 def timed(run, repeats: int) -> list[float]:
     seconds(run)
-    return [seconds(run) for _ in range(repeats)]
+    times = []
+    for _ in range(repeats):
+        times.append(seconds(run))
+        print(f"a step: {times[-1]:.1f} s", file=sys.stderr, flush=True)
+    return times
 
 
 def take_turns(ours, theirs, repeats: int) -> tuple[list[float], list[float]]:
@@ -92,7 +97,10 @@ def take_turns(ours, theirs, repeats: int) -> tuple[list[float], list[float]]:
     both = ours, theirs
     for run in both:
         seconds(run)
-    times = [[seconds(run) for run in both] for _ in range(repeats)]
+    times = []
+    for _ in range(repeats):
+        times.append([seconds(run) for run in both])
+        print("{:.1f} s, the peer {:.1f} s".format(*times[-1]), file=sys.stderr, flush=True)
     return [a for a, _ in times], [b for _, b in times]
 
 
@@ -155,6 +163,7 @@ def trl_steps(path: str, shapes: Shapes, micro: int, repeats: int) -> list[float
 
         def on_step_end(self, *args, **kwargs):
             times.append(time.perf_counter() - self.started)
+            print(f"the peer's step: {times[-1]:.1f} s", file=sys.stderr, flush=True)
 
     rows, word = shapes.prompts * shapes.responses, " the"
     config = trl.GRPOConfig(

@@ -27,9 +27,12 @@ Params = dict[str, Any]
 
 
 class Block(nnx.Module):
-    """Attention and SwiGLU feed-forward with pre-norms; all L layers at once when `stack` is L."""
+    """Attention and SwiGLU feed-forward with pre-norms; all L layers at once when `stack` is L.
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, stack: int | None = None):
+    Without `rngs` parameters are shapes.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs | None, stack: int | None = None):
         D, H, G, N, F = (
             config.width,
             config.num_heads,
@@ -98,9 +101,9 @@ class Block(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Token ids to final hidden states; the head is `lpo_jax.models.head`."""
+    """Token ids to final hidden states; the head is `lpo_jax.models.head`. Without `rngs` parameters are shapes."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, stacked: bool = True):
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs | None, stacked: bool = True):
         self.config = config
         V, D, L = config.vocab_size, config.width, config.num_layers
         param = functools.partial(_param, rngs, None)
@@ -280,14 +283,17 @@ def init_params(
 def _param(rngs, stack, shape, axes, fill=None):
     if stack is not None:
         shape, axes = (stack, *shape), ("layers", *axes)
-    value = jnp.full(shape, fill) if fill is not None else 0.02 * jax.random.normal(rngs.params(), shape)
+    if rngs is None:
+        value = jax.ShapeDtypeStruct(shape, jnp.float32)
+    else:
+        value = jnp.full(shape, fill) if fill is not None else 0.02 * jax.random.normal(rngs.params(), shape)
     return nnx.Param(value, axes=axes)
 
 
 @functools.cache
 def _abstract(config: ModelConfig, stacked: bool) -> tuple[nnx.GraphDef, nnx.State]:
     """The decoder's structure and its parameters' shapes."""
-    return nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), stacked=stacked)))
+    return nnx.split(Decoder(config, rngs=None, stacked=stacked))
 
 
 def _as_dict(state, read=lambda param: param.get_value()):
