@@ -1,7 +1,8 @@
 """Cost per response token as responses get longer and groups larger: one JSON line a point.
 
-Beside the measured seconds stands what the arithmetic says: 2 FLOPs for each weight and token, 4 H N for each
-query and key, the prompt once. Where the two columns "of_first" part, something grows that should not.
+Beside the measured seconds stands what the model says: 2 FLOPs for each weight and token and 4 H N for each query and
+key, the prompt once, at the rate of this machine's matrix products; and, sampling, all weights and keys and values once
+a step, at the rate of its copies. Where the columns "of_first" part, something grows that should not.
 
     python benchmarks/scaling.py sample
     python benchmarks/scaling.py train
@@ -12,7 +13,7 @@ import json
 import statistics
 
 from lpo_jax.bench import measure
-from lpo_jax.bench.machine import seconds
+from lpo_jax.bench.machine import Machine, seconds
 from lpo_jax.bench.shapes import Shapes
 from lpo_jax.bench.work import Work
 
@@ -31,6 +32,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=1)
     arguments, overrides = parser.parse_known_args()
     make = {"sample": measure.sampling, "train": measure.gradient}[arguments.what]
+    machine = Machine.measure("float32")
     for axis, points in POINTS.items():
         first = None
         for shapes in points:
@@ -39,8 +41,11 @@ def main() -> None:
                 seconds(run)
                 middle = statistics.median(seconds(run) for _ in range(arguments.repeats))
                 work = Work.forward(session.model_config, shapes, shapes.lengths(), session.dtype.itemsize)
+            model = work.flops / machine.matrix_flops
+            if arguments.what == "sample":
+                model += work.sampling_bytes / machine.copy_bytes
             tokens = shapes.prompts * shapes.responses * shapes.tokens
-            cost = middle / tokens, work.flops / tokens
+            cost = middle / tokens, model / tokens
             first = first or cost
             print(
                 json.dumps(
@@ -52,7 +57,7 @@ def main() -> None:
                         "seconds": middle,
                         "ms_per_token": 1000 * cost[0],
                         "of_first": cost[0] / first[0],
-                        "of_first_by_arithmetic": cost[1] / first[1],
+                        "of_first_by_model": cost[1] / first[1],
                     }
                 ),
                 flush=True,

@@ -22,12 +22,16 @@ class Work:
       attention_flops: four H N for each query and the key it sees.
       weight_bytes: all weights read once, in the dtype they are used in.
       cache_bytes: keys and values of all tokens, in that dtype.
+      steps: of sampling, as many as the longest response has tokens.
+      cache_reads: bytes of keys and values that sampling reads: a prompt's once a step for its whole group, a row's own once a step.
     """
 
     product_flops: float
     attention_flops: float
     weight_bytes: float
     cache_bytes: float
+    steps: int
+    cache_reads: float
 
     @classmethod
     def forward(cls, config: ModelConfig, shapes: Shapes, lengths: np.ndarray, itemsize: int) -> "Work":
@@ -43,7 +47,14 @@ class Work:
             4.0 * config.num_layers * config.num_heads * config.head_width * pairs,
             float(sum(leaf.size for leaf in jax.tree.leaves(params)) * itemsize),
             float(kept * tokens * itemsize),
+            int(lengths.max(initial=0)),
+            float(kept * itemsize * (S * T.max(axis=1, initial=0).sum() + (T**2 / 2).sum())),
         )
+
+    @property
+    def sampling_bytes(self) -> float:
+        """Read while sampling one token at a time: all weights and what is kept, once a step."""
+        return self.weight_bytes * self.steps + self.cache_reads
 
     @property
     def flops(self) -> float:
