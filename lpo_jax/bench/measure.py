@@ -160,7 +160,9 @@ def report(
         "compile_s": max(0.0, first - middle),
         "peak_memory_bytes": peak_memory(),
         "model_flops": passes * work.flops,
-        "model_bytes": work.sampling_bytes if what == "sample" else passes * work.weight_bytes + work.cache_bytes,
+        "model_bytes": work.sampling_bytes
+        if what == "sample"
+        else passes * work.weight_bytes + work.cache_bytes,
         "machine_matrix_flops_per_s": machine.matrix_flops,
         "machine_copy_bytes_per_s": machine.copy_bytes,
         "floor_seconds": floor,

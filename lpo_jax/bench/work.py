@@ -23,7 +23,8 @@ class Work:
       weight_bytes: all weights read once, in the dtype they are used in.
       cache_bytes: keys and values of all tokens, in that dtype.
       steps: of sampling, as many as the longest response has tokens.
-      cache_reads: bytes of keys and values that sampling reads: a prompt's once a step for its whole group, a row's own once a step.
+      cache_reads: bytes of keys and values that sampling reads: a prompt's once a step for its whole group, a row's
+        own once a step.
     """
 
     product_flops: float

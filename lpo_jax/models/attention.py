@@ -17,20 +17,16 @@ Axes: B rows · P prompts · K responses · S prompt tokens · T response tokens
 G key/value heads · N head width · X tokens of a row, Y keys of a source (inside this file only).
 """
 
-import math
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
+from lpo_jax.models.attend import attend
 from lpo_jax.models.kernels import decode, splash
 
-# Queries are taken in blocks of this many once a row is longer, each block rematerialised in the backward
-# pass: the [X, Y] scores of a whole row never exist at once.
-QUERY_BLOCK = 512
-
-# plain: the products of this file, on any device. pallas: the kernels for TPUs. auto: the kernels where the default
+# plain: matrix products, on any device. pallas: the kernels for TPUs. auto: the kernels where the default
 # device is a TPU. interpret: the kernels step by step on any device, to test programs that use them.
 Attention = Literal["auto", "plain", "pallas", "interpret"]
 
@@ -38,49 +34,6 @@ Attention = Literal["auto", "plain", "pallas", "interpret"]
 def uses_kernels(attention: Attention) -> bool:
     """Whether this choice means the kernels."""
     return jax.default_backend() == "tpu" if attention == "auto" else attention != "plain"
-
-
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Grouped-query softmax attention over one source, with its normaliser.
-
-    Args:
-      q: `[B, X, H, N]`.
-      k, v: `[B, Y, G, N]`; each of the G heads serves H / G query heads.
-      mask: bool, broadcastable to `[B, X, Y]`; a query without any key gets a finite output and a
-        normaliser so low that merging gives it no weight.
-
-    Returns:
-      `[B, X, H, N]` in q's dtype and the log-sum-exp of the scaled scores, `[B, X, H]` float32.
-    """
-    B, X, H, N = q.shape
-    mask = jnp.broadcast_to(mask, (B, X, k.shape[1]))
-    if X <= QUERY_BLOCK:
-        return _attend_block(q, k, v, mask)
-    blocks = math.ceil(X / QUERY_BLOCK)
-    pad = blocks * QUERY_BLOCK - X
-
-    def split(x):  # [B, X, ...] -> [blocks, B, QUERY_BLOCK, ...]
-        x = jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(B, blocks, QUERY_BLOCK, *x.shape[2:]), 1, 0)
-
-    block = jax.checkpoint(lambda qm: _attend_block(qm[0], k, v, qm[1]))
-    out, lse = jax.lax.map(block, (split(q), split(mask)))
-    join = lambda x: jnp.moveaxis(x, 0, 1).reshape(B, blocks * QUERY_BLOCK, *x.shape[3:])[:, :X]  # noqa: E731
-    return join(out), join(lse)
-
-
-def _attend_block(q, k, v, mask):
-    B, X, H, N = q.shape
-    G = k.shape[2]
-    q = q.reshape(B, X, G, H // G, N)
-    scores = jnp.einsum("bxghn,bygn->bghxy", q, k, preferred_element_type=jnp.float32) * N**-0.5
-    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    peak = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
-    weights = jnp.exp(scores - peak)
-    total = weights.sum(-1, keepdims=True)
-    out = jnp.einsum("bghxy,bygn->bxghn", (weights / total).astype(v.dtype), v)
-    lse = (jnp.log(total) + peak)[..., 0]  # [B, G, H/G, X]
-    return out.reshape(B, X, H, N), jnp.moveaxis(lse, -1, 1).reshape(B, X, H)
 
 
 def merge(parts: list[tuple[jax.Array, jax.Array]]) -> jax.Array:
@@ -133,14 +86,14 @@ def shared_prefix_attention(
 
     with jax.named_scope("prompt_self"):
         mask = _within(window, prompt_keys, prompt_keys)
-        prompt_out, _ = attend(q[:, :S], k[:, :S], v[:, :S], mask)
+        prompt_out, _ = attend(q[:, :S], k[:, :S], v[:, :S], mask, True)
     with jax.named_scope("response_to_prompt"):  # the K rows as one matrix product
         mask = _within(window, position[:, S:], prompt_keys) & real[:, None, :]
         to_prompt = attend(q[:, S:], k[:, :S], v[:, :S], mask)
     with jax.named_scope("response_self"):
         rows = lambda x: x[:, S:].reshape(P * K, T, *x.shape[2:])  # noqa: E731
         step = jnp.arange(T)
-        out, lse = attend(rows(q), rows(k), rows(v), _within(window, step, step)[None])
+        out, lse = attend(rows(q), rows(k), rows(v), _within(window, step, step)[None], True)
         to_self = out.reshape(P, K * T, H, N), lse.reshape(P, K * T, H)
     return jnp.concatenate([prompt_out, merge([to_prompt, to_self])], axis=1)
 
@@ -177,7 +130,7 @@ class Causal:
         mask = _within(self.window, self.positions, self.positions) & self.valid[:, None, :]
         # Indices, not positions, order the padding: a padded query sees itself and so never an empty row.
         mask = (mask & jnp.tri(X, dtype=bool)) | jnp.eye(X, dtype=bool)
-        return attend(q, k, v, mask)[0]
+        return attend(q, k, v, mask, True)[0]
 
 
 @struct.dataclass

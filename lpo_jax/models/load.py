@@ -85,14 +85,15 @@ def load_model(name: str | os.PathLike, dtype: str = "float32", shardings: Any =
     Raises:
       UserError: one line that says what is wrong with the name, the files or the network.
     """
-    config, tokenizer, eos_ids = load_config_and_tokenizer(name)
-    return Model(config, load_weights(name, dtype, shardings), tokenizer, eos_ids)
+    _check(dtype)
+    source = _open(name)
+    tokenizer = source.tokenizer()
+    return Model(source.config, source.params(dtype, shardings), tokenizer, _eos_ids(source, tokenizer))
 
 
 def load_weights(name: str | os.PathLike, dtype: str = "float32", shardings: Any = None) -> decoder.Params:
     """The parameters alone of a model that is named as for `load_model`."""
-    if dtype not in layout.DTYPES:
-        raise UserError(f"dtype {dtype!r} is not supported; have {', '.join(layout.DTYPES)}")
+    _check(dtype)
     return _open(name).params(dtype, shardings)
 
 
@@ -101,6 +102,11 @@ def load_config_and_tokenizer(name: str | os.PathLike) -> tuple[ModelConfig, Any
     source = _open(name, weights=False)
     tokenizer = source.tokenizer()
     return source.config, tokenizer, _eos_ids(source, tokenizer)
+
+
+def _check(dtype: str) -> None:
+    if dtype not in layout.DTYPES:
+        raise UserError(f"dtype {dtype!r} is not supported; have {', '.join(layout.DTYPES)}")
 
 
 def _open(name: str | os.PathLike, weights: bool = True) -> HfDirectory | GgufFile:

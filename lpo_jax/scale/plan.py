@@ -53,6 +53,7 @@ class Plan:
 
     Attributes:
       asked: the config's own setting; suggested: a better one that fits, if there is one.
+      searched: whether one was looked for.
       seconds: that planning took.
     """
 
@@ -60,6 +61,7 @@ class Plan:
     work: Workload
     asked: Proposal
     suggested: Proposal | None
+    searched: bool
     seconds: float
 
     def spare(self, proposal: Proposal) -> float:
@@ -124,7 +126,7 @@ def plan(
 
     own = _propose(work, asked, compiler, None)
     better = _suggest(config, work, target, own, compiler) if suggest else None
-    return Plan(target, work, own, better, time.perf_counter() - started)
+    return Plan(target, work, own, better, suggest, time.perf_counter() - started)
 
 
 def setting_of(config: Config, work: Workload, target: Topology) -> Setting:

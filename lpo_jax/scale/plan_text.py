@@ -35,7 +35,7 @@ def show(made: Plan, model: str) -> None:
     if made.suggested:
         _show(made, made.suggested, "suggested")
         out.print(f"  {' '.join(made.suggested.setting.overrides())}", highlight=False, soft_wrap=True)
-    elif made.spare(made.asked) < 0:
+    elif made.searched and made.spare(made.asked) < 0:
         out.print("\nNo mesh, microbatch, remat or number of rows was found that fits: take a larger slice.")
     out.print(f"\nplanned in {duration(made.seconds)}. {' '.join(NOTES)}", highlight=False)
 

@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterator
 
 from lpo_jax.config import Config
-from lpo_jax.models.attention import QUERY_BLOCK
+from lpo_jax.models.attend import QUERY_BLOCK
 from lpo_jax.models.config import ModelConfig
 from lpo_jax.models.head import CHUNK_ELEMENTS
 from lpo_jax.scale.mesh import MeshSizes

@@ -1,0 +1,167 @@
+"""Softmax attention over one source in plain matrix products, with a gradient of its own.
+
+The gradient computes the weights again from the log-sum-exp, block by block of queries, so that what stays in memory
+is the output and one number per query and head. All products are of the form [rows, n] x [n, columns] in the layout
+they are stored in: where XLA for CPUs has to transpose a matrix of scores, that takes longer than the product.
+
+Axes: B rows · X queries, Y keys of a source · H query heads · G key/value heads · I = H / G query heads of each ·
+N head width.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+# Queries are taken in blocks of this many once a row is longer: the [X, Y] scores of a whole row never exist at once.
+QUERY_BLOCK = 512
+# Where a query sees no key behind itself, the row is cut into at most so many strips, each with the keys it can see.
+STRIPS = 8
+LOWEST = jnp.finfo(jnp.float32).min  # score of a key that is not seen
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def attend(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, ordered: bool = False
+) -> tuple[jax.Array, jax.Array]:
+    """Grouped-query softmax attention over one source, with its normaliser.
+
+    Args:
+      q: `[B, X, H, N]`.
+      k, v: `[B, Y, G, N]`; each of the G heads serves H / G query heads.
+      mask: bool, broadcastable to `[B, X, Y]`, of three axes; a query without any key gets a finite output and a
+        normaliser so low that merging gives it no weight.
+      ordered: X = Y and no query sees a key of a higher index, which `mask` says too.
+
+    Returns:
+      `[B, X, H, N]` in q's dtype and the log-sum-exp of the scaled scores, `[B, X, H]` float32.
+    """
+    return _forward(q, k, v, mask, ordered)[0]
+
+
+def _forward(q, k, v, mask, ordered):
+    X, Y = q.shape[1], k.shape[1]
+    mask = jnp.broadcast_to(mask, (len(mask), X, Y))
+    keys, values = k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)  # [B, G, N, Y], [B, G, Y, N]
+    results = []
+    for start, stop, seen in _strips(X, Y, ordered):
+
+        def block(carry, pieces, seen=seen):
+            return carry, _attend_block(keys[..., :seen], values[:, :, :seen], *pieces)
+
+        results.append(_by_blocks(block, (), (q[:, start:stop], mask[:, start:stop, :seen]))[1])
+    out, lse = (jnp.concatenate(parts, 1) for parts in zip(*results))
+    return (out, lse), (q, k, v, mask, lse)
+
+
+def _attend_block(keys, values, q, mask):
+    """`q [B, X, H, N]`, `mask [B, X, Y]` -> `[B, X, H, N]` and the log-sum-exp `[B, X, H]`."""
+    G = keys.shape[1]
+    scores = _scores(_rows(q, G), keys, mask)
+    peak = scores.max(-1, keepdims=True)
+    weights = jnp.exp(scores - peak)
+    total = weights.sum(-1, keepdims=True)
+    out = _product("bgxy,bgyn->bgxn", _flat(weights / total).astype(q.dtype), values)
+    return _whole(out, q.shape).astype(q.dtype), _whole(_flat(peak + jnp.log(total)), q.shape)[..., 0]
+
+
+def _backward(ordered, kept, cotangents):
+    q, k, v, mask, lse = kept
+    d_out, d_lse = cotangents
+    X, Y = q.shape[1], k.shape[1]
+    keys, values = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 3, 1)  # [B, G, N, Y]
+    d_keys = d_values = jnp.zeros(keys.shape, jnp.float32)
+    d_q = []
+    for start, stop, seen in _strips(X, Y, ordered):
+
+        def block(sums, pieces, seen=seen):
+            more, piece = _backward_block(keys[..., :seen], values[..., :seen], *pieces)
+            return jax.tree.map(jnp.add, sums, more), piece
+
+        sums = d_keys[..., :seen], d_values[..., :seen]
+        strip = [x[:, start:stop] for x in (q, mask[..., :seen], lse, d_out, d_lse)]
+        sums, piece = _by_blocks(block, sums, strip)
+        d_keys, d_values = d_keys.at[..., :seen].set(sums[0]), d_values.at[..., :seen].set(sums[1])
+        d_q.append(piece)
+    d_k, d_v = (x.transpose(0, 3, 1, 2).astype(k.dtype) for x in (d_keys, d_values))
+    return jnp.concatenate(d_q, 1), d_k, d_v, None
+
+
+def _backward_block(keys, values, q, mask, lse, d_out, d_lse):
+    """Gradients of `keys, values [B, G, N, Y]`, float32, and of `q [B, X, H, N]`."""
+    X, G = q.shape[1], keys.shape[1]
+    rows, d_rows = _rows(q, G), _rows(d_out, G)
+    lse, d_lse = (_rows(x[..., None], G).reshape(len(x), G, -1, X, 1) for x in (lse, d_lse))
+    weights = jnp.exp(_scores(rows, keys, mask) - lse)
+    # However scores are rounded this time, weights add up to 1; and to 0 where a query sees no key.
+    total = jnp.maximum(weights.sum(-1, keepdims=True), 0.5)
+    weights *= jnp.where(lse > LOWEST / 2, 1 / total, 0.0)
+    d_weights = _product("bgxn,bgny->bgxy", d_rows, values).reshape(weights.shape)
+    # Not the product of output and cotangent, which is the same but for rounding: what it is taken from sums to 0.
+    mean = (weights * d_weights).sum(-1, keepdims=True)
+    d_scores = _flat(weights * (d_weights - mean + d_lse) * q.shape[-1] ** -0.5).astype(q.dtype)
+    d_values = _product("bgnx,bgxy->bgny", d_rows.swapaxes(2, 3), _flat(weights).astype(q.dtype))
+    d_keys = _product("bgnx,bgxy->bgny", rows.swapaxes(2, 3), d_scores)
+    d_q = _product("bgxy,bgyn->bgxn", d_scores, keys.swapaxes(2, 3))
+    return (d_keys, d_values), _whole(d_q, q.shape).astype(q.dtype)
+
+
+attend.defvjp(_forward, _backward)
+
+
+def _product(axes: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    """In float32; a gradient is made outside the caller's precision, so the operands' dtype says it again."""
+    precision = "float32" if x.dtype == jnp.float32 else "default"
+    return jnp.einsum(axes, x, y, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _scores(rows: jax.Array, keys: jax.Array, mask: jax.Array) -> jax.Array:
+    """`[B, G, I X, N]`, `[B, G, N, Y]` -> scaled and masked `[B, G, I, X, Y]`."""
+    scores = _product("bgxn,bgny->bgxy", rows, keys) * rows.shape[-1] ** -0.5
+    scores = scores.reshape(*rows.shape[:2], -1, *mask.shape[1:])
+    return jnp.where(mask[:, None, None], scores, LOWEST)
+
+
+def _rows(x: jax.Array, G: int) -> jax.Array:
+    """`[B, X, H, N]` -> `[B, G, I X, N]`, the form of products."""
+    B, X, H, N = x.shape
+    return x.reshape(B, X, G, H // G, N).transpose(0, 2, 3, 1, 4).reshape(B, G, -1, N)
+
+
+def _flat(x: jax.Array) -> jax.Array:
+    """`[B, G, I, X, Y]` -> `[B, G, I X, Y]`."""
+    return x.reshape(*x.shape[:2], -1, x.shape[-1])
+
+
+def _whole(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """The inverse of `_rows`, to `[B, X, H, ...]` of that shape's first axes."""
+    B, X, H = shape[:3]
+    G = x.shape[1]
+    return x.reshape(B, G, H // G, X, -1).transpose(0, 3, 1, 2, 4).reshape(B, X, H, -1)
+
+
+def _strips(X: int, Y: int, ordered: bool) -> list[tuple[int, int, int]]:
+    """(first query, last + 1, keys that they can see) of parts of a row, whole blocks each."""
+    if not ordered:
+        return [(0, X, Y)]
+    size = QUERY_BLOCK * math.ceil(X / (QUERY_BLOCK * STRIPS))
+    return [(start, min(start + size, X), min(start + size, X)) for start in range(0, X, size)]
+
+
+def _by_blocks(step, carry, arrays):
+    """Scans `step(carry, blocks) -> carry, results` over blocks of queries of `[B, X, ...]`; results are whole."""
+    X = arrays[0].shape[1]
+    if X <= QUERY_BLOCK:
+        return step(carry, arrays)
+    blocks = math.ceil(X / QUERY_BLOCK)
+
+    def split(x):  # [B, X, ...] -> [blocks, B, QUERY_BLOCK, ...]; what is padded sees no key
+        x = jnp.pad(x, [(0, 0), (0, blocks * QUERY_BLOCK - X)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(len(x), blocks, QUERY_BLOCK, *x.shape[2:]), 1, 0)
+
+    def join(x):
+        return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], blocks * QUERY_BLOCK, *x.shape[3:])[:, :X]
+
+    carry, results = jax.lax.scan(step, carry, [split(x) for x in arrays])
+    return carry, jax.tree.map(join, results)
