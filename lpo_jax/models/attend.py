@@ -1,8 +1,9 @@
-"""Softmax attention over one source in plain matrix products, with a gradient of its own.
+"""Softmax attention over one source in plain matrix products.
 
-The gradient computes the weights again from the log-sum-exp, block by block of queries, so that what stays in memory
-is the output and one number per query and head. All products are of the form [rows, n] x [n, columns] in the layout
-they are stored in: where XLA for CPUs has to transpose a matrix of scores, that takes longer than the product.
+A row longer than a block of queries has a gradient of its own, which computes the weights again from the log-sum-exp,
+block by block, so that what stays in memory is the output and one number per query and head. All its products are of
+the form [rows, n] x [n, columns] in the layout they are stored in: where XLA for CPUs has to transpose a matrix of
+scores, that takes longer than the product.
 
 Axes: B rows · X queries, Y keys of a source · H query heads · G key/value heads · I = H / G query heads of each ·
 N head width.
@@ -21,7 +22,6 @@ STRIPS = 8
 LOWEST = jnp.finfo(jnp.float32).min  # score of a key that is not seen
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def attend(
     q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, ordered: bool = False
 ) -> tuple[jax.Array, jax.Array]:
@@ -37,6 +37,28 @@ def attend(
     Returns:
       `[B, X, H, N]` in q's dtype and the log-sum-exp of the scaled scores, `[B, X, H]` float32.
     """
+    if q.shape[1] <= QUERY_BLOCK:
+        return _attend_row(q, k, v, jnp.broadcast_to(mask, (len(q), q.shape[1], k.shape[1])))
+    return _attend_blocks(q, k, v, mask, ordered)
+
+
+def _attend_row(q, k, v, mask):
+    """A short row whole, with autodiff's gradient."""
+    B, X, H, N = q.shape
+    G = k.shape[2]
+    q = q.reshape(B, X, G, H // G, N)
+    scores = jnp.einsum("bxghn,bygn->bghxy", q, k, preferred_element_type=jnp.float32) * N**-0.5
+    scores = jnp.where(mask[:, None, None], scores, LOWEST)
+    peak = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
+    weights = jnp.exp(scores - peak)
+    total = weights.sum(-1, keepdims=True)
+    out = jnp.einsum("bghxy,bygn->bxghn", (weights / total).astype(v.dtype), v)
+    lse = (jnp.log(total) + peak)[..., 0]  # [B, G, H/G, X]
+    return out.reshape(B, X, H, N), jnp.moveaxis(lse, -1, 1).reshape(B, X, H)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attend_blocks(q, k, v, mask, ordered):
     return _forward(q, k, v, mask, ordered)[0]
 
 
@@ -107,7 +129,7 @@ def _backward_block(keys, values, q, mask, lse, d_out, d_lse):
     return (d_keys, d_values), _whole(d_q, q.shape).astype(q.dtype)
 
 
-attend.defvjp(_forward, _backward)
+_attend_blocks.defvjp(_forward, _backward)
 
 
 def _product(axes: str, x: jax.Array, y: jax.Array) -> jax.Array:
@@ -152,7 +174,7 @@ def _strips(X: int, Y: int, ordered: bool) -> list[tuple[int, int, int]]:
 def _by_blocks(step, carry, arrays):
     """Scans `step(carry, blocks) -> carry, results` over blocks of queries of `[B, X, ...]`; results are whole."""
     X = arrays[0].shape[1]
-    if X <= QUERY_BLOCK:
+    if X <= QUERY_BLOCK:  # the last strip
         return step(carry, arrays)
     blocks = math.ceil(X / QUERY_BLOCK)
 

@@ -105,7 +105,7 @@ def with_normaliser(q, k, v, mask):
     return jnp.einsum("bxhy,byhn->bxhn", jax.nn.softmax(scores), v), jax.nn.logsumexp(scores, axis=-1)
 
 
-@pytest.mark.parametrize("block", [512, 4, 2])  # one block; blocks; strips of several blocks
+@pytest.mark.parametrize("block", [512, 4, 2])  # a short row; blocks; strips of several blocks
 @pytest.mark.parametrize("ordered, Y", [(False, 23), (False, 7), (True, 23)])
 def test_attention_and_its_gradient_equal_autodiff(monkeypatch, ordered, Y, block):
     monkeypatch.setattr("lpo_jax.models.attend.QUERY_BLOCK", block)
