@@ -43,7 +43,11 @@ def attend(
 
 
 def _attend_row(q, k, v, mask):
-    """A short row whole, with autodiff's gradient."""
+    """A short row whole, with autodiff's gradient.
+
+    It is as fast as blocks there, and its products are rounded alike however many rows a device has: with those of
+    `_attend_block` gradients on a mesh and on one device were seen to differ by 1.5e-5 of the largest.
+    """
     B, X, H, N = q.shape
     G = k.shape[2]
     q = q.reshape(B, X, G, H // G, N)

@@ -85,7 +85,7 @@ def load_model(name: str | os.PathLike, dtype: str = "float32", shardings: Any =
     Raises:
       UserError: one line that says what is wrong with the name, the files or the network.
     """
-    _check(dtype)
+    _check_dtype(dtype)
     source = _open(name)
     tokenizer = source.tokenizer()
     return Model(source.config, source.params(dtype, shardings), tokenizer, _eos_ids(source, tokenizer))
@@ -93,7 +93,7 @@ def load_model(name: str | os.PathLike, dtype: str = "float32", shardings: Any =
 
 def load_weights(name: str | os.PathLike, dtype: str = "float32", shardings: Any = None) -> decoder.Params:
     """The parameters alone of a model that is named as for `load_model`."""
-    _check(dtype)
+    _check_dtype(dtype)
     return _open(name).params(dtype, shardings)
 
 
@@ -104,7 +104,7 @@ def load_config_and_tokenizer(name: str | os.PathLike) -> tuple[ModelConfig, Any
     return source.config, tokenizer, _eos_ids(source, tokenizer)
 
 
-def _check(dtype: str) -> None:
+def _check_dtype(dtype: str) -> None:
     if dtype not in layout.DTYPES:
         raise UserError(f"dtype {dtype!r} is not supported; have {', '.join(layout.DTYPES)}")
 

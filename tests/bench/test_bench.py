@@ -24,9 +24,7 @@ def test_work_counts_every_weight_once_for_each_token():
     pairs = P * (S * S / 2 + K * (S * T + T * T / 2))
     assert work.attention_flops == 4 * L * H * N * pairs
     assert work.cache_bytes == 2 * L * G * N * P * (S + K * T) * 4
-    reads = sum(
-        P * (S + K * (t + 0.5)) for t in range(T)
-    )  # of the step that makes token t; the token itself half
+    reads = sum(P * (S + K * (t + 0.5)) for t in range(T))  # a step each; half of the new token
     assert work.sampling_bytes == T * work.weight_bytes + 2 * L * G * N * reads * 4
 
     params = init_params(CONFIG, jax.random.key(0))
