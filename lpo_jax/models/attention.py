@@ -25,6 +25,7 @@ from flax import struct
 
 from lpo_jax.models.attend import attend
 from lpo_jax.models.kernels import decode, splash
+from lpo_jax.models.sharding import on_each_shard
 
 # plain: matrix products, on any device. pallas: the kernels for TPUs. auto: the kernels where the default
 # device is a TPU. interpret: the kernels step by step on any device, to test programs that use them.
@@ -198,7 +199,7 @@ class Decode:
     prompt_lengths: `[U]` keys of each prompt.
     positions: `[R]` of the new token; first: `[R]` index of the row's first own key.
     members: `[U, C]` the rows of each prompt, any row in places that are not taken; None: rows lie prompt by
-      prompt, R / U each. places: `[R]` where among these U C places a row is.
+      prompt, R / U each. places: `[R]` where among these U C places a row is. On a mesh both count within the shard.
     """
 
     prompt_lengths: jax.Array
@@ -239,13 +240,14 @@ class Decode:
 
     def _by_prompt(self, x):
         """`[R, ...]` -> `[U, C, ...]`."""
-        U = self.prompt_lengths.shape[0]
-        return x.reshape(U, -1, *x.shape[1:]) if self.members is None else x[self.members]
+        if self.members is None:
+            return x.reshape(len(self.prompt_lengths), -1, *x.shape[1:])
+        return on_each_shard(lambda x, members: x[members], x, self.members)
 
     def _by_row(self, x):
         """`[U, C, ...]` -> `[R, ...]`."""
         x = x.reshape(-1, *x.shape[2:])
-        return x if self.places is None else x[self.places]
+        return x if self.places is None else on_each_shard(lambda x, places: x[places], x, self.places)
 
 
 def attend_stored(q, k, v, start, stop, attention: Attention = "auto") -> tuple[jax.Array, jax.Array]:

@@ -20,16 +20,19 @@ import jax.numpy as jnp
 from lpo_jax.models.decoder import project
 from lpo_jax.models.sharding import RULES, constrain, gathered, summed
 
-# Logits of one chunk of one row, in elements: 2^25 float32 values are 128 MiB, whatever the vocabulary.
+# Logits of one chunk of one row, in elements: 2^25 float32 values are 128 MiB; more where that is fewer tokens than
+# FEWEST_TOKENS. Every chunk reads the unembedding twice and its gradient once, and with fewer tokens than about 500 an
+# accelerator waits for its memory.
 CHUNK_ELEMENTS = 1 << 25
+FEWEST_TOKENS = 512
 
 # Statistics beyond log-prob and entropy; computed where asked for.
 EXTRA_STATS = ("collision", "hidden_norm")
 
 
 def chunk_size(vocab_size: int) -> int:
-    """Tokens of a row whose logits exist at once: a power of two, at least 16."""
-    return max(16, 1 << ((CHUNK_ELEMENTS // vocab_size).bit_length() - 1))
+    """Tokens of a row whose logits exist at once: a power of two."""
+    return max(FEWEST_TOKENS, 1 << ((CHUNK_ELEMENTS // vocab_size).bit_length() - 1))
 
 
 def token_log_probs(

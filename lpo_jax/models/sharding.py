@@ -109,6 +109,18 @@ def look_up(table: jax.Array, index: jax.Array) -> jax.Array:
     return jax.shard_map(lambda t, i: t[i], axis_names=set(axes), check_vma=False, **specs)(table, index)
 
 
+def on_each_shard(function: Callable, *arrays: Any) -> Any:
+    """`function(*arrays)`, of trees of arrays whose first axes are a batch's: each shard by itself, with its own part.
+
+    So indices into a batch are a shard's own, and nothing moves from device to device. Without a mesh: of the whole.
+    """
+    axes = _free(RULES["batch"])
+    if not axes:
+        return function(*arrays)
+    specs = {"in_specs": PartitionSpec(axes), "out_specs": PartitionSpec(axes)}
+    return jax.shard_map(function, axis_names=set(axes), check_vma=False, **specs)(*arrays)
+
+
 def whole(tree: Any) -> Any:
     """Every array of a tree whole on every device, where any host can read it; for small ones."""
     if current_mesh() is None:

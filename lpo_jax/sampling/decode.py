@@ -35,7 +35,8 @@ class Rows:
     budget: jax.Array  # int32, tokens to draw at most
     going: jax.Array  # bool: has met neither an end token, nor a stop string, nor its budget
     keys: jax.Array  # [R, 2] uint32, the data of `row_keys`
-    # Which rows share a prompt, as in `attention.Decode`; None: R / U rows each, prompt by prompt.
+    # Which rows share a prompt, as in `attention.Decode`, on a mesh by each shard's own indices; None: R / U rows each,
+    # prompt by prompt.
     members: jax.Array | None = None  # [U, C] int32
     places: jax.Array | None = None  # [R] int32
 
@@ -85,7 +86,8 @@ def empty_storage(config, shape, dtype) -> Storage:
 
 
 def move(storage: Storage, rows, shift: int, tokens: int) -> Storage:
-    """Storage of some rows (None: all), `shift` tokens dropped in front and room for `tokens` in all.
+    """Storage of some rows (None: all; each shard by its own indices), `shift` tokens dropped in front and room for
+    `tokens` in all.
 
     Layer by layer, each freed before the next: there are never two copies of all.
     """
@@ -97,16 +99,17 @@ def move(storage: Storage, rows, shift: int, tokens: int) -> Storage:
 
 @functools.partial(jax.jit, static_argnums=(3, 4))
 def _move(x, rows, shift, tokens, axis):
-    x = x if rows is None else x[rows]
+    x = x if rows is None else sharding.on_each_shard(lambda x, rows: x[rows], x, rows)
     x = jnp.roll(x, -shift, axis)[(slice(None),) * axis + (slice(tokens),)]
     return jnp.pad(x, [(0, tokens - x.shape[axis] if i == axis else 0) for i in range(x.ndim)])
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def put_prompt(storage: Storage, prefilled: Storage, source, place) -> Storage:
-    """`storage` with prompt `source` of `prefilled` in `place`."""
-    put = lambda x, new: x.at[place].set(new[source])  # noqa: E731
-    return jax.tree.map(put, storage, prefilled)
+def put_prompts(storage: Storage, prefilled: Storage, source, place) -> Storage:
+    """`storage` with a prompt of `prefilled` for each shard: `source` says which, `place` where; both `[shards]`, and
+    past the end where there is none."""
+    put = lambda x, new, source, place: x.at[place].set(new[source], mode="drop")  # noqa: E731
+    return jax.tree.map(lambda x, new: sharding.on_each_shard(put, x, new, source, place), storage, prefilled)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 5))
@@ -169,7 +172,8 @@ def decode(
             # The prompt's last token is a row's own first.
             prompt_lengths - 1,
             ahead[done.steps],
-            at - rows.drawn,
+            # Nobody needs what a row that has ended attends to: itself, so that kernels read nothing for it.
+            jnp.where(done.going, at - rows.drawn, at + done.steps),
             at + done.steps,
             rows.members,
             rows.places,

@@ -58,8 +58,7 @@ class Sampler:
       dtype: of activations, weights and key/value storage during sampling.
       decode: ids to text; needed for stop strings only.
       mesh: `sharding.decode_mesh` of the mesh that the parameters lie on; None: one device.
-      max_rows: rows on the device at once, 0: all; the others wait. Where devices share the prompts, they wait until
-        all before them have ended, and there is at least one prompt for each device.
+      max_rows: rows on all devices at once, 0: all; the others wait.
       attention: kernels for TPUs, or plain products (`lpo_jax.models.attention`).
     """
 
@@ -116,29 +115,25 @@ class Sampler:
         budgets = np.where(np.asarray(active)[:, None], budgets, 0)
         with sharding.using(self.mesh):
             # Every device has as many prompts: what is missing are empty ones, which are never sampled.
-            shards = sharding.batch_shards()
-            waits = self.max_rows > 0 and shards > 1
-            at_once = max(1, self.max_rows // (K * shards)) * shards if waits else P + -P % shards
-            more = -P % at_once
+            more = -P % sharding.batch_shards()
             prompts, prompt_ids, budgets = (pad_rows(x, more) for x in (prompts, prompt_ids, budgets))
             lengths = pad_rows(np.asarray(lengths, np.int32), more, 1)
             # K is the shape of `keys`; everything that changes without a new program is a traced argument.
             seeds = np.uint32(seed % 2**32), np.uint32(step)
             keys = jax.random.key_data(row_keys(*seeds, np.asarray(prompt_ids, np.uint32), K))
-            arrays = np.asarray(prompts, np.int32), lengths, np.asarray(keys), budgets
-            waves = []
-            for first in range(0, P + more, at_once):
-                schedule = Schedule(
-                    (self.config, self.eos_ids, sampling, jnp.dtype(self.dtype)),
-                    weights,
-                    *(x[first : first + at_once] for x in arrays),
-                    max_tokens,
-                    self.max_rows,
-                    stopper(self.decode, stop),
-                    on_end and (lambda p, k, ids, first=first: on_end(first + p, k, ids)),
-                    self.attention,
-                )
-                waves.append(schedule.run())
-        tokens, log_probs, *others = (np.concatenate(x)[:P] for x in zip(*waves))
+            schedule = Schedule(
+                (self.config, self.eos_ids, sampling, jnp.dtype(self.dtype)),
+                weights,
+                np.asarray(prompts, np.int32),
+                lengths,
+                np.asarray(keys),
+                budgets,
+                max_tokens,
+                self.max_rows,
+                stopper(self.decode, stop),
+                on_end,
+                self.attention,
+            )
+            tokens, log_probs, *others = (x[:P] for x in schedule.run())
         T = max(1, others[0].max())
         return Responses(tokens[..., :T], log_probs[..., :T], *others)

@@ -1,16 +1,21 @@
 """Which rows are on the device when: the host's side of sampling.
 
-Between two calls of `decode` the host takes out rows that have ended, puts waiting ones in their places, moves
-the last stragglers into a smaller batch, and keeps own storage as long as the longest row on the device needs.
-None of it changes a row: its tokens depend on its prompt and its own random key alone.
+Between two calls of `decode` the host takes out rows that have ended and puts waiting ones in their places. Where
+attention is plain products it also moves the last stragglers into a smaller batch, and keeps own storage as long as the
+longest row on the device needs. None of it changes a row: its tokens depend on its prompt and its own random key alone.
 
 Where all rows fit at once they lie prompt by prompt, and nothing has to say who shares a prompt. Where they do not,
 or once they have moved, two small maps say it (`Rows.members`, `Rows.places`).
 
-Axes: P prompts · K responses · R places on the device · U prompts in storage · T tokens of own storage.
+On a mesh whose devices share the prompts, each shard has its own prompts with all their rows, its own places and its
+own queue, and nothing moves from one to another. One device is one shard.
+
+Axes: P prompts · K responses · R places on the device · U prompts in storage · T tokens of own storage. All three of
+rows, places and prompts in storage lie shard by shard.
 """
 
 import collections
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -18,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from lpo_jax.models import sharding
-from lpo_jax.models.attention import Attention
+from lpo_jax.models.attention import Attention, uses_kernels
 from lpo_jax.sampling import decode as device
 from lpo_jax.sampling.decode import CHUNK, Rows
 from lpo_jax.scale import hosts
@@ -29,6 +34,34 @@ IDLE = 16  # one in so many places may be empty before the device stops for wait
 EMPTY = -1
 
 
+@dataclasses.dataclass(frozen=True)
+class Room:
+    """What is kept on the device, on all shards together.
+
+    Attributes:
+      rows: places (R); prompts: in storage (U); batch: prompts that are prefilled at once; tokens: own storage at most.
+      waits: whether rows have to wait for places.
+    """
+
+    rows: int
+    prompts: int
+    batch: int
+    tokens: int
+    waits: bool
+
+    @classmethod
+    def of(cls, P: int, K: int, max_tokens: int, max_rows: int, shards: int) -> "Room":
+        """For P prompts, as many on every shard; `max_rows` on all shards together, 0: no limit."""
+        if not 0 < max_rows < P * K:
+            return cls(P * K, P, P, max_tokens, False)
+        rows = max(1, max_rows // shards)
+        batch = max(1, rows // K)  # prompts that fill a shard
+        # Rows that come at different times lie behind each other's beginnings: room for a quarter more, so that
+        # dropping what nobody needs is rare.
+        tokens = max_tokens + max(CHUNK, max_tokens // 4)
+        return cls(shards * rows, shards * min(P // shards, 4 * batch), shards * batch, tokens, True)
+
+
 class Schedule:
     """One call of the sampler: P K rows, of which at most `max_rows` are on the device at once.
 
@@ -36,9 +69,9 @@ class Schedule:
 
     Args:
       programs: the static arguments of `decode`: config, eos_ids, sampling, dtype.
-      prompts: `[P, S]`; lengths: `[P]`; keys: `[P, K, 2]` uint32; budgets: `[P, K]` tokens at most, 0: not sampled.
-      max_rows: 0: no limit. On a mesh whose devices share the prompts all rows run at once, whatever it is, and
-        none is moved: that would be from device to device.
+      prompts: `[P, S]`, P a multiple of the shards; lengths: `[P]`; keys: `[P, K, 2]` uint32; budgets: `[P, K]` tokens
+        at most, 0: not sampled.
+      max_rows: on all shards together, at least one on each; 0: no limit.
       completes: the length at which a row's ids first hold a stop string, None: they do not.
       on_end: called with a row's p, k and ids once it has ended, while the device goes on with others.
       attention: as `lpo_jax.models.attention` understands it.
@@ -71,26 +104,25 @@ class Schedule:
         self.row_steps = np.zeros(rows, np.float32)
         self.going = self.budgets > 0
 
-        self.sharded = sharding.batch_shards() > 1
-        self.side_by_side = self.sharded or not 0 < max_rows < rows
-        # Prompts that wait to be put in place, and where: storage and index in it.
-        self.prefilled: dict[int, tuple[device.Storage, int]] = {}
+        self.shards = sharding.batch_shards()
+        self.room = Room.of(P, self.K, max_tokens, max_rows, self.shards)
+        self.side_by_side = not self.room.waits
+        # Prompts that wait to be put in place: where in `self.kept` each is, by its shard's indices.
+        self.prefilled: dict[int, int] = {}
+        self.waiting: list[collections.deque[int]] = [collections.deque() for _ in range(self.shards)]
         if self.side_by_side:
-            R, self.limit = rows, max_tokens
-            self.waiting: collections.deque[int] = collections.deque()
             self.row_of, self.prompt_of = np.arange(rows), np.arange(P)
             self.prompt_kv = device.prefill(self.config, self.dtype, weights, prompts, lengths, attention)
         else:
-            # Rows that come at different times lie behind each other's beginnings: room for a quarter more, so
-            # that dropping what nobody needs is rare.
-            R, self.limit = max_rows, max_tokens + max(CHUNK, max_tokens // 4)
-            self.waiting = collections.deque(np.flatnonzero(self.going).tolist())
-            self.batch = max(1, R // self.K)  # prompts that fill the device, and that are prefilled at once
-            self.row_of, self.prompt_of = np.full(R, EMPTY), np.full(min(P, 4 * self.batch), EMPTY)
-            shape = (len(self.prompt_of), prompts.shape[1])
+            for row in np.flatnonzero(self.going).tolist():
+                self.waiting[row * self.shards // rows].append(row)
+            self.row_of, self.prompt_of = np.full(self.room.rows, EMPTY), np.full(self.room.prompts, EMPTY)
+            shape = (self.room.prompts, prompts.shape[1])
             self.prompt_kv = device.empty_storage(self.config, shape, self.dtype)
-        self.at, self.storage = 0, min(FIRST_STORAGE, self.limit)
-        self.own_kv = device.empty_storage(self.config, (R, self.storage), self.dtype)
+        # Kernels read what a row has and no more, so one size, and one program to compile, does for all lengths.
+        self.fixed = uses_kernels(attention)
+        self.at, self.storage = 0, self.room.tokens if self.fixed else min(FIRST_STORAGE, self.room.tokens)
+        self.own_kv = device.empty_storage(self.config, (self.room.rows, self.storage), self.dtype)
         self.widest = self.K  # C
 
     def run(self) -> list[np.ndarray]:
@@ -113,45 +145,83 @@ class Schedule:
         """The places of rows that go on."""
         return np.flatnonzero((self.row_of != EMPTY) & self.going[self.row_of])
 
+    def _by_shard(self, x: np.ndarray) -> np.ndarray:
+        """`[shards, ...]` a view of places, or of what stands in them."""
+        return x.reshape(self.shards, -1)
+
     def _admit(self) -> None:
         """Waiting rows into the places of those that have ended, as long as their prompts find a place too."""
-        free = collections.deque(sorted(set(range(len(self.row_of))) - set(self._live().tolist())))
-        while self.waiting and free:
-            p = self.waiting[0] // self.K
-            if p not in self.prompt_of:
-                needed = set((self.row_of[self._live()] // self.K).tolist())
-                places = [u for u, there in enumerate(self.prompt_of) if there not in needed]
-                if not places:
-                    break
-                self._bring(p, places[0])
-            self.row_of[free.popleft()] = self.waiting.popleft()
+        while any(self.waiting) and (coming := self._seat()):
+            self._bring(coming)
 
-    def _bring(self, p: int, place: int) -> None:
-        if p not in self.prefilled:
-            coming = list(dict.fromkeys(row // self.K for row in self.waiting))[: self.batch]
-            padded = np.array(coming + [coming[0]] * (self.batch - len(coming)))
-            batch = self.prompts[padded], self.prompt_lengths[padded]
-            kept = device.prefill(self.config, self.dtype, self.weights, *batch, self.attention)
-            self.prefilled = {q: (kept, i) for i, q in enumerate(coming)}
-        self.prompt_kv = device.put_prompt(self.prompt_kv, *self.prefilled.pop(p), place)
-        self.prompt_of[place] = p
+    def _seat(self) -> dict[int, tuple[int, int]]:
+        """Gives rows places until a prompt is missing.
+
+        Returns:
+          The shards that need another prompt, with that prompt and its place in the shard's storage.
+        """
+        coming = {}
+        live = np.zeros(len(self.row_of), bool)
+        live[self._live()] = True
+        places = zip(self.waiting, *map(self._by_shard, (self.row_of, live, self.prompt_of)))
+        for shard, (waiting, row_of, going, prompts) in enumerate(places):
+            for place in np.flatnonzero(~going):
+                if not waiting:
+                    break
+                if waiting[0] // self.K not in prompts:
+                    unneeded = ~np.isin(prompts, row_of[going] // self.K)
+                    if unneeded.any():
+                        coming[shard] = waiting[0] // self.K, int(unneeded.argmax())
+                    break
+                row_of[place], going[place] = waiting.popleft(), True
+        return coming
+
+    def _bring(self, coming: dict[int, tuple[int, int]]) -> None:
+        """One prompt for each of some shards."""
+        if any(p not in self.prefilled for p, _ in coming.values()):
+            self._prefill()
+        source = np.zeros(self.shards, np.int32)
+        place = np.full(self.shards, self.room.prompts, np.int32)  # past the end: none
+        for shard, (p, u) in coming.items():
+            source[shard], place[shard] = self.prefilled.pop(p), u
+            self._by_shard(self.prompt_of)[shard, u] = p
+        self.prompt_kv = device.put_prompts(self.prompt_kv, self.kept, source, place)
+
+    def _prefill(self) -> None:
+        """The next prompts of every shard, anew where one has some left: they run together and take as long as one."""
+        batch = self._by_shard(np.zeros(self.room.batch, np.int32))
+        self.prefilled = {}
+        for row, waiting in zip(batch, self.waiting):
+            missing = dict.fromkeys(p for p in (row // self.K for row in waiting) if p not in self.prompt_of)
+            coming = list(missing)[: len(row)]
+            row[: len(coming)] = coming
+            self.prefilled |= {p: i for i, p in enumerate(coming)}
+        self.kept = None  # never two of them
+        arrays = self.prompts[batch.ravel()], self.prompt_lengths[batch.ravel()]
+        self.kept = device.prefill(self.config, self.dtype, self.weights, *arrays, self.attention)
 
     def _shrink(self) -> None:
         """Moves the last rows into half the places or fewer, and their prompts with them."""
-        live = self._live()
-        if self.sharded or self.waiting or len(live) > self._half() or self._left() <= CHUNK:
+        live = np.zeros(len(self.row_of), bool)
+        live[self._live()] = True
+        most = self._by_shard(live).sum(1).max()
+        if self.fixed or any(self.waiting) or most > self._half() or self._left() <= CHUNK:
             return
-        R = max(FEWEST_ROWS, _power_of_two(len(live)))
-        rows = self.row_of[live]
-        self.own_kv = device.move(self.own_kv, _padded(live, R), np.int32(0), self.storage)
-        self.row_of = _padded(rows, R, EMPTY)
-        needed, counts = np.unique(rows // self.K, return_counts=True)
-        U = _power_of_two(len(needed))
-        if U < len(self.prompt_of):
-            where = np.array([np.flatnonzero(self.prompt_of == p)[0] for p in needed])
-            S = self.prompts.shape[1]
-            self.prompt_kv = device.move(self.prompt_kv, _padded(where, U), np.int32(0), S)
-            self.prompt_of = _padded(needed, U, EMPTY)
+        R = max(FEWEST_ROWS, _power_of_two(most))
+        places = [np.flatnonzero(going) for going in self._by_shard(live)]
+        rows = [row_of[at] for row_of, at in zip(self._by_shard(self.row_of), places)]
+        index = np.concatenate([_padded(at, R) for at in places])
+        self.own_kv = device.move(self.own_kv, index, np.int32(0), self.storage)
+        self.row_of = np.concatenate([_padded(x, R, EMPTY) for x in rows])
+        needed = [np.unique(x // self.K) for x in rows]
+        U = _power_of_two(max(map(len, needed)))
+        if U * self.shards < len(self.prompt_of):
+            there = self._by_shard(self.prompt_of)
+            where = [np.flatnonzero(np.isin(u, p)) for u, p in zip(there, needed)]
+            index = np.concatenate([_padded(u, U) for u in where])
+            self.prompt_kv = device.move(self.prompt_kv, index, np.int32(0), self.prompts.shape[1])
+            self.prompt_of = np.concatenate([_padded(x[u], U, EMPTY) for x, u in zip(there, where)])
+        counts = np.bincount(np.concatenate(rows) // self.K)
         self.widest = min(self.K, _power_of_two(counts.max()))
         self.side_by_side = False
 
@@ -161,8 +231,8 @@ class Schedule:
             return
         longest = int(self.lengths[self.row_of[self._live()]].max())
         storage = self.storage
-        while storage < self.limit and longest + max(CHUNK, storage // 4) > storage:
-            storage = min(2 * storage, self.limit)
+        while storage < self.room.tokens and longest + max(CHUNK, storage // 4) > storage:
+            storage = min(2 * storage, self.room.tokens)
         self.own_kv = device.move(self.own_kv, None, np.int32(self.at - longest), storage)
         self.at, self.storage = longest, storage
 
@@ -193,7 +263,9 @@ class Schedule:
             members=members,
             places=places,
         )
-        stored = self.prompt_lengths[np.maximum(self.prompt_of, 0)]
+        # Kernels read nothing of a prompt that nobody needs.
+        needed = np.isin(self.prompt_of, self.row_of[live] // self.K)
+        stored = np.where(needed, self.prompt_lengths[np.maximum(self.prompt_of, 0)], 1)
         limit = min(CHUNK, self.storage - self.at, self._left())
         drawn, self.own_kv = device.decode(
             *self.programs,
@@ -211,30 +283,27 @@ class Schedule:
 
     def _fewest(self) -> int:
         """How many rows must go on for the device to do so: else others come in, or those that are left move."""
-        R = len(self.row_of)
-        if self.waiting:
-            enough = R - R // IDLE
-        elif self.sharded or len(self._live()) <= self._half():
-            enough = 1
-        else:
-            enough = self._half() + 1
-        return min(enough, len(self._live()))
+        live, half = len(self._live()), self._half() * self.shards
+        if any(self.waiting):
+            return max(live - len(self.row_of) // IDLE, 1)
+        return half + 1 if live > half and not self.fixed else 1
 
     def _half(self) -> int:
-        """The next smaller number of places; 0: there is none."""
-        half = _power_of_two(len(self.row_of) // 2 + 1) // 2
+        """The next smaller number of a shard's places; 0: there is none."""
+        half = _power_of_two(len(self.row_of) // self.shards // 2 + 1) // 2
         return half if half >= FEWEST_ROWS else 0
 
     def _maps(self, live: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """`members [U, C]` and `places [R]`."""
+        """`members [U, C]` and `places [R]`, by each shard's own indices."""
         members = np.zeros((len(self.prompt_of), self.widest), np.int32)
         places = np.zeros(len(self.row_of), np.int32)
         place_of = {p: u for u, p in enumerate(self.prompt_of.tolist())}
+        R, U = len(self.row_of) // self.shards, len(self.prompt_of) // self.shards
         taken = collections.Counter()
         for slot in live.tolist():
             u = place_of[self.row_of[slot] // self.K]
-            members[u, taken[u]] = slot
-            places[slot] = u * self.widest + taken[u]
+            members[u, taken[u]] = slot % R
+            places[slot] = u % U * self.widest + taken[u]
             taken[u] += 1
         return members, places
 

@@ -6,8 +6,11 @@ compiled phase by phase. Others are ranked by `roofline.estimate`, scaled by how
 the estimate for what has been compiled so far, and the best is compiled until one holds.
 """
 
+import concurrent.futures
 import dataclasses
+import functools
 import itertools
+import os
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -143,14 +146,10 @@ def setting_of(config: Config, work: Workload, target: Topology) -> Setting:
     sizes = meshes.choose(
         config.mesh, devices, work.model, work.P // work.updates, target.chip.memory, work.itemsize
     )
-    # Whole prompts, as many on every device, as the sampler rounds them.
-    shards = sizes.devices // sizes.decode_tensor
-    each = -(-work.P // shards)
-    if config.sampling.max_rows:
-        each = min(max(config.sampling.max_rows // (work.K * shards), 1), each)
-    rows = each * shards * work.K
     # remat=auto is decided where the memory is known; here it is taken to recompute, which is the safe side.
-    return Setting(sizes, config.training.token_budget, bool(config.training.remat), rows)
+    training = config.training
+    asked = Setting(sizes, training.token_budget, bool(training.remat), config.sampling.max_rows)
+    return dataclasses.replace(asked, rows=asked.room(work).rows)
 
 
 def settings(config: Config, work: Workload, target: Topology) -> Iterator[Setting]:
@@ -175,19 +174,27 @@ def settings(config: Config, work: Workload, target: Topology) -> Iterator[Setti
 
 def _propose(work: Workload, setting: Setting, compiler, scales: dict[str, "_Scale"] | None) -> Proposal:
     """A setting's phases, compiled where there is a compiler; with `scales`, only the decisive ones."""
-    phases, compiled = [], set()
-    for phase in roofline.estimate(work, setting):
-        if compiler and (scales is None or phase.name in DECISIVE):
-            made = compiler(setting, phase.name)
-            if made.too_large:
-                phase = dataclasses.replace(phase, held=made.held, temporary=made.temporary, too_large=True)
-            else:
-                phase = made
-            compiled.add(phase.name)
-        elif scales:
-            phase = scales[phase.name](phase)
+    estimates = roofline.estimate(work, setting)
+    decisive = (phase.name for phase in estimates if scales is None or phase.name in DECISIVE)
+    compiled = _compile(setting, list(decisive), compiler) if compiler else {}
+    phases = []
+    for phase in estimates:
+        made = compiled.get(phase.name)
+        if made is None:
+            phase = scales[phase.name](phase) if scales else phase
+        elif made.too_large:
+            phase = dataclasses.replace(phase, held=made.held, temporary=made.temporary, too_large=True)
+        else:
+            phase = made
         phases.append(phase)
     return Proposal(setting, tuple(phases), frozenset(compiled))
+
+
+def _compile(setting: Setting, names: list[str], compiler) -> dict[str, Phase]:
+    """The phases, side by side: the compiler keeps one core busy. The longest, the last, begins first."""
+    names = names[::-1]
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        return dict(zip(names, pool.map(functools.partial(compiler, setting), names)))
 
 
 @dataclasses.dataclass

@@ -20,13 +20,15 @@ import jax.numpy as jnp
 
 from lpo_jax.config import Config
 from lpo_jax.models import sharding
+from lpo_jax.models.attention import uses_kernels
 from lpo_jax.models.config import ModelConfig
 from lpo_jax.objectives import Objective, TokenStats
 from lpo_jax.sampling import Sampling
 from lpo_jax.sampling import decode as sampler
 from lpo_jax.scale import collectives as exchange
 from lpo_jax.scale import mesh as meshes
-from lpo_jax.scale.hlo import program_cost, with_turns
+from lpo_jax.scale.cost import program_cost
+from lpo_jax.scale.hlo import parse
 from lpo_jax.scale.roofline import Exchange, Phase, Setting, Workload, kernel_flops, mean_storage
 from lpo_jax.training.batch import Groups
 from lpo_jax.training.optimizer import make_optimizer
@@ -110,7 +112,7 @@ class Slice:
         work, setting, attention = self.work, self.setting, self.config.model.attention
         dtype = self._dtype
         kernels = kernel_flops(dataclasses.replace(work, model=model), setting, name)
-        R, U = setting.rows, setting.rows // work.K
+        room = setting.room(work)
         state = self._state(model)
         with sharding.using(self._decode_mesh):
             if name == "layout":
@@ -118,24 +120,35 @@ class Slice:
                 alive = state, self._weights(model, state)
                 return _measure(name, self.model.num_layers, sampler.decode_layer.lower(*one), alive)
             weights = self._weights(model, state)
-            prompt_kv, own_kv = (self._storage(model, size) for size in ((U, work.S), (R, work.T)))
+            sizes = (room.prompts, work.S), (room.rows, room.tokens)
+            prompt_kv, own_kv = (self._storage(model, size) for size in sizes)
+            # Beside rows that wait lie the prompts that are prefilled next.
+            coming = self._storage(model, (room.batch, work.S)) if room.waits else []
             if name == "prefill":
-                arguments = weights, _ints(U, work.S), _ints(U), attention
+                arguments = weights, _ints(room.batch, work.S), _ints(room.batch), attention
                 lowered = sampler.prefill.lower(model, dtype, *arguments)
-                return _measure(name, setting.waves(work), lowered, (state, weights), kernels)
+                alive = (state, weights) + ((prompt_kv, own_kv) if room.waits else ())
+                return _measure(name, setting.waves(work), lowered, alive, kernels)
             rows = sampler.Rows(
-                *(_ints(R) for _ in range(4)),
-                going=jax.ShapeDtypeStruct((R,), bool),
-                keys=jax.ShapeDtypeStruct((R, 2), jnp.uint32),
+                *(_ints(room.rows) for _ in range(4)),
+                going=jax.ShapeDtypeStruct((room.rows,), bool),
+                keys=jax.ShapeDtypeStruct((room.rows, 2), jnp.uint32),
+                members=_ints(room.prompts, work.K) if room.waits else None,
+                places=_ints(room.rows) if room.waits else None,
             )
             static = model, self.eos_ids, Sampling(self.config.sampling.temperature), dtype
-            arguments = weights, rows, _ints(U), prompt_kv, own_kv
+            arguments = weights, rows, _ints(room.prompts), prompt_kv, own_kv
             lowered = sampler.decode.lower(*static, *arguments, _ints(), _ints(), _ints(), attention)
-            phase = _measure(name, setting.waves(work) * work.T, lowered, (state, arguments), kernels)
-        # Storage grows with the rows; what was compiled is its last size.
-        mean = mean_storage(work.T) / work.T
-        unread = (1 - mean) * _bytes(own_kv)
-        return dataclasses.replace(phase, bytes=max(phase.bytes - unread, mean * phase.bytes))
+            alive = state, arguments, coming
+            phase = _measure(name, setting.waves(work) * work.T, lowered, alive, kernels)
+        # What was compiled is storage at its full length. Without kernels it grows with the rows; kernels read what
+        # rows have so far, and of prompts those that have rows.
+        mean, needed = mean_storage(work.T), 1.0
+        if uses_kernels(attention):
+            mean, needed = work.T / 2, math.ceil(room.rows / work.K) / room.prompts
+        unread = (1 - mean / room.tokens) * _bytes(own_kv) + (1 - needed) * _bytes(prompt_kv)
+        least = (1 - unread / _bytes((own_kv, prompt_kv))) * phase.bytes
+        return dataclasses.replace(phase, bytes=max(phase.bytes - unread, least))
 
     def _training(self, name: str) -> Phase:
         work, state = self.work, self._state(self.model)
@@ -200,7 +213,8 @@ def _measure(name: str, times: int, lowered: jax.stages.Lowered, alive: Any, ker
         arguments = _bytes(lowered.args_info)
         return Phase(name, times, 0.0, 0.0, held, _needed(str(error), arguments), too_large=True)
     memory, text = compiled.memory_analysis(), compiled.as_text()
-    cost = program_cost(text)
+    program = parse(text)
+    cost = program_cost(program)
     fresh = memory.output_size_in_bytes - memory.alias_size_in_bytes
     return Phase(
         name,
@@ -209,7 +223,7 @@ def _measure(name: str, times: int, lowered: jax.stages.Lowered, alive: Any, ker
         cost.bytes,
         held,
         memory.temp_size_in_bytes + fresh + memory.generated_code_size_in_bytes,
-        tuple(Exchange(c.kind, c.bytes, c.devices, c.times) for c in exchange.collectives(with_turns(text))),
+        tuple(Exchange(c.kind, c.bytes, c.devices, c.times) for c in exchange.collectives(program)),
         time.perf_counter() - started,
     )
 

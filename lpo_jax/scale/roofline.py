@@ -15,7 +15,8 @@ from collections.abc import Iterator
 from lpo_jax.config import Config
 from lpo_jax.models.attend import QUERY_BLOCK
 from lpo_jax.models.config import ModelConfig
-from lpo_jax.models.head import CHUNK_ELEMENTS
+from lpo_jax.models.head import chunk_size
+from lpo_jax.sampling.schedule import Room
 from lpo_jax.scale.mesh import MeshSizes
 from lpo_jax.scale.topology import Chip
 
@@ -71,9 +72,19 @@ class Setting:
         """Devices that share a parameter and its optimizer state."""
         return self.mesh.fsdp * self.mesh.tensor
 
+    @property
+    def decode_shards(self) -> int:
+        """Parts of the prompts while sampling."""
+        return self.mesh.devices // self.mesh.decode_tensor
+
     def waves(self, work: Workload) -> int:
-        """How often the sampler fills its rows in a step."""
+        """How often the sampler fills its rows in a step, every response at full length."""
         return math.ceil(work.P * work.K / self.rows)
+
+    def room(self, work: Workload) -> Room:
+        """What the sampler keeps on all devices together."""
+        shards = self.decode_shards
+        return Room.of(work.P + -work.P % shards, work.K, work.T, self.rows, shards)
 
     def describe(self) -> str:
         """In words, for a terminal."""
@@ -207,8 +218,8 @@ def kernel_flops(work: Workload, setting: Setting, phase: str) -> float:
     m, S, K, T = work.model, work.S, work.K, work.T
     pair = 4.0 * m.num_layers * m.num_heads * m.head_width
     if phase in ("prefill", "decode"):
-        prompts = math.ceil(setting.rows / K / (setting.mesh.devices // setting.mesh.decode_tensor))
-        pairs = S * S / 2 if phase == "prefill" else K * (S + mean_storage(T))
+        prompts = math.ceil(setting.rows / K / setting.decode_shards)
+        pairs = S * S / 2 if phase == "prefill" else K * (S + T / 2)
         return pair * pairs * prompts / setting.mesh.decode_tensor
     groups = math.ceil(work.P / work.updates / setting.shards)
     forward = pair * (S * S / 2 + K * T * (S + T / 2)) * groups / setting.mesh.tensor
@@ -233,13 +244,14 @@ def mean_storage(T: int, first: int = 64) -> float:
 def standing(work: Workload, setting: Setting) -> dict[str, float]:
     """Bytes on a device that a run stores, by what they are."""
     total, parts = Sizes.of(work.model).total, setting.mesh.decode_tensor
-    prompts = math.ceil(setting.rows / work.K / (setting.mesh.devices // parts))
+    room = setting.room(work)
+    kept = (room.prompts + room.batch * room.waits) * work.S + room.rows * room.tokens
     return {
         "parameters": FULL * total / setting.parts,
         "optimizer": 2 * FULL * total / setting.parts,
         "reference": FULL * total * work.reference / setting.parts,
         "sampler's weights": work.itemsize * total / parts,
-        "keys and values": prompts * (work.S + work.K * work.T) * kv_bytes(work) / parts,
+        "keys and values": kept * kv_bytes(work) / setting.mesh.devices,
     }
 
 
@@ -258,7 +270,7 @@ def _phases(work: Workload, setting: Setting) -> Iterator[Phase]:
 
     # Sampling: every device has whole weights or a part of each, and some prompts with their rows.
     parts = mesh.decode_tensor
-    prompts = math.ceil(setting.rows / K / (mesh.devices // parts))
+    prompts = math.ceil(setting.rows / K / setting.decode_shards)
     rows, waves = prompts * K, setting.waves(work)
     read = prompts * (S + K * mean_storage(T)) * kv_bytes(work) / parts
     width = 4 * D + (2 * heads + 3 * m.ffn_width) / parts  # of what a layer makes of one token
@@ -270,7 +282,7 @@ def _phases(work: Workload, setting: Setting) -> Iterator[Phase]:
         waves,
         prompts * S * (2 * sizes.layers + 4 * L * heads * S) / parts,
         weights + 12 * L * prompts * S * D * item,
-        state + weights,
+        state + weights + (stored if setting.room(work).waits else 0),
         prompts * S * (item * width + 8 * m.num_heads / parts * min(S, QUERY_BLOCK)),
         sums(prompts * S),
     )
@@ -300,7 +312,7 @@ def _phases(work: Workload, setting: Setting) -> Iterator[Phase]:
     summed = lambda passes: Exchange("all-reduce", micro * D * item, parts, 2 * L * runs * passes)  # noqa: E731
     width = 6 * D + (5 * heads + 4 * m.ffn_width) / parts
     scores = 8 * micro / (S + T) * m.num_heads / parts * min(T, QUERY_BLOCK) * (S + T)
-    logits = LOGIT_COPIES * FULL * min(CHUNK_ELEMENTS, micro * m.vocab_size)
+    logits = LOGIT_COPIES * FULL * min(chunk_size(m.vocab_size), micro) * m.vocab_size / parts
     if work.scorings:
         yield Phase(
             "score",

@@ -7,6 +7,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from lpo_jax.models.sharding import AXES
 from lpo_jax.scale.collectives import collectives
+from lpo_jax.scale.hlo import parse
 
 
 def test_a_scan_over_sharded_weights_gathers_inside_its_loop():
@@ -20,7 +21,7 @@ def test_a_scan_over_sharded_weights_gathers_inside_its_loop():
 
     weights = jax.device_put(np.ones((5, 16, 16), np.float32), split)
     x = jax.device_put(np.ones((64, 16), np.float32), rows)
-    found = collectives(jax.jit(program).lower(x, weights).compile())
+    found = collectives(parse(jax.jit(program).lower(x, weights).compile().as_text()))
     gathers = [c for c in found if c.kind == "all-gather"]
     assert [(c.bytes, c.devices, c.in_loop, c.times) for c in gathers] == [(16 * 16 * 4, 8, 1, 5)]
     assert [c.in_loop for c in found if c.kind == "all-reduce"] == [0]
@@ -48,7 +49,7 @@ ENTRY %main (p0: f32[2]) -> f32[2] {
 
 
 def test_asynchronous_and_combined_operations():
-    a, b, c, d = collectives(TEXT)
+    a, b, c, d = collectives(parse(TEXT))
     assert (a.kind, a.shape, a.bytes, a.devices, a.in_loop, a.times) == (
         "all-gather",
         "bf16[64,4]",
@@ -60,3 +61,19 @@ def test_asynchronous_and_combined_operations():
     assert (b.kind, b.bytes, b.devices, b.times) == ("reduce-scatter", 8, 8, 12)
     assert (c.kind, c.shape, c.devices, c.in_loop) == ("collective-permute", "f32[2]", 0, 0)
     assert (d.kind, d.bytes, d.source, d.times) == ("all-reduce", 3 * 4 + 4, "jit(f)/add", 1)
+
+
+def test_turns_that_the_compiler_left_to_the_condition():
+    unstated = TEXT.replace(', backend_config={"known_trip_count":{"n":"12"}}', "")
+    text = unstated.replace("%body (arg", CONDITION)
+    assert [c.times for c in collectives(parse(text))] == [7, 7, 1, 1]
+
+
+CONDITION = """%cond (arg.1: (s32[], bf16[8,4])) -> pred[] {
+  %arg.1 = (s32[]{:T(128)}, bf16[8,4]{1,0}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%arg.1), index=0
+  %n = s32[]{:T(128)} constant(7)
+  ROOT %less = pred[]{:T(512)} compare(%i, %n), direction=LT
+}
+
+%body (arg"""

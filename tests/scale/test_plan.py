@@ -83,7 +83,8 @@ def test_memory_by_hand():
         "optimizer": 2 * total,
         "reference": 0,
         "sampler's weights": total,
-        "keys and values": (16 + 4 * 32) * kv / 2,  # 4 prompts on 4 x 2 devices
+        # Each of 4 shards has both of its prompts in storage, one more prefilled, and 4 places; 2 devices share it.
+        "keys and values": (2 * 16 + 16 + 4 * (32 + 16)) * kv / 2,
     }
     assert spread.waves(WORK) == 2
 

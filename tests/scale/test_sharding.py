@@ -8,7 +8,14 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 from lpo_jax.models import decoder, sharding
-from lpo_jax.models.sharding import AXES, batch_shards, constrain, decode_mesh, param_shardings
+from lpo_jax.models.sharding import (
+    AXES,
+    batch_shards,
+    constrain,
+    decode_mesh,
+    on_each_shard,
+    param_shardings,
+)
 
 
 def mesh_of(*shape):
@@ -19,6 +26,14 @@ def test_without_a_mesh_nothing_happens():
     x = jnp.ones((4, 2))
     assert constrain(x, "batch", None) is x
     assert batch_shards() == 1
+
+
+def test_each_shard_counts_for_itself():
+    x, last = np.arange(8.0), np.array([1, 0, 1, 1])
+    take = jax.jit(lambda x, i: on_each_shard(lambda x, i: x[i], x, i))
+    np.testing.assert_array_equal(take(x, last), [1, 0, 1, 1])
+    with jax.set_mesh(mesh_of(2, 2, 2)):
+        np.testing.assert_array_equal(take(x, last), [1, 2, 5, 7])
 
 
 @pytest.mark.parametrize("shape, shards", [((8, 1, 1), 8), ((2, 2, 2), 4), ((1, 1, 8), 1)])

@@ -11,6 +11,7 @@ from lpo_jax.models import decoder
 from lpo_jax.models.sharding import param_shardings, placed
 from lpo_jax.objectives import TokenStats
 from lpo_jax.scale.collectives import collectives
+from lpo_jax.scale.hlo import parse
 from lpo_jax.scale.mesh import MeshSizes, build
 from lpo_jax.training.batch import Groups
 from lpo_jax.training.optimizer import make_optimizer
@@ -31,7 +32,7 @@ def test_weights_by_layer_and_gradients_once(tiny_config, data, fsdp, tensor):
     state = TrainState(params, jax.eval_shape(optimizer.init, params))
     with jax.set_mesh(mesh):
         compiled = update.lower(program, optimizer, placed(config, state), groups, cotangent).compile()
-    found = collectives(compiled)
+    found = collectives(parse(compiled.as_text()))
 
     largest = max(leaf.size // (leaf.shape[0] if leaf.ndim > 2 else 1) for leaf in jax.tree.leaves(params))
     assert (
