@@ -107,7 +107,8 @@ class Schedule:
         self.shards = sharding.batch_shards()
         self.room = Room.of(P, self.K, max_tokens, max_rows, self.shards)
         self.side_by_side = not self.room.waits
-        # Prompts that wait to be put in place: where in `self.kept` each is, by its shard's indices.
+        # Prompts that wait to be put in place, and where among them each is, by its shard's indices.
+        self.kept: device.Storage | None = None
         self.prefilled: dict[int, int] = {}
         self.waiting: list[collections.deque[int]] = [collections.deque() for _ in range(self.shards)]
         if self.side_by_side:
@@ -141,9 +142,13 @@ class Schedule:
         fields = (self.tokens, self.log_probs, self.lengths, self.finished, self.row_steps)
         return [x.reshape(-1, self.K, *x.shape[1:]) for x in fields]
 
+    def _going(self) -> np.ndarray:
+        """`[R]` bool: which places hold rows that go on."""
+        return (self.row_of != EMPTY) & self.going[self.row_of]
+
     def _live(self) -> np.ndarray:
-        """The places of rows that go on."""
-        return np.flatnonzero((self.row_of != EMPTY) & self.going[self.row_of])
+        """Their indices."""
+        return np.flatnonzero(self._going())
 
     def _by_shard(self, x: np.ndarray) -> np.ndarray:
         """`[shards, ...]` a view of places, or of what stands in them."""
@@ -161,9 +166,7 @@ class Schedule:
           The shards that need another prompt, with that prompt and its place in the shard's storage.
         """
         coming = {}
-        live = np.zeros(len(self.row_of), bool)
-        live[self._live()] = True
-        places = zip(self.waiting, *map(self._by_shard, (self.row_of, live, self.prompt_of)))
+        places = zip(self.waiting, *map(self._by_shard, (self.row_of, self._going(), self.prompt_of)))
         for shard, (waiting, row_of, going, prompts) in enumerate(places):
             for place in np.flatnonzero(~going):
                 if not waiting:
@@ -202,13 +205,12 @@ class Schedule:
 
     def _shrink(self) -> None:
         """Moves the last rows into half the places or fewer, and their prompts with them."""
-        live = np.zeros(len(self.row_of), bool)
-        live[self._live()] = True
-        most = self._by_shard(live).sum(1).max()
+        live = self._by_shard(self._going())
+        most = live.sum(1).max()
         if self.fixed or any(self.waiting) or most > self._half() or self._left() <= CHUNK:
             return
         R = max(FEWEST_ROWS, _power_of_two(most))
-        places = [np.flatnonzero(going) for going in self._by_shard(live)]
+        places = [np.flatnonzero(going) for going in live]
         rows = [row_of[at] for row_of, at in zip(self._by_shard(self.row_of), places)]
         index = np.concatenate([_padded(at, R) for at in places])
         self.own_kv = device.move(self.own_kv, index, np.int32(0), self.storage)
@@ -217,10 +219,10 @@ class Schedule:
         U = _power_of_two(max(map(len, needed)))
         if U * self.shards < len(self.prompt_of):
             there = self._by_shard(self.prompt_of)
-            where = [np.flatnonzero(np.isin(u, p)) for u, p in zip(there, needed)]
-            index = np.concatenate([_padded(u, U) for u in where])
+            where = [np.flatnonzero(np.isin(prompts, p)) for prompts, p in zip(there, needed)]
+            index = np.concatenate([_padded(at, U) for at in where])
             self.prompt_kv = device.move(self.prompt_kv, index, np.int32(0), self.prompts.shape[1])
-            self.prompt_of = np.concatenate([_padded(x[u], U, EMPTY) for x, u in zip(there, where)])
+            self.prompt_of = np.concatenate([_padded(x[at], U, EMPTY) for x, at in zip(there, where)])
         counts = np.bincount(np.concatenate(rows) // self.K)
         self.widest = min(self.K, _power_of_two(counts.max()))
         self.side_by_side = False
@@ -242,9 +244,7 @@ class Schedule:
         return int((self.budgets - self.lengths)[rows].max())
 
     def _decode(self) -> device.Drawn:
-        live = self._live()
-        going = np.zeros(len(self.row_of), bool)
-        going[live] = True
+        live, going = self._live(), self._going()
         prompts = np.maximum(self.row_of, 0) // self.K
         members = places = None
         if not self.side_by_side:
