@@ -6,11 +6,8 @@ compiled phase by phase. Others are ranked by `roofline.estimate`, scaled by how
 the estimate for what has been compiled so far, and the best is compiled until one holds.
 """
 
-import concurrent.futures
 import dataclasses
-import functools
 import itertools
-import os
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -174,27 +171,19 @@ def settings(config: Config, work: Workload, target: Topology) -> Iterator[Setti
 
 def _propose(work: Workload, setting: Setting, compiler, scales: dict[str, "_Scale"] | None) -> Proposal:
     """A setting's phases, compiled where there is a compiler; with `scales`, only the decisive ones."""
-    estimates = roofline.estimate(work, setting)
-    decisive = (phase.name for phase in estimates if scales is None or phase.name in DECISIVE)
-    compiled = _compile(setting, list(decisive), compiler) if compiler else {}
-    phases = []
-    for phase in estimates:
-        made = compiled.get(phase.name)
-        if made is None:
-            phase = scales[phase.name](phase) if scales else phase
-        elif made.too_large:
-            phase = dataclasses.replace(phase, held=made.held, temporary=made.temporary, too_large=True)
-        else:
-            phase = made
+    phases, compiled = [], set()
+    for phase in roofline.estimate(work, setting):
+        if compiler and (scales is None or phase.name in DECISIVE):
+            made = compiler(setting, phase.name)
+            if made.too_large:
+                phase = dataclasses.replace(phase, held=made.held, temporary=made.temporary, too_large=True)
+            else:
+                phase = made
+            compiled.add(phase.name)
+        elif scales:
+            phase = scales[phase.name](phase)
         phases.append(phase)
     return Proposal(setting, tuple(phases), frozenset(compiled))
-
-
-def _compile(setting: Setting, names: list[str], compiler) -> dict[str, Phase]:
-    """The phases, side by side: the compiler keeps one core busy. The longest, the last, begins first."""
-    names = names[::-1]
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        return dict(zip(names, pool.map(functools.partial(compiler, setting), names)))
 
 
 @dataclasses.dataclass
