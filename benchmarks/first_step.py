@@ -4,13 +4,14 @@ The quickstart's model and task with 4 prompts x 4 responses, so that it is star
 step; without warm start, the evaluation before the first step of the same size.
 
     python benchmarks/first_step.py
-    python benchmarks/first_step.py --memory-at-hand 8    # GB that another process has just had
 
-The memory of a virtual machine may be with its host, which takes its time to hand it out (3 s for 1 GB where this was
-written, against 0.1 s once it has): the second form shows how long a start takes where that is not so.
+Memory of a virtual machine that nobody uses may go back to its host, which takes its time to hand it out again: where
+this was written 3 s for 1 GB, against 0.1 s once it is there. Pages that are set aside stay:
+
+    echo 3500 > /proc/sys/vm/nr_hugepages     # 7 GB, as root; 0 gives them back
+    GLIBC_TUNABLES=glibc.malloc.hugetlb=2 python benchmarks/first_step.py
 """
 
-import argparse
 import json
 import os
 import resource
@@ -31,14 +32,13 @@ COMMAND = [
 ]
 
 
-def first_step(cache: str, memory: int) -> tuple[float, float, float]:
-    """Starts a run with compiled programs in `cache`, after a process has had `memory` GB.
+def first_step(cache: str) -> tuple[float, float, float]:
+    """Starts a run with compiled programs in `cache`.
 
     Returns:
       Seconds until its first step is in metrics.jsonl, the seconds of them that the step took, and the processor
       seconds that the kernel took of the whole run.
     """
-    subprocess.run([sys.executable, "-c", f"b'1' * ({memory} << 30)"], check=True)
     with tempfile.TemporaryDirectory() as folder:
         environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": cache}
         before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_stime
@@ -65,19 +65,13 @@ def _steps(run: Path) -> list[dict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--memory-at-hand", type=int, default=0, metavar="GB")
-    memory = parser.parse_args().memory_at_hand
     with tempfile.TemporaryDirectory() as cache:
-        cold, _, _ = first_step(cache, memory)
-        warm = sorted(first_step(cache, memory) for _ in range(5))
+        cold, _, _ = first_step(cache)
+        warm = sorted(first_step(cache) for _ in range(5))
     print(
         json.dumps(
             {
                 "benchmark": "first step",
-                "memory_at_hand_gb": memory,
                 "cold_s": cold,
                 "warm_s": warm[2][0],
                 "of_which_the_step_s": warm[2][1],

@@ -27,7 +27,7 @@ class Collective:
       bytes: of that result.
       devices: how many exchange with each other; 0 where the text does not say.
       in_loop: how many loops it stands in.
-      times: how often it runs, as far as the trip counts of the loops are known (an unknown one counts 1).
+      times: how often it runs, with the turns of the loops that it stands in.
       source: where in the Python program it comes from, as far as XLA remembers.
     """
 

@@ -43,8 +43,7 @@ def program_cost(program: Program, loops_once: bool = False) -> Cost:
     """What an optimized program does in one run.
 
     Args:
-      loops_once: count every loop's body once, as XLA does. A loop whose number of turns depends on data (the decode
-        loop) always counts once.
+      loops_once: count every loop's body once, as XLA does.
     """
     return _Reader(program, loops_once).cost()
 

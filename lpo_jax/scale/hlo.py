@@ -68,14 +68,16 @@ class Program:
     """Attributes:
     computations: by name, the instructions of each by their names.
     entry: name of the one that runs first.
+    open_turns: what a loop is taken to run whose turns depend on data, as those of the decode loop.
     """
 
     computations: dict[str, dict[str, Instruction]]
     entry: str
+    open_turns: int
 
     def turns(self, loop: Instruction) -> int:
         """How often a `while` runs: stated by the compiler (for CPU and GPU), or a counter from 0 compared with a
-        constant (for TPU); 1 where that depends on data, as in the decode loop."""
+        constant (for TPU)."""
         if stated := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.rest):
             return int(stated[1])
         instructions = self.computations[loop.called["condition"]]
@@ -87,7 +89,7 @@ class Program:
         constants = [i for i in instructions.values() if i.opcode == "constant" and i.rest.isdigit()]
         if root.opcode == "compare" and "direction=LT" in root.rest and len(constants) == 1:
             return int(constants[0].rest)
-        return 1
+        return self.open_turns
 
     def walk(self) -> Iterator[tuple[Instruction, int, int]]:
         """Every instruction that runs, in the order of the text, with the loops it stands in and its runs."""
@@ -104,8 +106,8 @@ class Program:
                 yield from self._walk(called, in_loop, times)
 
 
-def parse(text: str) -> Program:
-    """The program of a text that `jax.stages.Compiled.as_text` gave."""
+def parse(text: str, open_turns: int = 1) -> Program:
+    """The program of a text that `jax.stages.Compiled.as_text` gave; `open_turns` as in `Program`."""
     computations: dict[str, dict[str, Instruction]] = {}
     entry, current = "", {}
     for line in text.splitlines():
@@ -114,7 +116,7 @@ def parse(text: str) -> Program:
             entry = header[2] if header[1] else entry
         elif instruction := _instruction(line):
             current[instruction.name] = instruction
-    return Program(computations, entry)
+    return Program(computations, entry, open_turns)
 
 
 def _root(instructions: dict[str, Instruction]) -> Instruction:

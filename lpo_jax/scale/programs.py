@@ -140,7 +140,8 @@ class Slice:
             arguments = weights, rows, _ints(room.prompts), prompt_kv, own_kv
             lowered = sampler.decode.lower(*static, *arguments, _ints(), _ints(), _ints(), attention)
             alive = state, arguments, coming
-            phase = _measure(name, setting.waves(work) * work.T, lowered, alive, kernels)
+            times, turns = setting.waves(work) * work.calls, work.call_tokens
+            phase = _measure(name, times, lowered, alive, kernels, turns)
         # What was compiled is storage at its full length. Without kernels it grows with the rows; kernels read what
         # rows have so far, and of prompts those that have rows.
         mean, needed = mean_storage(work.T), 1.0
@@ -148,7 +149,7 @@ class Slice:
             mean, needed = work.T / 2, math.ceil(room.rows / work.K) / room.prompts
         unread = (1 - mean / room.tokens) * _bytes(own_kv) + (1 - needed) * _bytes(prompt_kv)
         least = (1 - unread / _bytes((own_kv, prompt_kv))) * phase.bytes
-        return dataclasses.replace(phase, bytes=max(phase.bytes - unread, least))
+        return dataclasses.replace(phase, bytes=max(phase.bytes - turns * unread, least))
 
     def _training(self, name: str) -> Phase:
         work, state = self.work, self._state(self.model)
@@ -197,12 +198,16 @@ def extrapolate(few: Phase, more: Phase, steps: float) -> Phase:
     return dataclasses.replace(more, **numbers, exchanges=tuple(exchanges), seconds_compiling=compiling)
 
 
-def _measure(name: str, times: int, lowered: jax.stages.Lowered, alive: Any, kernels: float = 0.0) -> Phase:
+def _measure(
+    name: str, times: int, lowered: jax.stages.Lowered, alive: Any, kernels: float = 0.0, open_turns: int = 1
+) -> Phase:
     """Compiles, and reads off what one run does.
 
     Args:
+      times: how often it runs in a step.
       alive: abstract arrays that lie in memory while it runs, its arguments included.
       kernels: matrix FLOPs of its Pallas kernels where it has some: the compiler cannot look into those.
+      open_turns: of a loop whose turns depend on data.
     """
     started, held = time.perf_counter(), _bytes(alive)
     try:
@@ -213,7 +218,7 @@ def _measure(name: str, times: int, lowered: jax.stages.Lowered, alive: Any, ker
         arguments = _bytes(lowered.args_info)
         return Phase(name, times, 0.0, 0.0, held, _needed(str(error), arguments), too_large=True)
     memory, text = compiled.memory_analysis(), compiled.as_text()
-    program = parse(text)
+    program = parse(text, open_turns)
     cost = program_cost(program)
     fresh = memory.output_size_in_bytes - memory.alias_size_in_bytes
     return Phase(

@@ -16,6 +16,7 @@ from lpo_jax.config import Config
 from lpo_jax.models.attend import QUERY_BLOCK
 from lpo_jax.models.config import ModelConfig
 from lpo_jax.models.head import chunk_size
+from lpo_jax.sampling.decode import CHUNK
 from lpo_jax.sampling.schedule import Room
 from lpo_jax.scale.mesh import MeshSizes
 from lpo_jax.scale.topology import Chip
@@ -47,6 +48,16 @@ class Workload:
     @property
     def minibatch_tokens(self) -> int:
         return self.trained_tokens // self.updates
+
+    @property
+    def call_tokens(self) -> int:
+        """That every row draws in one call of `sampling.decode`."""
+        return min(CHUNK, self.T)
+
+    @property
+    def calls(self) -> int:
+        """Of `sampling.decode`, until a response has its full length."""
+        return math.ceil(self.T / self.call_tokens)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,7 +230,7 @@ def kernel_flops(work: Workload, setting: Setting, phase: str) -> float:
     pair = 4.0 * m.num_layers * m.num_heads * m.head_width
     if phase in ("prefill", "decode"):
         prompts = math.ceil(setting.rows / K / setting.decode_shards)
-        pairs = S * S / 2 if phase == "prefill" else K * (S + T / 2)
+        pairs = S * S / 2 if phase == "prefill" else work.call_tokens * K * (S + T / 2)
         return pair * pairs * prompts / setting.mesh.decode_tensor
     groups = math.ceil(work.P / work.updates / setting.shards)
     forward = pair * (S * S / 2 + K * T * (S + T / 2)) * groups / setting.mesh.tensor
@@ -274,7 +285,7 @@ def _phases(work: Workload, setting: Setting) -> Iterator[Phase]:
     rows, waves = prompts * K, setting.waves(work)
     read = prompts * (S + K * mean_storage(T)) * kv_bytes(work) / parts
     width = 4 * D + (2 * heads + 3 * m.ffn_width) / parts  # of what a layer makes of one token
-    sums = lambda tokens: (Exchange("all-reduce", tokens * D * item, parts, 2 * L),)  # noqa: E731
+    sums = lambda tokens, turns=1: (Exchange("all-reduce", tokens * D * item, parts, 2 * L * turns),)  # noqa: E731
     moved = (Exchange("all-gather", weights / L, mesh.fsdp, 1),)
     yield Phase("layout", L, 0.0, 3 * weights / L, state + weights, weights / L, moved)
     yield Phase(
@@ -286,14 +297,15 @@ def _phases(work: Workload, setting: Setting) -> Iterator[Phase]:
         prompts * S * (item * width + 8 * m.num_heads / parts * min(S, QUERY_BLOCK)),
         sums(prompts * S),
     )
+    token = rows * (2 * (sizes.layers + sizes.head) + 4 * L * heads * (S + mean_storage(T))) / parts
     yield Phase(
         "decode",
-        waves * T,
-        rows * (2 * (sizes.layers + sizes.head) + 4 * L * heads * (S + mean_storage(T))) / parts,
-        weights + read,
+        waves * work.calls,
+        work.call_tokens * token,
+        work.call_tokens * (weights + read),
         state + weights + stored,
         rows * (item * width + LOGIT_COPIES * FULL * m.vocab_size / parts),
-        sums(rows),
+        sums(rows, work.call_tokens),
     )
 
     # Training: a microbatch is some groups on every device, or some responses of one.

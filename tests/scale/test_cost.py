@@ -45,6 +45,9 @@ def test_a_batched_product_of_a_tpu_program_in_a_loop():
     # The input and the result lie in main memory, the other input, S(1), does not.
     assert cost.bytes == 5 * 2 * (3 * 8 * 16 + 3 * 8 * 32)
     assert program_cost(parse(TPU_TEXT), loops_once=True).flops == cost.flops / 5
+    by_data = TPU_TEXT.replace("compare(%j, %n), direction=LT", "and(%j, %n)")
+    assert program_cost(parse(by_data)).flops == cost.flops / 5
+    assert program_cost(parse(by_data, open_turns=16)).flops == cost.flops / 5 * 16
 
 
 # Weights on their way into a chip's fast memory: a copy names where it goes first, a slice where it comes from.

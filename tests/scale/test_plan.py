@@ -57,7 +57,10 @@ def test_arithmetic_of_a_step_by_hand():
     assert update.flops == 3 * 2 * matrices * tokens + 3 * 2 * head * 4 * K * T + 4 * 4 * attention
     score = phases()["score"]
     assert score.flops == 2 * matrices * tokens + 2 * head * 4 * K * T + 4 * attention
-    assert phases()["decode"].times == T
+    decode = phases()["decode"]
+    assert decode.times == T // 16  # tokens are drawn in calls of 16
+    of_a_token = 2 * (matrices + head) + 4 * c.num_layers * 4 * 8 * (S + roofline.mean_storage(T))
+    assert decode.flops == pytest.approx(16 * 32 * of_a_token)
     remat = phases(setting=dataclasses.replace(ALONE, remat=True))["update"]
     assert remat.flops - update.flops == score.flops - 2 * head * 4 * K * T
     assert remat.temporary < update.temporary
