@@ -112,21 +112,38 @@ def texts(run):
     }
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-def test_a_killed_process_ends_the_job_which_another_machine_takes_up(tmp_path, tiny_model, tiny_task):
+def written(path, model, task):
+    """The config of a run into `path / "one"`, as a file."""
     from tiny import run_values
 
-    values = run_values(tmp_path / "one", tiny_model, tiny_task)
+    values = run_values(path / "one", model, task)
     values["training"] |= {"steps": 4, "prompts_per_step": 8, "token_budget": 160}
     # Adam's usual eps makes a sign of a gradient that is all rounding, and a trajectory of that.
     values["optimizer"] = {"learning_rate": 0.01, "eps": 1.0, "clip_norm": 0.0, "weight_decay": 0.0}
     values["evaluation"] = {"every": 0, "problems": 4}
     values["mesh"] = {"data": 2, "fsdp": 2, "tensor": 2}
     values["checkpoint"] = {"every": 2}
-    config = tmp_path / "config.yaml"
+    config = path / "config.yaml"
     config.write_text(yaml.safe_dump(values))
+    return config
 
+
+def agree(run, other):
+    """The same responses and, but for rounding, the same metrics."""
+    assert texts(run) == texts(other)
+    found, expected = rows(run), rows(other)
+    assert [row.keys() for row in found] == [row.keys() for row in expected]
+    for row, wanted in zip(found, expected):
+        for name in row:
+            # A score is the difference of log-probs of whole responses, which are far larger.
+            rounding = 3e-5 if name == "lpo/score_abs_max" else 1e-6
+            np.testing.assert_allclose(row[name], wanted[name], rtol=1e-5, atol=rounding, err_msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_killed_process_ends_the_job_which_another_machine_takes_up(tmp_path, tiny_model, tiny_task):
+    config = written(tmp_path, tiny_model, tiny_task)
     finish(config, 8)
     two = tmp_path / "two"
     jobs = start(config, 4, f"--output={two}", "--training.steps=1000", processes=2)
@@ -143,11 +160,15 @@ def test_a_killed_process_ends_the_job_which_another_machine_takes_up(tmp_path, 
 
     assert (two / "checkpoints" / "2").is_dir()  # once, by both
     finish(config, 4, f"--output={two}", "--resume", "--mesh.data=1")
-    assert texts(two) == texts(tmp_path / "one")
-    found, expected = rows(two), rows(tmp_path / "one")
-    assert [row.keys() for row in found] == [row.keys() for row in expected]
-    for row, other in zip(found, expected):
-        for name in row:
-            # A score is the difference of log-probs of whole responses, which are far larger.
-            rounding = 3e-5 if name == "lpo/score_abs_max" else 1e-6
-            np.testing.assert_allclose(row[name], other[name], rtol=1e-5, atol=rounding, err_msg=name)
+    agree(two, tmp_path / "one")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_rows_wait_on_two_processes_as_on_one(tmp_path, tiny_model, tiny_task):
+    config = written(tmp_path, tiny_model, tiny_task)
+    few = "--training.steps=2", "--sampling.max_rows=8"  # of 32: two on each of four shards, the others wait
+    finish(config, 8, *few)
+    jobs = start(config, 4, f"--output={tmp_path / 'two'}", *few, processes=2)
+    assert [job.wait(timeout=900) for job in jobs] == [0, 0], (tmp_path / "0.log").read_text()
+    agree(tmp_path / "two", tmp_path / "one")
