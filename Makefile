@@ -6,14 +6,14 @@ BIN := .venv/bin
 # The accelerator that is there decides which jax is installed; EXTRAS= or EXTRAS=cuda overrides.
 EXTRAS ?= $(shell if nvidia-smi -L >/dev/null 2>&1; then echo cuda; elif ls /dev/accel0 /dev/vfio/0 >/dev/null 2>&1; then echo tpu; fi)
 COMMA := ,
-# Huge pages for malloc: on a CPU every step allocates gigabytes, and this saves 97% of the page faults.
-export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 .PHONY: run test lint clean
 
 run: .venv/installed
 	$(BIN)/lpo train configs/quickstart.yaml --resume $(ARGS)
 
+# Tests take and free memory all the time: it stays with the process, in huge pages.
+test: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=100000000000:glibc.malloc.arena_max=1
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 

@@ -1,7 +1,7 @@
 """transformers and TRL on the same weights, shapes and machine, beside lpo_jax: one JSON line per figure.
 
 Needs the extra [oracle] (torch, TRL): pip install -e '.[oracle]'. Both sides run in one process, their calls
-taking turns, so that a machine that slows down slows both.
+taking turns, so that a machine that slows down slows both; freed memory stays with the process for both.
 
     python benchmarks/peers.py sample   --prompts 8 --responses 8  --prompt-tokens 64  --tokens 64
     python benchmarks/peers.py gradient --prompts 4 --responses 16 --prompt-tokens 512 --tokens 64 --repeats 3
@@ -20,6 +20,10 @@ import statistics
 import sys
 import tempfile
 import time
+
+from lpo_jax.allocator import keep_freed_memory
+
+keep_freed_memory()
 
 import torch
 import transformers

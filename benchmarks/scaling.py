@@ -1,8 +1,9 @@
 """Cost per response token as responses get longer and groups larger: one JSON line a point.
 
-Beside the measured seconds stands what the model says: 2 FLOPs for each weight and token and 4 H N for each query and
-key, the prompt once, at the rate of this machine's matrix products; and, sampling, all weights and keys and values once
-a step, at the rate of its copies. Where the columns "of_first" part, something grows that should not.
+Beside the measured time stands what the model says: 2 FLOPs for each weight and token and 4 H N for each query and
+key, the prompt once, three times that to train, at the rate of this machine's matrix products; and, sampling, all
+weights and keys and values once a step, at the rate of its copies. The rates are measured before and after each point.
+Where "of_model" falls, something grows that should not.
 
     python benchmarks/scaling.py sample
     python benchmarks/scaling.py train
@@ -10,7 +11,11 @@ a step, at the rate of its copies. Where the columns "of_first" part, something 
 
 import argparse
 import json
-import statistics
+from statistics import mean, median
+
+from lpo_jax.allocator import keep_freed_memory
+
+keep_freed_memory()
 
 from lpo_jax.bench import measure
 from lpo_jax.bench.machine import Machine, seconds
@@ -32,21 +37,23 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=1)
     arguments, overrides = parser.parse_known_args()
     make = {"sample": measure.sampling, "train": measure.gradient}[arguments.what]
-    machine = Machine.measure("float32")
     for axis, points in POINTS.items():
-        first = None
         for shapes in points:
             with measure.bench_session(arguments.model, shapes, arguments.repeats, overrides) as session:
                 run = make(session, shapes)
                 seconds(run)
-                middle = statistics.median(seconds(run) for _ in range(arguments.repeats))
+                machines, times = [Machine.measure("float32")], []
+                for _ in range(arguments.repeats):
+                    times.append(seconds(run))
+                    machines.append(Machine.measure("float32"))
                 work = Work.forward(session.model_config, shapes, shapes.lengths(), session.dtype.itemsize)
-            model = work.flops / machine.matrix_flops
-            if arguments.what == "sample":
-                model += work.sampling_bytes / machine.copy_bytes
+            flops, read = (
+                (3 * work.flops, 0) if arguments.what == "train" else (work.flops, work.sampling_bytes)
+            )
+            model = flops / mean(m.matrix_flops for m in machines) + read / mean(
+                m.copy_bytes for m in machines
+            )
             tokens = shapes.prompts * shapes.responses * shapes.tokens
-            cost = middle / tokens, model / tokens
-            first = first or cost
             print(
                 json.dumps(
                     {
@@ -54,10 +61,10 @@ def main() -> None:
                         "responses": shapes.responses,
                         "prompt_tokens": shapes.prompt_tokens,
                         "tokens": shapes.tokens,
-                        "seconds": middle,
-                        "ms_per_token": 1000 * cost[0],
-                        "of_first": cost[0] / first[0],
-                        "of_first_by_model": cost[1] / first[1],
+                        "ms_per_token": 1000 * median(times) / tokens,
+                        "ms_per_token_by_model": 1000 * model / tokens,
+                        "of_model": model / median(times),
+                        "all_seconds": times,
                     }
                 ),
                 flush=True,

@@ -12,6 +12,10 @@ import dataclasses
 import json
 import statistics
 
+from lpo_jax.allocator import keep_freed_memory
+
+keep_freed_memory()
+
 from lpo_jax.bench import measure
 from lpo_jax.bench.machine import seconds
 from lpo_jax.bench.shapes import Shapes

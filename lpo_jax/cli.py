@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from lpo_jax import __version__
+from lpo_jax.allocator import keep_freed_memory
 from lpo_jax.bench.command import add_options as add_bench_options
 from lpo_jax.errors import RunStopped, UserError
 from lpo_jax.scale.command import add_options as add_plan_options
@@ -26,6 +27,7 @@ _RUNS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
+    keep_freed_memory()
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
     if rest and not hasattr(arguments, "overrides"):

@@ -15,6 +15,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from lpo_jax.allocator import keep_freed_memory
 from lpo_jax.errors import RunStopped, UserError
 
 
@@ -26,6 +27,7 @@ def main(cores: str) -> None:
     """
     if chosen := json.loads(cores):
         os.sched_setaffinity(0, chosen)  # before jax counts them
+    keep_freed_memory()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     tasks: queue.SimpleQueue = queue.SimpleQueue()

@@ -1,6 +1,6 @@
 """Softmax attention over one source in plain matrix products.
 
-A row longer than a block of queries has a gradient of its own, which computes the weights again from the log-sum-exp,
+A row of more than SHORT queries has a gradient of its own, which computes the weights again from the log-sum-exp,
 block by block, so that what stays in memory is the output and one number per query and head. All its products are of
 the form [rows, n] x [n, columns] in the layout they are stored in: where XLA for CPUs has to transpose a matrix of
 scores, that takes longer than the product.
@@ -14,11 +14,17 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
-# Queries are taken in blocks of this many once a row is longer: the [X, Y] scores of a whole row never exist at once.
-QUERY_BLOCK = 512
+# Queries of a row that is taken whole. A longer one is taken in blocks: its [X, Y] scores never exist at once.
+SHORT = 128
+# Queries times keys of a block, and the queries that it has at least. What is done to scores between two products reads
+# and writes them many times over: a block's should stay near the core.
+BLOCK_SCORES = 1 << 15
+FEWEST_QUERIES = 128
 # Where a query sees no key behind itself, the row is cut into at most so many strips, each with the keys it can see.
 STRIPS = 8
+KEPT = "attention"  # for checkpoint policies: a long row's output and normaliser, with which its gradient needs no more
 LOWEST = jnp.finfo(jnp.float32).min  # score of a key that is not seen
 
 
@@ -37,7 +43,7 @@ def attend(
     Returns:
       `[B, X, H, N]` in q's dtype and the log-sum-exp of the scaled scores, `[B, X, H]` float32.
     """
-    if q.shape[1] <= QUERY_BLOCK:
+    if q.shape[1] <= SHORT:
         return _attend_row(q, k, v, jnp.broadcast_to(mask, (len(q), q.shape[1], k.shape[1])))
     return _attend_blocks(q, k, v, mask, ordered)
 
@@ -76,8 +82,9 @@ def _forward(q, k, v, mask, ordered):
         def block(carry, pieces, seen=seen):
             return carry, _attend_block(keys[..., :seen], values[:, :, :seen], *pieces)
 
-        results.append(_by_blocks(block, (), (q[:, start:stop], mask[:, start:stop, :seen]))[1])
-    out, lse = (jnp.concatenate(parts, 1) for parts in zip(*results))
+        strip = q[:, start:stop], mask[:, start:stop, :seen]
+        results.append(_by_blocks(block, (), queries_at_once(X, Y), strip)[1])
+    out, lse = (checkpoint_name(jnp.concatenate(parts, 1), KEPT) for parts in zip(*results))
     return (out, lse), (q, k, v, mask, lse)
 
 
@@ -107,7 +114,7 @@ def _backward(ordered, kept, cotangents):
 
         sums = d_keys[..., :seen], d_values[..., :seen]
         strip = [x[:, start:stop] for x in (q, mask[..., :seen], lse, d_out, d_lse)]
-        sums, piece = _by_blocks(block, sums, strip)
+        sums, piece = _by_blocks(block, sums, queries_at_once(X, Y), strip)
         d_keys, d_values = d_keys.at[..., :seen].set(sums[0]), d_values.at[..., :seen].set(sums[1])
         d_q.append(piece)
     d_k, d_v = (x.transpose(0, 3, 1, 2).astype(k.dtype) for x in (d_keys, d_values))
@@ -171,23 +178,29 @@ def _strips(X: int, Y: int, ordered: bool) -> list[tuple[int, int, int]]:
     """(first query, last + 1, keys that they can see) of parts of a row, whole blocks each."""
     if not ordered:
         return [(0, X, Y)]
-    size = QUERY_BLOCK * math.ceil(X / (QUERY_BLOCK * STRIPS))
+    block = queries_at_once(X, Y)
+    size = block * math.ceil(X / (block * STRIPS))
     return [(start, min(start + size, X), min(start + size, X)) for start in range(0, X, size)]
 
 
-def _by_blocks(step, carry, arrays):
-    """Scans `step(carry, blocks) -> carry, results` over blocks of queries of `[B, X, ...]`; results are whole."""
-    X = arrays[0].shape[1]
-    if X <= QUERY_BLOCK:  # the last strip
-        return step(carry, arrays)
-    blocks = math.ceil(X / QUERY_BLOCK)
+def queries_at_once(X: int, Y: int) -> int:
+    """Of a row of X queries with Y keys: all of a short one, else a block."""
+    return X if X <= SHORT else min(X, max(FEWEST_QUERIES, BLOCK_SCORES // Y))
 
-    def split(x):  # [B, X, ...] -> [blocks, B, QUERY_BLOCK, ...]; what is padded sees no key
-        x = jnp.pad(x, [(0, 0), (0, blocks * QUERY_BLOCK - X)] + [(0, 0)] * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(len(x), blocks, QUERY_BLOCK, *x.shape[2:]), 1, 0)
+
+def _by_blocks(step, carry, size: int, arrays):
+    """Scans `step(carry, block) -> carry, results` over `[B, X, ...]`, `size` queries at a time; results are whole."""
+    X = arrays[0].shape[1]
+    if X <= size:
+        return step(carry, arrays)
+    blocks = math.ceil(X / size)
+
+    def split(x):  # [B, X, ...] -> [blocks, B, size, ...]; what is padded sees no key
+        x = jnp.pad(x, [(0, 0), (0, blocks * size - X)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(len(x), blocks, size, *x.shape[2:]), 1, 0)
 
     def join(x):
-        return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], blocks * QUERY_BLOCK, *x.shape[3:])[:, :X]
+        return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], blocks * size, *x.shape[3:])[:, :X]
 
     carry, results = jax.lax.scan(step, carry, [split(x) for x in arrays])
     return carry, jax.tree.map(join, results)

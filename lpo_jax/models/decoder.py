@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from lpo_jax.models.attend import KEPT
 from lpo_jax.models.attention import Causal
 from lpo_jax.models.config import ModelConfig
 from lpo_jax.models.sharding import constrain, gathered, look_up
@@ -121,9 +122,12 @@ class Decoder(nnx.Module):
         x = constrain(look_up(table, tokens).astype(dtype), "batch", None, None)  # [P, X, D]
         rope = positions if isinstance(positions, tuple) else rope_table(self.config, positions)
         if isinstance(self.layers, nnx.List):
+            block_def, _ = nnx.split(self.layers[0])
+            # Under jit of its own, a layer is traced once for all of them.
+            layer = jax.jit(lambda weights, *inputs: nnx.merge(block_def, weights)(*inputs))
             kept = []
             for block, layer_kv in zip(self.layers, kv):
-                x, layer_kept = block(x, rope, context, layer_kv)
+                x, layer_kept = layer(nnx.state(block), x, rope, context, layer_kv)
                 kept.append(layer_kept)
         else:
             block_def, stacked = nnx.split(self.layers)
@@ -132,9 +136,12 @@ class Decoder(nnx.Module):
                 weights, layer_kv = xs
                 return nnx.merge(block_def, weights)(x, rope, context, layer_kv)
 
-            # Without recomputing layers, what is kept is the outputs of their matrices: norms, rotations, softmax and
-            # activations cost less to compute again than to write and read.
-            keep = None if remat else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+            # Without recomputing layers, what is kept is the outputs of their matrices, and of attention where rows are
+            # long: norms, rotations and activations cost less to compute again than to write and read.
+            policies = jax.checkpoint_policies
+            products = policies.dots_with_no_batch_dims_saveable
+            both = policies.save_from_both_policies(products, policies.save_only_these_names(KEPT))
+            keep = None if remat else both
             x, kept = jax.lax.scan(jax.checkpoint(layer, policy=keep, prevent_cse=False), x, (stacked, kv))
         return rms_norm(x, self.final_norm[...], self.config.norm_eps), kept
 
@@ -158,7 +165,7 @@ def forward(
       kv: what the context needs per layer: stacked on L, or a list when the layers are unstacked.
       dtype: of activations and of the products; weights are cast where they are used.
       remat: recompute each layer in the backward pass, so that only L residual streams are kept; else the outputs
-        of its matrix products are kept too.
+        of its matrix products, and of attention over long rows, are kept too.
 
     Returns:
       Normed hidden states `[P, X, D]`, and what the context kept of each layer.

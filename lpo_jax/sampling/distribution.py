@@ -4,6 +4,7 @@ Axes: P prompts · K responses · R rows (P K flattened) · V vocabulary.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -107,6 +108,7 @@ def _inverse_cdf(mass: jax.Array, uniform: jax.Array) -> jax.Array:
     return jnp.where(index < mass.shape[-1], index, jnp.argmax(mass, axis=-1))
 
 
+@functools.partial(jax.jit, static_argnums=3)
 def row_keys(seed: jax.Array, step: jax.Array, prompt_ids: jax.Array, num_responses: int) -> jax.Array:
     """Keys `[P, K]` that depend on (seed, step, prompt id, k) alone; the position is folded in at each token.
 

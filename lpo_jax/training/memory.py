@@ -48,8 +48,9 @@ def most_update_tokens(config: Config) -> int:
 
 
 def kept_bytes(model: ModelConfig, tokens: int, dtype: Any) -> int:
-    """Of the products' outputs, and of what enters a layer, for all L layers."""
-    heads = (model.num_heads + 2 * model.num_kv_heads) * model.head_width
+    """Of the products' and attention's outputs (to the prompt and to the response itself), and of what enters a layer,
+    for all L layers."""
+    heads = (3 * model.num_heads + 2 * model.num_kv_heads) * model.head_width
     width = 3 * model.width + heads + 2 * model.ffn_width
     return model.num_layers * tokens * width * jnp.dtype(dtype).itemsize
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lpo_jax.models import attention, head
+from lpo_jax.models import attend, attention, head
 
 rng = np.random.default_rng(0)
 
@@ -109,7 +109,8 @@ def with_normaliser(q, k, v, mask):
 @pytest.mark.parametrize("block", [512, 4, 2])  # a short row; blocks; strips of several blocks
 @pytest.mark.parametrize("ordered, Y", [(False, 23), (False, 7), (True, 23)])
 def test_attention_and_its_gradient_equal_autodiff(monkeypatch, ordered, Y, block):
-    monkeypatch.setattr("lpo_jax.models.attend.QUERY_BLOCK", block)
+    for name, value in {"SHORT": block, "BLOCK_SCORES": 0, "FEWEST_QUERIES": block}.items():
+        monkeypatch.setattr(attend, name, value)
     B, X, H, G, N = 2, 23, 4, 2, 8
     q, k, v = normal(B, X, H, N), normal(B, Y, G, N), normal(B, Y, G, N)
     mask = jnp.asarray(rng.random((B, X, Y)) < 0.6).at[0, 3].set(False)
