@@ -1,7 +1,7 @@
 """Which tokens run together: whole groups packed into rows, so that padding costs almost nothing.
 
-A piece is a prompt with all of its responses, or, where a whole group exceeds the token budget, with as many of them
-as fit; then the prompt runs once with each piece. Pieces are dealt to M microbatches of B rows, one row for each
+A piece is a prompt with all of its responses, or, where a whole group exceeds the token budget, with some of them;
+then the prompt runs once with each piece. Pieces are dealt to M microbatches of B rows, one row for each
 shard of the batch, evenly in real tokens. Two forms of a row:
 
   packed  `[C]`            real tokens one after another; all matrix products run on it
@@ -25,6 +25,7 @@ from flax import struct
 PADDED_BUDGETS = 8
 # A layout may run this many times the tokens of the best one, where that saves a program.
 NEAR = 1.08
+Piece = tuple[int, list[int]]  # a prompt, and which of its responses
 NOWHERE = np.iinfo(np.int32).max  # an index past the end of every array: what is gathered there is 0
 
 
@@ -71,7 +72,14 @@ def take(x: jax.Array, index: jax.Array) -> jax.Array:
 
 
 def plan(
-    lengths: np.ndarray, response_lengths: np.ndarray, S: int, T: int, token_budget: int, shards: int = 1
+    lengths: np.ndarray,
+    response_lengths: np.ndarray,
+    S: int,
+    T: int,
+    token_budget: int,
+    shards: int = 1,
+    *,
+    cuts: tuple[int, ...] = (0, 1),
 ) -> Layout:
     """Packs a batch of groups.
 
@@ -81,13 +89,12 @@ def plan(
       token_budget: most tokens in a packed row. One response with its prompt is the smallest piece there is, and
         runs even where it exceeds this.
       shards: B.
+      cuts: into how many pieces more than fit a group that exceeds the budget may be cut, where that runs fewer
+        tokens: three responses, three and two take longer than four times two.
     """
     lengths, sizes = np.asarray(lengths), np.asarray(response_lengths)
     P, K = sizes.shape
-    pieces = [piece for p in range(P) for piece in _pieces(p, lengths[p], sizes[p], token_budget)]
-    tokens = np.array([lengths[p] + sizes[p, chosen].sum() for p, chosen in pieces])
-    k = max(len(chosen) for _, chosen in pieces)
-    rows = _deal(tokens, S + k * T, token_budget, shards)
+    pieces, k, rows = _best(lengths, sizes, S, T, token_budget, shards, cuts)
     R, p = len(rows), max(map(len, rows))
 
     prompt, response = np.full((R, p), P), np.full((R, p, k), P * K)
@@ -128,8 +135,8 @@ def plan(
 
 
 def full(P: int, K: int, S: int, T: int, token_budget: int, shards: int = 1) -> Layout:
-    """The layout of a batch without padding: the largest there is for these sizes."""
-    return plan(np.full(P, S), np.full((P, K), T), S, T, token_budget, shards)
+    """The layout of a batch without padding, in rows as large as the budget allows."""
+    return plan(np.full(P, S), np.full((P, K), T), S, T, token_budget, shards, cuts=(0,))
 
 
 def stepped(n: int, steps: int = 8) -> int:
@@ -138,20 +145,45 @@ def stepped(n: int, steps: int = 8) -> int:
     return -(-n // step) * step
 
 
-def _pieces(p: int, length: int, sizes: np.ndarray, budget: int) -> list[tuple[int, list[int]]]:
-    """A group as (prompt, responses): whole, or cut where the next response exceeds the budget."""
-    pieces, total = [(p, [])], length
-    for k, size in enumerate(sizes):
-        if pieces[-1][1] and length + sizes.sum() > budget and total + size > budget:
-            pieces.append((p, []))
-            total = length
-        pieces[-1][1].append(k)
+def _best(lengths, sizes, S, T, budget, shards, cuts) -> tuple[list[Piece], int, list[list[int]]]:
+    """The pieces, k, and which of them lie in each of the M B rows."""
+    found = []
+    for more in cuts:
+        pieces = [(p, part) for p in range(len(lengths)) for part in _cut(lengths[p], sizes[p], budget, more)]
+        tokens = np.array([lengths[p] + sizes[p, part].sum() for p, part in pieces])
+        k = max(len(part) for _, part in pieces)
+        cost, rows = _deal(tokens, S + k * T, budget, shards)
+        found.append((cost, pieces, k, rows))
+    best = min(cost for cost, *_ in found)
+    return next(rest for cost, *rest in found if cost <= NEAR * best)
+
+
+def _cut(length: int, sizes: np.ndarray, budget: int, more: int) -> list[list[int]]:
+    """The responses of a group that run together: all, or as few parts as fit and `more`, as even as can be."""
+    if length + sizes.sum() <= budget or len(sizes) == 1:
+        return [list(range(len(sizes)))]
+    parts = min(len(_filled(sizes, budget - length)) + more, len(sizes))
+    low, high = int(sizes.max()), max(int(sizes.max()), budget - length)
+    while low < high:  # the smallest size that does with so many parts
+        middle = (low + high) // 2
+        low, high = (low, middle) if len(_filled(sizes, middle)) <= parts else (middle + 1, high)
+    return _filled(sizes, low)
+
+
+def _filled(sizes: np.ndarray, most: int) -> list[list[int]]:
+    """Runs of responses, each as long as fits into `most` tokens; a response that alone does not fit is a run."""
+    parts, total = [[]], 0
+    for k, size in enumerate(sizes.tolist()):
+        if parts[-1] and total + size > most:
+            parts.append([])
+            total = 0
+        parts[-1].append(k)
         total += size
-    return pieces
+    return parts
 
 
-def _deal(tokens: np.ndarray, padded: int, budget: int, shards: int) -> list[list[int]]:
-    """Pieces to M B rows: of the least M that fits up to its double, the first that is near the best.
+def _deal(tokens: np.ndarray, padded: int, budget: int, shards: int) -> tuple[int, list[list[int]]]:
+    """Pieces to M B rows: of the least M that fits up to its double, the first that is near the best. With its cost.
 
     What counts is the tokens that run, padding included; the first, because the same M step after step is the same
     program.
@@ -169,7 +201,7 @@ def _deal(tokens: np.ndarray, padded: int, budget: int, shards: int) -> list[lis
             found.append((M * min(stepped(load), len(rows[0]) * padded), rows))
         M += 1
     best = min(cost for cost, _ in found)
-    return next(rows for cost, rows in found if cost <= NEAR * best)
+    return next((cost, rows) for cost, rows in found if cost <= NEAR * best)
 
 
 def _balanced(tokens: np.ndarray, R: int) -> list[list[int]]:

@@ -70,6 +70,21 @@ def test_padding_is_small_and_shards_are_even():
         assert tokens.min() >= 0.75 * tokens.max()
 
 
+@pytest.mark.parametrize(
+    "P, K, S, T, budget, pieces",
+    [
+        (4, 8, 64, 512, 4096, 8),  # eight responses are four and four, not seven and one
+        (1, 8, 64, 1024, 4096, 4),  # four times two, not three, three and two
+        (2, 3, 16, 100, 120, 6),  # one at a time
+    ],
+)
+def test_groups_are_cut_evenly(P, K, S, T, budget, pieces):
+    layout = packing.plan(np.full(P, S), np.full((P, K), T), S, T, budget)
+    tokens = real_tokens(layout)
+    assert tokens.size == pieces and layout.num_responses == P * K // pieces
+    assert (tokens == layout.token.shape[-1]).all()
+
+
 def test_one_long_response_does_not_blow_up_the_padded_form():
     sizes = np.full((32, 4), 4)
     sizes[0, 0] = 1024
