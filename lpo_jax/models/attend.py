@@ -24,7 +24,9 @@ BLOCK_SCORES = 1 << 15
 FEWEST_QUERIES = 128
 # Where a query sees no key behind itself, the row is cut into at most so many strips, each with the keys it can see.
 STRIPS = 8
-KEPT = "attention"  # for checkpoint policies: a long row's output and normaliser, with which its gradient needs no more
+# For checkpoint policies: output and normaliser of a long row. Where they are kept, the backward pass does not run the
+# forward pass again.
+KEPT = "attention"
 LOWEST = jnp.finfo(jnp.float32).min  # score of a key that is not seen
 
 
