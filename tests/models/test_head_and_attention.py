@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lpo_jax.models import attend, attention, head
+from lpo_jax.models import attend, attention, decoder, head
 
 rng = np.random.default_rng(0)
 
@@ -141,3 +141,17 @@ def test_source_without_a_key_has_no_weight():
     nothing = attention.attend(q, 1e3 * k, 1e3 * v, jnp.zeros((1, 2, 3), bool))
     something = attention.attend(q, k, v, jnp.ones((1, 2, 3), bool))
     chex.assert_trees_all_close(attention.merge([nothing, something]), something[0])
+
+
+def test_attention_over_long_rows_runs_forward_once_where_its_results_are_kept(
+    monkeypatch, tiny_config, tiny_params
+):
+    monkeypatch.setattr(attend, "SHORT", 4)
+    tokens = jnp.ones((2, 16), jnp.int32)
+
+    def flops(kept):
+        monkeypatch.setattr(decoder, "KEPT", kept)
+        loss = lambda params: decoder.logits(tiny_config, params, tokens).sum()  # noqa: E731
+        return jax.jit(jax.grad(loss)).lower(tiny_params).compile().cost_analysis()["flops"]
+
+    assert flops(attend.KEPT) < flops("nothing of that name")
