@@ -13,7 +13,6 @@ import math
 from collections.abc import Iterator
 
 from lpo_jax.config import Config
-from lpo_jax.models.attend import queries_at_once
 from lpo_jax.models.config import ModelConfig
 from lpo_jax.models.head import chunk_size
 from lpo_jax.sampling.decode import CHUNK
@@ -24,6 +23,9 @@ from lpo_jax.scale.topology import Chip
 HALF, FULL = 2, 4  # bytes of bfloat16 and float32
 # Logits of a chunk exist as float32 in about this many arrays at once (`models.head`).
 LOGIT_COPIES = 3
+# Queries of a row whose scores are taken to lie in memory at once: more than plain attention has, and kernels none, for
+# what an estimate says fits is then compiled, and a compilation that shows it does not is a minute lost.
+SCORED = 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -294,7 +296,7 @@ def _phases(work: Workload, setting: Setting) -> Iterator[Phase]:
         prompts * S * (2 * sizes.layers + 4 * L * heads * S) / parts,
         weights + 12 * L * prompts * S * D * item,
         state + weights + (stored if setting.room(work).waits else 0),
-        prompts * S * (item * width + 8 * m.num_heads / parts * queries_at_once(S, S)),
+        prompts * S * (item * width + 8 * m.num_heads / parts * min(S, SCORED)),
         sums(prompts * S),
     )
     token = rows * (2 * (sizes.layers + sizes.head) + 4 * L * heads * (S + mean_storage(T))) / parts
@@ -323,7 +325,7 @@ def _phases(work: Workload, setting: Setting) -> Iterator[Phase]:
     gathered = lambda passes: Exchange("all-gather", layers, mesh.fsdp, runs * passes)  # noqa: E731
     summed = lambda passes: Exchange("all-reduce", micro * D * item, parts, 2 * L * runs * passes)  # noqa: E731
     width = 6 * D + (5 * heads + 4 * m.ffn_width) / parts
-    scores = 8 * micro / (S + T) * m.num_heads / parts * queries_at_once(T, S + T) * (S + T)
+    scores = 8 * micro / (S + T) * m.num_heads / parts * min(T, SCORED) * (S + T)
     logits = LOGIT_COPIES * FULL * min(chunk_size(m.vocab_size), micro) * m.vocab_size / parts
     if work.scorings:
         yield Phase(
