@@ -2,7 +2,7 @@
 
 Beside the measured time stands what the model says: 2 FLOPs for each weight and token and 4 H N for each query and
 key, the prompt once, three times that to train, at the rate of this machine's matrix products; and, sampling, all
-weights and keys and values once a step, at the rate of its copies. The rates are measured before and after each point.
+weights and keys and values once a step, at the rate of its copies. Calls and the measuring of these rates take turns.
 Where "of_model" falls, something grows that should not.
 
     python benchmarks/scaling.py sample
@@ -11,14 +11,14 @@ Where "of_model" falls, something grows that should not.
 
 import argparse
 import json
-from statistics import mean, median
+from statistics import median
 
 from lpo_jax.allocator import keep_freed_memory
 
 keep_freed_memory()
 
 from lpo_jax.bench import measure
-from lpo_jax.bench.machine import Machine, seconds
+from lpo_jax.bench.machine import seconds, taking_turns
 from lpo_jax.bench.shapes import Shapes
 from lpo_jax.bench.work import Work
 
@@ -42,17 +42,11 @@ def main() -> None:
             with measure.bench_session(arguments.model, shapes, arguments.repeats, overrides) as session:
                 run = make(session, shapes)
                 seconds(run)
-                machines, times = [Machine.measure("float32")], []
-                for _ in range(arguments.repeats):
-                    times.append(seconds(run))
-                    machines.append(Machine.measure("float32"))
+                times, machine = taking_turns(run, arguments.repeats, session.dtype)
                 work = Work.forward(session.model_config, shapes, shapes.lengths(), session.dtype.itemsize)
-            flops, read = (
-                (3 * work.flops, 0) if arguments.what == "train" else (work.flops, work.sampling_bytes)
-            )
-            model = flops / mean(m.matrix_flops for m in machines) + read / mean(
-                m.copy_bytes for m in machines
-            )
+            model = 3 * work.flops / machine.matrix_flops
+            if arguments.what == "sample":
+                model = work.flops / machine.matrix_flops + work.sampling_bytes / machine.copy_bytes
             tokens = shapes.prompts * shapes.responses * shapes.tokens
             print(
                 json.dumps(

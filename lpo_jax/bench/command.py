@@ -35,7 +35,6 @@ def bench(arguments: argparse.Namespace) -> None:
       UserError: numbers that are not positive, uneven lengths for a whole step, or what a run would refuse.
     """
     from lpo_jax.bench import measure
-    from lpo_jax.bench.machine import Machine
     from lpo_jax.errors import UserError
 
     what, repeats = arguments.what, arguments.repeats
@@ -50,14 +49,15 @@ def bench(arguments: argparse.Namespace) -> None:
         raise UserError(
             "lpo bench step: a step samples as long as the model does; --uneven goes with sample or train"
         )
-    with measure.bench_session(arguments.model, shapes, repeats, arguments.overrides) as session:
-        machine = Machine.measure(session.dtype)
-        with contextlib.ExitStack() as stack:
-            if what == "step":
-                run = stack.enter_context(measure.stepping(session))
-            else:
-                run = {"sample": measure.sampling, "train": measure.gradient}[what](session, shapes)
-            result = measure.report(what, session, shapes, run, repeats, machine)
+    with (
+        measure.bench_session(arguments.model, shapes, repeats, arguments.overrides) as session,
+        contextlib.ExitStack() as stack,
+    ):
+        if what == "step":
+            run = stack.enter_context(measure.stepping(session))
+        else:
+            run = {"sample": measure.sampling, "train": measure.gradient}[what](session, shapes)
+        result = measure.report(what, session, shapes, run, repeats)
     if arguments.json:
         print(json.dumps(result))
         return
@@ -67,6 +67,7 @@ def bench(arguments: argparse.Namespace) -> None:
         f"  {what}: {result['tokens_per_s']:.0f} tokens/s, {result['seconds']:.2f} s (median of {repeats}), "
         f"first call {result['compile_s']:.1f} s more\n"
         f"  matrix products alone would take {result['floor_seconds']:.2f} s at this machine's "
-        f"{machine.matrix_flops / 1e9:.0f} GFLOP/s: {result['of_floor']:.0%} of that floor\n"
-        f"  copies run at {machine.copy_bytes / 1e9:.1f} GB/s; peak memory {result['peak_memory_bytes'] / 1e9:.2f} GB"
+        f"{result['machine_matrix_flops_per_s'] / 1e9:.0f} GFLOP/s: {result['of_floor']:.0%} of that floor\n"
+        f"  copies run at {result['machine_copy_bytes_per_s'] / 1e9:.1f} GB/s; "
+        f"peak memory {result['peak_memory_bytes'] / 1e9:.2f} GB"
     )

@@ -54,6 +54,17 @@ def median(function: Callable[[], Any], repeats: int) -> float:
     return statistics.median(seconds(function) for _ in range(repeats))
 
 
+def taking_turns(function: Callable[[], Any], repeats: int, dtype: Any) -> tuple[list[float], Machine]:
+    """Seconds of each of `repeats` calls, and the medians of what the machine could do before, between and after them:
+    that changes from minute to minute where others share it."""
+    machines, times = [Machine.measure(dtype)], []
+    for _ in range(repeats):
+        times.append(seconds(function))
+        machines.append(Machine.measure(dtype))
+    rates = zip(*map(dataclasses.astuple, machines))
+    return times, Machine(*map(statistics.median, rates))
+
+
 def peak_memory() -> int:
     """Bytes: of the device where it counts them, else the largest this process has been."""
     stats = jax.devices()[0].memory_stats()

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lpo_jax.bench.machine import Machine, peak_memory, seconds
+from lpo_jax.bench.machine import peak_memory, seconds, taking_turns
 from lpo_jax.bench.shapes import Shapes
 from lpo_jax.bench.work import Work
 from lpo_jax.config import override_config, parse_config
@@ -132,9 +132,9 @@ def stepping(session: Session) -> Iterator[Callable[[], Any]]:
 
 
 def report(
-    what: str, session: Session, shapes: Shapes, run: Callable[[], Any], repeats: int, machine: Machine
+    what: str, session: Session, shapes: Shapes, run: Callable[[], Any], repeats: int
 ) -> dict[str, Any]:
-    """Times a call of one of the above and holds it against the machine.
+    """Times a call of one of the above and holds it against the machine, the two taking turns.
 
     Returns:
       Shapes, "tokens_per_s" (of responses; the gradient counts the prompts' too), seconds (median and all),
@@ -142,7 +142,7 @@ def report(
       matrix products alone at the machine's rate, over those measured.
     """
     first = seconds(run)
-    times = [seconds(run) for _ in range(repeats)]
+    times, machine = taking_turns(run, repeats, session.dtype)
     middle = statistics.median(times)
     lengths, dtype = shapes.lengths(), session.dtype
     work = Work.forward(session.model_config, shapes, lengths, dtype.itemsize)

@@ -135,7 +135,8 @@ def plan(
 
 
 def full(P: int, K: int, S: int, T: int, token_budget: int, shards: int = 1) -> Layout:
-    """The layout of a batch without padding, in rows as large as the budget allows."""
+    """The layout of a batch without padding, in rows as large as the budget allows: by these `lpo plan` knows what
+    memory takes, and ragged batches have such rows."""
     return plan(np.full(P, S), np.full((P, K), T), S, T, token_budget, shards, cuts=(0,))
 
 
