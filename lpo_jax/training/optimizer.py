@@ -1,15 +1,14 @@
-"""AdamW with schedule and clipping, from optax; a gradient that is not finite is skipped and counted."""
+"""AdamW with schedule, from optax; gradients are clipped, and one that is not finite is skipped and counted."""
 
 import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from lpo_jax.config import Config, OptimizerConfig
-
-# optax.apply_if_finite applies a bad update once it has seen this many in a row; the loop stops long before.
-NEVER = 2**30
+from lpo_jax.models.decoder import Params
 
 
 def make_schedule(config: OptimizerConfig, total_updates: int) -> optax.Schedule:
@@ -26,10 +25,50 @@ def make_schedule(config: OptimizerConfig, total_updates: int) -> optax.Schedule
     return optax.join_schedules([optax.linear_schedule(peak / warmup, peak, warmup), after], [warmup])
 
 
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """A rule of optax behind two guards: a norm that gradients are clipped to, and what is not finite is skipped.
+
+    As `optax.clip_by_global_norm` and `optax.apply_if_finite`, with the latter's state, but the norm is computed once
+    for both, and parameters are written where their updates are made: a tree of updates, 4 bytes for each parameter,
+    is never in memory.
+
+    Attributes:
+      rule: makes updates of gradients.
+      clip_norm: 0: as long as they are.
+    """
+
+    rule: optax.GradientTransformation
+    clip_norm: float = 0.0
+
+    def init(self, params: Params) -> optax.ApplyIfFiniteState:
+        count = lambda: jnp.zeros([], jnp.int32)  # noqa: E731 - an array each: both are donated
+        return optax.ApplyIfFiniteState(count(), jnp.array(True), count(), self.rule.init(params))
+
+    def apply(
+        self, gradient: Params, state: optax.ApplyIfFiniteState, params: Params
+    ) -> tuple[Params, optax.ApplyIfFiniteState, jax.Array]:
+        """Returns the new parameters and state, and the gradient's norm; if that is not finite, both as they were,
+        and one more skipped."""
+        norm = optax.global_norm(gradient)
+        finite = jnp.isfinite(norm)
+
+        def learn(gradient):
+            if self.clip_norm:
+                scale = jnp.minimum(1.0, self.clip_norm / norm)
+                gradient = jax.tree.map(lambda g: g * scale, gradient)
+            updates, moved = self.rule.update(gradient, state.inner_state, params)
+            return optax.apply_updates(params, updates), moved
+
+        new, moved = jax.lax.cond(finite, learn, lambda _: (params, state.inner_state), gradient)
+        skipped = 1 - finite.astype(jnp.int32)
+        in_a_row, in_all = (state.notfinite_count + 1) * skipped, state.total_notfinite + skipped
+        return new, optax.ApplyIfFiniteState(in_a_row, finite, in_all, moved), norm
+
+
 @functools.cache  # one object for equal settings, so that a program that holds it is not traced again
-def make_optimizer(config: OptimizerConfig, total_updates: int) -> optax.GradientTransformation:
+def make_optimizer(config: OptimizerConfig, total_updates: int) -> Optimizer:
     """Clip by global norm, Adam moments in float32, decoupled weight decay on matrices only."""
-    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
     adamw = optax.adamw(
         make_schedule(config, total_updates),
         b1=config.b1,
@@ -38,12 +77,12 @@ def make_optimizer(config: OptimizerConfig, total_updates: int) -> optax.Gradien
         weight_decay=config.weight_decay,
         mask=_decayed,
     )
-    return optax.apply_if_finite(optax.chain(clip, adamw), NEVER)
+    return Optimizer(adamw, config.clip_norm)
 
 
-def skipped_updates(opt_state: optax.ApplyIfFiniteState) -> tuple[int, int]:
+def skipped_updates(state: optax.ApplyIfFiniteState) -> tuple[int, int]:
     """Updates skipped in a row up to now, and in all."""
-    return int(opt_state.notfinite_count), int(opt_state.total_notfinite)
+    return int(state.notfinite_count), int(state.total_notfinite)
 
 
 def _decayed(params):

@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 
 from lpo_jax import tasks
 from lpo_jax.evaluation.collect import Collected
@@ -22,6 +21,7 @@ from lpo_jax.sampling.padding import bucket, pad_to
 from lpo_jax.training.batch import Groups, Rollouts
 from lpo_jax.training.hooks import Round, RunHook, Tools
 from lpo_jax.training.observe import observed
+from lpo_jax.training.optimizer import Optimizer
 from lpo_jax.training.session import Session
 from lpo_jax.training.step import Program, TrainState, gap, score
 
@@ -33,7 +33,7 @@ class Learner:
     objective: Objective
     hooks: Sequence[RunHook]
     program: Program
-    optimizer: optax.GradientTransformation
+    optimizer: Optimizer
 
     @property
     def scores_first(self) -> bool:

@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from lpo_jax import objectives, rewards, tasks
 from lpo_jax.config import Config
@@ -30,6 +29,7 @@ from lpo_jax.sampling import Sampler, Sampling
 from lpo_jax.scale.mesh import open_mesh
 from lpo_jax.training.memory import most_update_tokens, recomputes
 from lpo_jax.training.mirror_file import read_map
+from lpo_jax.training.optimizer import Optimizer
 from lpo_jax.training.step import Program, TrainState
 
 # What every round has for an objective, or can have from one more pass of the model; hooks give the rest.
@@ -200,7 +200,7 @@ class Session:
     def start(
         self,
         state: TrainState,
-        optimizer: optax.GradientTransformation,
+        optimizer: Optimizer,
         objective: objectives.Objective | None = None,
     ) -> TrainState:
         """A state's parameters with a fresh optimizer, and what the objective keeps beside them."""
@@ -215,7 +215,7 @@ class Session:
         return TrainState(params, opt_state, control, reference, state.frozen)
 
     def abstract_state(
-        self, optimizer: optax.GradientTransformation, objective: objectives.Objective | None = None
+        self, optimizer: Optimizer, objective: objectives.Objective | None = None
     ) -> TrainState:
         """Shapes, types and places of a train state, for restoring or planning one."""
         state, adapters = TrainState(self.trainable, None), self.adapters

@@ -10,7 +10,6 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from lpo_jax import reporting
 from lpo_jax.config import Config
@@ -19,7 +18,7 @@ from lpo_jax.evaluation.encode import encode_prompt, encode_solution
 from lpo_jax.objectives import TokenStats
 from lpo_jax.sampling.padding import bucket, pad_prompts
 from lpo_jax.training.batch import Groups
-from lpo_jax.training.optimizer import make_optimizer, warm_start_config
+from lpo_jax.training.optimizer import Optimizer, make_optimizer, warm_start_config
 from lpo_jax.training.position import Position, Recorder, open_writer
 from lpo_jax.training.run import RunDirectory, Signals
 from lpo_jax.training.session import Session, open_session
@@ -88,7 +87,7 @@ def warm_start(
 
 
 def supervised_step(
-    session: Session, optimizer: optax.GradientTransformation, state: TrainState, batch: Batch
+    session: Session, optimizer: Optimizer, state: TrainState, batch: Batch
 ) -> tuple[TrainState, dict[str, float]]:
     """One update on the mean over the batch's tokens of -log prob, in nats, and its metrics."""
     tokens = int(batch.mask.sum())

@@ -23,7 +23,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import struct
 
 from lpo_jax.models import decoder
@@ -35,6 +34,7 @@ from lpo_jax.models.sharding import batch_shards, constrain_params, summed, whol
 from lpo_jax.objectives import Listwise, Objective, Scored, Teacher, TokenStats
 from lpo_jax.training import packing
 from lpo_jax.training.batch import Groups
+from lpo_jax.training.optimizer import Optimizer
 
 
 @struct.dataclass
@@ -272,23 +272,22 @@ def signal(objective: Objective, used: TokenStats, scored: Scored) -> Signal:
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
 def update(
     program: Program,
-    optimizer: optax.GradientTransformation,
+    optimizer: Optimizer,
     state: TrainState,
     groups: Groups,
     cotangent: TokenStats,
 ) -> tuple[TrainState, TokenStats, jax.Array]:
     """Part 3, then one optimizer step.
 
-    A gradient that is not finite changes nothing (`optax.apply_if_finite`) and is counted.
+    A gradient that is not finite changes nothing and is counted.
 
     Returns:
       The new state, the trainer's statistics at the old one, and the norm of the gradient.
     """
     gradient, stats = program.pull_back(state.params, groups, cotangent, state.frozen)
-    updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    params, opt_state, norm = optimizer.apply(gradient, state.opt_state, state.params)
     state = constrain_params(program.config, state.replace(params=params, opt_state=opt_state))
-    return state, whole(stats), optax.global_norm(gradient)
+    return state, whole(stats), norm
 
 
 @jax.jit

@@ -21,7 +21,7 @@ from lpo_jax.reporting import read_metrics
 from lpo_jax.training.batch import Groups
 from lpo_jax.training.checkpoint import load_run
 from lpo_jax.training.loop import train
-from lpo_jax.training.optimizer import make_optimizer
+from lpo_jax.training.optimizer import Optimizer, make_optimizer
 from lpo_jax.training.step import Program, TrainState, score, update
 
 pytestmark = pytest.mark.usefixtures("no_plots")
@@ -51,20 +51,20 @@ def trained(config, params, batch, optimizer, steps, dtype=jnp.float32):
 
 @pytest.mark.slow
 def test_updates_move_the_adapters_alone(tiny_config, tiny_params, batch):
-    optimizer = optax.adam(1e-2)
+    optimizer = Optimizer(optax.adam(1e-2))
     state, _ = trained(tiny_config, tiny_params, batch, optimizer, steps=3)
     chex.assert_trees_all_equal(state.frozen.params, tiny_params)
     start = lora.init(tiny_config, LORA, jax.random.key(0))
     moved = jax.tree.map(lambda x, y: float(jnp.abs(x - y).max()), state.params, start)
     assert min(jax.tree.leaves(moved)) > 1e-3
-    chex.assert_trees_all_equal_shapes(state.opt_state[0].mu, start)
+    chex.assert_trees_all_equal_shapes(state.opt_state.inner_state[0].mu, start)
     before = (batch[1].logp * score(Program(tiny_config), tiny_params, batch[0]).logp).sum()
     assert (batch[1].logp * score(Program(tiny_config), state.policy, batch[0]).logp).sum() < before - 0.1
 
 
 def test_an_update_is_the_gradient_of_the_whole_batch(tiny_config, tiny_params, batch):
     """One step of SGD, microbatch by microbatch, against autodiff of everything at once."""
-    state, _ = trained(tiny_config, tiny_params, batch, optax.sgd(1.0), steps=1)
+    state, _ = trained(tiny_config, tiny_params, batch, Optimizer(optax.sgd(1.0)), steps=1)
     start, (groups, coefficients) = lora.init(tiny_config, LORA, jax.random.key(0)), batch
 
     def loss(adapters):
@@ -79,7 +79,7 @@ def test_an_update_is_the_gradient_of_the_whole_batch(tiny_config, tiny_params, 
 
 @pytest.mark.parametrize("with_adapters", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_bfloat16_keeps_what_is_trained_in_float32(tiny_config, tiny_params, batch, with_adapters):
-    optimizer = optax.adam(1e-2)
+    optimizer = Optimizer(optax.adam(1e-2))
     if with_adapters:
         base = jax.tree.map(lambda p: p.astype(jnp.bfloat16), tiny_params)
         state, stats = trained(tiny_config, base, batch, optimizer, 1, jnp.bfloat16)
@@ -88,7 +88,9 @@ def test_bfloat16_keeps_what_is_trained_in_float32(tiny_config, tiny_params, bat
         params = jax.tree.map(jnp.copy, tiny_params)
         state = TrainState(params, optimizer.init(params))
         state, stats, _ = update(Program(tiny_config, dtype=jnp.bfloat16), optimizer, state, *batch)
-    floats = jax.tree.leaves((state.params, state.opt_state[0].mu, state.opt_state[0].nu, stats))
+    floats = jax.tree.leaves(
+        (state.params, state.opt_state.inner_state[0].mu, state.opt_state.inner_state[0].nu, stats)
+    )
     assert {x.dtype for x in floats} == {jnp.dtype(jnp.float32)}
     exact = score(Program(tiny_config), tiny_params, batch[0]).logp
     gap = jnp.abs(stats.logp - exact)

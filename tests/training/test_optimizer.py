@@ -1,5 +1,7 @@
 """Schedule, decay mask, and the guard against gradients that are not finite."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -20,36 +22,65 @@ def test_schedules(schedule, end):
 
 
 def test_norms_and_biases_are_not_decayed(tiny_params):
-    config = OptimizerConfig(learning_rate=1.0, weight_decay=0.5)
-    optimizer = make_optimizer(config, 10)
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=1.0, weight_decay=0.5), 10)
     zero = jax.tree.map(jnp.zeros_like, tiny_params)
-    step = jax.jit(lambda p: optimizer.update(zero, optimizer.init(p), p))
-    updates, _ = step(tiny_params)
-    chex.assert_trees_all_close(updates["layers"]["wq"], -0.5 * tiny_params["layers"]["wq"])
-    chex.assert_trees_all_close(updates["embed"], -0.5 * tiny_params["embed"])
-    for norm in (updates["final_norm"], updates["layers"]["attn_norm"], updates["layers"]["q_norm"]):
-        assert not norm.any()
+    params, _, _ = jax.jit(optimizer.apply)(zero, optimizer.init(tiny_params), tiny_params)
+    chex.assert_trees_all_close(params["layers"]["wq"], 0.5 * tiny_params["layers"]["wq"])
+    chex.assert_trees_all_close(params["embed"], 0.5 * tiny_params["embed"])
+    chex.assert_trees_all_equal(params["final_norm"], tiny_params["final_norm"])
+    for norm in ("attn_norm", "q_norm"):
+        chex.assert_trees_all_equal(params["layers"][norm], tiny_params["layers"][norm])
 
 
-def test_gradient_is_clipped_by_its_global_norm():
-    params = {"w": jnp.zeros(4), "v": jnp.zeros(4)}
-    config = OptimizerConfig(learning_rate=1.0, clip_norm=1.0, b1=0.0, b2=0.0, eps=1.0, weight_decay=0.0)
+@pytest.mark.parametrize("clip_norm", [0.0, 1.0, 1e3])
+def test_clipped_updates_are_those_of_optax(tiny_params, clip_norm):
+    """Three updates by the chain that optax has for it; the first gradients are longer than 1, none than 1000."""
+    config = OptimizerConfig(learning_rate=0.1, clip_norm=clip_norm, weight_decay=0.1)
     optimizer = make_optimizer(config, 10)
-    updates, _ = optimizer.update(jax.tree.map(lambda p: p + 100.0, params), optimizer.init(params), params)
-    clipped = 1 / jnp.sqrt(8)  # each element of a gradient of norm 1
-    chex.assert_trees_all_close(updates["w"], jnp.full(4, -clipped / (clipped + 1.0)), rtol=1e-5)
+    clip = optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity()
+    plain = optax.chain(clip, optimizer.rule)
+
+    @jax.jit
+    def plainly(gradient, state, params):
+        updates, state = plain.update(gradient, state, params)
+        return optax.apply_updates(params, updates), state
+
+    got = want = tiny_params
+    state, chained = optimizer.init(got), plain.init(want)
+    for scale in (100.0, 10.0, 0.01):
+        gradient = jax.tree.map(lambda p, scale=scale: scale * jnp.cos(100 * p) / p.size, tiny_params)
+        got, state, norm = jax.jit(optimizer.apply)(gradient, state, got)
+        want, chained = plainly(gradient, chained, want)
+        assert norm == pytest.approx(float(optax.global_norm(gradient)))
+        chex.assert_trees_all_close(got, want, rtol=1e-5, atol=1e-7)
+    chex.assert_trees_all_close(state.inner_state, chained[1], rtol=1e-5, atol=1e-7)
+    assert skipped_updates(state) == (0, 0)
 
 
 def test_a_bad_gradient_changes_nothing_and_is_counted():
     params = {"w": jnp.ones(3)}
     optimizer = make_optimizer(OptimizerConfig(learning_rate=0.1), 10)
     good, bad = {"w": jnp.ones(3)}, {"w": jnp.array([1.0, jnp.nan, 1.0])}
-    _, state = optimizer.update(good, optimizer.init(params), params)
+    params, state, _ = optimizer.apply(good, optimizer.init(params), params)
     for count, gradient in ((1, bad), (2, {"w": jnp.full(3, jnp.inf)})):
-        updates, after = optimizer.update(gradient, state, params)
-        chex.assert_trees_all_equal(optax.apply_updates(params, updates), params)
+        same, after, norm = optimizer.apply(gradient, state, params)
+        assert not jnp.isfinite(norm)
+        chex.assert_trees_all_equal(same, params)
         chex.assert_trees_all_equal(after.inner_state, state.inner_state)
         state = after
         assert skipped_updates(state) == (count, count)
-    updates, state = optimizer.update(good, state, params)
-    assert skipped_updates(state) == (0, 2) and updates["w"].all()
+    moved, state, _ = optimizer.apply(good, state, params)
+    assert skipped_updates(state) == (0, 2) and (moved["w"] != params["w"]).all()
+
+
+def test_updates_are_never_in_memory():
+    """One tree beside the donated ones: the gradient. Parameters and moments are written in place."""
+    optimizer, params = make_optimizer(OptimizerConfig(), 10), {"w": jnp.ones((256, 256))}
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(held, x):
+        params, state, _ = optimizer.apply(jax.tree.map(jnp.sin, x), *held[::-1])
+        return params, state
+
+    memory = step.lower((params, optimizer.init(params)), params).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 1.1 * params["w"].nbytes

@@ -15,6 +15,7 @@ from lpo_jax.models.attention import Causal
 from lpo_jax.objectives import Scored, TokenStats
 from lpo_jax.training.batch import Groups, Rollouts
 from lpo_jax.training.observe import LAST, observed
+from lpo_jax.training.optimizer import Optimizer
 from lpo_jax.training.step import Program, TrainState, likeliest, score, signal, token_metrics, update
 
 P, K, S, T = 4, 4, 6, 5
@@ -52,7 +53,7 @@ pull_back = jax.jit(Program.pull_back, static_argnums=0)
 
 def one_update(program, params, rollouts, objective):
     """An update right after sampling: the state and its metrics."""
-    optimizer = optax.sgd(1.0)
+    optimizer = Optimizer(optax.sgd(1.0))
     state = TrainState(jax.tree.map(jnp.copy, params), optimizer.init(params))
     used = TokenStats(rollouts.scored.behaviour_logp)
     learned = signal(objective, used, rollouts.scored)
