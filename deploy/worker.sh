@@ -50,16 +50,17 @@ start() {
 supervise() {
   local name=$1 remote=$2 config=$3
   shift 3
-  local output=runs/$name where=() status=0 trainer copier terminated=
+  local output=runs/$name where=() status=0 copier
   mkdir -p runs
+  trainer='' terminated='' told=''
+  trap tell TERM INT # before there is anyone to tell: the signal may come at any time
   if [[ $remote != - ]]; then
     where=(--checkpoint.directory="$remote/checkpoints")
     pull "$output" "$remote"
   fi
   .venv/bin/lpo train "$config" --resume --output="$output" "${where[@]}" "$@" &
   trainer=$!
-  # shellcheck disable=SC2064 # the process id of now
-  trap "terminated=yes; kill -TERM $trainer" TERM INT
+  if [[ $terminated ]]; then tell; fi
   while [[ $remote != - ]] && sleep "${LPO_COPY_SECONDS:-300}"; do push "$output" "$remote"; done &
   copier=$!
   wait "$trainer" || status=$?
@@ -67,10 +68,19 @@ supervise() {
     status=0
     wait "$trainer" || status=$?
   fi
-  kill "$copier" 2>/dev/null || true
+  while kill "$copier" 2>/dev/null; do sleep 0.1; done # a signal to a process just forked may be lost
   if [[ $remote != - ]]; then push "$output" "$remote"; fi
   echo "$status" >"$ENDED"
   return "$status"
+}
+
+# Passes the signal on, once: on a second one the trainer would not wait for its saving.
+tell() {
+  terminated=yes
+  if [[ $trainer && ! $told ]]; then
+    told=yes
+    kill -TERM "$trainer" 2>/dev/null || true
+  fi
 }
 
 # A replaced VM has an empty disk: metrics so far come back, and the trainer cuts them at its checkpoint. The responses

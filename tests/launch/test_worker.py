@@ -16,7 +16,11 @@ GCLOUD = """
 [[ $1 == storage ]] || exit 9
 place() { echo "${1/#gs:\\/\\//$BUCKETS/}"; }
 case $2 in
-ls) ls "$(place "$3")" ;;
+ls)
+  touch "$ROWS/listing"
+  while [[ -e $ROWS/hold ]]; do sleep 0.05; done
+  ls "$(place "$3")"
+  ;;
 rsync)
   from=$(place "${@: -2:1}") to=$(place "${@: -1}")
   mkdir -p "$to" && cp -a "$from/." "$to"
@@ -168,6 +172,17 @@ def test_the_shutdown_of_a_host_saves_and_counts_as_a_failure(host):
     os.kill(int((host.home.parent / "unit").read_text()), signal.SIGTERM)
     eventually(lambda: host("state") == (0, "job=failed:130"))
     assert (host.files / "metrics.jsonl").read_text() == "row\nsaved\n"
+
+
+def test_a_shutdown_before_the_trainer_runs_is_not_forgotten(host):
+    hold = host.home.parent / "hold"
+    hold.touch()
+    host("start", *JOB, behaviour="runs")
+    eventually((host.home.parent / "listing").exists)
+    os.kill(int((host.home.parent / "unit").read_text()), signal.SIGTERM)
+    hold.unlink()
+    # As the trainer says, or as a process that was not yet listening.
+    eventually(lambda: host("state") in ((0, "job=failed:130"), (0, "job=failed:143")))
 
 
 def test_a_new_disk_gets_the_files_back(host):
