@@ -50,13 +50,16 @@ start() {
 supervise() {
   local name=$1 remote=$2 config=$3
   shift 3
-  local output=runs/$name where=() status=0 copier
+  local output=runs/$name where=() status=0 trainer='' copier terminated='' told=''
   mkdir -p runs
-  trainer='' terminated='' told=''
   trap tell TERM INT # before there is anyone to tell: the signal may come at any time
   if [[ $remote != - ]]; then
     where=(--checkpoint.directory="$remote/checkpoints")
     pull "$output" "$remote"
+  fi
+  if [[ $terminated ]]; then # nothing runs that would have to save
+    echo 143 >"$ENDED"
+    return 143
   fi
   .venv/bin/lpo train "$config" --resume --output="$output" "${where[@]}" "$@" &
   trainer=$!
@@ -74,7 +77,7 @@ supervise() {
   return "$status"
 }
 
-# Passes the signal on, once: on a second one the trainer would not wait for its saving.
+# In `supervise`: passes the signal on, once: on a second one the trainer would not wait for its saving.
 tell() {
   terminated=yes
   if [[ $trainer && ! $told ]]; then
