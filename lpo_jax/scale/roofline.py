@@ -19,6 +19,7 @@ from lpo_jax.sampling.decode import CHUNK
 from lpo_jax.sampling.schedule import Room
 from lpo_jax.scale.mesh import MeshSizes
 from lpo_jax.scale.topology import Chip
+from lpo_jax.training.packing import full_pieces
 
 HALF, FULL = 2, 4  # bytes of bfloat16 and float32
 # Logits of a chunk exist as float32 in about this many arrays at once (`models.head`).
@@ -312,8 +313,7 @@ def _phases(work: Workload, setting: Setting) -> Iterator[Phase]:
 
     # Training: a microbatch is some groups on every device, or some responses of one.
     parts = mesh.tensor
-    pieces = math.ceil(K / min(max((setting.token_budget - S) // T, 1), K))  # the prompt runs once with each
-    group = pieces * S + K * T
+    group = full_pieces(K, S, T, setting.token_budget) * S + K * T  # the prompt runs once with each piece
     tokens = math.ceil(work.P / work.updates / setting.shards) * group
     micro = min(max(setting.token_budget, S + T), tokens)
     runs = math.ceil(tokens / micro)

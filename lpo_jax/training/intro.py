@@ -58,6 +58,8 @@ def batch_sizes(session: Session, program: Program) -> list[tuple[str, object, s
     layout = full(minibatch, K, S, T, program.token_budget, batch_shards())
     M, B, tokens = layout.token.shape
     over = "" if tokens <= program.token_budget else "; more than the token budget, and the least there is"
+    shorter = program.token_budget < training.token_budget
+    rows = f", in rows of {program.token_budget} tokens at most" if shorter else ""
     return [
         ("prompts per step", P, "training.prompts_per_step"),
         ("responses per prompt", K, "sampling.num_responses"),
@@ -69,6 +71,10 @@ def batch_sizes(session: Session, program: Program) -> list[tuple[str, object, s
         ("padded prompt tokens", S, f"longest prompt {longest}"),
         ("padded response tokens", T, "at most; shorter rounds use smaller buckets"),
         ("tokens per row", tokens, f"at most{over}"),
-        ("layers in the backward pass", "computed again" if program.remat else "kept", "training.remat"),
+        (
+            "layers in the backward pass",
+            "computed again" if program.remat else "kept",
+            f"training.remat{rows}",
+        ),
         ("updates in all", training.total_updates, f"{training.steps} steps"),
     ]

@@ -1,10 +1,12 @@
-"""Whether what the backward pass needs of each layer is kept or computed again, by the memory at hand.
+"""How much of an update runs at once, and whether what its backward pass needs of each layer is kept or computed again,
+by the memory at hand.
 
-Axes: L layers · D width · H query heads · G key/value heads · N head width · F ffn.
+Axes: K responses · S prompt tokens · T response tokens.
 """
 
+import dataclasses
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,30 +15,61 @@ from lpo_jax.config import Config
 from lpo_jax.models.config import ModelConfig
 from lpo_jax.models.sharding import current_mesh
 from lpo_jax.scale import hosts
+from lpo_jax.training.packing import full_pieces
 
 # Of the memory that parameters, gradient and optimizer leave; the rest is for logits, attention and the sampler.
 SHARE = 0.5
-# Bytes of one trained parameter: float32 weight, gradient and two moments.
-STATE_BYTES = 16
+# Tokens of a row that was made shorter, at least: each row reads all weights and adds to the whole gradient.
+SHORTEST = 2048
 
 
-def recomputes(
-    setting: bool | Literal["auto"], model: ModelConfig, row: int, dtype: Any, trained: int
-) -> bool:
-    """What `training.remat` comes to: "auto" recomputes layers only where keeping their products may not fit.
+@dataclasses.dataclass(frozen=True)
+class Microbatch:
+    """What `training.token_budget` and `training.remat` come to.
+
+    Attributes:
+      token_budget: most tokens in a row.
+      remat: whether the backward pass computes layers again.
+    """
+
+    token_budget: int
+    remat: bool
+
+
+def fit_microbatch(config: Config, model: ModelConfig, state_bytes: int) -> Microbatch:
+    """What is asked for; with `training.remat: auto`, what is kept where that may fit.
+
+    Where it does not fit at the budget, it may in rows a half as long, or a quarter: they cost no more than the prompts
+    that run once more with each piece of their group, and recomputing costs a third. But where parameters are split
+    (fsdp), every microbatch has to gather them: there rows stay as long as they may be.
 
     The same on all hosts. What a machine does not tell of its memory is taken for too little.
 
     Args:
-      row: tokens of a packed row, of which a device runs one at a time.
-      trained: number of trained parameters.
+      state_bytes: of parameters, gradient and optimizer, on all devices together.
     """
+    asked, setting = config.training.token_budget, config.training.remat
     if setting != "auto":
-        return setting
+        return Microbatch(asked, setting)
     mesh = current_mesh()
-    parts = 1 if mesh is None else mesh.shape["fsdp"] * mesh.shape["tensor"]
-    left = min(hosts.gather(free_memory())) - STATE_BYTES * trained / parts
-    return kept_bytes(model, row, dtype) > SHARE * left
+    fsdp, tensor = (1, 1) if mesh is None else (mesh.shape["fsdp"], mesh.shape["tensor"])
+    left = min(hosts.gather(free_memory())) - state_bytes / (fsdp * tensor)
+
+    K, S, T = config.sampling.num_responses, config.sampling.max_prompt_tokens, config.sampling.max_tokens
+    run = lambda budget: full_pieces(K, S, T, budget) * S + K * T  # noqa: E731 - tokens of a group
+    shortest = max(SHORTEST, S + T)
+    budget = asked
+    while kept_bytes(model, _longest_row(config, budget), config.model.dtype) > SHARE * left:
+        budget //= 2
+        if fsdp > 1 or budget < shortest or 3 * run(budget) > 4 * run(asked):
+            return Microbatch(asked, remat=True)
+    return Microbatch(budget, remat=False)
+
+
+def _longest_row(config: Config, budget: int) -> int:
+    """Tokens of the longest row that a run can have."""
+    shortest = config.sampling.max_prompt_tokens + config.sampling.max_tokens
+    return max(min(budget, most_update_tokens(config)), shortest)
 
 
 def most_update_tokens(config: Config) -> int:
@@ -49,7 +82,7 @@ def most_update_tokens(config: Config) -> int:
 
 def kept_bytes(model: ModelConfig, tokens: int, dtype: Any) -> int:
     """Of the products' and attention's outputs (to the prompt and to the response itself), and of what enters a layer,
-    for all L layers."""
+    for all layers."""
     heads = (3 * model.num_heads + 2 * model.num_kv_heads) * model.head_width
     width = 3 * model.width + heads + 2 * model.ffn_width
     return model.num_layers * tokens * width * jnp.dtype(dtype).itemsize

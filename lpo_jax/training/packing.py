@@ -140,6 +140,11 @@ def full(P: int, K: int, S: int, T: int, token_budget: int, shards: int = 1) -> 
     return plan(np.full(P, S), np.full((P, K), T), S, T, token_budget, shards, cuts=(0,))
 
 
+def full_pieces(K: int, S: int, T: int, token_budget: int) -> int:
+    """How many pieces a group without padding is cut into there."""
+    return -(-K // min(max((token_budget - S) // T, 1), K))
+
+
 def stepped(n: int, steps: int = 8) -> int:
     """The padded size for n: 16 at least, then the power of two below and that many steps to the next."""
     step = max(16, (1 << n.bit_length() - 1) // steps)

@@ -81,7 +81,7 @@ class Recorder:
             self.progress = stack.enter_context(progress if hosts.first() else hosts.Silent())
             task = self.session.task
             self.run.note(data={"content_hash": task.content_hash, **task.about})
-            self.run.note(remat=self.session.remat)
+            self.run.note(microbatch=dataclasses.asdict(self.session.microbatch))
             if sandbox := self.session.collect.pool.sandbox:
                 self.run.note(sandbox=sandbox)
             self._stack = stack.pop_all()

@@ -26,8 +26,8 @@ from lpo_jax.models.load import load_config_and_tokenizer, load_weights
 from lpo_jax.models.quantize import require_qwix
 from lpo_jax.models.sharding import constrain_params, current_shardings, decode_mesh, placed, using
 from lpo_jax.sampling import Sampler, Sampling
-from lpo_jax.scale.mesh import open_mesh
-from lpo_jax.training.memory import most_update_tokens, recomputes
+from lpo_jax.scale.mesh import STATE_BYTES, open_mesh
+from lpo_jax.training.memory import Microbatch, fit_microbatch
 from lpo_jax.training.mirror_file import read_map
 from lpo_jax.training.optimizer import Optimizer
 from lpo_jax.training.step import Program, TrainState
@@ -177,22 +177,22 @@ class Session:
         return TrainState(fresh, None, frozen=self.load_frozen())
 
     @functools.cached_property
-    def remat(self) -> bool:
-        """Whether the backward pass computes layers again; decided once, so that a run has one program."""
-        training = self.config.training
-        row = min(training.token_budget, most_update_tokens(self.config))
-        trained = sum(leaf.size for leaf in jax.tree.leaves(self.trainable))
-        return recomputes(training.remat, self.model_config, row, self.dtype, trained)
+    def microbatch(self) -> Microbatch:
+        """How much of an update runs at once; decided once, so that a run has one program."""
+        state = STATE_BYTES * sum(leaf.size for leaf in jax.tree.leaves(self.trainable))
+        if self.adapters is not None:
+            state += self.num_params * jnp.dtype(self.config.model.frozen_dtype).itemsize
+        return fit_microbatch(self.config, self.model_config, state)
 
     def program(self, temperature: float, objective: objectives.Objective | None = None) -> Program:
         """How the model is run in training, under this run's memory settings, for what an objective needs."""
-        training, needs = self.config.training, objective.needs if objective else ()
+        needs = objective.needs if objective else ()
         return Program(
             self.model_config,
             temperature,
-            training.token_budget,
+            self.microbatch.token_budget,
             self.dtype,
-            self.remat,
+            self.microbatch.remat,
             tuple(name for name in EXTRA_STATS if name in needs),
             self.config.model.attention,
         )

@@ -1,23 +1,91 @@
 """What `training.remat: auto` decides."""
 
+import jax
 import pytest
+from jax.sharding import AxisType
 
 from lpo_jax.config import override_config, parse_config
+from lpo_jax.models.sharding import AXES, using
 from lpo_jax.training import memory
+from lpo_jax.training.memory import Microbatch, fit_microbatch, kept_bytes
+
+STATE = 16 * 1000
+# Groups of 64 + 8 x 1000 tokens, two of them in an update.
+SIZES = [
+    *("--training.prompts_per_step=4", "--training.updates_per_step=2", "--training.token_budget=20000"),
+    *("--sampling.num_responses=8", "--sampling.max_prompt_tokens=64", "--sampling.max_tokens=1000"),
+    *("--warm_start.steps=0", "--training.remat=auto"),
+]
+UPDATE = 2 * 8064
+
+
+def fit(run_config, model, monkeypatch, free, *more):
+    monkeypatch.setattr(memory, "free_memory", lambda: free)
+    return fit_microbatch(override_config(parse_config(run_config()), [*SIZES, *more]), model, STATE)
+
+
+def free_for(model, tokens):
+    """What has to be free so that a row of so many tokens may be kept: twice its bytes beside the state."""
+    return 2 * kept_bytes(model, tokens, "float32") + STATE
 
 
 @pytest.mark.parametrize("setting", [True, False])
-def test_what_is_asked_for_is_done(tiny_config, monkeypatch, setting):
-    monkeypatch.setattr(memory, "free_memory", lambda: 1 if not setting else 1 << 60)
-    assert memory.recomputes(setting, tiny_config, 4096, "float32", 10**6) is setting
+def test_what_is_asked_for_is_done(run_config, tiny_config, monkeypatch, setting):
+    free = 1 if not setting else 1 << 60
+    found = fit(run_config, tiny_config, monkeypatch, free, f"--training.remat={str(setting).lower()}")
+    assert found == Microbatch(20000, setting)
 
 
-def test_auto_keeps_what_fits_into_half_of_what_the_state_leaves(tiny_config, monkeypatch):
-    kept, state = memory.kept_bytes(tiny_config, 4096, "float32"), 16 * 1000
-    assert kept == 2 * memory.kept_bytes(tiny_config, 4096, "bfloat16")
-    for free, again in ((2 * kept + state, False), (2 * kept + state - 1, True), (0, True)):
-        monkeypatch.setattr(memory, "free_memory", lambda free=free: free)
-        assert memory.recomputes("auto", tiny_config, 4096, "float32", 1000) is again
+def test_auto_keeps_what_fits_into_half_of_what_the_state_leaves(run_config, tiny_config, monkeypatch):
+    free = free_for(tiny_config, UPDATE)
+    assert fit(run_config, tiny_config, monkeypatch, free) == Microbatch(20000, remat=False)
+    assert fit(run_config, tiny_config, monkeypatch, free - 1) == Microbatch(10000, remat=False)
+
+
+@pytest.mark.parametrize("budget", [10000, 5000, 2500])
+def test_auto_keeps_layers_in_shorter_rows(run_config, tiny_config, monkeypatch, budget):
+    free = free_for(tiny_config, budget)
+    assert fit(run_config, tiny_config, monkeypatch, free) == Microbatch(budget, remat=False)
+
+
+@pytest.mark.parametrize(
+    "more, shortest",
+    [
+        ((), 2500),
+        (("--sampling.max_tokens=4000",), 5000),  # one response with its prompt has to fit
+        (("--training.prompts_per_step=2", "--sampling.num_responses=2"), 2064),  # the whole update
+        (("--training.token_budget=500",), 1064),  # longer than asked for, and the least there is
+    ],
+)
+def test_auto_recomputes_where_the_shortest_row_does_not_fit(
+    run_config, tiny_config, monkeypatch, more, shortest
+):
+    free = free_for(tiny_config, shortest)
+    assert not fit(run_config, tiny_config, monkeypatch, free, *more).remat
+    assert fit(run_config, tiny_config, monkeypatch, free - 1, *more).remat
+    assert fit(run_config, tiny_config, monkeypatch, 0, *more).remat
+
+
+def test_auto_recomputes_where_prompts_run_again_would_cost_as_much(run_config, tiny_config, monkeypatch):
+    # A group whole: 1500 + 8 x 500 tokens; in rows of 5000 two pieces of four responses: 7000; of 2500 four: 10000.
+    sizes = ["--sampling.max_prompt_tokens=1500", "--sampling.max_tokens=500"]
+    free = free_for(tiny_config, 5000)
+    assert fit(run_config, tiny_config, monkeypatch, free, *sizes) == Microbatch(5000, remat=False)
+    assert fit(run_config, tiny_config, monkeypatch, free - 1, *sizes) == Microbatch(20000, remat=True)
+
+
+@pytest.mark.parametrize(
+    "axes, fit_in", [((8, 1, 1), Microbatch(10000, False)), ((1, 8, 1), Microbatch(20000, True))]
+)
+def test_rows_stay_long_where_every_microbatch_gathers_parameters(
+    run_config, tiny_config, monkeypatch, axes, fit_in
+):
+    with using(jax.make_mesh(axes, AXES, axis_types=(AxisType.Auto,) * 3)):
+        assert fit(run_config, tiny_config, monkeypatch, free_for(tiny_config, 10000)) == fit_in
+
+
+def test_halving_precision_halves_what_is_kept(tiny_config):
+    assert kept_bytes(tiny_config, 4096, "float32") == 2 * kept_bytes(tiny_config, 4096, "bfloat16")
 
 
 def test_the_largest_update_counts_prompts_once_and_the_warm_start(run_config):
