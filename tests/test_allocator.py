@@ -5,6 +5,7 @@ import os
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -23,12 +24,23 @@ for _ in range(5):
 print(json.dumps([kept, faults() - before]))
 """
 
+# Whether the parts of the heap are to lie in huge pages.
+MARKED = """
+import json
+from lpo_jax.allocator import keep_freed_memory
+keep_freed_memory()
+block = bytearray(1 << 26)
+maps = open("/proc/self/smaps").read().split("VmFlags:")
+heap = [flags for before, flags in zip(maps, maps[1:]) if "[heap]" in before]
+print(json.dumps([" hg" in flags.splitlines()[0] for flags in heap]))
+"""
 
-def run(**environment):
-    """Whether memory is kept, and the page faults of taking 64 MB five times over."""
+
+def run(program=PROGRAM, **environment):
+    """What a program prints; PROGRAM: whether memory is kept, and the page faults of taking 64 MB five times over."""
     clean = {name: x for name, x in os.environ.items() if name != "GLIBC_TUNABLES" and "MALLOC_" not in name}
     clean |= {"JAX_PLATFORMS": "cpu"} | environment
-    return json.loads(subprocess.check_output([sys.executable, "-c", PROGRAM], env=clean, text=True))
+    return json.loads(subprocess.check_output([sys.executable, "-c", program], env=clean, text=True))
 
 
 def test_blocks_are_used_again():
@@ -42,6 +54,13 @@ def test_the_environment_has_its_way(by_hand):
     kept, faults = run(**by_hand)
     assert not kept
     assert faults > 100
+
+
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="this kernel has no huge pages"
+)
+def test_the_heap_grows_by_huge_pages():
+    assert any(run(MARKED))
 
 
 def test_memory_is_not_kept_beside_an_accelerator(monkeypatch, tmp_path):
