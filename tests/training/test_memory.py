@@ -1,5 +1,7 @@
 """What `training.remat: auto` decides."""
 
+import dataclasses
+
 import jax
 import pytest
 from jax.sharding import AxisType
@@ -7,7 +9,9 @@ from jax.sharding import AxisType
 from lpo_jax.config import override_config, parse_config
 from lpo_jax.models.sharding import AXES, using
 from lpo_jax.training import memory
+from lpo_jax.training.intro import batch_sizes
 from lpo_jax.training.memory import Microbatch, fit_microbatch, kept_bytes
+from lpo_jax.training.session import open_session
 
 STATE = 16 * 1000
 # Groups of 64 + 8 x 1000 tokens, two of them in an update.
@@ -82,6 +86,29 @@ def test_rows_stay_long_where_every_microbatch_gathers_parameters(
 ):
     with using(jax.make_mesh(axes, AXES, axis_types=(AxisType.Auto,) * 3)):
         assert fit(run_config, tiny_config, monkeypatch, free_for(tiny_config, 10000)) == fit_in
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_run_goes_by_it_and_says_so(run_config, monkeypatch, rank):
+    sizes = ["--sampling.max_prompt_tokens=16", "--sampling.max_tokens=64", "--training.prompts_per_step=24"]
+    config = override_config(parse_config(run_config()), [*SIZES, *sizes, f"--model.lora.rank={rank}"])
+    with open_session(config) as session:
+        trained = sum(leaf.size for leaf in jax.tree.leaves(session.trainable))
+        state = 16 * trained + (4 * session.num_params if rank else 0)  # beside adapters, their base
+        free = 2 * kept_bytes(session.model_config, 5000, "float32") + state
+        monkeypatch.setattr(memory, "free_memory", lambda: free)
+        program = session.program(1.0)
+        assert (program.token_budget, program.remat) == (5000, False)
+        said = {name: (value, meaning) for name, value, meaning in batch_sizes(session, program)}
+        assert said["layers in the backward pass"] == (
+            "kept",
+            "training.remat, in rows of 5000 tokens at most",
+        )
+        assert said["tokens per row"][0] <= 5000
+
+        monkeypatch.setattr(memory, "free_memory", lambda: free - 1)
+        fresh = dataclasses.replace(session)  # decided once for a session
+        assert session.microbatch.token_budget == 5000 and fresh.microbatch.token_budget == 2500
 
 
 def test_halving_precision_halves_what_is_kept(tiny_config):
