@@ -6,7 +6,7 @@ step; without warm start, the evaluation before the first step of the same size.
     python benchmarks/first_step.py
 
 Memory of a virtual machine that nobody uses may go back to its host, which takes its time to hand it out again: where
-this was written 3 s for 1 GB, against 0.1 s once it is there. Pages that are set aside stay:
+this was written up to 3 s for 1 GB, against 0.1 s once it is there. Pages that are set aside stay:
 
     echo 3500 > /proc/sys/vm/nr_hugepages     # 7 GB, as root; 0 gives them back
     GLIBC_TUNABLES=glibc.malloc.hugetlb=2 python benchmarks/first_step.py
