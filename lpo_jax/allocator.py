@@ -12,11 +12,13 @@ import glob
 import mmap
 import os
 import resource
+from pathlib import Path
 
 # Parameters of mallopt(3), with what they are set to: blocks of any size come from the heap, what is free at its end
 # is not given back, and there is one heap, for those of other threads never hold large blocks.
 _SETTINGS = {"M_MMAP_MAX": (-4, 0), "M_TRIM_THRESHOLD": (-1, -1), "M_ARENA_MAX": (-8, 1)}
 _ACCELERATORS = ("/dev/nvidia[0-9]*", "/dev/accel[0-9]*", "/dev/vfio/[0-9]*", "/dev/kfd")
+_OVERCOMMIT = Path("/proc/sys/vm/overcommit_memory")
 
 
 def keep_freed_memory() -> bool:
@@ -34,9 +36,16 @@ def keep_freed_memory() -> bool:
     if by_hand or accelerated or not hasattr(libc, "mallopt"):
         return False
     kept = all([libc.mallopt(*setting) for setting in _SETTINGS.values()])
-    if kept and resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY:
+    if kept and not _address_space_counts():
         _grow_by_huge_pages(libc, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * 3 // 4)
     return kept
+
+
+def _address_space_counts() -> bool:
+    """Whether memory that is asked for and not touched is somebody's loss: of this process, by its limit, or of others,
+    where the kernel promises no more than it has."""
+    limited = resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
+    return limited or (_OVERCOMMIT.exists() and _OVERCOMMIT.read_text().strip() == "2")
 
 
 def _grow_by_huge_pages(libc: ctypes.CDLL, size: int) -> None:
@@ -46,7 +55,7 @@ def _grow_by_huge_pages(libc: ctypes.CDLL, size: int) -> None:
     libc.free.argtypes = [ctypes.c_void_p]
     libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     block = libc.malloc(size)
-    if block is None:  # a limit, or a kernel that promises no more than it has
+    if block is None:  # another limit
         return
     start = -(-block // mmap.PAGESIZE) * mmap.PAGESIZE
     libc.madvise(start, size - (start - block), mmap.MADV_HUGEPAGE)

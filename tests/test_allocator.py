@@ -27,8 +27,9 @@ print(json.dumps([kept, faults() - before]))
 # Whether the parts of the heap are to lie in huge pages.
 MARKED = """
 import json
-from lpo_jax.allocator import keep_freed_memory
-keep_freed_memory()
+from lpo_jax import allocator
+{before}
+allocator.keep_freed_memory()
 block = bytearray(1 << 26)
 maps = open("/proc/self/smaps").read().split("VmFlags:")
 heap = [flags for before, flags in zip(maps, maps[1:]) if "[heap]" in before]
@@ -59,8 +60,18 @@ def test_the_environment_has_its_way(by_hand):
 @pytest.mark.skipif(
     not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="this kernel has no huge pages"
 )
-def test_the_heap_grows_by_huge_pages():
-    assert any(run(MARKED))
+def test_the_heap_grows_by_huge_pages(tmp_path):
+    (tmp_path / "freely").write_text("0\n")
+    assert any(run(MARKED.format(before=f"allocator._OVERCOMMIT = allocator.Path('{tmp_path}/freely')")))
+
+
+def test_no_address_space_is_taken_where_it_counts(tmp_path):
+    (tmp_path / "strictly").write_text("2\n")
+    assert not any(
+        run(MARKED.format(before=f"allocator._OVERCOMMIT = allocator.Path('{tmp_path}/strictly')"))
+    )
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_AS, (1 << 36, resource.RLIM_INFINITY))"
+    assert not any(run(MARKED.format(before=limit)))
 
 
 def test_memory_is_not_kept_beside_an_accelerator(monkeypatch, tmp_path):
