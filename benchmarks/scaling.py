@@ -2,9 +2,9 @@
 
 Beside the measured time stands what the model says: 2 FLOPs for each weight and token and 4 H N for each query and
 key, the prompt once, three times that to train, at the rate of this machine's matrix products; and, sampling, all
-weights and keys and values once a step, at the rate of its copies. Calls and the measuring of these rates take turns;
-short calls are repeated for half a minute, and every point has a process, and with it memory, of its own. Where
-"of_model" falls, something grows that should not.
+weights and keys and values once a step, at the rate of its copies. Calls and the measuring of these rates take turns; a
+point has so many as half a minute has of its first, compiling included, and a process, and with it memory, of its own.
+Where "of_model" falls, something grows that should not.
 
     python benchmarks/scaling.py sample
     python benchmarks/scaling.py train
@@ -29,9 +29,7 @@ POINTS = {
     "tokens": [Shapes(1, 8, 64, tokens) for tokens in (64, 256, 1024, 2048)],
     "responses": [Shapes(1, responses, 512, 64) for responses in (4, 8, 16, 32, 64)],
 }
-
-
-SECONDS = 30  # of timed calls of a point, where one takes less
+SECONDS = 30  # shared out by a point's first call: so many calls are timed
 
 
 def main() -> None:

@@ -39,9 +39,9 @@ class Microbatch:
 def fit_microbatch(config: Config, model: ModelConfig, state_bytes: int) -> Microbatch:
     """What is asked for; with `training.remat: auto`, what is kept where that may fit.
 
-    Where it does not fit at the budget, it may in rows a half as long, or a quarter: they cost no more than the prompts
-    that run once more with each piece of their group, and recomputing costs a third. But where parameters are split
-    (fsdp), every microbatch has to gather them: there rows stay as long as they may be.
+    Where it does not fit at the budget, it may in rows half as long, or half of that: they cost no more than the
+    prompts that run once more with each piece of their group, and recomputing costs a third. But where parameters are
+    split (fsdp), every microbatch has to gather them: there rows stay as long as they may be.
 
     The same on all hosts. What a machine does not tell of its memory is taken for too little.
 
@@ -57,19 +57,12 @@ def fit_microbatch(config: Config, model: ModelConfig, state_bytes: int) -> Micr
 
     K, S, T = config.sampling.num_responses, config.sampling.max_prompt_tokens, config.sampling.max_tokens
     run = lambda budget: full_pieces(K, S, T, budget) * S + K * T  # noqa: E731 - tokens of a group
-    shortest = max(SHORTEST, S + T)
-    budget = asked
-    while kept_bytes(model, _longest_row(config, budget), config.model.dtype) > SHARE * left:
+    update, budget = most_update_tokens(config), asked
+    while kept_bytes(model, max(min(budget, update), S + T), config.model.dtype) > SHARE * left:
         budget //= 2
-        if fsdp > 1 or budget < shortest or 3 * run(budget) > 4 * run(asked):
+        if fsdp > 1 or budget < max(SHORTEST, S + T) or 3 * run(budget) > 4 * run(asked):
             return Microbatch(asked, remat=True)
     return Microbatch(budget, remat=False)
-
-
-def _longest_row(config: Config, budget: int) -> int:
-    """Tokens of the longest row that a run can have."""
-    shortest = config.sampling.max_prompt_tokens + config.sampling.max_tokens
-    return max(min(budget, most_update_tokens(config)), shortest)
 
 
 def most_update_tokens(config: Config) -> int:

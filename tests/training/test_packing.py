@@ -105,3 +105,9 @@ def test_sizes_go_in_steps():
     sizes = (1, 16, 17, 128, 129, 1152, 1153, 4608)
     assert [packing.stepped(n) for n in sizes] == [16, 16, 32, 128, 144, 1152, 1280, 4608]
     assert [packing.stepped(n, 4) for n in (4097, 6144)] == [5120, 6144]
+
+
+@pytest.mark.parametrize("K, S, T, budget", [(8, 4, 8, 1000), (8, 4, 8, 36), (7, 4, 8, 30), (3, 4, 8, 5)])
+def test_full_groups_have_the_pieces_that_are_counted(K, S, T, budget):
+    pieces = packing.full(1, K, S, T, budget).prompt
+    assert (pieces != packing.NOWHERE).sum() == packing.full_pieces(K, S, T, budget)
