@@ -11,8 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-WIDTH = 4096  # of the square matrix product; large enough for full speed on CPUs and accelerators
-COPIED = 1 << 26  # elements that are copied
+# Width of the square matrix product and elements copied, large enough for full speed: on an accelerator a smaller
+# product or copy takes not much longer than its launch.
+WIDTH, COPIED = 4096, 1 << 26
+ACCELERATOR_WIDTH, ACCELERATOR_COPIED = 8192, 1 << 29
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,14 +31,19 @@ class Machine:
 
     @classmethod
     def measure(cls, dtype: Any, repeats: int = 5) -> "Machine":
-        """Medians of `repeats` timed calls after one that is not timed."""
-        a = jnp.ones((WIDTH, WIDTH), dtype)
+        """Medians of `repeats` timed calls after one that is not timed.
+
+        Operands are random: accelerators multiply constants faster than real data.
+        """
+        on_cpu = jax.default_backend() == "cpu"
+        width, copied = (WIDTH, COPIED) if on_cpu else (ACCELERATOR_WIDTH, ACCELERATOR_COPIED)
+        a = jax.random.normal(jax.random.key(0), (width, width), dtype)
         precision = "float32" if a.dtype == jnp.float32 else "default"
         product = jax.jit(lambda x, y: jnp.matmul(x, y, precision=precision))
-        x = jnp.ones((COPIED,), jnp.float32)
+        x = jnp.ones((copied,), jnp.float32)
         copy = jax.jit(lambda x, by: x + by)
         return cls(
-            2 * WIDTH**3 / median(lambda: product(a, a), repeats),
+            2 * width**3 / median(lambda: product(a, a), repeats),
             2 * x.nbytes / median(lambda: copy(x, 1.0), repeats),
         )
 

@@ -1,0 +1,316 @@
+"""What one accelerator does with this program: one JSON line for each measurement, and a table at the end.
+
+Models have the shapes of `configs/models` and random weights, so that nothing is downloaded. Every time is the median
+of several calls after one that compiles, with results awaited. Rates stand beside what the same device reached in the
+same run: its large matrix products and its copies.
+
+    python benchmarks/device.py                    # about seven minutes on one H200, most of it compiling
+    python benchmarks/device.py --dry-run          # tiny shapes on any device, to test the script itself
+    python benchmarks/device.py --only parity decode --out results/
+
+`device.sh` beside this file also installs what is missing.
+
+Axes: P prompts · K responses · S prompt tokens · T response tokens.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from lpo_jax import objectives
+from lpo_jax.bench.machine import Machine, peak_memory, seconds
+from lpo_jax.bench.shapes import Shapes
+from lpo_jax.bench.work import Work
+from lpo_jax.config import OptimizerConfig
+from lpo_jax.models.config import ModelConfig
+from lpo_jax.models.decoder import Params, init_params
+from lpo_jax.objectives import Scored, TokenStats
+from lpo_jax.sampling import Sampler, Sampling
+from lpo_jax.sampling.generate import Responses
+from lpo_jax.training.batch import Groups
+from lpo_jax.training.optimizer import make_optimizer
+from lpo_jax.training.step import Program, TrainState, score, signal, update
+
+MODELS = Path(__file__).resolve().parents[1] / "configs" / "models"
+REPEATS = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """The shapes of each measurement; `decode` has one for each number of rows."""
+
+    models: tuple[str, ...] = ("qwen3-0.6b", "qwen3-4b")
+    decode: tuple[Shapes, ...] = (Shapes(8, 8, 1024, 64), Shapes(32, 8, 1024, 64))
+    gradient: Shapes = Shapes(4, 8, 512, 448)  # 16,384 tokens
+    token_budget: int = 4096
+    step: Shapes = Shapes(16, 8, 256, 64)
+    parity: Shapes = Shapes(2, 4, 64, 32)
+    layers: int | None = None  # of the models; None: all
+    vocab_size: int | None = None  # of the models; None: their own
+
+
+TINY = Sizes(
+    models=("qwen3-0.6b",),
+    decode=(Shapes(2, 2, 8, 4),),
+    gradient=Shapes(2, 2, 8, 4),
+    token_budget=32,
+    step=Shapes(2, 2, 8, 4),
+    parity=Shapes(2, 2, 8, 4),
+    layers=1,
+    vocab_size=512,
+)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--dry-run", action="store_true", help="tiny shapes, on any device")
+    parser.add_argument("--only", nargs="+", choices=tuple(MEASUREMENTS), default=tuple(MEASUREMENTS))
+    parser.add_argument("--models", nargs="+", help="names in configs/models")
+    parser.add_argument("--out", type=Path, help="folder for device.jsonl, appended to")
+    arguments = parser.parse_args()
+    sizes = TINY if arguments.dry_run else Sizes()
+    if arguments.models:
+        sizes = dataclasses.replace(sizes, models=tuple(arguments.models))
+
+    started, rows, failed = time.perf_counter(), [], 0
+    for name in arguments.only:
+        try:
+            for row in MEASUREMENTS[name](sizes):
+                row = {"measurement": name, **row, "at_s": round(time.perf_counter() - started, 1)}
+                rows.append(row)
+                print(json.dumps(row), flush=True)
+                if arguments.out:
+                    arguments.out.mkdir(parents=True, exist_ok=True)
+                    with open(arguments.out / "device.jsonl", "a") as file:
+                        file.write(json.dumps(row) + "\n")
+        except (
+            Exception
+        ):  # the other measurements are still worth having; the exit status says that one failed
+            traceback.print_exc()
+            failed += 1
+    print(table(rows))
+    return int(failed > 0)
+
+
+def machine(sizes: Sizes) -> Iterator[dict[str, Any]]:
+    """The device and its own rates."""
+    rates = device_rates()
+    yield {
+        "device": jax.devices()[0].device_kind,
+        "devices": jax.device_count(),
+        "jax": jax.__version__,
+        "bfloat16_tflops": rates.matrix_flops / 1e12,
+        "float32_tflops": Machine.measure(jnp.float32).matrix_flops / 1e12,
+        "copy_gb_per_s": rates.copy_bytes / 1e9,
+    }
+
+
+def parity(sizes: Sizes) -> Iterator[dict[str, Any]]:
+    """The largest differences of the device from this machine's CPU, and of the sampler from the trainer."""
+    shapes = sizes.parity
+    # Two layers and a small vocabulary: the CPU computes the same, and is slow.
+    config = dataclasses.replace(model_config(sizes.models[0], sizes), num_layers=2, vocab_size=4096)
+    cpu = jax.devices("cpu")[0]
+    with jax.default_device(cpu):
+        params = jax.tree.map(lambda x: 3 * x, init_params(config, jax.random.key(0)))
+    groups, mask = batch(config, shapes)
+    cotangent = cotangents(mask)
+    for dtype in (jnp.float32, jnp.bfloat16):
+        program = Program(config, token_budget=sizes.token_budget, dtype=dtype)
+        results = []
+        for device in (cpu, jax.devices()[0]):
+            with jax.default_device(device):
+                here = jax.device_put(params, device)
+                stats = score(program, here, groups)
+                gradient, _ = jax.jit(program.pull_back)(here, groups, cotangent)
+                results.append(jax.device_get((stats.logp, gradient)))
+        (logp_cpu, gradient_cpu), (logp, gradient) = results
+        sampled = sample(config, here, shapes, dtype)
+        rescored = score(program, here, groups.replace(responses=sampled.tokens))
+        largest = max(float(np.abs(x).max()) for x in jax.tree.leaves(gradient_cpu))
+        yield {
+            "dtype": jnp.dtype(dtype).name,
+            "logp_device_minus_cpu": float(np.abs(logp - logp_cpu).max()),
+            "gradient_device_minus_cpu": max(
+                float(np.abs(a - b).max())
+                for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(gradient_cpu))
+            )
+            / largest,
+            "logp_sampler_minus_trainer": float(np.abs(sampled.log_probs - rescored.logp).max()),
+        }
+
+
+def decode(sizes: Sizes) -> Iterator[dict[str, Any]]:
+    """Sampling in bfloat16: tokens per second, and the bytes that it must read over the device's copy bandwidth."""
+    for name in sizes.models:
+        config, rates = model_config(name, sizes), device_rates()
+        sampler = Sampler(config, (-1,), jnp.bfloat16)
+        weights = jax.block_until_ready(sampler.prepare(init_params(config, jax.random.key(0), jnp.bfloat16)))
+        for shapes in sizes.decode:
+            run = functools.partial(draw, sampler, weights, shapes)
+            first = seconds(run)
+            prefill = statistics.median(seconds(lambda: run(1)) for _ in range(REPEATS))  # noqa: B023
+            middle = statistics.median(seconds(run) for _ in range(REPEATS))
+            steps = shapes.tokens - 1  # the first token's is in `prefill`
+            work = Work.forward(config, shapes, shapes.lengths(), 2)
+            least = (work.weight_bytes * steps + work.cache_reads) / rates.copy_bytes
+            yield {
+                "model": name,
+                "rows": shapes.prompts * shapes.responses,
+                "tokens_per_s": shapes.prompts * shapes.responses * shapes.tokens / middle,
+                "ms_per_token_step": 1e3 * (middle - prefill) / steps,
+                "prefill_s": prefill,
+                "of_bandwidth": least / (middle - prefill),
+                "compile_s": first - middle,
+                "peak_gb": peak_memory() / 1e9,
+            }
+
+
+def gradient(sizes: Sizes) -> Iterator[dict[str, Any]]:
+    """The gradient in bfloat16 with float32 parameters: the model's FLOPs over the device's matrix rate."""
+    shapes = sizes.gradient
+    for name in sizes.models:
+        config, rates = model_config(name, sizes), device_rates()
+        params = init_params(config, jax.random.key(0))
+        groups, mask = batch(config, shapes)
+        for remat in (False, True):
+            program = Program(config, token_budget=sizes.token_budget, dtype=jnp.bfloat16, remat=remat)
+            packed = program.pack(groups, mask)
+            run = jax.jit(program.pull_back)
+            call = lambda: run(params, packed, cotangents(mask))  # noqa: B023, E731 - called before the next one
+            first = seconds(call)
+            middle = statistics.median(seconds(call) for _ in range(REPEATS))
+            work = Work.forward(config, shapes, shapes.lengths(), 2)
+            tokens = shapes.prompts * (shapes.prompt_tokens + shapes.responses * shapes.tokens)
+            yield {
+                "model": name,
+                "remat": remat,
+                "tokens": tokens,
+                "tokens_per_s": tokens / middle,
+                "seconds": middle,
+                "of_matrix_rate": 3 * work.flops / rates.matrix_flops / middle,
+                "compile_s": first - middle,
+                "peak_gb": peak_memory() / 1e9,
+            }
+
+
+def step(sizes: Sizes) -> Iterator[dict[str, Any]]:
+    """Sampling, coefficients, gradient and optimizer of one LPO-forward step, without verification."""
+    name, shapes = sizes.models[0], sizes.step
+    config = model_config(name, sizes)
+    program = Program(config, token_budget=sizes.token_budget, dtype=jnp.bfloat16, remat=False)
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-6), 100)
+    objective = objectives.get("lpo-forward")
+    params = init_params(config, jax.random.key(0))
+    state = TrainState(params, optimizer.init(params))
+    rewards = np.random.default_rng(0).integers(0, 2, (shapes.prompts, shapes.responses)).astype(np.float32)
+    times: dict[str, list[float]] = {"sampling": [], "update": []}
+    for _ in range(REPEATS + 1):
+        started = time.perf_counter()
+        sampled = sample(config, state.params, shapes, jnp.bfloat16)
+        between = time.perf_counter()
+        groups, mask = batch(config, shapes)
+        groups = program.pack(groups.replace(responses=sampled.tokens), sampled.mask)
+        scored = Scored(sampled.log_probs, rewards, sampled.mask)
+        learned = signal(objective, TokenStats(sampled.log_probs), scored)
+        state, _, norm = update(program, optimizer, state, groups, learned.cotangent)
+        if not np.isfinite(jax.device_get(norm)):
+            raise FloatingPointError(f"the gradient's norm is {norm}")
+        times["sampling"].append(between - started)
+        times["update"].append(time.perf_counter() - between)
+    middle = {f"{part}_s": statistics.median(of[1:]) for part, of in times.items()}
+    tokens = shapes.prompts * shapes.responses * shapes.tokens
+    yield {
+        "model": name,
+        "rows": shapes.prompts * shapes.responses,
+        **middle,
+        "tokens_per_s": tokens / sum(middle.values()),
+        "first_s": times["sampling"][0] + times["update"][0],
+        "peak_gb": peak_memory() / 1e9,
+    }
+
+
+MEASUREMENTS: dict[str, Callable[[Sizes], Iterator[dict[str, Any]]]] = {
+    "machine": machine,
+    "parity": parity,
+    "decode": decode,
+    "gradient": gradient,
+    "step": step,
+}
+
+
+def device_rates() -> Machine:
+    """Of bfloat16 products and copies, measured anew: clocks change while a device works."""
+    return Machine.measure(jnp.bfloat16)
+
+
+def model_config(name: str, sizes: Sizes) -> ModelConfig:
+    """A model of `configs/models`, cut down where the sizes say so."""
+    config = ModelConfig.from_hf(json.loads((MODELS / name / "config.json").read_text()), name)
+    layers, vocab_size = sizes.layers or config.num_layers, sizes.vocab_size or config.vocab_size
+    return dataclasses.replace(config, num_layers=layers, vocab_size=vocab_size)
+
+
+def batch(config: ModelConfig, shapes: Shapes) -> tuple[Groups, np.ndarray]:
+    """Random prompts and responses, and the mask `[P, K, T]` of response tokens."""
+    lengths = np.full(shapes.prompts, shapes.prompt_tokens, np.int32)
+    groups = Groups(shapes.prompt_ids(config.vocab_size), lengths, shapes.response_ids(config.vocab_size))
+    return groups, shapes.mask()
+
+
+def cotangents(mask: np.ndarray) -> TokenStats:
+    """Of the mean log-prob."""
+    return TokenStats(np.where(mask, 1 / mask.sum(), 0.0).astype(np.float32))
+
+
+def sample(config: ModelConfig, params: Params, shapes: Shapes, dtype: Any) -> Responses:
+    """Responses drawn with the parameters as they are, as a round does."""
+    sampler = Sampler(config, (-1,), dtype)
+    return draw(sampler, sampler.prepare(params), shapes)
+
+
+def draw(sampler: Sampler, weights: Params, shapes: Shapes, tokens: int | None = None) -> Responses:
+    """Samples from prepared weights; a response has `tokens` tokens, by default as many as the shapes say."""
+    rows = shapes.prompts, shapes.responses
+    return sampler(
+        weights,
+        shapes.prompt_ids(sampler.config.vocab_size),
+        np.full(shapes.prompts, shapes.prompt_tokens, np.int32),
+        np.arange(shapes.prompts, dtype=np.uint32),
+        num_responses=shapes.responses,
+        max_tokens=shapes.tokens,
+        budgets=np.full(rows, tokens or shapes.tokens),
+        sampling=Sampling(),
+    )
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as text, one line each."""
+    show = lambda x: f"{x:.4g}" if isinstance(x, float) else str(x)  # noqa: E731
+    lines = []
+    for row in rows:
+        values = ", ".join(
+            f"{k} {show(v)}" for k, v in row.items() if k not in ("measurement", "at_s", "model")
+        )
+        lines.append(f"{row['measurement']:10} {row.get('model', ''):12} {values}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

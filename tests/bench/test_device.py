@@ -1,0 +1,47 @@
+"""The benchmark of one accelerator, on tiny shapes and this machine's CPU."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "device.py"
+
+
+@pytest.fixture
+def device(monkeypatch):
+    spec = importlib.util.spec_from_file_location("device", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "device", module)  # where its dataclasses look up annotations
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module.Machine, "measure", lambda dtype: module.Machine(1e12, 1e10))
+    return module
+
+
+@pytest.mark.slow
+def test_one_layer_agrees_with_itself_and_its_sampler(device):
+    rows = list(device.parity(device.TINY))
+    assert [row["dtype"] for row in rows] == ["float32", "bfloat16"]
+    exact, rounded = rows
+    assert exact["logp_device_minus_cpu"] == 0.0  # the device is the CPU
+    assert exact["logp_sampler_minus_trainer"] < 1e-3 < rounded["logp_sampler_minus_trainer"] < 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["decode", "gradient", "step"])
+def test_every_measurement_gives_finite_rates(device, name):
+    rows = list(device.MEASUREMENTS[name](device.TINY))
+    assert rows
+    for row in rows:
+        assert row["tokens_per_s"] > 0
+        assert all(np.isfinite(x) for x in row.values() if isinstance(x, float))
+
+
+def test_the_table_has_a_line_for_each_row(device):
+    text = device.table(
+        [{"measurement": "step", "model": "m", "seconds": jnp.float32(0.5).item(), "at_s": 1}]
+    )
+    assert text.split() == ["step", "m", "seconds", "0.5"]
