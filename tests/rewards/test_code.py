@@ -324,6 +324,10 @@ def test_same_output(printed, expected, same):
         (b"x", b"x", True),
         (1j, 1j, True),
         ([[]], [], False),
+        (["💥" * 200] * 9 + [1j] * 99, ["💥" * 200] * 9 + [1j] * 99, True),
+        ([1.0000000000000002] * 999, [1.0] * 999, True),
+        ([{}, set(), frozenset()] * 99, [{}, set(), frozenset()] * 99, True),
+        ([1] * 9999, [1], False),
     ],
 )
 def test_same_result(value, expected, same):
