@@ -237,16 +237,23 @@ def _data(arguments: argparse.Namespace) -> None:
         config = load_config(arguments.target, arguments.overrides)
     options = dict(config.task)
     task = tasks.get(options.pop("name"), **options)
-    encoding = ()
+    encoding = {}
     if config.model.path != "-":
         import functools
 
+        from lpo_jax.evaluation.encode import solution_text
         from lpo_jax.models.load import load_config_and_tokenizer
         from lpo_jax.sampling.text import encode
 
-        _, tokenizer, _ = load_config_and_tokenizer(config.model.path)
-        encoding = (functools.partial(encode, tokenizer), tokenizer.decode) if tokenizer else ()
-    summary = describe(task, *encoding)
+        _, tokenizer, eos_ids = load_config_and_tokenizer(config.model.path)
+        if tokenizer:
+            encoding = {
+                "encode": functools.partial(encode, tokenizer),
+                "decode": tokenizer.decode,
+                "written": lambda row: solution_text(task, tokenizer, row, eos_ids),
+            }
+    pool = {name: getattr(config.rewards, name) for name in ("workers", "timeout", "allow_weak_sandbox")}
+    summary = describe(task, **encoding, pool=pool)
     print(json.dumps(summary, default=str) if arguments.json else sanitise("\n".join(lines(summary))))
 
 

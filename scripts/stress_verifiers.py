@@ -1,12 +1,18 @@
-r"""Two thousand pathological answers and hanging verifiers in a row: are limits, worker count and memory kept?
+r"""Pathological answers, hostile texts and hanging verifiers in a row: are limits, worker count and memory kept?
 
-    python scripts/stress_verifiers.py [--items 2000]
+    python scripts/stress_verifiers.py [--items 2000] [--hostile 20000]
 
 Random towers, factorials, deep nestings, near-cancellations, garbage and their like are scored by the `math`
 verifier, one at a time, in a pool of one worker; then one in twenty of as many again by a verifier that sleeps,
 spins in C, ignores SIGTERM, eats memory or dies. Prints outcomes, the slowest items and the memory of the parent
 and of the workers as it goes. Exit status 1 if an item took longer than the limit and a second, a worker was lost
 for good, or memory grew by more than a half.
+
+With `--hostile N` every built-in verifier judges N texts of up to 64 KB instead: long runs of digits, nested brackets
+and LaTeX, repeated delimiters and tags, backslashes, combining characters, surrogates, NUL and mixtures of these, bare
+and inside the delimiters that the verifier looks for. The comparisons of printed output and of results, which run
+outside the sandbox, judge as many. Prints for each the outcomes, and the longest time at 1, 4, 16 and 64 KB. Exit
+status 1 if one raises, masks a text, or takes longer than `HOSTILE_LIMIT`.
 """
 
 import argparse
@@ -18,10 +24,15 @@ import re
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 
+from lpo_jax import rewards
 from lpo_jax.rewards import VerifierPool
+from lpo_jax.rewards.same import same_output, same_result
 
 LIMIT, HANG_LIMIT = 5.0, 0.5  # seconds
+HOSTILE_LIMIT = 5.0  # seconds for one text: half of what a run gives a verifier by default
+SCORED = {"pass", "wrong", "malformed", "timeout", "True", "False"}  # not masked
 
 HANGING = """
 import os, re, signal, time
@@ -131,13 +142,143 @@ def run(pool: VerifierPool, limit: float, items: list[tuple[str, dict]]) -> bool
     return slowest[0][0] < limit + 1.0 and len(pool.pids) == workers and flat
 
 
+# Texts that are repeated up to a length; what grows faster than the text, or nests, shows by these.
+REPEATED = [
+    *("1", "1 ", "1,", "1.", "1/", "1e", "9" * 18 + ",", "-", "+-", "1+", "(", "((1)", "[", "{", "}", "([{"),
+    *("\\", "\\\\", " ", "\n", "\t", " \n", "\r", "\x00", "\ud800", "\udfff\ud800", "é", "e\u0301", "\u0301"),
+    *(
+        "\u202e",
+        "\u2028",
+        "١",
+        "２",
+        "½",
+        "²",
+        "\U0001d7d8",
+        "💥",
+        "=",
+        "1=",
+        "1=1,",
+        "^",
+        "^{",
+        "2^",
+        "9^{9",
+    ),
+    *("_{", "!", "3!", "|", "%", "$", r"\frac{", r"\frac{1}{", r"\frac1", r"\sqrt", r"\sqrt[", r"\sqrt{2+"),
+    *(
+        r"\left(",
+        r"\text{",
+        r"\text{a} ",
+        r"\pm",
+        r"\boxed{",
+        r"\boxed{1}",
+        "\\boxed ",
+        r"\fbox",
+        r"\boxed  ",
+    ),
+    *(r"\cup", r"\in", ",", ";", "1,,", ", ", "x=1,", "and ", r"\begin{pmatrix}", "&", r"\binom{9}{"),
+    *(r"\overline{", r"\sum_{k=1}^{", r"\mathrm", "cm ", "^{\\circ}", "'", "#### ", "####", "#### 1", "#"),
+    *("<answer>", "</answer>", "<answer>1</answer>", "<think>", "</think>", "<", "<<", "Answer:", "Answer: "),
+    *("answer \t", "answer:1\n", "```python\n", "```\n", "```python\n```\n", "```", "'''", '"""', '"'),
+    *('```python\n"""\n```\n', "```python\n'''\n\\'''\n```\n", "```py\n#'''\n", "f'{", "lambda:", "not "),
+    *("[0]*9**", "a.b", "def f():\n ", '{"a":', "[[", "[1,", '{"set": [', '{"int": "0x', "null,", "NaN "),
+    *("1e999 ", ".5", "0." + "0" * 50),
+]
+BRACKETS = [("(", ")"), ("{", "}"), ("[", "]"), (r"\frac{", "}{2}"), ("<answer>", "</answer>")]
+# What each verifier looks for, around a text, and the row that it is judged against.
+FRAMES = {
+    "arithmetic": (("@", "<answer>@</answer>", "<answer>@"), {"answer": 19}),
+    "countdown": (("@", "<answer>@</answer>", "<answer>@ = 19</answer>"), {"numbers": [12, 7], "target": 19}),
+    "format": (("@", "<think>@</think><answer>@</answer>"), {}),
+    "gsm8k": (("@", "#### @", "#### 19@", r"\boxed{@}"), {"answer": "19"}),
+    "math": (
+        ("@", r"\boxed{@}", r"\boxed{19@}", r"\boxed{\text{@}}", "Answer: @"),
+        {"answer": r"\frac{\sqrt{3}}{2}"},
+    ),
+    "code": (
+        (*["@"] * 30, "```python\n@\n```", "```python\ns = '''\n@\n```\n'''\nprint(s)\n```"),
+        {"tests": {"inputs": ["1"], "outputs": ["1"]}},
+    ),
+}
+VERIFIERS = {
+    "arithmetic": ("arithmetic", {}),
+    "countdown": ("countdown", {}),
+    "countdown, strict": ("countdown", {"strict": True}),
+    "format": ("format", {}),
+    "gsm8k": ("gsm8k", {}),
+    "gsm8k, flexible": ("gsm8k", {"mode": "flexible"}),
+    "math": ("math", {}),
+    "math, answer_line": ("math", {"extract": "answer_line"}),
+    "math, strict": ("math", {"mode": "strict"}),
+    "code": ("code", {}),
+}
+OUTPUTS = ("1", "1.0", "3 4\n5", "0.5 " * 100)
+RESULTS = (1, 1.5, "a", [1, 2], {1, 2}, {1: [2]}, None, b"a", 1j, [[[]]], {"a": {"b": 1}})
+
+Judge = Callable[[random.Random, str], str]
+
+
+def hostile(rng: random.Random, length: int) -> str:
+    """A text of about that many characters: one shape repeated, several side by side or in turn, or nested brackets."""
+    if rng.random() < 0.2:
+        opening, closing = rng.choice(BRACKETS)
+        levels = 1 + length // len(opening + closing)
+        text = opening * levels + rng.choice(["", "1", rng.choice(REPEATED)]) + closing * levels
+    else:
+        shapes = [rng.choice(REPEATED) for _ in range(rng.choice([1, 1, 1, 2, 2, 3, 8]))]
+        if rng.random() < 0.3:
+            shapes = ["".join(shapes)]
+        part = 1 + length // len(shapes)
+        text = "".join((shape * (part // len(shape) + 1))[:part] for shape in shapes)
+    return text[: length - 1] + rng.choice(["", "x", "\n", "}", "1"])
+
+
+def judges() -> Iterator[tuple[str, Judge]]:
+    """Each verifier and comparison, with its name: (rng, text) -> outcome."""
+
+    def judge(verifier: str, options: dict) -> Judge:
+        verify, (frames, row) = rewards.get(verifier, **options), FRAMES[verifier]
+        return lambda rng, text: verify(rng.choice(frames).replace("@", text), row).outcome
+
+    for name, (verifier, options) in VERIFIERS.items():
+        yield name, judge(verifier, options)
+    yield "printed output", lambda rng, text: str(same_output(text, rng.choice(OUTPUTS)))
+    yield "results", lambda rng, text: str(same_result(text.encode(errors="replace"), rng.choice(RESULTS)))
+
+
+def judge_hostile(name: str, judge: Judge, items: int, seed: int) -> bool:
+    """Judges hostile texts of up to 64 KB and prints a line; returns whether each was scored, and in time."""
+    rng, outcomes, longest, worst = random.Random(f"{name} {seed}"), collections.Counter(), {}, (0.0, "")
+    for _ in range(items):
+        size = rng.choice([1, 4, 16, 64])
+        text = hostile(rng, rng.randint(512 * size, 1024 * size))
+        started = time.monotonic()
+        try:
+            outcome = judge(rng, text)
+        except Exception as error:
+            outcome = f"{type(error).__name__}: {error}"[:100]
+        seconds = time.monotonic() - started
+        outcomes[outcome] += 1
+        longest[size] = max(seconds, longest.get(size, 0.0))
+        worst = max(worst, (seconds, text[:40]))
+    times = ", ".join(f"{1000 * longest[size]:.1f} at {size} KB" for size in sorted(longest))
+    print(f"{name:18} {dict(outcomes)}; at most {times} (ms); slowest {worst[1]!r}", flush=True)
+    return outcomes.keys() <= SCORED and worst[0] < HOSTILE_LIMIT
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--items", type=int, default=2000)
+    parser.add_argument("--hostile", type=int, default=0, help="texts for each verifier")
+    parser.add_argument("--only", default="", help="of the verifiers, those whose name begins so")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    if options.hostile:
+        some = [(name, judge) for name, judge in judges() if name.startswith(options.only)]
+        kept = all([judge_hostile(name, judge, options.hostile, options.seed) for name, judge in some])
+        print("kept" if kept else "NOT KEPT")
+        return int(not kept)
     rng = random.Random(options.seed)
     answers = [
         (rf"\boxed{{{pathological(rng)}}}", {"answer": rng.choice(GOLDS)}) for _ in range(options.items)

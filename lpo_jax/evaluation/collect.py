@@ -15,6 +15,7 @@ from lpo_jax.evaluation.encode import encode_prompt
 from lpo_jax.rewards import Verdict, VerifierPool
 from lpo_jax.sampling import Responses, Sampler, Sampling
 from lpo_jax.sampling.padding import NO_LIMIT, pad_prompts, pad_to
+from lpo_jax.sampling.text import response_text
 from lpo_jax.scale import hosts
 from lpo_jax.tasks import Task
 
@@ -131,6 +132,10 @@ class Collector:
     pool: VerifierPool
     max_prompt_tokens: int
 
+    def text(self, ids: Sequence[int]) -> str:
+        """The text of a response, or of the beginning of one, as the verifier sees it."""
+        return response_text(self.tokenizer, ids, self.sampler.eos_ids)
+
     def __call__(
         self,
         weights: Any,
@@ -170,7 +175,7 @@ class Collector:
             def hand_in(p: int, k: int, token_ids: list[int]) -> None:
                 """A response that has ended is verified while others are still sampled."""
                 if p in own:
-                    text = self.tokenizer.decode(token_ids, skip_special_tokens=True)
+                    text = self.text(token_ids)
                     texts[p - own.start][k] = text
                     handed_in.append((p - own.start, k))
                     job.submit(written[p] + text, rows[p][1])

@@ -1,9 +1,9 @@
 """Task rows to token ids."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
-from lpo_jax.sampling.text import encode
+from lpo_jax.sampling.text import encode, response_text
 from lpo_jax.tasks.task import Task
 
 
@@ -28,3 +28,8 @@ def encode_solution(task: Task, tokenizer: Any, row: Mapping[str, Any]) -> list[
     Encoded apart from the prompt: a sampled response begins at a token boundary too.
     """
     return [*tokenizer.encode(task.solution(row), add_special_tokens=False), tokenizer.eos_token_id]
+
+
+def solution_text(task: Task, tokenizer: Any, row: Mapping[str, Any], eos_ids: Collection[int]) -> str:
+    """The row's solution as the verifier sees it once a model has written its tokens."""
+    return response_text(tokenizer, tokenizer.encode(task.solution(row), add_special_tokens=False), eos_ids)

@@ -1,6 +1,8 @@
 """Finding the answer in a text that a model wrote."""
 
+import ast
 import re
+import warnings
 
 
 def last_tagged(text: str, tag: str = "answer") -> str | None:
@@ -47,3 +49,67 @@ def last_line_after(label: str, text: str) -> str | None:
     """What follows the last `label:` on its line, whatever the case of its letters; None when it is nowhere."""
     lines = re.findall(rf"{re.escape(label)}[ \t]*:([^\n]*)", text, re.IGNORECASE)
     return lines[-1].strip() if lines else None
+
+
+_OPENING = re.compile(r"^([ \t]*)```(?:python3?|py)\b[^\n]*\n", re.M | re.I)
+_FENCE = re.compile(r"^[ \t]*```", re.M)
+# What can hold a quotation mark or a fence that means nothing, and a fence itself.
+_LEXEME = re.compile(
+    r"#[^\n]*|\"\"\"|'''|\"(?:\\.|[^\"\\\n])*+\"?|'(?:\\.|[^'\\\n])*+'?|^[ \t]*```", re.M | re.S
+)
+_CLOSINGS = {quotes: re.compile(rf"\\.|{quotes}", re.S) for quotes in ('"""', "'''")}
+_MAX_LEXED = 4  # blocks of one text with a fence in a string; each of them may be as long as the text
+
+
+def last_program(text: str) -> str | None:
+    """The last Python block of a text; None if there is none, or nothing in it.
+
+    A block goes from a line ```` ```python ```` to the next line that begins with a fence, or to the end of the text.
+    A fence in a string of several lines is part of the program if that is Python then. The indentation of the opening
+    fence is taken off each line, as Markdown does. Linear in the length of the text.
+    """
+    program, at, lexed = None, 0, 0
+    while opening := _OPENING.search(text, at):
+        start = opening.end()
+        at = _first_fence(text, start)
+        if lexed < _MAX_LEXED and any(quotes in text[start:at] for quotes in _CLOSINGS):
+            end = _fence_outside_strings(text, start)
+            if end != at:
+                lexed += 1
+                at = end if _is_python(_unindented(text[start:end], opening[1])) else at
+        program = _unindented(text[start:at], opening[1])
+    return program if program and program.strip() else None
+
+
+def _first_fence(text: str, start: int) -> int:
+    fence = _FENCE.search(text, start)
+    return fence.start() if fence else len(text)
+
+
+def _fence_outside_strings(text: str, at: int) -> int:
+    """Where the first fence begins that is in no string; the first of all if a string is never closed."""
+    start = at
+    while lexeme := _LEXEME.search(text, at):
+        at = lexeme.end()
+        if lexeme[0] in _CLOSINGS:
+            closings = _CLOSINGS[lexeme[0]].finditer(text, at)
+            at = next((match.end() for match in closings if match[0] == lexeme[0]), -1)
+            if at < 0:
+                return _first_fence(text, start)
+        elif lexeme[0].endswith("```") and lexeme[0][0] not in "#\"'":
+            return lexeme.start()
+    return len(text)
+
+
+def _unindented(program: str, indentation: str) -> str:
+    return re.sub(rf"^[ \t]{{1,{len(indentation)}}}", "", program, flags=re.M) if indentation else program
+
+
+def _is_python(program: str) -> bool:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a model's escape sequences are not the trainer's concern
+            ast.parse(program)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+    return True

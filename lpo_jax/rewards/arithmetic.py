@@ -12,8 +12,10 @@ MAX_CHARS = 1000  # Python refuses to read integers of more than 4,300 digits
 
 _INTEGER = re.compile(r"[+-]?(?:[0-9]+|[0-9]{1,3}(?:,[0-9]{3})+)")
 # A number in running text: never the tail of a word or of another number, so 12-5 ends in 5 and 19.5 is one
-# number.
-_NUMBER = re.compile(r"(?<![\w.])[+-]?[0-9][0-9,]*(?:\.[0-9]+)?")
+# number. Fractions, powers and numbers with an exponent are taken whole too, because they are no integers.
+_NUMBER = re.compile(
+    r"(?<![\w.])[+-]?[0-9][0-9,]*(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+|\s*[/\u2044^]\s*[0-9]+|[^\W0-9a-zA-Z_]+)?"
+)
 
 
 def arithmetic(*, scores: Sequence[float] = (1.0, 0.0, 0.0)) -> Callable[[str, Mapping[str, Any]], Verdict]:

@@ -1,21 +1,20 @@
 """Programs, judged by running them on a problem's tests in a sandbox (see `sandbox.py` for what that is worth)."""
 
 import dataclasses
-import re
 import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from lpo_jax.errors import UserError, nearest
 from lpo_jax.rewards import sandbox as sandboxes
-from lpo_jax.rewards.code_tests import read_tests
+from lpo_jax.rewards.answers import last_program
+from lpo_jax.rewards.code_tests import ProblemTests, read_tests
 from lpo_jax.rewards.same import same_output, same_result
 from lpo_jax.rewards.verdict import Verdict, infrastructure
 
 if TYPE_CHECKING:
     from lpo_jax.rewards.registry import VerifierSpec
 
-_BLOCK = re.compile(r"^[ \t]*```(?:python3?|py)\b[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.M | re.S | re.I)
 _MARGIN = 2.0  # seconds between the last test's end and the pool's limit, for the sandbox to come and go
 
 
@@ -30,7 +29,8 @@ def code(
 ) -> Callable[[str, Mapping[str, Any]], Verdict]:
     """The code verifier; examples have `tests`, in one of the shapes that `code_tests.read_tests` knows.
 
-    The program is the last ```` ```python ```` block of the response (one that is never closed ends with the text).
+    The program is the last ```` ```python ```` block of the response (one that is never closed ends with the text; a
+    fence inside a string of several lines, such as a docstring, does not close it).
     It passes a test if it ends by itself with exit status 0 and prints what is expected, or its function returns it;
     see `same.py` for what counts as the same. The verdict is `timeout` if a test, or all together, took too long.
 
@@ -65,50 +65,60 @@ def code(
 
     def verify(response: str, example: Mapping[str, Any]) -> Verdict:
         nonlocal seen_to_work
-        tests = read_tests(example["tests"])
+        tests = read_tests(example["tests"], example.get("metadata"))
         program = last_program(response)
         if program is None:
             return Verdict(0.0, "malformed", {"reason": "no ```python block"})
         if not seen_to_work:
             sandboxes.choose(sandbox, allow_weak=sandbox == "weak")
             seen_to_work = True
-        cases = tests.cases[: max_tests or None]
-        passed, late, reason = 0, False, ""
         try:
             with sandboxes.Sandbox(sandbox, program, tests.function, memory_mb=memory_mb) as running:
-                deadline = time.monotonic() + total_limit
-                for index, (given, expected) in enumerate(cases, 1):
-                    left = deadline - time.monotonic()
-                    if left <= 0:
-                        late, reason = (
-                            True,
-                            reason or f"test {index}: {total_limit:g} s for all tests are over",
-                        )
-                        break
-                    wall = min(left, sandboxes.PATIENCE * time_limit)
-                    report = running.run(given, seconds=time_limit, wall_seconds=wall)
-                    failure = _failure(report, expected, bool(tests.function))
-                    passed += not failure
-                    late |= report.status == "timeout"
-                    if failure:
-                        reason = reason or f"test {index}: {failure}"
-                        if score == "binary":
-                            break
+                return _run_tests(running, tests, score, time_limit, total_limit, max_tests)
         except sandboxes.SandboxFailed as error:
             return infrastructure(f"sandbox: {error}")
-        parts: dict[str, float | str] = {"passed": passed, "tests": len(cases)}
-        if passed == len(cases):
-            return Verdict(1.0, "pass", parts)
-        reward = passed / len(cases) if score == "fraction" else 0.0
-        return Verdict(reward, "timeout" if late else "wrong", parts | {"reason": reason})
 
     return verify
 
 
-def last_program(response: str) -> str | None:
-    """The last Python block of a text; None if there is none, or nothing in it."""
-    programs = _BLOCK.findall(response)
-    return programs[-1] if programs and programs[-1].strip() else None
+def _run_tests(
+    running: sandboxes.Sandbox,
+    tests: ProblemTests,
+    score: str,
+    time_limit: float,
+    total_limit: float,
+    max_tests: int,
+) -> Verdict:
+    """The verdict on a program in its sandbox; the options are those of `code`."""
+    cases = tests.cases[: max_tests or None]
+    readings = 1 + tests.wrapped
+    passed, reasons, late = [0] * readings, [""] * readings, False
+    deadline = time.monotonic() + total_limit
+    for index, (given, wanted) in enumerate(cases, 1):
+        left = deadline - time.monotonic()
+        if left <= 0:
+            late = True
+            reasons = [
+                reason or f"test {index}: {total_limit:g} s for all tests are over" for reason in reasons
+            ]
+            break
+        report = running.run(
+            given, seconds=time_limit, wall_seconds=min(left, sandboxes.PATIENCE * time_limit)
+        )
+        late |= report.status == "timeout"
+        for reading, expected in enumerate(tests.readings(wanted)):
+            failure = _failure(report, expected, bool(tests.function))
+            passed[reading] += not failure
+            if failure:
+                reasons[reading] = reasons[reading] or f"test {index}: {failure}"
+        if score == "binary" and all(reasons):
+            break
+    best = max(range(readings), key=passed.__getitem__)
+    parts: dict[str, float | str] = {"passed": passed[best], "tests": len(cases)}
+    if passed[best] == len(cases):
+        return Verdict(1.0, "pass", parts)
+    reward = passed[best] / len(cases) if score == "fraction" else 0.0
+    return Verdict(reward, "timeout" if late else "wrong", parts | {"reason": reasons[best]})
 
 
 def _failure(report: sandboxes.Report, expected: Any, function: bool) -> str:

@@ -15,32 +15,38 @@ class ProblemTests:
     Attributes:
       function: the function to call; empty: the program reads stdin and prints.
       cases: (stdin, stdout) texts; of a function, (tuple of arguments, value) of builtin types.
+      wrapped: whether every value is a list of one item. Some data sets keep each value in such a list, so a function
+        that returns the items themselves may be right too; see `readings`.
     """
 
     function: str
     cases: tuple[tuple[Any, Any], ...]
+    wrapped: bool = False
+
+    def readings(self, wanted: Any) -> tuple[Any, ...]:
+        """The values that a test may stand for. A program must meet the same reading in all of its tests."""
+        return (wanted, _integer_keys(wanted[0])) if self.wrapped else (wanted,)
 
 
-def read_tests(stored: Any) -> ProblemTests:
+def read_tests(stored: Any, metadata: Any = None) -> ProblemTests:
     """Tests as data sets keep them, an object or its JSON text.
 
     - PRIME, CodeContests: `{"inputs": [...], "outputs": [...]}`, stdin and stdout as text or lists of lines.
     - the same with `"fn_name"`: an input is text with one argument a line, and its output a text, in JSON or, where
       that does not parse, as Python literals (for tuples and sets); or an input is the list of arguments, and its
-      output the value itself.
+      output the value itself, or in all tests a list that holds the value alone (`[[0], [1]]` for 0 and 1).
     - Codeforces: `[{"input": ..., "output": ...}, ...]`.
+    - LiveCodeBench: the same with `"testtype"`, `stdin` or `functional`. The function of the latter is named by
+      `func_name` in the metadata of the row or of the tests.
+
+    Args:
+      stored: the tests.
+      metadata: that of the row, an object or its JSON text; None where it has none.
 
     Raises:
       ValueError, TypeError: saying what is wrong.
     """
-    if isinstance(stored, str):
-        stored = json.loads(stored)
-    if isinstance(stored, Sequence):
-        if not all(isinstance(test, Mapping) and {"input", "output"} <= set(test) for test in stored):
-            raise ValueError("tests: a list has to hold objects with input and output")
-        stored = {key + "s": [test[key] for test in stored] for key in ("input", "output")}
-    if not isinstance(stored, Mapping) or not {"inputs", "outputs"} <= set(stored):
-        raise ValueError(f"tests have no inputs and outputs: {str(stored)[:60]}")
+    stored = as_columns(stored, metadata)
     inputs, outputs = stored["inputs"], stored["outputs"]
     if not isinstance(inputs, Sequence) or not isinstance(outputs, Sequence):
         raise ValueError("tests: inputs and outputs have to be lists")
@@ -53,7 +59,48 @@ def read_tests(stored: Any) -> ProblemTests:
     cases = tuple(read(given, wanted) for given, wanted in zip(inputs, outputs))
     if not function and not any(wanted.strip() for _, wanted in cases):
         raise ValueError("tests: no output is expected, so a program that does nothing would pass")
-    return ProblemTests(function, cases)
+    wrapped = all(isinstance(wanted, list | tuple) and len(wanted) == 1 for wanted in outputs)
+    return ProblemTests(function, cases, bool(function) and wrapped)
+
+
+def as_columns(stored: Any, metadata: Any = None) -> dict[str, Any]:
+    """Tests as one object with `inputs`, `outputs` and, where they call a function, its name as `fn_name`.
+
+    Args, Raises: see `read_tests`.
+    """
+    if isinstance(stored, str):
+        stored = json.loads(stored)
+    if isinstance(stored, Sequence):
+        if not all(isinstance(test, Mapping) and {"input", "output"} <= set(test) for test in stored):
+            raise ValueError("tests: a list has to hold objects with input and output")
+        columns: dict[str, Any] = {key + "s": [test[key] for test in stored] for key in ("input", "output")}
+        metadata = [metadata, *(test.get("metadata") for test in stored)]
+        names = {name for name in map(_func_name, metadata) if name}
+        kinds = {str(test.get("testtype") or ("functional" if names else "stdin")) for test in stored}
+        if not (kinds <= {"stdin"} or kinds == {"functional"}):
+            raise ValueError(
+                f"tests: testtype has to be stdin or functional throughout, not {', '.join(sorted(kinds))}"
+            )
+        if kinds == {"functional"}:
+            if len(names) != 1:
+                raise ValueError(
+                    "tests: testtype is functional, but metadata.func_name does not name one function"
+                )
+            columns["fn_name"] = names.pop()
+        return columns
+    if not isinstance(stored, Mapping) or not {"inputs", "outputs"} <= set(stored):
+        raise ValueError(f"tests have no inputs and outputs: {str(stored)[:60]}")
+    return dict(stored)
+
+
+def _func_name(metadata: Any) -> str:
+    if isinstance(metadata, str):
+        try:
+            metadata = json.loads(metadata)
+        except ValueError:
+            return ""
+    name = metadata.get("func_name") if isinstance(metadata, Mapping) else None
+    return name if isinstance(name, str) else ""
 
 
 def _lines(given: Any, wanted: Any) -> tuple[str, str]:
@@ -72,21 +119,24 @@ def _call(given: Any, wanted: Any) -> tuple[tuple[Any, ...], Any]:
     if not isinstance(given, str):
         if not isinstance(given, list | tuple):
             raise ValueError(f"tests: arguments have to be a list, not {str(given)[:60]}")
-        return tuple(given), wanted
+        return tuple(map(_integer_keys, given)), _integer_keys(wanted)
     arguments = [_literal(line) for line in given.split("\n") if line.strip()]
     return tuple(arguments), _literal(wanted) if isinstance(wanted, str) else wanted
 
 
 def _literal(text: str) -> Any:
     try:
-        value = json.loads(text)
+        return _integer_keys(json.loads(text))
     except ValueError:
         try:
             return ast.literal_eval(text.strip())
         except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
             raise ValueError(f"tests: neither JSON nor a Python literal: {text[:60]}") from None
-    # JSON has text as keys alone; where all are integers, PRIME takes them for integers.
-    if isinstance(value, dict) and value and all(re.fullmatch(r"-?[0-9]{1,18}", key) for key in value):
+
+
+def _integer_keys(value: Any) -> Any:
+    """JSON has text as keys alone; where all keys of an object are integers, PRIME takes them for integers."""
+    if isinstance(value, dict) and value and all(re.fullmatch(r"-?[0-9]{1,18}", str(key)) for key in value):
         return {int(key): item for key, item in value.items()}
     return value
 

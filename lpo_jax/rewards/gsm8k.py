@@ -2,8 +2,9 @@
 
 robust (default): the last line that begins with `####` and a number, wherever it is in the response and
   whatever is around the number: `#### 1,000`, `#### $18`, `####18`, `#### 18.00`, `#### **18**`,
-  `#### \\boxed{18}`, `#### 18 dollars`, `#### 3 * 6 = 18`, `#### Answer: 18`. Numbers are compared exactly.
-  Without any such line the last box counts.
+  `#### \\boxed{18}`, `#### 18 dollars`, `#### 3 * 6 = 18`, `#### Answer: 18`, `#### 17 1/2`, `#### 17½`. Numbers are
+  compared exactly. Where what follows makes another number of it (`18 000`, `18 or 19`, `18²`, `18 \\cdot 2`,
+  `18 million`) the line holds no number. Without any such line the last box counts.
 strict, flexible: as verl scores them, false negatives included: they see the last 300 characters alone and
   compare strings. Strict wants `#### ` and digits right behind it, flexible takes the last number of all.
   References: Cobbe et al., "Training Verifiers to Solve Math Word Problems" (2021); verl,
@@ -12,6 +13,7 @@ strict, flexible: as verl scores them, false negatives included: they see the la
 
 import math
 import re
+import unicodedata
 from collections.abc import Callable, Mapping
 from fractions import Fraction
 from typing import Any
@@ -24,17 +26,37 @@ MODES = ("robust", "strict", "flexible")
 TAIL = 300  # characters that verl looks at
 MAX_CHARS = 200  # of a line that robust looks at
 
-_MARKUP = re.compile(r"\\[A-Za-z]+|[$*{}\\£€~]")
+_SIGNS = {
+    code: f" {unicodedata.normalize('NFKC', chr(code))}"  # ½ as 1/2, apart from a whole number in front of it
+    for code in (*range(0xBC, 0xBF), *range(0x2150, 0x215F), 0x2189)
+}
+_SIGNS = {code: text.replace("\u2044", "/") for code, text in _SIGNS.items()}
+_SIGNS |= {ord(sign): "/" for sign in "\u2044\u2215"} | {
+    ord(sign): "-" for sign in "\u2212\u2013\u2010\u2011"
+}
+_COMMA = re.compile(r"\\,|\{,\}")
 _FRACTION = re.compile(r"\\[dt]?frac\s*\{([0-9]+)\}\s*\{([0-9]+)\}")
-# A word and a colon may stand in front, a unit behind; arithmetic, a range or a second guess behind is no number.
+# What changes the look of a number and not its value. Other commands stay, so that \sqrt{18} is not 18.
+_MARKUP = re.compile(
+    r"\\(?:text(?:bf|it|rm|normal)?|math(?:bf|it|rm)|mbox|boxed|fbox|bf|quad|qquad|displaystyle|left|right|circ|degree"
+    r"|approx|therefore|implies|[rR]ightarrow)(?![A-Za-z])|\\(?![A-Za-z])|[$*{}£€~]"
+)
+_LEAD = r"[^A-Za-z\d.+\-√∛∜≠¹²³⁰⁴-⁹]*"
+_UNSIGNED = r"(?:[0-9][0-9,]*\s+[0-9]+\s*/\s*[0-9]+|(?:[0-9][0-9,]*(?:\.[0-9]*)?|\.[0-9]+)(?:\s*/\s*[0-9]+)?)"
+# A word and a colon may stand in front, a unit behind. Behind these it is another number, or not a single one: more
+# digits, arithmetic, a range, a list, a second guess, a word for a power of ten, a half.
+_OTHER = (
+    r"\s*\d|\.\d|[_'’]\d|[eE][+-]?\d|\([0-9.+-]|[¹²³⁰⁴-⁹₀-₉]|\s*[\\√∛∜π]"
+    r"|\s*(?:[-+*/^:;&|×÷·⋅∙xX—…]|\.{2,}|or|to|and|plus|minus|times|over)\s*[\d(+\-.]"
+    r"|\s*(?:hundred|thousand|[mb]illion|trillion)\b|\s+and\s+(?:a|one|two|three)\s"
+)
 _ANSWER = re.compile(
-    r"[^A-Za-z0-9.+-]*(?:[A-Za-z][A-Za-z ]{0,30}:)?[^A-Za-z0-9.+-]*"
-    r"(?P<number>(?>[+-]?(?:[0-9][0-9,]*(?:\.[0-9]*)?|\.[0-9]+)(?:\s*/\s*[0-9]+)?))"
-    r"(?![0-9]|[eE][+-]?[0-9]|\s*(?:[-+*/^:×]|or|to)\s*[0-9(])"
+    rf"{_LEAD}(?:[A-Za-z][A-Za-z ]{{0,30}}:)?{_LEAD}(?P<number>(?>[+-]?{_UNSIGNED}))(?!{_OTHER})"
 )
 _VALUE = re.compile(
     r"(?P<top>[+-]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)?(?:\.[0-9]*)?)(?:\s*/\s*(?P<bottom>[0-9]+))?"
 )
+_MIXED = re.compile(r"(?P<whole>[+-]?[0-9,]+)\s+(?P<part>[0-9]+\s*/\s*[0-9]+)")
 
 
 def gsm8k(*, mode: str = "robust", format_score: float = 0.0) -> Callable[[str, Mapping[str, Any]], Verdict]:
@@ -58,7 +80,7 @@ def gsm8k(*, mode: str = "robust", format_score: float = 0.0) -> Callable[[str, 
         )
 
     def verify(response: str, example: Mapping[str, Any]) -> Verdict:
-        gold = str(example["answer"]).rpartition("####")[2].strip().replace(",", "")
+        gold = str(example["answer"]).rpartition("####")[2].translate(_SIGNS).strip().replace(",", "")
         expected = _value(gold)
         if expected is None:
             return infrastructure(f"the gold answer is no number: {gold[:200]}")
@@ -82,13 +104,27 @@ def _robust(response: str) -> str | None:
 
 def _number(line: str) -> str | None:
     """The number that a line begins with, or that stands behind its last equals sign."""
-    line = _FRACTION.sub(r"\1/\2", line[:MAX_CHARS].replace("\u2212", "-").replace(r"\,", ","))
-    match = _ANSWER.match(_MARKUP.sub("", line).rpartition("=")[2].strip())
-    return match["number"].rstrip(",") if match else None
+    whole = len(line) <= MAX_CHARS
+    line = _COMMA.sub(",", line[:MAX_CHARS].translate(_SIGNS).replace(r"\!", ""))
+    line = _FRACTION.sub(r" \1/\2 ", line)
+    # A gap stays behind a digit, so that 3*6 and $3$4 do not become 36 and 34.
+    line = _MARKUP.sub(lambda match: " " * line[: match.start()][-1:].isdigit(), line)
+    line = line.rpartition("=")[2].strip()
+    match = _ANSWER.match(line)
+    if not match or (match.end() == len(line) and not whole):  # the cut may have gone through the number
+        return None
+    return match["number"].rstrip(",")
 
 
 def _value(number: str) -> Fraction | None:
     """The exact value of a number as people write it; None for what is none, such as 1,00."""
+    if len(number) > MAX_CHARS:
+        return None
+    if mixed := _MIXED.fullmatch(number):  # 2 1/3
+        whole, part = _value(mixed["whole"]), _value(mixed["part"])
+        if whole is None or part is None or part >= 1:
+            return None
+        return whole - part if number.startswith("-") else whole + part
     match = _VALUE.fullmatch(number)
     if not match or not any(map(str.isdigit, match["top"])):
         return None

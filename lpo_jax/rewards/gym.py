@@ -16,8 +16,11 @@ from lpo_jax.rewards.answers import last_tagged
 from lpo_jax.rewards.limits import OutOfTime, cpu_limit
 from lpo_jax.rewards.verdict import Verdict, as_verdict
 
-CPU_SECONDS = 5.0
-MAX_CHARS = 2000
+CPU_SECONDS = (
+    3.0  # well below the pool's limit on the clock: an answer that takes long is scored, and not masked
+)
+MAX_CHARS = 2000  # of an answer that a scorer evaluates
+MAX_LENGTH = 20_000  # of any answer, in characters; a scorer's time may grow with the square of it
 MAX_DIGITS = 20
 MAX_DEGREE = 1000  # digits grow with the degree: 20,000 are little work
 
@@ -54,6 +57,8 @@ def reasoning_gym(
         if not answer:
             return Verdict(0.0, "malformed", {"reason": "no <answer>...</answer>, or nothing in it"})
         parts: dict[str, float | str] = {"answer": answer[:200]}
+        if len(answer) > MAX_LENGTH:
+            return Verdict(0.0, "wrong", parts | {"reason": f"longer than {MAX_LENGTH:,} characters"})
         if answer != example["answer"]:
             harmless = _arithmetic if symbolic else _literal if evaluates else lambda text: True
             if not harmless(answer):

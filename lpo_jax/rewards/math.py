@@ -25,7 +25,9 @@ from lpo_jax.rewards.structure import Value
 from lpo_jax.rewards.units import clash
 from lpo_jax.rewards.verdict import Verdict, infrastructure
 
-CPU_SECONDS = 1.0  # for one answer; most take microseconds or milliseconds, hard ones a tenth of a second
+# For the comparison in sympy, and half as much before it. Most answers take microseconds or milliseconds, hard ones a
+# tenth of a second.
+CPU_SECONDS = 1.0
 
 _ALTERNATIVES = re.compile(r"\\text\{\s*OR\s*\}")
 
@@ -40,7 +42,7 @@ def math(*, mode: str = "robust", extract: str = "boxed") -> Callable[[str, Mapp
 
     Returns:
       `(response, example) -> Verdict`, reward 1 or 0. Besides `pass` and `wrong`: `malformed` without an answer
-      in that form, `timeout` for one that takes more than 1 s of processor time or too much memory,
+      in that form, `timeout` for one that takes more than 1.5 s of processor time or too much memory,
       `infrastructure` for every response to a row whose gold answer cannot be read (see `parses`; strict, which
       reads nothing, takes any that is not empty).
 
@@ -76,6 +78,11 @@ def math(*, mode: str = "robust", extract: str = "boxed") -> Callable[[str, Mapp
             return Verdict(0.0, "wrong", parts | {"reason": str(error)})
         except (OutOfTime, MemoryError) as error:
             return Verdict(0.0, "timeout", parts | {"reason": str(error) or "out of memory"})
+        except ImportError:
+            raise  # the installation's fault
+        except Exception as error:  # sympy raises many kinds; the answer must not escape its 0 by one of them
+            reason = f"the comparison raised {type(error).__name__}: {error}"[:200]
+            return Verdict(0.0, "wrong", parts | {"reason": reason})
         return Verdict(float(outcome == "pass"), outcome, parts)
 
     return verify
@@ -106,7 +113,6 @@ def _answer_line(response: str) -> str | None:
 
 
 def _same(gold: str, answer: str) -> bool:
-    pairs = [(g, a) for a in structure.read(answer) for g in _gold(gold)]
     undecided: list[bool] = []
 
     def cheaply(g: Value, a: Value) -> bool:
@@ -114,7 +120,8 @@ def _same(gold: str, answer: str) -> bool:
         undecided.append(verdict is None)
         return bool(verdict)
 
-    with cpu_limit(CPU_SECONDS):
+    with cpu_limit(CPU_SECONDS / 2):
+        pairs = [(g, a) for a in structure.read(answer) for g in _gold(gold)]
         if any(structure.same(g, a, cheaply) for g, a in pairs):
             return True
     if not any(undecided):

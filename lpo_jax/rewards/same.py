@@ -14,9 +14,12 @@ import re
 from collections.abc import Mapping, Set
 from typing import Any
 
-_INTEGER = re.compile(r"[+-]?[0-9]+")
-_NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,4})?")
+_INTEGER = re.compile(r"[+-]?[0-9]++")
+_NUMBER = re.compile(r"[+-]?(?:[0-9]++(?:\.[0-9]*+)?|\.[0-9]++)(?:[eE][+-]?[0-9]{1,4})?")
 _MAX_INNER_SET = 1000  # elements; they may be made to collide
+_MAX_MARKUP = (
+    20  # characters of JSON for one of Python's: a sign beyond Unicode's first plane takes 12, 1j takes 11
+)
 _EXACT_DIGITS = 15  # integers of so many digits are exact as floats
 
 
@@ -71,6 +74,8 @@ def same_result(claim: bytes, expected: Any) -> bool:
       expected: a value of builtin types.
     """
     try:
+        if len(claim) > _MAX_MARKUP * len(repr(expected)) + 1000:
+            return False  # much longer than the JSON of any value that is the same
         return _same(json.loads(claim), expected)
     except (ValueError, TypeError, KeyError, IndexError, RecursionError, OverflowError):
         return False

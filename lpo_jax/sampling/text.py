@@ -3,7 +3,7 @@
 import collections
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ Prompt = str | Sequence[dict[str, str]]
 
 @dataclasses.dataclass(frozen=True)
 class Generated(Responses):
-    """`Responses` and their texts `[P][K]`, special tokens left out."""
+    """`Responses` and their texts `[P][K]`; see `response_text`."""
 
     texts: list[list[str]]
 
@@ -68,7 +68,7 @@ def generate(
         stop=stop,
     )
     texts = [
-        [tokenizer.decode(responses.ids(p, k), skip_special_tokens=True) for k in range(num_responses)]
+        [response_text(tokenizer, responses.ids(p, k), model.eos_ids) for k in range(num_responses)]
         for p in range(len(ids))
     ]
     return Generated(**vars(responses), texts=texts)
@@ -90,6 +90,24 @@ def encode(tokenizer: Any, prompt: Prompt) -> list[int]:
         list(prompt), tokenize=False, add_generation_prompt=not continued, continue_final_message=continued
     )
     return tokenizer.encode(text, add_special_tokens=False)
+
+
+def response_text(tokenizer: Any, ids: Sequence[int], eos_ids: Collection[int]) -> str:
+    """The text of a response, as verifiers judge it and as it is shown and recorded.
+
+    End tokens and padding at its end are left out. All other special tokens stay, because a tokenizer may have the
+    tags that a verifier looks for, such as `<answer>` or `<think>`, among them.
+
+    Args:
+      tokenizer: of the model.
+      ids: what was sampled, with or without its end token; or an encoded solution.
+      eos_ids: every id that ends a response of the model.
+    """
+    ends = {*eos_ids, getattr(tokenizer, "pad_token_id", None)}
+    length = len(ids)
+    while length and ids[length - 1] in ends:
+        length -= 1
+    return tokenizer.decode(ids[:length], skip_special_tokens=False)
 
 
 def prompt_ids(ids: Sequence[Sequence[int]]) -> np.ndarray:

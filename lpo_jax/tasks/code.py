@@ -1,16 +1,20 @@
 """Programming problems with tests, from files in the shapes that are about.
 
-PRIME's and its relatives' (see `lpo_jax.rewards.code_tests`), under `tests` or verl's `reward_model.ground_truth`; and
-tests that are programs: LeetCode's `{"functional": "def check(candidate): assert ..."}`, HumanEval's `test` with its
-`entry_point`, and MBPP's `test_list`. Their assertions are read as examples of input and output, never run.
+PRIME's, LiveCodeBench's and their relatives' (see `lpo_jax.rewards.code_tests`), under `tests` or verl's
+`reward_model.ground_truth`; and tests that are programs: LeetCode's `{"functional": "def check(candidate): ..."}`,
+HumanEval's `test` with its `entry_point`, and MBPP's `test_list`. Their assertions are read as examples of input and
+output, never run.
 """
 
+import contextlib
+import json
 from collections.abc import Mapping
 from typing import Any
 
 from lpo_jax.errors import UserError
 from lpo_jax.rewards import VerifierSpec
-from lpo_jax.rewards.code_tests import asserts_to_tests, read_tests
+from lpo_jax.rewards.answers import last_program
+from lpo_jax.rewards.code_tests import as_columns, asserts_to_tests, read_tests
 from lpo_jax.tasks.prepared import Recipe, Unusable
 from lpo_jax.tasks.splits import check_fields, field, splits, squeezed, text
 from lpo_jax.tasks.task import Row, Task
@@ -59,7 +63,11 @@ def code(
             problem = (
                 f"{problem}\n{tests[0]}"  # MBPP's problem does not name the function; its first test does
             )
-        return {"problem": problem, "tests": _tests(tests, row.get("entry_point")), "solution": solution}
+        tests = _tests(tests, row.get("entry_point"), row.get("metadata"))
+        starter = row.get("starter_code")
+        if tests.get("fn_name") and isinstance(starter, str) and starter.strip() not in problem:
+            problem = f"{problem}\n{starter}"  # LiveCodeBench's problem does not name the function either
+        return {"problem": problem, "tests": tests, "solution": solution}
 
     columns = {"problem": "text", "tests": "json", "solution": "text"}
     recipe = Recipe("code", columns, convert, lambda row: squeezed(row["problem"]), {"fields": fields})
@@ -68,8 +76,8 @@ def code(
     return Task("code", rows.train, rows.heldout, ask, verifier, _solve, rows.about)
 
 
-def _tests(stored: Any, entry_point: str | None) -> Any:
-    """Tests as the verifier reads them.
+def _tests(stored: Any, entry_point: str | None, metadata: Any) -> dict[str, Any]:
+    """Tests as the verifier reads them without the rest of the row.
 
     Raises:
       Unusable: if it cannot, or an assertion is no example of input and output.
@@ -86,20 +94,32 @@ def _tests(stored: Any, entry_point: str | None) -> Any:
         if stored is None:
             raise Unusable("not every test is an example of input and output")
     try:
-        read_tests(stored)
-    except (ValueError, TypeError) as error:
+        columns = as_columns(stored, metadata)
+        read_tests(columns)
+    except (ValueError, TypeError, RecursionError) as error:
         raise Unusable(str(error)) from None
-    return stored
+    return columns
 
 
 def _solution(row: Row, fields: Mapping[str, str]) -> str:
+    """The row's program, the first where it has several; without the fences of a Markdown block."""
     try:
         solution = field(row, "solution", _SOLUTION, fields)
     except UserError:
         if "solution" in fields:
             raise
         return ""
-    return text(solution, "solution") if isinstance(solution, str) and solution.strip() else ""
+    if isinstance(solution, str) and solution.lstrip().startswith(
+        "["
+    ):  # TACO's list of programs is a JSON text
+        with contextlib.suppress(ValueError, RecursionError):
+            solution = json.loads(solution)
+    if isinstance(solution, list) and solution:
+        solution = solution[0]
+    if not isinstance(solution, str) or not solution.strip():
+        return ""
+    solution = text(solution, "solution")
+    return last_program(solution) or "" if "```" in solution else solution
 
 
 def _solve(row: Row) -> str | None:

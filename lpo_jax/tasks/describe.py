@@ -1,51 +1,91 @@
 """What a task's data is, for the eye before anything is trained on it: `lpo data`."""
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from lpo_jax.rewards import Verdict, VerifierPool
 from lpo_jax.tasks.task import Prompt, Row, Task
+
+_JUDGED = 256  # solutions that are judged together
+_NAMED = 5  # rows whose solution fails that are shown
 
 
 def describe(
     task: Task,
     encode: Callable[[Prompt], list[int]] | None = None,
     decode: Callable[[list[int]], str] | None = None,
+    written: Callable[[Row], str] | None = None,
+    pool: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Counts, the content hash, and the first row as the model and the verifier see it.
 
     Args:
-      task: the task; all its rows are read.
+      task: the task; all its rows are read, and every solution is judged.
       encode, decode: a tokenizer's, chat template included. Without them lengths are in characters, and messages are
         shown as they are.
+      written: the row's solution as the verifier sees it once a model has written it; by default the solution itself.
+      pool: options of the `VerifierPool` that judges the solutions.
 
     Returns:
       JSON values. By split: `rows`, `different_prompts`, `longest_prompt` and `mean_prompt` (in `unit`),
-      `with_solution`, and what became of the files' rows (`prepared.prepare`). For both: `content_hash`, `overlap`
-      (held-out prompts that are trained on too), `verifier` with its options, and of the first row `prompt`, `row`,
-      and `solution` with its `verdict`.
+      `with_solution`, `solution_fails` (rows whose own solution the verifier does not pass) with the first ones and
+      the reasons in `first_failing`, and what became of the files' rows (`prepared.prepare`). For both:
+      `content_hash`, `overlap` (held-out prompts that are trained on too), `verifier` with its options, and of the
+      first row `prompt`, `row`, and `solution` with its `verdict`.
+
+    Raises:
+      UserError: if the verifier cannot be started.
     """
     encode, unit = (encode, "tokens") if encode else (str, "characters")
-    decode = decode or str
+    decode, written = decode or str, written or task.solution
+    splits = {"train": task.train, "heldout": task.heldout}
     summaries, prompts = {}, {}
-    for name, rows in (("train", task.train), ("heldout", task.heldout)):
+    for name, rows in splits.items():
         summaries[name], prompts[name] = _split(task, rows, encode)
-        summaries[name] |= task.about.get(name, {})
+    first = task.train[0] if len(task.train) else task.heldout[0]
+    solution = task.solution(first)
+    if any(summary["with_solution"] for summary in summaries.values()):
+        with VerifierPool(task.verifier, **(pool or {})) as judges:
+            for name, rows in splits.items():
+                summaries[name] |= _failing(task, rows, written, judges)
+            if solution is not None:
+                solution = written(first)
+                (verdict,) = judges.verify([solution], [first])
     summary = {
         "task": task.name,
         "content_hash": task.content_hash,
         "verifier": {"name": task.verifier.source, **task.verifier.options},
         "prefill": task.prefill,
         "unit": unit,
-        **summaries,
+        **{name: summary | task.about.get(name, {}) for name, summary in summaries.items()},
         "overlap": sum(prompt in prompts["train"] for prompt in prompts["heldout"]),
     }
-    first = task.train[0] if len(task.train) else task.heldout[0]
-    solution = task.solution(first)
     summary |= {"prompt": decode(encode(task.prompt(first))), "row": dict(first), "solution": solution}
     if solution is not None:
-        verdict = task.verifier.load()(solution, first)
         summary["verdict"] = {"outcome": verdict.outcome, "reward": verdict.reward, **verdict.parts}
     return summary
+
+
+def _failing(
+    task: Task, rows: Sequence[Row], written: Callable[[Row], str], judges: VerifierPool
+) -> dict[str, Any]:
+    """How many rows have a solution that their verifier does not pass, and the first of them with the reason."""
+    failing, first = 0, []
+    solved = ((index, row) for index, row in enumerate(rows) if task.solution(row) is not None)
+    while some := list(itertools.islice(solved, _JUDGED)):
+        verdicts = judges.verify([written(row) for _, row in some], [row for _, row in some])
+        for (index, _), verdict in zip(some, verdicts):
+            if verdict.outcome != "pass":
+                failing += 1
+                first.append(f"row {index}: {_why(verdict)}")
+        first = first[:_NAMED]
+    return {"solution_fails": failing, "first_failing": first}
+
+
+def _why(verdict: Verdict) -> str:
+    known = verdict.parts.get("reason") or f"reward {verdict.reward:g}"
+    return f"{verdict.outcome} ({known})"
 
 
 def _split(
@@ -57,11 +97,8 @@ def _split(
         prompt = task.prompt(row)
         length = len(encode(prompt))
         prompts.add(hash(str(prompt)))
-        longest, total, solved = (
-            max(longest, length),
-            total + length,
-            solved + (task.solution(row) is not None),
-        )
+        longest, total = max(longest, length), total + length
+        solved += task.solution(row) is not None
     return {
         "rows": len(rows),
         "different_prompts": len(prompts),
@@ -74,7 +111,8 @@ def _split(
 def lines(summary: dict[str, Any]) -> list[str]:
     """A description as text, a table of the splits first."""
     splits = [summary["train"], summary["heldout"]]
-    names = [name for name in dict.fromkeys([*splits[0], *splits[1]]) if name != "first_skipped"]
+    named = ("first_skipped", "first_failing")
+    names = [name for name in dict.fromkeys([*splits[0], *splits[1]]) if name not in named]
     verifier = {**summary["verifier"]}
     table = [
         ("", "train", "held-out"),
@@ -89,6 +127,11 @@ def lines(summary: dict[str, Any]) -> list[str]:
         "",
         *(f"{name.replace('_', ' '):<20}{train:>12}{heldout:>12}" for name, train, heldout in table),
         *(f"skipped: {place}" for split in splits for place in split.get("first_skipped", ())),
+        *(
+            f"solution fails: {name} {place}"
+            for name, split in zip(table[0][1:], splits)
+            for place in split.get("first_failing", ())
+        ),
         f"(lengths in {summary['unit']})",
         "",
         "first prompt:",
@@ -100,7 +143,7 @@ def lines(summary: dict[str, Any]) -> list[str]:
     if summary["solution"] is not None:
         verdict = summary["verdict"]
         shown += [
-            f"its solution (judged {verdict['outcome']}, reward {verdict['reward']:g}):",
+            f"its solution (judged {verdict['outcome']}, reward {verdict['reward']:g}), as the verifier sees it:",
             summary["solution"],
         ]
     return shown

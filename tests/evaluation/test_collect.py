@@ -28,6 +28,7 @@ class Endings:
 
     order: list[tuple[int, int]]
     seconds: float
+    eos_ids: tuple[int, ...] = ()
 
     def __call__(self, weights, prompts, lengths, ids, *, on_end, **options):
         tokens = 10 * np.arange(len(prompts))[:, None] + np.arange(K)

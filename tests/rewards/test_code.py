@@ -131,6 +131,17 @@ threading.Thread(target=main).start()
         ("```pythonic\na\n```", None),
         ("no code", None),
         ("```python\n \n```", None),
+        (
+            '```python\ndef f():\n    """\n    ```\n    f()\n    ```\n    """\n```\nDone.',
+            'def f():\n    """\n    ```\n    f()\n    ```\n    """\n',
+        ),
+        ("```python\ns = '''\n```python\nx\n```\n'''\n```", "s = '''\n```python\nx\n```\n'''\n"),
+        ('```python\nr"""\\"""\n```\n"""\n```', 'r"""\\"""\n```\n"""\n'),
+        ("```python\n# '''\na = \"'''\"\n```\n'''\n```", "# '''\na = \"'''\"\n"),
+        ('```python\nx = """a\n```\nSo:\n```python\ny = """b"""\n```', 'y = """b"""\n'),  # never closed there
+        ('```python\nx = """a\n```\nSo:\n```python\ny\n```', "y\n"),
+        ("```python\na\n```python\nb\n```", "b\n"),  # the first was not closed
+        ("- so:\n  ```python\n  if a:\n      b\n  ```", "if a:\n    b\n"),
         ("print(1)", None),
     ],
 )
@@ -162,9 +173,56 @@ def test_shapes_of_tests():
     assert read_tests(raw).cases == ((("1", 2), "3"),)  # the value itself, and no text of it
 
 
+@confined
+@pytest.mark.parametrize(
+    ("body", "outputs", "passed"),
+    [
+        ("n % 2", [[1], [0], [1]], 3),  # PRIME's: each value in a list
+        ("[n % 2]", [[1], [0], [1]], 3),  # a function that returns lists looks the same
+        ("1", [[1], [0], [1]], 2),
+        ("[n % 2] if n == 3 else n % 2", [[1], [0], [1]], 2),  # one convention in all tests
+        ("n % 2", [[1], [0], [1, 1]], 0),  # not a list of one in all tests
+        ("[n % 2]", [1, 0, 1], 0),
+        ("[[n]]", [[[3]], [[4]], [[5]]], 3),
+        ("[n]", [[[3]], [[4]], [[5]]], 3),
+        ("n", [[[3]], [[4]], [[5]]], 0),
+        ("{1: n}", [[{"1": 3}], [{"1": 4}], [{"1": 5}]], 3),
+    ],
+)
+def test_values_that_a_data_set_keeps_in_lists_of_one(body, outputs, passed):
+    for score in ("fraction", "binary"):
+        tests = {"fn_name": "f", "inputs": [[3], [4], [5]], "outputs": outputs}
+        verdict = judge(f"def f(n): return {body}", tests, score=score)
+        assert verdict.reward == (passed / 3 if score == "fraction" else passed == 3)
+
+
+def test_a_text_is_the_value_itself():
+    tests = read_tests({"fn_name": "f", "inputs": ["3"], "outputs": ["[3]"]})
+    assert not tests.wrapped and tests.readings(tests.cases[0][1]) == ([3],)
+
+
+@confined
+@pytest.mark.parametrize("where", ["the row", "the tests"])
+def test_functional_tests_of_live_code_bench(where):
+    tests = [
+        {"input": '[1, 2]\n"a"', "output": '[3, "a"]', "testtype": "functional"},
+        {"input": '[5]\n"b"', "output": '[5, "b"]', "testtype": "functional"},
+    ]
+    metadata = json.dumps({"func_name": "f"})
+    row = {"tests": tests, "metadata": metadata}
+    if where == "the tests":
+        row = {"tests": json.dumps([{**test, "metadata": {"func_name": "f"}} for test in tests])}
+    verify = rewards.get("code")
+    right = "class Solution:\n    def f(self, a: List[int], b: str):\n        return [sum(a), b]"
+    assert verify(block(right), row).outcome == "pass"
+    assert verify(block(right.replace("sum(a)", "3")), row).reward == 0.5
+
+
 @pytest.mark.parametrize(
     ("tests", "message"),
     [
+        ([{"input": "1", "output": "1", "testtype": "functional"}], "metadata.func_name does not name one"),
+        ([{"input": "1", "output": "1", "testtype": "other"}], "stdin or functional throughout, not other"),
         ({}, "no inputs and outputs"),
         ([], "0 inputs and 0 outputs"),
         ([{"input": "1"}], "objects with input and output"),
@@ -266,6 +324,10 @@ def test_same_output(printed, expected, same):
         (b"x", b"x", True),
         (1j, 1j, True),
         ([[]], [], False),
+        (["💥" * 200] * 9 + [1j] * 99, ["💥" * 200] * 9 + [1j] * 99, True),
+        ([1.0000000000000002] * 999, [1.0] * 999, True),
+        ([{}, set(), frozenset()] * 99, [{}, set(), frozenset()] * 99, True),
+        ([1] * 9999, [1], False),
     ],
 )
 def test_same_result(value, expected, same):

@@ -52,6 +52,96 @@ def test_modes(response, robust, strict, flexible):
         assert grade(response, mode).reward == float(expected), mode
 
 
+@pytest.mark.parametrize(
+    ("answer", "gold"),
+    [
+        ("3 1/2", "3"),
+        ("2 2/3", "2"),
+        ("3½", "3"),
+        ("1 234", "1"),
+        ("12 34", "12"),
+        ("\\boxed{3 1/2}", "3"),
+        ("3*6", "36"),
+        ("3\\times6", "36"),
+        ("3\\cdot 6", "3"),
+        ("\\sqrt{18}", "18"),
+        ("√18", "18"),
+        ("18~20", "1820"),
+        ("18–20", "18"),
+        ("18, 19", "18"),
+        ("18²", "18"),
+        ("18(2)", "18"),
+        ("18 x 2", "18"),
+        ("3\\frac{1}{2}", "15.5"),
+        ("3 thousand", "3"),
+        ("3 and a half", "3"),
+        ("18\\sqrt{2}", "18"),
+        ("1_000", "1"),
+        ("1'000", "1"),
+        ("18." + "0" * 300 + "1", "18"),
+        ("18\\pi", "18"),
+        ("–18", "18"),
+        ("3.5.2", "3.5"),
+        ("18 and 19", "18"),
+        ("$3$4", "34"),
+        ("18٣", "18"),
+        ("٣18", "18"),
+        ("3 5/2", "3"),
+        ("-2 1/2", "-1.5"),
+        ("1\u202f234", "1"),
+        ("18;19", "18"),
+        ("18...20", "18"),
+        ("2^{3}", "2"),
+        ("18 / 1 2", "18"),
+        ("2 1/2 3", "2.5"),
+    ],
+)
+def test_a_part_of_a_number_is_not_the_number(answer, gold):
+    for response in (f"#### {answer}", rf"\boxed{{{answer}}}"):
+        assert grade(response, gold=gold).outcome != "pass"
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold"),
+    [
+        ("3 1/2", "3.5"),
+        ("3½", "7/2"),
+        ("½", "0.5"),
+        ("-2 1/2", "-2.5"),
+        ("3\\frac{1}{2}", "3.5"),
+        ("1\\,000", "1000"),
+        ("1{,}000", "1000"),
+        ("1,\\!000", "1000"),
+        ("18 \\text{ dollars}", "18"),
+        ("$\\$18$", "18"),
+        ("-\\$5.50", "-5.5"),
+        ("18\\%", "18"),
+        ("18\\\\", "18"),
+        ("≈ 18", "18"),
+        ("\\approx 18", "18"),
+        ("=> 18", "18"),
+        ("答案：18", "18"),
+        ("18 (6 x 3)", "18"),
+        ("18 dollars", "18"),
+        ("\\textbf{18}", "18"),
+        ("18 quarters", "18"),
+        ("18.", "18"),
+        ("–18", "-18"),
+        ("1⁄2", "0.5"),
+        ("2 2/3", "2 2/3"),
+        ("18 to his friends", "18"),
+        ("18 over budget", "18"),
+        ("18 and done", "18"),
+        ("$18.", "18"),
+        ("18/hour", "18"),
+        ("$18 - done", "18"),
+    ],
+)
+def test_mixed_numbers_and_what_may_stand_around_a_number(answer, gold):
+    assert grade(f"#### {answer}", gold=gold).outcome == "pass"
+    assert grade(f"#### {answer}", gold="7").outcome == "wrong"
+
+
 def test_thousands():
     assert grade("#### 1,000", gold="1000").outcome == "pass"
     assert grade("#### 1,000", "strict", gold="1000").outcome == "pass"

@@ -5,12 +5,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import character_tokenizer
 
 from lpo_jax.errors import UserError
 from lpo_jax.models import decoder
 from lpo_jax.sampling import Sampler, Sampling, schedule
 from lpo_jax.sampling.padding import bucket, pad_prompts
-from lpo_jax.sampling.text import encode, prompt_ids
+from lpo_jax.sampling.text import encode, prompt_ids, response_text
 
 P, K, T = 4, 3, 12
 PROMPTS = [[5], [9, 30, 11, 7, 8, 40, 3], [12, 13, 14], [20, 21, 22, 23, 24]]
@@ -36,6 +37,19 @@ def teacher_forced(config, params, prompt, response, temperature=1.0):
     ids = jnp.array([prompt + response])
     logp = jax.nn.log_softmax(decoder.logits(config, params, ids) / temperature)[0]
     return logp[jnp.arange(len(prompt) - 1, ids.shape[1] - 1), jnp.array(response)]
+
+
+def test_response_text_keeps_special_tokens_but_ends_and_padding_at_its_end():
+    tokenizer = character_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<answer>", "</answer>"]})
+    tag, close = tokenizer.convert_tokens_to_ids(["<answer>", "</answer>"])
+    pad, end, unknown = 0, 1, 2
+    digits = tokenizer.encode("35", add_special_tokens=False)
+    text = lambda ids, eos=(end,): response_text(tokenizer, ids, eos)  # noqa: E731
+    assert text([tag, *digits, close, end]) == text([tag, *digits, close]) == "<answer>35</answer>"
+    assert text([*digits, close, end], (end, close)) == "35"  # a model may end with several
+    assert text([*digits, pad, unknown, *digits, end, pad, pad]) == "35<pad><unk>35"
+    assert text([end]) == text([]) == ""
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
@@ -175,7 +189,7 @@ def test_generate_texts(tiny_model):
     prompts = ["say xx1", "say 23", "say xx1"]
     got = model.generate(prompts, num_responses=2, max_tokens=8, seed=5)
     assert got.tokens.shape[:2] == (3, 2) and len(got.texts) == 3 and got.finished.shape == (3, 2)
-    assert got.texts[0][0] == model.tokenizer.decode(got.ids(0, 0), skip_special_tokens=True)
+    assert got.texts[0][0] == response_text(model.tokenizer, got.ids(0, 0), model.eos_ids)
     assert got.texts[0] != got.texts[2]  # the same prompt twice draws twice
     alone = model.generate(prompts[1:2], num_responses=2, max_tokens=8, seed=5)
     assert alone.texts[0] == got.texts[1]

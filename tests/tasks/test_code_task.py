@@ -53,6 +53,18 @@ SHAPES = {
     "LeetCode": ({"problem": "Add.", "tests": {"functional": LEETCODE}}, "add", CALL_CASES),
     "HumanEval": ({"prompt": "Add.", "test": HUMANEVAL, "entry_point": "add"}, "add", CALL_CASES),
     "MBPP": ({"text": "Add.", "test_list": ASSERTS}, "add", CALL_CASES),
+    "LiveCodeBench": (
+        {
+            "problem": "Add.",
+            "metadata": '{"func_name": "add"}',
+            "tests": [
+                {"input": "1\n[2]", "output": "3", "testtype": "functional"},
+                {"input": "3\n[4]", "output": "7", "testtype": "functional"},
+            ],
+        },
+        "add",
+        CALL_CASES,
+    ),
 }
 
 
@@ -103,6 +115,22 @@ def test_solutions_are_programs_that_pass(write, shape):
     assert [function(*given) for given, _ in CALL_CASES] == [3, 7]
 
 
+def test_the_starter_code_names_the_function(write):
+    starter = "class Solution:\n    def add(self, a, b):"
+    (row,) = get(write, {**SHAPES["LiveCodeBench"][0], "starter_code": starter}).heldout
+    assert row["problem"] == f"Add.\n{starter}"
+    assert row["tests"] == {"inputs": ["1\n[2]", "3\n[4]"], "outputs": ["3", "7"], "fn_name": "add"}
+
+
+@pytest.mark.parametrize(
+    "stored",
+    ["print(1)", ["print(1)", "print(2)"], json.dumps(["print(1)", "x"]), "So:\n```python\nprint(1)\n```"],
+)
+def test_one_solution_of_many_without_its_fences(write, stored):
+    task = get(write, {"problem": "One.", "tests": STDIN, "solutions": stored})
+    assert task.solution(task.heldout[0]) == "\n```python\nprint(1)\n```"
+
+
 @pytest.mark.parametrize(
     ("tests", "reason"),
     [
@@ -114,6 +142,7 @@ def test_solutions_are_programs_that_pass(write, shape):
         ([], "0 inputs and 0 outputs"),
         ({"outputs": ["1"]}, "no inputs and outputs"),
         ("not json", "Expecting value"),
+        ([{"input": "1", "output": "1", "testtype": "functional"}], "metadata.func_name does not name one"),
     ],
 )
 def test_tests_that_cannot_be_used(write, tests, reason):

@@ -1,12 +1,20 @@
 """What `lpo data` says of a task."""
 
+import dataclasses
 import json
 
+import jax
 import pytest
+import yaml
+from tiny import CONFIG, character_tokenizer
 
 from lpo_jax import tasks
 from lpo_jax.cli import main
+from lpo_jax.models.decoder import init_params
+from lpo_jax.rewards import sandbox
 from lpo_jax.tasks.describe import describe, lines
+
+WHY_NOT = sandbox.why_not("bubblewrap")
 
 GSM8K = [{"question": f"{'x' * n} {n} + 1?", "answer": f"{n}+1\n#### {n + 1}"} for n in range(8)]
 
@@ -62,13 +70,75 @@ def test_command(write, capsys, tmp_path, run_config):
     summary = json.loads(capsys.readouterr().out)
     assert (summary["train"]["rows"], summary["heldout"]["rows"], summary["train"]["skipped"]) == (17, 3, 1)
 
-    import yaml
-
     task = {"name": "jsonl", "path": write("b.jsonl", GSM8K), "prompt": "{question}", "verifier": "gsm8k"}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(run_config(task=task)))
     assert main(["data", str(tmp_path / "config.yaml")]) == 0
     printed = capsys.readouterr().out
     assert "lengths in tokens" in printed and "verifier      gsm8k" in printed
+
+
+def test_every_solution_is_judged_and_the_failing_ones_are_named(write):
+    rows = [{"prompt": f"{n}?", "answer": str(n), "says": str(n - n % 7 // 5)} for n in range(40)]
+    file = write("a.jsonl", rows).removesuffix("a.jsonl") + "task.py"
+    with open(file, "w") as task:
+        task.write(
+            f"rows = {rows}\n"
+            "def dataset(split): return rows[:30] if split == 'train' else rows[30:]\n"
+            "def solution(row): return row['says'] if int(row['answer']) % 2 else None\n"
+            "def verify(response, row):\n"
+            "    if row['answer'] == '5': raise ValueError('not this one')\n"
+            "    return float(response == row['answer'])\n"
+        )
+    summary = describe(tasks.get("python", file=file))
+    fails = [n for n in range(1, 40, 2) if n % 7 // 5 or n == 5]
+    train = summary["train"]
+    assert (train["with_solution"], train["solution_fails"]) == (15, sum(n < 30 for n in fails))
+    assert summary["heldout"]["solution_fails"] == sum(n >= 30 for n in fails)
+    assert train["first_failing"] == [
+        "row 5: infrastructure (verifier raised ValueError: not this one)",
+        *(f"row {n}: wrong (reward 0)" for n in fails[1:5] if n < 30),
+    ]
+    shown = "\n".join(lines(summary))
+    assert f"solution fails: train row {fails[1]}: wrong (reward 0)" in shown
+    assert f"solution fails: held-out row {next(n for n in fails if n >= 30) - 30}: wrong" in shown
+    assert json.loads(json.dumps(summary)) == summary
+
+
+@pytest.mark.skipif(bool(WHY_NOT), reason=f"no bubblewrap here: {WHY_NOT}")
+def test_programs_that_rows_bring_are_run(write):
+    tests = {"inputs": ["1\n", "2\n"], "outputs": ["2\n", "3\n"]}
+    bodies = ["print(int(input()) + 1)", "print(int(input()) + 2)", "print(2)"]
+    rows = [{"problem": f"{n}.", "tests": tests, "solution": body} for n, body in enumerate(bodies)]
+    summary = describe(tasks.get("code", heldout=write("a.json", rows)))
+    assert summary["heldout"]["solution_fails"] == 2
+    assert summary["heldout"]["first_failing"] == [
+        "row 1: wrong (test 1: wrong output)",
+        "row 2: wrong (test 2: wrong output)",
+    ]
+
+
+def test_what_is_judged_is_what_decoding_the_encoded_solution_gives(write, capsys, tmp_path, run_config):
+    """A tokenizer may have the tags among its special tokens, or lack a letter."""
+    from lpo_jax.models.hf import save_hf
+
+    tokenizer = character_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<answer>", "</answer>"]})
+    config = dataclasses.replace(CONFIG, vocab_size=len(tokenizer))
+    save_hf(tmp_path / "tags", config, init_params(config, jax.random.key(0)), tokenizer)
+    file = tmp_path / "task.py"
+    file.write_text(
+        "def dataset(split):\n"
+        "    first, count = {'train': (0, 8), 'heldout': (10, 2)}[split]\n"
+        "    return [{'prompt': f'q{n}', 'answer': 'X' if n == 3 else '7'} for n in range(first, first + count)]\n"
+        "def solution(row): return f\"<answer>{row['answer']}</answer>\"\n"
+        "def verify(response, row): return float(response == solution(row))\n"
+    )
+    values = run_config(model={"path": str(tmp_path / "tags")}, task={"name": "python", "file": str(file)})
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
+    assert main(["data", str(tmp_path / "config.yaml"), "--json"]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert (summary["solution"], summary["verdict"]["outcome"]) == ("<answer>7</answer>", "pass")
+    assert summary["train"]["first_failing"] == ["row 3: wrong (reward 0)"]  # it has no X
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,15 @@ def session(rows, **options):
     task = Task("made", rows, [], lambda row: f"p{row['n']}", None, lambda row: row.get("solution"))
     task = dataclasses.replace(task, verifier=types.SimpleNamespace(prefill=""))
     config = types.SimpleNamespace(seed=3, sampling=types.SimpleNamespace(max_tokens=6, max_prompt_tokens=16))
-    return types.SimpleNamespace(task=task, train_rows=rows, tokenizer=TOKENIZER, config=config, **options)
+    collect = types.SimpleNamespace(text=TOKENIZER.decode)
+    options = {
+        "task": task,
+        "train_rows": rows,
+        "tokenizer": TOKENIZER,
+        "collect": collect,
+        "config": config,
+    } | options
+    return types.SimpleNamespace(**options)
 
 
 def written(ids):

@@ -39,7 +39,7 @@ class StepJudge(Judge):
         low, high = 0, len(ids) - 1
         while low < high:
             middle = (low + high) // 2
-            text = self.session.tokenizer.decode(ids[: middle + 1], skip_special_tokens=True)
+            text = self.session.collect.text(ids[: middle + 1])
             low, high = (low, middle) if len(text) > place else (middle + 1, high)
         return low
 
@@ -101,7 +101,7 @@ class Cuts(RunHook):
                 # Each response draws its own random numbers, whatever its siblings do.
                 rows.append((batch.ids[p] + ((k + 1) << 24), session.train_rows[batch.ids[p]]))
                 prompts.append(batch.prompts[p, : batch.prompt_lengths[p]].tolist() + begun + cue)
-                written.append(session.tokenizer.decode(begun, skip_special_tokens=True) + spec.cue)
+                written.append(session.collect.text(begun) + spec.cue)
             answers = [
                 tools.sample(
                     rows[i : i + P],
