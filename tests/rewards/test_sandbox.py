@@ -68,6 +68,11 @@ def test_attacks_end_as_they_should_and_not_by_accident(attacks, kind):
         ("write outside of /tmp", "changed a file"),
         ("outlive its timeout", "left process"),
         ("read the task's files", None),
+        ("send to a socket of the host", "to a socket of the host"),
+        ("leave a socket behind", "wrote "),
+        ("remove shared memory", "changed shared memory"),
+        ("change a terminal", "changed the settings of a terminal"),
+        ("change attributes of a file", "changed attributes of a file"),
     ],
 )
 def test_the_same_attacks_succeed_without_a_sandbox(tmp_path, monkeypatch, name, harm):
@@ -202,10 +207,13 @@ def test_nothing_outlives_a_runner_that_dies_or_hangs(kind, number, monkeypatch)
         assert _within_five_seconds(lambda: ended(runner))
 
 
+HERE = {"socket_file": "", "shared_memory": 0, "terminal": ""}
+
+
 def lingering():
     """A mark, and a program that stays for ever under it, also when its parent is gone."""
     mark = "m" + secrets.token_hex(5)
-    prelude = red_team.PRELUDE.format(mark=mark, secret_file="", home="", port=0)
+    prelude = red_team.PRELUDE.format(mark=mark, secret_file="", home="", port=0, **HERE)
     return mark, f"{prelude}\nlibc.prctl(1, 0)\n{red_team.LINGER}\nlinger()"
 
 
