@@ -151,6 +151,9 @@ EXPLOITS = {
     "fill the disk": Exploit(
         "for i in range(1000):\n    attempt(lambda: open(f'/tmp/{MARK}{i}', 'wb').write(b'x' * (100 << 20)))"
     ),
+    "a flood of empty files": Exploit(
+        "n = 0\nwhile True:\n    attempt(os.mknod, f'/tmp/{MARK}{n}')\n    n += 1"
+    ),
     "for ever, deaf to signals": Exploit(
         "for number in range(1, 65):\n    attempt(signal.signal, number, signal.SIG_IGN)\nwhile True: pass"
     ),

@@ -1,9 +1,11 @@
 import concurrent.futures
 import os
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 
 import pytest
@@ -133,8 +135,55 @@ print(*os.listdir("/"))
     with Sandbox("bubblewrap", program) as running:
         facts, temporary, folders = running.run("", seconds=5).output.decode().splitlines()
     assert facts == "True True False False False" and temporary == "mine"
-    needed = {path.split("/")[1] for path in (os.path.realpath(sys.base_prefix), sandbox._CHILD)}
+    needed = {path.split("/")[1] for path in (os.path.realpath(sys.base_prefix), sandbox._RUNNER)}
     assert set(folders.split()) <= {"usr", "bin", "lib", "lib32", "lib64", "etc", "dev", "tmp"} | needed
+
+
+@pytest.fixture
+def fresh_command():
+    """The command of bubblewrap is kept between sandboxes; not here."""
+    sandbox._bubblewrap.cache_clear()
+    yield
+    sandbox._bubblewrap.cache_clear()
+
+
+@pytest.mark.parametrize("parent", ["/tmp", "/dev/shm", "/var/tmp"])
+def test_bubblewrap_covers_no_runner_wherever_it_is_installed(monkeypatch, fresh_command, parent):
+    if MISSING["bubblewrap"]:
+        pytest.skip(MISSING["bubblewrap"])
+    with tempfile.TemporaryDirectory(dir=parent) as folder:
+        runner = shutil.copy(sandbox._CHILD, folder)
+        monkeypatch.setattr(sandbox, "_CHILD", runner)
+        assert sandbox.why_not("bubblewrap") == ""
+        with Sandbox(
+            "bubblewrap", "import os\nprint(os.listdir('/tmp'), os.path.exists(input()))"
+        ) as running:
+            assert running.run(folder, seconds=5).output == b"[] False\n"
+
+
+def test_the_number_of_files_is_bounded():
+    """Empty files take no byte of a tmpfs, but a million of them more than 1 GB of the kernel's memory."""
+    if MISSING["bubblewrap"]:
+        pytest.skip(MISSING["bubblewrap"])
+    program = """
+import os, threading
+count, make = input().split()
+def flood(name):
+    for n in range(int(count)):
+        getattr(os, make)(f"/tmp/{name}-{n}")
+threads = [threading.Thread(target=flood, args=(name,)) for name in "ab"]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+print(len(os.listdir("/tmp")))
+"""
+    with Sandbox("bubblewrap", program) as running:
+        assert running.run("2000 mknod", seconds=5).output == b"4000\n"
+    for make in ("mknod", "mkdir"):
+        with Sandbox("bubblewrap", program) as running:
+            report = running.run(f"1000000 {make}", seconds=20)
+            assert (report.status, report.detail) == ("error", "more than 10000 files in /tmp")
+            if make == "mknod":
+                assert running.run("1 mknod", seconds=20).detail.startswith("more than 10000 files")
 
 
 @pytest.mark.parametrize("kind", KINDS)
