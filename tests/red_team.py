@@ -6,10 +6,14 @@ exit before the asserts, raising where nothing is expected), and the usual ways 
 """
 
 import contextlib
+import ctypes
 import dataclasses
+import fcntl
 import os
 import secrets
 import socket
+import tempfile
+import termios
 import threading
 from pathlib import Path
 
@@ -19,8 +23,9 @@ HOME = str(Path(__file__).parents[1])  # the repository
 
 # Set in every attack: where it finds things on the host, and names that it would leave in the process table.
 PRELUDE = """
-import ctypes, ctypes.util, gc, os, signal, socket, sys, threading, time
+import ctypes, ctypes.util, fcntl, gc, os, signal, socket, struct, sys, termios, threading, time
 MARK, SECRET_FILE, HOME, PORT = {mark!r}, {secret_file!r}, {home!r}, {port!r}
+SOCKET_FILE, SHARED_MEMORY, TERMINAL = {socket_file!r}, {shared_memory!r}, {terminal!r}
 libc = ctypes.CDLL(None)
 libc.prctl(15, MARK.encode())  # PR_SET_NAME, which forks inherit
 
@@ -146,6 +151,9 @@ EXPLOITS = {
     "fill the disk": Exploit(
         "for i in range(1000):\n    attempt(lambda: open(f'/tmp/{MARK}{i}', 'wb').write(b'x' * (100 << 20)))"
     ),
+    "a flood of empty files": Exploit(
+        "n = 0\nwhile True:\n    attempt(os.mknod, f'/tmp/{MARK}{n}')\n    n += 1"
+    ),
     "for ever, deaf to signals": Exploit(
         "for number in range(1, 65):\n    attempt(signal.signal, number, signal.SIG_IGN)\nwhile True: pass"
     ),
@@ -179,6 +187,39 @@ EXPLOITS = {
         "    attempt(lambda: os.mkdir(folder + '/' + MARK + '.d'))\n"
         "attempt(os.unlink, SECRET_FILE)\nattempt(os.rename, SECRET_FILE, SECRET_FILE + MARK)\n"
         "attempt(lambda: open(SECRET_FILE, 'w'))"
+    ),
+    "send to a socket of the host": Exploit(
+        "for kind in (socket.SOCK_DGRAM, socket.SOCK_SEQPACKET, socket.SOCK_STREAM):\n"
+        "    for end in attempt(socket.socketpair, socket.AF_UNIX, kind) or ():\n"
+        "        attempt(end.sendto, b'here', SOCKET_FILE)\n"
+        "        attempt(end.sendmsg, [b'here'], [], 0, SOCKET_FILE)\n"
+        "        attempt(end.connect, SOCKET_FILE)\n        attempt(end.send, b'here')"
+    ),
+    "leave a socket behind": Exploit(
+        "for kind in (socket.SOCK_DGRAM, socket.SOCK_SEQPACKET, socket.SOCK_STREAM):\n"
+        "    for end in attempt(socket.socketpair, socket.AF_UNIX, kind) or ():\n"
+        "        attempt(end.bind, f'{os.path.dirname(SECRET_FILE)}/{MARK}-{kind}')"
+    ),
+    "remove shared memory": Exploit(
+        "print(libc.shmctl(SHARED_MEMORY, 0, 0), libc.semctl(0, 0, 0), libc.msgctl(0, 0, 0), libc.mq_unlink(b'/x'))"
+    ),
+    "change a terminal": Exploit(
+        "file = attempt(os.open, TERMINAL, os.O_RDONLY | os.O_NOCTTY)\n"
+        "settings = attempt(termios.tcgetattr, file)\nsettings[3] ^= termios.ECHO\n"
+        "for when in (termios.TCSANOW, termios.TCSADRAIN, termios.TCSAFLUSH):\n"
+        "    attempt(termios.tcsetattr, file, when, settings)\n"
+        "attempt(fcntl.ioctl, file, termios.TIOCSTI, b'x')\n"
+        "attempt(fcntl.ioctl, file, termios.TIOCSWINSZ, struct.pack('4H', 7, 7, 7, 7))"
+    ),
+    "change attributes of a file": Exploit(
+        "file = attempt(os.open, SECRET_FILE, os.O_RDONLY)\n"
+        "flags = bytearray(8)\nattempt(fcntl.ioctl, file, 0x80086601, flags)\n"
+        "attempt(fcntl.ioctl, file, 0x40086602, struct.pack('l', flags[0] | 0x40))\n"  # FS_IOC_SETFLAGS
+        "attempt(os.setxattr, SECRET_FILE, 'user.' + MARK, b'here')\n"
+        "value = ctypes.create_string_buffer(b'here')\n"
+        "xattr = struct.pack('QII', ctypes.addressof(value), 4, 0)\n"
+        "print(libc.syscall(463, -100, SECRET_FILE.encode(), 0, b'user.at' + MARK.encode(), xattr, 16))\n"  # setxattrat
+        "print(libc.syscall(469, -100, SECRET_FILE.encode(), struct.pack('QIIII', 0x80, 0, 0, 0, 0), 24, 0))"
     ),
     "become root": Exploit(
         "attempt(os.setuid, 0)\nattempt(os.chroot, '/')\nprint(libc.mount(b'x', b'/tmp', b'tmpfs', 0, 0))"
@@ -227,15 +268,16 @@ def attack(exploit: Exploit, kind: str, folder: Path, verify: Verifier | None = 
     secret_file = folder / f"secret-{mark}"
     secret_file.write_text(secret)
     verify = verify or get("code", time_limit=0.4, total_limit=1.2, memory_mb=512, sandbox=kind)
-    with _listener() as (port, visitors):
-        prelude = PRELUDE.format(mark=mark, secret_file=str(secret_file), home=HOME, port=port)
+    with _listener() as (port, visitors), _belongings(secret_file) as (belongings, changes):
+        prelude = PRELUDE.format(mark=mark, secret_file=str(secret_file), home=HOME, port=port, **belongings)
         expected = secret if exploit.expected is None else exploit.expected
         tests = {"inputs": ["1\n2"], "outputs": [expected]}
         if exploit.function:
             tests["fn_name"] = "f"
             tests["outputs"] = [repr(secret)] if exploit.expected is None else [expected]
         verdict = verify(f"```python\n{prelude}\n{exploit.program}\n```", {"tests": tests})
-    harm = [f"{count} connections to the host" for count in visitors]
+        harm = changes()
+    harm += [f"{count} connections to the host" for count in visitors]
     harm += [f"left process {name}" for name in marked_processes(mark)]
     if not secret_file.exists() or secret_file.read_text() != secret:
         harm.append("changed a file of the host")
@@ -272,6 +314,59 @@ def marked_processes(mark: str) -> list[str]:
             if mark.encode() in told:
                 found.append(f"{pid}: {told.decode(errors='replace')}")
     return found
+
+
+@contextlib.contextmanager
+def _belongings(secret_file: Path):
+    """Things of the host beside files: where they are, and a function that lists what has become of them."""
+    libc = ctypes.CDLL(None)
+    shared_memory = libc.shmget(0, 4096, 0o1600)
+    controller, terminal = os.openpty()
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener,
+    ):
+        socket_file = f"{folder}/s"  # the test's own folder can have too long a name for a socket
+        listener.bind(socket_file)
+        listener.setblocking(False)
+        os.chmod(folder, 0o755)
+        os.chmod(socket_file, 0o777)
+
+        def state() -> dict[str, object]:
+            return {
+                "the settings of a terminal": termios.tcgetattr(terminal),
+                "the size of a terminal": fcntl.ioctl(terminal, termios.TIOCGWINSZ, bytes(8)),
+                "shared memory": libc.shmctl(shared_memory, 2, ctypes.create_string_buffer(256)),  # IPC_STAT
+                "attributes of a file": (os.listxattr(secret_file), _flags(secret_file)),
+            }
+
+        before = state()
+
+        def changes() -> list[str]:
+            after = state()
+            harm = [f"changed {name}" for name in before if before[name] != after[name]]
+            with contextlib.suppress(BlockingIOError):
+                harm.append(f"sent {listener.recv(100)} to a socket of the host")
+            return harm
+
+        try:
+            places = {"socket_file": socket_file, "shared_memory": shared_memory}
+            yield places | {"terminal": os.ttyname(terminal)}, changes
+        finally:
+            libc.shmctl(shared_memory, 0, 0)  # IPC_RMID
+            os.close(terminal)
+            os.close(controller)
+
+
+def _flags(file: Path) -> bytes:
+    """What `lsattr` shows of a file; nothing where its file system has no flags."""
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        return fcntl.ioctl(descriptor, 0x80086601, bytes(8))
+    except OSError:
+        return b""
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager

@@ -7,14 +7,10 @@ user's main script again).
 """
 
 import contextlib
-import json
+import logging
 import os
-import pickle
 import selectors
-import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 import weakref
@@ -25,97 +21,14 @@ from lpo_jax.errors import UserError
 from lpo_jax.rewards.code import confine
 from lpo_jax.rewards.registry import VerifierSpec
 from lpo_jax.rewards.verdict import Verdict, infrastructure
-from lpo_jax.rewards.worker import HEADER, frame
+from lpo_jax.rewards.worker_process import BadReply, WorkerProcess
 
-# The worker sees the same modules as the parent; -P keeps the current folder from shadowing any before that.
-_PROGRAM = (
-    "import sys; sys.path[:] = sys.argv[2:]; from lpo_jax.rewards.worker import main; main(sys.argv[1])"
-)
-# A user's verifier may import jax or numpy: never on the accelerator, never a thread per core in each worker.
-_ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 _START_ATTEMPTS = 3
-_GRACE = 0.2  # seconds between SIGTERM and SIGKILL
+
+_log = logging.getLogger(__name__)
 
 
-class _Worker:
-    """One process, the line to it, and what it does: it starts, idles, or judges `item` until `deadline`."""
-
-    def __init__(self, spec: VerifierSpec, start_limit: float, item_limit: float):
-        self.line, theirs = socket.socketpair()
-        self.line.setblocking(False)
-        with theirs:
-            self.process = subprocess.Popen(
-                [sys.executable, "-P", "-c", _PROGRAM, str(theirs.fileno()), *sys.path],
-                stdin=subprocess.DEVNULL,
-                stdout=2,  # a verifier's prints belong with the log, not in the program's output
-                env=os.environ | _ENVIRONMENT,
-                pass_fds=[theirs.fileno()],
-                start_new_session=True,  # out of reach of the terminal's Ctrl-C, and a group to kill as one
-            )
-        self.ready = False
-        self.item: int | None = None
-        self.judged = 0
-        self.deadline: float | None = time.monotonic() + start_limit
-        self.unsent = self.unread = b""
-        self.send((spec, start_limit, item_limit))
-
-    @property
-    def idle(self) -> bool:
-        return self.ready and self.item is None
-
-    def send(self, message: Any) -> None:
-        self.unsent += frame(pickle.dumps(message))
-        self.flush()
-
-    def flush(self) -> None:
-        """Writes what the line takes now: a worker that does not read must not stop the parent."""
-        try:
-            self.unsent = self.unsent[self.line.send(self.unsent) :]
-        except BlockingIOError:
-            pass
-        except OSError:
-            self.unsent = b""  # the worker is dead, which the reading side reports
-
-    def receive(self) -> tuple[dict | None, bool]:
-        """The reply if it has come whole, and whether the worker is gone. Never waits for the rest of one."""
-        try:
-            data = self.line.recv(1 << 20)
-        except BlockingIOError:
-            return None, False
-        except OSError:
-            return None, True
-        self.unread += data
-        if len(self.unread) < HEADER.size:
-            return None, not data
-        (length,) = HEADER.unpack_from(self.unread)
-        if len(self.unread) < HEADER.size + length:
-            return None, not data
-        payload = self.unread[HEADER.size : HEADER.size + length]
-        self.unread = self.unread[HEADER.size + length :]
-        return json.loads(payload), False
-
-    def stop(self, wait: float) -> str:
-        """Ends the process and all it started; returns how it ended.
-
-        Args:
-          wait: seconds in which an idle worker may leave by itself, once the line is closed.
-        """
-        self.line.close()
-        try:
-            self.process.wait(wait)
-        except subprocess.TimeoutExpired:
-            self._kill_group(signal.SIGTERM)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(_GRACE)
-        self._kill_group(signal.SIGKILL)  # itself if it is still there, and whatever it leaves behind
-        return f"exit {self.process.wait()}"
-
-    def _kill_group(self, number: int) -> None:
-        with contextlib.suppress(ProcessLookupError, PermissionError):  # nobody left in the group
-            os.killpg(self.process.pid, number)
-
-
-def _stop_all(workers: list[_Worker], owner: int) -> None:
+def _stop_all(workers: list[WorkerProcess], owner: int) -> None:
     if os.getpid() != owner:
         return  # a forked copy of the trainer ends; the workers are not its own
     for worker in workers:
@@ -199,7 +112,7 @@ class VerifierPool:
             1  # at first a worker that does not start is an error; in a long run it gets more tries
         )
         self._failed_starts = 0
-        self._workers: list[_Worker] = []
+        self._workers: list[WorkerProcess] = []
         self._job: Judging | None = None
         self._close = weakref.finalize(self, _stop_all, self._workers, os.getpid())
         try:
@@ -308,12 +221,11 @@ class VerifierPool:
             for worker in self._workers:
                 if worker.idle and given < len(job.items):
                     worker.item, given = given, given + 1
-                    worker.deadline = time.monotonic() + self._timeout
-                    worker.send(job.items[worker.item])
+                    worker.ask(self._timeout, *job.items[worker.item])
             job.settled.update(self._step())
 
-    def _start(self) -> _Worker:
-        return _Worker(self._spec, self._start_timeout, self._timeout)
+    def _start(self) -> WorkerProcess:
+        return WorkerProcess(self._spec, self._start_timeout, self._timeout)
 
     def _step(self, wait: float | None = None) -> list[tuple[int, Verdict]]:
         """Waits until a worker replies, dies or is out of time, and deals with it; returns settled items.
@@ -334,38 +246,58 @@ class VerifierPool:
             happened = {key.data: events for key, events in selector.select(wait)}
         if None in happened:
             self._job.bell.recv(1 << 16)
-        # A reply that is here counts, even if the parent was itself late to look: so first read, then hold
-        # against the clock of that look, for ending one worker takes time in which others may reply.
+        # Ending one worker takes time in which others may reply: all are held against the clock of one look.
         now = time.monotonic()
         for slot, worker in enumerate(self._workers):
             events = happened.get(worker, 0)
             if events & selectors.EVENT_WRITE:
                 worker.flush()
-            reply, gone = worker.receive() if events & selectors.EVENT_READ else (None, False)
-            if reply is not None:
-                settled += self._reply(slot, reply)
-            elif gone:
-                settled += self._replace(slot, None)
-            elif worker.deadline is not None and now >= worker.deadline:
-                limit = self._timeout if worker.ready else self._start_timeout
-                settled += self._replace(slot, f"wall-clock limit of {limit:g} s")
+            settled += self._attend(slot, bool(events & selectors.EVENT_READ), now)
         return settled
 
-    def _reply(self, slot: int, reply: dict) -> list[tuple[int, Verdict]]:
+    def _attend(self, slot: int, readable: bool, now: float) -> list[tuple[int, Verdict]]:
+        """Takes a worker's reply, and replaces the worker where that is due; returns what is settled by it."""
         worker = self._workers[slot]
-        worker.deadline = None
-        if not worker.ready:
-            if "error" in reply:
-                raise UserError(reply["error"])
-            worker.ready, self._failed_starts = True, 0
-            return []
-        settled = [(worker.item, Verdict(**reply))]
-        worker.item = None
-        worker.judged += 1
-        if worker.judged >= self._recycle_after:
+        late = worker.deadline is not None and now >= worker.deadline
+        # A reply that has come counts, even if the pool is late to look (stopped by SIGSTOP, the machine busy): the
+        # selector may have returned without it, so the line is read once more before a worker is killed.
+        there = worker.receive() if readable or late else True
+        settled = []
+        try:
+            if reply := worker.reply():
+                settled = self._settle(worker, *reply)
+                late = False
+        except BadReply as error:
+            return self._replace(slot, f"the worker's reply is damaged or forged: {error}")
+        if worker.idle and worker.suspect:
+            _log.warning(
+                "verifier %s replied more than once, or wrote to its worker's socket: the worker is replaced",
+                self._spec.source,
+            )
+            self._replace(slot, "surplus replies")
+        elif not there:
+            settled += self._replace(slot, None)
+        elif worker.idle and worker.judged >= self._recycle_after:
             worker.stop(wait=1.0)
             self._workers[slot] = self._start()
+        elif late and not worker.reprieve(now):
+            limit = self._timeout if worker.ready else self._start_timeout
+            settled += self._replace(slot, f"wall-clock limit of {limit:g} s")
         return settled
+
+    def _settle(self, worker: WorkerProcess, content: Verdict | str | None) -> list[tuple[int, Verdict]]:
+        if isinstance(content, str) and not worker.ready:
+            raise UserError(content)
+        if isinstance(content, Verdict) != worker.ready:
+            raise BadReply("a reply to another request")
+        if content is None:
+            if worker.suspect:
+                raise BadReply("more than the reply that it has started")
+            worker.ready, self._failed_starts = True, 0
+            return []
+        item, worker.item = worker.item, None
+        worker.judged += 1
+        return [(item, content)]
 
     def _replace(self, slot: int, reason: str | None) -> list[tuple[int, Verdict]]:
         """Puts a fresh worker in place of one that hangs (with its reason) or died (None)."""

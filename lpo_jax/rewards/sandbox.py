@@ -4,7 +4,8 @@
 
 bubblewrap: new namespaces for processes, network, IPC, host name, mounts (and users, unless root starts it): no
   network, no other process in sight, a read-only file system that holds `/usr` and the interpreter and nothing
-  else, and 64 MB of `/tmp` in memory. Started by root, the program is a user of its own that owns nothing.
+  else, and 64 MB (10,000 files) of `/tmp` in memory. Started by root, the program is a user of its own that owns
+  nothing.
 weak: the machine as this user sees it, read-only. It is for machines that allow no namespaces, for programs that
   are trusted to be no worse than clumsy: they can read this user's files, the verifier's memory among them.
 
@@ -46,7 +47,11 @@ _PARTING = 1.0  # seconds in which the runner has to leave when the verifier han
 _MAX_TASKS = 32  # threads of one program, with the runner
 _STACK = 120 << 20  # bytes, for recursion through C; the kernel leaves 128 MB of room below the stack
 _TEMPORARY = 64 << 20  # bytes of /tmp
+_TEMPORARY_FILES = (
+    10_000  # in /tmp: an empty one takes no byte of it, but more than 1 KB of the kernel's memory
+)
 _CHILD = os.path.abspath(sandbox_child.__file__)
+_RUNNER = "/sandbox_child.py"  # where bubblewrap shows it, wherever it is installed
 _FLAGS = ("-P", "-s", "-S", "-B", "-X", "utf8")  # no path but the standard library's
 _ENVIRONMENT = {"PYTHONHASHSEED": "0"}  # all of it; a set's order must not decide a reward
 
@@ -95,7 +100,7 @@ class Sandbox:
         start_limit: float = 10.0,
     ):
         weak = kind == "weak"
-        command = [*([] if weak else _bubblewrap()), _interpreter(), *_FLAGS, _CHILD]
+        command = [*([] if weak else _bubblewrap()), _interpreter(), *_FLAGS, _CHILD if weak else _RUNNER]
         job = {
             "program": program,
             "function": function,
@@ -103,6 +108,7 @@ class Sandbox:
             "user": _own_user() if os.geteuid() == 0 and not weak else 0,
             "filter": filter_program(read_only=weak),
             "limits": {"AS": memory_mb << 20, "NPROC": _MAX_TASKS, "FSIZE": MAX_OUTPUT, "STACK": _STACK},
+            "temporary_files": 0 if weak else _TEMPORARY_FILES,
             "count_processes": weak,
         }
         self._function, self._nonce = function, job["nonce"].encode()
@@ -290,24 +296,18 @@ def _bubblewrap() -> list[str]:
             command += ["--symlink", os.readlink(path), path]
         elif os.path.isdir(path):
             command += ["--ro-bind", path, path]
-    for path in (os.path.realpath(sys.base_prefix), _CHILD):
-        if not f"{path}/".startswith("/usr/"):
-            command += [*_open_parents(path), "--ro-bind", path, path]
-    command += [
-        "--ro-bind-try",
-        "/etc/ld.so.cache",
-        "/etc/ld.so.cache",
-        "--dev",
-        "/dev",
-        "--remount-ro",
-        "/dev",
-    ]
     # Versions before 0.7 cannot bound a tmpfs, so there is none: programs find /tmp, but cannot write to it.
     usage = subprocess.run([found, "--help"], stdin=subprocess.DEVNULL, capture_output=True, text=True)
     if "--size" in usage.stdout + usage.stderr:
         command += ["--perms", "1777", "--size", str(_TEMPORARY), "--tmpfs", "/tmp"]
     else:
         command += ["--dir", "/tmp"]
+    # After these mounts, which would cover an interpreter below /tmp or /dev/shm.
+    command += ["--dev", "/dev", "--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache"]
+    prefix = os.path.realpath(sys.base_prefix)
+    if not f"{prefix}/".startswith("/usr/"):
+        command += [*_open_parents(prefix), "--ro-bind", prefix, prefix]
+    command += ["--ro-bind", _CHILD, _RUNNER, "--remount-ro", "/dev"]
     return [*command, "--remount-ro", "/", "--chdir", "/tmp"]
 
 

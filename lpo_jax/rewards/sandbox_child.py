@@ -32,6 +32,7 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 # prctl(2)
 _PDEATHSIG, _NO_NEW_PRIVS, _SECCOMP, _FILTER = 1, 38, 22, 2
 _SIGKILL = 9
+_LOOK = 0.01  # seconds between two looks at the number of files; a program makes a few thousand in it
 
 # What programs for judges take for granted. The names of these are there without any import, except those of
 # builtins (math.pow would hide pow), and so are the modules themselves.
@@ -81,16 +82,16 @@ def _run(job: dict, test: dict) -> bool:
     if child == 0:
         _become(job, test, given, output, errors)
         return True
-    late = _wait(child, test)
+    status, detail = _wait(child, job, test)
     _kill_all(child)
     _, code, usage = os.wait4(child, 0)
     _reap()
     code = os.waitstatus_to_exitcode(code)
-    if late or usage.ru_utime + usage.ru_stime > test["seconds"]:
-        status, detail = "timeout", late or "of processor time"
-    elif code == 0:
+    if not status and usage.ru_utime + usage.ru_stime > test["seconds"]:
+        status, detail = "timeout", "of processor time"
+    elif not status and code == 0:
         status, detail = "ok", ""
-    else:
+    elif not status:
         status, detail = "error", _last_line(errors) or (f"signal {-code}" if code < 0 else f"exit {code}")
     _report(job, status, detail, os.pread(output, job["limits"]["FSIZE"], 0))
     for file in (given, output, errors):
@@ -98,26 +99,42 @@ def _run(job: dict, test: dict) -> bool:
     return False
 
 
-def _wait(child: int, test: dict) -> str:
-    """Waits for a process to end; returns which time was up if it has not. Leaves when the verifier hangs up."""
+def _wait(child: int, job: dict, test: dict) -> tuple[str, str]:
+    """Waits for a process to end; returns a status and its detail where that has to be enforced, else empty texts.
+
+    Leaves when the verifier hangs up.
+    """
     clock = (~child << 3) | 2  # clock_getcpuclockid(3)
     deadline = time.monotonic() + test["wall_seconds"]
     ended = os.pidfd_open(child)
     poll = select.poll()
     poll.register(ended, select.POLLIN)
     poll.register(LINE, select.POLLIN)  # nothing is due on it, so whatever happens there is its end
-    late = ""
-    while not late:
+    files = job["temporary_files"]
+    status, detail = "", ""
+    while not status:
         left, wall_left = test["seconds"] - time.clock_gettime(clock), deadline - time.monotonic()
-        happened = [file for file, _ in poll.poll(max(0, int(1000 * min(left, wall_left))) + 1)]
+        pause = max(0, min(left, wall_left, _LOOK if files else left))
+        if left <= 0 or wall_left <= 0:
+            status, detail = "timeout", "of processor time" if left <= 0 else "on the clock"
+        elif files and _temporary_files() > files:
+            status, detail = "error", f"more than {files} files in /tmp"
+        # Once more when a limit is reached, too: a runner that was stopped itself finds the process ended.
+        happened = [file for file, _ in poll.poll(0 if status else int(1000 * pause) + 1)]
         if LINE in happened:
             _kill_all(child)
             os._exit(0)
         if ended in happened:
+            status, detail = "", ""
             break
-        late = "of processor time" if left <= 0 else "on the clock" if wall_left <= 0 else ""
     os.close(ended)
-    return late
+    return status, detail
+
+
+def _temporary_files() -> int:
+    """Files, folders and links of the file system of /tmp, deleted ones that are open included."""
+    usage = os.statvfs("/tmp")
+    return usage.f_files - usage.f_ffree
 
 
 def _kill_all(child: int) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import numbers
+import struct
 from collections.abc import Mapping
 from typing import Any
 
@@ -39,15 +40,26 @@ def infrastructure(reason: str) -> Verdict:
     return Verdict(0.0, "infrastructure", {"reason": reason})
 
 
+def unusable(reward: float) -> str:
+    """Why a reward cannot be trained on; empty if it can. Training computes in float32."""
+    if not math.isfinite(reward):
+        return f"verifier returned the reward {reward}, which is not finite"
+    try:
+        struct.pack("<f", reward)
+    except OverflowError:
+        return f"verifier returned the reward {reward:g}, which is beyond the range of float32"
+    return ""
+
+
 def as_verdict(value: Any) -> Verdict:
-    """Turns what a verifier returned into a verdict with a finite float reward.
+    """Turns what a verifier returned into a verdict with a reward that is finite in float32.
 
     Args:
       value: a `Verdict`, or a real number. A number of 1 or more is a `pass`, a smaller one is `wrong`; a
         verifier with other scores returns a `Verdict` and says so itself.
 
     Returns:
-      The verdict; `infrastructure` with a reason when the reward is not a finite real number.
+      The verdict; `infrastructure` with a reason when the reward is not a real number, or `unusable`.
     """
     if isinstance(value, Verdict):
         reward, outcome, parts = value.reward, value.outcome, value.parts
@@ -59,8 +71,8 @@ def as_verdict(value: Any) -> Verdict:
         reward = float(reward)
     except OverflowError:
         reward = math.inf
-    if not math.isfinite(reward):
-        return infrastructure(f"verifier returned the reward {reward}, which is not finite")
+    if reason := unusable(reward):
+        return infrastructure(reason)
     return Verdict(reward, outcome or ("pass" if reward >= 1 else "wrong"), _plain(parts))
 
 

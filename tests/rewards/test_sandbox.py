@@ -1,9 +1,11 @@
 import concurrent.futures
 import os
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 
 import pytest
@@ -68,6 +70,11 @@ def test_attacks_end_as_they_should_and_not_by_accident(attacks, kind):
         ("write outside of /tmp", "changed a file"),
         ("outlive its timeout", "left process"),
         ("read the task's files", None),
+        ("send to a socket of the host", "to a socket of the host"),
+        ("leave a socket behind", "wrote "),
+        ("remove shared memory", "changed shared memory"),
+        ("change a terminal", "changed the settings of a terminal"),
+        ("change attributes of a file", "changed attributes of a file"),
     ],
 )
 def test_the_same_attacks_succeed_without_a_sandbox(tmp_path, monkeypatch, name, harm):
@@ -128,8 +135,55 @@ print(*os.listdir("/"))
     with Sandbox("bubblewrap", program) as running:
         facts, temporary, folders = running.run("", seconds=5).output.decode().splitlines()
     assert facts == "True True False False False" and temporary == "mine"
-    needed = {path.split("/")[1] for path in (os.path.realpath(sys.base_prefix), sandbox._CHILD)}
+    needed = {path.split("/")[1] for path in (os.path.realpath(sys.base_prefix), sandbox._RUNNER)}
     assert set(folders.split()) <= {"usr", "bin", "lib", "lib32", "lib64", "etc", "dev", "tmp"} | needed
+
+
+@pytest.fixture
+def fresh_command():
+    """The command of bubblewrap is kept between sandboxes; not here."""
+    sandbox._bubblewrap.cache_clear()
+    yield
+    sandbox._bubblewrap.cache_clear()
+
+
+@pytest.mark.parametrize("parent", ["/tmp", "/dev/shm", "/var/tmp"])
+def test_bubblewrap_covers_no_runner_wherever_it_is_installed(monkeypatch, fresh_command, parent):
+    if MISSING["bubblewrap"]:
+        pytest.skip(MISSING["bubblewrap"])
+    with tempfile.TemporaryDirectory(dir=parent) as folder:
+        runner = shutil.copy(sandbox._CHILD, folder)
+        monkeypatch.setattr(sandbox, "_CHILD", runner)
+        assert sandbox.why_not("bubblewrap") == ""
+        with Sandbox(
+            "bubblewrap", "import os\nprint(os.listdir('/tmp'), os.path.exists(input()))"
+        ) as running:
+            assert running.run(folder, seconds=5).output == b"[] False\n"
+
+
+def test_the_number_of_files_is_bounded():
+    """Empty files take no byte of a tmpfs, but a million of them more than 1 GB of the kernel's memory."""
+    if MISSING["bubblewrap"]:
+        pytest.skip(MISSING["bubblewrap"])
+    program = """
+import os, threading
+count, make = input().split()
+def flood(name):
+    for n in range(int(count)):
+        getattr(os, make)(f"/tmp/{name}-{n}")
+threads = [threading.Thread(target=flood, args=(name,)) for name in "ab"]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+print(len(os.listdir("/tmp")))
+"""
+    with Sandbox("bubblewrap", program) as running:
+        assert running.run("2000 mknod", seconds=5).output == b"4000\n"
+    for make in ("mknod", "mkdir"):
+        with Sandbox("bubblewrap", program) as running:
+            report = running.run(f"1000000 {make}", seconds=20)
+            assert (report.status, report.detail) == ("error", "more than 10000 files in /tmp")
+            if make == "mknod":
+                assert running.run("1 mknod", seconds=20).detail.startswith("more than 10000 files")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -202,10 +256,13 @@ def test_nothing_outlives_a_runner_that_dies_or_hangs(kind, number, monkeypatch)
         assert _within_five_seconds(lambda: ended(runner))
 
 
+HERE = {"socket_file": "", "shared_memory": 0, "terminal": ""}
+
+
 def lingering():
     """A mark, and a program that stays for ever under it, also when its parent is gone."""
     mark = "m" + secrets.token_hex(5)
-    prelude = red_team.PRELUDE.format(mark=mark, secret_file="", home="", port=0)
+    prelude = red_team.PRELUDE.format(mark=mark, secret_file="", home="", port=0, **HERE)
     return mark, f"{prelude}\nlibc.prctl(1, 0)\n{red_team.LINGER}\nlinger()"
 
 

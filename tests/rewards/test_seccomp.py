@@ -1,11 +1,14 @@
 """The filter, run by a small BPF machine on made-up system calls: what it lets through on either kind of processor."""
 
 import errno
+import re
 import struct
+from pathlib import Path
 
 import pytest
 
 from lpo_jax.errors import UserError
+from lpo_jax.rewards import seccomp
 from lpo_jax.rewards.seccomp import filter_program
 
 ALLOWED, KILLED, REFUSED, ABSENT = "allowed", "killed", errno.EPERM, errno.ENOSYS
@@ -58,6 +61,49 @@ def decide(machine, number, *arguments, read_only=False, architecture=None):
         (302, 261, (1, 7), REFUSED),  # prlimit64 of another
         (157, 167, (1, 0), REFUSED),  # prctl PR_SET_PDEATHSIG
         (157, 167, (15, 0), ALLOWED),  # prctl PR_SET_NAME
+        (157, 167, (22, 2), REFUSED),  # prctl PR_SET_SECCOMP
+        (157, 167, (62, 1), REFUSED),  # prctl PR_SCHED_CORE
+        (53, 199, (1, 0x80001), ALLOWED),  # socketpair, as asyncio calls it
+        *[(53, 199, pair, REFUSED) for pair in ((1, 2), (1, 5), (1, 0x80002), (1, 3), (2, 1), (16, 3))],
+        (44, 206, (3, 0x7000, 1, 0, 0, 0), ALLOWED),  # sendto, as send calls it
+        (44, 206, (3, 0x7000, 1, 0, 0x7F00, 110), REFUSED),  # sendto an address
+        (44, 206, (3, 0x7000, 1, 0, 0x7F << 32, 110), REFUSED),
+        (44, 206, (3, 0x7000, 1, 1, 0, 0), REFUSED),  # MSG_OOB
+        *[(x86, arm, (), REFUSED) for x86, arm in ((46, 211), (307, 269))],  # sendmsg, sendmmsg
+        *[
+            (x86, arm, (), REFUSED) for x86, arm in ((49, 200), (42, 203), (50, 201), (43, 202), (288, 242))
+        ],  # bind ...
+        *[(x86, arm, (), REFUSED) for x86, arm in ((31, 195), (30, 196), (67, 197))],  # shmctl, shmat, shmdt
+        *[
+            (x86, arm, (), REFUSED) for x86, arm in ((66, 191), (71, 187), (241, 181))
+        ],  # semctl, msgctl, mq_unlink
+        *[
+            (16, 29, (1, request), REFUSED) for request in (0x5402, 0x5403, 0x5404, 0x402C542B)
+        ],  # TCSETS, ..., TCSETS2
+        *[
+            (16, 29, (1, request), REFUSED) for request in (0x5412, 0x540E, 0x541C)
+        ],  # TIOCSTI, TIOCSCTTY, TIOCLINUX
+        *[
+            (16, 29, (1, request), REFUSED) for request in (0x40086602, 0x401C5820, 0x40049409)
+        ],  # FS_IOC_SETFLAGS ...
+        *[(16, 29, (1, request), ALLOWED) for request in (0x5413, 0x541B, 0x5421, 0x5451)],
+        *[
+            (72, 25, (1, command), REFUSED) for command in (10, 1024, 1026, 1031, 1033, 1036)
+        ],  # F_SETSIG, leases ...
+        *[(188 + n, 5 + n, (), REFUSED) for n in range(3)],  # setxattr, lsetxattr, fsetxattr
+        *[
+            (463 + n, 463 + n, (), ABSENT) for n in (0, 3, 5, 6)
+        ],  # setxattrat, removexattrat, file_getattr, file_setattr
+        (1023, 1023, (), ABSENT),  # what a later kernel may add
+        *[
+            (x86, arm, (), REFUSED) for x86, arm in ((206, 0), (222, 107), (253, 26), (300, 262))
+        ],  # AIO, timers, notify
+        *[
+            (x86, arm, (), REFUSED) for x86, arm in ((149, 228), (275, 76), (278, 75), (135, 92))
+        ],  # mlock, splice, ...
+        *[
+            (x86, arm, (), REFUSED) for x86, arm in ((162, 81), (103, 116), (169, 142), (317, 277))
+        ],  # sync, syslog, ...
     ],
 )
 def test_decisions(x86, arm, arguments, decision):
@@ -76,6 +122,9 @@ def test_decisions(x86, arm, arguments, decision):
         (437, 437, (), ABSENT),  # openat2
         (263, 35, (), REFUSED),  # unlinkat
         (91, 52, (), REFUSED),  # fchmod
+        (73, 32, (), REFUSED),  # flock, which a file opened to read has too
+        *[(72, 25, (1, command), REFUSED) for command in (6, 7, 37, 38)],  # fcntl F_SETLK ...
+        (452, 452, (), ABSENT),  # fchmodat2
         (57, None, (), REFUSED),
         (1, 64, (), ALLOWED),  # write
     ],
@@ -84,6 +133,48 @@ def test_decisions_where_files_stay_as_they_are(x86, arm, arguments, decision):
     for machine, number in (("x86_64", x86), ("aarch64", arm)):
         if number is not None:
             assert decide(machine, number, *arguments, read_only=True) == decision
+
+
+def test_files_of_its_own_may_be_changed_and_locked():
+    for x86, arm, *arguments in (
+        (257, 56, 0, 0, 0o102),
+        (263, 35),
+        (73, 32),
+        (72, 25, 1, 6),
+        (452, 452),
+        (91, 52),
+    ):
+        assert decide("x86_64", x86, *arguments) == decide("aarch64", arm, *arguments) == ALLOWED
+
+
+@pytest.mark.parametrize("column", [0, 1])
+def test_numbers_are_those_of_the_kernel(column):
+    """Where its headers are installed; and on every machine no number stands for two calls."""
+    tables = (
+        seccomp._FILES,
+        seccomp._MEMORY,
+        seccomp._SELF,
+        seccomp._PAIRS,
+        seccomp._CHANGING,
+        seccomp._JUDGED,
+    )
+    numbers = {
+        name: row[column] for table in tables for name, row in table.items() if row[column] is not None
+    }
+    assert (
+        len(set(numbers.values()))
+        == len(numbers)
+        == sum(row[column] is not None for t in tables for row in t.values())
+    )
+    header = next(Path("/usr/include").glob(("**/asm/unistd_64.h", "asm-generic/unistd.h")[column]), None)
+    if header is None:
+        pytest.skip("no kernel headers here")
+    known = {
+        name: int(number) for name, number in re.findall(r"__NR(?:3264)?_(\w+)\s+(\d+)", header.read_text())
+    }
+    if column == 1:
+        known["newfstatat"] = known["fstatat"]
+    assert {name: known.get(name, number) for name, number in numbers.items()} == numbers
 
 
 def test_another_architecture_in_the_same_process():
