@@ -97,9 +97,16 @@ def load_weights(name: str | os.PathLike, dtype: str = "float32", shardings: Any
     return _open(name).params(dtype, shardings)
 
 
-def load_config_and_tokenizer(name: str | os.PathLike) -> tuple[ModelConfig, Any, tuple[int, ...]]:
-    """Config, tokenizer and end-token ids of a model, without reading (or, of `hf:`, downloading) weights."""
-    source = _open(name, weights=False)
+def load_config_and_tokenizer(
+    name: str | os.PathLike, weights: bool = False
+) -> tuple[ModelConfig, Any, tuple[int, ...]]:
+    """Config, tokenizer and end-token ids of a model, without its parameters.
+
+    Args:
+      weights: whether the weights of an `hf:` model, which will be loaded later, are downloaded now. Whether a model
+        whose config ties the head to the embedding has a head of its own shows in the weights alone.
+    """
+    source = _open(name, weights)
     tokenizer = source.tokenizer()
     return source.config, tokenizer, _eos_ids(source, tokenizer)
 
@@ -110,8 +117,11 @@ def _check_dtype(dtype: str) -> None:
 
 
 def _open(name: str | os.PathLike, weights: bool = True) -> HfDirectory | GgufFile:
-    path = locate(os.fspath(name), weights)
-    return HfDirectory.open(path) if path.is_dir() else GgufFile.open(path)
+    name = os.fspath(name)
+    path = locate(name, weights)
+    if not path.is_dir():
+        return GgufFile.open(path)
+    return HfDirectory.open(path, weights or not name.startswith("hf:"))
 
 
 def _eos_ids(source: HfDirectory | GgufFile, tokenizer: Any) -> tuple[int, ...]:
