@@ -119,6 +119,7 @@ class GgufFile:
         """The end-token ids the file names, then the others of its family that its vocabulary has."""
         named = (self.metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot", "eom"))
         tokens = self.metadata.get("tokenizer.ggml.tokens", [])
+        tokens = tokens[: self.config.vocab_size]
         family = (tokens.index(t) for t in _END_TOKENS[self.metadata["general.architecture"]] if t in tokens)
         return tuple(dict.fromkeys(i for i in (*named, *family) if i is not None))
 

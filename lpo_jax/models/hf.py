@@ -59,14 +59,14 @@ class HfDirectory:
 
         return tokenizer.from_directory(self.path)
 
-    def eos_ids(self) -> tuple[int, ...]:
-        """End-token ids of generation_config.json and config.json, in that order, each once."""
+    def eos_ids(self) -> list[int | str]:
+        """What generation_config.json and config.json name as end tokens, in that order, as they name them."""
         ids = []
         for name in ("generation_config.json", "config.json"):
             if (self.path / name).exists():
                 eos = _read_json(self.path / name).get("eos_token_id")
                 ids += eos if isinstance(eos, list) else [] if eos is None else [eos]
-        return tuple(dict.fromkeys(ids))
+        return ids
 
     def params(self, dtype: str = "float32", shardings: Any = None) -> dict[str, Any]:
         """The parameter tree (see `layout.read_params`).
