@@ -3,6 +3,7 @@
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from lpo_jax.errors import UserError
 from lpo_jax.sampling.text import encode, response_text
 from lpo_jax.tasks.task import Task
 
@@ -26,7 +27,15 @@ def encode_solution(task: Task, tokenizer: Any, row: Mapping[str, Any]) -> list[
     """The ids of the row's solution and the end token: what a supervised response must be.
 
     Encoded apart from the prompt: a sampled response begins at a token boundary too.
+
+    Raises:
+      UserError: the model has no end token.
     """
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            "the model has no end token, which a solution must be taught with; set eos_token in its "
+            "tokenizer_config.json or eos_token_id in its generation_config.json"
+        )
     return [*tokenizer.encode(task.solution(row), add_special_tokens=False), tokenizer.eos_token_id]
 
 

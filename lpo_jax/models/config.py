@@ -5,6 +5,7 @@ switches (attention bias, norm on queries and keys, window, rope scaling), never
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -55,35 +56,45 @@ class ModelConfig:
         family = hf.get("model_type")
         if family not in FAMILIES:
             raise UserError(f"{where}: model family {family!r} is not supported; have {', '.join(FAMILIES)}")
-        if missing := [key for key in _REQUIRED if hf.get(key) is None]:
-            raise UserError(f"{where}: {missing[0]} is missing; is this the config of a language model?")
-        if hf.get("hidden_act", "silu") != "silu":
-            raise UserError(f"{where}: hidden_act {hf['hidden_act']!r} is not supported; only silu is")
+        fields = _Fields(hf, _DEFAULTS | _FAMILY_DEFAULTS[family], where)
+        if (activation := fields.get("hidden_act")) != "silu":
+            raise UserError(f"{where}: hidden_act {activation!r} is not supported; only silu is")
         if hf.get("mlp_bias") or (family in ("llama", "mistral", "qwen3") and hf.get("attention_bias")):
             raise UserError(f"{where}: a {family} with attention or MLP bias is not supported")
-        if hf.get("quantization_config"):
+        for key, meaning in _UNSUPPORTED.items():
+            if hf.get(key):
+                raise UserError(f"{where}: {meaning} ({key}) are not supported; use the original model")
+        width, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
+        kv_heads = fields.integer("num_key_value_heads", otherwise=heads)
+        head_width = fields.integer("head_dim", otherwise=None if family == "qwen3" else width // heads)
+        if heads % kv_heads:
             raise UserError(
-                f"{where}: quantized Hugging Face weights are not supported; use the original model"
+                f"{where}: num_key_value_heads = {kv_heads}{fields.origin('num_key_value_heads')} does not divide "
+                f"num_attention_heads = {heads}"
             )
-        heads = hf["num_attention_heads"]
-        rope = dict(hf.get("rope_scaling") or {}) | dict(hf.get("rope_parameters") or {})
+        if head_width < 2 or head_width % 2:
+            raise UserError(
+                f"{where}: head_dim = {head_width}{fields.origin('head_dim')} is odd; rotary embeddings need pairs"
+            )
+        max_positions = fields.integer("max_position_embeddings")
+        theta, scaling = _rope(fields, max_positions)
         return cls(
             family=family,
-            vocab_size=hf["vocab_size"],
-            width=hf["hidden_size"],
-            num_layers=hf["num_hidden_layers"],
+            vocab_size=fields.integer("vocab_size"),
+            width=width,
+            num_layers=(num_layers := fields.integer("num_hidden_layers")),
             num_heads=heads,
-            num_kv_heads=hf.get("num_key_value_heads") or heads,
-            head_width=hf.get("head_dim") or hf["hidden_size"] // heads,
-            ffn_width=hf["intermediate_size"],
-            max_positions=hf["max_position_embeddings"],
-            rope_theta=float(rope.get("rope_theta") or hf.get("rope_theta") or 10000.0),
-            rope_scaling=_rope_scaling(rope, where),
-            norm_eps=hf.get("rms_norm_eps", 1e-6),
-            tie_embeddings=bool(hf.get("tie_word_embeddings", False)),
+            num_kv_heads=kv_heads,
+            head_width=head_width,
+            ffn_width=fields.integer("intermediate_size"),
+            max_positions=max_positions,
+            rope_theta=theta,
+            rope_scaling=scaling,
+            norm_eps=fields.number("rms_norm_eps"),
+            tie_embeddings=fields.boolean("tie_word_embeddings"),
             qkv_bias=family == "qwen2",
             qk_norm=family == "qwen3",
-            sliding_window=_sliding_window(hf, family, where),
+            sliding_window=_sliding_window(fields, family, num_layers),
         )
 
     def to_hf(self) -> dict[str, Any]:
@@ -128,48 +139,127 @@ class ModelConfig:
         return hf
 
 
-_REQUIRED = (
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "intermediate_size",
-    "max_position_embeddings",
-)
 _ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
+_UNSUPPORTED = {
+    "quantization_config": "quantized Hugging Face weights",
+    "transformers_weights": "weights in files of another name",
+}
+
+# The values that the config classes of transformers give a field that config.json does not name. The sizes of a model
+# have none here: a file without them describes no model. A None says that the value follows from another field.
+_DEFAULTS: Mapping[str, Any] = {
+    "hidden_act": "silu",
+    "head_dim": None,
+    "num_key_value_heads": None,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+}
+_FAMILY_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "llama": {"max_position_embeddings": 2048},
+    "mistral": {"num_key_value_heads": 8, "max_position_embeddings": 131072},
+    "qwen2": {"num_key_value_heads": 32, "max_position_embeddings": 32768},
+    "qwen3": {"num_key_value_heads": 32, "max_position_embeddings": 32768, "head_dim": 128},
+}
 
 
-def _rope_scaling(rope: Mapping[str, Any], where: str) -> RopeScaling | None:
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind == "default":
-        return None
-    if kind == "linear":
-        return RopeScaling("linear", float(rope["factor"]))
-    if kind == "llama3":
-        return RopeScaling(
-            "llama3",
-            float(rope["factor"]),
-            float(rope["low_freq_factor"]),
-            float(rope["high_freq_factor"]),
-            int(rope["original_max_position_embeddings"]),
+@dataclasses.dataclass(frozen=True)
+class _Fields:
+    """The fields of a `config.json` over their defaults. A value of a wrong type is refused, as transformers does."""
+
+    values: Mapping[str, Any]
+    defaults: Mapping[str, Any]
+    where: str
+
+    def get(self, key: str) -> Any:
+        """The value of a field, or its default."""
+        if key not in self.values and key not in self.defaults:
+            raise UserError(f"{self.where}: {key} is missing; is this the config of a language model?")
+        return self.values.get(key, self.defaults.get(key))
+
+    def integer(self, key: str, otherwise: int | None = None) -> int:
+        """A positive integer; `otherwise` stands for null, where a field may be null."""
+        value = self.get(key)
+        if value is None and otherwise is not None:
+            return otherwise
+        if type(value) is not int or value < 1:
+            raise self._refused(key, value, "a positive integer")
+        return value
+
+    def number(self, key: str) -> float:
+        value = self.get(key)
+        if type(value) not in (int, float) or not 0 < value < math.inf:
+            raise self._refused(key, value, "a positive number")
+        return value
+
+    def boolean(self, key: str) -> bool:
+        value = self.get(key)
+        if type(value) is not bool:
+            raise self._refused(key, value, "true or false")
+        return value
+
+    def origin(self, key: str) -> str:
+        """A remark for messages on a value that the file does not name."""
+        return "" if key in self.values else " (the family's default; the file names none)"
+
+    def _refused(self, key: str, value: Any, expected: str) -> UserError:
+        return UserError(f"{self.where}: {key} must be {expected}, got {value!r}")
+
+
+def _rope(fields: _Fields, max_positions: int) -> tuple[float, RopeScaling | None]:
+    """The base of the rotary frequencies and their rescaling, found in the order in which transformers looks."""
+    hf, where = fields.values, fields.where
+    rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
+    if isinstance(rope, Mapping) and isinstance(rope.get("full_attention"), Mapping):
+        rope = rope["full_attention"]  # one set of parameters for each type of layer; the others are refused
+    if not isinstance(rope, Mapping) or any(isinstance(value, Mapping) for value in rope.values()):
+        raise UserError(
+            f"{where}: rope settings {str(rope)[:80]} are not supported; expected one flat object"
         )
-    raise UserError(f"{where}: rope scaling {kind!r} is not supported; have default, linear, llama3")
+    defaults = {"rope_theta": fields.get("rope_theta"), "original_max_position_embeddings": max_positions}
+    rope = _Fields(rope, defaults, f"{where}: rope settings")
+    if (part := rope.values.get("partial_rotary_factor", hf.get("partial_rotary_factor"))) not in (None, 1):
+        raise UserError(f"{where}: partial_rotary_factor = {part} is not supported; only 1 is")
+    theta = float(rope.number("rope_theta"))
+    kind = rope.values.get("rope_type") or rope.values.get("type") or "default"
+    if kind == "default":
+        return theta, None
+    if kind not in ("linear", "llama3"):
+        raise UserError(f"{where}: rope scaling {kind!r} is not supported; have default, linear, llama3")
+    needed = ("factor",) if kind == "linear" else ("factor", "low_freq_factor", "high_freq_factor")
+    if missing := [key for key in needed if key not in rope.values]:
+        raise UserError(
+            f"{where}: rope scaling {kind!r} lacks {', '.join(missing)}; take the config.json of the original model"
+        )
+    numbers = [float(rope.number(key)) for key in needed]
+    if kind == "linear":
+        return theta, RopeScaling("linear", *numbers)
+    length = rope.integer("original_max_position_embeddings")
+    return theta, RopeScaling("llama3", *numbers, length)
 
 
-def _sliding_window(hf: Mapping[str, Any], family: str, where: str) -> int | None:
-    # A Mistral config that is silent about the window has the one of Mistral 7B v0.1.
-    window = hf.get("sliding_window", 4096 if family == "mistral" else None)
-    if window is None or (family in ("qwen2", "qwen3") and not hf.get("use_sliding_window", False)):
-        return None
+def _sliding_window(fields: _Fields, family: str, num_layers: int) -> int | None:
+    """Keys that a query sees, itself included; None where every layer attends to all."""
     if family == "llama":
         return None
-    if family in ("qwen2", "qwen3"):
+    window = fields.get("sliding_window")
+    if family == "mistral":  # a config that is silent about the window has the one of Mistral 7B v0.1
+        return None if window is None else fields.integer("sliding_window")
+    if (types := fields.values.get("layer_types")) is not None:
+        sliding = any(kind != "full_attention" for kind in types)
+    else:
+        used = fields.boolean("use_sliding_window") and window is not None
+        sliding = used and num_layers > fields.get("max_window_layers")
+    if sliding:
         raise UserError(
-            f"{where}: {family} with use_sliding_window mixes window and full layers; not supported"
+            f"{fields.where}: {family} with a sliding window in some of its layers is not supported"
         )
-    return int(window)
+    return None

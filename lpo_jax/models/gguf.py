@@ -8,6 +8,7 @@ Simplified: versions 2 and 3, little-endian; architectures llama (SmolLM2, Llama
 
 import dataclasses
 import math
+import re
 import struct
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ _STRING, _ARRAY = 8, 9
 
 @dataclasses.dataclass(frozen=True)
 class _Stored:
+    file: Path  # of a split model, the part that holds the tensor
     kind: int  # ggml's number of the quantisation
     shape: tuple[int, ...]  # rows first
     start: int  # bytes from the beginning of the file
@@ -39,7 +41,7 @@ class _Stored:
 
 @dataclasses.dataclass(frozen=True)
 class GgufFile:
-    """An opened GGUF file: its metadata is in memory, its tensors are not."""
+    """An opened GGUF file, or all parts of a split one: its metadata is in memory, its tensors are not."""
 
     path: Path
     metadata: dict[str, Any]
@@ -47,16 +49,13 @@ class GgufFile:
 
     @classmethod
     def open(cls, path: Path) -> "GgufFile":
-        """Reads the header.
+        """Reads the headers of the file and, where it is the first part of a split model, of the others.
 
         Raises:
-          UserError: not a GGUF file, cut short, of an unknown version or architecture.
+          UserError: not a GGUF file, cut short, of an unknown version or architecture, a part is missing.
         """
-        try:
-            data = np.memmap(path, np.uint8, "r")
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path}: cannot be read ({error})") from None
-        file = cls(path, *_read_header(path, memoryview(data)))
+        file = cls(path, *_read_file(path))
+        _add_parts(path, file.metadata, file.stored)
         if (family := file.metadata.get("general.architecture")) not in ARCHITECTURES:
             have = ", ".join(ARCHITECTURES)
             raise UserError(f"{path}: architecture {family!r} is not supported; have {have}")
@@ -120,6 +119,7 @@ class GgufFile:
         """The end-token ids the file names, then the others of its family that its vocabulary has."""
         named = (self.metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot", "eom"))
         tokens = self.metadata.get("tokenizer.ggml.tokens", [])
+        tokens = tokens[: self.config.vocab_size]
         family = (tokens.index(t) for t in _END_TOKENS[self.metadata["general.architecture"]] if t in tokens)
         return tuple(dict.fromkeys(i for i in (*named, *family) if i is not None))
 
@@ -150,7 +150,7 @@ class GgufFile:
 
         stored = self.stored[name]
         kind = gguf.GGMLQuantizationType(stored.kind)
-        data = np.asarray(np.memmap(self.path, np.uint8, "r", offset=stored.start, shape=(stored.size,)))
+        data = np.asarray(np.memmap(stored.file, np.uint8, "r", offset=stored.start, shape=(stored.size,)))
         try:
             return gguf.quants.dequantize(data.reshape(*stored.shape[:-1], -1), kind)
         except NotImplementedError:
@@ -178,6 +178,41 @@ class GgufFile:
         if not np.allclose(divisors, 1 / ((1 - smooth) / s.factor + smooth), rtol=1e-4):
             raise UserError(f"{self.path}: rope_freqs.weight is not Llama 3's rescaling; not supported")
         return s
+
+
+def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, _Stored]]:
+    try:
+        data = np.memmap(path, np.uint8, "r")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+    return _read_header(path, memoryview(data))
+
+
+def _add_parts(path: Path, metadata: dict[str, Any], stored: dict[str, _Stored]) -> None:
+    """Adds the tensors of the further parts of a model that llama.cpp has split."""
+    count = metadata.get("split.count", 0)
+    if count <= 1:
+        return
+    name = re.fullmatch(r"(.*)-00001-of-(\d{5})\.gguf", path.name)
+    if metadata.get("split.no", 0) != 0 or not name or int(name[2]) != count:
+        raise UserError(
+            f"{path}: is part {metadata.get('split.no', 0) + 1} of {count} of a split model; name its first part, "
+            f"...-00001-of-{count:05}.gguf, with all the others beside it"
+        )
+    for number in range(1, count):
+        part = path.with_name(f"{name[1]}-{number + 1:05}-of-{count:05}.gguf")
+        if not part.exists():
+            raise UserError(f"{path}: part {number + 1} of {count}, {part.name}, is missing; download it")
+        about, more = _read_file(part)
+        if (about.get("split.no"), about.get("split.count")) != (number, count):
+            raise UserError(f"{part}: is not part {number + 1} of {count} of {path.name}; download it again")
+        if twice := [tensor for tensor in more if tensor in stored]:
+            raise UserError(f"{part}: tensor {twice[0]} is in another part too; download the model again")
+        stored.update(more)
+    if len(stored) != (expected := metadata.get("split.tensors.count", len(stored))):
+        raise UserError(
+            f"{path}: its {count} parts hold {len(stored)} of {expected} tensors; download them again"
+        )
 
 
 def _read_header(path: Path, data: memoryview) -> tuple[dict[str, Any], dict[str, _Stored]]:
@@ -236,7 +271,9 @@ def _read_header(path: Path, data: memoryview) -> tuple[dict[str, Any], dict[str
         if kind not in gguf.GGML_QUANT_SIZES:
             raise UserError(f"{path}: {name} is quantised in an unknown way ({kind}); update gguf")
         block, block_size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
-        stored[name] = _Stored(kind, shape, base + offset, math.prod(shape) // block * block_size)
+        if name in stored:
+            raise UserError(f"{path}: holds tensor {name} twice; download it again")
+        stored[name] = _Stored(path, kind, shape, base + offset, math.prod(shape) // block * block_size)
         if stored[name].start + stored[name].size > len(data):
             raise cut
     return metadata, stored

@@ -5,8 +5,10 @@ import dataclasses
 import json
 import math
 import os
+import re
 import shutil
 import tempfile
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,12 @@ from lpo_jax.models import layout
 from lpo_jax.models.config import ModelConfig
 
 SHARD_BYTES = 5_000_000_000
+_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+# Frequencies of the rotary embedding, which old versions of transformers saved. They follow from the config, and
+# newer versions ignore them too.
+_ROTARY_BUFFER = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+_COMPARED = 1 << 24  # values of the head and the embedding that are in memory at once
 _FLOATS = ("F32", "BF16", "F16")
 _SAFETENSORS_NAME = {"float32": "F32", "bfloat16": "BF16"}
 
@@ -30,24 +38,35 @@ class HfDirectory:
     config: ModelConfig
 
     @classmethod
-    def open(cls, path: Path) -> "HfDirectory":
-        """Reads the config only."""
+    def open(cls, path: Path, weights: bool = True) -> "HfDirectory":
+        """Reads the config, and whether the weights have a head of their own.
+
+        Args:
+          weights: False goes by `tie_word_embeddings` alone. So does a directory without (all of) its weights.
+        """
         where = path / "config.json"
-        return cls(path, ModelConfig.from_hf(_read_json(where), str(where)))
+        config = ModelConfig.from_hf(_read_json(where), str(where))
+        if weights and config.tie_embeddings and _has_own_head(path):
+            warnings.warn(
+                f"{path}: tie_word_embeddings is true, but {_HEAD} differs from {_EMBEDDING}; both are used",
+                stacklevel=2,
+            )
+            config = dataclasses.replace(config, tie_embeddings=False)
+        return cls(path, config)
 
     def tokenizer(self) -> Any:
         from lpo_jax.models import tokenizer
 
         return tokenizer.from_directory(self.path)
 
-    def eos_ids(self) -> tuple[int, ...]:
-        """End-token ids of generation_config.json and config.json, in that order, each once."""
+    def eos_ids(self) -> list[int | str]:
+        """What generation_config.json and config.json name as end tokens, in that order, as they name them."""
         ids = []
         for name in ("generation_config.json", "config.json"):
             if (self.path / name).exists():
                 eos = _read_json(self.path / name).get("eos_token_id")
                 ids += eos if isinstance(eos, list) else [] if eos is None else [eos]
-        return tuple(dict.fromkeys(ids))
+        return ids
 
     def params(self, dtype: str = "float32", shardings: Any = None) -> dict[str, Any]:
         """The parameter tree (see `layout.read_params`).
@@ -56,11 +75,10 @@ class HfDirectory:
           UserError: no weights here, a broken file, a missing or unexpected tensor, a wrong shape.
         """
         with contextlib.ExitStack() as stack:
-            files = self._open_weights(stack)
+            files = _open_weights(self.path, stack)
             expected = layout.file_names(self.config, "hf")
-            # Old checkpoints carry rotary buffers, some tied ones the head too: both follow from the rest.
-            spare = {name for name in files if name.endswith("rotary_emb.inv_freq")}
-            spare |= {"lm_head.weight"} if self.config.tie_embeddings else set()
+            spare = {name for name in files if _ROTARY_BUFFER.fullmatch(name)}
+            spare |= {_HEAD} if self.config.tie_embeddings else set()  # equal to the embedding (`open`)
             found = {}
             for name in files.keys() - spare:
                 view = files[name].get_slice(name)
@@ -76,32 +94,74 @@ class HfDirectory:
 
             return layout.read_params(self.config, read, dtype, shardings)
 
-    def _open_weights(self, stack: contextlib.ExitStack) -> dict[str, Any]:
-        """Tensor name to the open file that holds it."""
-        from safetensors import SafetensorError, safe_open
 
-        index = self.path / "model.safetensors.index.json"
+def _weight_paths(path: Path) -> list[Path]:
+    """The safetensors files of a directory in the order in which transformers looks: one file before shards."""
+    single, index = path / _WEIGHTS, path / _INDEX
+    if single.exists():
         if index.exists():
-            weight_map = _read_json(index).get("weight_map") or {}
-            paths = [self.path / name for name in sorted(set(weight_map.values()))]
-        else:
-            paths = [self.path / "model.safetensors"]
-            if not paths[0].exists():
-                there = list(self.path.glob("*.bin"))
-                hint = (
-                    "convert its .bin files" if there else "download them, or train from --model.init=random"
+            warnings.warn(
+                f"{path}: {_WEIGHTS} is read, as transformers does, and {_INDEX} is not; remove the one that is old",
+                stacklevel=2,
+            )
+        return [single]
+    if not index.exists():
+        return []
+    weight_map = _read_json(index).get("weight_map")
+    names = set(weight_map.values()) if isinstance(weight_map, dict) else set()
+    if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
+        raise UserError(f"{index}: weight_map names no files of this directory; download the index again")
+    return [path / name for name in sorted(names)]
+
+
+def _open_weights(path: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
+    """Tensor name to the open file that holds it."""
+    from safetensors import SafetensorError, safe_open
+
+    paths = _weight_paths(path)
+    if not paths:
+        hint = "download them, or train from --model.init=random"
+        if any(path.glob("*.safetensors")):
+            hint = f"its .safetensors files need {_INDEX}; download that too"
+        elif any(path.glob("*.bin")):
+            hint = "convert its .bin files"
+        raise UserError(f"{path}: no weights ({_WEIGHTS} or its index); {hint}")
+    files: dict[str, Any] = {}
+    origin: dict[str, str] = {}
+    for part in paths:
+        if not part.exists():
+            raise UserError(f"{part}: the index names this file, but it is missing; download it again")
+        try:
+            file = stack.enter_context(safe_open(part, "numpy"))
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{part}: not a whole safetensors file ({error}); get it again") from None
+        names = file.keys()
+        for name in names:
+            if name in files:
+                raise UserError(
+                    f"{path}: tensor {name} is in {origin[name]} and in {part.name}; download the model again"
                 )
-                raise UserError(f"{self.path}: no weights (model.safetensors or its index); {hint}")
-        files = {}
-        for path in paths:
-            if not path.exists():
-                raise UserError(f"{path}: the index names this file, but it is missing; download it again")
-            try:
-                file = stack.enter_context(safe_open(path, "numpy"))
-            except (SafetensorError, OSError) as error:
-                raise UserError(f"{path}: not a whole safetensors file ({error}); get it again") from None
-            files |= dict.fromkeys(file.keys(), file)
-        return files
+            files[name], origin[name] = file, part.name
+    return files
+
+
+def _has_own_head(path: Path) -> bool:
+    """Whether the weights hold a head that is not the embedding; False where they are not all here."""
+    paths = _weight_paths(path)
+    if not paths or not all(part.exists() for part in paths):
+        return False
+    with contextlib.ExitStack() as stack:
+        files = _open_weights(path, stack)
+        if _HEAD not in files or _EMBEDDING not in files:
+            return False
+        head, embedding = (files[name].get_slice(name) for name in (_HEAD, _EMBEDDING))
+        shape = tuple(head.get_shape())
+        if shape != tuple(embedding.get_shape()):
+            return True
+        rows = max(1, _COMPARED // math.prod(shape[1:]))
+        blocks = (slice(start, min(start + rows, shape[0])) for start in range(0, shape[0], rows))
+        same = (np.array_equal(*(x[block].astype(np.float32) for x in (head, embedding))) for block in blocks)
+        return not all(same)
 
 
 def save_hf(

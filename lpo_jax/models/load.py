@@ -3,11 +3,11 @@
 import dataclasses
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
 from lpo_jax.errors import UserError
 from lpo_jax.models import decoder, layout
@@ -15,6 +15,7 @@ from lpo_jax.models.config import ModelConfig
 from lpo_jax.models.gguf import GgufFile
 from lpo_jax.models.hf import HfDirectory, save_hf
 from lpo_jax.models.sources import locate
+from lpo_jax.models.text import ModelTokenizer
 
 
 @dataclasses.dataclass
@@ -24,13 +25,14 @@ class Model:
     Attributes:
       config: sizes and switches.
       params: the parameter tree of `lpo_jax.models.decoder`, layers stacked.
-      tokenizer: a `transformers.PreTrainedTokenizerFast`; None when the source has none.
+      tokenizer: a `transformers.PreTrainedTokenizerFast` as `lpo_jax.models.text.ModelTokenizer`; None when the source
+        has none.
       eos_ids: every id that ends a response.
     """
 
     config: ModelConfig
     params: dict[str, Any]
-    tokenizer: Any
+    tokenizer: ModelTokenizer | None
     eos_ids: tuple[int, ...]
 
     def logits(self, tokens: Any, mask: Any = None) -> jax.Array:
@@ -42,11 +44,23 @@ class Model:
 
         Returns:
           `[B, T, V]` float32; at padding, without meaning.
+
+        Raises:
+          UserError: a real token's id has no row in the embedding.
         """
-        tokens = jnp.asarray(tokens, jnp.int32)
+        tokens, mask = np.asarray(tokens), None if mask is None else np.asarray(mask, bool)
         if tokens.ndim != 2:
             raise ValueError(f"tokens: expected [B, T], got shape {tokens.shape}")
-        return _logits(self.config, self.params, tokens, None if mask is None else jnp.asarray(mask, bool))
+        beyond = (tokens < 0) | (tokens >= self.config.vocab_size)
+        if mask is not None:
+            beyond &= mask
+        if beyond.any():
+            row, place = np.argwhere(beyond)[0]
+            raise UserError(
+                f"tokens: id {tokens[row, place]} (row {row}, place {place}) has no row in the embedding, which has "
+                f"{self.config.vocab_size}"
+            )
+        return _logits(self.config, self.params, tokens.astype(np.int32), mask)
 
     def generate(self, prompts: Sequence[Any], **options: Any) -> Any:
         """Samples responses to prompts.
@@ -54,7 +68,8 @@ class Model:
         Args:
           prompts: texts, or lists of chat messages (`{"role": ..., "content": ...}`) for the chat template.
           **options: num_responses=1 (K), temperature=1.0 (0 is greedy), max_tokens=128, top_k=0, top_p=1.0,
-            min_p=0.0, stop=() (strings), seed=0.
+            min_p=0.0, stop=() (strings), seed=0, template_arguments=None (for the chat template, in place of the
+            model's own).
 
         Returns:
           `lpo_jax.sampling.text.Generated`: `tokens`, `log_probs` `[P, K, T]`, `lengths`, `finished` `[P, K]`,
@@ -87,8 +102,8 @@ def load_model(name: str | os.PathLike, dtype: str = "float32", shardings: Any =
     """
     _check_dtype(dtype)
     source = _open(name)
-    tokenizer = source.tokenizer()
-    return Model(source.config, source.params(dtype, shardings), tokenizer, _eos_ids(source, tokenizer))
+    tokenizer, eos_ids = _tokenizer(source, {})
+    return Model(source.config, source.params(dtype, shardings), tokenizer, eos_ids)
 
 
 def load_weights(name: str | os.PathLike, dtype: str = "float32", shardings: Any = None) -> decoder.Params:
@@ -97,11 +112,19 @@ def load_weights(name: str | os.PathLike, dtype: str = "float32", shardings: Any
     return _open(name).params(dtype, shardings)
 
 
-def load_config_and_tokenizer(name: str | os.PathLike) -> tuple[ModelConfig, Any, tuple[int, ...]]:
-    """Config, tokenizer and end-token ids of a model, without reading (or, of `hf:`, downloading) weights."""
-    source = _open(name, weights=False)
-    tokenizer = source.tokenizer()
-    return source.config, tokenizer, _eos_ids(source, tokenizer)
+def load_config_and_tokenizer(
+    name: str | os.PathLike, weights: bool = False, template_arguments: Mapping[str, Any] | None = None
+) -> tuple[ModelConfig, ModelTokenizer | None, tuple[int, ...]]:
+    """Config, tokenizer and end-token ids of a model, without its parameters.
+
+    Args:
+      name: as for `load_model`.
+      template_arguments: for the chat template.
+      weights: whether the weights of an `hf:` model, which will be loaded later, are downloaded now. Whether a model
+        whose config ties the head to the embedding has a head of its own shows in the weights alone.
+    """
+    source = _open(name, weights)
+    return source.config, *_tokenizer(source, template_arguments or {})
 
 
 def _check_dtype(dtype: str) -> None:
@@ -110,14 +133,48 @@ def _check_dtype(dtype: str) -> None:
 
 
 def _open(name: str | os.PathLike, weights: bool = True) -> HfDirectory | GgufFile:
-    path = locate(os.fspath(name), weights)
-    return HfDirectory.open(path) if path.is_dir() else GgufFile.open(path)
+    name = os.fspath(name)
+    path = locate(name, weights)
+    if not path.is_dir():
+        return GgufFile.open(path)
+    return HfDirectory.open(path, weights or not name.startswith("hf:"))
 
 
-def _eos_ids(source: HfDirectory | GgufFile, tokenizer: Any) -> tuple[int, ...]:
-    """Union of what the configs and the tokenizer name, in that order."""
-    own = getattr(tokenizer, "eos_token_id", None)
-    return tuple(dict.fromkeys([*source.eos_ids(), *([] if own is None else [own])]))
+def _tokenizer(
+    source: HfDirectory | GgufFile, template_arguments: Mapping[str, Any]
+) -> tuple[ModelTokenizer | None, tuple[int, ...]]:
+    """The tokenizer, and the end-token ids that the configs and the tokenizer name, in that order."""
+    own, model, V = source.tokenizer(), str(source.path), source.config.vocab_size
+    named = [*source.eos_ids(), getattr(own, "eos_token_id", None)]
+    eos_ids = tuple(dict.fromkeys(_eos_id(model, eos, own, V) for eos in named if eos is not None))
+    if own is None:
+        return None, eos_ids
+    return ModelTokenizer(own, model, V, eos_ids).with_arguments(template_arguments), eos_ids
+
+
+def _eos_id(model: str, eos: Any, tokenizer: Any, vocab_size: int) -> int:
+    """The id of an end token that is given as an id or as text.
+
+    Raises:
+      UserError: there is no such token, or the embedding has no row for it, so that no response could end with it.
+    """
+    if isinstance(eos, str):
+        known = tokenizer.get_vocab() if tokenizer is not None else {}
+        if eos not in known:
+            raise UserError(
+                f"{model}: eos_token_id is {eos!r}, which is no token of its tokenizer; set it to an id"
+            )
+        eos = known[eos]
+    if type(eos) is not int:
+        raise UserError(
+            f"{model}: eos_token_id holds {eos!r}; set it to the id of a token, or to a list of ids"
+        )
+    if not 0 <= eos < vocab_size:
+        raise UserError(
+            f"{model}: the end token has the id {eos}, but the embedding has {vocab_size} rows; correct "
+            "eos_token_id in config.json and generation_config.json, or eos_token in tokenizer_config.json"
+        )
+    return eos
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -77,7 +77,16 @@ def from_gguf(metadata: dict[str, Any], where: str) -> Any:
     backend.add_tokens([AddedToken(t, special=kind == _CONTROL, normalized=False) for t, kind in whole])
     if backend.get_vocab_size() != len(tokens):
         raise UserError(f"{where}: the vocabulary names a token twice; not supported")
-    token = lambda key: None if (i := get(f"{key}_token_id")) is None else tokens[i]  # noqa: E731
+
+    def token(key: str) -> str | None:
+        if (i := get(f"{key}_token_id")) is None:
+            return None
+        if not 0 <= i < len(tokens):
+            raise UserError(
+                f"{where}: {key}_token_id is {i}, but there are {len(tokens)} tokens; use another file"
+            )
+        return tokens[i]
+
     special = {"bos": token("bos"), "eos": token("eos"), "unk": token("unknown"), "pad": token("padding")}
     # As llama.cpp: a file that does not say gets a first token in these two cases.
     add_bos = get("add_bos_token", model == "llama" or _SPLITS.get(get("pre")) is _LLAMA3)

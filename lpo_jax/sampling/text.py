@@ -3,7 +3,7 @@
 import collections
 import dataclasses
 import hashlib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -36,6 +36,7 @@ def generate(
     min_p: float = 0.0,
     stop: Sequence[str] = (),
     seed: int = 0,
+    template_arguments: Mapping[str, Any] | None = None,
 ) -> Generated:
     """Samples responses; see `lpo_jax.models.load.Model.generate`."""
     if isinstance(prompts, str) or not prompts:
@@ -47,6 +48,8 @@ def generate(
     tokenizer, limit = model.tokenizer, model.config.max_positions - max_tokens
     if tokenizer is None:
         raise UserError("generate: the model has no tokenizer")
+    if template_arguments is not None:
+        tokenizer = tokenizer.with_arguments(template_arguments)
     ids = [encode(tokenizer, prompt) for prompt in prompts]
     for index, row in enumerate(ids):
         if not 1 <= len(row) <= limit:
@@ -80,16 +83,16 @@ def encode(tokenizer: Any, prompt: Prompt) -> list[int]:
     A text gets the special tokens the tokenizer puts before any text; chat messages are rendered by the
     tokenizer's own template, which brings its own, so that no prompt has two beginnings. Where the last message
     is the assistant's, that one is continued.
+
+    Args:
+      tokenizer: `lpo_jax.models.text.ModelTokenizer`.
+
+    Raises:
+      UserError: no chat template, one that does not take the messages, or a token without a row in the embedding.
     """
     if isinstance(prompt, str):
         return tokenizer.encode(prompt)
-    if not getattr(tokenizer, "chat_template", None):
-        raise UserError("the model has no chat template; use raw prompts")
-    continued = prompt[-1]["role"] == "assistant"
-    text = tokenizer.apply_chat_template(
-        list(prompt), tokenize=False, add_generation_prompt=not continued, continue_final_message=continued
-    )
-    return tokenizer.encode(text, add_special_tokens=False)
+    return tokenizer.encode(tokenizer.render(prompt), add_special_tokens=False)
 
 
 def response_text(tokenizer: Any, ids: Sequence[int], eos_ids: Collection[int]) -> str:

@@ -260,7 +260,9 @@ def open_session(config: Config) -> Iterator[Session]:
     """Builds the task, starts the verifiers, opens the model. Raises `UserError` before long work begins."""
     options = dict(config.task)
     task = tasks.get(options.pop("name"), **options)
-    model_config, tokenizer, eos_ids = load_config_and_tokenizer(config.model.path)
+    model_config, tokenizer, eos_ids = load_config_and_tokenizer(
+        config.model.path, weights=config.model.init == "weights"
+    )
     if tokenizer is None:
         raise UserError(f"{config.model.path}: has no tokenizer")
     if (adapters := lora.configured(config.model.lora)) is not None:

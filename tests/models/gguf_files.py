@@ -13,8 +13,11 @@ def interleave(x: np.ndarray, heads: int) -> np.ndarray:
     return x.reshape(heads, 2, x.shape[0] // heads // 2, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)
 
 
-def write_gguf(path, directory, *, kind="F32", tokenizer=None, skip=(), extra=None, **metadata):
-    """`metadata` keys have `__` for the dot and override what the config says; None leaves a key out."""
+def write_gguf(path, directory, *, kind="F32", tokenizer=None, skip=(), extra=None, split=0, **metadata):
+    """`metadata` keys have `__` for the dot and override what the config says; None leaves a key out.
+
+    `split`: tensors in a part of a split model; 0 writes one file.
+    """
     source = HfDirectory.open(directory)
     config = source.config
     weights = load_file(directory / "model.safetensors")
@@ -32,7 +35,7 @@ def write_gguf(path, directory, *, kind="F32", tokenizer=None, skip=(), extra=No
         "rope.freq_base": config.rope_theta,
         "attention.sliding_window": config.sliding_window,
     } | {key.replace("__", "."): value for key, value in metadata.items()}
-    writer = gguf.GGUFWriter(path, arch)
+    writer = gguf.GGUFWriter(path, arch, split_max_tensors=split)
     for key, value in keys.items():
         if isinstance(value, str):
             writer.add_string(f"{arch}.{key}", value)

@@ -132,6 +132,38 @@ def test_a_file_that_cannot_be_exact_is_refused(options, message, golden, tmp_pa
     assert "llama.gguf" in str(error.value) and "\n" not in str(error.value)
 
 
+def test_a_split_model_is_read_whole_or_refused(golden, tmp_path):
+    whole = load_model(write(golden, tmp_path, "llama"))
+    write(golden, tmp_path, "llama", split=8)
+    first, second, third = parts = sorted(tmp_path.glob("llama-*.gguf"))
+    assert [part.name for part in parts] == [f"llama-{n:05}-of-00003.gguf" for n in (1, 2, 3)]
+    model = load_model(first)
+    assert model.config == whole.config
+    for x, y in zip(jax.tree.leaves(model.params), jax.tree.leaves(whole.params), strict=True):
+        np.testing.assert_array_equal(x, y)
+    with pytest.raises(UserError, match="is part 2 of 3 of a split model; name its first part"):
+        load_model(second)
+    renamed = first.rename(tmp_path / "renamed.gguf")
+    with pytest.raises(UserError, match="is part 1 of 3 of a split model; name its first part"):
+        load_model(renamed)
+    renamed.rename(first)
+    held = second.read_bytes()
+    second.write_bytes(third.read_bytes())
+    with pytest.raises(UserError, match=r"00002-of-00003.gguf: is not part 2 of 3"):
+        load_model(first)
+    second.write_bytes(held)
+    third.unlink()
+    with pytest.raises(UserError, match=r"part 3 of 3, llama-00003-of-00003.gguf, is missing"):
+        load_model(first)
+
+
+def test_a_tensor_that_stands_twice_is_refused(golden, tmp_path):
+    path = write(golden, tmp_path, "llama")
+    path.write_bytes(path.read_bytes().replace(b"blk.0.attn_k.weight", b"blk.1.attn_k.weight"))
+    with pytest.raises(UserError, match=r"holds tensor blk.1.attn_k.weight twice"):
+        load_model(path)
+
+
 def test_another_architecture_is_refused(tmp_path):
     writer = gguf.GGUFWriter(tmp_path / "a.gguf", "mamba")
     writer.write_header_to_file()

@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from lpo_jax.errors import UserError
-from lpo_jax.models import ModelConfig, layout, load_model
+from lpo_jax.models import ModelConfig, layout, load_config_and_tokenizer, load_model
 from lpo_jax.models.decoder import abstract_params, init_params
 from lpo_jax.models.hf import save_hf
 
@@ -99,6 +99,53 @@ def test_tied_model_whose_file_also_holds_the_head(golden, tmp_path):
     assert_same_bits(load_model(tmp_path / "out").params, load_model(golden / "qwen3").params)
 
 
+def test_a_head_that_differs_is_used_whatever_the_config_says(golden, tmp_path):
+    model = load_model(golden / "llama")
+    model.save(tmp_path / "out")
+    edit_json(tmp_path / "out" / "config.json", tie_word_embeddings=True)
+    with pytest.warns(UserWarning, match="tie_word_embeddings is true, but lm_head.weight differs"):
+        again = load_model(tmp_path / "out")
+    assert again.config == model.config and not again.config.tie_embeddings
+    assert_same_bits(again.params, model.params)
+    with pytest.warns(UserWarning, match="differs"):  # what sizes a run is what is loaded
+        assert load_config_and_tokenizer(tmp_path / "out")[0] == model.config
+    again.save(tmp_path / "exported")
+    assert json.loads((tmp_path / "exported" / "config.json").read_text())["tie_word_embeddings"] is False
+    # Without its weights a directory is what its config says.
+    (tmp_path / "out" / WEIGHTS).unlink()
+    assert load_config_and_tokenizer(tmp_path / "out")[0].tie_embeddings
+
+
+def test_one_file_goes_before_an_index_as_in_transformers(llama, tmp_path):
+    model = load_model(llama)
+    other = jax.tree.map(lambda p: p + 1, model.params)
+    save_hf(tmp_path / "old", model.config, other, shard_bytes=20_000)
+    for path in (tmp_path / "old").glob("model*"):
+        path.rename(llama / path.name)
+    with pytest.warns(UserWarning, match="model.safetensors is read, as transformers does"):
+        assert_same_bits(load_model(llama).params, model.params)
+
+
+def test_an_index_that_is_broken_or_missing(llama, tmp_path):
+    model = load_model(llama)
+    save_hf(tmp_path / "out", model.config, model.params, shard_bytes=20_000)
+    index = tmp_path / "out" / "model.safetensors.index.json"
+    shards = sorted((tmp_path / "out").glob("*.safetensors"))
+    twice = load_file(shards[1]) | {NORM: np.zeros(32, np.float32)}
+    save_file(twice, shards[1])
+    with pytest.raises(
+        UserError, match=f"tensor .* is in {shards[0].name} and in|tensor {NORM} is in .* and in"
+    ):
+        load_model(tmp_path / "out")
+    for weight_map in (None, [], {}, {"a": 3}, {"a": "../model.safetensors"}):
+        edit_json(index, weight_map=weight_map)
+        with pytest.raises(UserError, match=r"index.json: weight_map names no files of this directory"):
+            load_model(tmp_path / "out")
+    index.unlink()
+    with pytest.raises(UserError, match=r"its .safetensors files need model.safetensors.index.json"):
+        load_model(tmp_path / "out")
+
+
 def test_end_ids_are_the_union_of_both_configs(llama):
     edit_json(llama / "config.json", eos_token_id=5)
     edit_json(llama / "generation_config.json", eos_token_id=[7, 5, 9])
@@ -145,6 +192,17 @@ NORM = "model.layers.1.input_layernorm.weight"
 SPOILT = {
     "missing tensor": (spoil_weights(lambda w: w.pop(NORM)), f"llama: tensor {NORM} is missing"),
     "unexpected tensor": (spoil_weights(lambda w: w.update(spare=w[NORM])), "unexpected tensor spare"),
+    "a buffer of no rotary embedding": (
+        spoil_weights(lambda w: w.update({"model.x.rotary_emb.inv_freq": w[NORM]})),
+        "unexpected tensor model.x.rotary_emb.inv_freq",
+    ),
+    "a head of another shape beside a tied embedding": (
+        lambda p: (
+            edit_json(p / "config.json", tie_word_embeddings=True),
+            spoil_weights(lambda w: w.update({"lm_head.weight": w["lm_head.weight"][:-1].copy()}))(p),
+        ),
+        r"lm_head.weight has shape \(63, 32\), its config says \(64, 32\)",
+    ),
     "wrong shape": (
         spoil_weights(lambda w: w.update({NORM: w[NORM][:-1].copy()})),
         rf"{NORM} has shape \(31,\), its config says \(32,\)",

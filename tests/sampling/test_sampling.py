@@ -6,9 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny import character_tokenizer
+from tokenizers import processors
 
 from lpo_jax.errors import UserError
 from lpo_jax.models import decoder
+from lpo_jax.models.text import ModelTokenizer
 from lpo_jax.sampling import Sampler, Sampling, schedule
 from lpo_jax.sampling.padding import bucket, pad_prompts
 from lpo_jax.sampling.text import encode, prompt_ids, response_text
@@ -207,23 +209,17 @@ def test_prompt_ids_tell_duplicates_apart():
     assert prompt_ids([[3]])[0] == ids[1]
 
 
-class Beginning:
-    """A tokenizer that puts token 0 before raw text, as Llama's does, and whose chat template does the same."""
-
-    chat_template = "{{ messages }}"
-
-    def encode(self, text, add_special_tokens=True):
-        return [0] * add_special_tokens + [0 if c == "^" else ord(c) for c in text]
-
-    def apply_chat_template(self, messages, tokenize, add_generation_prompt, continue_final_message):
-        return "^" + "".join(m["content"] for m in messages) + ">" * add_generation_prompt
-
-
 def test_every_prompt_has_one_beginning():
-    user, assistant = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "so"}
-    for prompt in ("hi", [user], [user, assistant]):
-        ids = encode(Beginning(), prompt)
-        assert ids.count(0) == 1 and ids[0] == 0
-    assert encode(Beginning(), [user])[-1] == ord(">") and encode(Beginning(), [user, assistant])[-1] == ord(
-        "o"
+    """The tokenizer puts <end> before raw text, as Llama's does, and its chat template does the same."""
+    own = character_tokenizer()
+    own.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<end> $A", special_tokens=[("<end>", 1)]
     )
+    own.chat_template = (
+        "<end>{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}>{% endif %}"
+    )
+    tokenizer = ModelTokenizer(own, "tiny", len(own))
+    user, assistant = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "so"}
+    for prompt, text in (("hi", "hi"), ([user], "hi>"), ([user, assistant], "hi>so")):
+        ids = encode(tokenizer, prompt)
+        assert ids[0] == 1 and ids.count(1) == 1 and tokenizer.decode(ids[1:]) == text

@@ -1,0 +1,173 @@
+"""A model's tokenizer as the program uses it: every id has a row in the embedding, chats go through the template.
+
+A prompt depends on the model, the messages and the template's arguments alone: templates that write today's date get
+a fixed one, so that a run asks the same prompts whenever it is resumed.
+"""
+
+import dataclasses
+import datetime
+import inspect
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lpo_jax.errors import UserError, nearest
+
+Message = Mapping[str, str]
+
+# The date that Llama 3's templates write where they have no clock.
+DATE = datetime.datetime(2024, 7, 26)
+_DIRECTIVES = [f"%{code}" for code in ("-d", "-m", "-H", "-I", "-M", "-S", *"aAbBdeHIjmMpSuyY")]
+_REPLACED = "".join(f" | replace({code!r}, {DATE.strftime(code)!r})" for code in _DIRECTIVES)
+# Defined in front of a template, it goes before the function of that name, which reads the clock.
+_CLOCK = f"{{%- macro strftime_now(format) -%}}{{{{ format{_REPLACED} }}}}{{%- endmacro %}}\n"
+_ANSWER = "<answer of the assistant>"  # stands for any answer, to see where a template puts it
+_TAG_AT_END = re.compile(r"<[^<>\s]+>$")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelTokenizer:
+    """A tokenizer with what it cannot know of its model. All else of it (`decode`, ...) is there under its own name.
+
+    Attributes:
+      tokenizer: a `transformers.PreTrainedTokenizerFast`.
+      model: the model's name, for messages.
+      vocab_size: V, rows of the embedding.
+      eos_ids: every id that ends a response.
+      template_arguments: for the chat template, such as `enable_thinking`; `chat_template` is the name of one of
+        several templates, or a template.
+    """
+
+    tokenizer: Any
+    model: str
+    vocab_size: int
+    eos_ids: tuple[int, ...] = ()
+    template_arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("tokenizer", "__setstate__"):  # asked for before the fields are there, by copies
+            raise AttributeError(name)
+        return getattr(self.tokenizer, name)
+
+    def __call__(self, *texts: Any, **options: Any) -> Any:
+        return self.tokenizer(*texts, **options)
+
+    def __len__(self) -> int:
+        return len(self.tokenizer)
+
+    @property
+    def eos_token_id(self) -> int | None:
+        """The tokenizer's end token; the model's first one where the tokenizer names none."""
+        own = self.tokenizer.eos_token_id
+        return own if own is not None or not self.eos_ids else self.eos_ids[0]
+
+    def encode(self, text: str, **options: Any) -> list[int]:
+        """The ids of a text, as the tokenizer's own `encode`.
+
+        Raises:
+          UserError: one of them has no row in the embedding, where JAX would take the last row.
+        """
+        ids = self.tokenizer.encode(text, **options)
+        if max(ids, default=0) >= self.vocab_size:
+            beyond = next(i for i in ids if i >= self.vocab_size)
+            raise UserError(
+                f"{self.model}: token {self.tokenizer.convert_ids_to_tokens(beyond)!r} (id {beyond}) has no row in the "
+                f"embedding, which has {self.vocab_size}; keep it out of prompts, solutions and the chat template, or "
+                "use the tokenizer that belongs to the weights"
+            )
+        return ids
+
+    def with_arguments(self, arguments: Mapping[str, Any]) -> "ModelTokenizer":
+        """The same tokenizer with these template arguments.
+
+        Raises:
+          UserError: there is no chat template, or it does not use one of them.
+        """
+        if not arguments:
+            return dataclasses.replace(self, template_arguments={})
+        changed = dataclasses.replace(self, template_arguments=dict(arguments))
+        template = changed._template()
+        reserved = set(inspect.signature(type(self.tokenizer).apply_chat_template).parameters)
+        used = set(re.findall(r"\w+", template)) - (reserved - {"tools", "documents"})
+        for name in arguments:
+            if name not in used | {"chat_template"}:
+                raise UserError(
+                    f"{self.model}: its chat template does not use the argument {name!r}{nearest(name, used)}; "
+                    "correct or remove it"
+                )
+        return changed
+
+    def render(self, messages: Sequence[Message]) -> str:
+        """The text that a response to chat messages continues.
+
+        Where the last message is the assistant's, its text is put behind the prompt for an answer as it is: the
+        template would take it for a whole answer, trim it, or add an empty thought.
+
+        Raises:
+          UserError: there is no chat template, or it does not take these messages.
+        """
+        *asked, last = messages
+        if last["role"] != "assistant":
+            return self._apply(messages, add_generation_prompt=True)
+        prefill, prompt = last["content"], self._apply(asked, add_generation_prompt=True)
+        if prompt == self._apply(asked, add_generation_prompt=False):
+            return self._before_answer(asked, prompt) + prefill
+        tag = _TAG_AT_END.search(prompt.rstrip())
+        if tag and prefill.lstrip().startswith(tag[0]):
+            raise UserError(
+                f"{self.model}: its chat template begins each answer with {tag[0]} itself; leave {tag[0]} out of the "
+                "prefill"
+            )
+        return prompt + prefill
+
+    def _before_answer(self, asked: Sequence[Message], prompt: str) -> str:
+        """Of a template without a generation prompt: the text up to where it puts the answer."""
+        whole = self._apply([*asked, {"role": "assistant", "content": _ANSWER}], add_generation_prompt=False)
+        before, found, _ = whole.partition(_ANSWER)
+        if not found or not before.startswith(prompt):
+            raise UserError(
+                f"{self.model}: its chat template rewrites the messages before an answer, so that no answer can be "
+                "begun with a prefill; remove the prefill or use raw prompts"
+            )
+        return before
+
+    def _template(self) -> str:
+        if not self.tokenizer.chat_template:
+            raise UserError(f"{self.model}: the model has no chat template; use raw prompts")
+        try:
+            return self.tokenizer.get_chat_template(self.template_arguments.get("chat_template"))
+        except ValueError:
+            names = ", ".join(self.tokenizer.chat_template)
+            raise UserError(
+                f"{self.model}: has several chat templates ({names}) and no default; set "
+                "model.template_arguments.chat_template to one of these names"
+            ) from None
+
+    def _apply(self, messages: Sequence[Message], **options: Any) -> str:
+        template = self._template()
+        arguments = {key: x for key, x in self.template_arguments.items() if key != "chat_template"}
+        clock = _CLOCK if "strftime_now" in template else ""
+        try:
+            return self.tokenizer.apply_chat_template(
+                list(messages), chat_template=clock + template, tokenize=False, **options, **arguments
+            )
+        except Exception as error:  # of jinja, and whatever a template's expressions raise
+            raise UserError(self._explain(error, messages, bool(clock))) from None
+
+    def _explain(self, error: Exception, messages: Sequence[Message], has_clock: bool) -> str:
+        import jinja2
+
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        if isinstance(error, jinja2.TemplateSyntaxError):
+            line = error.lineno - has_clock
+            return f"{self.model}: its chat template is broken (line {line}: {reason}); mend it or use raw prompts"
+        roles = ", ".join(str(message.get("role")) for message in messages)
+        if isinstance(error, jinja2.UndefinedError):
+            mend = "give what it lacks in model.template_arguments, or use raw prompts"
+        elif any(message.get("role") == "system" for message in messages):
+            mend = "ask without a system message (a task's `system` or `template`), or use raw prompts"
+        else:
+            mend = "ask in the way it wants, or use raw prompts"
+        return (
+            f"{self.model}: its chat template does not take messages of the roles {roles} ({reason}); {mend}"
+        )
