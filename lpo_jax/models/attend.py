@@ -30,6 +30,11 @@ KEPT = "attention"
 LOWEST = jnp.finfo(jnp.float32).min  # score of a key that is not seen
 
 
+def accumulator(dtype) -> jnp.dtype:
+    """The dtype in which products of `dtype` are summed and norms computed: at least float32."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
 def attend(
     q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, ordered: bool = False
 ) -> tuple[jax.Array, jax.Array]:
@@ -59,7 +64,7 @@ def _attend_row(q, k, v, mask):
     B, X, H, N = q.shape
     G = k.shape[2]
     q = q.reshape(B, X, G, H // G, N)
-    scores = jnp.einsum("bxghn,bygn->bghxy", q, k, preferred_element_type=jnp.float32) * N**-0.5
+    scores = jnp.einsum("bxghn,bygn->bghxy", q, k, preferred_element_type=accumulator(q.dtype)) * N**-0.5
     scores = jnp.where(mask[:, None, None], scores, LOWEST)
     peak = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
     weights = jnp.exp(scores - peak)
@@ -106,7 +111,7 @@ def _backward(ordered, kept, cotangents):
     d_out, d_lse = cotangents
     X, Y = q.shape[1], k.shape[1]
     keys, values = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 3, 1)  # [B, G, N, Y]
-    d_keys = d_values = jnp.zeros(keys.shape, jnp.float32)
+    d_keys = d_values = jnp.zeros(keys.shape, accumulator(keys.dtype))
     d_q = []
     for start, stop, seen in _strips(X, Y, ordered):
 
@@ -146,9 +151,9 @@ _attend_blocks.defvjp(_forward, _backward)
 
 
 def _product(axes: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    """In float32; a gradient is made outside the caller's precision, so the operands' dtype says it again."""
+    """Summed in float32; a gradient is made outside the caller's precision, so the operands' dtype says it again."""
     precision = "float32" if x.dtype == jnp.float32 else "default"
-    return jnp.einsum(axes, x, y, precision=precision, preferred_element_type=jnp.float32)
+    return jnp.einsum(axes, x, y, precision=precision, preferred_element_type=accumulator(x.dtype))
 
 
 def _scores(rows: jax.Array, keys: jax.Array, mask: jax.Array) -> jax.Array:

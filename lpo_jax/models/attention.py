@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from lpo_jax.models.attend import attend
+from lpo_jax.models.attend import accumulator, attend
 from lpo_jax.models.kernels import decode, splash
 from lpo_jax.models.sharding import on_each_shard
 
@@ -48,7 +48,8 @@ def merge(parts: list[tuple[jax.Array, jax.Array]]) -> jax.Array:
     """
     lses = jnp.stack([lse for _, lse in parts])
     weights = jax.nn.softmax(lses, axis=0)[..., None]
-    return sum((w * out.astype(jnp.float32) for w, (out, _) in zip(weights, parts))).astype(parts[0][0].dtype)
+    dtype = parts[0][0].dtype
+    return sum((w * out.astype(accumulator(dtype)) for w, (out, _) in zip(weights, parts))).astype(dtype)
 
 
 def _within(window: int | None, query_position: jax.Array, key_position: jax.Array) -> jax.Array:
@@ -267,7 +268,7 @@ def attend_stored(q, k, v, start, stop, attention: Attention = "auto") -> tuple[
     mask = (index >= start[..., None]) & (index < stop[:, None, None])  # [B, C, Y]
     B, G, C, I, N = q.shape
     scores = jnp.einsum(
-        "bgin,bgny->bgiy", q.reshape(B, G, C * I, N), k, preferred_element_type=jnp.float32
+        "bgin,bgny->bgiy", q.reshape(B, G, C * I, N), k, preferred_element_type=accumulator(q.dtype)
     ).reshape(B, G, C, I, -1)
     scores = jnp.where(mask[:, None, :, None], scores * N**-0.5, jnp.finfo(jnp.float32).min)
     peak = scores.max(-1, keepdims=True)

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lpo_jax.models.attend import KEPT
+from lpo_jax.models.attend import KEPT, accumulator
 from lpo_jax.models.attention import Causal
 from lpo_jax.models.config import ModelConfig
 from lpo_jax.models.sharding import constrain, gathered, look_up
@@ -207,9 +207,8 @@ def project(hidden: jax.Array, unembed: jax.Array) -> jax.Array:
     """`[..., D] x [V, D] -> [..., V]` logits, accumulated in float32."""
     precision = "float32" if hidden.dtype == jnp.float32 else "default"
     with jax.named_scope("unembed"), jax.default_matmul_precision(precision):
-        return jnp.einsum(
-            "...d,vd->...v", hidden, unembed.astype(hidden.dtype), preferred_element_type=jnp.float32
-        )
+        unembed = unembed.astype(hidden.dtype)
+        return jnp.einsum("...d,vd->...v", hidden, unembed, preferred_element_type=accumulator(hidden.dtype))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -219,16 +218,16 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
 
 
 def _rms_norm_forward(x, weight, eps):
-    y = x.astype(jnp.float32)
+    y = x.astype(accumulator(x.dtype))
     scale = jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
-    return (y * scale * weight.astype(jnp.float32)).astype(x.dtype), (x, weight, scale)
+    return (y * scale * weight.astype(y.dtype)).astype(x.dtype), (x, weight, scale)
 
 
 def _rms_norm_backward(eps, kept, g):
     # Autodiff's sums of products, written as einsums: XLA's CPU compiler runs the former 20 times slower.
     x, weight, scale = kept
-    y, g = x.astype(jnp.float32) * scale, g.astype(jnp.float32)
-    slope = g * weight.astype(jnp.float32)
+    y, g = x.astype(scale.dtype) * scale, g.astype(scale.dtype)
+    slope = g * weight.astype(scale.dtype)
     along = jnp.einsum("...d,...d->...", slope, y)[..., None] / y.shape[-1]
     d_weight = jnp.einsum("...d,...d->d", g, y)
     return (scale * (slope - y * along)).astype(x.dtype), d_weight.astype(weight.dtype)
@@ -259,7 +258,7 @@ def rope_table(config: ModelConfig, positions: jax.Array) -> tuple[jax.Array, ja
 def rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Rotary embedding of `[P, X, heads, N]`, pairing element i with i + N/2 (the Hugging Face layout)."""
     cos, sin = rope
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    a, b = jnp.split(x.astype(accumulator(x.dtype)), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 

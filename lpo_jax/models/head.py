@@ -17,6 +17,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
+from lpo_jax.models.attend import accumulator
 from lpo_jax.models.decoder import project
 from lpo_jax.models.sharding import RULES, constrain, gathered, summed
 
@@ -107,18 +108,18 @@ def _weighted_forward(options, hidden, unembed, given):
         stats, probabilities = _statistics(logits, h, target, top, extra)
         slope = _slope(logits, probabilities, stats, target, top, cotangent) / temperature
         slope = constrain(slope.astype(h.dtype), "batch", None, "vocab")
-        product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+        product = functools.partial(jnp.einsum, preferred_element_type=accumulator(h.dtype))
         with jax.default_matmul_precision("float32" if h.dtype == jnp.float32 else "default"):
             d_h = product("bcv,vd->bcd", slope, unembed.astype(h.dtype))
             # On one axis of tokens: with two, a CPU would take a transposed copy of the slopes first.
             d_unembed += product("rv,rd->vd", slope.reshape(-1, slope.shape[-1]), h.reshape(-1, h.shape[-1]))
         if "hidden_norm" in cotangent:
             weight = cotangent["hidden_norm"] / jnp.maximum(stats["hidden_norm"], 1e-30)
-            d_h += weight[..., None] * h.astype(jnp.float32)
+            d_h += weight[..., None] * h.astype(d_h.dtype)
         return d_unembed, (stats, d_h.astype(h.dtype))
 
     def rows(unembed, arrays):
-        zero = constrain(jnp.zeros(unembed.shape, jnp.float32), "vocab", None)
+        zero = constrain(jnp.zeros(unembed.shape, accumulator(unembed.dtype)), "vocab", None)
         return _by_chunks(functools.partial(chunk, unembed), zero, unembed.shape[0], *arrays)
 
     targets, cotangent, top_ids = given
@@ -174,7 +175,7 @@ def _statistics(logits, h, target, top, extra):
     if "collision" in extra:
         out["collision"] = jnp.square(p).sum(-1)
     if "hidden_norm" in extra:
-        out["hidden_norm"] = jnp.linalg.norm(h.astype(jnp.float32), axis=-1)
+        out["hidden_norm"] = jnp.linalg.norm(h.astype(logits.dtype), axis=-1)
     return out, p
 
 

@@ -26,6 +26,7 @@ import numpy as np
 from flax import struct
 
 from lpo_jax.models import decoder
+from lpo_jax.models.attend import accumulator
 from lpo_jax.models.attention import Attention, SharedPrefix
 from lpo_jax.models.config import ModelConfig
 from lpo_jax.models.head import token_log_probs, top_tokens, weighted_log_probs
@@ -139,7 +140,7 @@ class Program:
     def pull_back(
         self, params: decoder.Params, groups: Groups, cotangent: TokenStats, frozen: Frozen | None = None
     ) -> tuple[decoder.Params, TokenStats]:
-        """Part 3: the gradient (float32), and the statistics the model gave on the way.
+        """Part 3: the gradient (at least float32), and the statistics the model gave on the way.
 
         Args:
           params: what the gradient is of; with `frozen`, the adapters of that base.
@@ -172,7 +173,7 @@ class Program:
                 gradient, stats = jax.grad(weighted, has_aux=True)(params, frozen, *xs)
                 return constrain_params(self.config, jax.tree.map(jnp.add, total, gradient)), stats
 
-            zero = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+            zero = jax.tree.map(lambda p: jnp.zeros(p.shape, accumulator(p.dtype)), params)
             return jax.lax.scan(piece, constrain_params(self.config, zero), batch)
 
         return summed(microbatches, ("data",), dim=1)((params, frozen), (rows, given))

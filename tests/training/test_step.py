@@ -1,6 +1,11 @@
-"""The three-part step against plain autodiff, whatever the microbatches."""
+"""The three-part step against plain autodiff, whatever the microbatches.
+
+Exactness is tested in float64, where rounding is far below any mistake; float32 is compared with the float64 result,
+within what its rounding explains.
+"""
 
 import dataclasses
+import functools
 
 import chex
 import jax
@@ -19,6 +24,29 @@ from lpo_jax.training.optimizer import Optimizer
 from lpo_jax.training.step import Program, TrainState, likeliest, score, signal, token_metrics, update
 
 P, K, S, T = 4, 4, 6, 5
+
+# A product of n terms has a relative error of at most n / 2 eps. A gradient goes through 7 products of each of the two
+# layers and the head, forwards and backwards, of 32 terms or more. To first order these errors add up to:
+FLOAT32_ROUNDING = 2 * (2 * 7 + 1) * 32 / 2 * np.finfo(np.float32).eps  # 5.7e-5
+EXACT = 1e-10  # of float64, whose rounding, estimated alike, is 1e-13
+
+
+def in_float64(test):
+    """Run a test with 64-bit floats, and with its parameters in float64."""
+
+    @functools.wraps(test)
+    def wrapped(*args, tiny_params, **kwargs):
+        with jax.enable_x64(True):
+            return test(*args, tiny_params=astype(tiny_params, np.float64), **kwargs)
+
+    return wrapped
+
+
+def astype(tree, dtype):
+    """`tree` with its floats in `dtype`, on the host."""
+    return jax.tree.map(
+        lambda x: np.asarray(x, dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, jax.device_get(tree)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +68,8 @@ def rollouts(tiny_config):
 
 
 def program_for(config, budget=10**6, remat=False, **options):
+    """In the precision in which the test runs."""
+    options = {"dtype": jnp.float64 if jax.config.jax_enable_x64 else jnp.float32} | options
     return Program(config, 0.7, budget, remat=remat, **options)
 
 
@@ -70,7 +100,8 @@ def plain_log_probs(config, params, groups, temperature):
         rows[r, :n] = groups.prompts[r // K, :n]
         rows[r, n : n + T] = groups.responses[r // K, r % K]
     valid = np.arange(S + T) < (lengths + T)[:, None]
-    logp = jax.nn.log_softmax(decoder.logits(config, params, rows, valid) / temperature)
+    logits = decoder.logits(config, params, rows, valid, dtype=params["embed"].dtype)
+    logp = jax.nn.log_softmax(logits / temperature)
     predicting = lengths[:, None] - 1 + np.arange(T)
     logp = logp[np.arange(P * K)[:, None], predicting, groups.responses.reshape(P * K, T)]
     return logp.reshape(P, K, T)
@@ -80,13 +111,12 @@ PLAIN: dict[str, object] = {}
 
 
 def plain_gradient(name, config, params, rollouts):
-    """Autodiff of the whole batch's loss, nothing cut; once per method."""
+    """Autodiff of the whole batch's loss in float64, nothing cut; once per method."""
     objective = O.get(name)
 
     def loss(params):
-        return objective(TokenStats(plain_log_probs(config, params, rollouts.groups, 0.7)), rollouts.scored)[
-            0
-        ]
+        logp = plain_log_probs(config, params, rollouts.groups, 0.7)
+        return objective(TokenStats(logp), rollouts.scored)[0]
 
     if name not in PLAIN:
         PLAIN[name] = jax.jit(jax.grad(loss))(params)
@@ -95,14 +125,15 @@ def plain_gradient(name, config, params, rollouts):
 
 def relative_error(got, want):
     """|got - want| / |want| over the whole gradient; single small entries round far worse than that."""
-    return float(optax.global_norm(jax.tree.map(jnp.subtract, got, want)) / optax.global_norm(want))
+    got, want = astype(got, np.float64), astype(want, np.float64)
+    return float(optax.global_norm(jax.tree.map(np.subtract, got, want)) / optax.global_norm(want))
 
 
 def behaviour(config, params, rollouts, noise):
     """Rollouts whose behaviour log-probs are the model's own plus noise, as after an update."""
     logp = plain_log_probs(config, params, rollouts.groups, 0.7)
     logp = logp + noise * np.random.default_rng(1).normal(size=logp.shape)
-    return rollouts.replace(scored=rollouts.scored.replace(behaviour_logp=logp.astype(jnp.float32)))
+    return rollouts.replace(scored=rollouts.scored.replace(behaviour_logp=logp))
 
 
 @pytest.mark.parametrize("window", [None, 3])
@@ -115,6 +146,7 @@ def test_scores_equal_those_of_each_response_alone(tiny_config, tiny_params, rol
 
 @pytest.mark.parametrize("name", ["lpo-forward", "lpo-reverse", "grpo"])
 @pytest.mark.parametrize("budget, packed", [(10**6, False), (10**6, True), (2 * T + S, True), (1, True)])
+@in_float64
 def test_three_parts_equal_plain_autodiff(tiny_config, tiny_params, rollouts, name, budget, packed):
     """Whole groups, padded or packed, several prompts a row, groups cut in parts and into single responses."""
     rollouts = behaviour(tiny_config, tiny_params, rollouts, noise=0.1)
@@ -126,7 +158,22 @@ def test_three_parts_equal_plain_autodiff(tiny_config, tiny_params, rollouts, na
         assert budget == 1 or rollouts.groups.layout.pack is not None
     got = gradient_by_parts(program, tiny_params, rollouts, O.get(name))
     assert float(optax.global_norm(want)) > 1e-3
-    assert relative_error(got, want) <= 1e-5
+    assert {x.dtype for x in jax.tree.leaves((got, want))} == {np.dtype(np.float64)}
+    np.testing.assert_array_less(relative_error(got, want), EXACT)
+
+
+@pytest.mark.parametrize("budget", [10**6, 1])
+def test_three_parts_in_float32_differ_by_rounding(tiny_config, tiny_params, rollouts, budget):
+    with jax.enable_x64(True):
+        exact = astype(tiny_params, np.float64)
+        rollouts = behaviour(tiny_config, exact, rollouts, noise=0.1)
+        wants = [plain_gradient(name, tiny_config, exact, rollouts) for name in ("lpo-forward", "grpo")]
+    rollouts = astype(rollouts, np.float32)
+    program = program_for(tiny_config, budget)
+    for want, name in zip(wants, ("lpo-forward", "grpo")):
+        got = gradient_by_parts(program, tiny_params, rollouts, O.get(name))
+        assert {x.dtype for x in jax.tree.leaves(got)} == {np.dtype(np.float32)}
+        np.testing.assert_array_less(relative_error(got, want), FLOAT32_ROUNDING)
 
 
 def test_packed_scores_and_likeliest_equal_padded_ones(tiny_config, tiny_params, rollouts):
@@ -159,6 +206,7 @@ def test_features_are_those_of_each_response_alone(tiny_config, tiny_params, rol
         np.testing.assert_allclose(got["features"][p, k], want, atol=2e-4)
 
 
+@in_float64
 def test_split_and_unsplit_gradients_agree(tiny_config, tiny_params, rollouts):
     rollouts = behaviour(tiny_config, tiny_params, rollouts, noise=0.1)
     gradients = [
@@ -166,9 +214,10 @@ def test_split_and_unsplit_gradients_agree(tiny_config, tiny_params, rollouts):
         for budget in (10**6, S + K * T, S + T)
     ]
     for other in gradients[1:]:
-        assert relative_error(other, gradients[0]) <= 1e-5
+        np.testing.assert_array_less(relative_error(other, gradients[0]), EXACT)
 
 
+@in_float64
 def test_padding_changes_nothing(tiny_config, tiny_params, rollouts):
     """More padding behind prompts and responses, with garbage in it, leaves the gradient alone."""
     rollouts = behaviour(tiny_config, tiny_params, rollouts, noise=0.1)
@@ -180,14 +229,14 @@ def test_padding_changes_nothing(tiny_config, tiny_params, rollouts):
     )
     program, objective = program_for(tiny_config), O.get("lpo-forward")
     results = [gradient_by_parts(program, tiny_params, some, objective) for some in (rollouts, wider)]
-    assert relative_error(*results) <= 1e-5
+    np.testing.assert_array_less(relative_error(*results), EXACT)
 
 
 def test_first_update_reports_no_gap_and_clips_nothing(tiny_config, tiny_params, rollouts):
     """Sampled log-probs stand in for part 1; the ratio is 1 whatever the microbatches."""
     rollouts = behaviour(tiny_config, tiny_params, rollouts, noise=0.0)
     _, metrics = one_update(program_for(tiny_config, S + T), tiny_params, rollouts, O.get("lpo-forward"))
-    assert metrics["lpo/logp_gap_max"] < 5e-5
+    np.testing.assert_array_less(metrics["lpo/logp_gap_max"], 5e-5)
     assert metrics["actor/pg_clipfrac"] == 0
     assert metrics["lpo/score_abs_max"] == 0
     assert metrics["actor/entropy"] > 0.1
@@ -208,6 +257,7 @@ def test_all_masked_batch_gives_a_zero_gradient(tiny_config, tiny_params, rollou
 
 
 @pytest.mark.slow
+@in_float64
 def test_gradient_reaches_the_parameters_through_every_statistic(tiny_config, tiny_params, rollouts):
     """Entropy, collision, state norms and other tokens' log-probs, each with a cotangent, against plain autodiff."""
     teacher = likeliest(program_for(tiny_config), 3, tiny_params, rollouts.groups)
@@ -233,11 +283,11 @@ def test_gradient_reaches_the_parameters_through_every_statistic(tiny_config, ti
     shapes = {name: (P, K, T) for name in ("entropy", "collision", "hidden_norm")} | {
         "top_logp": (P, K, T, 3)
     }
-    weights = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
-    cotangent = TokenStats(**({"logp": np.zeros((P, K, T), np.float32)} | weights))
+    weights = {name: rng.normal(size=shape) for name, shape in shapes.items()}
+    cotangent = TokenStats(**({"logp": np.zeros((P, K, T))} | weights))
     extra = ("collision", "hidden_norm")
     want = jax.jit(jax.grad(total))(tiny_params)
     got, stats = pull_back(program_for(tiny_config, S + 2 * T, extra=extra), tiny_params, groups, cotangent)
-    assert relative_error(got, want) <= 1e-5
-    chex.assert_trees_all_close(stats.top_logp, teacher.logp, atol=1e-5)
-    chex.assert_trees_all_close(stats.entropy, teacher.entropy, atol=1e-5)
+    np.testing.assert_array_less(relative_error(got, want), EXACT)
+    chex.assert_trees_all_close(stats.top_logp, teacher.logp, atol=EXACT)
+    chex.assert_trees_all_close(stats.entropy, teacher.entropy, atol=EXACT)
