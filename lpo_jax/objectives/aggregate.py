@@ -7,10 +7,13 @@ import jax.numpy as jnp
 
 from lpo_jax.objectives.part import Part
 
+# The default of every `max_tokens` that stands for the response budget of the run, which `lpo train` puts in its place.
+RESPONSE_BUDGET = 1024
+
 AGGREGATIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
 
 
-def token_weights(tokens: jax.Array, aggregation: str, max_tokens: int = 1024) -> jax.Array:
+def token_weights(tokens: jax.Array, aggregation: str, max_tokens: int = RESPONSE_BUDGET) -> jax.Array:
     """Weights W [P,K,T]: the loss is sum W phi(delta, c), where c [P,K] already holds the 1/K of its group.
 
     With n_k tokens in response k, K_p responses and N tokens in all, over prompts that have a token:
@@ -52,11 +55,11 @@ class Aggregate(Part):
     Attributes:
       aggregation: as `token_weights` takes it.
       max_tokens: the constant of "seq-mean-token-sum-norm"; `lpo train` sets it to the run's response budget
-        unless it is given.
+        unless the config or the method's own paper gives another number.
     """
 
     aggregation: str = "seq-mean-token-mean"
-    max_tokens: int = 1024
+    max_tokens: int = RESPONSE_BUDGET
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Weights [P,K,T] of the tokens [P,K,T] that take part."""

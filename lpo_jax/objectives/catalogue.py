@@ -1,9 +1,10 @@
 """The methods by name. `get` builds one, `names` lists them all; `methods/` holds the rows."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from lpo_jax.objectives.aggregate import RESPONSE_BUDGET
 from lpo_jax.objectives.hints import nearest
 from lpo_jax.objectives.method import Objective
 from lpo_jax.objectives.methods import guided, listwise, ratio, shaped, tokens
@@ -98,14 +99,33 @@ def get(name: str, **chosen: Any) -> Objective:
 def with_options(objective: Objective, chosen: Mapping[str, Any]) -> Objective:
     """The objective with some fields of its parts set anew."""
 
-    def renewed(value: Any) -> Any:
-        if isinstance(value, tuple):
-            return tuple(map(renewed, value))
-        if not isinstance(value, Part):
-            return value
-        known = {field.name for field in dataclasses.fields(value)}
-        return dataclasses.replace(value, **{k: v for k, v in chosen.items() if k in known})
+    def renewed(part: Part) -> Part:
+        known = {field.name for field in dataclasses.fields(part)}
+        return dataclasses.replace(part, **{k: v for k, v in chosen.items() if k in known})
 
     own = {k: v for k, v in chosen.items() if k in _own_options(objective)}
-    parts = {f.name: renewed(getattr(objective, f.name)) for f in dataclasses.fields(objective)}
-    return Objective(**(parts | own))
+    return dataclasses.replace(_with_parts(objective, renewed), **own)
+
+
+def with_response_budget(objective: Objective, max_tokens: int) -> Objective:
+    """The objective of a run with this response budget: the value of every `max_tokens` that stands for it.
+
+    A method whose paper has a constant of its own there, such as NFT's 1000, keeps it.
+    """
+
+    def renewed(part: Part) -> Part:
+        stands = getattr(part, "max_tokens", None) == RESPONSE_BUDGET
+        return dataclasses.replace(part, max_tokens=max_tokens) if stands else part
+
+    return _with_parts(objective, renewed)
+
+
+def _with_parts(objective: Objective, change: Callable[[Part], Part]) -> Objective:
+    """The objective with every part changed."""
+
+    def changed(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(changed, value))
+        return change(value) if isinstance(value, Part) else value
+
+    return Objective(**{f.name: changed(getattr(objective, f.name)) for f in dataclasses.fields(objective)})

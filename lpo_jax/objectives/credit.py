@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from lpo_jax.objectives.advantage import scaled
+from lpo_jax.objectives.aggregate import RESPONSE_BUDGET
 from lpo_jax.objectives.batch import Context
 from lpo_jax.objectives.part import Part
 from lpo_jax.objectives.simplex import as_float, centred, masked_mean, masked_std
@@ -115,7 +116,7 @@ class AnytimeReturns(Credit):
 
     budgets: int = 4
     budget_weights: str = "linear"
-    max_tokens: int = 1024
+    max_tokens: int = RESPONSE_BUDGET
     needs = ("credit",)
 
     def weights(self) -> jax.Array:

@@ -60,6 +60,9 @@ class FlowBalance(ScoreLoss):
         residual = log_partition(context.scored.control, context) + s - u
         return masked_mean(response_weights(context) * jnp.square(residual) / 2, context.valid, -1)
 
+    def clipped(self, context):
+        return ratio(context.delta.sum(-1)) > RATIO_MAX
+
 
 @dataclasses.dataclass(frozen=True)
 class LogPartition(Control):

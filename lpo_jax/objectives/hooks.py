@@ -105,7 +105,9 @@ class Replay(Hook):
     """One more clipped update on the batch before, weighed by how far this batch's reward beats the last ones'.
 
     With xi = (mean reward - mean of the window) / deviation of the window, the weight is xi, or
-    `regress_scale` xi where it is negative.
+    `regress_scale` xi where it is negative. The deviation is taken to be no less than the standard error of the
+    batch's own mean reward, so that a window of equal means does not make the weight explode; where both are 0 there
+    is no scale, and the weight is 0.
 
     Attributes:
       window: steps in the window.

@@ -198,9 +198,8 @@ class Objective:
         delta = jax.lax.stop_gradient(delta)
         size = view.valid.sum(-1)  # [P]
         uniform = jnp.where(view.valid, 1 / jnp.maximum(size, 1)[:, None], 0)  # [P,K]
-        # A token counts as clipped when its response pulls on it and the gate lets nothing through.
-        slope = jax.grad(lambda d: self.gate(d, c, context).sum())(delta)
         pulled = tokens & (c != 0)
+        clipped = self.gate.acts(delta, c, context) | self.projection.clipped(context)[..., None]
         marked = _marked(context.scored)
 
         def group_mean(x: jax.Array) -> jax.Array:
@@ -210,7 +209,7 @@ class Objective:
             "lpo/target_tv": group_mean(0.5 * jnp.abs(view.target - uniform).sum(-1)),
             "lpo/policy_tv": group_mean(0.5 * jnp.abs(view.policy - uniform).sum(-1)),
             "lpo/coef_l1": group_mean(jnp.abs(view.coefficients).sum(-1)),
-            "lpo/coef_sum": group_mean(view.coefficients.sum(-1)),
+            "lpo/coef_sum": jnp.abs(jnp.where(view.active, view.coefficients.sum(-1), 0)).max(initial=0),
             "lpo/score_abs_max": jnp.abs(view.scores).max(initial=0),
             # Groups without signal have the floor for a temperature, which would hide the others'.
             "lpo/temperature_mean": masked_mean(view.temperature[:, 0], view.active & ~view.degenerate),
@@ -223,7 +222,7 @@ class Objective:
                 DIVERGENCES["reverse-kl"].value(view.log_policy, view.log_target),
                 view.active & ~(view.valid & (view.log_target == -jnp.inf)).any(-1),
             ),
-            "actor/pg_clipfrac": masked_mean(pulled & (slope == 0), tokens),
+            "actor/pg_clipfrac": masked_mean(pulled & clipped, tokens),
             "actor/ppo_kl": masked_mean(-delta, tokens),
         }
 

@@ -49,6 +49,10 @@ class Projection(Part):
         size = context.size if u.ndim == 2 else context.size[..., None]
         return -u / size
 
+    def clipped(self, context: Context) -> jax.Array:
+        """The responses [P,K] whose importance weight in the coefficients is clipped: none."""
+        return jnp.zeros_like(context.valid)
+
 
 @dataclasses.dataclass(frozen=True)
 class Simplex(Projection):

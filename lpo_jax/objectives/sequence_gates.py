@@ -97,11 +97,24 @@ class HybridClip(RatioClip):
         entropy = jnp.where(context.tokens, as_float(context.stats.entropy), 0)
         return entropy / jnp.maximum(entropy.max(initial=0), 1e-6)
 
-    def __call__(self, delta, c, context):
-        a, rho, s = self.share(context), ratio(delta), sequence_ratio(delta, context)
+    def ratios(self, delta: jax.Array, context: Context) -> tuple[jax.Array, ...]:
+        """rho, s, and their clipped selves, [P,K,T] each."""
+        rho, s = ratio(delta), sequence_ratio(delta, context)
         clipped_s = jnp.clip(s, 1 - self.sequence_epsilon_low, 1 + self.sequence_epsilon_high)
-        clipped = a * self.clipped(rho) + (1 - a) * clipped_s
-        return self.pessimistic(a * rho + (1 - a) * s, clipped, c)
+        return rho, s, self.clipped(rho), clipped_s
+
+    def __call__(self, delta, c, context):
+        a = self.share(context)
+        rho, s, clipped_rho, clipped_s = self.ratios(delta, context)
+        return self.pessimistic(a * rho + (1 - a) * s, a * clipped_rho + (1 - a) * clipped_s, c)
+
+    def acts(self, delta, c, context):
+        # One of the two ratios may be clipped by itself, which leaves the other's part of the slope.
+        a = self.share(context)
+        rho, s, clipped_rho, clipped_s = self.ratios(delta, context)
+        out = (rho != clipped_rho) | (s != clipped_s)
+        worse = c * (a * (clipped_rho - rho) + (1 - a) * (clipped_s - s)) >= 0
+        return (out & worse) | super().acts(delta, c, context)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,6 +142,11 @@ class FiberClip(Gate):
         fiber = jnp.clip(delta - mean, -self.fiber_epsilon, self.fiber_epsilon)
         return c * jnp.exp(base + fiber)
 
+    def acts(self, delta, c, context):
+        # Either clip leaves the other factor's slope.
+        mean = mean_log_ratio(delta, context)
+        return (jnp.abs(mean) > self.base_epsilon) | (jnp.abs(delta - mean) > self.fiber_epsilon)
+
 
 @dataclasses.dataclass(frozen=True)
 class BudgetClip(Gate):
@@ -146,12 +164,21 @@ class BudgetClip(Gate):
 
     variation_budget: float = 0.2
 
-    def __call__(self, delta, c, context):
+    def moves(self, delta: jax.Array, context: Context) -> tuple[jax.Array, jax.Array]:
+        """rho - 1 and B_t, both [P,K,T]."""
         moved = ratio(delta) - 1
         used = jnp.where(context.tokens, magnitude(moved), 0)
         others = used.sum(-1, keepdims=True) - used
-        budget = jnp.maximum(context.lengths[..., None] * self.variation_budget - others, 0)
+        return moved, jnp.maximum(context.lengths[..., None] * self.variation_budget - others, 0)
+
+    def __call__(self, delta, c, context):
+        moved, budget = self.moves(delta, context)
         return c * (1 + jnp.clip(moved, -budget, budget))
+
+    def acts(self, delta, c, context):
+        # A clipped token has a slope all the same: its movement is what the budgets of the others are cut by.
+        moved, budget = self.moves(delta, context)
+        return jnp.abs(moved) > budget
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,6 +207,12 @@ class TaperedWeight(Gate):
       TOPR, arXiv 2503.14286.
     """
 
+    def total(self, delta: jax.Array, context: Context) -> jax.Array:
+        """log rho_k [P,K,1], without gradient."""
+        return sequence_scores(jax.lax.stop_gradient(delta), context.tokens, "sum")[..., None]
+
     def __call__(self, delta, c, context):
-        total = sequence_scores(jax.lax.stop_gradient(delta), context.tokens, "sum")[..., None]
-        return c * jnp.where(c < 0, 1, ratio(jnp.minimum(total, 0))) * delta
+        return c * jnp.where(c < 0, 1, ratio(jnp.minimum(self.total(delta, context), 0))) * delta
+
+    def acts(self, delta, c, context):
+        return (c > 0) & (self.total(delta, context) > 0)

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from lpo_jax.objectives.aggregate import RESPONSE_BUDGET
 from lpo_jax.objectives.batch import Context
 from lpo_jax.objectives.part import Part
 
@@ -59,7 +60,7 @@ class Overlong(Shape):
     """
 
     overlong_buffer: float = 0.2
-    max_tokens: int = 1024
+    max_tokens: int = RESPONSE_BUDGET
 
     def __call__(self, context):
         stretch = self.overlong_buffer * self.max_tokens

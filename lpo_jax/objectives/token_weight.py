@@ -113,7 +113,7 @@ class Conflicts(TokenWeight):
     A token is in conflict where a response above the mean and one below it have the same token at the same place,
     without a break from the start of the response, or, places counted from there, from its end. On a response above
     the mean it weighs `conflict_weight` (squared where both hold), on one below 0. All weights of a response are
-    divided by the number of its tokens in conflict, at least 1.
+    divided by the number of its tokens in conflict, at least 1. A response at the mean weighs 1 throughout.
 
     Attributes:
       conflict_weight: on the responses above the mean.
@@ -139,8 +139,8 @@ class Conflicts(TokenWeight):
         weight = jnp.where(above > 0, self.conflict_weight, 0.0)[..., None]
         shared = jnp.where(start, weight, 1) * jnp.where(end, weight, 1)
         count = jnp.maximum((start | end).sum(-1, keepdims=True), 1)
-        # A response at the mean has no side; its coefficient is 0 anyway.
-        return (tokens * jnp.where((above == 0)[..., None], 1, shared) / count).astype(u.dtype)
+        # A response at the mean has no side, hence no conflict. Its coefficient need not be 0: see `EntropyCost`.
+        return (tokens * jnp.where((above == 0)[..., None], 1, shared / count)).astype(u.dtype)
 
 
 @dataclasses.dataclass(frozen=True)

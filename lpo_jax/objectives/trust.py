@@ -40,6 +40,13 @@ class Gate(Part):
         """
         return c * delta
 
+    def acts(self, delta: jax.Array, c: jax.Array, context: Context) -> jax.Array:
+        """The tokens [P,K,T] on which the trust region acts: those that it shuts, whose slope is 0.
+
+        A gate that limits a token's weight without shutting the token overrides this.
+        """
+        return jax.grad(lambda d: self(d, c, context).sum())(delta) == 0
+
 
 @dataclasses.dataclass(frozen=True)
 class LogClip(Gate):
@@ -167,9 +174,17 @@ class WeightClip(Gate):
         """Log of the importance weight [P,K,T] before it is clipped."""
         return delta
 
-    def __call__(self, delta, c, context):
+    def weights(self, delta: jax.Array, context: Context) -> tuple[jax.Array, jax.Array]:
+        """The importance weights [P,K,T], and their clipped selves."""
         weight = ratio(self.log_weight(jax.lax.stop_gradient(delta), context))
-        return c * jnp.clip(weight, 1 - self.epsilon_low, 1 + self.epsilon_high) * delta
+        return weight, jnp.clip(weight, 1 - self.epsilon_low, 1 + self.epsilon_high)
+
+    def __call__(self, delta, c, context):
+        return c * self.weights(delta, context)[1] * delta
+
+    def acts(self, delta, c, context):
+        weight, clipped = self.weights(delta, context)
+        return weight != clipped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,9 +277,16 @@ class ImplicitNegative(Gate):
     negative_floor: float = 1.0
     negative_weight: float = 1.0
 
-    def __call__(self, delta, c, context):
+    def left(self, delta: jax.Array, context: Context) -> jax.Array:
+        """(1 - p rho) / (1 - p), the ratio of pi_- to pi_b [P,K,T], before the floor."""
         p = context.pass_rate.clip(0.02, 0.98)[..., None]  # [P,1,1]
-        left = (1 - p * ratio(delta)) / (1 - p)
+        return (1 - p * ratio(delta)) / (1 - p)
+
+    def acts(self, delta, c, context):
+        return (c > 0) & (self.left(delta, context) < self.negative_floor)
+
+    def __call__(self, delta, c, context):
+        left = self.left(delta, context)
         held = jnp.maximum(left, self.negative_floor)
         # The value is `held`'s, the gradient is `left`'s: the added difference is exactly 0.
         held = jax.lax.stop_gradient(held) + (left - jax.lax.stop_gradient(left))

@@ -54,7 +54,11 @@ METRICS: tuple[Metric, ...] = (
     Metric("prompt_length/clip_ratio", "fraction", "prompts at the length limit"),
     # The update.
     Metric("actor/pg_loss", "-", "the objective's loss, mean over the updates of the step"),
-    Metric("actor/pg_clipfrac", "fraction", "terms (tokens or responses) at the clip of the trust region"),
+    Metric(
+        "actor/pg_clipfrac",
+        "fraction",
+        "tokens that the trust region shuts, or whose importance weight it clips",
+    ),
     Metric("actor/ppo_kl", "nats/token", "mean of behaviour minus current log-prob (verl's k1 estimate)"),
     Metric(
         "actor/kl_loss", "nats/token", "estimated divergence from the reference model, before its coefficient"
@@ -67,7 +71,9 @@ METRICS: tuple[Metric, ...] = (
     Metric("lpo/target_tv", "fraction", "total variation between target and uniform: how far rewards pull"),
     Metric("lpo/policy_tv", "fraction", "total variation between policy and uniform: how far it has moved"),
     Metric("lpo/coef_l1", "-", "sum over a prompt's responses of |coefficient|; 2 TV(P, w*) for lpo-forward"),
-    Metric("lpo/coef_sum", "-", "largest |sum of a prompt's coefficients|; 0 to rounding for LPO"),
+    Metric(
+        "lpo/coef_sum", "-", "largest |sum of a prompt's coefficients| of the step; 0 to rounding for LPO"
+    ),
     Metric("lpo/score_abs_max", "nats", "largest |score|: log-ratio of a response to the behaviour policy"),
     Metric("lpo/temperature_mean", "reward", "mean temperature tau of the target"),
     Metric("lpo/degenerate_group_frac", "fraction", "prompts whose rewards are all equal: no signal in them"),

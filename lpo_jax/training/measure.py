@@ -16,8 +16,8 @@ from lpo_jax.evaluation.heldout import Evaluation
 from lpo_jax.reporting import validation_metrics
 from lpo_jax.rewards.verdict import OUTCOMES
 
-# Of several updates in a step these tell most at their worst; all others are averaged.
-WORST = {"lpo/score_abs_max"}
+# Reduced by max over the updates of a step; all others by mean.
+WORST = {"lpo/score_abs_max", "lpo/coef_sum"}
 # The sampler-to-trainer gap is that of the first update: later ones are made with other weights.
 FIRST_ONLY = {
     "lpo/logp_gap_mean",

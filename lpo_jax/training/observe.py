@@ -31,7 +31,8 @@ def observed(
     Returns:
       features: `[P, K, 2 D + 4]`: the mean state of the last prompt tokens, that of the last response tokens, and the
         mean, maximum, first and last of the response's token entropies. The prompt's come first, equal for its K.
-      prompt_confidence: `[P]` exp of the mean log-prob of the prompt's least likely tokens.
+      prompt_confidence: `[P]` exp of the mean log-prob of the prompt's least likely tokens, at the temperature of
+        sampling, as the confidence in responses that it is compared with.
     """
     unembed = decoder.unembedding(params)
     S, T = groups.prompts.shape[1], mask.shape[-1]
@@ -54,7 +55,7 @@ def observed(
         prompt = _sum((near / near.sum(-1, keepdims=True))[..., None, :], of_prompt)  # [B, p, 1, D]
         # Token i + 1 of a prompt is predicted by its token i.
         predicting, ids = of_prompt[:, :, :-1].reshape(B, p * (S - 1), -1), prompts[:, :, 1:].reshape(B, -1)
-        logp = token_log_probs(predicting, unembed, ids)["logp"].reshape(B, p, S - 1)
+        logp = token_log_probs(predicting, unembed, ids, program.temperature)["logp"].reshape(B, p, S - 1)
         sure = _least_likely(logp, at[1:] < length)
         return (
             entropy,

@@ -25,6 +25,7 @@ from lpo_jax.models.head import EXTRA_STATS
 from lpo_jax.models.load import load_config_and_tokenizer, load_weights
 from lpo_jax.models.quantize import require_qwix
 from lpo_jax.models.sharding import constrain_params, current_shardings, decode_mesh, placed, using
+from lpo_jax.objectives.catalogue import with_response_budget
 from lpo_jax.sampling import Sampler, Sampling
 from lpo_jax.scale.mesh import STATE_BYTES, open_mesh
 from lpo_jax.training.memory import Microbatch, fit_microbatch
@@ -110,15 +111,14 @@ def make_objective(config: Config) -> objectives.Objective:
     """The configured method; a normaliser it needs is the run's response budget unless set."""
     options = dict(config.objective)
     name = options.pop("name")
-    known = objectives.names().get(name, {}).get("options", {})
-    if "max_tokens" in known:
-        options.setdefault("max_tokens", config.sampling.max_tokens)
     if isinstance(options.get("mirror"), str):
         options["mirror"] = read_map(options["mirror"])
     try:
-        return objectives.get(name, **options)
+        objective = objectives.get(name, **options)
     except ValueError as error:
         raise UserError(f"objective: {error}") from None
+    given = "max_tokens" in options
+    return objective if given else with_response_budget(objective, config.sampling.max_tokens)
 
 
 @dataclasses.dataclass(frozen=True)

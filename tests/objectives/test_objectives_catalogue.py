@@ -7,6 +7,7 @@ import pytest
 from objective_cases import batch, run
 
 from lpo_jax import objectives as O
+from lpo_jax.objectives.catalogue import with_response_budget
 
 NAMES = ["lpo-forward", "lpo-reverse", "lpo-forward-onpolicy", "lpo-pointwise", "grpo", "dr-grpo", "maxrl"]
 
@@ -166,3 +167,18 @@ def test_wrong_parts_are_errors_of_one_line(name, parts, says):
     with pytest.raises(ValueError) as error:
         O.get(name, **parts)
     assert says in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_response_budget_reaches_what_stands_for_it_alone():
+    """NFT divides by a constant of its own, whatever the run's responses may have."""
+    maxima = lambda name, **options: {  # noqa: E731
+        type(part).__name__: part.max_tokens
+        for part in with_response_budget(O.get(name, **options), 64).parts
+        if hasattr(part, "max_tokens")
+    }
+    assert maxima("dr-grpo") == {"Aggregate": 64} and maxima("brpo") == {
+        "AnytimeReturns": 64,
+        "Aggregate": 64,
+    }
+    assert maxima("nft") == {"Aggregate": 1000}
+    assert maxima("nft", shape=["sign", "overlong"]) == {"Overlong": 64, "Aggregate": 1000}

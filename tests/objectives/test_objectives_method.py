@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from objective_cases import OBJECTIVES, batch, in_float64, put, run
+from objective_cases import OBJECTIVES, batch, full_batch, in_float64, put, run
 
 from lpo_jax import objectives as O
 
@@ -340,7 +340,7 @@ def test_metrics_against_numpy(name):
         "lpo/target_tv": 0.5 * np.abs(w - 0.25).sum(-1).mean(),
         "lpo/policy_tv": 0.5 * np.abs(P - 0.25).sum(-1).mean(),
         "lpo/coef_l1": np.abs(c).sum(-1).mean(),
-        "lpo/coef_sum": -1 if name == "lpo-pointwise" else 0,
+        "lpo/coef_sum": 1 if name == "lpo-pointwise" else 0,
         "lpo/score_abs_max": np.abs(view.scores).max(),
         "lpo/temperature_mean": view.temperature[:2].mean(),
         "lpo/forward_kl": (w * np.log(w / P)).sum(-1).mean(),
@@ -348,6 +348,64 @@ def test_metrics_against_numpy(name):
         "lpo/masked_response_frac": 1 - view.active.mean(),
     }.items():
         np.testing.assert_allclose(metrics[key], expected, rtol=1e-4, atol=1e-6, err_msg=key)
+
+
+def test_coef_sum_is_the_largest_of_any_group():
+    """Sums of opposite sign do not cancel, and a group that takes no part does not count."""
+    stats, scored = batch(seed=17, off=0.3)
+    objective = O.get("grpo", centre="none")
+    sums = np.asarray(objective.listwise(stats, scored).coefficients).sum(-1)
+    scored = scored.replace(rewards=scored.rewards * np.array([[1], [-1], [1]], np.float32))
+    metrics = run(objective, stats, scored)[1]
+    np.testing.assert_allclose(metrics["lpo/coef_sum"], np.abs(sums).max(), rtol=1e-5)
+    assert np.abs(sums).max() > 0.5
+
+
+# Methods whose formula has neither a clip nor a floor of the ratio.
+UNCLIPPED = {
+    "rloo",
+    "mpo",
+    "tpo",
+    "gvpo",
+    "copg",
+    "trpa",
+    "real",
+    "gtpo",
+    "sapo",
+    "r2vpo",
+    "gbpo",
+    "mdpo",
+    "kl-cov",
+}
+# One method of each gate and projection in the catalogue: nothing else clips.
+CLIPS = {(type(m.gate), type(m.projection)): name for name in reversed(O.names()) for m in [O.get(name)]}
+
+
+@pytest.mark.parametrize("name", sorted({*CLIPS.values(), *UNCLIPPED, "cispo", "minpro"}))
+def test_clip_fraction_counts_every_kind_of_clip(name):
+    """Ratios of e^2 and e^-2, each on passing and on failing responses."""
+    objective = O.get(name)
+    stats, scored = full_batch(seed=19, K=8, objective=objective)
+    side = np.where(np.arange(8) % 4 < 2, 2, -2).astype(np.float32)[:, None]
+    fraction = float(
+        objective(stats.replace(logp=scored.behaviour_logp + side), scored)[1]["actor/pg_clipfrac"]
+    )
+    assert fraction == 0 if name in UNCLIPPED else 0.1 < fraction <= 1
+
+
+def test_clip_fraction_of_clipped_weights_against_numpy():
+    stats, scored = batch(seed=20, off=0.5)
+    m, delta = scored.mask, np.where(scored.mask, stats.logp - scored.behaviour_logp, 0)
+    pulled = m & (O.get("cispo").listwise(stats, scored).coefficients != 0)[..., None]
+    out = lambda rho: ((rho > 1.28) & pulled).sum() / m.sum()  # noqa: E731
+    before = np.minimum.accumulate(np.pad(delta, ((0, 0), (0, 0), (1, 0)))[..., :-1], -1)
+    before[..., 1:] = np.minimum.accumulate(delta, -1)[..., :-1]
+    for name, log_weight in (("cispo", delta), ("minpro", delta + before)):
+        expected = out(np.exp(log_weight))
+        assert expected > 0
+        np.testing.assert_allclose(
+            run(O.get(name), stats, scored)[1]["actor/pg_clipfrac"], expected, rtol=1e-6
+        )
 
 
 def test_the_listwise_view():

@@ -159,7 +159,7 @@ def conflicts_twin(ids, m, above, weight):
                 hit[k, place(k, i)] = True
                 if above[k] != 0:
                     out[k, place(k, i)] *= weight if above[k] > 0 else 0
-    return out * m / np.maximum(hit.sum(-1, keepdims=True), 1)
+    return out * m / np.where(above != 0, np.maximum(hit.sum(-1), 1), 1)[:, None]
 
 
 conflicts = on_host(lambda context: token_weight.Conflicts(3.0)(context, context.rewards))
@@ -186,6 +186,22 @@ def test_conflicts_by_hand():
     got = conflicts(context_of(context.stats, context.scored, token_ids=ids, mask=mask, rewards=rewards))
     np.testing.assert_allclose(3 * got[0, :2], [[3, 3, 1, 3, 0, 0], [0, 0, 1, 1, 0, 0]], rtol=1e-6)
     np.testing.assert_array_equal(got[1:], 0)
+
+
+def test_a_response_at_the_mean_has_no_conflict():
+    """Good, bad and middle all begin "1 2": the middle one keeps its whole weight, as in the public code."""
+    context, m, _, _ = case(dtype=np.float32)
+    ids, mask, rewards = np.zeros(m.shape, np.int32), np.zeros_like(m), np.zeros((3, 4), np.float32)
+    ids[0, :3] = [[1, 2, 3, 0, 0, 0], [1, 2, 4, 0, 0, 0], [1, 2, 5, 0, 0, 0]]
+    mask[0, :3, :3] = 1
+    rewards[0, :3] = [1, 0, 0.5]
+    valid = np.array([[1, 1, 1, 0]] * 3, bool)
+    changed = context_of(
+        context.stats, context.scored, token_ids=ids, mask=mask, rewards=rewards, valid=valid
+    )
+    np.testing.assert_allclose(
+        conflicts(changed)[0, :3, :3], [[1.5, 1.5, 0.5], [0, 0, 0.5], [1, 1, 1]], rtol=1e-6
+    )
 
 
 def test_untaught_responses():

@@ -1,6 +1,7 @@
 """Hooks at work on rounds made by hand: what they sample again, put in place, and tell the objective."""
 
 import dataclasses
+import json
 import types
 
 import jax
@@ -316,6 +317,33 @@ def test_replay_weighs_the_batch_before_and_survives_a_resume():
         0.1 * (0 - past.mean()) / past.std(), rel=1e-5
     )  # a fall weighs a tenth
     assert weights[3] == pytest.approx((1 - 0.25) / np.array(means[:3]).std(), rel=1e-5)
+
+
+def test_replay_weight_does_not_explode_where_the_window_is_constant():
+    hook = replay.PreviousBatch(hooks.Replay(window=8), session(ROWS), None)
+    for _ in range(3):
+        hook.observe(collected([0], [[1, 0, 0, 0]]))
+        assert hook.weight == 0
+    hook.observe(collected([0], [[1, 1, 0, 0]]))  # a quarter more, known to within 0.25
+    assert hook.weight == pytest.approx(1.0)
+    hook.rewards = [0.0] * 8
+    hook.observe(collected([0], [[1, 1, 1, 1]]))  # neither the window nor the batch has a scale
+    assert hook.weight == 0
+
+
+def test_replayed_batch_survives_a_resume_whole():
+    """Rescored and with a teacher: what an objective needs of a batch, it needs of the replayed one."""
+    rollouts = make_rollouts(Round(collected([0, 1], [[1, 0], [0, 0]])), 6, 0.5)
+    scored = rollouts.scored
+    teacher = O.Teacher(
+        *(np.full((2, 2, 6, 3), x) for x in (1, 2.0)), np.ones((2, 2, 6)), np.ones((2, 2), bool)
+    )
+    extra = {"sampler_logp": scored.behaviour_logp + 1, "prompt_confidence": np.ones(2), "teacher": teacher}
+    hook, again = (replay.PreviousBatch(hooks.Replay(), session(ROWS), None) for _ in range(2))
+    hook.replay(rollouts.replace(scored=scored.replace(**extra, credit=scored.behaviour_logp)))
+    again.restore(json.loads(json.dumps(hook.state())))
+    assert jax.tree.structure(again.before) == jax.tree.structure(hook.before)
+    jax.tree.map(np.testing.assert_array_equal, again.before, hook.before)
 
 
 def test_split_leaves_scalars_whole():

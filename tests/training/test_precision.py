@@ -41,3 +41,12 @@ def test_what_cannot_be_corrected_is_refused(run_config, monkeypatch):
     monkeypatch.setattr(quantize.importlib.util, "find_spec", lambda name: name)
     assert "samples from another model" in problem(sampling=INT8)
     check_config(parse_config(run_config(sampling=INT8, training=rescored, objective=TRUNCATED)))
+
+
+def test_a_constant_of_the_method_is_not_the_response_budget(run_config):
+    def normaliser(**objective):
+        return check_config(parse_config(run_config(objective=objective))).aggregate.max_tokens
+
+    assert normaliser(name="dr-grpo") == 6  # sampling.max_tokens
+    assert normaliser(name="nft") == 1000
+    assert normaliser(name="nft", max_tokens=50) == normaliser(name="dr-grpo", max_tokens=50) == 50

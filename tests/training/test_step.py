@@ -194,6 +194,13 @@ def test_features_are_those_of_each_response_alone(tiny_config, tiny_params, rol
     program = program_for(tiny_config, 30 if packed else 10**6)
     got = observed(program, tiny_params, program.pack(groups, mask) if packed else groups, mask)
     assert got["prompt_confidence"][0] == 1
+    for p, n in enumerate(groups.lengths):
+        logits = decoder.logits(tiny_config, tiny_params, groups.prompts[p : p + 1, :n])[0, :-1]
+        logp = jax.nn.log_softmax(logits / program.temperature)[np.arange(n - 1), groups.prompts[p, 1:n]]
+        least = np.sort(logp)[: int(np.ceil(0.2 * (n - 1)))]
+        np.testing.assert_allclose(
+            got["prompt_confidence"][p], np.exp(least.mean()) if n > 1 else 1, rtol=1e-4
+        )
     entropy = np.where(mask, score(program, tiny_params, groups).entropy, 0)
     for p, k in np.ndindex(P, K):
         n, t = groups.lengths[p], mask[p, k].sum()

@@ -7,22 +7,10 @@ import jax
 import numpy as np
 
 from lpo_jax.evaluation.collect import Collected
-from lpo_jax.objectives import Scored
+from lpo_jax.objectives import Scored, Teacher
 from lpo_jax.objectives import hooks as specs
 from lpo_jax.training.batch import Groups, Rollouts
 from lpo_jax.training.hooks.base import RunHook
-
-_SCORED = (
-    "behaviour_logp",
-    "rewards",
-    "mask",
-    "valid",
-    "passed",
-    "malformed",
-    "truncated",
-    "token_ids",
-    "clusters",
-)
 
 
 class PreviousBatch(RunHook):
@@ -46,9 +34,14 @@ class PreviousBatch(RunHook):
         return again.replace(scored=again.scored.replace(weight=weight, progress=rollouts.scored.progress))
 
     def observe(self, batch: Collected):
-        mean = float(batch.rewards[batch.valid].mean()) if batch.valid.any() else 0.0
+        rewards = batch.rewards[batch.valid]
+        mean = float(rewards.mean()) if rewards.size else 0.0
         window = np.array(self.rewards[-self.spec.window :] or [mean])
-        xi = (mean - window.mean()) / max(float(window.std()), 1e-6) if len(window) > 1 else 0.0
+        # A batch's mean is no better known than its standard error, however alike those of the window happen to be.
+        error = float(np.std(rewards)) / np.sqrt(max(rewards.size, 1))
+        deviation = max(float(window.std()), error)
+        known = len(window) > 1 and deviation > 1e-6
+        xi = (mean - window.mean()) / deviation if known else 0.0
         self.weight = float(xi if xi >= 0 else self.spec.regress_scale * xi)
         self.rewards = [*self.rewards, mean][-self.spec.window :]
 
@@ -59,19 +52,34 @@ class PreviousBatch(RunHook):
         state = {"rewards": self.rewards, "weight": self.weight}
         if self.before is None:
             return state
-        scored = {name: getattr(self.before.scored, name) for name in _SCORED}
-        groups = {name: x for name, x in vars(self.before.groups).items() if x is not None}
-        arrays = {f"scored.{k}": v for k, v in scored.items() if v is not None}
         file = io.BytesIO()
-        np.savez_compressed(file, **arrays, **{f"groups.{k}": v for k, v in groups.items()})
+        np.savez_compressed(file, **_flat(self.before))
         return state | {"before": base64.b64encode(file.getvalue()).decode()}
 
     def restore(self, state):
         self.rewards, self.weight = state["rewards"], state["weight"]
         if "before" in state:
             with np.load(io.BytesIO(base64.b64decode(state["before"]))) as arrays:
-                parts = {"scored": {}, "groups": {}}
-                for key, value in arrays.items():
-                    kind, _, name = key.partition(".")
-                    parts[kind][name] = value
-            self.before = Rollouts(Groups(**parts["groups"]), Scored(**parts["scored"]))
+                self.before = _rollouts(dict(arrays))
+
+
+def _flat(rollouts: Rollouts) -> dict[str, np.ndarray]:
+    """Every array of a batch by its path, such as "scored.teacher.ids"."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(rollouts)
+    return {".".join(key.name for key in path): np.asarray(leaf) for path, leaf in flat}
+
+
+def _rollouts(arrays: dict[str, np.ndarray]) -> Rollouts:
+    """The batch of `_flat`."""
+
+    def fields(prefix: str) -> dict[str, np.ndarray]:
+        return {
+            name.removeprefix(prefix): x
+            for name, x in arrays.items()
+            if name.startswith(prefix) and "." not in name.removeprefix(prefix)
+        }
+
+    scored, teacher = fields("scored."), fields("scored.teacher.")
+    if teacher:
+        scored["teacher"] = Teacher(**teacher)
+    return Rollouts(Groups(**fields("groups.")), Scored(**scored))
