@@ -87,7 +87,7 @@ def _tests(stored: Any, entry_point: str | None) -> Any:
             raise Unusable("not every test is an example of input and output")
     try:
         read_tests(stored)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise Unusable(str(error)) from None
     return stored
 
