@@ -12,7 +12,6 @@ this was written up to 3 s for 1 GB, against 0.1 s once it is there. Pages that 
     GLIBC_TUNABLES=glibc.malloc.hugetlb=2 python benchmarks/first_step.py
 """
 
-import json
 import os
 import resource
 import subprocess
@@ -21,6 +20,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from lpo_jax.json_lines import print_line
 from lpo_jax.reporting import read_metrics
 from lpo_jax.reporting.writers import METRICS_FILE
 
@@ -68,17 +68,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as cache:
         cold, _, _ = first_step(cache)
         warm = sorted(first_step(cache) for _ in range(5))
-    print(
-        json.dumps(
-            {
-                "benchmark": "first step",
-                "cold_s": cold,
-                "warm_s": warm[2][0],
-                "of_which_the_step_s": warm[2][1],
-                "kernel_cpu_s": warm[2][2],
-                "all_warm_s": [taken for taken, _, _ in warm],
-            }
-        )
+    print_line(
+        {
+            "benchmark": "first step",
+            "cold_s": cold,
+            "warm_s": warm[2][0],
+            "of_which_the_step_s": warm[2][1],
+            "kernel_cpu_s": warm[2][2],
+            "all_warm_s": [taken for taken, _, _ in warm],
+        }
     )
 
 

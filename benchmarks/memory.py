@@ -8,7 +8,6 @@ as large as tokens x vocabulary.
 
 import argparse
 import dataclasses
-import json
 import math
 import re
 
@@ -16,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lpo_jax.json_lines import print_line
 from lpo_jax.models.config import ModelConfig
 from lpo_jax.models.decoder import abstract_params
 from lpo_jax.models.load import load_config_and_tokenizer
@@ -56,23 +56,21 @@ def main() -> None:
     memory = compiled.memory_analysis()
     largest = largest_array(compiled.as_text())
     tokens = P * (S + K * T)
-    print(
-        json.dumps(
-            {
-                "benchmark": "memory",
-                "tokens": tokens,
-                "vocab": arguments.vocab,
-                "tokens_times_vocab": tokens * arguments.vocab,
-                "largest_array": largest,
-                "unembedding": int(np.prod((arguments.vocab, config.width))),
-                "argument_bytes": memory.argument_size_in_bytes,
-                "output_bytes": memory.output_size_in_bytes,
-                "temp_bytes": memory.temp_size_in_bytes,
-                "peak_bytes": memory.argument_size_in_bytes
-                + memory.output_size_in_bytes
-                + memory.temp_size_in_bytes,
-            }
-        )
+    print_line(
+        {
+            "benchmark": "memory",
+            "tokens": tokens,
+            "vocab": arguments.vocab,
+            "tokens_times_vocab": tokens * arguments.vocab,
+            "largest_array": largest,
+            "unembedding": int(np.prod((arguments.vocab, config.width))),
+            "argument_bytes": memory.argument_size_in_bytes,
+            "output_bytes": memory.output_size_in_bytes,
+            "temp_bytes": memory.temp_size_in_bytes,
+            "peak_bytes": memory.argument_size_in_bytes
+            + memory.output_size_in_bytes
+            + memory.temp_size_in_bytes,
+        }
     )
 
 

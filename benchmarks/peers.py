@@ -14,7 +14,6 @@ only; TRL's `GRPOTrainer` as its documentation uses it, without gradient checkpo
 """
 
 import argparse
-import json
 import os
 import statistics
 import sys
@@ -22,6 +21,7 @@ import tempfile
 import time
 
 from lpo_jax.allocator import keep_freed_memory
+from lpo_jax.json_lines import print_line
 
 keep_freed_memory()
 
@@ -62,28 +62,26 @@ def main() -> None:
                 )
     pairs = [t / o for o, t in zip(ours, theirs)]
     tokens = shapes.prompts * shapes.responses * shapes.tokens
-    print(
-        json.dumps(
-            {
-                "benchmark": arguments.what,
-                "peer": "TRL" if arguments.what == "step" else "transformers",
-                "prompts": shapes.prompts,
-                "responses": shapes.responses,
-                "prompt_tokens": shapes.prompt_tokens,
-                "tokens": shapes.tokens,
-                "seconds": statistics.median(ours),
-                "peer_seconds": statistics.median(theirs),
-                "tokens_per_s": tokens / statistics.median(ours),
-                "peer_tokens_per_s": tokens / statistics.median(theirs),
-                "times_faster": statistics.median(theirs) / statistics.median(ours),
-                "times_faster_least": min(pairs),
-                "times_faster_most": max(pairs),
-                "repeats": arguments.repeats,
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-                "threads": torch.get_num_threads(),
-            }
-        )
+    print_line(
+        {
+            "benchmark": arguments.what,
+            "peer": "TRL" if arguments.what == "step" else "transformers",
+            "prompts": shapes.prompts,
+            "responses": shapes.responses,
+            "prompt_tokens": shapes.prompt_tokens,
+            "tokens": shapes.tokens,
+            "seconds": statistics.median(ours),
+            "peer_seconds": statistics.median(theirs),
+            "tokens_per_s": tokens / statistics.median(ours),
+            "peer_tokens_per_s": tokens / statistics.median(theirs),
+            "times_faster": statistics.median(theirs) / statistics.median(ours),
+            "times_faster_least": min(pairs),
+            "times_faster_most": max(pairs),
+            "repeats": arguments.repeats,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "threads": torch.get_num_threads(),
+        }
     )
 
 

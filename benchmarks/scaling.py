@@ -11,12 +11,12 @@ Where "of_model" falls, something grows that should not.
 """
 
 import argparse
-import json
 import math
 import multiprocessing
 from statistics import median
 
 from lpo_jax.allocator import keep_freed_memory
+from lpo_jax.json_lines import print_line
 
 keep_freed_memory()
 
@@ -44,7 +44,7 @@ def main() -> None:
     for axis, points in POINTS.items():
         for shapes in points:
             with multiprocessing.get_context("spawn").Pool(1) as one:
-                print(json.dumps(one.apply(measured, (axis, shapes, *given))), flush=True)
+                print_line(one.apply(measured, (axis, shapes, *given)))
 
 
 def measured(axis: str, shapes: Shapes, what: str, model: str, repeats: int, overrides: list[str]) -> dict:

@@ -9,10 +9,10 @@ length (the same rows, the same rows at once).
 
 import argparse
 import dataclasses
-import json
 import statistics
 
 from lpo_jax.allocator import keep_freed_memory
+from lpo_jax.json_lines import print_line
 
 keep_freed_memory()
 
@@ -40,20 +40,18 @@ def main() -> None:
         times = [(seconds(ours), seconds(without)) for _ in range(arguments.repeats)]
         sampled = ours()
     lengths = uneven.lengths()
-    print(
-        json.dumps(
-            {
-                "benchmark": "uneven",
-                **dataclasses.asdict(uneven),
-                "max_rows": session.config.sampling.max_rows,
-                "mean_length": float(lengths.mean()),
-                "seconds": statistics.median(a for a, _ in times),
-                "seconds_without": statistics.median(b for _, b in times),
-                "times_faster": statistics.median(b / a for a, b in times),
-                "useful_row_steps": float(sampled.lengths.sum() / sampled.row_steps.sum()),
-                "repeats": arguments.repeats,
-            }
-        )
+    print_line(
+        {
+            "benchmark": "uneven",
+            **dataclasses.asdict(uneven),
+            "max_rows": session.config.sampling.max_rows,
+            "mean_length": float(lengths.mean()),
+            "seconds": statistics.median(a for a, _ in times),
+            "seconds_without": statistics.median(b for _, b in times),
+            "times_faster": statistics.median(b / a for a, b in times),
+            "useful_row_steps": float(sampled.lengths.sum() / sampled.row_steps.sum()),
+            "repeats": arguments.repeats,
+        }
     )
 
 

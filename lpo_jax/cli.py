@@ -6,6 +6,7 @@ A user's mistake ends in one line on stderr and exit status 2; a run that had to
 import argparse
 import importlib
 import json
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from lpo_jax import __version__
 from lpo_jax.allocator import keep_freed_memory
 from lpo_jax.bench.command import add_options as add_bench_options
 from lpo_jax.errors import RunStopped, UserError
+from lpo_jax.json_lines import print_line
 from lpo_jax.scale.command import add_options as add_plan_options
 
 # Where the commands that are resumable runs have their functions, of the same names.
@@ -133,7 +135,7 @@ def _sample(arguments: argparse.Namespace) -> None:
     for prompt, texts, finished in zip(arguments.prompt, generated.texts, generated.finished):
         for k, (text, ended) in enumerate(zip(texts, finished)):
             if arguments.json:
-                print(json.dumps({"prompt": prompt, "k": k, "text": text, "finished": bool(ended)}))
+                print_line({"prompt": prompt, "k": k, "text": text, "finished": bool(ended)})
             else:
                 print(text if ended else text + " [cut at --max-tokens]")
 
@@ -172,8 +174,8 @@ def _simplex(arguments: argparse.Namespace) -> None:
     from lpo_jax.reporting.simplex import draw
 
     try:
-        rewards = [float(reward) for reward in arguments.rewards.split(",")]
-    except ValueError:
+        rewards = [_finite(reward) for reward in arguments.rewards.split(",")]
+    except (ValueError, argparse.ArgumentTypeError):
         raise UserError(f"--rewards: expected numbers, such as 1,0,0; got {arguments.rewards!r}") from None
     if not arguments.out.endswith(".png"):
         raise UserError(f"--out: the picture is a PNG file, so its name ends in .png; got {arguments.out!r}")
@@ -188,9 +190,7 @@ def _simplex(arguments: argparse.Namespace) -> None:
 
 def _method(spec: str):
     """The objective of "name" or "name:option=value:option=value"."""
-    import yaml
-
-    from lpo_jax import objectives
+    from lpo_jax import objectives, yaml_text
 
     name, *settings = spec.split(":")
     options = {}
@@ -198,7 +198,10 @@ def _method(spec: str):
         key, given, value = setting.partition("=")
         if not given:
             raise UserError(f"method {spec!r}: write options as name:option=value, got {setting!r}")
-        options[key] = yaml.safe_load(value)
+        try:
+            options[key] = yaml_text.parse(value)
+        except ValueError as error:
+            raise UserError(f"method {spec!r}: the value of {key} is not valid YAML ({error})") from None
     try:
         return objectives.get(name, **options)
     except ValueError as error:
@@ -254,7 +257,10 @@ def _data(arguments: argparse.Namespace) -> None:
             }
     pool = {name: getattr(config.rewards, name) for name in ("workers", "timeout", "allow_weak_sandbox")}
     summary = describe(task, **encoding, pool=pool)
-    print(json.dumps(summary, default=str) if arguments.json else sanitise("\n".join(lines(summary))))
+    if arguments.json:
+        print_line(summary)
+    else:
+        print(sanitise("\n".join(lines(summary))))
 
 
 def _compile_cache() -> None:
@@ -312,11 +318,15 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("prompt", nargs="+", help="one or more prompts")
     command.add_argument("--chat", action="store_true", help="ask through the model's chat template")
     command.add_argument("-n", "--num-responses", type=_positive, default=1, help="responses per prompt (1)")
-    command.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (1.0)")
-    command.add_argument("--top-p", type=float, default=1.0, help="nucleus (1.0: off)")
+    command.add_argument("--temperature", type=_finite, default=1.0, help="0 is greedy (1.0)")
+    command.add_argument("--top-p", type=_finite, default=1.0, help="nucleus (1.0: off)")
     command.add_argument("--max-tokens", type=_positive, default=128, help="response tokens at most (128)")
     command.add_argument(
-        "--stop", action="append", default=[], help="a string that ends a response; may be repeated"
+        "--stop",
+        type=_stop,
+        action="append",
+        default=[],
+        help="a string that ends a response; may be repeated",
     )
     command.add_argument("--seed", type=int, default=0, help="of the random numbers (0)")
     command.add_argument("--json", action="store_true", help="one JSON object a response")
@@ -403,6 +413,25 @@ def _checkpoint_option(command: argparse.ArgumentParser) -> None:
     )
 
 
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number")
+    return value
+
+
+def _some(text: str) -> str:
+    if not text.strip():
+        raise argparse.ArgumentTypeError("the text is empty")
+    return text
+
+
+def _stop(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("an empty text would end every response at its first token")
+    return text
+
+
 def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
@@ -412,20 +441,29 @@ def _positive(text: str) -> int:
 
 # What `lpo eval` takes beside --suite, under the names of `evaluation.suite.Settings` and `suite_command`.
 _SUITE_OPTIONS: dict[str, dict] = {
-    "data_dir": {"metavar": "DIR", "help": "folder with the suite's files (default: from the hub)"},
+    "data_dir": {
+        "type": _some,
+        "metavar": "DIR",
+        "help": "folder with the suite's files (default: from the hub)",
+    },
     "task": {
+        "type": _some,
         "metavar": "NAME",
         "help": "of a data FILE: math, gsm8k, code, ...; its options as --task.option=value",
     },
-    "out": {"metavar": "DIR", "help": "where figures and responses go (runs/eval-MODEL-SUITE)"},
+    "out": {
+        "type": _some,
+        "metavar": "DIR",
+        "help": "where figures and responses go (runs/eval-MODEL-SUITE)",
+    },
     "num_responses": {
         "type": _positive,
         "metavar": "K",
         "help": "samples per problem (each benchmark's own; of a data FILE 1)",
     },
     "problems": {"type": _positive, "metavar": "N", "help": "the first N of each benchmark (all)"},
-    "temperature": {"type": float, "metavar": "T", "help": "0 is greedy (0.6, the paper's)"},
-    "top_p": {"type": float, "metavar": "P", "help": "nucleus (1.0: off)"},
+    "temperature": {"type": _finite, "metavar": "T", "help": "0 is greedy (0.6, the paper's)"},
+    "top_p": {"type": _finite, "metavar": "P", "help": "nucleus (1.0: off)"},
     "max_tokens": {
         "type": _positive,
         "metavar": "N",
@@ -440,7 +478,7 @@ _SUITE_OPTIONS: dict[str, dict] = {
         "choices": ("error", "drop"),
         "help": "refuse longer ones, or leave them out (error)",
     },
-    "stop": {"action": "append", "help": "a string that ends a response; may be repeated"},
+    "stop": {"type": _stop, "action": "append", "help": "a string that ends a response; may be repeated"},
     "chat": {
         "action": argparse.BooleanOptionalAction,
         "help": "ask through the chat template (as the benchmark says)",

@@ -5,8 +5,8 @@ ranges; the functions that take `task` and `objective` options check those, sinc
 """
 
 import dataclasses
-import re
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,10 +14,13 @@ import pydantic
 import yaml
 from pydantic import ConfigDict, Field
 
+from lpo_jax import yaml_text
 from lpo_jax.errors import UserError, nearest
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
+Text = Annotated[str, Field(min_length=1)]
+Word = Annotated[str, Field(pattern=r"\S")]
 
 
 def _option(default: Any, doc: str) -> Any:
@@ -25,7 +28,7 @@ def _option(default: Any, doc: str) -> Any:
 
 
 class _Strict:
-    __pydantic_config__ = ConfigDict(extra="forbid")
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +37,7 @@ class LoraSection(_Strict):
 
     rank: NonNegative = _option(0, "of the adapters that are trained in place of the weights; 0: no adapters")
     alpha: Annotated[float, Field(gt=0)] = _option(32.0, "an adapter's output is multiplied by alpha / rank")
-    targets: tuple[str, ...] = _option(
+    targets: tuple[Word, ...] = _option(
         ("wq", "wk", "wv", "wo", "w_gate", "w_up", "w_down"), "the layers that get one"
     )
     base_dtype: Literal["compute", "float32", "bfloat16"] = _option(
@@ -88,7 +91,7 @@ class SamplingSection(_Strict):
     top_k: NonNegative = _option(0, "0 is off; not for training")
     top_p: Annotated[float, Field(gt=0, le=1)] = _option(1.0, "1 is off; not for training")
     min_p: Annotated[float, Field(ge=0, lt=1)] = _option(0.0, "0 is off; not for training")
-    stop: tuple[str, ...] = _option((), "strings that end a response (the token that completes one is kept)")
+    stop: tuple[Text, ...] = _option((), "strings that end a response (the token that completes one is kept)")
     weights: Literal["float", "int8"] = _option(
         "float",
         "of the layers' matrices while sampling to train: in model.dtype, or 8 bits with a scale per output "
@@ -150,7 +153,9 @@ class EvaluationSection(_Strict):
 class CheckpointSection(_Strict):
     every: NonNegative = _option(50, "steps between checkpoints; 0: at the end only")
     keep: Positive = _option(2, "latest checkpoints kept, beside the best by held-out pass@1")
-    directory: str = _option("auto", "where they are, which may be gs://...; auto: `checkpoints` in `output`")
+    directory: Word = _option(
+        "auto", "where they are, which may be gs://...; auto: `checkpoints` in `output`"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,15 +199,15 @@ class MetaSection(_Strict):
 class CompareSection(_Strict):
     """A grid of runs (`lpo compare`): every rule with every method, the same seeds for all."""
 
-    rules: tuple[str | float, ...] = _option(
+    rules: tuple[Word | float, ...] = _option(
         (), "temperatures of the target: grpo, dr-grpo, maxrl, ... or numbers"
     )
-    methods: tuple[str | dict[str, Any], ...] = _option(
+    methods: tuple[Word | dict[str, Any], ...] = _option(
         (),
         "names, or {name: ..., label: ..., and options of the method}; each gets a rule as its temperature",
     )
     seeds: tuple[NonNegative, ...] = _option((0, 1, 2), "one run each of every rule and method")
-    against: tuple[str, ...] = _option(
+    against: tuple[Word, ...] = _option(
         (), "labels of the methods that the others are compared with; default: the first"
     )
     workers: Positive = _option(1, "runs side by side: a GPU each, or an equal part of the CPU's cores")
@@ -247,17 +252,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
       UserError: unreadable file, unknown key (with the nearest right one), wrong type or range.
     """
-    path = Path(path)
-    try:
-        values = yaml.load(path.read_text(), _Loader)
-    except FileNotFoundError:
-        raise UserError(f"config {path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"config {path}: cannot be read ({error})") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"line {mark.line + 1}: {getattr(error, 'problem', error)}" if mark else str(error)
-        raise UserError(f"config {path}: not valid YAML ({where})") from None
+    values = yaml_text.read(path, "config")
     if not isinstance(values, dict):
         raise UserError(
             f"config {path}: expected sections such as `model:` and `task:`, got {type(values).__name__}"
@@ -285,10 +280,15 @@ def parse_config(values: Mapping[str, Any], where: str = "config") -> Config:
     except pydantic.ValidationError as error:
         raise UserError(f"{where}: {_explain(error.errors()[0])}") from None
     for section in FREE_FORM:
-        if not isinstance(getattr(config, section).get("name"), str):
+        name = getattr(config, section).get("name")
+        if not isinstance(name, str) or not name.strip():
             raise UserError(f"{where}: {section}.name is missing; say which {section} to use")
+    for section in (*FREE_FORM, "compare"):  # where values have any type
+        for key, value in _numbers(section, values.get(section)):
+            if not math.isfinite(value):
+                raise UserError(f"{where}: {key}: should be a finite number, got {value}")
     for key in ("output", "model.path"):
-        if not _get(config, key):
+        if not _get(config, key).strip():
             raise UserError(f"{where}: {key} is missing; set it in the file or with --{key}=...")
     return config
 
@@ -315,6 +315,21 @@ def _show(value) -> str:
     )[0]
 
 
+def _numbers(key: str, value: Any) -> Iterator[tuple[str, float]]:
+    """(dotted key, number) of every floating-point number in plain values."""
+    if isinstance(value, float):
+        yield key, value
+    items = (
+        value.items()
+        if isinstance(value, Mapping)
+        else enumerate(value)
+        if isinstance(value, list | tuple)
+        else ()
+    )
+    for name, item in items:
+        yield from _numbers(f"{key}.{name}", item)
+
+
 def _get(config, dotted: str):
     for part in dotted.split("."):
         config = getattr(config, part)
@@ -334,18 +349,9 @@ def _apply(values: dict[str, Any], override: str) -> None:
             raise UserError(f"override {override!r}: {section} is not a section")
         values = held
     try:
-        values[last] = yaml.load(text, _Loader)
-    except yaml.YAMLError:
-        raise UserError(f"override {override!r}: the value is not valid YAML") from None
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML whose numbers are everyone's: YAML 1.1 reads 1e-6 as text."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
+        values[last] = yaml_text.parse(text)
+    except ValueError as error:
+        raise UserError(f"override {override!r}: the value is not valid YAML ({error})") from None
 
 
 def _explain(error) -> str:

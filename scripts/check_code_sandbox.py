@@ -66,7 +66,7 @@ Problem = tuple[str, str, dict | None]  # its name, a solution, its tests or Non
 def problems(file: Path) -> Iterator[Problem]:
     """The problems of a file that have a solution."""
     if file.suffix == ".gz":
-        for row in map(json.loads, gzip.decompress(file.read_bytes()).splitlines()):
+        for row in map(json.loads, gzip.decompress(file.read_bytes()).split(b"\n")[:-1]):
             tests = asserts_to_tests(f"{row['test']}\ncheck({row['entry_point']})")
             yield row["task_id"], row["prompt"] + row["canonical_solution"], tests
         return

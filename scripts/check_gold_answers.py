@@ -9,7 +9,6 @@ passed. Exit status 1 if less than 99% of the gold answers of a benchmark pass, 
 """
 
 import argparse
-import json
 import pathlib
 import random
 import re
@@ -17,6 +16,7 @@ import sys
 import time
 from collections.abc import Iterator
 
+from lpo_jax import json_lines
 from lpo_jax.rewards import VerifierPool, VerifierSpec
 from lpo_jax.rewards.answers import last_boxed
 
@@ -98,7 +98,7 @@ def read_rows(path: pathlib.Path) -> list[dict]:
         import pyarrow.parquet
 
         return pyarrow.parquet.read_table(path).to_pylist()
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return json_lines.read_rows(path)
 
 
 def main() -> int:

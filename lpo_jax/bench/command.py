@@ -2,9 +2,9 @@
 
 import argparse
 import contextlib
-import json
 
 from lpo_jax.bench.shapes import Shapes
+from lpo_jax.json_lines import print_line
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -59,7 +59,7 @@ def bench(arguments: argparse.Namespace) -> None:
             run = {"sample": measure.sampling, "train": measure.gradient}[what](session, shapes)
         result = measure.report(what, session, shapes, run, repeats)
     if arguments.json:
-        print(json.dumps(result))
+        print_line(result)
         return
     print(
         f"{result['model']} {result['dtype']}, {shapes.prompts} prompts x {shapes.responses} responses, "

@@ -22,7 +22,7 @@ from lpo_jax.compare.report import report
 from lpo_jax.compare.table import Outcomes, make_table
 from lpo_jax.config import Config
 from lpo_jax.errors import RunStopped, UserError
-from lpo_jax.reporting.writers import json_line
+from lpo_jax.json_lines import dump_line
 from lpo_jax.scale import hosts
 from lpo_jax.training.mirror_file import write_whole
 from lpo_jax.training.run import RunDirectory, Signals
@@ -82,7 +82,7 @@ def write_report(config: Config, grid: Grid, outcomes: Outcomes) -> None:
     output = Path(config.output)
     table = make_table(grid, outcomes)
     # By way of a JSON line, in which numbers that are not finite are null.
-    write_whole(output / "table.json", json.dumps(json.loads(json_line(table)), indent=1) + "\n")
+    write_whole(output / "table.json", json.dumps(json.loads(dump_line(table)), indent=1) + "\n")
     figures = save_figures(output, grid, outcomes, table)
     write_whole(output / "report.md", report(config, grid, outcomes, table, figures))
 

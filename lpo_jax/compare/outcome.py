@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from lpo_jax import reporting
+from lpo_jax.json_lines import read_rows
 from lpo_jax.training.mirror_file import write_whole
 
 FILE = "outcome.json"
@@ -87,8 +88,7 @@ def _count(path: Path) -> tuple[list[int], list[int]]:
     passed: Counter = Counter()
     valid: Counter = Counter()
     ids = set()
-    for line in path.read_text().splitlines():
-        record = json.loads(line)
+    for record in read_rows(path):
         ids.add(record["id"])
         valid[record["id"]] += record["outcome"] != "infrastructure"
         passed[record["id"]] += record["outcome"] == "pass"

@@ -19,6 +19,7 @@ import jax
 
 from lpo_jax.config import Config
 from lpo_jax.errors import UserError
+from lpo_jax.json_lines import dump_line
 
 WORKER = (sys.executable, "-m", "lpo_jax.compare.worker")
 
@@ -88,7 +89,8 @@ class _Worker:
         self.task = task
         # One that has died is noticed when its answer is read.
         with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.write(json.dumps({"kind": task.kind, "config": task.config.to_dict()}) + "\n")
+            line = dump_line({"kind": task.kind, "config": task.config.to_dict()})
+            self.process.stdin.write(line.decode())
             self.process.stdin.flush()
 
     def answer(self) -> tuple[Task, str | None]:

@@ -17,6 +17,7 @@ from typing import Any
 
 from lpo_jax.allocator import keep_freed_memory
 from lpo_jax.errors import RunStopped, UserError
+from lpo_jax.json_lines import dump_line
 
 
 def main(cores: str) -> None:
@@ -37,7 +38,7 @@ def main(cores: str) -> None:
     try:
         while True:
             error = _run(tasks.get())
-            answers.write(json.dumps({"error": error}) + "\n")
+            answers.write(dump_line({"error": error}).decode())
             answers.flush()
     except Interrupted:
         return

@@ -5,14 +5,13 @@ batch done again: as a sample's random numbers are its own, and the batch has th
 the same.
 """
 
-import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lpo_jax.errors import RunStopped, UserError
-from lpo_jax.reporting.writers import json_line
+from lpo_jax.errors import RunStopped
+from lpo_jax.json_lines import dump_line, read_lines
 
 
 class Fact(NamedTuple):
@@ -65,7 +64,7 @@ class ResponseFile:
     def append(self, records: Iterable[Mapping[str, Any]]) -> None:
         """Writes one batch, and returns when it is on the disk. Raises `RunStopped` where the disk does not take it."""
         records = list(records)
-        rest = memoryview(b"".join(map(json_line, records)))
+        rest = memoryview(b"".join(map(dump_line, records)))
         try:
             while rest:
                 rest = rest[self._file.write(rest) :]
@@ -76,24 +75,19 @@ class ResponseFile:
 
     def _read(self) -> int:
         """Fills `facts` with the whole batches; returns where the last one ends."""
+
+        def check(record: Any) -> None:
+            if (record["id"], record["k"]) != divmod(len(self.facts), self._K):
+                raise ValueError("another response belongs here")
+            self.facts.append(_fact(record))
+
         end = whole = position = 0
-        with open(self.path, "rb") as lines:
-            for line in lines:
-                try:
-                    record = json.loads(line)
-                    expected = divmod(len(self.facts), self._K)
-                    if not line.endswith(b"\n") or (record["id"], record["k"]) != expected:
-                        raise ValueError
-                    self.facts.append(_fact(record))
-                except (ValueError, KeyError, TypeError):
-                    if lines.read(1):
-                        raise UserError(
-                            f"{self.path} line {len(self.facts) + 1} is damaged; remove the file to ask anew"
-                        ) from None
-                    break
-                position += len(line)
-                if len(self.facts) % self._unit == 0 or len(self.facts) == self._total:
-                    end, whole = position, len(self.facts)
+        for line, _ in read_lines(self.path, check, may_be_torn=True, remedy="remove the file to ask anew"):
+            position += len(line)
+            if not line.endswith(b"\n"):
+                break  # whole but for its newline: the batch is done again
+            if len(self.facts) % self._unit == 0 or len(self.facts) == self._total:
+                end, whole = position, len(self.facts)
         del self.facts[whole:]
         return end
 

@@ -8,14 +8,14 @@ Write a step's row before its checkpoint is saved: then no checkpoint exists who
 """
 
 import contextlib
-import json
 import math
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from lpo_jax.errors import UserError
+from lpo_jax.json_lines import dump_line, read_lines
 from lpo_jax.reporting import metric_names
 
 METRICS_FILE = "metrics.jsonl"
@@ -80,7 +80,7 @@ class RunWriter:
         if folder not in SAMPLE_FOLDERS:
             raise ValueError(f"folder must be one of {SAMPLE_FOLDERS}, got {folder!r}")
         path = self.run_dir / folder / f"{step}.jsonl"
-        data = b"".join(json_line({**row, "step": int(step)}) for row in rows)
+        data = b"".join(dump_line({**row, "step": int(step)}) for row in rows)
         try:
             path.parent.mkdir(exist_ok=True)
             write_atomically(path, data)
@@ -131,8 +131,8 @@ class RunWriter:
     def _keep_rows(self, wanted) -> None:
         # Lines are kept byte for byte. The file is replaced only where something goes, and in one move.
         before = self._path.read_bytes() if self._path.exists() else b""
-        rows = [(line, row) for line, row in _parse(before, self._path) if wanted(row)]
-        after = b"".join(line + b"\n" for line, _ in rows)
+        rows = [(line, row) for line, row in (_rows(self._path) if before else ()) if wanted(row)]
+        after = b"".join(line.removesuffix(b"\n") + b"\n" for line, _ in rows)
         if after != before:
             write_atomically(self._path, after)
         self._last_step = rows[-1][1]["step"] if rows else -1
@@ -141,7 +141,7 @@ class RunWriter:
         if self._file is None:
             self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115 - it lives as long as the run
         size = os.fstat(self._file.fileno()).st_size
-        rest = memoryview(_line(row))
+        rest = memoryview(dump_line(row))
         try:
             while rest:
                 rest = rest[self._file.write(rest) :]
@@ -180,26 +180,17 @@ def read_metrics(run_dir: str | os.PathLike) -> list[dict]:
     path = Path(run_dir) / METRICS_FILE
     if not path.is_file():
         raise UserError(f"{run_dir} holds no {METRICS_FILE}; give the directory of a run")
-    return [row for _, row in _parse(path.read_bytes(), path)]
+    return [row for _, row in _rows(path)]
 
 
-def _parse(data: bytes, path: Path) -> list[tuple[bytes, dict]]:
+def _rows(path: Path) -> Iterator[tuple[bytes, dict]]:
     """(line, row) pairs. Only the last line may be damaged, which is what a kill in mid-write leaves."""
-    lines = data.split(b"\n")
-    if lines[-1] == b"":
-        lines.pop()
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-            if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-                raise ValueError("no step")
-        except ValueError as error:
-            if number == len(lines):
-                break
-            raise UserError(f"{path} line {number} is damaged; mend or remove that line") from error
-        rows.append((line, row))
-    return rows
+    return read_lines(path, _check_row, may_be_torn=True)
+
+
+def _check_row(row: Mapping) -> None:
+    if not isinstance(row, dict) or type(row.get("step")) is not int:
+        raise ValueError("no step")
 
 
 def _number(name: str, value) -> int | float:
@@ -208,29 +199,6 @@ def _number(name: str, value) -> int | float:
         return int(value) if isinstance(value, int) else float(value)
     except (TypeError, ValueError) as error:
         raise ValueError(f"metric {name!r} is not one number: {value!r}") from error
-
-
-def _plain(value):
-    """`value` as what JSON holds: arrays as lists, numbers that are not finite as null, the rest as text."""
-    if hasattr(value, "tolist"):
-        value = value.tolist()
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if value is None or isinstance(value, str | int) else str(value)
-
-
-def json_line(row: Mapping) -> bytes:
-    """A row as one line of valid JSON: arrays as lists, numbers that are not finite as null."""
-    return _line(_plain(row))
-
-
-def _line(row: Mapping) -> bytes:
-    # A lone surrogate (half a character, which a model can emit) becomes its JSON escape.
-    return json.dumps(row, ensure_ascii=False, allow_nan=False).encode("utf-8", "backslashreplace") + b"\n"
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -5,6 +5,7 @@ Axes: P prompts · K responses · R rows (P K flattened) · V vocabulary.
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -26,9 +27,10 @@ class Sampling:
     min_p: float = 0.0
 
     def __post_init__(self):
-        if self.temperature < 0:
+        if not 0 <= self.temperature < math.inf:
             raise UserError(
-                f"sampling: temperature {self.temperature} is negative; 0 is greedy, 1 the model itself"
+                f"sampling: temperature {self.temperature}: need a finite number, not negative; 0 is greedy, 1 the "
+                "model itself"
             )
         if self.top_k < 0 or not 0 < self.top_p <= 1 or not 0 <= self.min_p < 1:
             raise UserError(

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from lpo_jax.errors import UserError
 from lpo_jax.models import sharding
 from lpo_jax.models.attention import Attention, uses_kernels
 from lpo_jax.sampling import decode as device
@@ -367,4 +368,6 @@ def completes(
 
 def stopper(decode, stop: Sequence[str]):
     """`completes` for one sampler and its stop strings; None where there are none."""
+    if "" in stop:
+        raise UserError("stop: an empty string would end every response at its first token; leave it out")
     return functools.partial(completes, decode, stop) if stop else None

@@ -3,12 +3,14 @@
 Every row is checked before work begins: a missing or empty field is an error that names file and line.
 """
 
+import math
 import os
 import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lpo_jax.errors import UserError, nearest
+from lpo_jax.json_lines import lone_surrogate
 from lpo_jax.rewards import VerifierSpec
 from lpo_jax.tasks.prepared import Records, Unusable
 from lpo_jax.tasks.records import find_files, read_rows, unique_ids
@@ -129,8 +131,8 @@ class _Form:
         self._template, self._solution, self._fields = prompt, solution, dict(fields or {})
         self._verifier = VerifierSpec(verifier, verifier_options or {}, prefill)
         self._verify = self._verifier.load() if self._verifier.fields else None
-        in_templates = FIELD.findall(prompt + (solution or ""))
-        self._wanted = sorted({*in_templates, *self._verifier.fields, *self._fields})
+        self._in_templates = set(FIELD.findall(prompt + (solution or "")))
+        self._wanted = sorted({*self._in_templates, *self._verifier.fields, *self._fields})
         if not FIELD.search(prompt):
             raise UserError(
                 f"task: the prompt template {prompt!r} has no {{field}}, so every prompt would be the same"
@@ -161,6 +163,12 @@ class _Form:
             value = named[field]
             if value is None or value == [] or (isinstance(value, str) and not value.strip()):
                 raise UserError(f"{where}: the field {field!r} is empty")
+            if field not in self._in_templates:
+                continue
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UserError(f"{where}: the field {field!r} is {value}, not a number")
+            if half := lone_surrogate(value):
+                raise UserError(f"{where}: the field {field!r} holds {half}; a tokenizer cannot take it")
         if self._verify:
             check_gold(self._verify, named)
         return named

@@ -12,7 +12,7 @@ from lpo_jax import rewards
 from lpo_jax.errors import UserError
 from lpo_jax.rewards.answers import last_boxed
 from lpo_jax.tasks.prepared import Recipe, Unusable
-from lpo_jax.tasks.splits import check_fields, check_gold, field, splits, squeezed, text
+from lpo_jax.tasks.splits import check_answer, check_fields, check_gold, field, splits, squeezed, text
 from lpo_jax.tasks.task import Row, Task
 from lpo_jax.tasks.templates import GSM8K, MATH, asker, bare
 
@@ -130,6 +130,7 @@ def _gold(row: Row, solution: str, fields: Mapping[str, str]) -> str:
         if not solution or "answer" in fields:
             raise
         gold = last_boxed(solution)
+    check_answer(gold)
     if isinstance(gold, list):  # OlympiadBench's; where it has several answers, they are one text in the list
         gold = ", ".join(map(str, gold))
     if gold is None or not str(gold).strip():

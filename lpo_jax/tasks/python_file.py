@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lpo_jax.errors import UserError
+from lpo_jax.json_lines import MAX_DEPTH, deeper_than, lone_surrogate, too_deep
 from lpo_jax.rewards import VerifierSpec
 from lpo_jax.rewards.user_code import describe, find_function, load_module
 from lpo_jax.tasks.data import plain
@@ -60,11 +61,15 @@ def python_file(*, file: str, prefill: str = "") -> Task:
 def _check(where: str, file: str, row: Any, ask: Callable[[Row], Prompt]) -> dict[str, Any]:
     if not isinstance(row, Mapping) or not row:
         raise UserError(f"{where}: a row is a dict with at least one field, not {str(row)[:60]!r}")
+    if deeper_than(row, MAX_DEPTH):
+        raise UserError(f"{where}: {too_deep()}")
     row = plain(row)
     try:
-        json.dumps(row)
+        json.dumps(row, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise UserError(f"{where}: rows hold JSON values alone: {error}") from None
+    if half := lone_surrogate(row):
+        raise UserError(f"{where}: it holds {half}; a tokenizer cannot take it")
     text = _call(file, f"prompt of {where.rpartition(': ')[2]}", ask, row)
     if isinstance(text, str):
         good = bool(text.strip())

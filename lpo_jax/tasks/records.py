@@ -23,6 +23,7 @@ from typing import Any
 
 from lpo_jax.errors import UserError
 from lpo_jax.hub import hub_failure
+from lpo_jax.json_lines import MAX_DEPTH, deeper_than, loads, too_deep
 
 SUFFIXES = (".parquet", ".jsonl", ".json", ".jsonl.gz", ".json.gz")
 
@@ -98,23 +99,36 @@ def unique_ids(rows: Iterable[tuple[str, dict[str, Any]]]) -> Iterator[tuple[str
 
 def _json(path: Path) -> Iterator[tuple[str, Any]]:
     opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8-sig") as file:
+    # Lines end with newlines alone: a universal newline would part a row at a carriage return.
+    with opener(path, "rt", encoding="utf-8-sig", newline="\n") as file:
         if ".json" in path.suffixes[-2:] and _first_character(file) == "[":
-            try:
-                rows = json.load(file)
-            except ValueError as error:
-                raise UserError(f"{path}: not JSON: {error}") from None
-            for index, row in enumerate(rows):
+            for index, row in enumerate(_array(path, file.read())):
                 yield f"{path}: row {index}", row
             return
         for number, line in enumerate(file, 1):
             if not line.strip():
                 raise UserError(f"{path}:{number}: the line is empty")
             try:
-                row = json.loads(line)
-            except ValueError as error:
+                row = loads(line)
+            except json.JSONDecodeError as error:
                 raise UserError(f"{path}:{number}: not JSON: {error}") from None
+            except ValueError as error:
+                raise UserError(f"{path}:{number}: {error}") from None
             yield f"{path}:{number}", row
+
+
+def _array(path: Path, text: str) -> list[Any]:
+    """The rows of a JSON list, each within the depth that a row may have."""
+    try:
+        rows = json.loads(text)
+    except RecursionError:
+        raise UserError(f"{path}: it has a row that is {too_deep()}") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON: {error}") from None
+    for index, row in enumerate(rows):
+        if deeper_than(row, MAX_DEPTH):
+            raise UserError(f"{path}: row {index}: {too_deep()}")
+    return rows
 
 
 def _first_character(file) -> str:

@@ -1,12 +1,14 @@
 """What the tasks from files share: which rows are trained on, which held out, and what their fields are called."""
 
 import dataclasses
+import math
 import random
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lpo_jax.errors import UserError, nearest
+from lpo_jax.json_lines import lone_surrogate
 from lpo_jax.rewards import Verifier
 from lpo_jax.tasks.prepared import Recipe, Unusable, prepare
 from lpo_jax.tasks.task import Row
@@ -106,12 +108,24 @@ def refuse_or_warn(task: str, source: str, about: Mapping[str, Any], strict: boo
 
 def check_gold(verify: Verifier, row: Row) -> None:
     """Raises `Unusable` where the verifier cannot read a row's gold answer: it would mask every response to it."""
+    check_answer(row.get("answer"))
     try:
         verdict = verify("", row)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise Unusable(str(error)) from None
     if verdict.masked:
         raise Unusable(str(verdict.parts.get("reason", "the verifier cannot judge it")))
+
+
+def check_answer(gold: Any) -> None:
+    """Raises `Unusable` for a value that a verifier would turn into a text that nobody means, such as `nan`."""
+    if isinstance(gold, bool | Mapping) or (isinstance(gold, float) and not math.isfinite(gold)):
+        raise Unusable(f"the answer is {str(gold)[:60]}, not a text or a number")
+    if isinstance(gold, str) and (half := lone_surrogate(gold)):
+        raise Unusable(f"the answer holds {half}")
+    if isinstance(gold, list | tuple):
+        for item in gold:
+            check_answer(item)
 
 
 def field(row: Row, name: str, known: Sequence[str], fields: Mapping[str, str]) -> Any:

@@ -23,11 +23,9 @@ import dataclasses
 import os
 import warnings
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-import yaml
-
+from lpo_jax import yaml_text
 from lpo_jax.errors import UserError, nearest
 from lpo_jax.tasks.registry import get as get_task
 from lpo_jax.tasks.task import Task
@@ -158,10 +156,7 @@ def _place(known: _Known, data_dir: str | None) -> dict[str, str] | None:
 
 
 def _from_yaml(path: str) -> list[Benchmark]:
-    try:
-        entries = yaml.safe_load(Path(path).read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"suite {path}: cannot be read ({' '.join(str(error).split())})") from None
+    entries = yaml_text.read(path, "suite")
     shape = "a list of {name: ..., k: ..., task: {name: ..., options}}"
     if not isinstance(entries, list) or not entries:
         raise UserError(f"suite {path}: expected {shape}")

@@ -1,6 +1,5 @@
 """`lpo eval`: held-out pass@k of a run's checkpoint, or of the model that a config starts from."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,6 +7,7 @@ from lpo_jax import reporting
 from lpo_jax.config import load_config, override_config
 from lpo_jax.errors import UserError
 from lpo_jax.evaluation.heldout import Evaluation
+from lpo_jax.json_lines import print_line
 from lpo_jax.training.checkpoint import load_run
 from lpo_jax.training.run import read_config
 from lpo_jax.training.session import open_session
@@ -39,7 +39,7 @@ def evaluate_command(target: str, overrides: Sequence[str], checkpoint: str, as_
         "truncated": evaluation.truncated,
     }
     if as_json:
-        print(json.dumps(result))
+        print_line(result)
     else:
         title = f"Held-out {session.task.name}"
         console = reporting.console()

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ from lpo_jax import reporting
 from lpo_jax.evaluation.collect import Collected
 from lpo_jax.evaluation.heldout import Evaluation, powers_of_two
 from lpo_jax.evaluation.metrics import paired_difference, summarise
+from lpo_jax.json_lines import read_rows
 from lpo_jax.objectives import Listwise
 from lpo_jax.scale import hosts
 from lpo_jax.training import measure
@@ -195,7 +195,7 @@ class Recorder:
         """One response to each of the first held-out problems, from the last evaluation's file."""
         folder = self.run.path / "validation"
         newest = max(folder.glob("*.jsonl"), key=lambda path: int(path.stem))
-        records = [json.loads(line) for line in newest.read_text().splitlines()]
+        records = read_rows(newest)
         return [
             {"prompt": r["input"], "response": r["output"], "reward": r["score"], "outcome": r["outcome"]}
             for r in records

@@ -21,9 +21,10 @@ from lpo_jax import __version__, reporting
 from lpo_jax.config import override_config, parse_config
 from lpo_jax.errors import RunStopped, UserError
 from lpo_jax.evaluation.suite import Settings, average, prepare, run_exam
+from lpo_jax.json_lines import dump_line, print_line
 from lpo_jax.models.load import Model, load_config_and_tokenizer, load_model
 from lpo_jax.reporting.tables import suite_table
-from lpo_jax.reporting.writers import json_line, write_atomically
+from lpo_jax.reporting.writers import write_atomically
 from lpo_jax.sampling import Sampler
 from lpo_jax.tasks import suites
 from lpo_jax.tasks.suites import Benchmark
@@ -103,10 +104,10 @@ def suite_command(
             "pass@1": average(results),
             "benchmarks": results,
         }
-        line = json_line(summary)
-        _write(directory / "summary.json", json.dumps(json.loads(line), indent=2, ensure_ascii=False) + "\n")
+        text = json.dumps(json.loads(dump_line(summary)), indent=2, ensure_ascii=False)
+        _write(directory / "summary.json", text + "\n")
     if as_json:
-        print(line.decode(), end="")
+        print_line(summary)
     else:
         reporting.console().print(suite_table(results, summary["pass@1"], f"{suite}: {label}"))
         print(f"figures in {directory}/summary.json, every response in {directory}/responses")

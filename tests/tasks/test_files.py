@@ -224,3 +224,73 @@ print(len(task.train), "tensorflow" in sys.modules, "jax" in sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "12 False False\n"
+
+
+NO_ANSWERS = [
+    "true",
+    "false",
+    "NaN",
+    "Infinity",
+    "-Infinity",
+    '{"value": 5}',
+    '"\\ud83d5"',
+    "[1, NaN]",
+    "[true]",
+]
+
+
+@pytest.mark.parametrize("verifier", ["arithmetic", "gsm8k", "math"])
+def test_gold_answers_that_are_no_text_and_no_number(tmp_path, verifier):
+    rows = [
+        f'{{"question": "q{n}", "final": {answer}}}' for n, answer in enumerate(["5", *NO_ANSWERS, '"6"'])
+    ]
+    path = write(tmp_path / "a.jsonl", rows)
+    options = {"path": path, **FORM, "verifier": verifier}
+    with pytest.warns(
+        UserWarning, match=rf"{len(NO_ANSWERS)} of {len(rows)} rows .*a\.jsonl:2: the answer is True"
+    ):
+        task = tasks.get("jsonl", **options)
+    assert sorted(str(row["answer"]) for row in [*task.train, *task.heldout]) == ["5", "6"]
+    with pytest.raises(UserError, match=rf"{len(NO_ANSWERS)} of {len(rows)} rows .*a\.jsonl:2"):
+        tasks.get("jsonl", **options, strict=True)
+
+
+@pytest.mark.parametrize("task, problem", [("math", "problem"), ("gsm8k", "question")])
+def test_gold_answers_of_file_tasks_that_are_no_text_and_no_number(tmp_path, task, problem):
+    answers = ["5", *NO_ANSWERS, '"6"']
+    rows = [f'{{"{problem}": "q{n}", "answer": {answer}}}' for n, answer in enumerate(answers)]
+    path = write(tmp_path / "a.jsonl", rows)
+    with pytest.warns(
+        UserWarning, match=rf"{len(NO_ANSWERS)} of {len(rows)} rows .*a\.jsonl:2: the answer is True"
+    ):
+        found = tasks.get(task, path=path)
+    assert sorted(row["answer"] for row in [*found.train, *found.heldout]) == ["5", "6"]
+
+
+@pytest.mark.parametrize(
+    "row, says",
+    [
+        ('{"question": "\\ud83d", "final": 1}', "holds half a character"),
+        ('{"question": NaN, "final": 1}', "'question' is nan"),
+        ('{"question": "q", "final": 1, "x": ' + "[" * 5000 + "]" * 5000 + "}", "nested more than 100 deep"),
+        (
+            '{"question": "q", "final": 1, "x": ' + '{"a":' * 101 + "1" + "}" * 101 + "}",
+            "nested more than 100 deep",
+        ),
+    ],
+)
+def test_rows_that_no_program_can_take_name_file_and_line(tmp_path, row, says):
+    path = write(tmp_path / "a.jsonl", [question(1), row, question(2)])
+    with pytest.raises(UserError, match=r"a\.jsonl:2: ") as refused:
+        tasks.get("jsonl", path=path, **FORM)
+    assert says in str(refused.value) and "\n" not in str(refused.value)
+    (tmp_path / "a.json").write_text(f"[{row}]")
+    with pytest.raises(UserError, match=r"a\.json: .*row"):
+        tasks.get("jsonl", path=str(tmp_path / "a.json"), **FORM)
+
+
+def test_separators_of_lines_inside_a_row_do_not_part_it(tmp_path):
+    text = "one\u2028two\u2029three\u0085four"
+    rows = [json.dumps({"question": f"{text}{n}", "final": n}, ensure_ascii=False) + "\r" for n in range(3)]
+    task = tasks.get("jsonl", path=write(tmp_path / "a.jsonl", rows), **FORM)
+    assert sorted(row["question"][-1] for row in [*task.train, *task.heldout]) == ["0", "1", "2"]

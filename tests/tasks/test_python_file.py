@@ -112,3 +112,23 @@ def test_missing_file(tmp_path):
 def test_held_out_rows_that_are_trained_on_are_told(load):
     with pytest.warns(UserWarning, match="task python: 5 of 5 held-out prompts are trained on too"):
         load(replaced('"heldout": 100', '"heldout": 0'))
+
+
+@pytest.mark.parametrize(
+    "value, says",
+    [
+        ("float('nan')", "rows hold JSON values alone"),
+        ("'\\ud83d'", "half a character"),
+        ("eval('[' * 150 + ']' * 150)", "nested more than 100 deep"),
+        ("deep", "nested more than 100 deep"),
+    ],
+)
+def test_rows_that_no_program_can_take_are_one_line(tmp_path, value, says):
+    (tmp_path / "t.py").write_text(
+        "deep = []\nfor _ in range(5000): deep = [deep]\n"
+        f"def dataset(split): return [{{'prompt': split}}, {{'prompt': split + 'b', 'x': {value}}}]\n"
+        "def verify(response, row): return 1.0\n"
+    )
+    with pytest.raises(UserError, match=r"t\.py: dataset\('train'\), row 1: ") as refused:
+        tasks.get("python", file=str(tmp_path / "t.py"))
+    assert says in str(refused.value) and "\n" not in str(refused.value)

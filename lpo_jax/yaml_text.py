@@ -1,0 +1,76 @@
+"""YAML as configs, suites and command lines hold it."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lpo_jax.errors import UserError
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key stands once, and whose numbers are everyone's: YAML 1.1 reads 1e-6 as text."""
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[tuple[str, str], int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            line = key.start_mark.line + 1
+            if (first := lines.setdefault((key.tag, key.value), line)) != line:
+                problem = f"the key {key.value!r} is set in line {first} already; keep one of the two"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+        return node
+
+
+class _Dumper(yaml.SafeDumper):
+    """Puts texts in quotes that the loader would read as numbers."""
+
+
+for _side in (_Loader, _Dumper):
+    _side.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+    )
+
+
+def dump(values: Any) -> str:
+    """Plain values as YAML that `parse` reads as the same values."""
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False)
+
+
+def parse(text: str) -> Any:
+    """The value of a YAML text.
+
+    Raises:
+      ValueError: saying in which line it is not YAML, or which key stands twice.
+    """
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"line {mark.line + 1}: {getattr(error, 'problem', error)}" if mark else str(error)
+        raise ValueError(" ".join(where.split())) from None
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    except (ValueError, TypeError, OverflowError) as error:  # a date that is none, a key that is a list
+        raise ValueError(" ".join(str(error).split())) from None
+
+
+def read(path: str | Path, what: str) -> Any:
+    """The value of a YAML file; `what` says in an error what kind of file it is.
+
+    Raises:
+      UserError: it is not there, cannot be read, or is not YAML.
+    """
+    try:
+        return parse(Path(path).read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise UserError(f"{what} {path}: no such file") from None
+    except OSError as error:
+        raise UserError(f"{what} {path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{what} {path}: cannot be read (not UTF-8: {error.reason})") from None
+    except ValueError as error:
+        raise UserError(f"{what} {path}: not valid YAML ({error})") from None
