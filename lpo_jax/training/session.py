@@ -225,10 +225,14 @@ class Session:
         start = lambda s: self.start(s, optimizer, objective)  # noqa: E731
         return placed(self.model_config, jax.eval_shape(start, state))
 
-    def prompts(self, batch_size: int, state: Any) -> tasks.PromptIterator:
-        """Batches of training rows, from the start or from where `state` was taken."""
+    def prompts(self, batch_size: int, state: Any, *, backward: bool = False) -> tasks.PromptIterator:
+        """Batches of training rows, from the start or from where `state` was taken; `backward` to be taught."""
         data = tasks.PromptIterator(
-            self.train_rows, prompts=batch_size, seed=self.config.seed, data_hash=self.task.content_hash
+            self.train_rows,
+            prompts=batch_size,
+            seed=self.config.seed,
+            data_hash=self.task.content_hash,
+            backward=backward,
         )
         if state is not None:
             data.restore(state)
