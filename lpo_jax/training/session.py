@@ -25,6 +25,7 @@ from lpo_jax.models.head import EXTRA_STATS
 from lpo_jax.models.load import load_config_and_tokenizer, load_weights
 from lpo_jax.models.quantize import require_qwix
 from lpo_jax.models.sharding import constrain_params, current_shardings, decode_mesh, placed, using
+from lpo_jax.objectives.hooks import problem as hook_problem
 from lpo_jax.sampling import Sampler, Sampling
 from lpo_jax.scale.mesh import STATE_BYTES, open_mesh
 from lpo_jax.training.memory import Microbatch, fit_microbatch
@@ -98,6 +99,8 @@ def check_config(config: Config) -> objectives.Objective:
             f"objective {objective.name}: with these options it needs {', '.join(lacking)} of every response, which "
             "nothing in it provides; use a method that has the hook for it (lpo methods)"
         )
+    if problem := hook_problem(objective.parts):
+        raise UserError(f"objective {objective.name}: {problem}")
     most = config.evaluation.num_responses or sampling.num_responses
     if config.evaluation.ks and max(config.evaluation.ks) > most:
         raise UserError(
