@@ -170,7 +170,10 @@ class MeshSection(_Strict):
 
 @dataclasses.dataclass(frozen=True)
 class WarmStartSection(_Strict):
-    """Supervised steps on the task's own solutions (`lpo sft`, and before RL where the cold model fails)."""
+    """Supervised steps on the task's own solutions (`lpo sft`, and before RL where the cold model fails).
+
+    They read the training rows in RL's order backward, so that RL does not begin with rows that were just taught.
+    """
 
     steps: NonNegative = _option(0, "updates; 0: no warm start")
     batch_size: Positive = _option(32, "examples per update")

@@ -1,12 +1,43 @@
-"""What a method asks of the run around its updates, as plain settings: the work is `training/hooks/`'s.
+"""What a method asks of the run around its updates, as plain settings: `training/hooks/` does the work.
 
-A hook has no arithmetic of its own here, so that a method is one frozen, hashable composition.
+A hook has no arithmetic of its own here, so that a method is one frozen, hashable composition. Each hook acts in one
+phase of the step, and the phases run in the order of `Phase` whatever the order of a method's list of hooks:
+
+| phase | what happens | hooks |
+|---|---|---|
+| draw | chooses the prompts of a sampling round | `LearnabilitySampling`, `GaussianSampling` |
+| mend | replaces failed groups or responses of that round | `SolutionHints`, `LadderHints` |
+| select | chooses the groups to learn from, and may ask for a further sampling round | `DynamicSampling` |
+| annotate | gives the objective fields of `Scored` | teachers, judges, baselines, credits |
+| replay | adds an update on an earlier batch | `Replay` |
+
+Everything sampled in a step, before it is mended and selected, is what hooks observe: a curriculum's pass rates are
+those of the plain prompts, of solved and hopeless ones too. `problem` says which hooks cannot stand together.
 """
 
 import dataclasses
+import enum
+from collections.abc import Sequence
 from typing import ClassVar
 
-from lpo_jax.objectives.part import Part
+from lpo_jax.objectives.advantage import Utility
+from lpo_jax.objectives.credit import AnytimeReturns, Progress, StepPenalty
+from lpo_jax.objectives.part import Part, word
+from lpo_jax.objectives.prompt_weight import HookWeight
+from lpo_jax.objectives.proximal import PreviousKL
+from lpo_jax.objectives.regular import Distil
+from lpo_jax.objectives.shaping import FlawPenalty
+from lpo_jax.objectives.token_weight import Untaught
+
+
+class Phase(enum.Enum):
+    """The phases of a step in which hooks act, in order. The value says why a phase holds one hook, if it does."""
+
+    DRAW = "both choose the prompts that are sampled"
+    MEND = "both replace the groups in which every response fails"
+    SELECT = "both choose the groups that are learnt from"
+    ANNOTATE = ""
+    REPLAY = "both add an update on an earlier batch"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,22 +45,79 @@ class Hook(Part):
     """The base: what happens around sampling, before the objective sees the round.
 
     Attributes:
+      phase: when in a step the hook acts.
       gives: the fields of `Scored` that the hook fills.
+      readers: the parts that are made for these fields. A method with the hook holds the first of them, and no part
+        that reads the fields in another sense.
+      setting: the option of a config that puts the first reader into a method.
     """
 
+    phase: ClassVar[Phase]
     gives: ClassVar[tuple[str, ...]] = ()
+    readers: ClassVar[tuple[type[Part], ...]] = ()
+    setting: ClassVar[str] = ""
+
+
+def problem(parts: Sequence[Part]) -> str | None:
+    """Why the hooks of a method cannot work together, or with its other parts; None where they can.
+
+    Args:
+      parts: all parts of the method.
+    """
+    hooks = [part for part in parts if isinstance(part, Hook)]
+    for i, hook in enumerate(hooks):
+        for other in hooks[:i]:
+            if reason := _conflict(hook, other):
+                names = f"{word(other)} and {word(hook)}"
+                return f"hooks: {names} cannot be combined: {reason}; leave one of them out"
+    for hook in hooks:
+        reading = [part for part in parts if set(hook.gives) & {*part.needs, *part.uses}]
+        for part in reading:
+            if not isinstance(part, hook.readers):
+                return (
+                    f"hooks: {word(part)} cannot use the {hook.gives[0]} that {word(hook)} gives; "
+                    f"set {hook.setting} in its place"
+                )
+        if hook.gives and not any(isinstance(part, hook.readers[0]) for part in reading):
+            return (
+                f"hooks: nothing in the method uses the {hook.gives[0]} that {word(hook)} gives; "
+                f"set {hook.setting}, or leave the hook out"
+            )
+    given = {name for hook in hooks for name in hook.gives}
+    for part in parts:
+        if lacking := sorted(set(part.uses) - given):
+            return f"{word(part)} does nothing: no hook of the method gives {lacking[0]}; leave it out"
+    return None
+
+
+def _conflict(one: Hook, other: Hook) -> str:
+    """Why two hooks cannot be combined; "" where they can."""
+    if type(one) is type(other):
+        return "it is named twice"
+    if one.phase is other.phase and one.phase.value:
+        return one.phase.value
+    shared = sorted(set(one.gives) & set(other.gives))
+    return f"both give {shared[0]}" if shared else ""
 
 
 @dataclasses.dataclass(frozen=True)
 class DynamicSampling(Hook):
-    """Keep groups with signal, 0 < mean reward < 1 of the best; sample more prompts until the batch is full.
+    """Keep the groups whose rewards differ, and sample further prompts until the batch is full of them.
+
+    Groups are judged after hints have mended them. If the rounds run out before the batch is full, groups without
+    signal fill it and are spread evenly over the step's updates; where there are fewer groups with signal than
+    updates, they are repeated so that each update has one. If no round found a group with signal, the step's updates
+    have none, as in a method without this hook: the optimizer moves by its momentum, and
+    `lpo/useful_group_frac` shows 0.
 
     Attributes:
-      max_rounds: sampling rounds at most; what is still missing then is filled with groups without signal.
+      max_rounds: sampling rounds at most.
 
     References:
       DAPO, arXiv 2503.14476, section 3.2.
     """
+
+    phase = Phase.SELECT
 
     max_rounds: int = 10
 
@@ -47,6 +135,8 @@ class LearnabilitySampling(Hook):
       rollouts; here they are those of the training groups.
     """
 
+    phase = Phase.DRAW
+
     uniform_share: float = 0.5
     rate_momentum: float = 0.0
 
@@ -62,6 +152,8 @@ class GaussianSampling(Hook):
     References:
       FG-ExPO, Gaussian curriculum sampling.
     """
+
+    phase = Phase.DRAW
 
     rate_momentum: float = 0.9
     width: float = 0.35
@@ -80,6 +172,8 @@ class SolutionHints(Hook):
       GHPO (public code hkgc-1/GHPO).
     """
 
+    phase = Phase.MEND
+
     hint_fractions: tuple[float, ...] = (0.25, 0.5, 0.75)
 
 
@@ -96,6 +190,8 @@ class LadderHints(Hook):
     References:
       Scaf-GRPO (public code dvlab-research/Scaf-GRPO).
     """
+
+    phase = Phase.MEND
 
     hint_after: int = 50
 
@@ -117,7 +213,10 @@ class Replay(Hook):
       PIPO.
     """
 
+    phase = Phase.REPLAY
     gives = ("weight",)
+    readers = (HookWeight,)
+    setting = "objective.prompt_weight=hook-weight"
 
     window: int = 8
     regress_scale: float = 0.1
@@ -135,7 +234,10 @@ class SiblingTeacher(Hook):
       SRPO.
     """
 
+    phase = Phase.ANNOTATE
     gives = ("teacher",)
+    readers = (Distil, Untaught)
+    setting = "objective.regular=distil"
 
     top: int = 100
     reprompt: str = "\nA correct solution:\n{solution}\nSolve the problem again.\n"
@@ -149,7 +251,10 @@ class PreviousPolicy(Hook):
       top: likeliest tokens that are kept; the rest is one bin.
     """
 
+    phase = Phase.ANNOTATE
     gives = ("teacher",)
+    readers = (PreviousKL,)
+    setting = "objective.regular=previous-kl"
 
     top: int = 100
 
@@ -162,7 +267,10 @@ class GreedyBaseline(Hook):
       ReMax, arXiv 2310.10505.
     """
 
+    phase = Phase.ANNOTATE
     gives = ("baseline",)
+    readers = (Utility,)
+    setting = "objective.centre=baseline"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,7 +285,10 @@ class Judge(Hook):
       FAPO (public code verl-recipe/fapo), whose judge is a generative reward model.
     """
 
+    phase = Phase.ANNOTATE
     gives = ("flawed",)
+    readers = (FlawPenalty,)
+    setting = "objective.shape=flaw-penalty"
 
     judge: str = ""
 
@@ -194,7 +305,10 @@ class StepJudge(Judge):
       CAPO (credit), whose judge is the majority of several critiques of a generative model.
     """
 
+    phase = Phase.ANNOTATE
     gives = ("credit",)
+    readers = (StepPenalty,)
+    setting = "objective.credit=step-penalty"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,7 +327,10 @@ class PrefixValues(Hook):
       GRPO-VPS, which cuts at the steps of the text.
     """
 
+    phase = Phase.ANNOTATE
     gives = ("credit",)
+    readers = (Progress,)
+    setting = "objective.credit=progress"
 
     segments: int = 4
     cue: str = "\nThe answer is "
@@ -237,7 +354,10 @@ class Budgets(Hook):
       AnytimeReasoner, arXiv 2505.13438; public code sail-sg/AnytimeReasoner, which trains on the answers too.
     """
 
+    phase = Phase.ANNOTATE
     gives = ("credit",)
+    readers = (AnytimeReturns,)
+    setting = "objective.credit=anytime-returns"
 
     budgets: int = 4
     summaries: int = 4

@@ -198,7 +198,7 @@ OPTIONS: Mapping[str, Callable[[Any], str | None]] = {
     "top": count("tokens"),
     "max_rounds": count("sampling rounds"),
     "uniform_share": within(0, 1),
-    "rate_momentum": within(0, 1),
+    "rate_momentum": either("a number, 0 or more and less than 1", one_of(0), between(0, 1)),
     "width": between(0, math.inf),
     "hint_fractions": fractions,
     "hint_after": count("steps", 0),

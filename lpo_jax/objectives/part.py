@@ -19,6 +19,7 @@ a pure function of arrays:
 """
 
 import dataclasses
+import re
 from typing import ClassVar
 
 
@@ -28,6 +29,13 @@ class Part:
 
     Attributes:
       needs: names of fields of `TokenStats` or `Scored` that may not be None.
+      uses: names of fields that the part reads where they are not None, and without which it does nothing.
     """
 
     needs: ClassVar[tuple[str, ...]] = ()
+    uses: ClassVar[tuple[str, ...]] = ()
+
+
+def word(part: Part) -> str:
+    """What a part is called in a config: its class name in lower case with hyphens."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", type(part).__name__).lower()

@@ -112,6 +112,8 @@ def _mixed(context: Context) -> jax.Array:
 class HookWeight(PromptWeight):
     """What a hook of the run gives as `Scored.weight`; 1 where it gives none."""
 
+    uses = ("weight",)
+
     def __call__(self, context):
         weight = context.scored.weight
         return jnp.ones_like(context.rewards[:, :1]) if weight is None else weight[:, None]

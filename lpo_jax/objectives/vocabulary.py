@@ -3,7 +3,6 @@
 A part's word is its class name in lower case with hyphens; "none" is no such part (for a gate: no trust region).
 """
 
-import re
 from typing import Any
 
 from lpo_jax.objectives import covariance_gates, entropy_adaptive, proximal, ranking, sequence_gates  # noqa: F401
@@ -11,7 +10,7 @@ from lpo_jax.objectives.bias import Bias
 from lpo_jax.objectives.credit import Credit
 from lpo_jax.objectives.hints import nearest
 from lpo_jax.objectives.hooks import Hook
-from lpo_jax.objectives.part import Part
+from lpo_jax.objectives.part import Part, word
 from lpo_jax.objectives.prompt_weight import PromptWeight
 from lpo_jax.objectives.regular import Regular
 from lpo_jax.objectives.select import Select
@@ -29,11 +28,6 @@ ONE: dict[str, type[Part]] = {
     "token_weight": TokenWeight,
 }
 SEVERAL: dict[str, type[Part]] = {"shape": Shape, "regular": Regular, "hooks": Hook}
-
-
-def word(part: Part) -> str:
-    """What a part is called."""
-    return re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", type(part).__name__).lower()
 
 
 def words(kind: str) -> dict[str, Part]:

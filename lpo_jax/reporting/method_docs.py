@@ -11,6 +11,7 @@ from typing import Any
 from lpo_jax.objectives import DIVERGENCES, Objective, names, sequence_scores, temperature, token_weights
 from lpo_jax.objectives.catalogue import CATALOGUE
 from lpo_jax.objectives.part import Part
+from lpo_jax.objectives.vocabulary import words
 from lpo_jax.reporting.simplex import DRAWABLE
 
 _INTRODUCTION = """# Methods
@@ -55,6 +56,20 @@ comes from Python, not from a config file:
 | word | loss | targets with zeros |
 |---|---|---|"""
 
+_HOOKS = """## Hooks
+
+What a method asks of the run around its updates. A step draws prompts and samples them, mends failed groups, selects
+the groups to learn from (which may take further rounds of prompts that the step has not seen yet), annotates them, and
+last replays an earlier batch, whatever the order in which a method lists its hooks. Pass rates and PIPO's mean
+rewards are of everything that was sampled, before it was mended and selected. A response on which the verifier failed
+counts neither as a pass nor as a failure, in any hook.
+
+Hooks of different phases can be combined. Of the phases draw, mend, select and replay a method holds one hook each, and
+of annotate one for each field. A hook that gives a field works with the setting beside it, and is refused without.
+
+| hook | phase | gives | set with it |
+|---|---|---|---|"""
+
 
 def markdown() -> str:
     """All methods in a table, then one by one with their parts and options: the text of `docs/methods.md`."""
@@ -68,6 +83,17 @@ def markdown() -> str:
     lines += ["", _DIVERGENCES]
     for word, divergence in DIVERGENCES.items():
         lines.append(_row(f"`{word}`", _text(divergence.formula), "no" if divergence.full_support else "yes"))
+    lines += ["", _HOOKS]
+    for word, hook in words("hooks").items():
+        setting = f"`{hook.setting}`" if hook.setting else ""
+        lines.append(
+            _row(
+                f"[`{word}`](#{_anchor(type(hook).__name__)})",
+                hook.phase.name.lower(),
+                *hook.gives or ("",),
+                setting,
+            )
+        )
     lines += [
         "",
         "## Parts",

@@ -43,17 +43,29 @@ class PromptIterator(Iterator[list[tuple[int, Mapping[str, Any]]]]):
     epoch sit that epoch out. The whole state is a number: `restore(state)` continues exactly where `state()`
     was taken.
 
+    Supervised learning before RL walks each epoch backward, so that the first prompts of RL are not the rows whose
+    solutions were just taught: of N rows, RL's first N - M prompts are none of the first M rows taught.
+
     Args:
       rows: rows by index.
       prompts: P, the number of rows in a batch.
       seed: of the order.
+      backward: walk the same shuffled order from the end of each epoch to its beginning.
       data_hash: the task's `content_hash`; in the state, so that a resume over changed data is refused.
 
     Raises:
       UserError: if there are fewer rows than P.
     """
 
-    def __init__(self, rows: Sequence[Mapping[str, Any]], *, prompts: int, seed: int, data_hash: str = ""):
+    def __init__(
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        *,
+        prompts: int,
+        seed: int,
+        data_hash: str = "",
+        backward: bool = False,
+    ):
         import grain  # here, for it imports jax
 
         if not 1 <= prompts <= len(rows):
@@ -63,6 +75,9 @@ class PromptIterator(Iterator[list[tuple[int, Mapping[str, Any]]]]):
         self._rows = rows
         self._about = {"prompts": prompts, "seed": seed, "rows": len(rows), "data_hash": data_hash}
         indices = grain.MapDataset.source(range(len(rows))).seed(seed).shuffle()
+        if backward:
+            self._about["order"] = "backward"
+            indices = indices[::-1]
         self._batches = indices.batch(prompts, drop_remainder=True, batch_fn=list).repeat()
         self._next = 0
 

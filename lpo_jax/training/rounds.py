@@ -12,6 +12,7 @@ import numpy as np
 
 from lpo_jax import tasks
 from lpo_jax.evaluation.collect import Collected
+from lpo_jax.evaluation.collect import join as join_batches
 from lpo_jax.models.decoder import Params
 from lpo_jax.models.head import EXTRA_STATS
 from lpo_jax.models.lora import join
@@ -54,22 +55,41 @@ class Learner:
             hook.restore(state)
 
 
-def sample_round(session: Session, learner: Learner, params: Params, data: tasks.PromptIterator, step: int):
-    """Samples and verifies a round. Returns it and the tools of its step."""
+def sample_round(
+    session: Session, learner: Learner, params: Params, data: tasks.PromptIterator, step: int
+) -> tuple[Round, Tools]:
+    """Samples, mends and selects the groups of a step, phase by phase (`hooks/base.py`).
+
+    Returns:
+      The round to learn from, and the tools of its step.
+    """
     tools = Tools(session, learner.program, step, params, session.prepare(params))
+    sampled: list[Collected] = []
+    for hook in learner.hooks:
+        hook.begin()
 
-    def rows() -> list[tuple[int, tasks.Row]]:
-        drawn = next(data)
+    def more() -> Round | None:
+        """A further round of prompts that the step has not seen yet."""
+        seen = {row for batch in sampled for row in batch.ids}
+        rows = next(data)
+        wanted = len(rows)
         for hook in learner.hooks:
-            drawn = hook.draw(drawn, step)
-        return drawn
+            rows = hook.draw(rows, step, seen)
+        rows = [row for row in rows if row[0] not in seen]
+        if not rows:
+            return None
+        sampled.append(tools.sample(rows, at_least=wanted))
+        round = Round(sampled[-1])
+        for hook in learner.hooks:
+            hook.mend(round, tools)
+        return round
 
-    round = Round(tools.sample(rows()))
+    round = more()
     for hook in learner.hooks:
-        hook.fill(round, rows, tools)
+        hook.select(round, more)
+    everything = join_batches(sampled)
     for hook in learner.hooks:
-        hook.mend(round, tools)
-        hook.observe(round.batch)
+        hook.observe(everything)
     return round, tools
 
 
@@ -115,7 +135,7 @@ def complete(
         scored = scored.replace(**{name: seen[name] for name in wanted})
     rollouts = rollouts.replace(scored=scored)
     for hook in learner.hooks:
-        extra = hook.extras(rollouts, round.batch, tools)
+        extra = hook.annotate(rollouts, round.batch, tools)
         rollouts = rollouts.replace(scored=rollouts.scored.replace(**extra))
     teacher = rollouts.scored.teacher
     if teacher is not None:

@@ -26,6 +26,7 @@ from lpo_jax.models.load import load_config_and_tokenizer, load_weights
 from lpo_jax.models.quantize import require_qwix
 from lpo_jax.models.sharding import constrain_params, current_shardings, decode_mesh, placed, using
 from lpo_jax.objectives.catalogue import with_response_budget
+from lpo_jax.objectives.hooks import problem as hook_problem
 from lpo_jax.sampling import Sampler, Sampling
 from lpo_jax.scale.mesh import STATE_BYTES, open_mesh
 from lpo_jax.training.memory import Microbatch, fit_microbatch
@@ -99,6 +100,8 @@ def check_config(config: Config) -> objectives.Objective:
             f"objective {objective.name}: with these options it needs {', '.join(lacking)} of every response, which "
             "nothing in it provides; use a method that has the hook for it (lpo methods)"
         )
+    if problem := hook_problem(objective.parts):
+        raise UserError(f"objective {objective.name}: {problem}")
     most = config.evaluation.num_responses or sampling.num_responses
     if config.evaluation.ks and max(config.evaluation.ks) > most:
         raise UserError(
@@ -225,10 +228,14 @@ class Session:
         start = lambda s: self.start(s, optimizer, objective)  # noqa: E731
         return placed(self.model_config, jax.eval_shape(start, state))
 
-    def prompts(self, batch_size: int, state: Any) -> tasks.PromptIterator:
-        """Batches of training rows, from the start or from where `state` was taken."""
+    def prompts(self, batch_size: int, state: Any, *, backward: bool = False) -> tasks.PromptIterator:
+        """Batches of training rows, from the start or from where `state` was taken; `backward` to be taught."""
         data = tasks.PromptIterator(
-            self.train_rows, prompts=batch_size, seed=self.config.seed, data_hash=self.task.content_hash
+            self.train_rows,
+            prompts=batch_size,
+            seed=self.config.seed,
+            data_hash=self.task.content_hash,
+            backward=backward,
         )
         if state is not None:
             data.restore(state)

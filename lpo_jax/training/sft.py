@@ -2,6 +2,9 @@
 
 The same update as in RL, whose coefficients need no objective: every example is a group of one response, and the
 coefficient of each of its tokens is -1 / (tokens of the batch).
+
+Rows are taken from the end of RL's shuffled order backward (`tasks.PromptIterator`), so that RL does not begin with the
+prompts whose solutions the model has just been shown.
 """
 
 import dataclasses
@@ -53,7 +56,7 @@ def sft(config: Config, *, resume: bool = False) -> None:
             position = recorder.restore(session.abstract_state(optimizer)) or Position(
                 session.start(session.load_state(), optimizer)
             )
-            data = session.prompts(warm.batch_size, position.data)
+            data = session.prompts(warm.batch_size, position.data, backward=True)
 
             def take_step(at: Position) -> None:
                 batch = supervised_batch(session, [row for _, row in next(data)])
@@ -74,7 +77,7 @@ def warm_start(
     warm = session.config.warm_start
     optimizer = make_optimizer(warm_start_config(session.config), warm.steps)
     state = session.start(state, optimizer)
-    data = session.prompts(warm.batch_size, None)
+    data = session.prompts(warm.batch_size, None, backward=True)
     with open_writer(run.path / "warm_start") as writer:
         writer.truncate_after(-1)
         for step in range(1, warm.steps + 1):

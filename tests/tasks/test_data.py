@@ -26,6 +26,27 @@ def test_two_batches_and_a_resume_equal_four():
         assert second.state() == whole.state()
 
 
+@pytest.mark.parametrize(("taught", "asked"), [(3, 3), (2, 4), (5, 2)])
+def test_backward_ends_where_forward_begins(taught, asked):
+    """Whatever the two batch sizes: RL's first prompts are none of the rows that were taught before it."""
+    rows = [{"n": n} for n in range(23)]
+    for seed in range(5):
+        supervised = tasks.PromptIterator(rows, prompts=taught, seed=seed, backward=True)
+        prompts = tasks.PromptIterator(rows, prompts=asked, seed=seed)
+        seen = {i for batch in indices(supervised, 2) for i in batch}
+        assert len(seen) == 2 * taught
+        first = {i for batch in indices(prompts, (23 - len(seen)) // asked) for i in batch}
+        assert len(first) == (23 - len(seen)) // asked * asked and not seen & first
+
+
+def test_backward_is_the_reverse_of_every_epoch_and_another_order_to_resume():
+    forward = tasks.PromptIterator(ROWS, prompts=10, seed=5)
+    backward = tasks.PromptIterator(ROWS, prompts=10, seed=5, backward=True)
+    assert [batch[::-1] for batch in indices(backward, 3)] == indices(forward, 3)
+    with pytest.raises(UserError, match="order was None, is 'backward'"):
+        backward.restore(forward.state())
+
+
 def test_rows_come_with_their_index():
     for batch in (next(tasks.PromptIterator(ROWS, prompts=4, seed=seed)) for seed in range(3)):
         assert all(row is ROWS[index] and type(index) is int for index, row in batch)

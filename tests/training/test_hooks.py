@@ -10,7 +10,7 @@ import pytest
 from tiny import character_tokenizer
 
 from lpo_jax import objectives as O
-from lpo_jax.errors import UserError
+from lpo_jax.errors import RunStopped, UserError
 from lpo_jax.evaluation.collect import Collected, join, replace_response
 from lpo_jax.evaluation.encode import encode_hinted
 from lpo_jax.objectives import Scored, hooks
@@ -19,7 +19,7 @@ from lpo_jax.sampling import Responses
 from lpo_jax.tasks.task import Task
 from lpo_jax.training.batch import Groups, Rollouts
 from lpo_jax.training.hooks import credits, hints, judges, prompts, replay, teachers
-from lpo_jax.training.hooks.base import Round
+from lpo_jax.training.hooks.base import Round, judged
 from lpo_jax.training.rounds import clusters, make_rollouts, split
 from lpo_jax.training.step import Program, score
 
@@ -57,11 +57,15 @@ def collected(ids, rewards, texts=None, T=6):
     )
 
 
-def session(rows, **options):
+def session(rows, updates=1, **options):
     """As much of a session as hooks look at."""
     task = Task("made", rows, [], lambda row: f"p{row['n']}", None, lambda row: row.get("solution"))
     task = dataclasses.replace(task, verifier=types.SimpleNamespace(prefill=""))
-    config = types.SimpleNamespace(seed=3, sampling=types.SimpleNamespace(max_tokens=6, max_prompt_tokens=16))
+    config = types.SimpleNamespace(
+        seed=3,
+        sampling=types.SimpleNamespace(max_tokens=6, max_prompt_tokens=16, num_responses=2),
+        training=types.SimpleNamespace(updates_per_step=updates),
+    )
     collect = types.SimpleNamespace(text=TOKENIZER.decode)
     options = {
         "task": task,
@@ -114,26 +118,82 @@ def test_clusters_number_equal_answers():
     assert clusters(batch).tolist() == [[0, 1, 0, -1]]
 
 
+def dynamic(first, *further, max_rounds=3, updates=1):
+    """The groups that dynamic sampling keeps of a first and further batches (None: no new prompt), and the hook."""
+    hook = prompts.Dynamic(hooks.DynamicSampling(max_rounds), session(ROWS, updates=updates), None)
+    round, offered = Round(first), iter(further)
+    hook.select(round, lambda: (batch := next(offered)) and Round(batch))
+    return round.batch, hook
+
+
 def test_dynamic_sampling_fills_the_batch_with_groups_that_differ():
     first = collected([0, 1, 2], [[1, 1], [0, 1], [0, 0]])
     second = collected([3, 4], [[0.5, 0.5], [1, None]])  # one valid response: no signal
     third = collected([5, 6, 7], [[0, 1], [1, 0], [0, 1]])
-    tools = Tools(session(ROWS), second, third)
-    offered = iter([[0, 3, 4], [5, 6, 7]])  # prompt 0 comes around again: it is not sampled twice
-    hook = prompts.Dynamic(hooks.DynamicSampling(max_rounds=3), tools.session, None)
-    round = Round(first)
-    hook.fill(round, lambda: [(i, ROWS[i]) for i in next(offered)], tools)
-    assert round.batch.ids == [1, 5, 6]
+    kept, hook = dynamic(first, second, third)
+    assert kept.ids == [1, 5, 6]
     assert hook.metrics() == {"lpo/sampling_rounds": 3, "lpo/useful_group_frac": 1.0}
 
 
 def test_dynamic_sampling_ends_and_fills_up_with_what_there_is():
-    again = [collected([i], [[0, 0]]) for i in (3, 4)]
-    hook = prompts.Dynamic(hooks.DynamicSampling(max_rounds=3), session(ROWS), None)
-    round, offered = Round(collected([0, 1], [[1, 1], [0, 1]])), iter([3, 4, 5])
-    hook.fill(round, lambda: [(i := next(offered), ROWS[i])], Tools(hook.session, *again))
-    assert round.batch.ids == [1, 0]
-    assert hook.metrics() == {"lpo/sampling_rounds": 3, "lpo/useful_group_frac": 0.5}
+    kept, hook = dynamic(collected([0, 1], [[1, 1], [0, 1]]), collected([3], [[0, 0]]), None)
+    assert kept.ids == [1, 0]
+    assert hook.metrics() == {"lpo/sampling_rounds": 2, "lpo/useful_group_frac": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("updates", "mixed", "kept"),
+    [
+        (2, [4, 5], [4, 0, 2, 5, 1, 3]),  # one with signal in each half, not both in the first
+        (3, [4, 5], [4, 0, 5, 1, 4, 2]),  # fewer than updates: repeated
+        (2, [1, 3, 5], [1, 5, 2, 3, 0, 4]),
+        (2, [], [0, 1, 2, 3, 4, 5]),  # nothing has signal
+    ],
+)
+def test_what_dynamic_sampling_could_not_fill_is_spread_over_the_updates(updates, mixed, kept):
+    batch = collected(range(6), [[0, 1] if i in mixed else [0, 0] for i in range(6)])
+    found, hook = dynamic(batch, max_rounds=1, updates=updates)
+    assert found.ids == kept and hook.kept == len(mixed) / 6
+    minibatches = np.split(judged(found).mixed, updates)
+    assert not mixed or all(part.any() for part in minibatches)
+
+
+def test_groups_that_could_not_be_judged_fill_up_last():
+    kept, _ = dynamic(collected([0, 1, 2, 3], [[None, None], [0, 0], [None, 1], [0, 1]]), max_rounds=1)
+    assert kept.ids == [3, 1, 2, 0]
+
+
+def test_dynamic_sampling_of_groups_of_one_is_refused():
+    single = session(ROWS)
+    single.config.sampling.num_responses = 1
+    with pytest.raises(UserError, match="num_responses = 1: dynamic-sampling"):
+        prompts.Dynamic(hooks.DynamicSampling(), single, None)
+
+
+def test_failures_of_the_verifier_are_neither_passes_nor_failures():
+    outcomes = judged(collected(range(5), [[None, None], [None, 0], [1, None], [0.5, 0], [1, 0]]))
+    assert outcomes.known.tolist() == [False, True, True, True, True]
+    np.testing.assert_array_equal(outcomes.pass_rate, [np.nan, 0, 1, 0, 0.5])
+    np.testing.assert_array_equal(outcomes.mean_reward, [np.nan, 0, 1, 0.25, 0.5])
+    assert outcomes.failed.tolist() == [False, True, False, True, False]
+    assert outcomes.mixed.tolist() == [False, False, False, True, True]
+    assert outcomes.rewards.tolist() == [0, 1, 0.5, 0, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("make", "spec"),
+    [
+        (prompts.Learnability, hooks.LearnabilitySampling()),
+        (prompts.Gaussian, hooks.GaussianSampling()),
+    ],
+)
+def test_a_prompt_that_could_not_be_judged_keeps_its_pass_rate(make, spec):
+    hook = make(spec, session(ROWS), None)
+    hook.observe(collected([0, 1, 2], [[1, 0], [1, 1], [0, None]]))
+    before = dict(hook.rates)
+    hook.observe(collected([0, 3], [[None, None], [None, None]]))
+    assert hook.rates == before  # neither a new rate nor one for a prompt that nothing is known of
+    assert before[2] == pytest.approx(spec.rate_momentum * 0.5)  # of its one judged response
 
 
 def test_prompts_are_drawn_by_their_pass_rates():
@@ -144,13 +204,31 @@ def test_prompts_are_drawn_by_their_pass_rates():
     for i, rate in enumerate(rates):
         hook.observe(collected([i], [[float(k < 100 * rate) for k in range(100)]]))
     given = [(i, rows[i]) for i in (8, 9, 10, 11)]
-    drawn = [[i for i, _ in hook.draw(given, step)] for step in range(200)]
+    drawn = [[i for i, _ in hook.draw(given, step, ())] for step in range(200)]
     assert all(d[:2] == [8, 9] and len(set(d)) == 4 for d in drawn)
     counts = np.bincount(np.concatenate([d[2:] for d in drawn]), minlength=12) / 200
     assert counts[2] > 0.8 and counts[3] > 0.8 and counts[0] == counts[1] == 0
     other = prompts.Learnability(hook.spec, hook.session, None)
     other.restore(hook.state())
-    assert [i for i, _ in other.draw(given, 5)] == drawn[5]
+    assert [i for i, _ in other.draw(given, 5, ())] == drawn[5]
+
+
+@pytest.mark.parametrize(
+    ("make", "spec"),
+    [
+        (prompts.Learnability, hooks.LearnabilitySampling()),
+        (prompts.Gaussian, hooks.GaussianSampling()),
+    ],
+)
+def test_further_rounds_of_a_step_draw_prompts_that_it_has_not_seen(make, spec):
+    hook = make(spec, session(ROWS), None)
+    order, seen = np.random.default_rng(0).permutation(12), []
+    for start in (0, 4, 8, 0):
+        offered = [(int(i), ROWS[i]) for i in order[start : start + 4]]
+        drawn = [i for i, _ in hook.draw(offered, 7, seen)]
+        assert len(drawn) == len(set(drawn)) == min(4, 12 - len(seen)) and not set(drawn) & set(seen)
+        seen += drawn
+    assert sorted(seen) == list(range(12))
 
 
 def test_gaussian_sampling_peaks_at_one_half_and_flattens_with_its_width():
@@ -169,6 +247,7 @@ def test_solution_hints_grow_until_something_passes():
     tools = Tools(session(ROWS), collected([1, 2], [[0, 1], [0, 0]]), collected([2], [[1, 1]]))
     hook = hints.Solutions(hooks.SolutionHints((0.25, 0.75)), tools.session, None)
     round = Round(collected([0, 1, 2], [[1, 0], [0, 0], [0, None]]))
+    hook.begin()
     hook.mend(round, tools)
     assert round.batch.ids == [0, 1, 2] and round.batch.rewards.tolist() == [[1, 0], [0, 1], [1, 1]]
     assert hook.metrics() == {"lpo/hinted_groups": 2} and not round.rescore
@@ -183,12 +262,35 @@ def test_ladder_hints_put_one_response_under_the_plain_prompt():
     tools = Tools(session(ROWS), collected([1], [[0, 0]]), collected([1], [[0, 1]], [["no", "yes"]]))
     hook = hints.Ladder(hooks.LadderHints(hint_after=50), tools.session, None)
     round = Round(collected([0, 1], [[1, 0], [0, 0]]))
+    hook.begin()
     hook.mend(round, tools)
     assert round.batch.texts[1] == ["yes", "r1"] and round.batch.rewards[1].tolist() == [1, 0]
     assert round.batch.prompt_texts == ["p0", "p1"] and round.rescore
     early = Tools(tools.session, step=50)
+    hook.begin()
     hook.mend(Round(collected([0], [[0, 0]])), early)
     assert early.calls == [] and hook.metrics() == {"lpo/hinted_groups": 0}
+
+
+@pytest.mark.parametrize(
+    ("make", "spec"),
+    [(hints.Solutions, hooks.SolutionHints((0.25, 0.75))), (hints.Ladder, hooks.LadderHints(0))],
+)
+def test_hints_are_for_groups_that_were_judged_to_fail(make, spec):
+    """Nothing is known of group 0; group 2 could not be judged with a hint, so that no greater one is earned."""
+    answers = collected([1, 2], [[0, 0], [None, None]]), collected([1], [[None, 1]])
+    tools = Tools(session(ROWS), *answers)
+    hook, round = (
+        make(spec, tools.session, None),
+        Round(collected([0, 1, 2], [[None, None], [0, None], [0, 0]])),
+    )
+    hook.begin()
+    hook.mend(round, tools)
+    assert [[i for i, _ in rows] for rows, _ in tools.calls] == [[1, 2], [1]]
+    assert hook.metrics() == {"lpo/hinted_groups": 1}
+    assert not round.batch.valid[0].any() and round.batch.rewards[2].tolist() == [0, 0]
+    # The ladder's response takes the place of the one that could not be judged, not of the one that failed.
+    assert round.batch.passed[1].tolist() == [False, True]
 
 
 def test_hints_that_rows_do_not_have_are_refused():
@@ -209,9 +311,18 @@ def test_a_hint_goes_between_question_and_prefill():
 def test_greedy_baseline_is_the_greedy_reward_or_the_groups_mean():
     batch = collected([0, 1], [[1, 0], [0, 1]])
     tools = Tools(session(ROWS), collected([0, 1], [[0.25], [None]]))
-    out = judges.Greedy(hooks.GreedyBaseline(), tools.session, None).extras(None, batch, tools)
+    out = judges.Greedy(hooks.GreedyBaseline(), tools.session, None).annotate(None, batch, tools)
     assert out["baseline"].tolist() == [[0.25], [0.5]]
-    assert tools.calls[0][1] == {"num_responses": 1, "greedy": True}
+    asked = tools.calls[0][1]
+    assert asked.pop("prompts") == [TOKENIZER.encode("p0"), TOKENIZER.encode("p1")]
+    assert asked == {"num_responses": 1, "greedy": True}
+    unknown = collected([0, 1], [[None, None], [0, None]])
+    tools = Tools(session(ROWS), collected([0, 1], [[None], [None]]))
+    out = judges.Greedy(hooks.GreedyBaseline(), tools.session, None).annotate(None, unknown, tools)
+    assert out["baseline"].tolist() == [
+        [0],
+        [0],
+    ]  # of nothing known a masked group's, and of one known failure
 
 
 @pytest.fixture
@@ -230,7 +341,7 @@ def judging(make, spec, batch):
     session_.config.rewards = types.SimpleNamespace(workers=1, timeout=10.0)
     rollouts = make_rollouts(Round(batch), 6, 0.0)
     with make(spec, session_, O.get("grpo")) as hook:
-        return hook.extras(rollouts, batch, Tools(session_))
+        return hook.annotate(rollouts, batch, Tools(session_))
 
 
 def test_judge_marks_passing_responses_and_steps(judge_file):
@@ -249,7 +360,7 @@ def test_progress_is_the_gain_in_the_chance_of_the_solution(tiny_config, tiny_pa
     program = Program(tiny_config)
     tools = Tools(session(ROWS))
     tools.program, tools.params = program, tiny_params
-    got = credits.Values(hooks.PrefixValues(segments=2, cue="="), tools.session, None).extras(
+    got = credits.Values(hooks.PrefixValues(segments=2, cue="="), tools.session, None).annotate(
         rollouts, batch, tools
     )
 
@@ -269,7 +380,7 @@ def test_cuts_hold_the_mean_reward_of_their_answers():
     rollouts = make_rollouts(Round(batch), 6, 0.0)
     first = collected([0 + (1 << 24), 3 + (1 << 24)], [[1, 0], [None, None]])  # both longer than 3 tokens
     tools = Tools(session(ROWS), first)
-    got = credits.Cuts(hooks.Budgets(budgets=2, summaries=2, cue="="), tools.session, None).extras(
+    got = credits.Cuts(hooks.Budgets(budgets=2, summaries=2, cue="="), tools.session, None).annotate(
         rollouts, batch, tools
     )["credit"]
     assert got[0, 0, :6].tolist() == [0.5] * 3 + [1] * 3  # the answers' mean, then its own reward
@@ -286,7 +397,7 @@ def test_siblings_teach_the_failed_responses_of_mixed_groups(tiny_config, tiny_p
     tools = Tools(session(ROWS, model_config=tiny_config))
     tools.program, tools.params = Program(tiny_config, 0.7), tiny_params
     spec = hooks.SiblingTeacher(top=4, reprompt="see {solution}:")
-    teacher = teachers.Sibling(spec, tools.session, None).extras(rollouts, batch, tools)["teacher"]
+    teacher = teachers.Sibling(spec, tools.session, None).annotate(rollouts, batch, tools)["teacher"]
     assert np.asarray(teacher.valid).tolist() == [[False, True], [False, False], [False, False]]
     ids = encode_hinted(tools.session.task, TOKENIZER, ROWS[0], "see r0:")
     groups = Groups(np.array([ids]), np.array([len(ids)]), rollouts.groups.responses[:1], teacher.ids[:1])
@@ -344,6 +455,28 @@ def test_replayed_batch_survives_a_resume_whole():
     again.restore(json.loads(json.dumps(hook.state())))
     assert jax.tree.structure(again.before) == jax.tree.structure(hook.before)
     jax.tree.map(np.testing.assert_array_equal, again.before, hook.before)
+
+
+def test_a_step_that_could_not_be_judged_is_no_regress():
+    hook = replay.PreviousBatch(hooks.Replay(window=3), session(ROWS), None)
+    steps = [
+        collected([i], [rewards])
+        for i, rewards in enumerate(([0, 1], [1, 1], [None, None], [1, None], [0, 1]))
+    ]
+    replayed = []
+    for batch in steps:
+        hook.observe(batch)
+        replayed.append(hook.replay(make_rollouts(Round(batch), 6, 0.0)) is not None)
+    assert hook.rewards == [1, 1, 0.5]  # of the judged responses alone; the third step left no trace
+    assert replayed == [False, False, False, False, True]  # and is not replayed either
+
+
+def test_a_judge_that_always_fails_stops_the_run(tmp_path):
+    path = tmp_path / "judge.py"
+    path.write_text("def bad(response, row):\n    raise ValueError('no model')\n")
+    batch = collected([0], [[1, 1]])
+    with pytest.raises(RunStopped, match=r"step 100: the judge .*judge.py:bad failed on all 2 .*no model"):
+        judging(judges.Judge, hooks.Judge(f"{path}:bad"), batch)
 
 
 def test_split_leaves_scalars_whole():

@@ -22,6 +22,7 @@ from lpo_jax.errors import RunStopped, UserError
 from lpo_jax.reporting import is_timing, read_metrics
 from lpo_jax.sampling import decode as sampling
 from lpo_jax.training import loop, rounds, step
+from lpo_jax.training import sft as training_sft
 from lpo_jax.training.checkpoint import load_run
 from lpo_jax.training.loop import train
 from lpo_jax.training.sft import sft
@@ -400,6 +401,23 @@ def test_warm_start_then_rl(run_config, capsys):
     output = capsys.readouterr().out
     assert "warm-started with 6 supervised steps" in output
     assert "cold model" in output and "before" in output and "after 1 steps" in output
+
+
+def test_rl_does_not_begin_with_the_rows_just_taught(run_config, monkeypatch):
+    """24 rows: two supervised updates of 4 teach 8 of them, the first four steps of 4 prompts ask the other 16."""
+    taught, asked = [], []
+    batch, record = training_sft.supervised_batch, loop.make_rollouts
+    monkeypatch.setattr(
+        training_sft,
+        "supervised_batch",
+        lambda session, rows: taught.extend(row["n"] for row in rows) or batch(session, rows),
+    )
+    monkeypatch.setattr(
+        loop, "make_rollouts", lambda round, *args: asked.extend(round.batch.ids) or record(round, *args)
+    )
+    warm = {"steps": 2, "batch_size": 4, "only_below": 1.0}
+    train(parse_config(run_config(warm_start=warm, training={"steps": 4}, evaluation={"every": 0})))
+    assert len(taught) == 8 and sorted(taught + asked) == list(range(24))
 
 
 def test_no_warm_start_where_the_cold_model_succeeds(run_config, capsys):

@@ -1,18 +1,27 @@
-"""What a hook may do with a round, and the tools it has.
+"""The protocol of hooks: the phases of a step, what a hook may do in each, and the tools it has.
 
-A round is: rows are drawn, responses sampled and verified, groups mended, extra arrays given to the objective.
-Each hook overrides what it needs; its state is JSON and is saved with every checkpoint.
+A step runs through these phases in this order, whatever the order of a method's hooks (`rounds.sample_round`):
+
+  draw      the rows of a sampling round are chosen; its responses are then sampled and verified
+  mend      failed groups or responses of that round are replaced
+  select    the groups to learn from are chosen; it may ask for further rounds, which are drawn and mended alike
+  observe   every hook takes notice of all that was sampled in the step, before it was mended and selected
+  annotate  the objective gets fields of `Scored`
+  replay    an update on an earlier batch follows the step's own
+
+A hook's settings (`objectives/hooks.py`) declare which of them it acts in, and which hooks it cannot be combined with.
+Each hook overrides the methods of its phase; its state is JSON and is saved with every checkpoint.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
 
 from lpo_jax import tasks
 from lpo_jax.errors import UserError
-from lpo_jax.evaluation.collect import Collected
+from lpo_jax.evaluation.collect import Collected, join
 from lpo_jax.models.decoder import Params
 from lpo_jax.objectives.hooks import Hook
 from lpo_jax.objectives.method import Objective
@@ -68,16 +77,19 @@ class Tools:
 
 @dataclasses.dataclass
 class Round:
-    """One sampling round on its way to the objective.
+    """Sampled groups on their way to the objective.
 
     Attributes:
-      extras: fields of `Scored` by name, `[P, ...]`.
       rescore: whether behaviour log-probs must be the trainer's: some response was not sampled from its prompt.
     """
 
     batch: Collected
-    extras: dict[str, Any] = dataclasses.field(default_factory=dict)
     rescore: bool = False
+
+
+def joined(rounds: Sequence[Round]) -> Round:
+    """Several rounds as one."""
+    return Round(join([round.batch for round in rounds]), any(round.rescore for round in rounds))
 
 
 class RunHook:
@@ -92,29 +104,43 @@ class RunHook:
     def __exit__(self, *exception):
         return None
 
-    def draw(self, rows: Rows, step: int) -> Rows:
-        """The rows to sample, of those that the data's order offers."""
-        return rows
+    def begin(self) -> None:
+        """A step begins: what `metrics` counts is 0."""
 
-    def fill(self, round: Round, more: Callable[[], Rows], tools: Tools) -> None:
-        """May sample more groups, until the round has what it should."""
+    def draw(self, rows: Rows, step: int, seen: Collection[int]) -> Rows:
+        """The rows to sample.
+
+        Args:
+          rows: what the order of the data offers.
+          step: from 1.
+          seen: the rows of the step's earlier rounds, which are not sampled again.
+        """
+        return rows
 
     def mend(self, round: Round, tools: Tools) -> None:
         """May change the round's groups."""
 
-    def extras(self, rollouts: Rollouts, batch: Collected, tools: Tools) -> dict[str, Any]:
-        """Fields of `Scored` that need the padded arrays."""
+    def select(self, round: Round, more: Callable[[], Round | None]) -> None:
+        """May change which groups the step learns from.
+
+        Args:
+          round: as many groups as the step is to have; changed in place.
+          more: draws, samples and mends a further round; None where all rows that were offered have been seen.
+        """
+
+    def observe(self, sampled: Collected) -> None:
+        """Takes notice of everything that the step sampled, before it was mended and selected."""
+
+    def annotate(self, rollouts: Rollouts, batch: Collected, tools: Tools) -> dict[str, Any]:
+        """Fields of `Scored`."""
         return {}
 
     def replay(self, rollouts: Rollouts) -> Rollouts | None:
         """A batch for one more update after the step's own."""
         return None
 
-    def observe(self, batch: Collected) -> None:
-        """Takes notice of a finished round."""
-
     def metrics(self) -> dict[str, float]:
-        """What the last round has to report."""
+        """What the last step has to report."""
         return {}
 
     def state(self) -> Any:
@@ -125,14 +151,39 @@ class RunHook:
         """Continues from `state()`."""
 
 
-def pass_rates(batch: Collected) -> np.ndarray:
-    """`[P]` share of the valid responses that passed; 0 where none is valid."""
-    return (batch.passed & batch.valid).sum(-1) / np.maximum(batch.valid.sum(-1), 1)
+@dataclasses.dataclass(frozen=True)
+class Judged:
+    """Outcomes of a batch by group, over the responses that the verifier could judge.
+
+    A failure of the verifier (outcome `infrastructure`) says nothing about the policy: it counts neither as a pass
+    nor as a failure, and of a group that it left without a judged response nothing is known.
+
+    Attributes:
+      known: `[P]` bool: some response was judged.
+      pass_rate: `[P]` share of the judged responses that passed; NaN where nothing is known.
+      mean_reward: `[P]` mean reward of the judged responses; NaN where nothing is known.
+      failed: `[P]` bool: some response was judged, and none passed.
+      mixed: `[P]` bool: the rewards of the judged responses differ, so that the group has something to teach.
+      rewards: `[N]` of all judged responses.
+    """
+
+    known: np.ndarray
+    pass_rate: np.ndarray
+    mean_reward: np.ndarray
+    failed: np.ndarray
+    mixed: np.ndarray
+    rewards: np.ndarray
 
 
-def solved_none(batch: Collected) -> Sequence[int]:
-    """Groups in which no response passed."""
-    return np.flatnonzero(~(batch.passed & batch.valid).any(-1)).tolist()
+def judged(batch: Collected) -> Judged:
+    """What is known of each group; the one place where hooks learn how a batch went."""
+    valid, rewards = batch.valid, batch.rewards
+    passed, count = batch.passed & valid, valid.sum(-1)
+    known = count > 0
+    share = lambda x: np.where(known, x.sum(-1, where=valid) / np.maximum(count, 1), np.nan)  # noqa: E731
+    least = rewards.min(-1, initial=np.inf, where=valid)
+    most = rewards.max(-1, initial=-np.inf, where=valid)
+    return Judged(known, share(passed), share(rewards), known & ~passed.any(-1), most > least, rewards[valid])
 
 
 def require_solutions(session: Session, objective: Objective, use: str) -> None:

@@ -11,7 +11,7 @@ from lpo_jax.evaluation.collect import join
 from lpo_jax.objectives import hooks as specs
 from lpo_jax.sampling.padding import NO_LIMIT, pad_prompts
 from lpo_jax.training.batch import Groups
-from lpo_jax.training.hooks.base import BUDGETED, RunHook, require_solutions
+from lpo_jax.training.hooks.base import BUDGETED, RunHook, judged, require_solutions
 from lpo_jax.training.hooks.judges import Judge
 from lpo_jax.training.step import score
 
@@ -21,9 +21,9 @@ class StepJudge(Judge):
 
     spec: specs.StepJudge
 
-    def extras(self, rollouts, batch, tools):
+    def annotate(self, rollouts, batch, tools):
         credit = np.zeros(rollouts.scored.mask.shape, np.float32)
-        for (p, k), verdict in self.judged(batch, tools, batch.valid).items():
+        for (p, k), verdict in self.verdicts(batch, tools, batch.valid).items():
             ids = batch.responses.ids(p, k)
             for span in str(verdict.parts.get("wrong", "")).split():
                 first, _, last = span.partition(":")
@@ -53,7 +53,7 @@ class Values(RunHook):
         super().__init__(spec, session, objective)
         require_solutions(session, objective, "whose chance could be told")
 
-    def extras(self, rollouts, batch, tools):
+    def annotate(self, rollouts, batch, tools):
         encode = lambda text: self.session.tokenizer.encode(text, add_special_tokens=False)  # noqa: E731
         P, K, T = rollouts.scored.mask.shape
         M, cue = self.spec.segments, encode(self.spec.cue)
@@ -85,7 +85,7 @@ class Cuts(RunHook):
 
     spec: specs.Budgets
 
-    def extras(self, rollouts, batch, tools):
+    def annotate(self, rollouts, batch, tools):
         spec, session = self.spec, self.session
         S, longest = spec.budgets, session.config.sampling.max_tokens
         P, K, T = rollouts.scored.mask.shape
@@ -115,8 +115,8 @@ class Cuts(RunHook):
                 for i in range(0, len(rows), P)
             ]
             if answers:
-                answered = join(answers)
-                for (p, k), rewards, valid in zip(places, answered.rewards, answered.valid):
-                    if valid.any():
-                        credit[p, k, segment == s] = rewards[valid].mean()
+                outcomes = judged(join(answers))
+                for (p, k), known, mean in zip(places, outcomes.known, outcomes.mean_reward):
+                    if known:
+                        credit[p, k, segment == s] = mean
         return {"credit": credit}

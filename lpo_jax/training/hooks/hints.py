@@ -6,7 +6,7 @@ from lpo_jax.errors import UserError
 from lpo_jax.evaluation.collect import Collected, join, replace_response
 from lpo_jax.evaluation.encode import encode_hinted
 from lpo_jax.objectives import hooks as specs
-from lpo_jax.training.hooks.base import HINTED, Round, RunHook, Tools, require_solutions, solved_none
+from lpo_jax.training.hooks.base import HINTED, Round, RunHook, Tools, judged, require_solutions
 
 
 class Hints(RunHook):
@@ -20,9 +20,13 @@ class Hints(RunHook):
         """Group `p` of the round failed, and group `q` of the hinted samples has a response that passed."""
         raise NotImplementedError
 
+    def begin(self) -> None:
+        self.hinted = 0
+
     def mend(self, round: Round, tools: Tools) -> None:
-        session, self.hinted = self.session, 0
-        hints = {p: self.hints(session.train_rows[round.batch.ids[p]]) for p in solved_none(round.batch)}
+        session = self.session
+        failed = np.flatnonzero(judged(round.batch).failed).tolist()
+        hints = {p: self.hints(session.train_rows[round.batch.ids[p]]) for p in failed}
         level = 0
         while failed := [p for p, texts in hints.items() if level < len(texts)]:
             rows = [(round.batch.ids[p], session.train_rows[round.batch.ids[p]]) for p in failed]
@@ -33,11 +37,12 @@ class Hints(RunHook):
             again = tools.sample(
                 rows, stream=HINTED + 16 * level, prompts=prompts, at_least=len(round.batch.ids)
             )
-            unsolved = set(solved_none(again))
+            still_failed = judged(again).failed
             for q, p in enumerate(failed):
-                if q not in unsolved:
+                if (again.passed[q] & again.valid[q]).any():
                     self.use(round, p, again, q)
                     self.hinted += 1
+                if not still_failed[q]:  # solved, or nothing is known of it and more help would not be earned
                     del hints[p]
             level += 1
 
@@ -85,10 +90,10 @@ class Ladder(Hints):
     def mend(self, round, tools):
         if tools.step > self.spec.hint_after:
             super().mend(round, tools)
-        else:
-            self.hinted = 0
 
     def use(self, round, p, again, q):
         best = int(np.argmax(again.passed[q] & again.valid[q]))
-        round.batch = replace_response(round.batch, p, 0, again, q, best)
+        # A response that could not be judged is no loss; else the first, which failed as all others did.
+        place = int(np.argmin(round.batch.valid[p]))
+        round.batch = replace_response(round.batch, p, place, again, q, best)
         round.rescore = True  # it was not sampled from the prompt that it is trained under

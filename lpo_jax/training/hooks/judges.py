@@ -2,22 +2,24 @@
 
 import numpy as np
 
-from lpo_jax.errors import UserError
+from lpo_jax.errors import RunStopped, UserError
 from lpo_jax.evaluation.collect import Collected
 from lpo_jax.objectives import hooks as specs
-from lpo_jax.rewards import VerifierPool, VerifierSpec
-from lpo_jax.training.hooks.base import RunHook
+from lpo_jax.rewards import Verdict, VerifierPool, VerifierSpec
+from lpo_jax.training.hooks.base import RunHook, Tools, judged
 
 
 class Greedy(RunHook):
     """ReMax: the reward of the likeliest response to each prompt."""
 
-    def extras(self, rollouts, batch, tools):
+    def annotate(self, rollouts, batch, tools):
         rows = list(zip(batch.ids, tools.rows_of(batch)))
-        greedy = tools.sample(rows, num_responses=1, greedy=True)
-        # A verifier's failure says nothing of the prompt: it is compared to its own mean then.
-        own = np.array([r[v].mean() if v.any() else 0 for r, v in zip(batch.rewards, batch.valid)])
-        return {"baseline": np.where(greedy.valid, greedy.rewards, own[:, None]).astype(np.float32)}
+        # Behind the group's own prompt, which holds a hint where a hook has given one.
+        prompts = [ids[:n].tolist() for ids, n in zip(batch.prompts, batch.prompt_lengths)]
+        greedy = judged(tools.sample(rows, num_responses=1, greedy=True, prompts=prompts))
+        # Where the greedy response could not be judged, the group is compared to its own mean.
+        baseline = np.where(greedy.known, greedy.mean_reward, judged(batch).mean_reward)
+        return {"baseline": np.nan_to_num(baseline)[:, None].astype(np.float32)}
 
 
 class Judge(RunHook):
@@ -32,6 +34,7 @@ class Judge(RunHook):
                 f"objective {objective.name} needs a judge: set objective.judge to path/to/file.py:function"
             )
         rewards = session.config.rewards
+        self.worked = False
         self.pool = VerifierPool(VerifierSpec(spec.judge), workers=rewards.workers, timeout=rewards.timeout)
 
     def __enter__(self):
@@ -41,16 +44,27 @@ class Judge(RunHook):
     def __exit__(self, *exception):
         return self.pool.__exit__(*exception)
 
-    def judged(self, batch: Collected, tools, wanted: np.ndarray):
-        """The verdicts on the responses `wanted` `[P, K]`, by place. Those the judge failed on are left out."""
+    def verdicts(self, batch: Collected, tools: Tools, wanted: np.ndarray) -> dict[tuple[int, int], Verdict]:
+        """The verdicts on the responses `wanted` `[P, K]`, by place; those on which the judge failed are left out.
+
+        Raises:
+          RunStopped: the judge has failed on every response that it was given so far.
+        """
         places = np.argwhere(wanted).tolist()
         rows = tools.rows_of(batch)
         verdicts = self.pool.verify([batch.texts[p][k] for p, k in places], [rows[p] for p, _ in places])
-        return {(p, k): v for (p, k), v in zip(places, verdicts) if not v.masked}
+        found = {(p, k): v for (p, k), v in zip(places, verdicts) if not v.masked}
+        self.worked |= bool(found)
+        if verdicts and not self.worked:
+            raise RunStopped(
+                f"step {tools.step}: the judge {self.spec.judge} failed on all {len(verdicts)} responses; the first: "
+                f"{verdicts[0].parts.get('reason', 'no reason given')}"
+            )
+        return found
 
-    def extras(self, rollouts, batch, tools):
+    def annotate(self, rollouts, batch, tools):
         """FAPO: which passing responses are flawed."""
         flawed = np.zeros(batch.rewards.shape, bool)
-        for place, verdict in self.judged(batch, tools, batch.passed & batch.valid).items():
+        for place, verdict in self.verdicts(batch, tools, batch.passed & batch.valid).items():
             flawed[place] = verdict.reward > 0
         return {"flawed": flawed}

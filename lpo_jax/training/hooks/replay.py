@@ -10,7 +10,7 @@ from lpo_jax.evaluation.collect import Collected
 from lpo_jax.objectives import Scored, Teacher
 from lpo_jax.objectives import hooks as specs
 from lpo_jax.training.batch import Groups, Rollouts
-from lpo_jax.training.hooks.base import RunHook
+from lpo_jax.training.hooks.base import RunHook, judged
 
 
 class PreviousBatch(RunHook):
@@ -27,15 +27,18 @@ class PreviousBatch(RunHook):
     def replay(self, rollouts):
         """The batch before with its weight, when there is one; the given batch is kept for the next step."""
         again, self.before = self.before, jax.device_get(rollouts)
-        if again is None or self.weight == 0:
+        if again is None or self.weight == 0 or not np.any(again.scored.valid):
             return None
         P = again.scored.rewards.shape[0]
         weight = np.full(P, self.weight, np.float32)
         return again.replace(scored=again.scored.replace(weight=weight, progress=rollouts.scored.progress))
 
-    def observe(self, batch: Collected):
-        rewards = batch.rewards[batch.valid]
-        mean = float(rewards.mean()) if rewards.size else 0.0
+    def observe(self, sampled: Collected):
+        rewards = judged(sampled).rewards
+        if not rewards.size:  # nothing is known of this step, so nothing of how it compares
+            self.weight = 0.0
+            return
+        mean = float(rewards.mean())
         window = np.array(self.rewards[-self.spec.window :] or [mean])
         # A batch's mean is no better known than its standard error, however alike those of the window happen to be.
         error = float(np.std(rewards)) / np.sqrt(max(rewards.size, 1))

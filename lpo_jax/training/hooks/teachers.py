@@ -16,7 +16,7 @@ class Previous(RunHook):
 
     spec: specs.PreviousPolicy
 
-    def extras(self, rollouts, batch, tools):
+    def annotate(self, rollouts, batch, tools):
         count = min(self.spec.top, self.session.model_config.vocab_size)
         return {"teacher": likeliest(tools.program, count, tools.params, rollouts.groups)}
 
@@ -26,7 +26,7 @@ class Sibling(RunHook):
 
     spec: specs.SiblingTeacher
 
-    def extras(self, rollouts, batch, tools):
+    def annotate(self, rollouts, batch, tools):
         session, groups = self.session, rollouts.groups
         P, K, T = groups.responses.shape
         good = batch.passed & batch.valid
