@@ -5,6 +5,7 @@ Unicode signs, plain `sqrt(2)` and `**` become commands. Nothing is evaluated.
 """
 
 import re
+import unicodedata
 
 MAX_DEPTH = 40
 
@@ -26,7 +27,14 @@ _UNICODE = str.maketrans(
         "≥": r"\ge ",
         "≠": r"\ne ",
         "±": r"\pm ",
+        "∛": r"\sqrt[3]",
+        "∜": r"\sqrt[4]",
         "∪": r"\cup ",
+        "∅": r"\emptyset ",
+        "ℝ": r"\mathbb{R}",
+        "∖": r"\setminus ",
+        "∨": r"\lor ",
+        "∧": r"\land ",
         "∈": r"\in ",
         "²": "^2",
         "³": "^3",
@@ -36,21 +44,38 @@ _UNICODE = str.maketrans(
         "¥": "",
     }
 )
+_UNICODE |= {
+    code: "\\frac{{{}}}{{{}}}".format(*unicodedata.normalize("NFKC", chr(code)).split("\u2044"))
+    for code in (*range(0xBC, 0xBF), *range(0x2150, 0x215F), 0x2189)  # ½ and its relatives
+}
 # 10,\!080 and 10{,}080 and 10\,080: a separator that can only be meant for thousands.
 _THOUSANDS = re.compile(r"(?<=[0-9])(?:,\s*\\!\s*|\\!\s*,\s*|\{\s*,\s*\}\s*|\\[,; ]|~)(?=[0-9]{3}(?![0-9]))")
 _ROW_GAP = re.compile(r"(?<=\\\\)\s*\[-?[0-9.]+(?:pt|em|ex|mm|cm)\]")  # \\[2pt]
 _TEXT = r"\\(?:text|mbox|hbox|textrm|textbf|textit|textnormal|mathrm|rm)\b\s*"
-_CONJUNCTION = re.compile(
-    _TEXT
-    + r"\{[\s,;~]*(?:and|or)[\s,;~]*\}|(?<![A-Za-z\\{])(?:and|or)(?![A-Za-z}])|\\(?:land|lor|vee|wedge)\b"
+
+
+def _conjunction(word: str, commands: str) -> re.Pattern[str]:
+    return re.compile(
+        rf"{_TEXT}\{{[\s,;~]*{word}[\s,;~]*\}}|(?<![A-Za-z\\{{]){word}(?![A-Za-z}}])|\\(?:{commands})\b"
+    )
+
+
+_AND, _OR = _conjunction("and", "land|wedge"), _conjunction("or", "lor|vee")
+# 1 4/5 is 9/5, but neither 2 1 4/5 nor x^2 1/2 has a mixed number in it.
+_PLAIN_MIXED = re.compile(
+    r"(?<![0-9A-Za-z.,^_}/])(?<![0-9A-Za-z]\s)(0|[1-9][0-9]*)\s+([1-9][0-9]*)\s*/\s*([1-9][0-9]*)(?![0-9!^({])(?![.,][0-9])"
 )
+_DOT = re.compile(r"(?<=[0-9.])\\dot\s*\{?\s*([0-9])\s*\}?(?![0-9\\])")  # 0.1\dot{6}
+_PERIOD = re.compile(r"(?<![0-9A-Za-z.,}])([0-9]+\.)\(([0-9]+)\)(?![0-9.!^({\\])")  # 0.(3)
+_ABS = re.compile(r"(?:(?<![A-Za-z\\])abs|\\operatorname\s*\{\s*abs\s*\})\s*(?:\\left\s*)?\(")
+_REALS = re.compile(r"\\(?:R|reals|Reals|Bbb\s*\{?R\}?)(?![A-Za-z])")
 _WORDS = re.compile(
     r"(?<![A-Za-z\\])(sqrt|pi|infinity|infty|sin|cos|tan|arcsin|arccos|arctan|log|ln|exp|theta)(?![A-Za-z])"
 )
 # 575 students, 5 cm, 5cm^2: words after a number are its unit.
 _BARE_UNIT = re.compile(
     r"(?<=[0-9}])(?:\s+([A-Za-z]{3,}(?:\s+[A-Za-z]{2,}){0,3})|\s*(cm|mm|km|kg|ft|mph|in))"
-    r"(?=\s*(?:\^\s*\{?[23]\}?)?\s*(?:[.,;)\]]|$))"
+    r"(?=\s*(?:\^\s*\{?[23]\}?)?\s*(?:[.,;)\]]|\\lor|$))"
 )
 _TOKEN = re.compile(r"\\[A-Za-z]+|\\.|\s+|.", re.DOTALL)
 _COMMAND = re.compile(r"\\[A-Za-z]+")
@@ -94,6 +119,10 @@ _RENAMED = {
     r"\infinity": r"\infty",
     r"\varnothing": r"\emptyset",
     r"\simeq": r"\approx",
+    r"\bar": r"\overline",
+    r"\overrightarrow": r"\vec",
+    r"\backslash": r"\setminus",
+    r"\smallsetminus": r"\setminus",
     r"\dots": r"\ldots",
     r"\cdots": r"\ldots",
     r"\prime": "'",
@@ -101,7 +130,16 @@ _RENAMED = {
 _TEXTS = frozenset(
     {r"\text", r"\mbox", r"\hbox", r"\textrm", r"\textbf", r"\textit", r"\textnormal", r"\mathrm"}
 )
-_ARGUMENTS = {r"\frac": 2, r"\binom": 2, r"\sqrt": 1, r"\overline": 1, "^": 1, "_": 1}
+_ARGUMENTS = {
+    r"\frac": 2,
+    r"\binom": 2,
+    r"\sqrt": 1,
+    r"\overline": 1,
+    r"\vec": 1,
+    r"\mathbb": 1,
+    "^": 1,
+    "_": 1,
+}
 
 
 class Unreadable(ValueError):
@@ -111,18 +149,40 @@ class Unreadable(ValueError):
 def canonical(text: str) -> str:
     r"""The text in one spelling, without spaces that mean nothing.
 
-    Every argument is in braces, a text is `\text{words with single spaces}`, and `and`, `or` between values are
-    commas. A space stays between two numbers, and after a command in front of a letter.
+    Every argument is in braces, a text is `\text{words with single spaces}`, `and` between values is a comma, and `or`
+    is `\lor`. A space stays between two numbers, and after a command in front of a letter.
 
     Raises:
       Unreadable: if braces do not match, an argument is missing or the nesting is deeper than 40.
     """
     text = text.translate(_UNICODE).replace("**", "^")
     text = _ROW_GAP.sub("", _THOUSANDS.sub("", text))
-    text = _CONJUNCTION.sub(" , ", text)
+    text = _OR.sub(r" \\lor ", _AND.sub(" , ", text))
+    text = _bars(_REALS.sub(r"\\mathbb{R}", text))
+    text = _DOT.sub(r"\\overline{\1}", text)
+    text = _PERIOD.sub(r"\1\\overline{\2}", _PLAIN_MIXED.sub(_as_fraction, text))
     text = _WORDS.sub(r"\\\1 ", text)
     text = _BARE_UNIT.sub(lambda match: rf"\text{{{match[1] or match[2]}}}", text)
     return _Reader(_TOKEN.findall(text)).sequence(closing=None, depth=0).strip()
+
+
+def _as_fraction(mixed: re.Match[str]) -> str:
+    whole, top, bottom = mixed.groups()
+    proper = len(top) < len(bottom) or (len(top) == len(bottom) and top < bottom)
+    return rf"{whole}\frac{{{top}}}{{{bottom}}}" if proper else mixed[0]
+
+
+def _bars(text: str) -> str:
+    """`abs(x)` as `|x|`; as it is where bars are inside already, for which of them belong together is not sure then."""
+    for match in reversed([*_ABS.finditer(text)]):
+        depth, end = 1, match.end()
+        while depth and end < len(text):
+            depth += (text[end] == "(") - (text[end] == ")")
+            end += 1
+        inside = text[match.end() : end - 1]
+        if not depth and inside and "|" not in inside:
+            text = f"{text[: match.start()]}|{inside}|{text[end:]}"
+    return text
 
 
 class _Reader:
@@ -147,6 +207,9 @@ class _Reader:
                 return out
             if token == "}":
                 raise Unreadable("a } without its {")
+            if token == r"\choose" and closing == "}":
+                top, bottom = out.strip(), self.sequence(closing, depth + 1).strip()
+                return rf"\binom{{{top}}}{{{bottom}}}"
             if token.isspace() or token in _SPACES:
                 space = True
                 continue
@@ -215,7 +278,7 @@ class _Reader:
             self._at += 1
             depth += (token == "{") - (token == "}")
             out.append(" " if token in _SPACES else token)
-        words = " ".join("".join(out[:-1]).replace("$", "").split())
+        words = " ".join("".join(out[:-1]).replace("$", "").replace(r"\lor", ",").split())
         if re.fullmatch(r"[A-Za-z]|[0-9.,]+|", words):  # \mathrm{e}, \text{13}
             return words
         return r"\text{" + words + "}"

@@ -10,10 +10,13 @@ from fractions import Fraction
 MAX_BITS = 32_768  # 2006! has 19,000; what is larger costs more than it can tell
 MAX_COUNT = 3_000  # of a factorial or a binomial
 MAX_DEPTH = 50
+MAX_SERIES = 20_000  # terms of a sum or product, times the characters of each
 
 _NUMBER = re.compile(
-    r"(?P<digits>[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:\\overline\{(?P<repeated>[0-9]+)\}|[eE](?P<exponent>[+-]?[0-9]+))?"
+    r"(?P<digits>[0-9]+(?:\.[0-9]*)?|\.[0-9]+|\.(?=\\overline))(?:\\overline\{(?P<repeated>[0-9]+)\}|[eE](?P<exponent>[+-]?[0-9]+))?"
 )
+_SERIES = re.compile(r"\\(sum|prod)_\{([A-Za-z])=(-?[0-9]{1,6})\}\^\{(-?[0-9]{1,6})\}(.+)", re.DOTALL)
+_TOKEN = re.compile(r"\\[A-Za-z]+|.", re.DOTALL)
 _MIXED = re.compile(r"\\frac\{[0-9]+\}\{[0-9]+\}(?![!^])")
 
 
@@ -35,12 +38,34 @@ def value(text: str) -> Fraction | None:
       TooLarge: if a number on the way has more than 32,768 bits.
     """
     try:
-        parser = _Parser(text)
-        result = parser.sum(MAX_DEPTH)
-        parser.end()
+        series = _SERIES.fullmatch(text)
+        return _series(*series.groups()) if series else _parsed(text)
     except (_NotArithmetic, ZeroDivisionError):
         return None
+
+
+def _parsed(text: str) -> Fraction:
+    parser = _Parser(text)
+    result = parser.sum(MAX_DEPTH)
+    parser.end()
     return result
+
+
+def _series(kind: str, variable: str, first: str, last: str, term: str) -> Fraction:
+    """A sum or product over integers, of a term without a sum or a quotient of its own outside of brackets."""
+    tokens, depth = _TOKEN.findall(term), 0
+    for token in tokens:
+        depth += (token in "({[") - (token in ")}]")
+        if token == "/" or (depth == 0 and token in "+-"):
+            raise _NotArithmetic  # what belongs to the term is not sure
+    count = int(last) - int(first) + 1
+    if not 0 < count * len(term) <= MAX_SERIES:
+        raise _NotArithmetic
+    total = Fraction(kind == "prod")
+    for index in range(int(first), int(last) + 1):
+        value = _parsed("".join(f"({index})" if token == variable else token for token in tokens))
+        total = _bounded(total * value if kind == "prod" else total + value)
+    return total
 
 
 class _Parser:
@@ -129,7 +154,7 @@ class _Parser:
         if not match:
             raise _NotArithmetic
         self._at = match.end()
-        number = Fraction(match["digits"].rstrip("."))
+        number = Fraction(match["digits"].rstrip(".") or 0)
         if match["repeated"]:
             if "." not in match["digits"]:
                 raise _NotArithmetic

@@ -6,9 +6,11 @@ pass for `n=1,2,3`.
 """
 
 import dataclasses
+import itertools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+from lpo_jax.rewards import rational
 from lpo_jax.rewards.latex import MAX_DEPTH, Unreadable, canonical
 
 MAX_CHARS = 2000
@@ -36,6 +38,8 @@ _NAME = re.compile(
     r"|(?:m?\\angle ?|\\overline)\{?[A-Z_{}0-9]+\}?|[A-Z]{2,3}"  # \angle ABC, \overline{AB}, AB
     r"|\\text\{[^{}]*\})"
 )
+_INTERVALS = ("()", "(]", "[)", "[]")
+_WITHOUT_POINTS = re.compile(r"\\mathbb\{R\}(?:\\setminus|-) ?\\\{(.*)\\\}")
 _COMPARISONS = {"<": "<", ">": ">", r"\le": "<=", r"\ge": ">="}
 
 
@@ -115,15 +119,23 @@ def _split(text: str, separators: tuple[str, ...]) -> list[tuple[str, str]]:
 
 
 def _list(text: str) -> Value:
-    parts = [stripped for _, part in _split(text, (",", ";")) if (stripped := _strip(part))]
+    found = [(before, _strip(part)) for before, part in _split(text, (",", ";", r"\lor"))]
+    parts = [part for _, part in found if part]
     if not parts or len(parts) > MAX_ITEMS:
         raise Unreadable("empty" if not parts else f"more than {MAX_ITEMS} items")
     if len(parts) == 1:
         return _item(parts[0])
     items = [_item(part) for part in parts]
+    names = {item.name for item in items}
+    if {before for before, _ in found[1:]} == {r"\lor"} and _named_intervals(items) and len(names) == 1:
+        return Value("union", text, tuple(items), name=names.pop())  # x < 1 or x > 2
     if items[0].name and not any(item.name for item in items[1:]):  # n = 2, 3, 4
         items = [dataclasses.replace(item, name=items[0].name) for item in items]
     return _flat(text, items)
+
+
+def _named_intervals(items: Sequence[Value]) -> bool:
+    return all(item.name and item.kind in _INTERVALS for item in items)
 
 
 def _flat(text: str, items: list[Value], kind: str = "list") -> Value:
@@ -147,7 +159,29 @@ def _item(text: str) -> Value:
     sides = _split(text, tuple(_COMPARISONS))
     if len(sides) > 1:
         return _inequality(text, sides)
-    return _group(text) or _plus_minus(text) or _scalar(text)
+    return _reals(text) or _group(text) or _plus_minus(text) or _scalar(text)
+
+
+def _reals(text: str) -> Value | None:
+    """All real numbers, or all but some, as intervals; None for anything else."""
+    if text == r"\mathbb{R}":
+        points, name = [], ""
+    elif match := _WITHOUT_POINTS.fullmatch(text):
+        points, name = [_item(_strip(part)) for _, part in _split(match[1], (",", ";"))], ""
+    elif len(sides := _split(text, (r"\ne",))) == 2 and _NAME.fullmatch(name := _strip(sides[0][1])):
+        points = [_item(_strip(sides[1][1]))]  # x \ne 1
+    else:
+        return None
+    if any(point.kind != "scalar" or point.name for point in points):
+        return None
+    if len(points) > 1:  # their order has to be known
+        values = [rational.value(point.text) for point in points]
+        if None in values or len(set(values)) < len(values):
+            return None
+        points = [point for _, point in sorted(zip(values, points), key=lambda pair: pair[0])]
+    ends = [Value("scalar", r"-\infty"), *points, Value("scalar", r"\infty")]
+    intervals = tuple(Value("()", text, pair) for pair in itertools.pairwise(ends))
+    return Value("union", text, intervals, name) if points else intervals[0]
 
 
 def _sides(text: str, sides: list[tuple[str, str]]) -> Value:
@@ -184,14 +218,19 @@ def _group(text: str) -> Value | None:
         cells = [[_item(_strip(cell)) for _, cell in _split(row, ("&",))] for row in rows]
         return Value("matrix", text, tuple(Value("row", "", tuple(row)) for row in cells))
     tokens = _TOKEN.findall(text)
+    if tokens == [r"\{", r"\}"]:
+        return Value("set", text)
     opening, closing = tokens[0], tokens[-1]
     if opening not in _OPEN or closing not in _CLOSE or len(tokens) < 3 or not _encloses(tokens):
         return None
     inside = text[len(opening) : len(text) - len(closing)]
-    parts = [_strip(part) for _, part in _split(inside, (",", ";"))]
+    parts = [_strip(part) for _, part in _split(inside, (",", ";", r"\lor"))]
     if opening == r"\{" and closing == r"\}":
         items = [_item(part) for part in parts if part]
-        return items[0] if len(items) == 1 else _flat(text, items, kind="set")
+        single = (
+            len(items) == 1 and items[0].kind != "set"
+        )  # {5} is 5, but the set of the empty set is not empty
+        return items[0] if single else _flat(text, items, kind="set")
     if len(parts) == 1:  # parentheses around one thing mean nothing
         return _item(parts[0])
     return Value(opening + closing, text, tuple(_item(part) for part in parts))
@@ -250,6 +289,15 @@ def same(gold: Value, answer: Value, equal: Callable[[Value, Value], bool]) -> b
     if gold.name and answer.name and gold.name != answer.name:
         return False
     kinds = {gold.kind, answer.kind}
+    if kinds == {"matrix", "()"}:
+        return _same_vector(gold, answer, equal)
+    if kinds == {"list", "union"}:  # x < 1, x > 2
+        written_as_list, union = (gold, answer) if gold.kind == "list" else (answer, gold)
+        if r"\lor" not in union.text or not _named_intervals(written_as_list.parts):
+            return False
+        return len(gold.parts) == len(answer.parts) and _any_order(gold.parts, answer.parts, equal)
+    if kinds == {"set"} and len(answer.parts) > len(gold.parts):
+        return _same_with_repeats(gold.parts, answer.parts, equal)
     unordered = kinds <= {"list", "set"} or kinds == {"union"}
     if len(kinds) > 1 and not unordered:
         return _one_is_an_equation(gold, answer, equal)
@@ -278,6 +326,29 @@ def _any_order(
             return False
         del left[found]
     return True
+
+
+def _same_vector(gold: Value, answer: Value, equal: Callable[[Value, Value], bool]) -> bool:
+    """Whether a column of a matrix and a tuple hold the same coordinates."""
+    pairs = []
+    for value in (gold, answer):
+        column = value.kind == "matrix" and all(len(row.parts) == 1 for row in value.parts)
+        pairs.append([row.parts[0] for row in value.parts] if column else value.parts)
+    if any(part.kind == "row" for part in (*pairs[0], *pairs[1])) or len(pairs[0]) != len(pairs[1]):
+        return False
+    return all(same(g, a, equal) for g, a in zip(*pairs))
+
+
+def _same_with_repeats(
+    gold: tuple[Value, ...], answer: tuple[Value, ...], equal: Callable[[Value, Value], bool]
+) -> bool:
+    """Whether two sets are the same, of which the answer names elements twice. If the gold answer does it counts."""
+    if any(same(one, other, equal) for index, one in enumerate(gold) for other in gold[:index]):
+        return False
+    kept = [
+        item for index, item in enumerate(answer) if not any(same(item, a, equal) for a in answer[:index])
+    ]
+    return len(kept) == len(gold) and _any_order(gold, tuple(kept), equal)
 
 
 def _one_is_an_equation(gold: Value, answer: Value, equal: Callable[[Value, Value], bool]) -> bool:

@@ -21,6 +21,7 @@ from latex2sympy2_extended.latex2sympy2 import ConversionConfig, _Latex2Sympy
 from math_verify import verify
 from sympy.core.function import AppliedUndef
 
+from lpo_jax.rewards import rational
 from lpo_jax.rewards.rational import MAX_BITS, TooLarge
 
 MAX_CHARS = 400
@@ -61,6 +62,8 @@ _DEGREES = re.compile(r"([0-9.]+|\\frac\{[0-9]+\}\{[0-9]+\})\^\{\\circ\}")
 _LOG = re.compile(r"\\log(?![A-Za-z_])")
 _DECIMAL = re.compile(r"([0-9]*)\.([0-9]+)")
 _MIXED = re.compile(r"(?<![0-9}])([0-9]+)(\\frac\{[0-9]+\}\{[0-9]+\})(?![!^])")
+_REPEATING = re.compile(r"[0-9]*\.[0-9]*\\overline\{[0-9]+\}")
+_BINOMIAL = re.compile(r"\\binom\{([0-9]{1,5})\}\{([0-9]{1,5})\}")
 _CONFIG = ConversionConfig(lowercase_symbols=False)  # r is not R
 _I = sympy.Symbol("i", real=True)  # which the grammar leaves a letter
 _LARGEST = 20  # of the unknowns where exponents may grow with them
@@ -100,7 +103,22 @@ def same_equation(gold: tuple[str, str], answer: tuple[str, str]) -> bool:
 
 
 class _Grammar(_Latex2Sympy):
-    """math-verify's grammar, but for one rule."""
+    """math-verify's grammar, but for two rules."""
+
+    def convert_func(self, func):
+        r"""A root of odd order of a negative number is real, as \sqrt[3]{-8} = -2; the original's is complex."""
+        root = super().convert_func(func)
+        if not (func.FUNC_SQRT() and func.root and isinstance(root, sympy.Pow)):
+            return root
+        base, exponent = root.args
+        if not exponent.is_Rational or exponent.p != 1 or exponent.q % 2 == 0 or _unknowns(base):
+            return root
+        _size(base)  # it is evaluated next
+        value = _value(base, {})
+        if value is None or sympy.im(value) or not value < 0:
+            return root
+        positive = sympy.Mul(-1, base, evaluate=False)
+        return sympy.Mul(-1, sympy.Pow(positive, exponent, evaluate=False), evaluate=False)
 
     def convert_postfix_list(self, arr, i=0):
         """Side by side is a product; the original takes 2(3) for the mixed number 5."""
@@ -116,7 +134,8 @@ def read(text: str) -> sympy.Expr | None:
     """
     if len(text) > MAX_CHARS:
         raise TooLarge(f"longer than {MAX_CHARS} characters")
-    text = _MIXED.sub(r"(\1+\2)", text)
+    text = _REPEATING.sub(_as_fraction, _MIXED.sub(r"(\1+\2)", text))
+    text = _BINOMIAL.sub(_as_number, text)
     # Exact fractions, where the grammar would make floats of 15 digits.
     text = _DECIMAL.sub(lambda match: rf"\frac{{{match[1]}{match[2]}}}{{1{'0' * len(match[2])}}}", text)
     text = _DEGREES.sub(r"(\1\\cdot\\frac{\\pi}{180})", text)
@@ -138,6 +157,19 @@ def read(text: str) -> sympy.Expr | None:
         return None
     _size(expression)
     return expression.xreplace({_I: sympy.I})
+
+
+def _as_fraction(decimal: re.Match[str]) -> str:
+    number = rational.value(decimal[0])
+    return decimal[0] if number is None else rf"\frac{{{number.numerator}}}{{{number.denominator}}}"
+
+
+def _as_number(binomial: re.Match[str]) -> str:
+    """The value where it is short: the grammar works out others while it reads."""
+    top, bottom = int(binomial[1]), int(binomial[2])
+    if min(bottom, top - bottom) > 12:
+        return binomial[0]
+    return f"({math.comb(top, bottom)})"
 
 
 def _depth(text: str) -> int:
