@@ -135,7 +135,7 @@ def _failure(report: sandboxes.Report, expected: Any, function: bool) -> str:
 
 
 def confine(spec: "VerifierSpec", *, allow_weak: bool, timeout: float) -> "tuple[VerifierSpec, str]":
-    """Settles the sandbox of a code verifier before work begins.
+    """Settles the limits of a verifier, and the sandbox of a code verifier, before work begins.
 
     Args:
       spec: of any verifier; all but `code` stay as they are.
@@ -149,6 +149,11 @@ def confine(spec: "VerifierSpec", *, allow_weak: bool, timeout: float) -> "tuple
     Raises:
       UserError: if there is no sandbox that may be used, or too little time.
     """
+    if timeout < spec.least_timeout:
+        raise UserError(
+            f"rewards.timeout = {timeout:g}: the {spec.source} verifier needs at least {spec.least_timeout:g} seconds; "
+            "with fewer, answers that take long would be masked and not scored"
+        )
     if spec.source != "code":
         return spec, ""
     options = {"total_limit": timeout - _MARGIN, **spec.options}

@@ -16,9 +16,8 @@ from lpo_jax.rewards.answers import last_tagged
 from lpo_jax.rewards.limits import OutOfTime, cpu_limit
 from lpo_jax.rewards.verdict import Verdict, as_verdict
 
-CPU_SECONDS = (
-    3.0  # well below the pool's limit on the clock: an answer that takes long is scored, and not masked
-)
+# Well below the pool's limit on the clock, so that an answer that takes long is scored, and not masked.
+CPU_SECONDS = 2.5
 MAX_CHARS = 2000  # of an answer that a scorer evaluates
 MAX_LENGTH = 20_000  # of any answer, in characters; a scorer's time may grow with the square of it
 MAX_DIGITS = 20

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lpo_jax.errors import UserError, nearest
+from lpo_jax.rewards import gym
+from lpo_jax.rewards import math as math_verifier
 from lpo_jax.rewards.arithmetic import arithmetic
 from lpo_jax.rewards.code import code
 from lpo_jax.rewards.countdown import countdown
@@ -32,6 +34,8 @@ _BUILT_IN: dict[str, tuple[Callable[..., Verifier], tuple[str, ...]]] = {
 # bound on its memory, in bytes.
 _SLOW_IMPORTS = {"math": ("lpo_jax.rewards.symbolic",)}
 _MEMORY = {"math": 2 << 30}
+# Seconds that the pool must give: twice a verifier's own limit of processor time, so that it comes first.
+_LEAST_TIMEOUT = {"math": 2 * 1.5 * math_verifier.CPU_SECONDS, "reasoning-gym": 2 * gym.CPU_SECONDS}
 
 
 def names() -> list[str]:
@@ -128,6 +132,11 @@ class VerifierSpec:
     def memory(self) -> int | None:
         """Bytes that a worker may allocate; None where that is not bounded."""
         return _MEMORY.get(self.source)
+
+    @property
+    def least_timeout(self) -> float:
+        """Seconds that the pool must give a response; with fewer, an answer that takes long is masked, not scored."""
+        return _LEAST_TIMEOUT.get(self.source, 0.0)
 
     def load(self) -> Verifier:
         """The verifier itself.

@@ -8,6 +8,7 @@ import time
 import pytest
 
 from lpo_jax import rewards
+from lpo_jax.errors import UserError
 from lpo_jax.rewards.limits import OutOfTime, cpu_limit
 
 TOWER = "5^(5^(5^(5^5)))"
@@ -81,6 +82,13 @@ def test_finding_the_box_is_linear(text):
     rewards.get("math")(text, {"answer": "2"})
     rewards.get("gsm8k")("#### " * 100_000 + text, {"answer": "2"})
     assert time.monotonic() - started < 10.0
+
+
+def test_a_pool_gives_more_time_than_the_verifiers_own_limit():
+    with pytest.raises(
+        UserError, match=r"rewards\.timeout = 1: the math verifier needs at least 3 s.* masked"
+    ):
+        rewards.VerifierPool("math", workers=1, timeout=1.0)
 
 
 def test_a_pathological_gold_answer_masks_nothing_and_passes_only_for_itself():

@@ -145,6 +145,15 @@ def test_what_a_scorer_raises_or_cannot_end_is_the_answers_fault(stand_in, monke
     started = time.process_time()
     assert verify("<answer>hang</answer>", row).outcome == "timeout"
     assert time.process_time() - started < 2
+    spec = rewards.VerifierSpec("reasoning-gym", {"dataset": "plain"})
+    with pytest.raises(UserError, match="reasoning-gym verifier needs at least 5 seconds"):
+        rewards.VerifierPool(spec, workers=1, timeout=1.0)
+
+
+def test_an_answer_of_any_length_is_scored_and_a_very_long_one_is_wrong(stand_in):
+    verify = rewards.get("reasoning-gym", dataset="plain")
+    verdict = verify("<answer>" + "7" * 30_000 + "</answer>", {"question": "", "answer": "7", "metadata": {}})
+    assert (verdict.outcome, verdict.parts["reason"]) == ("wrong", "longer than 20,000 characters")
 
 
 @pytest.mark.parametrize(
