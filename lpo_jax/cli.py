@@ -377,7 +377,11 @@ def _parser() -> argparse.ArgumentParser:
     add_plan_options(command)
 
     command = _command(
-        commands, "data", "read a task's data, and show its rows, prompts and hash", _data, configurable=True
+        commands,
+        "data",
+        "read a task's data, judge its solutions, and show its rows, prompts and hash",
+        _data,
+        configurable=True,
     )
     command.add_argument(
         "target", metavar="CONFIG|TASK", help="YAML file, or a task's name with --task.option=value"

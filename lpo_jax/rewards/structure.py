@@ -164,18 +164,23 @@ def _item(text: str) -> Value:
 
 def _reals(text: str) -> Value | None:
     """All real numbers, or all but some, as intervals; None for anything else."""
-    if text == r"\mathbb{R}":
-        points, name = [], ""
-    elif match := _WITHOUT_POINTS.fullmatch(text):
-        points, name = [_item(_strip(part)) for _, part in _split(match[1], (",", ";"))], ""
+    written, name = [], ""
+    if match := _WITHOUT_POINTS.fullmatch(text):
+        written = [_strip(part) for _, part in _split(match[1], (",", ";"))]
     elif len(sides := _split(text, (r"\ne",))) == 2 and _NAME.fullmatch(name := _strip(sides[0][1])):
-        points = [_item(_strip(sides[1][1]))]  # x \ne 1
-    else:
+        written = [_strip(sides[1][1])]  # x \ne 1
+    elif text != r"\mathbb{R}":
         return None
+    if not all(written):
+        return None
+    points = [_item(point) for point in written]
     if any(point.kind != "scalar" or point.name for point in points):
         return None
     if len(points) > 1:  # their order has to be known
-        values = [rational.value(point.text) for point in points]
+        try:
+            values = [rational.value(point.text) for point in points]
+        except rational.TooLarge:
+            return None
         if None in values or len(set(values)) < len(values):
             return None
         points = [point for _, point in sorted(zip(values, points), key=lambda pair: pair[0])]

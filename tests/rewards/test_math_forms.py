@@ -263,3 +263,25 @@ def test_an_answer_may_name_the_elements_of_a_set_twice():
     assert outcome(r"\{1,2\}", r"\{1,1,2\}") == "pass"
     assert outcome(r"\{1,1,2\}", r"\{1,2\}") == "wrong"  # there it may count how often
     assert outcome(r"\{1,2\}", r"\{1,1,3\}") == "wrong"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        r"\mathbb{R}\setminus\{\}",
+        r"\mathbb{R}\setminus\{9^{9^{9}},1\}",
+        r"\mathbb{R}\setminus\{x,y\}",
+        r"\mathbb{R}\setminus\{(1,2)\}",
+        r"x \ne y",
+        r"\sum_{k=1}^{999999} k",
+        r"\sum_{k=3}^{1} k",
+        r"\sum_{k=1}^{10} k+1",
+        "abs(x+|y|)",
+        r"\sqrt[3]{-x}",
+        r"\binom{99999}{9}+x",
+        r"0.\overline{3}\overline{4}",
+    ],
+)
+def test_what_is_not_worked_out_is_still_the_same_as_itself(answer):
+    assert outcome(answer, answer) == "pass"
+    assert outcome(answer, "5") == outcome("5", answer) == "wrong"
