@@ -17,6 +17,7 @@ status 1 if one raises, masks a text, or takes longer than `HOSTILE_LIMIT`.
 
 import argparse
 import collections
+import importlib
 import os
 import pathlib
 import random
@@ -236,6 +237,10 @@ def judges() -> Iterator[tuple[str, Judge]]:
     """Each verifier and comparison, with its name: (rng, text) -> outcome."""
 
     def judge(verifier: str, options: dict) -> Judge:
+        for module in rewards.VerifierSpec(
+            verifier, options
+        ).slow_imports:  # as a worker does before it begins
+            importlib.import_module(module)
         verify, (frames, row) = rewards.get(verifier, **options), FRAMES[verifier]
         return lambda rng, text: verify(rng.choice(frames).replace("@", text), row).outcome
 
@@ -245,18 +250,20 @@ def judges() -> Iterator[tuple[str, Judge]]:
     yield "results", lambda rng, text: str(same_result(text.encode(errors="replace"), rng.choice(RESULTS)))
 
 
-def judge_hostile(name: str, judge: Judge, items: int, seed: int) -> bool:
+def judge_hostile(
+    name: str, judge: Judge, items: int, seed: int, clock: Callable[[], float] = time.monotonic
+) -> bool:
     """Judges hostile texts of up to 64 KB and prints a line; returns whether each was scored, and in time."""
     rng, outcomes, longest, worst = random.Random(f"{name} {seed}"), collections.Counter(), {}, (0.0, "")
     for _ in range(items):
         size = rng.choice([1, 4, 16, 64])
         text = hostile(rng, rng.randint(512 * size, 1024 * size))
-        started = time.monotonic()
+        started = clock()
         try:
             outcome = judge(rng, text)
         except Exception as error:
             outcome = f"{type(error).__name__}: {error}"[:100]
-        seconds = time.monotonic() - started
+        seconds = clock() - started
         outcomes[outcome] += 1
         longest[size] = max(seconds, longest.get(size, 0.0))
         worst = max(worst, (seconds, text[:40]))

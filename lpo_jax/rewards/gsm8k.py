@@ -96,7 +96,8 @@ def gsm8k(*, mode: str = "robust", format_score: float = 0.0) -> Callable[[str, 
 
 def _robust(response: str) -> str | None:
     for line in reversed(response.split("####")[1:]):
-        if number := _number(line.lstrip().partition("\n")[0]):
+        line = line.lstrip().partition("\n")[0]
+        if line and (number := _number(line)):
             return number
     box = last_boxed(response)
     return None if box is None else _number(box)
