@@ -1,6 +1,7 @@
 """The half of the sandbox that is inside it: runs an untrusted program, once a test, each time as a fresh process.
 
-It is started by file name, in an interpreter that sees the standard library alone, so it imports nothing of ours.
+It is started by file name, in an interpreter that sees the standard library alone (and packages made available to
+programs, which it imports for them), so it imports nothing of ours.
 File descriptor 0 is the line to the verifier. The runner reads one job (program, limits, filter) from it, and then
 one test after another; for each it forks, the fork takes on the limits and falls out of `serve` to become the
 program, and the runner waits, kills and reports what was printed or returned. The runner itself never runs, parses
@@ -65,6 +66,11 @@ def serve() -> dict:
         job["limits"]["NPROC"] += _own_tasks()
     for add in (site.setquit, site.setcopyright, site.sethelper):
         add()  # exit, quit, license, help ...: the runner's interpreter leaves `site` out, which adds them
+    sys.path += job["package_folders"]
+    for package in job["packages"]:
+        if package in job["program"]:  # once here, and not in each test's time
+            with contextlib.suppress(Exception):  # the program's own import of it will tell
+                __import__(package)
     job["names"] = _names(job["program"])
     job["file"] = _write_script(job)
     _report(job, "ready", "")
