@@ -7,7 +7,7 @@ import pytest
 
 from lpo_jax import rewards
 from lpo_jax.errors import UserError
-from lpo_jax.rewards import code, packages, sandbox
+from lpo_jax.rewards import packages, sandbox
 from lpo_jax.rewards.sandbox import Sandbox
 
 MISSING = {kind: sandbox.why_not(kind) for kind in sandbox.KINDS}
@@ -98,10 +98,6 @@ def test_a_package_that_cannot_be_imported_there_is_refused_before_the_run(kind,
     monkeypatch.syspath_prepend(tmp_path)
     packages.find.cache_clear()
     spec = rewards.VerifierSpec("code", {"packages": ["broken_package"], "sandbox": kind})
-    with pytest.raises(
-        UserError, match=r"package broken_package cannot be imported by programs: .*no_such_module"
-    ):
-        code.confine(spec, allow_weak=True, timeout=10.0)
-    with pytest.raises(UserError, match="package broken_package cannot be imported"):
+    with pytest.raises(UserError, match=r"package broken_package cannot be imported by .*no_such_module"):
         rewards.VerifierPool(spec, workers=1, timeout=10.0, allow_weak_sandbox=True)
     packages.find.cache_clear()
