@@ -2,19 +2,21 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lpo_jax.errors import UserError, nearest
 from lpo_jax.rewards import sandbox as sandboxes
 from lpo_jax.rewards.answers import last_program
 from lpo_jax.rewards.code_tests import ProblemTests, read_tests
+from lpo_jax.rewards.packages import check_names
 from lpo_jax.rewards.same import same_output, same_result
 from lpo_jax.rewards.verdict import Verdict, infrastructure
 
 if TYPE_CHECKING:
     from lpo_jax.rewards.registry import VerifierSpec
 
+_MEMORY_MB = 1024
 _MARGIN = 2.0  # seconds between the last test's end and the pool's limit, for the sandbox to come and go
 
 
@@ -23,9 +25,10 @@ def code(
     score: str = "fraction",
     time_limit: float = 4.0,
     total_limit: float = 8.0,
-    memory_mb: int = 1024,
+    memory_mb: int = _MEMORY_MB,
     max_tests: int = 0,
     sandbox: str = "bubblewrap",
+    packages: Sequence[str] = (),
 ) -> Callable[[str, Mapping[str, Any]], Verdict]:
     """The code verifier; examples have `tests`, in one of the shapes that `code_tests.read_tests` knows.
 
@@ -42,6 +45,7 @@ def code(
       memory_mb: address space of the program.
       max_tests: only the first so many tests; 0: all.
       sandbox: `bubblewrap` or `weak`; a run only takes the latter with `rewards.allow_weak_sandbox`.
+      packages: installed packages that programs may import beside the standard library, such as `[numpy]`.
 
     Returns:
       `(response, example) -> Verdict`. It raises `UserError` where there is no such sandbox, and `ValueError` or
@@ -61,6 +65,7 @@ def code(
             f"code: time_limit {time_limit}, total_limit {total_limit}, memory_mb {memory_mb}, max_tests {max_tests}: "
             "limits must be positive, and a program needs 64 MB"
         )
+    packages = check_names(packages)
     seen_to_work = False
 
     def verify(response: str, example: Mapping[str, Any]) -> Verdict:
@@ -73,7 +78,9 @@ def code(
             sandboxes.choose(sandbox, allow_weak=sandbox == "weak")
             seen_to_work = True
         try:
-            with sandboxes.Sandbox(sandbox, program, tests.function, memory_mb=memory_mb) as running:
+            with sandboxes.Sandbox(
+                sandbox, program, tests.function, memory_mb=memory_mb, packages=packages
+            ) as running:
                 return _run_tests(running, tests, score, time_limit, total_limit, max_tests)
         except sandboxes.SandboxFailed as error:
             return infrastructure(f"sandbox: {error}")
@@ -161,4 +168,6 @@ def confine(spec: "VerifierSpec", *, allow_weak: bool, timeout: float) -> "tuple
         least = max(spec.options.get("total_limit", 0), 1) + _MARGIN
         raise UserError(f"rewards.timeout = {timeout:g}: the code verifier needs at least {least:g} seconds")
     options["sandbox"] = sandboxes.choose(options.get("sandbox", "bubblewrap"), allow_weak=allow_weak)
+    packages = check_names(options.get("packages", ()))
+    sandboxes.check_packages(options["sandbox"], packages, options.get("memory_mb", _MEMORY_MB))
     return dataclasses.replace(spec, options=options), options["sandbox"]

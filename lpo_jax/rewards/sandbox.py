@@ -36,6 +36,7 @@ import sys
 import time
 
 from lpo_jax.errors import UserError
+from lpo_jax.rewards import packages as installed
 from lpo_jax.rewards import sandbox_child
 from lpo_jax.rewards.seccomp import filter_program
 
@@ -54,6 +55,9 @@ _CHILD = os.path.abspath(sandbox_child.__file__)
 _RUNNER = "/sandbox_child.py"  # where bubblewrap shows it, wherever it is installed
 _FLAGS = ("-P", "-s", "-S", "-B", "-X", "utf8")  # no path but the standard library's
 _ENVIRONMENT = {"PYTHONHASHSEED": "0"}  # all of it; a set's order must not decide a reward
+_PACKAGES = "/packages"  # where bubblewrap shows packages
+# With packages: a thread per core would take more address space, and more threads, than a program has.
+_ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
 
 
 class SandboxFailed(Exception):
@@ -84,6 +88,8 @@ class Sandbox:
       program: Python source. It sees the standard library, and what judges usually import for it.
       function: a function (or a method of its class `Solution`) to call; empty: the program reads stdin.
       memory_mb: most address space.
+      packages: installed packages that it may import, with what they require. bubblewrap shows these alone; in the
+        weak sandbox, their neighbours can be imported too.
       start_limit: seconds for the sandbox to come up.
 
     Raises:
@@ -97,10 +103,19 @@ class Sandbox:
         function: str = "",
         *,
         memory_mb: int = 1024,
+        packages: tuple[str, ...] = (),
         start_limit: float = 10.0,
     ):
         weak = kind == "weak"
-        command = [*([] if weak else _bubblewrap()), _interpreter(), *_FLAGS, _CHILD if weak else _RUNNER]
+        folders = (
+            sorted({os.path.dirname(path) for path in installed.find(*packages)}) if weak else [_PACKAGES]
+        )
+        command = [
+            *([] if weak else _bubblewrap(*installed.find(*packages))),
+            _interpreter(),
+            *_FLAGS,
+            _CHILD if weak else _RUNNER,
+        ]
         job = {
             "program": program,
             "function": function,
@@ -108,10 +123,12 @@ class Sandbox:
             "user": _own_user() if os.geteuid() == 0 and not weak else 0,
             "filter": filter_program(read_only=weak),
             "limits": {"AS": memory_mb << 20, "NPROC": _MAX_TASKS, "FSIZE": MAX_OUTPUT, "STACK": _STACK},
+            "packages": packages,
+            "package_folders": folders if packages else [],
             "temporary_files": 0 if weak else _TEMPORARY_FILES,
             "count_processes": weak,
         }
-        self._function, self._nonce = function, job["nonce"].encode()
+        self._function, self._nonce, self._packages = function, job["nonce"].encode(), packages
         self._files = contextlib.ExitStack()
         self._errors = self._files.enter_context(os.fdopen(os.memfd_create("errors"), "w+b"))
         self._line, theirs = map(self._files.enter_context, socket.socketpair())
@@ -122,7 +139,7 @@ class Sandbox:
                 stdout=subprocess.DEVNULL,
                 stderr=self._errors,
                 cwd="/",
-                env=_ENVIRONMENT,
+                env=_ENVIRONMENT | (_ONE_THREAD if packages else {}),
                 start_new_session=True,  # and so a process group, which the program has no way to leave
             )
         except OSError as error:
@@ -175,7 +192,7 @@ class Sandbox:
             raise SandboxFailed(detail)
         if self._function:
             output = output.removeprefix(self._nonce) if output.startswith(self._nonce) else b""
-        return Report(status, detail, output)
+        return Report(status, installed.explain(detail, self._packages), output)
 
     def close(self) -> None:
         """Ends every process of the sandbox. Calling it again does nothing."""
@@ -239,6 +256,24 @@ def why_not(kind: str) -> str:
     return "" if report == Report("ok", "", b"ready\n") else report.detail or "programs are not confined"
 
 
+def check_packages(kind: str, packages: tuple[str, ...], memory_mb: int) -> None:
+    """Imports packages in a sandbox of that kind.
+
+    Raises:
+      UserError: if one cannot be imported there.
+    """
+    for name in packages:
+        try:
+            with Sandbox(
+                kind, f"import {name}\n", memory_mb=memory_mb, packages=packages, start_limit=60.0
+            ) as sandbox:
+                report = sandbox.run("", seconds=60.0)
+        except SandboxFailed as error:
+            report = Report("error", str(error))
+        if report.status != "ok":
+            raise UserError(f"code: package {name} cannot be imported by programs: {report.detail}")
+
+
 def choose(kind: str, *, allow_weak: bool) -> str:
     """The kind of sandbox to use, seen to work: the one asked for, or the weak one where that is allowed.
 
@@ -274,8 +309,12 @@ def _own_user() -> int:
 
 
 @functools.cache
-def _bubblewrap() -> list[str]:
-    """The command that starts a program in new namespaces, up to the program."""
+def _bubblewrap(*packages: str) -> list[str]:
+    """The command that starts a program in new namespaces, up to the program.
+
+    Args:
+      *packages: files and folders to show in `_PACKAGES`.
+    """
     found = shutil.which("bwrap")
     if found is None:
         raise SandboxFailed("bwrap is not installed")
@@ -308,6 +347,10 @@ def _bubblewrap() -> list[str]:
     if not f"{prefix}/".startswith("/usr/"):
         command += [*_open_parents(prefix), "--ro-bind", prefix, prefix]
     command += ["--ro-bind", _CHILD, _RUNNER, "--remount-ro", "/dev"]
+    if packages:
+        command += ["--perms", "0755", "--dir", _PACKAGES]
+    for path in packages:
+        command += ["--ro-bind", path, f"{_PACKAGES}/{os.path.basename(path)}"]
     return [*command, "--remount-ro", "/", "--chdir", "/tmp"]
 
 

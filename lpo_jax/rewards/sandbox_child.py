@@ -1,6 +1,7 @@
 """The half of the sandbox that is inside it: runs an untrusted program, once a test, each time as a fresh process.
 
-It is started by file name, in an interpreter that sees the standard library alone, so it imports nothing of ours.
+It is started by file name, in an interpreter that sees the standard library alone (and packages made available to
+programs, which it imports for them), so it imports nothing of ours.
 File descriptor 0 is the line to the verifier. The runner reads one job (program, limits, filter) from it, and then
 one test after another; for each it forks, the fork takes on the limits and falls out of `serve` to become the
 program, and the runner waits, kills and reports what was printed or returned. The runner itself never runs, parses
@@ -14,10 +15,12 @@ import atexit
 import contextlib
 import ctypes
 import json
+import linecache
 import marshal
 import os
 import resource
 import select
+import site
 import struct
 import sys
 import time
@@ -61,7 +64,15 @@ def serve() -> dict:
         os.setresuid(user, user, user)
     if job["count_processes"]:
         job["limits"]["NPROC"] += _own_tasks()
+    for add in (site.setquit, site.setcopyright, site.sethelper):
+        add()  # exit, quit, license, help ...: the runner's interpreter leaves `site` out, which adds them
+    sys.path += job["package_folders"]
+    for package in job["packages"]:
+        if package in job["program"]:  # once here, and not in each test's time
+            with contextlib.suppress(Exception):  # the program's own import of it will tell
+                __import__(package)
     job["names"] = _names(job["program"])
+    job["file"] = _write_script(job)
     _report(job, "ready", "")
     while True:
         test = marshal.loads(_receive(LINE))
@@ -213,6 +224,17 @@ def _names(program: str) -> dict:
     )
 
 
+def _write_script(job: dict) -> str:
+    """Writes the program to a file, where it may write files itself; returns the name of that file in any case."""
+    path = os.path.abspath("solution.py")
+    if job["temporary_files"]:
+        with contextlib.suppress(OSError), open(path, "wb") as file:  # /tmp cannot be written to everywhere
+            file.write(job["program"].encode(errors="replace"))
+    lines = job["program"].splitlines(keepends=True)
+    linecache.cache[path] = (len(job["program"]), None, lines, path)  # what `inspect` looks at
+    return path
+
+
 def run(job: dict) -> None:
     """Runs the program in this process and ends it, as the interpreter would but without taking it apart first."""
     name = "solution" if job["function"] else "__main__"
@@ -227,22 +249,46 @@ def run(job: dict) -> None:
             atexit._run_exitfuncs()
         code = 0
     except SystemExit as error:
-        code = error.code if isinstance(error.code, int) else 0 if error.code is None else 1
+        code = _exit_status(error.code)
     except BaseException:
         sys.excepthook(*sys.exc_info())
-    try:
-        for file in (sys.stdout, sys.__stdout__, sys.stderr):
-            file.flush()
-        vars(module).clear()  # flushes files that it has left open
-    except Exception:
+    flushed = _flush("stdout", "__stdout__", "stderr")
+    vars(module).clear()  # flushes files that it has left open, and ends its objects, which may print
+    if not (_flush("__stdout__", "__stderr__") and flushed):
         code = code or 120  # as the interpreter
     os._exit(code & 0xFF)
 
 
+def _exit_status(code: object) -> int:
+    """The status of a process that was left by `sys.exit(code)`."""
+    if code is None or isinstance(code, int):
+        return int(code or 0)
+    with contextlib.suppress(Exception):
+        print(code, file=sys.stderr)
+    return 1
+
+
+def _flush(*names: str) -> bool:
+    """Flushes standard streams, or what the program has made of them; returns whether none has failed."""
+    failed = False
+    for file in (getattr(sys, name, None) for name in names):
+        try:
+            if file is not None and not getattr(file, "closed", False):
+                file.flush()
+        except Exception as error:
+            failed = True
+            with contextlib.suppress(Exception):
+                os.write(2, f"{type(error).__name__}: {error}\n".encode())
+    return not failed
+
+
 def _execute(job: dict, module: types.ModuleType) -> None:
-    vars(module).update(job["names"])
+    script = {"__file__": job["file"], "__cached__": None, "__builtins__": sys.modules["builtins"]}
+    vars(module).update(job["names"] | script)
     sys.argv = ["solution.py"]
-    exec(compile(job["program"], "solution.py", "exec", dont_inherit=True), vars(module))
+    if os.path.exists(job["file"]):
+        sys.path.insert(0, os.path.dirname(job["file"]))
+    exec(compile(job["program"], job["file"], "exec", dont_inherit=True), vars(module))
     if job["function"]:
         owner = getattr(module, "Solution", None)
         owner = owner() if hasattr(owner, job["function"]) else module

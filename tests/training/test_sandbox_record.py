@@ -33,6 +33,13 @@ def test_a_code_task_is_refused_before_anything_is_written(values):
     assert not Path(values["output"]).exists()
 
 
+def test_a_package_that_is_not_installed_is_refused_before_anything_is_written(values):
+    values["task"]["verifier_options"] = {"packages": ["no_such_package"]}
+    with pytest.raises(UserError, match=r"task\.verifier_options\.packages names 'no_such_package'"):
+        train(parse_config(values))
+    assert not Path(values["output"]).exists()
+
+
 def test_the_weak_sandbox_is_in_the_runs_record(values, capsys):
     values["rewards"]["allow_weak_sandbox"] = True
     train(parse_config(values))
