@@ -94,7 +94,8 @@ def test_bfloat16_keeps_what_is_trained_in_float32(tiny_config, tiny_params, bat
     assert {x.dtype for x in floats} == {jnp.dtype(jnp.float32)}
     exact = score(Program(tiny_config), tiny_params, batch[0]).logp
     gap = jnp.abs(stats.logp - exact)
-    assert 1e-4 < gap.max() < 0.3  # rounded as bfloat16 rounds, and no worse
+    assert gap.max() > 1e-4
+    np.testing.assert_array_less(jnp.sqrt(jnp.square(gap).mean()), 0.15)  # as bfloat16 rounds, and no worse
 
 
 def config_for(run_config, output, steps):
