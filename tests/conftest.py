@@ -7,12 +7,17 @@ import tempfile
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+# Added to what the caller sets, such as --xla_cpu_max_isa (`make test-isa`).
+if "--xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = (
+        f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+    )
 # Many tests compile the same tiny programs: the second one, or another worker's, finds them on disk.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / "lpo_jax_test_programs"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 import jax
+import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # for tiny.py
@@ -20,6 +25,8 @@ sys.path.insert(0, str(Path(__file__).parent))  # for tiny.py
 from tiny import CONFIG, VERIFIER, character_tokenizer, run_values
 
 from lpo_jax.models.decoder import init_params
+
+pytest_plugins = ["margins"]
 
 
 @pytest.fixture(scope="session")
@@ -70,6 +77,13 @@ def run_config(tmp_path, tiny_model, tiny_task):
 def no_plots(monkeypatch):
     """Drawing takes longer than a short run; runs whose plots are not looked at go without."""
     monkeypatch.setattr("lpo_jax.reporting.save_plots", lambda run: [])
+
+
+@pytest.fixture(autouse=True)
+def same_numbers(request):
+    """A test draws the same numbers from its module's `rng`, whichever tests ran before it in this process."""
+    if hasattr(request.module, "rng"):
+        request.module.rng = np.random.default_rng(0)
 
 
 @pytest.fixture(autouse=True)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from precision import EPS, EXACT, astype, in_float64
 
 from lpo_jax.models import attend, attention, decoder, head
 
@@ -20,48 +21,74 @@ def normal(*shape):
 STATS = ("logp", "entropy", "top_logp", "collision", "hidden_norm")
 
 
+TEMPERATURE, V, D = 0.7, 50, 8
+
+
+def head_case(tokens, weighted, dtype):
+    """States, output matrix, targets, ids of the top 5 tokens, and cotangents by the names of `weighted`."""
+    hidden, unembed = rng.normal(size=(2, tokens, D)), rng.normal(size=(V, D))
+    targets = jnp.asarray(rng.integers(0, V, (2, tokens)))
+    top_ids = jnp.asarray(np.argsort(hidden @ unembed.T, axis=-1)[..., ::-1][..., :5])
+    cotangent = {n: rng.normal(size=top_ids.shape if n == "top_logp" else targets.shape) for n in weighted}
+    return *astype((hidden, unembed), dtype), targets, top_ids, astype(cotangent, dtype)
+
+
+def by_chunks(hidden, unembed, targets, top_ids, cotangent):
+    options = {"top_ids": top_ids, "extra": head.EXTRA_STATS}
+    value, stats = head.weighted_log_probs(hidden, unembed, targets, cotangent, TEMPERATURE, **options)
+    return 3 * value, stats
+
+
+def plain(hidden, unembed, targets, top_ids, cotangent):
+    logp = jax.nn.log_softmax(hidden @ unembed.T / TEMPERATURE)
+    p = jnp.exp(logp)
+    stats = {
+        "logp": jnp.take_along_axis(logp, targets[..., None], axis=-1)[..., 0],
+        "entropy": -(p * logp).sum(-1),
+        "top_logp": jnp.take_along_axis(logp, top_ids, axis=-1),
+        "collision": (p**2).sum(-1),
+        "hidden_norm": jnp.linalg.norm(hidden, axis=-1),
+    }
+    return 3 * sum((stats[name] * weight).sum() for name, weight in cotangent.items()), stats
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(head, "CHUNK_ELEMENTS", 16 * V)  # 16 tokens a chunk
+    monkeypatch.setattr(head, "FEWEST_TOKENS", 1)
+
+
 @pytest.mark.parametrize("tokens", [1, 7, 16, 37])
 @pytest.mark.parametrize("weighted", [("logp",), ("logp", "entropy"), STATS[1:], STATS])
-def test_chunked_log_probs_equal_plain_ones(monkeypatch, tokens, weighted):
+@in_float64
+def test_chunked_log_probs_equal_plain_ones(small_chunks, tokens, weighted):
     """More tokens than a chunk, ragged last chunk; values, and gradients through any of the statistics."""
-    monkeypatch.setattr(head, "CHUNK_ELEMENTS", 16 * 50)  # 16 tokens a chunk
-    monkeypatch.setattr(head, "FEWEST_TOKENS", 1)
-    hidden, unembed = normal(2, tokens, 8), normal(50, 8)
-    targets = jnp.asarray(rng.integers(0, 50, (2, tokens)))
-    top_ids = jnp.argsort(hidden @ unembed.T, axis=-1)[..., ::-1][..., :5]
-    options = {"top_ids": top_ids, "extra": head.EXTRA_STATS}
-
-    def plain(hidden, unembed):
-        logp = jax.nn.log_softmax(hidden @ unembed.T / 0.7)
-        p = jnp.exp(logp)
-        return {
-            "logp": jnp.take_along_axis(logp, targets[..., None], axis=-1)[..., 0],
-            "entropy": -(p * logp).sum(-1),
-            "top_logp": jnp.take_along_axis(logp, top_ids, axis=-1),
-            "collision": (p**2).sum(-1),
-            "hidden_norm": jnp.linalg.norm(hidden, axis=-1),
-        }
-
-    want = plain(hidden, unembed)
-    cotangent = {name: normal(*want[name].shape) for name in weighted}
-
-    def plain_total(hidden, unembed):
-        stats = plain(hidden, unembed)
-        return 3 * sum((stats[name] * cotangent[name]).sum() for name in weighted)
-
-    def total(hidden, unembed):
-        value, stats = head.weighted_log_probs(hidden, unembed, targets, cotangent, 0.7, **options)
-        return 3 * value, stats
-
-    gradient, stats = jax.grad(total, (0, 1), has_aux=True)(hidden, unembed)
-    chex.assert_trees_all_close(stats, want, atol=5e-5)
+    case = head_case(tokens, weighted, np.float64)
+    hidden, unembed, _, top_ids, _ = case
+    gradient, stats = jax.grad(by_chunks, (0, 1), has_aux=True)(*case)
+    want_gradient, want = jax.grad(plain, (0, 1), has_aux=True)(*case)
+    assert {x.dtype for x in jax.tree.leaves((stats, gradient))} == {np.dtype(np.float64)}
+    chex.assert_trees_all_close(stats, want, rtol=EXACT, atol=EXACT)
+    chex.assert_trees_all_close(gradient, want_gradient, rtol=EXACT, atol=EXACT)
+    chex.assert_trees_all_close(by_chunks(*case)[0], plain(*case)[0], rtol=EXACT, atol=EXACT)
+    top = head.top_tokens(hidden, unembed, 5, TEMPERATURE)
     chex.assert_trees_all_close(
-        gradient, jax.grad(plain_total, (0, 1))(hidden, unembed), atol=1e-4, rtol=1e-4
+        (top["logp"], top["entropy"]), (want["top_logp"], want["entropy"]), atol=EXACT
     )
-    chex.assert_trees_all_close(total(hidden, unembed)[0], plain_total(hidden, unembed), rtol=1e-4, atol=1e-4)
-    top = head.top_tokens(hidden, unembed, 5, 0.7)
-    chex.assert_trees_all_close((top["logp"], top["entropy"]), (want["top_logp"], want["entropy"]), atol=5e-5)
     chex.assert_trees_all_equal(top["ids"], top_ids)
+
+
+def test_chunked_log_probs_in_float32_differ_by_rounding(small_chunks):
+    """A logit is rounded over D terms and a statistic over V; so, relatively, are the slopes of the logits."""
+    with jax.enable_x64(True):
+        case = head_case(37, STATS, np.float64)
+        want_gradient, want = jax.grad(by_chunks, (0, 1), has_aux=True)(*case)
+    rounding = (D + V) / 2 * EPS * np.abs(case[0] @ case[1].T / TEMPERATURE).max()
+    gradient, stats = jax.grad(by_chunks, (0, 1), has_aux=True)(*astype(case, np.float32))
+    assert {x.dtype for x in jax.tree.leaves((stats, gradient))} == {np.dtype(np.float32)}
+    chex.assert_trees_all_close(astype(stats, np.float64), astype(want, np.float64), rtol=0, atol=rounding)
+    for got, exact in zip(astype(gradient, np.float64), astype(want_gradient, np.float64)):
+        np.testing.assert_array_less(np.abs(got - exact).max(), rounding * np.abs(exact).max())
 
 
 def test_no_array_of_all_tokens_by_vocabulary():

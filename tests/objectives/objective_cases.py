@@ -1,13 +1,12 @@
 """Inputs that the objective tests share. Axis letters: P prompts, K responses, T tokens."""
 
-import functools
-
 import hypothesis
 import hypothesis.extra.numpy as hnp
 import hypothesis.strategies as st
 import jax
 import numpy as np
 import pytest
+from precision import in_float64  # noqa: F401
 
 from lpo_jax import objectives as O
 
@@ -45,17 +44,6 @@ temperature = on_host(O.temperature, static_argnames=("rule", "ddof", "floor"))
 coefficients = on_host(O.Divergence.coefficients, static_argnums=0)
 autodiff_coefficients = on_host(O.Divergence.autodiff_coefficients, static_argnums=0)
 value = on_host(O.Divergence.value, static_argnums=0)
-
-
-def in_float64(test):
-    """Run a test with 64-bit floats, so that an identity can be held to 1e-9."""
-
-    @functools.wraps(test)
-    def wrapped(*args, **kwargs):
-        with jax.enable_x64(True):
-            return test(*args, **kwargs)
-
-    return wrapped
 
 
 def _floats(low, high):

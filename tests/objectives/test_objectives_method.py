@@ -134,9 +134,9 @@ def test_item_9_on_policy_lpo_forward_is_a_policy_gradient_with_another_advantag
 @in_float64
 def test_item_9_at_a_high_temperature_every_divergence_is_the_policy_gradient(name):
     stats, scored = batch(seed=6, off=0, dtype=np.float64)
-    c = O.get(name, temperature=1e3).listwise(stats, scored).coefficients
-    A = O.advantages(scored.rewards, 1e3)
-    np.testing.assert_allclose(c, -A / 4, rtol=2e-3, atol=1e-12)
+    c = O.get(name, temperature=1e4).listwise(stats, scored).coefficients
+    A = O.advantages(scored.rewards, 1e4)
+    np.testing.assert_allclose(c, -A / 4, rtol=1e-3, atol=1e-12)  # the next order in 1 / temperature
 
 
 def test_item_17_duplicating_every_token():
@@ -302,7 +302,8 @@ def test_a_group_below_the_minimum_size_is_left_out(name):
     np.testing.assert_allclose(loss, loss_rest, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(gradient, gradient_rest, rtol=1e-4, atol=1e-7)
     assert np.abs(gradient).max() > 0
-    np.testing.assert_allclose(metrics["lpo/masked_response_frac"], 8 / 12 if "mask" in name else 4 / 12)
+    left_out = 8 / 12 if "mask" in name else 4 / 12
+    np.testing.assert_allclose(metrics["lpo/masked_response_frac"], left_out, rtol=1e-6)  # a float32
     # Every group of one: no coefficient, and no NaN.
     alone = scored.replace(valid=put(np.zeros((3, 4), bool), np.s_[:, 0], True))
     loss, metrics, gradient = run(objective, stats, alone)

@@ -66,14 +66,15 @@ def twin(name, stats, scored):
 @in_float64
 def test_towards_a_reference_against_numpy(name):
     """Loss, gradient and the metric, which is the penalty before its weight, as verl's `actor/kl_loss`."""
+    rtol = 1e-6 if name == "adaptive" else 1e-9  # its weight is a float32: tanh of a mean of booleans
     stats, scored = batch()
     m = np.asarray(scored.mask)
     penalty, slope, weight = twin(name, stats, scored)
     loss, metrics, gradient = gradients(objective(PARTS[name]), stats, scored)
     np.testing.assert_allclose(metrics[PARTS[name].metric], mean_over_responses(penalty, m), rtol=1e-6)
-    np.testing.assert_allclose(loss, weight * mean_over_responses(penalty, m), rtol=1e-9)
+    np.testing.assert_allclose(loss, weight * mean_over_responses(penalty, m), rtol=rtol)
     expected = weight * np.where(m, slope, 0) / m.sum(-1, keepdims=True) / 12
-    np.testing.assert_allclose(gradient.logp, expected, rtol=1e-9, atol=1e-15)
+    np.testing.assert_allclose(gradient.logp, expected, rtol=rtol, atol=1e-15)
     assert not np.asarray(gradient.ref_logp).any()
 
 
@@ -156,7 +157,8 @@ def test_distillation_of_nobody_and_of_a_teacher_that_is_sure():
     for teacher, top in ((sure, stats.top_logp), (scored.teacher.logp, sure), (sure, sure)):
         given = scored.replace(teacher=scored.teacher.replace(logp=teacher))
         loss, _, gradient = gradients(objective(PARTS["distil"]), stats.replace(top_logp=top), given)
-        assert np.isfinite(loss) and loss > -1e-6
+        assert np.isfinite(loss)
+        np.testing.assert_array_less(-loss, 1e-6)
         assert np.isfinite(gradient.top_logp).all()
 
 

@@ -5,6 +5,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
+from precision import FORWARD_ROUNDING
 from tiny import character_tokenizer
 from tokenizers import processors
 
@@ -94,7 +96,7 @@ def test_storage_growth_and_chunks_change_nothing(sample, monkeypatch):
     monkeypatch.setattr(schedule, "FIRST_STORAGE", 2)
     for other in (sample(), sample(stop=["never to be seen"])):
         np.testing.assert_array_equal(whole.tokens, other.tokens)
-        np.testing.assert_allclose(whole.log_probs, other.log_probs, atol=1e-5)
+        np.testing.assert_allclose(whole.log_probs, other.log_probs, atol=2 * FORWARD_ROUNDING)
 
 
 def test_seed_step_prompt_and_k_each_matter(sample):
@@ -159,7 +161,8 @@ def test_draws_follow_the_distribution(sampling):
     counts = np.bincount(np.asarray(tokens), minlength=600)
     assert (counts[np.asarray(want) == 0] == 0).all()
     deviation = (counts / n - want) / np.sqrt(np.maximum(want * (1 - want), 1e-9) / n)
-    assert np.abs(deviation).max() < 5
+    # 3e-4: the chance that any of 600 frequencies is 5 deviations off.
+    np.testing.assert_array_less(3e-4, 600 * 2 * scipy.stats.norm.sf(np.abs(deviation).max()))
     chex.assert_trees_all_close(log_probs, jnp.log(want[tokens]), atol=1e-5)
 
 

@@ -74,7 +74,7 @@ def test_an_update_is_the_gradient_of_the_whole_batch(tiny_config, tiny_params, 
     want = jax.jit(jax.grad(loss))(start)
     got = jax.tree.map(jnp.subtract, start, state.params)
     error = optax.global_norm(jax.tree.map(jnp.subtract, got, want))
-    assert error <= 1e-5 * optax.global_norm(want)
+    np.testing.assert_array_less(error / optax.global_norm(want), 1e-5)
 
 
 @pytest.mark.parametrize("with_adapters", [True, pytest.param(False, marks=pytest.mark.slow)])
@@ -94,7 +94,8 @@ def test_bfloat16_keeps_what_is_trained_in_float32(tiny_config, tiny_params, bat
     assert {x.dtype for x in floats} == {jnp.dtype(jnp.float32)}
     exact = score(Program(tiny_config), tiny_params, batch[0]).logp
     gap = jnp.abs(stats.logp - exact)
-    assert 1e-4 < gap.max() < 0.3  # rounded as bfloat16 rounds, and no worse
+    assert gap.max() > 1e-4
+    np.testing.assert_array_less(jnp.sqrt(jnp.square(gap).mean()), 0.15)  # as bfloat16 rounds, and no worse
 
 
 def config_for(run_config, output, steps):

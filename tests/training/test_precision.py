@@ -1,5 +1,6 @@
 """Runs that sample in other arithmetic than they train in: the gap is reported, and the method must know of it."""
 
+import numpy as np
 import pytest
 
 from lpo_jax.config import parse_config
@@ -23,7 +24,8 @@ def test_gap_of_sampling_in_8_bits_is_reported(run_config, no_plots):
     )
     train(parse_config(values))
     (row,) = (row for row in read_metrics(values["output"]) if "lpo/logp_gap_max" in row)
-    assert 1e-3 < row["lpo/logp_gap_max"] < 0.6 and 1e-4 < row["lpo/logp_gap_mean"] < 0.1
+    assert row["lpo/logp_gap_max"] > 1e-3 and row["lpo/logp_gap_mean"] > 1e-4
+    np.testing.assert_array_less([row["lpo/logp_gap_max"], row["lpo/logp_gap_mean"]], [0.6, 0.1])
     assert row["actor/grad_norm"] > 0 and row["lpo/skipped_updates"] == 0
 
 
