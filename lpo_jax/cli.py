@@ -121,6 +121,8 @@ def _sample(arguments: argparse.Namespace) -> None:
     _compile_cache()
     model = load_model_or_run(arguments.model)
     prompts = arguments.prompt
+    if arguments.template_arguments is not None and not arguments.chat:
+        raise UserError("--template-arguments: goes with --chat; raw prompts see no template")
     if arguments.chat:
         prompts = [[{"role": "user", "content": prompt}] for prompt in prompts]
     generated = model.generate(
@@ -131,6 +133,7 @@ def _sample(arguments: argparse.Namespace) -> None:
         max_tokens=arguments.max_tokens,
         stop=tuple(arguments.stop),
         seed=arguments.seed,
+        template_arguments=arguments.template_arguments,
     )
     for prompt, texts, finished in zip(arguments.prompt, generated.texts, generated.finished):
         for k, (text, ended) in enumerate(zip(texts, finished)):
@@ -248,7 +251,9 @@ def _data(arguments: argparse.Namespace) -> None:
         from lpo_jax.models.load import load_config_and_tokenizer
         from lpo_jax.sampling.text import encode
 
-        _, tokenizer, eos_ids = load_config_and_tokenizer(config.model.path)
+        _, tokenizer, eos_ids = load_config_and_tokenizer(
+            config.model.path, template_arguments=config.model.template_arguments
+        )
         if tokenizer:
             encoding = {
                 "encode": functools.partial(encode, tokenizer),
@@ -317,6 +322,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("prompt", nargs="+", help="one or more prompts")
     command.add_argument("--chat", action="store_true", help="ask through the model's chat template")
+    command.add_argument("--template-arguments", **_TEMPLATE_ARGUMENTS)
     command.add_argument("-n", "--num-responses", type=_positive, default=1, help="responses per prompt (1)")
     command.add_argument("--temperature", type=_finite, default=1.0, help="0 is greedy (1.0)")
     command.add_argument("--top-p", type=_finite, default=1.0, help="nucleus (1.0: off)")
@@ -443,6 +449,23 @@ def _positive(text: str) -> int:
     return value
 
 
+def _mapping(text: str) -> dict:
+    import yaml
+
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"expected {{name: value, ...}}, got {text!r}")
+    return value
+
+
+_TEMPLATE_ARGUMENTS: dict = {
+    "type": _mapping,
+    "metavar": "{NAME: VALUE}",
+    "help": "for the chat template, such as '{enable_thinking: false}' (a run's own)",
+}
 # What `lpo eval` takes beside --suite, under the names of `evaluation.suite.Settings` and `suite_command`.
 _SUITE_OPTIONS: dict[str, dict] = {
     "data_dir": {
@@ -487,6 +510,7 @@ _SUITE_OPTIONS: dict[str, dict] = {
         "action": argparse.BooleanOptionalAction,
         "help": "ask through the chat template (as the benchmark says)",
     },
+    "template_arguments": _TEMPLATE_ARGUMENTS,
     "batch": {
         "type": _positive,
         "metavar": "N",

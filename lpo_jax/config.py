@@ -57,6 +57,12 @@ class ModelSection(_Strict):
     attention: Literal["auto", "plain", "pallas"] = _option(
         "auto", "plain: matrix products; pallas: kernels for TPUs; auto: the kernels where there are TPUs"
     )
+    template_arguments: dict[str, Any] = dataclasses.field(
+        default_factory=dict,
+        metadata={
+            "doc": "for the chat template, such as {enable_thinking: false}; `chat_template` names one of several"
+        },
+    )
     lora: LoraSection = LoraSection()
 
     @property
@@ -246,6 +252,7 @@ class Config(_Strict):
         return pydantic.TypeAdapter(Config).dump_python(self, mode="json")
 
 
+REQUIRED = ("output", "model.path", "task")
 FREE_FORM = ("task", "objective")  # sections whose keys belong to the named task or method
 
 
@@ -307,12 +314,11 @@ def _describe(cls, prefix):
             yield from _describe(type(field.default), f"{prefix}{field.name}.")
         else:
             default = field.default_factory() if field.default is dataclasses.MISSING else field.default
-            yield f"{prefix}{field.name}", _show(default), field.metadata["doc"]
+            required = default in ("", {}) and f"{prefix}{field.name}" in REQUIRED
+            yield f"{prefix}{field.name}", "required" if required else _show(default), field.metadata["doc"]
 
 
 def _show(value) -> str:
-    if value in ("", {}):
-        return "required"
     return yaml.safe_dump(list(value) if isinstance(value, tuple) else value, default_flow_style=True).split(
         "\n"
     )[0]

@@ -4,7 +4,9 @@ Axes: P prompts · K responses · T response tokens.
 """
 
 import dataclasses
+import hashlib
 import time
+from array import array
 from collections.abc import Sequence
 from typing import Any
 
@@ -220,17 +222,24 @@ def within_limit(
     what: str,
     settings: tuple[str, str] = ("sampling.max_prompt_tokens", "sampling.overlong_prompts"),
 ):
-    """The rows whose prompts fit, and how many do not.
+    """The rows whose prompts fit, how many do not, and the SHA-256 of the token ids of all prompts.
 
     Args:
       settings: what the user calls `limit` and `drop`.
 
     Raises:
-      UserError: some do not fit and `drop` is off, or none is left.
+      UserError: a prompt cannot be encoded, some do not fit and `drop` is off, or none is left.
     """
     if not len(rows):
         raise UserError(f"{what}: task {task.name} has none; give it a path to train on")
-    lengths = [len(encode_prompt(task, tokenizer, row)) for row in rows]
+    digest, lengths = hashlib.sha256(), []
+    for index, row in enumerate(rows):
+        try:
+            ids = encode_prompt(task, tokenizer, row)
+        except UserError as error:
+            raise UserError(f"{what} row {index}: {error}") from None
+        digest.update(array("I", [len(ids), *ids]).tobytes())
+        lengths.append(len(ids))
     long = sum(length > limit for length in lengths)
     # Where all fit they stay where they are, which may be on disk.
     kept = [row for row, length in zip(rows, lengths) if length <= limit] if long else rows
@@ -242,4 +251,4 @@ def within_limit(
         )
     if not kept:
         raise UserError(f"{what}: no row has a prompt of at most {limit} tokens ({settings[0]})")
-    return kept, long
+    return kept, long, digest.hexdigest()

@@ -22,6 +22,7 @@ from lpo_jax.evaluation.responses import Fact, ResponseFile
 from lpo_jax.evaluation.votes import majority
 from lpo_jax.rewards import VerifierPool, VerifierSpec
 from lpo_jax.rewards.code import confine
+from lpo_jax.rewards.user_code import file_hash, split_reference
 from lpo_jax.sampling import Sampler, Sampling
 from lpo_jax.tasks import Task
 from lpo_jax.tasks.data import content_hash
@@ -46,6 +47,7 @@ class Settings:
       problems: the first so many; 0: all.
       batch: prompts sampled together; 0: as many as make about `ROWS_AT_ONCE` responses.
       chat: ask through the model's chat template, or not; None: as the benchmark has it.
+      template_arguments: for the chat template.
       dtype: of activations and products.
       seed: of the samples and the bootstrap.
       allow_weak_sandbox: run programs where there is no bubblewrap.
@@ -61,6 +63,7 @@ class Settings:
     problems: int = 0
     batch: int = 0
     chat: bool | None = None
+    template_arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     dtype: str = "float32"
     seed: int = 0
     allow_weak_sandbox: bool = False
@@ -82,6 +85,7 @@ class Exam:
       limit: prompt tokens at most.
       task: how rows are asked.
       rows: the P problems.
+      prompts_hash: of the token ids of their prompts.
       left_out: problems whose prompts are too long.
       verifier: with its sandbox settled, `sandbox` being its kind; empty for verifiers that run no programs.
     """
@@ -92,6 +96,7 @@ class Exam:
     limit: int
     task: Task
     rows: Sequence[Mapping[str, Any]]
+    prompts_hash: str
     left_out: int
     verifier: VerifierSpec
     sandbox: str
@@ -105,6 +110,8 @@ class Exam:
             "problems": len(self.rows),
             "left_out": self.left_out,
             "data": content_hash(asked),
+            "prompts": self.prompts_hash,
+            "code": file_hash(parts[0]) if (parts := split_reference(self.verifier.source)) else "",
             "verifier": {**vars(self.verifier), "options": dict(self.verifier.options)},
         }
 
@@ -137,7 +144,7 @@ def prepare(
 
 
 def _exam(benchmark: Benchmark, task: Task, settings: Settings, tokenizer: Any, limit: int) -> Exam:
-    rows, left_out = within_limit(
+    rows, left_out, prompts_hash = within_limit(
         task,
         tokenizer,
         task.heldout[: settings.problems or len(task.heldout)],
@@ -151,7 +158,7 @@ def _exam(benchmark: Benchmark, task: Task, settings: Settings, tokenizer: Any, 
     )
     K = settings.num_responses or benchmark.k
     batch = min(settings.batch or max(1, ROWS_AT_ONCE // K), len(rows))
-    return Exam(benchmark.name, K, batch, limit, task, rows, left_out, verifier, sandbox)
+    return Exam(benchmark.name, K, batch, limit, task, rows, prompts_hash, left_out, verifier, sandbox)
 
 
 def run_exam(

@@ -87,8 +87,8 @@ class ModelTokenizer:
             return dataclasses.replace(self, template_arguments={})
         changed = dataclasses.replace(self, template_arguments=dict(arguments))
         template = changed._template()
-        reserved = set(inspect.signature(type(self.tokenizer).apply_chat_template).parameters)
-        used = set(re.findall(r"\w+", template)) - (reserved - {"tools", "documents"})
+        given = {"messages", *inspect.signature(type(self.tokenizer).apply_chat_template).parameters}
+        used = set(re.findall(r"\w+", template)) - (given - {"tools", "documents"})
         for name in arguments:
             if name not in used | {"chat_template"}:
                 raise UserError(
@@ -134,14 +134,19 @@ class ModelTokenizer:
     def _template(self) -> str:
         if not self.tokenizer.chat_template:
             raise UserError(f"{self.model}: the model has no chat template; use raw prompts")
-        try:
-            return self.tokenizer.get_chat_template(self.template_arguments.get("chat_template"))
-        except ValueError:
-            names = ", ".join(self.tokenizer.chat_template)
+        own, chosen = self.tokenizer.chat_template, self.template_arguments.get("chat_template")
+        named = own if isinstance(own, Mapping) else {}
+        if chosen is None and named and "default" not in named:
             raise UserError(
-                f"{self.model}: has several chat templates ({names}) and no default; set "
+                f"{self.model}: has several chat templates ({', '.join(named)}) and no default; set "
                 "model.template_arguments.chat_template to one of these names"
-            ) from None
+            )
+        if chosen is not None and chosen not in named and "{" not in str(chosen):
+            have = f"; have {', '.join(named)}" if named else ""
+            raise UserError(
+                f"{self.model}: has no chat template {chosen!r}{have}; a template itself holds braces"
+            )
+        return self.tokenizer.get_chat_template(chosen)
 
     def _apply(self, messages: Sequence[Message], **options: Any) -> str:
         template = self._template()

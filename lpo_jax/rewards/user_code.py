@@ -1,6 +1,7 @@
 """Python files that a user names in a config: a verifier, a data set."""
 
 import functools
+import hashlib
 import importlib.util
 import os
 import sys
@@ -19,6 +20,15 @@ def split_reference(reference: str) -> tuple[str, str] | None:
     if not colon or not path.endswith(".py"):
         return None
     return os.path.abspath(os.path.expanduser(path)), function
+
+
+def file_hash(path: str) -> str:
+    """SHA-256 of a file's content; "" where it cannot be read."""
+    try:
+        with open(os.path.expanduser(path), "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return ""
 
 
 def load_module(path: str) -> ModuleType:

@@ -35,6 +35,13 @@ def content_hash(*parts: Sequence[Mapping[str, Any]]) -> str:
     return digest.hexdigest()
 
 
+# What a hash in the state of `PromptIterator` is of.
+_HASHED = {
+    "data_hash": " (the task's rows)",
+    "prompts_hash": " (the prompts: what the task, the chat template and the tokenizer make of the rows)",
+}
+
+
 class PromptIterator(Iterator[list[tuple[int, Mapping[str, Any]]]]):
     """Endless batches of P training rows with their indices, through grain.
 
@@ -52,6 +59,7 @@ class PromptIterator(Iterator[list[tuple[int, Mapping[str, Any]]]]):
       seed: of the order.
       backward: walk the same shuffled order from the end of each epoch to its beginning.
       data_hash: the task's `content_hash`; in the state, so that a resume over changed data is refused.
+      prompts_hash: of the token ids of the rows' prompts; likewise.
 
     Raises:
       UserError: if there are fewer rows than P.
@@ -64,6 +72,7 @@ class PromptIterator(Iterator[list[tuple[int, Mapping[str, Any]]]]):
         prompts: int,
         seed: int,
         data_hash: str = "",
+        prompts_hash: str = "",
         backward: bool = False,
     ):
         import grain  # here, for it imports jax
@@ -73,7 +82,8 @@ class PromptIterator(Iterator[list[tuple[int, Mapping[str, Any]]]]):
                 f"data: {prompts} prompts a step from {len(rows)} training rows; need 1 to {len(rows)}"
             )
         self._rows = rows
-        self._about = {"prompts": prompts, "seed": seed, "rows": len(rows), "data_hash": data_hash}
+        self._about = {"prompts": prompts, "seed": seed, "rows": len(rows)}
+        self._about |= {"data_hash": data_hash, "prompts_hash": prompts_hash}
         indices = grain.MapDataset.source(range(len(rows))).seed(seed).shuffle()
         if backward:
             self._about["order"] = "backward"
@@ -102,7 +112,13 @@ class PromptIterator(Iterator[list[tuple[int, Mapping[str, Any]]]]):
           UserError: if the data, the seed or the batch size differ from those of the state, with the
             differences.
         """
-        changed = [f"{k} was {state.get(k)!r}, is {v!r}" for k, v in self._about.items() if state.get(k) != v]
+        # A checkpoint of an older version has no hash of the prompts.
+        was = {"prompts_hash": self._about["prompts_hash"], **state}
+        changed = [
+            f"{k} was {was.get(k)!r}, is {v!r}{_HASHED.get(k, '')}"
+            for k, v in self._about.items()
+            if was.get(k) != v
+        ]
         if changed:
             raise UserError(
                 f"data: cannot resume: {'; '.join(changed)}; use the same again, or start a new run"

@@ -178,7 +178,9 @@ def load_run(run: str | Path, checkpoint: str = "best") -> tuple[Model, int]:
         known = {"best": checkpoints.best(), "latest": checkpoints.latest()} | {str(s): s for s in steps}
         if checkpoint not in known:
             raise UserError(f"{run}: no checkpoint {checkpoint!r}; there are {', '.join(known)}")
-        config, tokenizer, eos_ids = load_config_and_tokenizer(name, weights=config.model.init == "weights")
+        config, tokenizer, eos_ids = load_config_and_tokenizer(
+            name, config.model.init == "weights", config.model.template_arguments
+        )
         step = known[checkpoint]
         trained = (
             lora.abstract_params(config, adapters)

@@ -80,7 +80,8 @@ class Recorder:
             progress = reporting.Progress(self.total, start=start, console=self.console)
             self.progress = stack.enter_context(progress if hosts.first() else hosts.Silent())
             task = self.session.task
-            self.run.note(data={"content_hash": task.content_hash, **task.about})
+            hashes = {"content_hash": task.content_hash, "prompts_hash": self.session.prompts_hash}
+            self.run.note(data={**hashes, **task.about})
             self.run.note(microbatch=dataclasses.asdict(self.session.microbatch))
             if sandbox := self.session.collect.pool.sandbox:
                 self.run.note(sandbox=sandbox)

@@ -19,6 +19,7 @@ from etils import epath
 
 from lpo_jax.config import Config, parse_config
 from lpo_jax.errors import UserError
+from lpo_jax.rewards.user_code import file_hash, split_reference
 from lpo_jax.scale import hosts
 
 PACKAGES = ("lpo_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
@@ -89,7 +90,8 @@ class RunDirectory:
             raise UserError(f"{self.path}: another process is writing to this run") from None
         except OSError as error:
             raise UserError(f"{self.path}: cannot be written to ({error.strerror})") from None
-        self._write("run.json", json.dumps({"kind": self.kind, **_surroundings()}, indent=2) + "\n")
+        about = {"kind": self.kind, "user_files": user_files(self.config), **_surroundings()}
+        self._write("run.json", json.dumps(about, indent=2) + "\n")
         self._write("config.yaml", yaml.safe_dump(self.config.to_dict(), sort_keys=False))
 
     def note(self, **facts: Any) -> None:
@@ -106,15 +108,20 @@ class RunDirectory:
         os.replace(partial, self.path / name)
 
     def _check_unchanged(self, kind: str) -> None:
-        held = (
-            json.loads((self.path / "run.json").read_text())["kind"]
-            if (self.path / "run.json").exists()
-            else kind
-        )
+        record = self.path / "run.json"
+        about = json.loads(record.read_text()) if record.exists() else {}
+        held = about.get("kind", kind)
         if held != kind:
             raise UserError(
                 f"{self.path}: holds an `lpo {held}` run; `lpo {kind} --resume` cannot continue it"
             )
+        before = about.get("user_files", {})
+        for file, digest in user_files(self.config).items():
+            if before.get(file, digest) != digest:
+                raise UserError(
+                    f"{self.path}: cannot resume: {file} has changed since the run was started; restore it, or start "
+                    "a new run with another --output=..."
+                )
         before, now = read_config(self.path).to_dict(), self.config.to_dict()
         for dotted in FIXED[kind]:
             old, new = _at(before, dotted), _at(now, dotted)
@@ -122,6 +129,25 @@ class RunDirectory:
                 raise UserError(
                     f"{self.path}: cannot resume with {key} = {becomes!r}; the run was started with {was!r}"
                 )
+
+
+def user_files(config: Config) -> dict[str, str]:
+    """The hashes of the files with which a user says how a run asks, judges and learns: by what the config names.
+
+    These are Python files in the sections `task` and `objective` (`file.py` and `file.py:function`), and all files in
+    `objective`. A task's data are not among them: they have a hash of their own (`Task.content_hash`), which is that
+    of the rows. What a file imports is not covered.
+    """
+    hashes = {}
+    for section in (config.task, config.objective):
+        for value in section.values():
+            if not isinstance(value, str):
+                continue
+            reference = split_reference(value)
+            path = reference[0] if reference else value
+            if path.endswith(".py") or section is config.objective:
+                hashes[value] = file_hash(path)
+    return {value: digest for value, digest in hashes.items() if digest}
 
 
 def checkpoint_directory(config: Config) -> epath.Path:

@@ -136,6 +136,7 @@ class Session:
     train_rows: list[tasks.Row]
     heldout_rows: list[tasks.Row]
     dropped: int
+    prompts_hash: str = ""  # of the training rows; empty where nothing is asked
 
     @property
     def dtype(self) -> Any:
@@ -235,6 +236,7 @@ class Session:
             prompts=batch_size,
             seed=self.config.seed,
             data_hash=self.task.content_hash,
+            prompts_hash=self.prompts_hash,
             backward=backward,
         )
         if state is not None:
@@ -268,7 +270,7 @@ def open_session(config: Config) -> Iterator[Session]:
     options = dict(config.task)
     task = tasks.get(options.pop("name"), **options)
     model_config, tokenizer, eos_ids = load_config_and_tokenizer(
-        config.model.path, weights=config.model.init == "weights"
+        config.model.path, config.model.init == "weights", config.model.template_arguments
     )
     if tokenizer is None:
         raise UserError(f"{config.model.path}: has no tokenizer")
@@ -288,8 +290,13 @@ def open_session(config: Config) -> Iterator[Session]:
         )
     problems = config.evaluation.problems or len(task.heldout)
     fits = functools.partial(within_limit, task, tokenizer, limit=limit, drop=drop)
-    train_rows, dropped = fits(task.train, what="training data")
-    heldout_rows, also_dropped = fits(task.heldout[:problems], what="held-out data")
+    train_rows, dropped, prompts_hash = fits(task.train, what="training data")
+    if config.model.template_arguments and isinstance(task.prompt(train_rows[0]), str):
+        raise UserError(
+            f"model.template_arguments: task {task.name} asks raw text, which no chat template sees; set task.chat to "
+            "true or remove them"
+        )
+    heldout_rows, also_dropped, _ = fits(task.heldout[:problems], what="held-out data")
     if len(train_rows) < config.training.prompts_per_step:
         raise UserError(
             f"training.prompts_per_step = {config.training.prompts_per_step} is more than the {len(train_rows)} "
@@ -308,5 +315,13 @@ def open_session(config: Config) -> Iterator[Session]:
         sampler = Sampler(model_config, eos_ids, dtype, tokenizer.decode, decoding, rows, attention)
         collect = Collector(task, tokenizer, sampler, pool, limit)
         yield Session(
-            config, task, model_config, tokenizer, collect, train_rows, heldout_rows, dropped + also_dropped
+            config,
+            task,
+            model_config,
+            tokenizer,
+            collect,
+            train_rows,
+            heldout_rows,
+            dropped + also_dropped,
+            prompts_hash,
         )

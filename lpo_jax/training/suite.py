@@ -60,18 +60,22 @@ def suite_command(
       out: directory of the results; default `runs/eval-MODEL-SUITE`.
       checkpoint: of a run.
     """
-    settings = Settings(**{"max_tokens": _MAX_TOKENS.get(suite, 1024), **given})
+    is_run = (Path(target) / "run.json").is_file()
+    model_of_run = read_config(target).model if is_run else None
+    defaults = {"max_tokens": _MAX_TOKENS.get(suite, 1024)}
+    if model_of_run:
+        defaults["template_arguments"] = model_of_run.template_arguments
+    settings = Settings(**{**defaults, **given})
     settings.sampling  # noqa: B018 - refuses what makes no sense
     benchmarks = find_benchmarks(suite, data_dir, task, overrides)
-    is_run = (Path(target) / "run.json").is_file()
     if not is_run and checkpoint != "best":
         raise UserError(f"--checkpoint {checkpoint}: {target} is not a run directory")
     if target.endswith((".yaml", ".yml")):
         raise UserError(
             f"{target}: --suite evaluates a model or a run directory; give the config's model.path"
         )
-    name = read_config(target).model.path if is_run else target
-    config, tokenizer, _ = load_config_and_tokenizer(name)
+    name = model_of_run.path if model_of_run else target
+    config, tokenizer, _ = load_config_and_tokenizer(name, template_arguments=settings.template_arguments)
     if tokenizer is None:
         raise UserError(f"{name}: has no tokenizer, so it cannot be asked")
     exams = prepare(benchmarks, settings, tokenizer, config.max_positions)

@@ -89,7 +89,7 @@ def test_template_arguments_reach_the_template():
     assert prompts(QWEN3, enable_thinking=False).render([USER]).endswith("assistant\n" + thought)
     assert prompts(QWEN3, enable_thinking=False).render([USER, answer("<a>")]).endswith(thought + "<a>")
     assert prompts(QWEN3, enable_thinking=True).render([USER]) == prompts(QWEN3).render([USER])
-    for name in ("enable_thinkin", "add_generation_prompt", "tokenize"):
+    for name in ("enable_thinkin", "messages", "add_generation_prompt", "tokenize"):
         with pytest.raises(UserError, match=f"a-model: its chat template does not use the argument '{name}'"):
             prompts(QWEN3, **{name: False})
     with pytest.raises(UserError, match="did you mean 'enable_thinking'"):
@@ -105,13 +105,17 @@ def test_one_of_several_templates_is_chosen_by_name():
     ):
         prompts(several).render([USER])
     assert prompts(several, chat_template="brackets").render([USER]) == "[INST] hi [/INST]"
+    assert prompts(CHATML, chat_template=BRACKETS).render([USER]) == "[INST] hi [/INST]"
+    for own, have in ((several, "; have plain, brackets;"), (CHATML, "; a template itself")):
+        with pytest.raises(UserError, match=f"has no chat template 'bracket'{have}"):
+            prompts(own, chat_template="bracket")
     assert prompts({**several, "default": QWEN3}).render([USER]) == prompts(QWEN3).render([USER])
 
 
 DATED = "{% set d = strftime_now('%d %b %Y') %}Today is {{ d }}, {{ strftime_now('%Y-%m-%d') }}.\n" + CHATML
 
 
-def test_the_date_of_a_prompt_does_not_depend_on_the_day(monkeypatch):
+def test_the_date_of_a_prompt_does_not_depend_on_the_day():
     text = prompts(DATED).render([USER])
     assert text == "Today is 26 Jul 2024, 2024-07-26.\n" + prompts().render([USER])
 

@@ -84,14 +84,25 @@ def test_a_batch_larger_than_the_data_is_refused(prompts):
         ({"prompts": 2}, "prompts was 3, is 2"),
         ({"seed": 1}, "seed was 0, is 1"),
         ({"rows": ROWS[:9]}, "rows was 10, is 9"),
-        ({"data_hash": "b"}, "data_hash was 'a', is 'b'"),
+        ({"data_hash": "b"}, r"data_hash was 'a', is 'b' \(the task's rows\)"),
+        (
+            {"prompts_hash": "d"},
+            r"prompts_hash was 'c', is 'd' \(the prompts: what the task, the chat template",
+        ),
     ],
 )
 def test_a_resume_over_something_else_is_refused(changed, difference):
-    setup = {"rows": ROWS, "prompts": 3, "seed": 0, "data_hash": "a"}
+    setup = {"rows": ROWS, "prompts": 3, "seed": 0, "data_hash": "a", "prompts_hash": "c"}
     state = tasks.PromptIterator(**setup).state()
     with pytest.raises(UserError, match=difference):
         tasks.PromptIterator(**setup | changed).restore(state)
+
+
+def test_a_state_without_a_hash_of_the_prompts_is_of_an_older_version():
+    setup = {"rows": ROWS, "prompts": 3, "seed": 0, "data_hash": "a", "prompts_hash": "c"}
+    state = tasks.PromptIterator(**setup).state()
+    del state["prompts_hash"]
+    tasks.PromptIterator(**setup).restore(state)
 
 
 def test_content_hash_sees_every_change_but_not_key_order():

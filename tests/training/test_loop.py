@@ -462,18 +462,6 @@ def test_changed_settings_are_refused_by_name(run_config, section, keys, differe
     assert sorted(Path(run_config()["output"]).rglob("*")) == before
 
 
-def test_changed_data_is_refused(run_config, tmp_path, tiny_task):
-    task = tmp_path / "task.py"
-    task.write_text(tiny_task.read_text())
-    config = run_config(
-        task={"name": "python", "file": str(task)}, training={"steps": 1}, evaluation={"problems": 1}
-    )
-    train(parse_config(config))
-    task.write_text(tiny_task.read_text().replace("(0, 24)", "(1, 24)"))
-    with pytest.raises(UserError, match="data_hash was"):
-        train(parse_config(config), resume=True)
-
-
 def test_another_run_is_not_overwritten(run_config):
     config = run_config(training={"steps": 0}, evaluation={"problems": 1})
     train(parse_config(config))
