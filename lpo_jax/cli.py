@@ -4,6 +4,7 @@ A user's mistake ends in one line on stderr and exit status 2; a run that had to
 """
 
 import argparse
+import errno
 import importlib
 import json
 import math
@@ -26,6 +27,9 @@ _RUNS = {
     "compare": "lpo_jax.compare.command",
 }
 
+# A full, read-only or failing disk, wherever it was met; what has a better message raises its own error.
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
@@ -47,9 +51,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `lpo methods | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if error.errno not in _DISK:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        return _fail(f"{where}{error.strerror}; mend the disk or free space on it, and start again", 1)
 
 
-def _fail(error: Exception, status: int) -> int:
+def _fail(error: Exception | str, status: int) -> int:
     print(f"lpo: {' '.join(str(error).split())}", file=sys.stderr)
     return status
 

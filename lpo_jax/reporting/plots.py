@@ -4,6 +4,7 @@ Figures are built from `matplotlib.figure.Figure` itself, never through pyplot, 
 and no display is needed. A panel whose metrics the run did not write is left out.
 """
 
+import io
 import math
 import os
 import re
@@ -11,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lpo_jax.reporting.writers import read_metrics
+from lpo_jax.reporting.writers import cannot_write, read_metrics, write_atomically
 
 COLORS = (
     "#0072B2",
@@ -99,18 +100,25 @@ def save_plots(run_dir: str | os.PathLike, title: str | None = None) -> list[Pat
 
     Returns:
         The files written.
+
+    Raises:
+        UserError: they cannot be written (a full disk).
     """
     rows = read_metrics(run_dir)
     title = Path(run_dir).resolve().name if title is None else title
     folder = Path(run_dir) / "plots"
-    folder.mkdir(exist_ok=True)
+    figures = {"learning_curves": learning_curves(rows, title), "diagnostics": diagnostics(rows, title)}
     paths = []
-    for name, draw in (("learning_curves", learning_curves), ("diagnostics", diagnostics)):
-        figure = draw(rows, title)
+    for name, figure in figures.items():
         if figure is not None:
-            path = folder / f"{name}.png"
-            figure.savefig(path, format="png", dpi=150)
-            paths.append(path)
+            png = io.BytesIO()  # matplotlib would leave half a file behind
+            figure.savefig(png, format="png", dpi=150)
+            paths.append(folder / f"{name}.png")
+            try:
+                folder.mkdir(exist_ok=True)
+                write_atomically(paths[-1], png.getvalue())
+            except OSError as error:
+                raise cannot_write(paths[-1], error) from error
     return paths
 
 

@@ -39,7 +39,7 @@ class RunWriter:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             self._keep_rows(lambda row: True)
         except OSError as error:
-            raise _cannot_write(self._path, error) from error
+            raise cannot_write(self._path, error) from error
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Appends one row and flushes it to the disk.
@@ -66,7 +66,7 @@ class RunWriter:
             self._append(row)
             self._write_events(step, values)
         except OSError as error:
-            raise _cannot_write(self._path, error) from error
+            raise cannot_write(self._path, error) from error
         self._last_step = int(step)
 
     def write_samples(self, step: int, rows: Iterable[Mapping], folder: str = "rollouts") -> Path:
@@ -85,32 +85,37 @@ class RunWriter:
             path.parent.mkdir(exist_ok=True)
             write_atomically(path, data)
         except OSError as error:
-            raise _cannot_write(path, error) from error
+            raise cannot_write(path, error) from error
         return path
 
-    def truncate_after(self, step: int, evaluated: bool = True) -> None:
+    def truncate_after(self, step: int, evaluations: int | None = None) -> None:
         """Goes back to a checkpoint: drops rows and sample files of later steps, and has TensorBoard hide its
         later events. Call it on resume, before the first write.
 
         Args:
-            evaluated: whether the checkpoint was saved after its step's held-out evaluation; if not, that will be
-                done again, and a row it may have left is dropped.
+            evaluations: how many held-out evaluations of its step the checkpoint knows of; rows of later ones are
+                dropped, because they will be done again. All stay by default.
         """
         self.close()
+        evaluated = 0
 
         def stays(row: Mapping) -> bool:
-            again = not evaluated and row["step"] == step and any(name.startswith("val-") for name in row)
-            return row["step"] <= step and not again
+            nonlocal evaluated
+            if row["step"] == step and any(name.startswith("val-") for name in row):
+                evaluated += 1
+                return evaluations is None or evaluated <= evaluations
+            return row["step"] <= step
 
         try:
             self._keep_rows(stays)
             for folder in SAMPLE_FOLDERS:
                 for path in (self.run_dir / folder).glob("*.jsonl*"):
                     name = path.name.split(".")[0]
-                    if path.suffix == ".tmp" or (name.isdigit() and int(name) > step):
+                    first_gone = step if folder == "validation" and evaluations == 0 else step + 1
+                    if path.suffix == ".tmp" or (name.isdigit() and int(name) >= first_gone):
                         path.unlink()
         except OSError as error:
-            raise _cannot_write(self._path, error) from error
+            raise cannot_write(self._path, error) from error
         self._purge_step = step + 1
 
     def close(self) -> None:
@@ -209,7 +214,13 @@ def write_atomically(path: Path, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)  # the new name, too, survives a power cut
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
-def _cannot_write(path: Path, error: OSError) -> UserError:
+def cannot_write(path: Path, error: OSError) -> UserError:
+    """The error that tells a user of a file which the disk does not take."""
     return UserError(f"cannot write {path}: {error.strerror or error}; make room or permission and resume")

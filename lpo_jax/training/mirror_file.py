@@ -1,7 +1,6 @@
 """The file that holds a learnt mirror map: `lpo meta` writes it, `objective.mirror` names it."""
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import numpy as np
 
 from lpo_jax.errors import RunStopped, UserError
 from lpo_jax.objectives.mirror import UNITS, map_problem
+from lpo_jax.reporting.writers import write_atomically
 
 # Name -> where it is among the 380 parameters. v, w, b: the public code's names, in its order of units.
 PARTS = {
@@ -51,8 +51,6 @@ def write_whole(path: Path, text: str) -> None:
     """Writes a file so that whoever reads it sees the old text or the new one. Raises `RunStopped` on a full disk."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.tmp")
-        partial.write_text(text)
-        os.replace(partial, path)
+        write_atomically(path, text.encode())
     except OSError as error:
         raise RunStopped(f"{path}: cannot be written ({error.strerror})") from None

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -30,7 +31,10 @@ class Position:
     Attributes:
       data: state of the prompt iterator after `step` batches; None at the start.
       evaluated: whether the held-out evaluation of `step` is done.
+      evaluations: how many were done at `step`: a warm-started run has evaluated the cold model before.
+      score: held-out pass@1 of `step`, by which checkpoints are compared; None before the first step.
       best: best held-out pass@1 so far.
+      best_step: the first step that reached it.
       skipped: non-finite gradients so far.
       hooks: states of the method's hooks; None where there are none yet.
       milestones: label -> per-problem outcomes of the evaluations shown at the end.
@@ -40,7 +44,10 @@ class Position:
     step: int = 0
     data: Any = None
     evaluated: bool = False
+    evaluations: int = 0
+    score: float | None = None
     best: float | None = None
+    best_step: int | None = None
     skipped: int = 0
     hooks: list[Any] | None = None
     milestones: dict[str, dict] = dataclasses.field(default_factory=dict)
@@ -48,18 +55,25 @@ class Position:
     def advance(self, state: TrainState, data: Any, hooks: list[Any] | None = None) -> None:
         """One step on."""
         self.state, self.data, self.hooks = state, data, hooks
-        self.step, self.evaluated = self.step + 1, False
+        self.step, self.evaluated, self.evaluations, self.score = self.step + 1, False, 0, None
 
     def record(self) -> dict[str, Any]:
         """All but the arrays, as JSON."""
-        names = ("step", "data", "evaluated", "best", "skipped", "hooks", "milestones")
+        names = [field.name for field in dataclasses.fields(self) if field.name != "state"]
         return {name: getattr(self, name) for name in names}
 
-    def add_milestone(self, label: str, evaluation: Evaluation) -> None:
-        self.milestones[label] = {
-            "passed": evaluation.passed.astype(int).tolist(),
-            "valid": evaluation.valid.astype(int).tolist(),
-        }
+    def add_evaluation(self, evaluation: Evaluation, label: str | None) -> None:
+        """The held-out evaluation of `step` is done; with a label it is shown at the end of the run."""
+        self.evaluated, self.evaluations = True, self.evaluations + 1
+        if self.step > 0 and math.isfinite(evaluation.score):
+            self.score = evaluation.score
+            if self.best is None or self.score > self.best:
+                self.best, self.best_step = self.score, self.step
+        if label:
+            self.milestones[label] = {
+                "passed": evaluation.passed.astype(int).tolist(),
+                "valid": evaluation.valid.astype(int).tolist(),
+            }
 
 
 class Recorder:
@@ -98,7 +112,7 @@ class Recorder:
             self.writer.truncate_after(-1)
             return None
         record = self.checkpoints.record(step)
-        self.writer.truncate_after(step, evaluated=record["evaluated"])
+        self.writer.truncate_after(step, evaluations=record["evaluations"])
         self.progress.log(f"resumed from the checkpoint of step {step}")
         state = self.checkpoints.restore(step, abstract_state.replace(frozen=None))
         return Position(state.replace(frozen=self.session.load_frozen()), **record)
@@ -121,23 +135,20 @@ class Recorder:
                 self.checkpoints.wait()
                 raise
 
-    def save(self, position: Position, score: float | None = None) -> None:
-        """Saves the position unless its step is saved already."""
+    def save(self, position: Position) -> bool:
+        """Saves the position unless its step is saved already, and its score."""
         changing = position.state.replace(frozen=None)  # the base of adapters is read from the model's files
-        self.checkpoints.save(position.step, changing, position.record(), score)
+        return self.checkpoints.save(position.step, changing, position.record(), position.score)
 
     def _evaluate_and_save(self, position: Position) -> None:
         step, last = position.step, position.step >= self.total
-        score, better = None, False
         if not position.evaluated and (step == 0 or last or _due(step, self.config.evaluation.every)):
-            label = "before" if step == 0 else f"after {step} steps" if last else None
-            score = self.evaluate(position, label).score
-            better = step > 0 and (position.best is None or score > position.best)
-            position.best = score if better else position.best
+            self.evaluate(position, "before" if step == 0 else f"after {step} steps" if last else None)
+        better = position.best_step == step
         if step > 0 and (better or last or _due(step, self.config.checkpoint.every)):
             with self.signals.deferred(), measure.stopwatch() as seconds:
-                self.save(position, score)
-                self.writer.write(step, {"timing_s/save_checkpoint": seconds()})
+                if self.save(position):
+                    self.writer.write(step, {"timing_s/save_checkpoint": seconds()})
 
     def evaluate(self, position: Position, label: str | None = None) -> Evaluation:
         """Held-out evaluation of the current parameters: a metrics row, its responses, maybe a milestone."""
@@ -148,9 +159,7 @@ class Recorder:
         with self.signals.deferred():  # the position is evaluated when its row is written
             self.writer.write_samples(position.step, evaluation.records, folder="validation")
             self.writer.write(position.step, row | {"timing_s/testing": seconds()})
-            position.evaluated = True
-            if label:
-                position.add_milestone(label, evaluation)
+            position.add_evaluation(evaluation, label)
         self.progress.update(position.step, row)
         return evaluation
 

@@ -9,7 +9,7 @@ import logging
 import os
 import platform
 import signal
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,14 @@ from etils import epath
 
 from lpo_jax.config import Config, parse_config
 from lpo_jax.errors import UserError
+from lpo_jax.reporting.writers import cannot_write, write_atomically
 from lpo_jax.rewards.user_code import file_hash, split_reference
 from lpo_jax.scale import hosts
 
 PACKAGES = ("lpo_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
+
+# What a start leaves whose first files did not fit on the disk: no run yet, so that it may be started again.
+LEFTOVERS = (".lock", "run.json.tmp", "run.json", "config.yaml.tmp")
 
 # A resumed run must sample and learn what the uninterrupted one would have; these settings decide that.
 # Others (steps, evaluation, checkpoints, workers, token budget) may change between two starts.
@@ -67,7 +71,7 @@ class RunDirectory:
                 f"{self.path}: holds a run already; continue it with --resume, or set another --output=..."
             )
         settings = (self.path / "config.yaml").exists()
-        if not held and any_child(self.path) and not settings:
+        if not held and any_child(self.path, but=LEFTOVERS) and not settings:
             raise UserError(f"{self.path}: is not empty and holds no run; set another --output=...")
         if held and settings:
             self._check_unchanged(self.kind)
@@ -89,7 +93,7 @@ class RunDirectory:
         except BlockingIOError:
             raise UserError(f"{self.path}: another process is writing to this run") from None
         except OSError as error:
-            raise UserError(f"{self.path}: cannot be written to ({error.strerror})") from None
+            raise cannot_write(self.path, error) from None
         about = {"kind": self.kind, "user_files": user_files(self.config), **_surroundings()}
         self._write("run.json", json.dumps(about, indent=2) + "\n")
         self._write("config.yaml", yaml.safe_dump(self.config.to_dict(), sort_keys=False))
@@ -103,9 +107,10 @@ class RunDirectory:
 
     def _write(self, name: str, text: str) -> None:
         """Whole or not at all: config.yaml is what tells a run from any other directory."""
-        partial = self.path / f".{name}.tmp"
-        partial.write_text(text)
-        os.replace(partial, self.path / name)
+        try:
+            write_atomically(self.path / name, text.encode())
+        except OSError as error:
+            raise cannot_write(self.path / name, error) from None
 
     def _check_unchanged(self, kind: str) -> None:
         record = self.path / "run.json"
@@ -236,9 +241,9 @@ class Signals:
             raise Interrupted
 
 
-def any_child(directory: Path | epath.Path) -> bool:
-    """Whether a directory exists and holds anything."""
-    return directory.is_dir() and any(True for _ in directory.iterdir())
+def any_child(directory: Path | epath.Path, but: Collection[str] = ()) -> bool:
+    """Whether a directory exists and holds anything, or anything but files of these names."""
+    return directory.is_dir() and any(child.name not in but for child in directory.iterdir())
 
 
 def _surroundings() -> dict[str, Any]:

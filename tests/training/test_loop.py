@@ -1,5 +1,6 @@
 """Whole runs on a tiny model: resume, kills, equivalences, failures. Every run is the real loop."""
 
+import dataclasses
 import json
 import os
 import random
@@ -19,12 +20,14 @@ from tiny import run_values
 from lpo_jax import objectives
 from lpo_jax.config import parse_config
 from lpo_jax.errors import RunStopped, UserError
-from lpo_jax.reporting import is_timing, read_metrics
+from lpo_jax.reporting import RunWriter, is_timing, read_metrics
 from lpo_jax.sampling import decode as sampling
 from lpo_jax.training import loop, rounds, step
 from lpo_jax.training import sft as training_sft
 from lpo_jax.training.checkpoint import load_run
 from lpo_jax.training.loop import train
+from lpo_jax.training.run import Interrupted
+from lpo_jax.training.session import Session
 from lpo_jax.training.sft import sft
 
 pytestmark = pytest.mark.usefixtures("no_plots")  # but the reference run, made before any test, draws its own
@@ -157,6 +160,77 @@ def test_best_checkpoint_is_kept(run_config):
     assert scores[best] == max(scores.values())
     assert load_run(config["output"], "latest")[1] == 4
     chex.assert_tree_all_finite(model.params)
+
+
+def best(config):
+    """Step and parameters of a run's best checkpoint."""
+    model, step = load_run(config["output"], "best")
+    return step, model.params
+
+
+@pytest.mark.parametrize("moment", ["while it samples", "as its row is written"])
+def test_best_checkpoint_survives_sigterm_in_its_evaluation(run_config, monkeypatch, moment):
+    """The step is saved, before or after its evaluation, and its score is not lost either way."""
+    sections = {"training": {"steps": 3}, "checkpoint": {"every": 0, "keep": 1}, "evaluation": {"every": 1}}
+    whole, parts = (run_config(name, **sections) for name in ("whole", "parts"))
+    evaluate, write, signals = Session.evaluate, RunWriter.write, []
+
+    def second_is_best(self, *arguments):
+        step = len(list(Path(self.config.output, "rollouts").glob("*.jsonl")))
+        if signals and moment == "while it samples" and step == 2:
+            os.kill(os.getpid(), signals.pop())
+        of = evaluate(self, *arguments)
+        first = of.summary["pass@1"] | {"mean": float(step == 2)}
+        return dataclasses.replace(of, summary=of.summary | {"pass@1": first})
+
+    def write_signalled(self, step, row):
+        write(self, step, row)
+        if signals and moment == "as its row is written" and step == 2 and "timing_s/testing" in row:
+            os.kill(os.getpid(), signals.pop())
+
+    monkeypatch.setattr(Session, "evaluate", second_is_best)
+    monkeypatch.setattr(RunWriter, "write", write_signalled)
+    train(parse_config(whole))
+    signals.append(signal.SIGTERM)
+    with pytest.raises(Interrupted):
+        train(parse_config(parts))
+    assert not signals and load_run(parts["output"], "latest")[1] == 2
+    train(parse_config(parts), resume=True)
+    assert_same_run(learned(parts), learned(whole))
+    assert best(parts)[0] == best(whole)[0] == 2
+    chex.assert_trees_all_equal(best(parts)[1], best(whole)[1])
+
+
+class Killed(BaseException):
+    """Ends a run as kill -9 does: nothing is saved on the way out."""
+
+
+def test_a_kill_after_the_warm_start_keeps_the_cold_model(run_config, monkeypatch, capsys):
+    """The evaluation of step 0 is done again; the one of the cold model, at step 0 too, is not, and stays."""
+    sections = {"warm_start": {"steps": 2, "batch_size": 8, "only_below": 0.9}, "training": {"steps": 1}}
+    whole, parts = (run_config(name, **sections, evaluation={"problems": 2}) for name in ("whole", "parts"))
+    train(parse_config(whole))
+    table = evaluations(capsys)
+    write, seen = RunWriter.write, []
+
+    def killed(self, step, row):
+        write(self, step, row)
+        seen.extend(name for name in row if name.endswith("pass@1"))
+        if len(seen) == 2:
+            raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(RunWriter, "write", killed)
+        train(parse_config(parts))
+    train(parse_config(parts), resume=True)
+    assert_same_run(learned(parts), learned(whole))
+    assert evaluations(capsys) == table and len(table) == 3
+
+
+def evaluations(capsys):
+    """The rows of the table at the end of a run."""
+    starts = ("cold model", "before", "after")
+    return [line for line in capsys.readouterr().out.splitlines() if line.strip().startswith(starts)]
 
 
 @pytest.mark.slow
