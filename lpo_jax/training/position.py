@@ -33,6 +33,7 @@ class Position:
       best: best held-out pass@1 so far.
       skipped: non-finite gradients so far.
       hooks: states of the method's hooks; None where there are none yet.
+      schedule_steps: steps that the learning rate's schedule runs over, those the run was started with; 0: not known.
       milestones: label -> per-problem outcomes of the evaluations shown at the end.
     """
 
@@ -43,6 +44,7 @@ class Position:
     best: float | None = None
     skipped: int = 0
     hooks: list[Any] | None = None
+    schedule_steps: int = 0
     milestones: dict[str, dict] = dataclasses.field(default_factory=dict)
 
     def advance(self, state: TrainState, data: Any, hooks: list[Any] | None = None) -> None:
@@ -52,7 +54,7 @@ class Position:
 
     def record(self) -> dict[str, Any]:
         """All but the arrays, as JSON."""
-        names = ("step", "data", "evaluated", "best", "skipped", "hooks", "milestones")
+        names = ("step", "data", "evaluated", "best", "skipped", "hooks", "schedule_steps", "milestones")
         return {name: getattr(self, name) for name in names}
 
     def add_milestone(self, label: str, evaluation: Evaluation) -> None:
