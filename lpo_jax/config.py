@@ -101,7 +101,7 @@ class SamplingSection(_Strict):
     weights: Literal["float", "int8"] = _option(
         "float",
         "of the layers' matrices while sampling to train: in model.dtype, or 8 bits with a scale per output "
-        "channel (extra [quant]; needs training.behaviour=rescored); evaluation stays in model.dtype",
+        "channel (extra [quant]; not with training.behaviour=sampled); evaluation stays in model.dtype",
     )
 
 
@@ -116,18 +116,15 @@ class TrainingSection(_Strict):
         "recompute layers in the backward pass: less memory, a third more arithmetic; auto: where "
         "memory asks for it in shorter rows too",
     )
-    behaviour: Literal["sampled", "rescored"] = _option(
-        "sampled",
-        "behaviour log-probs: the sampler's own, or scored once more by the trainer before the first update",
+    behaviour: Literal["auto", "sampled", "rescored"] = _option(
+        "auto",
+        "behaviour log-probs: the sampler's own, or scored once more by the trainer before the first update; auto: "
+        "rescored where the sampler's rounding would be taken for a change of the policy (in bfloat16 with several "
+        "updates a step or a reference, and with int8 sampling)",
     )
     max_skipped_updates: Positive = _option(5, "stop after this many non-finite gradients in a row")
     save_rollouts: bool = _option(True, "write every response to rollouts/<step>.jsonl")
     save_plots: bool = _option(True, "draw plots/*.png at the end")
-
-    @property
-    def total_updates(self) -> int:
-        """Optimizer steps of the whole run."""
-        return self.steps * self.updates_per_step
 
 
 @dataclasses.dataclass(frozen=True)

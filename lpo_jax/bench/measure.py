@@ -28,7 +28,6 @@ from lpo_jax.sampling.text import encode
 from lpo_jax.training.batch import Groups
 from lpo_jax.training.hooks import open_hooks
 from lpo_jax.training.loop import take_step
-from lpo_jax.training.optimizer import make_optimizer
 from lpo_jax.training.position import Position, Recorder
 from lpo_jax.training.rounds import Learner
 from lpo_jax.training.run import RunDirectory, Signals
@@ -118,12 +117,7 @@ def stepping(session: Session) -> Iterator[Callable[[], Any]]:
     """A call that takes the run's next step, as `lpo train` takes it: sampled, verified, learned, written down."""
     config, objective = session.config, check_config(session.config)
     with open_hooks(objective, session) as hooks:
-        learner = Learner(
-            objective,
-            hooks,
-            session.program(config.sampling.temperature, objective),
-            make_optimizer(config.optimizer, config.training.total_updates),
-        )
+        learner = Learner.of(session, objective, hooks, config.training.steps)
         run = RunDirectory(config, "train", resume=False)
         with run, Signals() as signals, Recorder(session, run, signals, config.training.steps) as recorder:
             position = Position(session.start(session.load_state(), learner.optimizer, objective))

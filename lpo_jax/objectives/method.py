@@ -22,6 +22,7 @@ from lpo_jax.objectives.advantage import Advantage
 from lpo_jax.objectives.aggregate import Aggregate
 from lpo_jax.objectives.batch import Context, Listwise, Scored, TokenStats
 from lpo_jax.objectives.divergences import DIVERGENCES
+from lpo_jax.objectives.hooks import Phase
 from lpo_jax.objectives.part import Part
 from lpo_jax.objectives.projection import Projection
 from lpo_jax.objectives.regular import Regular
@@ -86,6 +87,11 @@ class Objective:
         """Fields of `TokenStats` that the loss has a gradient in; `logp` always is one."""
         penalties = (part for part in self.regular if part.coefficient)
         return frozenset({"logp"}.union(*(part.differentiates for part in penalties)))
+
+    @property
+    def extra_updates(self) -> int:
+        """Most updates that the hooks add to those of a step."""
+        return sum(hook.phase is Phase.REPLAY for hook in self.hooks)
 
     def __call__(self, stats: TokenStats, scored: Scored) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The loss of a minibatch of whole groups, to be minimised, and its metrics.

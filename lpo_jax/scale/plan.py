@@ -20,7 +20,8 @@ from lpo_jax.scale import mesh as meshes
 from lpo_jax.scale import roofline, topology
 from lpo_jax.scale.roofline import Phase, Setting, Sizes, Workload
 from lpo_jax.scale.topology import Topology
-from lpo_jax.training.rounds import Learner
+from lpo_jax.training.behaviour import choose
+from lpo_jax.training.rounds import scores_first
 
 # The phases that take nearly all of the time and of the memory: a suggestion is compiled in these.
 DECISIVE = ("update", "decode")
@@ -110,7 +111,8 @@ def plan(
       UserError: libtpu is missing, or the config's mesh does not suit the slice.
     """
     started = time.perf_counter()
-    work = roofline.workload(config, model, objective.needs, Learner(objective, (), None, None).scores_first)
+    config = choose(config, objective).resolve(config)
+    work = roofline.workload(config, model, objective.needs, scores_first(objective))
     asked = setting_of(config, work, target)
     compiler = None
     if target.chip.kind == "tpu":

@@ -31,7 +31,7 @@ from lpo_jax.scale.cost import program_cost
 from lpo_jax.scale.hlo import parse
 from lpo_jax.scale.roofline import Exchange, Phase, Setting, Workload, kernel_flops, mean_storage
 from lpo_jax.training.batch import Groups
-from lpo_jax.training.optimizer import make_optimizer
+from lpo_jax.training.optimizer import Optimizer, make_optimizer, planned_updates
 from lpo_jax.training.session import Session
 from lpo_jax.training.step import TrainState, score, update
 
@@ -80,15 +80,19 @@ class Slice:
     def _int8(self) -> bool:
         return self.config.sampling.weights == "int8"
 
+    @property
+    def _optimizer(self) -> Optimizer:
+        updates = planned_updates(self.config, self.objective, self.config.training.steps)
+        return make_optimizer(self.config.optimizer, updates)
+
     def _session(self, model: ModelConfig) -> Session:
         """What a run would have of its model; a plan has no data."""
         return Session(self.config, None, model, None, None, [], [], 0)
 
     def _state(self, model: ModelConfig) -> TrainState:
         """The train state on the training mesh."""
-        optimizer = make_optimizer(self.config.optimizer, self.config.training.total_updates)
         with sharding.using(self._mesh):
-            return self._session(model).abstract_state(optimizer, self.objective)
+            return self._session(model).abstract_state(self._optimizer, self.objective)
 
     def _weights(self, model: ModelConfig, state: TrainState):
         """The sampler's weights on the decode mesh."""
@@ -161,9 +165,11 @@ class Slice:
             if name == "score":
                 times, lowered = work.scorings, score.lower(program, state.policy, groups)
             else:
-                optimizer = make_optimizer(self.config.optimizer, self.config.training.total_updates)
                 cotangent = TokenStats(jax.ShapeDtypeStruct((P, work.K, work.T), jnp.float32))
-                times, lowered = work.updates, update.lower(program, optimizer, state, groups, cotangent)
+                times, lowered = (
+                    work.updates,
+                    update.lower(program, self._optimizer, state, groups, cotangent),
+                )
         # The sampler's weights stay as long as hooks may sample again, which ends before the first update.
         alive = (state, self._weights(self.model, state)) if name == "score" else state
         return _measure(name, times, lowered, alive, kernel_flops(work, self.setting, name))

@@ -6,12 +6,14 @@ from lpo_jax import objectives, reporting
 from lpo_jax.evaluation.encode import encode_prompt
 from lpo_jax.models.sharding import batch_shards
 from lpo_jax.sampling.padding import bucket
+from lpo_jax.training.behaviour import Behaviour
+from lpo_jax.training.optimizer import planned_updates
 from lpo_jax.training.packing import full
-from lpo_jax.training.session import Session
+from lpo_jax.training.session import Session, make_objective
 from lpo_jax.training.step import Program
 
 
-def introduce(session: Session, program: Program, progress: reporting.Progress) -> None:
+def introduce(session: Session, program: Program, behaviour: Behaviour, progress: reporting.Progress) -> None:
     """Model, task, method, devices, and the table of derived batch sizes."""
     config, model = session.config, session.model_config
     name = config.objective["name"]
@@ -23,6 +25,8 @@ def introduce(session: Session, program: Program, progress: reporting.Progress) 
         f"method   {name}: {objectives.names()[name]['formula']}",
         f"devices  {jax.device_count()} x {jax.devices()[0].device_kind} ({jax.default_backend()}){mesh_line()}",
         *sandbox_line(session.collect.pool.sandbox),
+        f"ratios   to the {'trainer' if behaviour.rescored else 'sampler'}'s log-probs of what was sampled "
+        f"(training.behaviour={behaviour.choice}: {behaviour.reason})",
         reporting.batch_table(batch_sizes(session, program)),
     )
 
@@ -52,6 +56,7 @@ def sandbox_line(kind: str) -> list[str]:
 def batch_sizes(session: Session, program: Program) -> list[tuple[str, object, str]]:
     """(name, value, meaning) of everything the batch settings come to."""
     training, sampling = session.config.training, session.config.sampling
+    objective = make_objective(session.config)
     P, K, T = training.prompts_per_step, sampling.num_responses, sampling.max_tokens
     longest = max(len(encode_prompt(session.task, session.tokenizer, row)) for row in session.train_rows)
     S, minibatch = bucket(longest, sampling.max_prompt_tokens), P // training.updates_per_step
@@ -76,5 +81,10 @@ def batch_sizes(session: Session, program: Program) -> list[tuple[str, object, s
             "computed again" if program.remat else "kept",
             f"training.remat{rows}",
         ),
-        ("updates in all", training.total_updates, f"{training.steps} steps"),
+        (
+            "updates in all",
+            planned_updates(session.config, objective, training.steps),
+            f"{training.steps} steps"
+            + (", with a replayed batch in each at most" if objective.extra_updates else ""),
+        ),
     ]

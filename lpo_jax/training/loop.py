@@ -5,17 +5,19 @@
 Axes: P prompts · K responses · T response tokens.
 """
 
+import dataclasses
 import time
 
 import jax
 
 from lpo_jax import tasks
 from lpo_jax.config import Config
-from lpo_jax.errors import Diverged
+from lpo_jax.errors import Diverged, UserError
 from lpo_jax.training import measure
+from lpo_jax.training.behaviour import choose
 from lpo_jax.training.hooks import open_hooks
 from lpo_jax.training.intro import introduce
-from lpo_jax.training.optimizer import learning_rate, make_optimizer, skipped_updates
+from lpo_jax.training.optimizer import skipped_updates
 from lpo_jax.training.position import Position, Recorder
 from lpo_jax.training.rounds import (
     Learner,
@@ -41,25 +43,42 @@ def train(config: Config, *, resume: bool = False) -> None:
       Interrupted: SIGTERM or Ctrl-C; the position is saved.
     """
     objective = check_config(config)
+    behaviour = choose(config, objective)
+    config = behaviour.resolve(config)  # so that a resume compares what was chosen
     run = RunDirectory(config, "train", resume)
     with open_session(config) as session, open_hooks(objective, session) as hooks:
         if config.warm_start.steps:
             check_solutions(session)
-        learner = Learner(
-            objective,
-            hooks,
-            session.program(config.sampling.temperature, objective),
-            make_optimizer(config.optimizer, config.training.total_updates),
-        )
+        learner = Learner.of(session, objective, hooks, config.training.steps)
         with run, Signals() as signals, Recorder(session, run, signals, config.training.steps) as recorder:
-            introduce(session, learner.program, recorder.progress)
+            run.note(behaviour=dataclasses.asdict(behaviour))
+            introduce(session, learner.program, behaviour, recorder.progress)
             abstract = session.abstract_state(learner.optimizer, objective)
             position = recorder.restore(abstract) or begin(session, learner, recorder)
+            if position.schedule_steps:
+                check_extension(config, position.schedule_steps)
+                learner = Learner.of(session, objective, hooks, position.schedule_steps)
+            position.schedule_steps = learner.schedule_steps
             if position.hooks is not None:
                 learner.restore(position.hooks)
             data = session.prompts(config.training.prompts_per_step, position.data)
             recorder.drive(position, lambda at: take_step(session, learner, at, data, recorder))
             recorder.finish(position)
+
+
+def check_extension(config: Config, schedule_steps: int) -> None:
+    """Refuses steps beyond the end of a schedule that ends at 0, where nothing more would be learned.
+
+    The schedule and `progress` stay stretched over the steps that the run was started with: stretched anew, they would
+    jump back, and the rate up.
+    """
+    optimizer, steps = config.optimizer, config.training.steps
+    if steps > schedule_steps and optimizer.schedule != "constant" and not optimizer.final_fraction:
+        raise UserError(
+            f"cannot resume with training.steps = {steps}: optimizer.schedule = {optimizer.schedule} reaches a rate of "
+            f"0 after the {schedule_steps} steps that the run was started with; start a new run with "
+            f"training.steps={steps}, or from this one's weights (lpo export)"
+        )
 
 
 def begin(session: Session, learner: Learner, recorder: Recorder) -> Position:
@@ -95,11 +114,9 @@ def take_step(
     recorder.progress.phase("sampling")
     round, tools = sample_round(session, learner, position.state.policy, data, step)
     recorder.progress.phase("learning")
-    rollouts = make_rollouts(round, sampling.max_tokens, position.step / max(recorder.total - 1, 1))
+    rollouts = make_rollouts(round, sampling.max_tokens, learner.progress(step))
     scoring = time.perf_counter()
-    rollouts, sampler_gap = complete(
-        learner, rollouts, round, tools, rescore=training.behaviour == "rescored"
-    )
+    rollouts, sampler_gap = complete(learner, rollouts, round, tools)
     del tools  # and with them the sampler's weights: the updates need the room
     learning = time.perf_counter()
 
@@ -128,9 +145,7 @@ def take_step(
         row |= measure.sampling_metrics(batch, sampling.max_tokens, sampling.max_prompt_tokens)
         row |= measure.machine_metrics(seconds, row["perf/total_num_tokens"])
         row |= {
-            "actor/lr": learning_rate(
-                config.optimizer, training.total_updates, step * training.updates_per_step - 1
-            ),
+            "actor/lr": learner.optimizer.rate_used(state.opt_state),
             "lpo/skipped_updates": skipped - position.skipped,
             "training/global_step": step,
             "training/epoch": int(data.epoch),

@@ -9,6 +9,7 @@ import optax
 
 from lpo_jax.config import Config, OptimizerConfig
 from lpo_jax.models.decoder import Params
+from lpo_jax.objectives import Objective
 
 
 def make_schedule(config: OptimizerConfig, total_updates: int) -> optax.Schedule:
@@ -35,11 +36,13 @@ class Optimizer:
 
     Attributes:
       rule: makes updates of gradients.
-      clip_norm: 0: as long as they are.
+      clip_norm: largest norm of a gradient; 0 disables clipping.
+      schedule: the rule's learning rate by update.
     """
 
     rule: optax.GradientTransformation
     clip_norm: float = 0.0
+    schedule: optax.Schedule | None = None
 
     def init(self, params: Params) -> optax.ApplyIfFiniteState:
         count = lambda: jnp.zeros([], jnp.int32)  # noqa: E731 - an array each: both are donated
@@ -65,19 +68,36 @@ class Optimizer:
         in_a_row, in_all = (state.notfinite_count + 1) * skipped, state.total_notfinite + skipped
         return new, optax.ApplyIfFiniteState(in_a_row, finite, in_all, moved), norm
 
+    def rate_used(self, state: optax.ApplyIfFiniteState) -> float:
+        """The learning rate of the last update that was applied, by the count that the rule itself keeps; before any,
+        that of the first."""
+        return float(self.schedule(max(applied_updates(state) - 1, 0)))
+
 
 @functools.cache  # one object for equal settings, so that a program that holds it is not traced again
 def make_optimizer(config: OptimizerConfig, total_updates: int) -> Optimizer:
     """Clip by global norm, Adam moments in float32, decoupled weight decay on matrices only."""
+    schedule = make_schedule(config, total_updates)
     adamw = optax.adamw(
-        make_schedule(config, total_updates),
+        schedule,
         b1=config.b1,
         b2=config.b2,
         eps=config.eps,
         weight_decay=config.weight_decay,
         mask=_decayed,
     )
-    return Optimizer(adamw, config.clip_norm)
+    return Optimizer(adamw, config.clip_norm, schedule)
+
+
+def planned_updates(config: Config, objective: Objective, steps: int) -> int:
+    """The updates that `steps` steps make at most: what a schedule over them is stretched to."""
+    return steps * (config.training.updates_per_step + objective.extra_updates)
+
+
+def applied_updates(state: optax.ApplyIfFiniteState) -> int:
+    """Updates that have moved the parameters, by the count that the schedule goes by."""
+    counts = optax.tree_utils.tree_get_all_with_path(state.inner_state, "count")
+    return int(max(count for _, count in counts))
 
 
 def skipped_updates(state: optax.ApplyIfFiniteState) -> tuple[int, int]:
@@ -93,11 +113,6 @@ def _decayed(params):
         return not (name.endswith("norm") or name in ("bq", "bk", "bv"))
 
     return jax.tree_util.tree_map_with_path(is_matrix, params)
-
-
-def learning_rate(config: OptimizerConfig, total_updates: int, update: int) -> float:
-    """The rate that update number `update` (from 0) of a run without skipped ones uses."""
-    return float(make_schedule(config, total_updates)(update))
 
 
 def warm_start_config(config: Config) -> OptimizerConfig:

@@ -37,6 +37,7 @@ class Position:
       best_step: the first step that reached it.
       skipped: non-finite gradients so far.
       hooks: states of the method's hooks; None where there are none yet.
+      schedule_steps: steps that the learning rate's schedule runs over, those the run was started with; 0: not known.
       milestones: label -> per-problem outcomes of the evaluations shown at the end.
     """
 
@@ -50,6 +51,7 @@ class Position:
     best_step: int | None = None
     skipped: int = 0
     hooks: list[Any] | None = None
+    schedule_steps: int = 0
     milestones: dict[str, dict] = dataclasses.field(default_factory=dict)
 
     def advance(self, state: TrainState, data: Any, hooks: list[Any] | None = None) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from lpo_jax import tasks
@@ -20,26 +21,49 @@ from lpo_jax.objectives import Scored, TokenStats
 from lpo_jax.objectives.method import Objective
 from lpo_jax.sampling.padding import bucket, pad_to
 from lpo_jax.training.batch import Groups, Rollouts
+from lpo_jax.training.behaviour import choose
 from lpo_jax.training.hooks import Round, RunHook, Tools
 from lpo_jax.training.observe import observed
-from lpo_jax.training.optimizer import Optimizer
+from lpo_jax.training.optimizer import Optimizer, make_optimizer, planned_updates
 from lpo_jax.training.session import Session
 from lpo_jax.training.step import Program, TrainState, gap, score
 
 
 @dataclasses.dataclass(frozen=True)
 class Learner:
-    """What a run learns by: the objective, its hooks at work, how the model is run, and the optimizer."""
+    """What a run learns by: the objective, its hooks at work, how the model is run, and the optimizer.
+
+    Attributes:
+      schedule_steps: steps that the learning rate's schedule and `progress` run over.
+      rescores: whether behaviour log-probs are the trainer's.
+    """
 
     objective: Objective
     hooks: Sequence[RunHook]
     program: Program
     optimizer: Optimizer
+    schedule_steps: int
+    rescores: bool
 
-    @property
-    def scores_first(self) -> bool:
-        """Whether the objective needs more of the tokens than the sampler can say."""
-        return bool(self.objective.needs & {"entropy", "top_logp", *EXTRA_STATS})
+    @classmethod
+    def of(
+        cls, session: Session, objective: Objective, hooks: Sequence[RunHook], schedule_steps: int
+    ) -> "Learner":
+        """That of a run."""
+        config = session.config
+        updates = planned_updates(config, objective, schedule_steps)
+        return cls(
+            objective,
+            hooks,
+            session.program(config.sampling.temperature, objective),
+            make_optimizer(config.optimizer, updates),
+            schedule_steps,
+            choose(config, objective).rescored,
+        )
+
+    def progress(self, step: int) -> float:
+        """How far the run is at `step` (from 1): 0 at the first step that the schedule covers, 1 from its last on."""
+        return min((step - 1) / max(self.schedule_steps - 1, 1), 1.0)
 
     def metrics(self) -> dict[str, float]:
         """What the hooks have to report of the last round."""
@@ -53,6 +77,11 @@ class Learner:
         """Continues from `state()`."""
         for hook, state in zip(self.hooks, states, strict=True):
             hook.restore(state)
+
+
+def scores_first(objective: Objective) -> bool:
+    """Whether an objective needs more of the tokens than the sampler can say."""
+    return bool(objective.needs & {"entropy", "top_logp", *EXTRA_STATS})
 
 
 def sample_round(
@@ -114,21 +143,21 @@ def make_rollouts(round: Round, max_tokens: int, progress: float) -> Rollouts:
 
 
 def complete(
-    learner: Learner, rollouts: Rollouts, round: Round, tools: Tools, rescore: bool
+    learner: Learner, rollouts: Rollouts, round: Round, tools: Tools
 ) -> tuple[Rollouts, dict[str, float]]:
     """What the objective needs beyond the samples, from the model before its first update.
 
     Returns:
-      The rollouts, and the sampler's gap to the trainer where behaviour log-probs are the trainer's (`rescore`).
+      The rollouts, and the sampler's gap to the trainer where behaviour log-probs are the trainer's.
     """
     groups, scored, gaps = rollouts.groups, rollouts.scored, {}
-    rollouts = packed(learner, rollouts)
-    if rescore or round.rescore:
-        by_trainer = score(learner.program, tools.params, rollouts.groups)
+    if learner.rescores or round.rescore:
+        by_trainer = rescored(learner, rollouts, tools)
         if not round.rescore:
-            found = gap(TokenStats(scored.behaviour_logp), by_trainer, scored.mask)
+            found = gap(TokenStats(scored.behaviour_logp), TokenStats(by_trainer), scored.mask)
             gaps = {name: float(value) for name, value in found.items()}
-        scored = scored.replace(behaviour_logp=by_trainer.logp, sampler_logp=scored.behaviour_logp)
+        scored = scored.replace(behaviour_logp=by_trainer, sampler_logp=scored.behaviour_logp)
+    rollouts = packed(learner, rollouts)
     wanted = learner.objective.needs & {"features", "prompt_confidence"}
     if wanted:
         seen = observed(learner.program, tools.params, rollouts.groups, scored.mask)
@@ -143,6 +172,17 @@ def complete(
     return rollouts.replace(groups=groups), gaps
 
 
+def rescored(learner: Learner, rollouts: Rollouts, tools: Tools) -> jax.Array:
+    """The trainer's log-probs `[P, K, T]` of a round.
+
+    Scored minibatch by minibatch, as the updates score the same tokens later: one compiled program, the same tokens
+    side by side, and so the same rounding. A policy that has not moved has a log-ratio of exactly 0.
+    """
+    parts = split(rollouts, tools.session.config.training.updates_per_step)
+    scores = [score(learner.program, tools.params, packed(learner, part).groups).logp for part in parts]
+    return jnp.concatenate(scores)
+
+
 def packed(learner: Learner, rollouts: Rollouts) -> Rollouts:
     """The same, laid out by its real tokens."""
     return rollouts.replace(groups=learner.program.pack(rollouts.groups, rollouts.scored.mask))
@@ -154,7 +194,7 @@ def current_stats(learner: Learner, state: TrainState, rollouts: Rollouts, first
     In the first update after sampling the behaviour log-probs are the policy's own and stand in.
     """
     used = TokenStats(rollouts.scored.behaviour_logp)
-    if learner.scores_first or not first:
+    if scores_first(learner.objective) or not first:
         scored = score(learner.program, state.policy, rollouts.groups)
         used = scored.replace(logp=used.logp) if first else scored
     if "ref_logp" in learner.objective.needs:

@@ -29,6 +29,7 @@ from lpo_jax.objectives.catalogue import with_response_budget
 from lpo_jax.objectives.hooks import problem as hook_problem
 from lpo_jax.sampling import Sampler, Sampling
 from lpo_jax.scale.mesh import STATE_BYTES, open_mesh
+from lpo_jax.training.behaviour import choose
 from lpo_jax.training.memory import Microbatch, fit_microbatch
 from lpo_jax.training.mirror_file import read_map
 from lpo_jax.training.optimizer import Optimizer
@@ -74,7 +75,7 @@ def check_config(config: Config) -> objectives.Objective:
             "model.lora.rank: adapters need a trained base to stay near; with model.init=random train all weights"
         )
     objective = make_objective(config)
-    rescored = training.behaviour == "rescored"
+    rescored = choose(config, objective).rescored
     if sampling.weights == "int8":
         require_qwix()
         if not rescored:

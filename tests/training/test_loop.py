@@ -22,7 +22,7 @@ from lpo_jax.config import parse_config
 from lpo_jax.errors import RunStopped, UserError
 from lpo_jax.reporting import RunWriter, is_timing, read_metrics
 from lpo_jax.sampling import decode as sampling
-from lpo_jax.training import loop, rounds, step
+from lpo_jax.training import loop, optimizer, rounds, step
 from lpo_jax.training import sft as training_sft
 from lpo_jax.training.checkpoint import load_run
 from lpo_jax.training.loop import train
@@ -379,6 +379,57 @@ def test_memory_and_scoring_settings_do_not_change_what_is_learned(run_config):
         np.testing.assert_array_less(max(gaps), 2e-4)
     chex.assert_trees_all_close(ends[0], ends[1], rtol=1e-4, atol=1e-5)
     chex.assert_trees_all_close(ends[0], ends[2], rtol=1e-4, atol=1e-5)
+
+
+def rates_of(config):
+    return [row["actor/lr"] for row in read_metrics(config["output"]) if "actor/lr" in row]
+
+
+DECAYING = {"schedule": "linear", "learning_rate": 1e-2, "final_fraction": 0.1, "weight_decay": 0.0}
+
+
+def test_replayed_updates_count_in_the_schedule(method_config, monkeypatch):
+    """The rate falls with every update that is made, the replayed ones included, down to the run's last step."""
+    config = method_config("pipo", "run", 4)
+    config["optimizer"] = DECAYING
+    counts = []
+    used = optimizer.Optimizer.rate_used
+    monkeypatch.setattr(
+        optimizer.Optimizer,
+        "rate_used",
+        lambda self, state: counts.append(optimizer.applied_updates(state)) or used(self, state),
+    )
+    train(parse_config(config))
+    rates, updates = rates_of(config), np.diff([0, *counts])
+    assert set(updates) == {2, 3}  # steps of two updates, some of which replay a batch
+    expected = [1e-2 * (1 - 0.9 * (count - 1) / 12) for count in counts]  # of 4 x 3 updates at most
+    np.testing.assert_allclose(rates, expected, rtol=1e-5)
+
+
+def test_an_extended_run_keeps_its_schedule(method_config, monkeypatch):
+    """The rate stays at its end, and `progress` at 1."""
+    first, longer = (method_config("lpo-forward", "run", steps) for steps in (2, 4))
+    first["optimizer"] = longer["optimizer"] = DECAYING
+    train(parse_config(first))
+    seen, make_rollouts = [], loop.make_rollouts
+    monkeypatch.setattr(loop, "make_rollouts", lambda *a: seen.append(a[2]) or make_rollouts(*a))
+    train(parse_config(longer), resume=True)
+    assert seen == [1, 1]
+    rates = rates_of(longer)
+    assert rates == sorted(rates, reverse=True) and rates[2:] == pytest.approx([1e-3, 1e-3])
+
+
+def test_steps_beyond_a_schedule_that_ends_at_0_are_refused(run_config):
+    def check(steps, **settings):
+        values = run_config(training={"steps": steps}, optimizer={"schedule": "cosine"} | settings)
+        loop.check_extension(parse_config(values), schedule_steps=4)
+
+    check(4), check(3), check(8, schedule="constant"), check(8, final_fraction=0.1)
+    with pytest.raises(
+        UserError, match=r"cannot resume with training.steps = 8: .* after the 4 steps"
+    ) as error:
+        check(8)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.slow

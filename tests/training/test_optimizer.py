@@ -9,13 +9,13 @@ import optax
 import pytest
 
 from lpo_jax.config import OptimizerConfig
-from lpo_jax.training.optimizer import learning_rate, make_optimizer, skipped_updates
+from lpo_jax.training.optimizer import applied_updates, make_optimizer, make_schedule, skipped_updates
 
 
 @pytest.mark.parametrize(("schedule", "end"), [("constant", 1.0), ("linear", 0.1), ("cosine", 0.1)])
 def test_schedules(schedule, end):
     config = OptimizerConfig(learning_rate=1.0, schedule=schedule, warmup_updates=4, final_fraction=0.1)
-    rate = lambda i: learning_rate(config, 20, i)  # noqa: E731
+    rate = make_schedule(config, 20)
     assert rate(0) == pytest.approx(0.25) and rate(4) == pytest.approx(1.0)
     assert rate(20) == pytest.approx(end)
     assert all(rate(i + 1) <= rate(i) + 1e-6 for i in range(4, 19))
@@ -86,3 +86,26 @@ def test_updates_are_never_in_memory():
 
     memory = step.lower((params, optimizer.init(params)), params).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 1.1 * params["w"].nbytes
+
+
+def test_the_rate_reported_is_the_rate_used():
+    """Plain Adam moves a constant gradient's parameter by the rate; a skipped update uses none and is not counted."""
+    settings = {
+        "learning_rate": 1.0,
+        "schedule": "linear",
+        "weight_decay": 0.0,
+        "clip_norm": 0.0,
+        "eps": 1e-20,
+    }
+    optimizer = make_optimizer(OptimizerConfig(**settings), 4)
+    params = {"wq": jnp.zeros(())}
+    state, rates = optimizer.init(params), []
+    assert optimizer.rate_used(state) == 1.0
+    for gradient in (1.0, jnp.nan, 1.0, 1.0):
+        before = params["wq"]
+        params, state, _ = optimizer.apply({"wq": jnp.float32(gradient)}, state, params)
+        rates.append(optimizer.rate_used(state))
+        if jnp.isfinite(gradient):
+            assert before - params["wq"] == pytest.approx(rates[-1], rel=1e-3)
+    assert rates == pytest.approx([1.0, 1.0, 0.75, 0.5])
+    assert applied_updates(state) == 3 and skipped_updates(state) == (0, 1)

@@ -1,5 +1,9 @@
 """Runs that sample in other arithmetic than they train in: the gap is reported, and the method must know of it."""
 
+import dataclasses
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -7,6 +11,8 @@ from lpo_jax.config import parse_config
 from lpo_jax.errors import UserError
 from lpo_jax.models import quantize
 from lpo_jax.reporting import read_metrics
+from lpo_jax.training import measure
+from lpo_jax.training.behaviour import choose
 from lpo_jax.training.loop import train
 from lpo_jax.training.session import check_config
 
@@ -19,7 +25,7 @@ def test_gap_of_sampling_in_8_bits_is_reported(run_config, no_plots):
     values = run_config(
         sampling=INT8,
         objective=TRUNCATED,
-        training={"steps": 1, "updates_per_step": 1, "behaviour": "rescored"},
+        training={"steps": 1, "updates_per_step": 1},
         evaluation={"every": 0, "problems": 1},
     )
     train(parse_config(values))
@@ -36,13 +42,13 @@ def test_what_cannot_be_corrected_is_refused(run_config, monkeypatch):
         assert "\n" not in str(error.value)
         return str(error.value)
 
-    rescored = {"behaviour": "rescored"}
-    assert "set training.behaviour=rescored" in problem(objective=TRUNCATED)
+    sampled = {"behaviour": "sampled"}
+    assert "set training.behaviour=rescored" in problem(objective=TRUNCATED, training=sampled)
     monkeypatch.setattr(quantize.importlib.util, "find_spec", lambda name: None)
-    assert "pip install 'lpo_jax[quant]'" in problem(sampling=INT8, training=rescored)
+    assert "pip install 'lpo_jax[quant]'" in problem(sampling=INT8)
     monkeypatch.setattr(quantize.importlib.util, "find_spec", lambda name: name)
-    assert "samples from another model" in problem(sampling=INT8)
-    check_config(parse_config(run_config(sampling=INT8, training=rescored, objective=TRUNCATED)))
+    assert "samples from another model" in problem(sampling=INT8, training=sampled)
+    check_config(parse_config(run_config(sampling=INT8, objective=TRUNCATED)))
 
 
 def test_a_constant_of_the_method_is_not_the_response_budget(run_config):
@@ -52,3 +58,64 @@ def test_a_constant_of_the_method_is_not_the_response_budget(run_config):
     assert normaliser(name="dr-grpo") == 6  # sampling.max_tokens
     assert normaliser(name="nft") == 1000
     assert normaliser(name="nft", max_tokens=50) == normaliser(name="dr-grpo", max_tokens=50) == 50
+
+
+def chosen(run_config, dtype="float32", **sections):
+    config = parse_config(run_config(**sections))
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
+    return choose(config, check_config(config)).choice
+
+
+@pytest.mark.parametrize(
+    ("dtype", "updates", "objective", "choice"),
+    [
+        ("float32", 4, {"name": "gspo"}, "sampled"),
+        ("float32", 1, TRUNCATED, "rescored"),
+        ("bfloat16", 1, {"name": "gspo"}, "sampled"),
+        ("bfloat16", 2, {"name": "gspo"}, "rescored"),
+        ("bfloat16", 1, {"name": "pipo"}, "rescored"),  # the replayed batch is a second update
+        ("bfloat16", 1, {"name": "copg"}, "rescored"),  # log-ratios to the reference
+        ("bfloat16", 1, {"name": "grpo", "kl_coef": 0.1}, "rescored"),
+    ],
+)
+def test_log_probs_are_the_trainer_s_where_the_gap_can_matter(run_config, dtype, updates, objective, choice):
+    assert chosen(run_config, dtype, objective=objective, training={"updates_per_step": updates}) == choice
+    for asked in ("sampled", "rescored"):
+        if objective is not TRUNCATED:
+            training = {"updates_per_step": updates, "behaviour": asked}
+            assert chosen(run_config, dtype, objective=objective, training=training) == asked
+    assert chosen(run_config, dtype, objective=TRUNCATED) == "rescored"
+
+
+@pytest.mark.parametrize(
+    "name", ["gspo", *(pytest.param(name, marks=pytest.mark.slow) for name in ("dhpo", "gmpo"))]
+)
+def test_a_policy_at_rest_is_not_clipped_in_bfloat16(run_config, no_plots, monkeypatch, capsys, name):
+    """At learning rate 0 both updates of a round have log-ratios of exactly 0, whatever the sampler's rounding.
+
+    What was chosen is printed, recorded, and what a resume is compared with.
+    """
+    updates, over_updates = [], measure.over_updates
+    monkeypatch.setattr(
+        measure, "over_updates", lambda of_step: updates.extend(of_step) or over_updates(of_step)
+    )
+    values = run_config(
+        objective={"name": name},
+        optimizer={"learning_rate": 0.0},
+        training={"steps": 1, "prompts_per_step": 8},
+        evaluation={"every": 0, "problems": 1},
+    )
+    values["model"] |= {"dtype": "bfloat16"}
+    train(parse_config(values))
+    (row,) = (row for row in read_metrics(values["output"]) if "lpo/logp_gap_max" in row)
+    assert row["lpo/logp_gap_max"] > 1e-3  # what the sampler's log-probs are off by
+    assert [float(update["actor/pg_clipfrac"]) for update in updates] == [0, 0]
+    assert [float(update["lpo/score_abs_max"]) for update in updates] == [0, 0]
+    assert max(float(update["actor/grad_norm"]) for update in updates) > 0
+
+    assert "training.behaviour=rescored: bfloat16" in " ".join(capsys.readouterr().out.split())
+    assert json.loads((Path(values["output"]) / "run.json").read_text())["behaviour"]["choice"] == "rescored"
+    train(parse_config(values), resume=True)
+    values["training"]["behaviour"] = "sampled"
+    with pytest.raises(UserError, match=r"behaviour = 'sampled'; the run was started with 'rescored'"):
+        train(parse_config(values), resume=True)
