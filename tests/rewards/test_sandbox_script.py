@@ -31,7 +31,8 @@ SCRIPTS = {
     "exit in a thread": "t = threading.Thread(target=exit)\nt.start()\nt.join()\nprint(1)",
     "exit handlers": "atexit.register(print, 'left')\natexit.register(lambda: 1 / 0)\nexit(2)",
     "an exit handler that exits": "atexit.register(sys.exit, 3)\nprint(1)",
-    "a thread that goes on": "threading.Thread(target=lambda: (time.sleep(0.05), print(2))).start()\nprint(1)",
+    "a thread that goes on": "end = threading.Event()\n"
+    "threading.Thread(target=lambda: (end.wait(), time.sleep(0.05), print(2))).start()\nprint(1)\nend.set()",
     "names of a script": "print(__name__, os.path.basename(__file__), os.path.isabs(__file__), __doc__, __spec__)\n"
     "print(__package__, __cached__, type(__builtins__).__name__, __builtins__.len('ab'), sys.argv)\n"
     "import __main__\nprint(__main__.os is os, sys.modules['__main__'].__file__ == __file__)",
