@@ -156,12 +156,14 @@ def test_hub_snapshot(weights, golden, monkeypatch):
     load = load_model if weights else load_config_and_tokenizer
     load("hf:org/name")
     load("hf:org/name@refs/pr/1")
-    assert [(repo, options["revision"]) for repo, options in calls] == [
+    assert [(repo, options["revision"]) for repo, options in calls[:2]] == [
         ("org/name", None),
         ("org/name", "refs/pr/1"),
     ]
     patterns = calls[0][1]["allow_patterns"]
     assert ("*.safetensors" in patterns) == weights and "*.json" in patterns
+    load_config_and_tokenizer("hf:org/name", weights=weights)  # what a run does that will load them
+    assert ("*.safetensors" in calls[2][1]["allow_patterns"]) == weights
     assert not any(p in patterns for p in ("*.bin", "*"))
 
 

@@ -153,6 +153,7 @@ def test_sentencepiece_ids(golden):
         ({"model": "t5"}, "tokenizer model 't5' is not supported"),
         ({"model": "llama"}, "tokenizer model 'llama' is not supported"),  # no scores
         ({"tokens": None}, "holds no tokenizer"),
+        ({"eos_token_id": 400}, "eos_token_id is 400, but there are"),
         ({"tokens": ["a", "b", "a"], "token_type": None, "merges": []}, "names a token twice"),
     ],
 )

@@ -1,6 +1,7 @@
 """Options whose effect is only seen in a whole run."""
 
 import json
+import shutil
 from pathlib import Path
 
 import chex
@@ -8,8 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from lpo_jax.config import parse_config
+from lpo_jax.models import load_model
 from lpo_jax.training.checkpoint import load_run
 from lpo_jax.training.loop import train
 
@@ -48,6 +51,31 @@ def test_fewer_rows_at_once_sample_the_same(run_config, no_plots):
         ends.append((texts(values["output"]), load_run(values["output"], "latest")[0].params))
     assert ends[0][0] == ends[1][0]
     chex.assert_trees_all_close(ends[0][1], ends[1][1], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("lora", [{}, {"rank": 2, "targets": ["wq"]}])
+def test_a_head_that_the_config_denies_is_trained_and_exported(
+    lora, run_config, tiny_model, tmp_path, no_plots
+):
+    path = shutil.copytree(tiny_model, tmp_path / "model")
+    weights = load_file(path / "model.safetensors")
+    weights["lm_head.weight"] = np.ascontiguousarray(weights["model.embed_tokens.weight"][::-1])
+    save_file(weights, path / "model.safetensors")
+    values = run_config(
+        model={"path": str(path), "lora": lora},
+        training={"steps": 1},
+        evaluation={"every": 0, "problems": 1},
+        optimizer={"weight_decay": 0.1},
+    )
+    with pytest.warns(UserWarning, match="tie_word_embeddings is true, but lm_head.weight differs"):
+        train(parse_config(values))
+        model = load_run(values["output"], "latest")[0]
+    assert not model.config.tie_embeddings
+    moved = np.abs(np.asarray(model.params["unembed"]) - weights["lm_head.weight"]).max()
+    assert (moved == 0) if lora else (0 < moved < 0.1)
+    model.save(tmp_path / "hf")
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["tie_word_embeddings"] is False
+    chex.assert_trees_all_equal(load_model(tmp_path / "hf").params, model.params)
 
 
 @pytest.mark.parametrize("wanted", [False, True])
