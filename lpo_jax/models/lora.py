@@ -2,9 +2,13 @@
 
 Adapters are a tree of their own, `{"layers": {name: {"a": [L, in, r], "b": [L, r, out]}}}`, which the optimizer
 moves and checkpoints hold. `join` puts them into the frozen base; the forward pass takes the joined tree as it
-takes any other, and its backward pass makes no gradient of W. `merge` adds them to the weights, for sampling
-and export. B starts at zero, so an untrained adapter changes nothing. On a mesh the base is split as ever, and
-the adapters, about a hundredth of it, are whole on every device.
+takes any other, and its backward pass makes no gradient of W. `merge` adds them to the weights, for export.
+B starts at zero, so an untrained adapter changes nothing. On a mesh the base is split as ever, and the adapters,
+about a hundredth of it, are whole on every device.
+
+In bfloat16 an early adapter is far below the rounding of what it is added to: of the weights, whose merged sum would
+be rounded back to the base, and of x W. So the products are kept apart, in sampling too, and their sum is rounded
+once, from float32: then what the adapter adds decides, in proportion, which way a sum is rounded.
 
 Axes: L layers · R rank; in and out are one or two of D H G N F. Source: LoRA, arXiv 2106.09685.
 """
@@ -18,9 +22,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.ad_checkpoint import checkpoint_name
 
 from lpo_jax.errors import UserError, nearest
 from lpo_jax.models import decoder, layout
+from lpo_jax.models.attend import KEPT
 from lpo_jax.models.config import ModelConfig
 
 LINEAR = ("wq", "wk", "wv", "wo", "w_gate", "w_up", "w_down")
@@ -82,23 +88,21 @@ class Adapted:
     """A layer's matrix with its adapter, in the place of the matrix.
 
     Attributes:
-      weight: [(L,) in, out]; a: [(L,) in, R]; b: [(L,) R, out].
+      weight: [(L,) in, out], or an `Int8` of that shape; a: [(L,) in, R]; b: [(L,) R, out].
     """
 
-    weight: jax.Array
+    weight: Any
     a: jax.Array
     b: jax.Array
     scale: float = struct.field(pytree_node=False)
 
     def product(self, axes: str, x: jax.Array) -> jax.Array:
-        """`jnp.einsum(axes, x, merged)` in x's dtype, without ever forming the merged matrix."""
-        of_x, of_weight, of_y = axes.replace("->", ",").split(",")
-        into = "".join(i for i in of_weight if i in of_x)
-        out = "".join(i for i in of_weight if i not in of_x)
-        rows = "".join(i for i in of_x if i not in into)
-        low = jnp.einsum(f"{of_x},{into}R->{rows}R", x, self.a.astype(x.dtype))
-        adapter = jnp.einsum(f"{rows}R,R{out}->{of_y}", low, self.b.astype(x.dtype))
-        return jnp.einsum(axes, x, self.weight.astype(x.dtype)) + self.scale * adapter
+        """`jnp.einsum(axes, x, merged)` in x's dtype, without ever forming the merged matrix.
+
+        No gradient of the weight is made: it is frozen.
+        """
+        # The sum's own name, so that a backward pass keeps it alone, not the two float32 terms.
+        return checkpoint_name(_product(axes, self.scale, x, self.weight, self.a, self.b), KEPT)
 
     def merged(self) -> jax.Array:
         """The one matrix that does the same, float32."""
@@ -106,6 +110,48 @@ class Adapted:
         stacked = self.a.ndim + self.b.ndim - 2 > self.weight.ndim
         change = (jax.vmap(product) if stacked else product)(self.a, self.b)
         return self.weight.astype(jnp.float32) + self.scale * change
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _product(axes: str, scale: float, x: jax.Array, weight: Any, a: jax.Array, b: jax.Array) -> jax.Array:
+    """x W + scale (x A) B, added up in float32 and rounded once."""
+    if hasattr(weight, "product"):  # quantised
+        base = weight.product(axes, x, jnp.float32)
+    else:
+        base = jnp.einsum(axes, x, weight.astype(x.dtype), preferred_element_type=jnp.float32)
+    return (base + scale * _low_rank(axes, x, a, b, jnp.float32)).astype(x.dtype)
+
+
+def _low_rank(axes: str, x: jax.Array, a: jax.Array, b: jax.Array, dtype: Any) -> jax.Array:
+    """(x A) B, its last product added up in `dtype`."""
+    of_x, of_weight, of_y = axes.replace("->", ",").split(",")
+    into = "".join(i for i in of_weight if i in of_x)
+    out = "".join(i for i in of_weight if i not in of_x)
+    rows = "".join(i for i in of_x if i not in into)
+    low = jnp.einsum(f"{of_x},{into}R->{rows}R", x, a.astype(x.dtype))
+    return jnp.einsum(f"{rows}R,R{out}->{of_y}", low, b.astype(x.dtype), preferred_element_type=dtype)
+
+
+def _product_forward(axes, scale, x, weight, a, b):
+    return _product(axes, scale, x, weight, a, b), (x, weight, a, b)
+
+
+def _product_backward(axes, scale, kept, g):
+    # The products of the backward pass are in x's dtype, as those of a plain matrix: left to autodiff they would be
+    # float32, which costs an accelerator twice the time.
+    x, weight, a, b = kept
+
+    def rounded(x, a, b):
+        base = jnp.einsum(axes, x, weight.astype(x.dtype))
+        return base + scale * _low_rank(axes, x, a, b, x.dtype)
+
+    # Traced after `decoder.forward` has returned, so its precision is asked for again.
+    with jax.default_matmul_precision("float32" if x.dtype == jnp.float32 else "default"):
+        d_x, d_a, d_b = jax.vjp(rounded, x, a, b)[1](g)
+    return d_x, None, d_a, d_b
+
+
+_product.defvjp(_product_forward, _product_backward)
 
 
 def configured(section: Any) -> Lora | None:

@@ -1,11 +1,12 @@
 """Weights of 8 bits for sampling (extra `[quant]`): half the bytes that a decoded token reads, or a quarter.
 
 Each output channel of a layer's matrix has one scale, set by its largest weight; embeddings, norms and biases
-stay as they are, and activations too. What is sampled is thereby another model than the one that is
-trained: its log-probs differ, by `lpo/logp_gap_*`, and the method must be told (training.behaviour=rescored).
+stay as they are, and activations too. What is sampled is thereby another model than the one that is trained: its
+log-probs differ, by `lpo/logp_gap_*`, so the trainer scores the samples once more (`lpo_jax.training.behaviour`).
 """
 
 import importlib.util
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from flax import struct
 
 from lpo_jax.errors import UserError
 from lpo_jax.models.decoder import Params
+from lpo_jax.models.lora import Adapted
 
 
 @struct.dataclass
@@ -21,11 +23,11 @@ class Int8:
 
     array: "qwix.QArray"  # noqa: F821
 
-    def product(self, axes: str, x: jax.Array) -> jax.Array:
-        """`jnp.einsum(axes, x, matrix)` in x's dtype."""
+    def product(self, axes: str, x: jax.Array, dtype: Any = None) -> jax.Array:
+        """`jnp.einsum(axes, x, matrix)` in x's dtype; given out in `dtype`, by default x's too."""
         import qwix
 
-        return qwix.einsum(axes, x, self.array.astype(x.dtype))
+        return qwix.einsum(axes, x, self.array.astype(x.dtype), preferred_element_type=dtype)
 
 
 def require_qwix() -> None:
@@ -35,10 +37,12 @@ def require_qwix() -> None:
 
 
 def quantise_layer(layer: Params) -> Params:
-    """A layer's parameters with every matrix, alone or fused with its neighbours, as `Int8`."""
+    """A layer's parameters with every matrix as `Int8`; adapters stay beside it as they are."""
     import qwix
 
-    def quantise(name: str, x: jax.Array) -> jax.Array | Int8:
+    def quantise(name: str, x: Any) -> Any:
+        if isinstance(x, Adapted):
+            return x.replace(weight=quantise(name, x.weight))
         if not name.startswith("w"):
             return x
         inputs = 2 if name == "wo" else 1  # input axes come first, and wo takes heads apart

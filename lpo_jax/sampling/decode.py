@@ -17,7 +17,6 @@ from flax import struct
 
 from lpo_jax.models import decoder, sharding
 from lpo_jax.models.attention import Attention, Causal, Decode
-from lpo_jax.models.lora import merge
 from lpo_jax.models.quantize import quantise_layer
 
 CHUNK = 16  # tokens that `decode` draws at most before the host looks: then rows leave and arrive
@@ -53,7 +52,7 @@ class Drawn:
 
 
 def decode_layout(config, params, dtype, int8=False):
-    """One dict of weights per layer, adapters merged, in the sampling dtype (matrices in 8 bits with `int8`), where
+    """One dict of weights per layer, in the sampling dtype (matrices in 8 bits with `int8`), where
     the current mesh wants them. Layer by layer: beside old and new weights no third copy is ever there."""
     rest = {name: leaf for name, leaf in params.items() if name != "layers"}
     layers = range(config.num_layers)
@@ -65,7 +64,7 @@ def decode_layout(config, params, dtype, int8=False):
 def decode_layer(config, stacked, layer, dtype, int8=False):
     """One layer of `decode_layout`."""
     weights = jax.tree.map(lambda p: jax.lax.dynamic_index_in_dim(p, layer, keepdims=False), stacked)
-    weights = _cast(config, {"layers": {0: merge(weights)}}, dtype)["layers"][0]
+    weights = _cast(config, {"layers": {0: weights}}, dtype)["layers"][0]
     return quantise_layer(weights) if int8 else weights
 
 

@@ -71,7 +71,7 @@ class Sampler:
     attention: Attention = "auto"
 
     def prepare(self, params: decoder.Params, int8: bool = False) -> decoder.Params:
-        """The weights in decode layout: one dict per layer, in the sampling dtype, adapters merged. Once per round.
+        """The weights in decode layout: one dict per layer, in the sampling dtype. Once per round.
 
         Args:
           int8: matrices of 8 bits (`lpo_jax.models.quantize`).

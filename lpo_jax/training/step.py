@@ -6,8 +6,8 @@
 
 The sum of part 3 is the exact gradient of the whole group's loss, however groups are cut into microbatches
 (chain rule: the objective reaches the parameters through the token statistics only). In the first update after
-sampling the sampler's log-probs stand in for part 1, so nothing is computed twice. Which tokens run together is the
-layout's business (`packing.py`).
+sampling the behaviour log-probs stand in for part 1; whether they are the sampler's is settled in `behaviour.py`. Which
+tokens run together is the layout's business (`packing.py`).
 
 Parts 1 and 3 are the large programs; they do not know the method, so that all methods share them. Part 2 is a
 small one for each method.
@@ -259,7 +259,7 @@ def signal(objective: Objective, used: TokenStats, scored: Scored) -> Signal:
     """Part 2, with everything else that a method has to say about the minibatch.
 
     Args:
-      used: the current statistics: from `score`, or the sampled log-probs in the first update after sampling.
+      used: the current statistics: from `score`, or the behaviour log-probs in the first update after sampling.
     """
     gradient, metrics = jax.grad(objective, has_aux=True)(used, scored)
     cotangent = {name: x if name in objective.differentiates else None for name, x in vars(gradient).items()}
