@@ -21,6 +21,7 @@ from lpo_jax.training import loop
 from lpo_jax.training.hooks.base import Tools
 from lpo_jax.training.loop import train
 from lpo_jax.training.session import check_config
+from lpo_jax.training.step import Program
 
 # Passes are common enough for mixed groups and rare enough for groups in which everything fails.
 TASK = """
@@ -37,12 +38,12 @@ def solution(row):
     return "7" * 4
 
 def verify(response, row):
-    passed = sum(c.isdigit() for c in response[:4]) >= 3
+    passed = sum(c.isdigit() for c in response[2:5]) >= 2
     return Verdict(float(passed), "pass" if passed else "wrong", {"answer": response[:1]})
 
 def judge(response, row):
-    odd = len(response.strip()) % 2
-    return Verdict(float(odd), "wrong", {"wrong": "0:2" if odd else ""})
+    wrong = response[2:3].isdigit()
+    return Verdict(float(wrong), "wrong", {"wrong": "0:2" if wrong else ""})
 """
 
 # What a method with the hook holds beside it.
@@ -111,8 +112,12 @@ def config_of(run_config, task_file):
 
 @pytest.fixture
 def watched(monkeypatch):
-    """The steps of the run to come: the calls of the sampler, the round, its rollouts, and what updates were given."""
+    """The steps of the run to come: the calls of the sampler, the round, its rollouts, and what updates were given.
+
+    Rows are not packed by their real lengths, so that all runs share a few compiled programs.
+    """
     steps = []
+    monkeypatch.setattr(Program, "pack", lambda self, groups, mask: groups)
 
     def spy(owner, name, note):
         real = getattr(owner, name)
@@ -225,7 +230,7 @@ def check_greedy(steps):
 
 
 def judged(batch):
-    return np.array([[len(text.strip()) % 2 for text in texts] for texts in batch.texts], bool)
+    return np.array([[text[2:3].isdigit() for text in texts] for texts in batch.texts])
 
 
 def check_judge(steps):
@@ -297,7 +302,8 @@ def check_replay(steps):
             replayed += 1
             np.testing.assert_array_equal(scored.rewards, before.scored.rewards)
             np.testing.assert_allclose(scored.weight, weight, rtol=1e-6)
-            assert np.abs(learned.cotangent.logp).max() > 0
+            mixed = np.ptp(scored.rewards, axis=-1).any()
+            assert not mixed or np.abs(learned.cotangent.logp).max() > 0
     assert replayed
 
 
