@@ -12,8 +12,8 @@ COMMA := ,
 # Compiled programs are not shared between them: the key of jax's compilation cache contains XLA_FLAGS.
 ISAS ?= SSE4_2 AVX AVX2 AVX512
 NUMERIC ?= tests/objectives tests/models tests/sampling tests/scale tests/training tests/evaluation tests/reporting
-# A part that takes under a minute, for every `make test`.
-NUMERIC_CORE := tests/training/test_step.py tests/models/test_head_and_attention.py tests/models/test_golden.py
+# The part that every `make test` runs a second time: the step against autodiff, the model against transformers.
+NUMERIC_CORE := tests/training/test_step.py tests/models/test_golden.py
 
 .PHONY: run test test-isa lint clean
 
