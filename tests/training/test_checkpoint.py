@@ -206,6 +206,23 @@ def test_a_save_that_fails_is_one_line_at_once(tmp_path, monkeypatch, capfd, whe
         )
 
 
+def test_a_failed_save_is_noticed_before_the_next_one(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.EIO, "no")
+
+    monkeypatch.setattr(checksums, "seal", fail)
+    with (
+        pytest.raises(RunStopped, match="could not be saved"),
+        Checkpoints(tmp_path / "checkpoints") as checkpoints,
+    ):
+        checkpoints.save(1, state_of(1), {"step": 1})
+        ended = time.monotonic() + 10
+        while time.monotonic() < ended:
+            checkpoints.check()
+            time.sleep(0.01)
+        raise AssertionError("no error within 10 s")
+
+
 def test_an_error_on_its_way_is_not_hidden_by_a_failing_save(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError(errno.EIO, "no")
