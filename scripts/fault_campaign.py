@@ -138,6 +138,7 @@ def run_lpo(
 
 def digest(output: pathlib.Path, log: pathlib.Path, found) -> None:
     """The body of a child that sends what of a finished run must not depend on how it came about."""
+    import jax
     import orbax.checkpoint as ocp
 
     from lpo_jax.reporting import is_timing, read_metrics
@@ -149,22 +150,18 @@ def digest(output: pathlib.Path, log: pathlib.Path, found) -> None:
         return [row for row in kept if len(row) > 1]
 
     def arrays(step, part):
-        import jax
-
         tree = ocp.PyTreeCheckpointHandler().restore(output / "checkpoints" / str(step) / "state")
-        leaves = jax.tree_util.tree_leaves_with_path(tree[part] if part else tree)
-        text = hashlib.sha256()
-        for path, leaf in leaves:
-            text.update(f"{path} {leaf.dtype} {leaf.shape}".encode() + leaf.tobytes())
-        return text.hexdigest()
+        whole = hashlib.sha256()
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree[part] if part else tree):
+            whole.update(f"{path} {leaf.dtype} {leaf.shape}".encode() + leaf.tobytes())
+        return whole.hexdigest()
 
     with Checkpoints(output / "checkpoints", read_only=True) as checkpoints:
         latest, best = checkpoints.latest(), checkpoints.best()
         record = checkpoints.record(latest)
         broken = {step: damage(output / "checkpoints" / str(step)) for step in checkpoints.steps()}
-    table = [
-        line for line in log.read_text().splitlines() if line.startswith((" cold model", " before", " after"))
-    ]
+    labels = (" cold model", " before", " after")
+    table = [line for line in log.read_text().splitlines() if line.startswith(labels)]
     found.send(
         {
             "metrics": rows(output),
@@ -192,9 +189,7 @@ class Campaign:
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", cache)
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(
-            ["lpo_jax.training.loop", "lpo_jax.reporting.plots", "tensorboardX"]
-        )
+        self.context.set_forkserver_preload(["lpo_jax.training.loop", "lpo_jax.reporting.plots"])
         self.call(make_model, folder)
 
     def call(self, function, *arguments, **keywords) -> int:
@@ -219,9 +214,9 @@ class Campaign:
         finally:
             process.join()
 
-    def reference(self, plots: bool = False, where: pathlib.Path | None = None) -> dict:
+    def reference(self, plots: bool = False) -> dict:
         """The undisturbed run."""
-        output = (where or self.folder) / "reference"
+        output = self.folder / "reference"
         config, log = write_config(self.folder, output, plots), self.folder / "reference.log"
         if self.call(run_lpo, ["train", str(config)], log):
             sys.exit(f"the undisturbed run fails:\n{log.read_text()}")
@@ -248,9 +243,7 @@ def wait_for(pipe: pathlib.Path, phase: str, number: int) -> bool:
     return False
 
 
-def kill_once(
-    campaign: Campaign, config: pathlib.Path, log: pathlib.Path, chance: random.Random, again: bool
-):
+def kill_once(campaign: Campaign, config: pathlib.Path, log: pathlib.Path, chance: random.Random):
     """One start and its end at a random moment: (phase, signal) or None if it finished first; and what was wrong."""
     phase = chance.choice([*PHASES, *WRITES])
     number = 1 if phase in ("settings", "plots") else chance.randint(1, 4)
@@ -258,8 +251,9 @@ def kill_once(
     pipe = log.with_suffix(".pipe")
     if not pipe.exists():
         os.mkfifo(pipe)
-    arguments = ["train", str(config), *(["--resume"] if again else [])]
-    process = campaign.start(run_lpo, arguments, log, announce=pipe)
+    process = campaign.start(
+        run_lpo, ["train", str(config), *resume(config.with_suffix(""))], log, announce=pipe
+    )
     if wait_for(pipe, phase, number):
         time.sleep(chance.uniform(0, LONGEST if phase in PHASES else 0.05))
     alive = process.is_alive()
@@ -286,19 +280,17 @@ def kill(campaign: Campaign, kills: int, seed: int) -> bool:
         config = write_config(campaign.folder, output, False)
         problems = []
         for _ in range(chance.randint(1, 4)):
-            moment, wrong = kill_once(campaign, config, log, chance, again=holds_run(output))
+            moment, wrong = kill_once(campaign, config, log, chance)
             if wrong:
                 problems.append(wrong)
             if moment:
                 moments.append(moment)
                 done[moment] += 1
-        if campaign.call(run_lpo, ["train", str(config), *(["--resume"] if holds_run(output) else [])], log):
+        if campaign.call(run_lpo, ["train", str(config), *resume(output)], log):
             problems.append(f"cannot be resumed: {log.read_text()[-2000:]}")
         problems += differences(campaign.digest(output, log), expected)
-        print(
-            f"run {runs}: {', '.join(' '.join(m) for m in moments) or 'finished'}: {problems or 'equal'}",
-            flush=True,
-        )
+        told = ", ".join(" ".join(moment) for moment in moments) or "finished"
+        print(f"run {runs}: {told}: {problems or 'equal'}", flush=True)
         bad, runs = bad + bool(problems), runs + 1
         if not problems:
             shutil.rmtree(output)
@@ -308,12 +300,11 @@ def kill(campaign: Campaign, kills: int, seed: int) -> bool:
     return not bad
 
 
-def holds_run(output: pathlib.Path) -> bool:
-    """Whether a start without --resume would refuse the directory."""
+def resume(output: pathlib.Path) -> list[str]:
+    """--resume, where the directory would be refused without it."""
     rows, checkpoints = output / "metrics.jsonl", output / "checkpoints"
-    return (rows.exists() and rows.stat().st_size > 0) or (
-        checkpoints.exists() and any(checkpoints.iterdir())
-    )
+    begun = rows.exists() and rows.stat().st_size > 0
+    return ["--resume"] if begun or (checkpoints.exists() and any(checkpoints.iterdir())) else []
 
 
 def flip(campaign: Campaign, flips: int, seed: int) -> bool:
@@ -394,10 +385,9 @@ def disk(campaign: Campaign, writes: list[str]) -> bool:
     """Each fault before each kind of write, at its first call and a later one."""
     disk, bad = Disk(campaign.folder), 0
     expected = campaign.reference(plots=True)
-    cases = [(write, number, kind) for write in writes for number in (1, 4) for kind in FAULTS]
+    numbers = {write: (1,) if write == "plots" else (1, 4) for write in writes}
+    cases = [(write, number, kind) for write in writes for number in numbers[write] for kind in FAULTS]
     for case, (write, number, kind) in enumerate(cases):
-        if write in ("plots",) and number > 1:
-            continue
         output, log = disk.place / f"run{case}", campaign.folder / f"run{case}.log"
         config = campaign.folder / f"run{case}.yaml"
         write_config(campaign.folder, campaign.folder / f"run{case}", True)
@@ -416,13 +406,11 @@ def disk(campaign: Campaign, writes: list[str]) -> bool:
             problems.append(f"exit status {status}, says {text[-3000:]}")
         if seconds is not None:
             disk.mend(kind)
-        again = ["--resume"] if holds_run(output) else []
-        if campaign.call(run_lpo, [*arguments, *again], log):
+        if campaign.call(run_lpo, [*arguments, *resume(output)], log):
             problems.append(f"cannot be resumed: {log.read_text()[-2000:]}")
         problems += differences(campaign.digest(output, log), expected)
-        said = told[0] if told else ""
         print(
-            f"{kind}, {write} {number}: {seconds or 0:.1f} s, {said}: {problems or 'resumed, equal'}",
+            f"{kind}, {write} {number}: {seconds or 0:.1f} s, {told[:1]}: {problems or 'resumed, equal'}",
             flush=True,
         )
         bad += bool(problems)
@@ -438,9 +426,7 @@ def main() -> None:
     parser.add_argument("what", choices=("kill", "flip", "disk"))
     parser.add_argument("--kills", type=int, default=100, help="in all (100)")
     parser.add_argument("--flips", type=int, default=1000, help="in all files together (1000)")
-    parser.add_argument(
-        "--writes", nargs="+", choices=WRITES, default=list(WRITES), help="kinds of files (all)"
-    )
+    parser.add_argument("--writes", nargs="+", choices=WRITES, default=list(WRITES), help="which (all)")
     parser.add_argument("--seed", type=int, default=0, help="of the random moments and bits (0)")
     options = parser.parse_args()
     if options.what == "disk" and os.environ.get("LPO_OWN_MOUNTS") != "1":

@@ -124,6 +124,11 @@ class Checkpoints:
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
 
+    def check(self) -> None:
+        """Raises `RunStopped` if the save that goes on in the background has failed by now."""
+        with self._explained(None):
+            self._manager.check_for_errors()
+
     def record(self, step: int) -> dict[str, Any]:
         """The JSON record of a checkpoint.
 
@@ -179,7 +184,7 @@ class Checkpoints:
     def _path(self, step: int) -> epath.Path:
         return self.directory / str(step)
 
-    def _check(self, step: int) -> None:
+    def _compare(self, step: int) -> None:
         """Compares a checkpoint with its checksums, once.
 
         Raises:
@@ -208,7 +213,7 @@ class Checkpoints:
     @contextlib.contextmanager
     def _reading(self, step: int):
         with _one_line(f"{self._path(step)}: the checkpoint of step {step} cannot be read"):
-            self._check(step)
+            self._compare(step)
             yield
 
     def _check_shared(self) -> None:

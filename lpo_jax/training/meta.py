@@ -13,16 +13,18 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from etils import epath
 
 from lpo_jax import reporting
 from lpo_jax.config import Config, MetaSection
-from lpo_jax.errors import Diverged, UserError
+from lpo_jax.errors import Diverged, RunStopped, UserError
 from lpo_jax.objectives import meta as evolution
 from lpo_jax.objectives.meta import Evolution
 from lpo_jax.objectives.mirror import NeuralMirror, initial_map
 from lpo_jax.scale import hosts
+from lpo_jax.training.checksums import read_checked, write_checked
 from lpo_jax.training.loop import train
-from lpo_jax.training.mirror_file import write_map, write_whole
+from lpo_jax.training.mirror_file import write_map
 from lpo_jax.training.run import RunDirectory
 from lpo_jax.training.session import check_config
 
@@ -91,16 +93,21 @@ class Search:
         return output / "checkpoints" / "search.json"
 
     def save(self, output: Path) -> None:
-        """Whole or not at all."""
+        """Whole or not at all, with its checksum."""
         plain = {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in vars(self.state).items()}
-        write_whole(self.file(output), json.dumps(plain | {"fitness": self.fitness}))
+        path = epath.Path(self.file(output))
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_checked(path, json.dumps(plain | {"fitness": self.fitness}))
+        except OSError as error:
+            raise RunStopped(f"{path}: cannot be written ({error.strerror or error})") from None
 
     @classmethod
     def load(cls, output: Path) -> "Search | None":
-        """What `save` wrote, or None in a fresh run."""
+        """What `save` wrote, or None in a fresh run. Raises `UserError` where it is damaged."""
         if not cls.file(output).exists():
             return None
-        held = json.loads(cls.file(output).read_text())
+        held = json.loads(read_checked(epath.Path(cls.file(output))))
         phi = np.array(held["phi"])
         noise = np.array(held["carried_noise"]).reshape(-1, len(phi))
         state = Evolution(phi, noise, np.array(held["carried_fitness"]), tuple(held["history"]))

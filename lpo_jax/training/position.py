@@ -131,6 +131,7 @@ class Recorder:
                     if position.step >= self.total:
                         break
                     self.signals.agree()
+                    self.checkpoints.check()
                     take_step(position)
             except Interrupted:
                 self.save(position)

@@ -281,3 +281,21 @@ def test_import_is_light():
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
     assert writers.SAMPLE_FOLDERS == ("rollouts", "validation")
+
+
+@pytest.mark.parametrize(
+    "evaluations, rows, files", [(None, 3, ["2"]), (2, 3, ["2"]), (1, 2, ["2"]), (0, 1, [])]
+)
+def test_evaluations_that_the_checkpoint_does_not_know_of_are_dropped(tmp_path, evaluations, rows, files):
+    """A step may have two: of the cold model, and after the warm start. Those that come again must not stay."""
+    with RunWriter(tmp_path) as writer:
+        writer.write(2, {"actor/entropy": 1.0})
+        for score in (0.25, 0.75):
+            writer.write_samples(2, [{"output": "x"}], folder="validation")
+            writer.write(2, {"val-core/python/acc/pass@1": score})
+        writer.write_samples(3, [{"output": "x"}], folder="validation")
+        writer.truncate_after(2, evaluations=evaluations)
+    held = read_metrics(tmp_path)
+    assert len(held) == rows and held[0]["actor/entropy"] == 1.0
+    assert [row["val-core/python/acc/pass@1"] for row in held[1:]] == [0.25, 0.75][: rows - 1]
+    assert [path.stem for path in (tmp_path / "validation").iterdir()] == files

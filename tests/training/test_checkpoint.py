@@ -2,7 +2,9 @@
 
 import errno
 import os
+import socket
 import subprocess
+import sys
 import threading
 import time
 
@@ -206,6 +208,23 @@ def test_a_save_that_fails_is_one_line_at_once(tmp_path, monkeypatch, capfd, whe
         )
 
 
+def test_a_failed_save_is_noticed_before_the_next_one(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.EIO, "no")
+
+    monkeypatch.setattr(checksums, "seal", fail)
+    with (
+        pytest.raises(RunStopped, match="could not be saved"),
+        Checkpoints(tmp_path / "checkpoints") as checkpoints,
+    ):
+        checkpoints.save(1, state_of(1), {"step": 1})
+        ended = time.monotonic() + 10
+        while time.monotonic() < ended:
+            checkpoints.check()
+            time.sleep(0.01)
+        raise AssertionError("no error within 10 s")
+
+
 def test_an_error_on_its_way_is_not_hidden_by_a_failing_save(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError(errno.EIO, "no")
@@ -252,3 +271,57 @@ def test_damaged_scores_are_refused(copy):
     path.write_text(path.read_text().replace("0.25", "0.75"))
     with pytest.raises(UserError, match=f"{SCORES}: is damaged"):
         Checkpoints(copy, read_only=True)
+
+
+TWO = """
+import sys
+import jax, jax.numpy as jnp, numpy as np
+from lpo_jax.errors import UserError
+from lpo_jax.scale import hosts
+from lpo_jax.training.checkpoint import Checkpoints
+
+hosts.start()
+mesh = jax.make_mesh((4,), ("x",))
+place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
+state = lambda step: {"params": {"w": jax.make_array_from_callback((8,), place, lambda i: np.arange(8.0)[i] + step)}}
+directory = sys.argv[1]
+with Checkpoints(directory) as checkpoints:
+    for step in (1, 2):
+        checkpoints.save(step, state(step), {"step": step}, 1 / step)
+    assert checkpoints.best() == 1
+hosts.on_first(lambda: open(f"{directory}/2/record/metadata", "a").write(" "))
+with Checkpoints(directory) as checkpoints:
+    found = checkpoints.restore(1, state(0))
+    for shard in found["params"]["w"].addressable_shards:
+        np.testing.assert_array_equal(shard.data, np.arange(8.0)[shard.index] + 1)
+    try:
+        checkpoints.record(2)
+    except UserError as error:
+        assert "record/metadata differs" in str(error) and "step 1 is intact" in str(error), error
+        print("refused")
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_save_and_check_together(tmp_path):
+    """The first process lists what both wrote; each reads its share of the files, and both hear of the damage."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    jobs = [
+        subprocess.Popen(
+            [sys.executable, "-c", TWO, tmp_path / "checkpoints"],
+            env=os.environ
+            | flags
+            | {"LPO_COORDINATOR": address, "LPO_NUM_PROCESSES": "2", "LPO_PROCESS_ID": str(i)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    outputs = [job.communicate(timeout=300)[0] for job in jobs]
+    assert all("refused" in output for output in outputs), outputs
+    listed = (tmp_path / "checkpoints" / "1" / checksums.NAME).read_text()
+    assert "ocdbt.process_0/" in listed and "ocdbt.process_1/" in listed

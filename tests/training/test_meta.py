@@ -188,6 +188,18 @@ def test_killed_and_resumed_is_the_same_search(config, tmp_path):
     assert left_behind(broken) == left_behind(whole)
 
 
+def test_a_damaged_search_is_refused(config):
+    """A digit of a fitness that changes would be a different search in silence."""
+    search = config(iterations=1)
+    command.meta(search, fitness=pretend)
+    path = Path(search.output) / "checkpoints" / "search.json"
+    held = path.read_bytes()
+    place = held.index(b".") + 1
+    path.write_bytes(held[:place] + bytes([held[place] ^ 1]) + held[place + 1 :])
+    with pytest.raises(UserError, match=r"search\.json: is damaged"):
+        command.meta(search, resume=True, fitness=pretend)
+
+
 def test_a_search_stops_without_improvement(config):
     config = config(patience=2, min_delta=0.0)
     command.meta(config, fitness=lambda candidate: 0.25)
