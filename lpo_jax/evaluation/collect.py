@@ -14,6 +14,7 @@ import numpy as np
 
 from lpo_jax.errors import UserError
 from lpo_jax.evaluation.encode import encode_prompt
+from lpo_jax.evaluation.failures import Failures, failures
 from lpo_jax.rewards import Verdict, VerifierPool
 from lpo_jax.sampling import Responses, Sampler, Sampling
 from lpo_jax.sampling.padding import NO_LIMIT, pad_prompts, pad_to
@@ -55,6 +56,11 @@ class Collected:
     def valid(self) -> np.ndarray:
         """`[P, K]` bool: False where the verifier, not the response, failed."""
         return np.array([[not v.masked for v in group] for group in self.verdicts])
+
+    @property
+    def failures(self) -> Failures:
+        """Responses that could not be judged, and why."""
+        return failures(verdict for group in self.verdicts for verdict in group)
 
     def take(self, prompts: Sequence[int]) -> "Collected":
         """Some of the groups, in the given order."""

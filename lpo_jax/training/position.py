@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 
 from lpo_jax import reporting
+from lpo_jax.errors import VerifierFailed
 from lpo_jax.evaluation.collect import Collected
+from lpo_jax.evaluation.failures import Failures, Watch
 from lpo_jax.evaluation.heldout import Evaluation, powers_of_two
 from lpo_jax.evaluation.metrics import paired_difference, summarise
 from lpo_jax.json_lines import read_rows
@@ -85,6 +87,7 @@ class Recorder:
         self.session, self.run, self.signals, self.total = session, run, signals, total_steps
         self.config = session.config
         self.console = reporting.console()
+        self._watch = Watch()
 
     def __enter__(self):
         with contextlib.ExitStack() as stack:
@@ -132,7 +135,7 @@ class Recorder:
                         break
                     self.signals.agree()
                     take_step(position)
-            except Interrupted:
+            except (Interrupted, VerifierFailed):
                 self.save(position)
                 self.checkpoints.wait()
                 raise
@@ -157,6 +160,7 @@ class Recorder:
         self.progress.phase("evaluating")
         with measure.stopwatch() as seconds:
             evaluation = self.session.evaluate(position.state.policy)
+        self.check_verdicts(evaluation.failures, f"held-out evaluation after {position.step} steps")
         row = measure.evaluation_metrics(self.session.task.name, evaluation)
         with self.signals.deferred():  # the position is evaluated when its row is written
             self.writer.write_samples(position.step, evaluation.records, folder="validation")
@@ -164,6 +168,11 @@ class Recorder:
             position.add_evaluation(evaluation, label)
         self.progress.update(position.step, row)
         return evaluation
+
+    def check_verdicts(self, found: Failures, where: str) -> None:
+        """Warns where many responses are masked. Raises `VerifierFailed` where all are."""
+        if told := self._watch.check(found, where):
+            self.progress.log(told)
 
     def write_step(self, step: int, row: dict[str, float], batch: Collected, views: list[Listwise]) -> None:
         """A step's metrics, and its responses with what the objective made of them."""
