@@ -65,6 +65,7 @@ def _fail(error: Exception | str, status: int) -> int:
 
 def _train(arguments: argparse.Namespace) -> None:
     from lpo_jax.config import load_config
+    from lpo_jax.reporting.text import console
     from lpo_jax.scale import hosts
     from lpo_jax.training.run import Interrupted
 
@@ -78,9 +79,11 @@ def _train(arguments: argparse.Namespace) -> None:
             run(config, resume=arguments.resume)
     except Interrupted:
         again = " ".join(["lpo", arguments.command, arguments.config, *arguments.overrides, "--resume"])
-        print(
+        # The terminal may be what has gone.
+        line = (
             f"lpo: stopped by a signal; everything up to the last finished step is saved. Go on with: {again}"
         )
+        console().print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _eval(arguments: argparse.Namespace) -> int | None:

@@ -17,9 +17,11 @@ import numpy as np
 from lpo_jax import reporting
 from lpo_jax.config import Config, MetaSection
 from lpo_jax.errors import Diverged, UserError
+from lpo_jax.json_lines import read_object
 from lpo_jax.objectives import meta as evolution
 from lpo_jax.objectives.meta import Evolution
 from lpo_jax.objectives.mirror import NeuralMirror, initial_map
+from lpo_jax.reporting.writers import METRICS_FILE
 from lpo_jax.scale import hosts
 from lpo_jax.training.loop import train
 from lpo_jax.training.mirror_file import write_map, write_whole
@@ -48,6 +50,11 @@ def meta(config: Config, *, resume: bool = False, fitness: Callable[[Config], fl
     with RunDirectory(config, "meta", resume) as run, reporting.RunWriter(run.path) as writer:
         phi = mirror.mirror or initial_map(mirror.mirror_seed)
         search = Search.load(run.path) or Search(evolution.start(phi))
+        if not search.file(run.path).exists() and (run.path / METRICS_FILE).exists():
+            raise UserError(
+                f"{run.path}: metrics.jsonl holds rounds of a search, but {search.file(run.path)} is not there; put it "
+                "back, or search anew with another --output=..."
+            )
         writer.truncate_after(len(search.state.history))
         while not finished(search.state, config.meta):
             number, before = len(search.state.history) + 1, search.state
@@ -100,7 +107,9 @@ class Search:
         """What `save` wrote, or None in a fresh run."""
         if not cls.file(output).exists():
             return None
-        held = json.loads(cls.file(output).read_text())
+        held = read_object(
+            cls.file(output), "restore it from a copy, or search anew with another --output=..."
+        )
         phi = np.array(held["phi"])
         noise = np.array(held["carried_noise"]).reshape(-1, len(phi))
         state = Evolution(phi, noise, np.array(held["carried_fitness"]), tuple(held["history"]))

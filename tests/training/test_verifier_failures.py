@@ -80,6 +80,8 @@ def test_a_step_that_stops_is_not_done_and_is_done_later(run_config, broken_task
     run = Path(config["output"])
     assert max(row["step"] for row in read_metrics(run)) == 2 and not (run / "rollouts" / "3.jsonl").exists()
     (tmp_path / "broken").unlink()
+    with open(tmp_path / "task.py", "a") as task:  # repairing a verifier changes its file
+        task.write("\n# repaired\n")
     assert lpo(capsys, tmp_path, config, "train", "--resume")[0] == 0
     for step in (3, 4):
         rollouts = [Path(c["output"], "rollouts", f"{step}.jsonl").read_text() for c in (config, undisturbed)]
