@@ -168,6 +168,7 @@ class Collector:
             smaller batch needs no program of its own.
         """
         started = time.perf_counter()
+        hosts.phase("sampling")
         ids = prompts or [encode_prompt(self.task, self.tokenizer, row) for _, row in rows]
         missing = max(0, at_least - len(ids))
         # Prompts that were made longer go to the next power of two, not each to a size of its own.
@@ -203,6 +204,7 @@ class Collector:
                 on_end=hand_in,
             )
             sampled_at = time.perf_counter()
+            hosts.phase("verifying")
         judged = dict(zip(handed_in, job.verdicts))
         verdicts = [judged[p, k] for p in range(len(own)) for k in range(K)]
         texts, verdicts = hosts.join(texts), hosts.join(verdicts)

@@ -13,6 +13,7 @@ import jax
 from lpo_jax import tasks
 from lpo_jax.config import Config
 from lpo_jax.errors import Diverged, UserError
+from lpo_jax.scale import hosts
 from lpo_jax.training import measure
 from lpo_jax.training.behaviour import choose
 from lpo_jax.training.hooks import open_hooks
@@ -116,6 +117,7 @@ def take_step(
     round, tools = sample_round(session, learner, position.state.policy, data, step)
     recorder.check_verdicts(round.batch.failures, f"step {step}")
     recorder.progress.phase("learning")
+    hosts.phase("learning")
     rollouts = make_rollouts(round, sampling.max_tokens, learner.progress(step))
     scoring = time.perf_counter()
     rollouts, sampler_gap = complete(learner, rollouts, round, tools)
