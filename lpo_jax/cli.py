@@ -65,6 +65,7 @@ def _fail(error: Exception | str, status: int) -> int:
 
 def _train(arguments: argparse.Namespace) -> None:
     from lpo_jax.config import load_config
+    from lpo_jax.reporting.text import console
     from lpo_jax.scale import hosts
     from lpo_jax.training.run import Interrupted
 
@@ -73,14 +74,18 @@ def _train(arguments: argparse.Namespace) -> None:
     config = load_config(arguments.config, arguments.overrides)
     _compile_cache()
     hosts.start()
+    if arguments.command != "compare":  # whose devices belong to its workers
+        hosts.require_devices()
     try:
         with hosts.together():
             run(config, resume=arguments.resume)
     except Interrupted:
         again = " ".join(["lpo", arguments.command, arguments.config, *arguments.overrides, "--resume"])
-        print(
+        # The terminal may be what has gone.
+        line = (
             f"lpo: stopped by a signal; everything up to the last finished step is saved. Go on with: {again}"
         )
+        console().print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _eval(arguments: argparse.Namespace) -> int | None:
@@ -93,7 +98,7 @@ def _eval(arguments: argparse.Namespace) -> int | None:
         raise UserError(f"--{name.replace('_', '-')} goes with --suite; a config has keys for it (--help)")
     from lpo_jax.training.evaluate import evaluate_command
 
-    _compile_cache()
+    _open_devices()
     overrides = [*config_keys, *arguments.overrides]
     evaluate_command(arguments.target, overrides, checkpoint=arguments.checkpoint, as_json=arguments.json)
     return None
@@ -103,7 +108,7 @@ def _eval_suite(arguments: argparse.Namespace, given: dict) -> int | None:
     from lpo_jax.training.run import Interrupted, Signals
     from lpo_jax.training.suite import suite_command
 
-    _compile_cache()
+    _open_devices()
     if "stop" in given:
         given["stop"] = tuple(given["stop"])
     apart = {name: given.pop(name) for name in ("data_dir", "task", "out") if name in given}
@@ -127,7 +132,7 @@ def _eval_suite(arguments: argparse.Namespace, given: dict) -> int | None:
 def _sample(arguments: argparse.Namespace) -> None:
     from lpo_jax.training.checkpoint import load_model_or_run
 
-    _compile_cache()
+    _open_devices()
     model = load_model_or_run(arguments.model)
     prompts = arguments.prompt
     if arguments.template_arguments is not None and not arguments.chat:
@@ -155,6 +160,7 @@ def _sample(arguments: argparse.Namespace) -> None:
 def _export(arguments: argparse.Namespace) -> None:
     from lpo_jax.training.checkpoint import load_run
 
+    _open_devices()
     model, step = load_run(arguments.source, arguments.checkpoint)
     model.save(arguments.out, arguments.dtype)
     print(
@@ -184,7 +190,9 @@ def _methods(arguments: argparse.Namespace) -> None:
 
 def _simplex(arguments: argparse.Namespace) -> None:
     from lpo_jax.reporting.simplex import draw
+    from lpo_jax.scale import hosts
 
+    hosts.require_devices()
     try:
         rewards = [_finite(reward) for reward in arguments.rewards.split(",")]
     except (ValueError, argparse.ArgumentTypeError):
@@ -229,7 +237,7 @@ def _plan(arguments: argparse.Namespace) -> int:
 def _bench(arguments: argparse.Namespace) -> None:
     from lpo_jax.bench.command import bench
 
-    _compile_cache()
+    _open_devices()
     bench(arguments)
 
 
@@ -275,6 +283,13 @@ def _data(arguments: argparse.Namespace) -> None:
         print_line(summary)
     else:
         print(sanitise("\n".join(lines(summary))))
+
+
+def _open_devices() -> None:
+    from lpo_jax.scale import hosts
+
+    _compile_cache()
+    hosts.require_devices()
 
 
 def _compile_cache() -> None:

@@ -19,6 +19,10 @@ class Diverged(RunStopped):
     """A run that had nothing to learn from any more: one gradient after another was not finite."""
 
 
+class VerifierFailed(RunStopped):
+    """A verifier failed on every response of a step or an evaluation."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """`"; did you mean 'x'?"` for the known name closest to `name`, or `""` when none is close."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)

@@ -8,7 +8,7 @@ mistake with our files; the reader does not depend on it.
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from lpo_jax.errors import UserError
@@ -79,9 +79,41 @@ def read_lines(
             yield line, value
 
 
-def read_rows(path: str | os.PathLike, **options: Any) -> list[dict[str, Any]]:
-    """All rows of a file of JSON objects. Options and errors are those of `read_lines`."""
-    return [value for _, value in read_lines(path, _check_object, **options)]
+def read_rows(path: str | os.PathLike, needs: Sequence[str] = (), **options: Any) -> list[dict[str, Any]]:
+    """All rows of a file of JSON objects.
+
+    Args:
+      needs: names that every row has.
+
+    Further options and errors are those of `read_lines`.
+    """
+
+    def check(row: Any) -> None:
+        if not isinstance(row, dict):
+            raise ValueError("not a JSON object")
+        for name in needs:
+            row[name]
+
+    return [row for _, row in read_lines(path, check, **options)]
+
+
+def read_object(path: str | os.PathLike, remedy: str) -> dict[str, Any]:
+    """The JSON object that a file holds.
+
+    Args:
+      remedy: what the error message advises.
+
+    Raises:
+      UserError: the file cannot be read or holds something else.
+    """
+    try:
+        with open(path, "rb") as file:
+            value = loads(file.read())
+        if not isinstance(value, dict):
+            raise ValueError("not a JSON object")
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} is damaged ({reason(error)}); {remedy}") from None
+    return value
 
 
 def deeper_than(value: Any, limit: int) -> bool:
@@ -114,11 +146,6 @@ def reason(error: Exception) -> str:
     """An error of `loads` or `check` in a few words on one line."""
     text = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
     return text or type(error).__name__
-
-
-def _check_object(value: Any) -> None:
-    if not isinstance(value, dict):
-        raise ValueError("not a JSON object")
 
 
 def _plain(value: Any) -> Any:

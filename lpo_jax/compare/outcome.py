@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from lpo_jax import reporting
-from lpo_jax.json_lines import read_rows
+from lpo_jax.json_lines import read_object, read_rows
 from lpo_jax.training.mirror_file import write_whole
 
 FILE = "outcome.json"
@@ -59,7 +59,7 @@ class Outcome:
         """What `save` wrote, or None where the cell is not finished."""
         if not (run / FILE).exists():
             return None
-        held = json.loads((run / FILE).read_text())
+        held = read_object(run / FILE, "remove the cell's directory, and --resume runs it again")
         arrays = {k: np.array(held[k], int) for k in ("evaluated", "passed", "valid", "steps")}
         curves = {k: np.array(v, float) for k, v in held["curves"].items()}
         return cls(**{**held, **arrays, "curves": curves})
@@ -67,7 +67,7 @@ class Outcome:
 
 def read_outcome(run: Path) -> Outcome:
     """The outcome of a run directory whose training has ended."""
-    evaluated = sorted(int(path.stem) for path in (run / "validation").glob("*.jsonl"))
+    evaluated = sorted(int(path.stem) for path in (run / "validation").glob("*.jsonl") if path.stem.isdigit())
     counts = [_count(run / "validation" / f"{step}.jsonl") for step in evaluated]
     rows = reporting.read_metrics(run)
     trained = [row for row in rows if "timing_s/step" in row]
@@ -79,7 +79,7 @@ def read_outcome(run: Path) -> Outcome:
         steps=np.array([row["step"] for row in trained], int),
         curves={name: np.array([row.get(name) for row in trained], float) for name in CURVES},
         seconds=sum(row.get(name, 0.0) for row in rows for name in spent),
-        surroundings=json.loads((run / "run.json").read_text()),
+        surroundings=read_object(run / "run.json", "remove it, and --resume writes a new one"),
     )
 
 
@@ -88,7 +88,7 @@ def _count(path: Path) -> tuple[list[int], list[int]]:
     passed: Counter = Counter()
     valid: Counter = Counter()
     ids = set()
-    for record in read_rows(path):
+    for record in read_rows(path, needs=("id", "outcome")):
         ids.add(record["id"])
         valid[record["id"]] += record["outcome"] != "infrastructure"
         passed[record["id"]] += record["outcome"] == "pass"

@@ -54,8 +54,10 @@ def _listen(tasks: queue.SimpleQueue) -> None:
 def _run(task: dict[str, Any]) -> str | None:
     """Runs a task to its end; returns one line that says what went wrong, or None."""
     from lpo_jax.config import parse_config
+    from lpo_jax.scale import hosts
 
     try:
+        hosts.require_devices()
         RUNNERS[task["kind"]](parse_config(task["config"]))
     except (UserError, RunStopped) as error:
         return str(error)

@@ -14,6 +14,7 @@ import numpy as np
 
 from lpo_jax.errors import UserError
 from lpo_jax.evaluation.encode import encode_prompt
+from lpo_jax.evaluation.failures import Failures, failures
 from lpo_jax.rewards import Verdict, VerifierPool
 from lpo_jax.sampling import Responses, Sampler, Sampling
 from lpo_jax.sampling.padding import NO_LIMIT, pad_prompts, pad_to
@@ -55,6 +56,11 @@ class Collected:
     def valid(self) -> np.ndarray:
         """`[P, K]` bool: False where the verifier, not the response, failed."""
         return np.array([[not v.masked for v in group] for group in self.verdicts])
+
+    @property
+    def failures(self) -> Failures:
+        """Responses that could not be judged, and why."""
+        return failures(verdict for group in self.verdicts for verdict in group)
 
     def take(self, prompts: Sequence[int]) -> "Collected":
         """Some of the groups, in the given order."""
@@ -162,6 +168,7 @@ class Collector:
             smaller batch needs no program of its own.
         """
         started = time.perf_counter()
+        hosts.phase("sampling")
         ids = prompts or [encode_prompt(self.task, self.tokenizer, row) for _, row in rows]
         missing = max(0, at_least - len(ids))
         # Prompts that were made longer go to the next power of two, not each to a size of its own.
@@ -197,6 +204,7 @@ class Collector:
                 on_end=hand_in,
             )
             sampled_at = time.perf_counter()
+            hosts.phase("verifying")
         judged = dict(zip(handed_in, job.verdicts))
         verdicts = [judged[p, k] for p in range(len(own)) for k in range(K)]
         texts, verdicts = hosts.join(texts), hosts.join(verdicts)

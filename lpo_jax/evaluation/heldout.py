@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from lpo_jax.evaluation.collect import Collected, Collector
+from lpo_jax.evaluation.failures import Failures, failures, require_judged
 from lpo_jax.evaluation.metrics import summarise
 from lpo_jax.sampling import Sampling
 
@@ -25,6 +26,7 @@ class Evaluation:
     truncated: float
     mean_reward: float
     mean_length: float
+    failures: Failures
 
     @property
     def score(self) -> float:
@@ -78,7 +80,11 @@ def evaluate(
     ks: Sequence[int] = (),
     seed: int = 0,
 ) -> Evaluation:
-    """Samples `num_responses` to every row, verifies them, and summarises pass@k with intervals."""
+    """Samples `num_responses` to every row, verifies them, and summarises pass@k with intervals.
+
+    Raises:
+      VerifierFailed: not one response could be judged.
+    """
     batches = list(
         sample_rows(
             collect,
@@ -92,6 +98,8 @@ def evaluate(
             seed=seed,
         )
     )
+    found = failures(verdict for batch in batches for group in batch.verdicts for verdict in group)
+    require_judged(found, "held-out evaluation")
     join = lambda name: np.concatenate([getattr(batch, name) for batch in batches])  # noqa: E731
     passed, valid, rewards = join("passed"), join("valid"), join("rewards")
     lengths = np.concatenate([batch.responses.lengths for batch in batches])
@@ -104,4 +112,5 @@ def evaluate(
         truncated=float(np.mean(~finished)),
         mean_reward=float(rewards[valid].mean()) if valid.any() else float("nan"),
         mean_length=float(lengths.mean()),
+        failures=found,
     )

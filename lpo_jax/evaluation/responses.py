@@ -22,6 +22,7 @@ class Fact(NamedTuple):
     reward: float
     tokens: int
     finished: bool
+    reason: str | None = None  # of an outcome that says nothing about the response
 
 
 class ResponseFile:
@@ -60,6 +61,11 @@ class ResponseFile:
     def problems(self) -> int:
         """Problems whose responses are all there."""
         return len(self.facts) // self._K
+
+    def clear(self) -> None:
+        """Removes all responses, so that the same command asks anew."""
+        self._file.truncate(0)
+        self.facts.clear()
 
     def append(self, records: Iterable[Mapping[str, Any]]) -> None:
         """Writes one batch, and returns when it is on the disk. Raises `RunStopped` where the disk does not take it."""
@@ -101,4 +107,5 @@ def _fact(record: Mapping[str, Any]) -> Fact:
     answer = record["parts"].get("answer")
     # A function of the user's own may name a number; JSON has no text for one.
     answer = None if answer is None else str(answer)
-    return Fact(record["outcome"], answer, record["score"], record["tokens"], record["finished"])
+    reason = record["parts"].get("reason") if record["outcome"] == "infrastructure" else None
+    return Fact(record["outcome"], answer, record["score"], record["tokens"], record["finished"], reason)

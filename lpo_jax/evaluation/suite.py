@@ -8,14 +8,17 @@ problem's place, k and the seed; batches are whole and have one shape; and score
 
 import dataclasses
 import re
+import sys
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from lpo_jax.errors import UserError
+from lpo_jax.errors import UserError, VerifierFailed
 from lpo_jax.evaluation.collect import Collector, within_limit
+from lpo_jax.evaluation.failures import Failures, require_judged, warning
 from lpo_jax.evaluation.heldout import powers_of_two, sample_rows
 from lpo_jax.evaluation.metrics import bootstrap_interval, summarise
 from lpo_jax.evaluation.responses import Fact, ResponseFile
@@ -30,6 +33,7 @@ from lpo_jax.tasks.suites import Benchmark
 
 ROWS_AT_ONCE = 64  # responses sampled together unless `batch` says otherwise
 VERIFIER_SECONDS = 10.0  # for one response
+ENOUGH_PROBLEMS = 8  # where every response to so many was masked, the verifier is at fault and not a row
 _FILE_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 
 
@@ -177,6 +181,9 @@ def run_exam(
       path: the file of responses.
       progress: told the benchmark's name, the problems done, and all of them.
 
+    Raises:
+      VerifierFailed: not one response could be judged.
+
     Returns:
       `score` of the responses; the problems `left_out` (prompt too long) and `skipped` (unusable gold answer); and the
       kind of `sandbox`, where programs were run.
@@ -203,10 +210,30 @@ def run_exam(
                 for batch in batches:
                     responses.append(batch.records())
                     progress(exam.name, responses.problems, P)
+                    if responses.problems >= min(P, ENOUGH_PROBLEMS):
+                        _require_judged(responses, exam.name)
+        _require_judged(responses, exam.name)
+        found = _failures(responses)
         result = score(responses.facts, K, settings.seed)
     sandbox = {"sandbox": exam.sandbox} if exam.sandbox else {}
     skipped = exam.task.about.get("heldout", {}).get("skipped", 0)
+    if told := warning(found, f"benchmark {exam.name}"):
+        print(f"lpo: {told}", file=sys.stderr)
     return {**result, "left_out": exam.left_out, "skipped": skipped, **sandbox}
+
+
+def _failures(responses: ResponseFile) -> Failures:
+    reasons = (fact.reason or "" for fact in responses.facts if fact.outcome == "infrastructure")
+    return Failures(len(responses.facts), dict(Counter(reasons)))
+
+
+def _require_judged(responses: ResponseFile, name: str) -> None:
+    """Stops where every response so far was masked. None of them is kept: they would be taken for judged ones."""
+    try:
+        require_judged(_failures(responses), f"benchmark {name}")
+    except VerifierFailed:
+        responses.clear()
+        raise
 
 
 def score(facts: Sequence[Fact], num_responses: int, seed: int = 0) -> dict[str, Any]:

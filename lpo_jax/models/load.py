@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from lpo_jax.errors import UserError
@@ -46,11 +47,18 @@ class Model:
           `[B, T, V]` float32; at padding, without meaning.
 
         Raises:
-          UserError: a real token's id has no row in the embedding.
+          UserError: a real token's id has no row in the embedding. Traced arrays (under `jax.jit`) are not checked,
+            because their values are not known yet.
         """
-        tokens, mask = np.asarray(tokens), None if mask is None else np.asarray(mask, bool)
-        if tokens.ndim != 2:
-            raise ValueError(f"tokens: expected [B, T], got shape {tokens.shape}")
+        if np.ndim(tokens) != 2:
+            raise ValueError(f"tokens: expected [B, T], got shape {np.shape(tokens)}")
+        if not any(isinstance(x, jax.core.Tracer) for x in (tokens, mask)):
+            self._check_ids(np.asarray(tokens), None if mask is None else np.asarray(mask, bool))
+        tokens = jnp.asarray(tokens, jnp.int32)
+        return _logits(self.config, self.params, tokens, None if mask is None else jnp.asarray(mask, bool))
+
+    def _check_ids(self, tokens: np.ndarray, mask: np.ndarray | None) -> None:
+        """Refuses real tokens without a row in the embedding, for which JAX would take another row."""
         beyond = (tokens < 0) | (tokens >= self.config.vocab_size)
         if mask is not None:
             beyond &= mask
@@ -60,7 +68,6 @@ class Model:
                 f"tokens: id {tokens[row, place]} (row {row}, place {place}) has no row in the embedding, which has "
                 f"{self.config.vocab_size}"
             )
-        return _logits(self.config, self.params, tokens.astype(np.int32), mask)
 
     def generate(self, prompts: Sequence[Any], **options: Any) -> Any:
         """Samples responses to prompts.

@@ -1,6 +1,9 @@
 """Small pieces of text for terminals: safe model output, durations, numbers."""
 
+import contextlib
 import math
+import os
+import sys
 import unicodedata
 
 from rich.console import Console
@@ -31,8 +34,49 @@ def _visible(char: str) -> str:
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
+class _Output:
+    """Standard output that goes quiet once nobody can read it, so that a lost terminal or `| head` ends no run."""
+
+    def __init__(self):
+        self._file = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 - lives as long as the console
+
+    def write(self, text: str) -> int:
+        with self._until_gone():
+            self._file.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._until_gone():
+            self._file.flush()
+
+    def __getattr__(self, name: str):
+        return getattr(self._file, name)
+
+    @contextlib.contextmanager
+    def _until_gone(self):
+        try:
+            yield
+        except OSError as error:
+            nothing = os.open(os.devnull, os.O_WRONLY)
+            with contextlib.suppress(
+                OSError, ValueError
+            ):  # what stands in for standard output may have no number
+                os.dup2(nothing, self._file.fileno())
+            os.close(nothing)
+            with contextlib.suppress(OSError):  # standard error may be gone as well
+                print(
+                    f"lpo: standard output is gone ({error.strerror}); files are still written",
+                    file=sys.stderr,
+                )
+
+
 def console(**options) -> Console:
-    """The terminal, or, where output goes to a file or a pipe, a plain one wide enough for our tables."""
+    """The terminal, or, where output goes to a file or a pipe, a plain one wide enough for our tables.
+
+    Where it can no longer be written to, what is printed is dropped.
+    """
+    if "file" not in options:
+        options = {**options, "file": _Output()}
     terminal = Console(**options)
     if not terminal.is_terminal and "width" not in options:
         terminal = Console(**options, width=max(terminal.width, 110))

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import importlib.util
+import inspect
 import os
 import sys
 import traceback
@@ -11,7 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from lpo_jax.errors import UserError, nearest
-from lpo_jax.rewards.verdict import Verdict, as_verdict
+from lpo_jax.rewards.verdict import Verdict, as_verdict, infrastructure
 
 
 def split_reference(reference: str) -> tuple[str, str] | None:
@@ -57,8 +58,20 @@ def load_module(path: str) -> ModuleType:
 def describe(error: BaseException, path: str) -> str:
     """One line on an error that came out of a user's file: its type, its text, and the line of the file."""
     text = f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+    lines = [line for file, line in _frames(error) if file == path]
     return f"{text} (line {lines[-1]})" if lines else text
+
+
+def place(error: BaseException, path: str | None) -> str:
+    """File and line of the innermost frame of an error that is in a user's file, or of the innermost one of all."""
+    frames = _frames(error)
+    file, line = ([frame for frame in frames if frame[0] == path] or frames)[-1]
+    return f"{file}, line {line}"
+
+
+def _frames(error: BaseException) -> list[tuple[str, int]]:
+    """(file, line) of the frames of an error, the innermost last."""
+    return [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
 
 
 def find_function(module: ModuleType, name: str, path: str) -> Callable[..., Any]:
@@ -93,8 +106,14 @@ def load_function(reference: str) -> Callable[[str, Mapping[str, Any]], Verdict]
     path, name = parts
     function = find_function(load_module(path), name, path)
 
+    defined = getattr(getattr(inspect.unwrap(function), "__code__", None), "co_firstlineno", "?")
+
     @functools.wraps(function)
     def verify(response: str, example: Mapping[str, Any]) -> Verdict:
-        return as_verdict(function(response, example))
+        returned = function(response, example)
+        verdict = as_verdict(returned)
+        if verdict.masked and not (isinstance(returned, Verdict) and returned.masked):
+            return infrastructure(f"{verdict.parts['reason']} ({path}, line {defined})")
+        return verdict
 
     return verify

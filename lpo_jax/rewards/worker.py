@@ -17,6 +17,7 @@ import struct
 import sys
 
 from lpo_jax.errors import UserError
+from lpo_jax.rewards.user_code import place, split_reference
 from lpo_jax.rewards.verdict import Verdict, infrastructure, unusable
 
 HEADER = struct.Struct("!Q")
@@ -112,6 +113,7 @@ def main(descriptor: str) -> None:
     signal.setitimer(signal.ITIMER_REAL, 0)
     send(token, ready=True)
 
+    file, _ = split_reference(spec.source) or (None, None)
     while True:
         token, response, example = receive()
         signal.setitimer(signal.ITIMER_REAL, item_limit + 10)
@@ -119,6 +121,6 @@ def main(descriptor: str) -> None:
             verdict = verify(response, example)
         except (Exception, SystemExit) as error:
             text = " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
-            verdict = infrastructure(f"verifier raised {text[:500]}")
+            verdict = infrastructure(f"verifier raised {text[:500]} ({place(error, file)})")
         signal.setitimer(signal.ITIMER_REAL, 0)
         send(token, reward=float(verdict.reward), outcome=verdict.outcome, parts=verdict.parts)

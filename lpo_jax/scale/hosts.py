@@ -6,24 +6,30 @@ first process writes files; checkpoints are written by all of them. A process th
 with it: each hears of it within `HEARTBEAT` seconds, wherever it waits.
 """
 
+import atexit
 import contextlib
 import glob
 import importlib.util
 import os
 import pickle
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
+from jax._src import distributed  # its client's store has no public name
 
 from lpo_jax.errors import RunStopped, UserError
+from lpo_jax.scale.presence import SILENCE, Presence
 
 # Started by hand: the first process's address, how many there are, and which one this is.
 BY_HAND = ("LPO_COORDINATOR", "LPO_NUM_PROCESSES", "LPO_PROCESS_ID")
 HEARTBEAT = 20  # seconds without a sign of life after which a process counts as gone
+
+_presence: Presence | None = None  # of this process, in a job of several
 
 
 def start() -> None:
@@ -45,6 +51,32 @@ def start() -> None:
     except (ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"many hosts: {reason}; to start them by hand set {', '.join(BY_HAND)}") from None
+    _announce()
+
+
+def phase(name: str) -> None:
+    """Says what this process is doing (`verifying`), for the others to report should it end."""
+    if _presence is not None:
+        _presence.phase = name
+
+
+def require_devices() -> None:
+    """Opens the devices. Call it before long work begins, and after `start`.
+
+    Raises:
+      UserError: the platform that JAX_PLATFORMS names is not here.
+    """
+    try:
+        jax.devices()
+    except Exception as error:  # RuntimeError, or AssertionError for a platform whose plugin is missing
+        wanted = jax.config.jax_platforms
+        reason = str(error).strip().partition("\n")[0].partition(" (set ")[0] or "it is not installed"
+        jax.config.update("jax_platforms", "")  # what jax would take by itself
+        found = ", ".join(sorted({device.platform for device in jax.devices()}))
+        raise UserError(
+            f"JAX_PLATFORMS = {wanted}: cannot be used here ({reason[:200]}); available is {found}: set it to that, or "
+            "not at all"
+        ) from None
 
 
 def many() -> bool:
@@ -120,15 +152,33 @@ def together() -> Iterator[None]:
             raise
         if not isinstance(error, UserError | RunStopped | jax.errors.JaxRuntimeError):
             traceback.print_exc()
-        reason = " ".join(str(error).split())[:500]
+        reason = " ".join(str(error).split())[:500] or type(error).__name__
         print(
-            f"lpo: process {jax.process_index()} of {jax.process_count()} stops: {reason or type(error).__name__} "
+            f"lpo: process {jax.process_index()} of {jax.process_count()} stops: {reason} "
             "(if another process died, its own output says why; start all of them again with --resume)",
             file=sys.stderr,
         )
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):
+                stream.flush()
+        if _presence is not None:
+            if isinstance(error, jax.errors.JaxRuntimeError):
+                time.sleep(
+                    SILENCE + 2
+                )  # it may be all that is left of another process, which is then known of
+            _presence.leave(reason)
         os._exit(2 if isinstance(error, UserError) else 1)
+
+
+def _announce() -> None:
+    """Lets the other processes know of this one, if there are any."""
+    global _presence
+    client = getattr(distributed.global_state, "client", None)
+    if client is None or not many():
+        return
+    _presence = Presence(client, jax.process_index(), jax.process_count())
+    _presence.start()
+    atexit.register(_presence.leave)  # before jax leaves the job, which it does in its own exit handler
 
 
 class Silent:

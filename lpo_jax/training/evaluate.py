@@ -1,11 +1,13 @@
 """`lpo eval`: held-out pass@k of a run's checkpoint, or of the model that a config starts from."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from lpo_jax import reporting
 from lpo_jax.config import load_config, override_config
 from lpo_jax.errors import UserError
+from lpo_jax.evaluation.failures import warning
 from lpo_jax.evaluation.heldout import Evaluation
 from lpo_jax.json_lines import print_line
 from lpo_jax.training.checkpoint import load_run
@@ -31,6 +33,8 @@ def evaluate_command(target: str, overrides: Sequence[str], checkpoint: str, as_
         else:
             params, label = session.load_params(), config.model.path
         evaluation = session.evaluate(params)
+    if told := warning(evaluation.failures, "held-out evaluation"):
+        print(f"lpo: {told}", file=sys.stderr)
     result = evaluation.summary | {
         "model": label,
         "task": session.task.name,

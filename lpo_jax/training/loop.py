@@ -13,6 +13,7 @@ import jax
 from lpo_jax import tasks
 from lpo_jax.config import Config
 from lpo_jax.errors import Diverged, UserError
+from lpo_jax.scale import hosts
 from lpo_jax.training import measure
 from lpo_jax.training.behaviour import choose
 from lpo_jax.training.hooks import open_hooks
@@ -39,7 +40,8 @@ def train(config: Config, *, resume: bool = False) -> None:
 
     Raises:
       UserError: something in the config, data or model cannot work (before work begins).
-      RunStopped: too many non-finite gradients in a row, or a checkpoint that could not be saved.
+      RunStopped: too many non-finite gradients in a row, a verifier that failed on every response (the position before
+        that step is saved), or a checkpoint that could not be saved.
       Interrupted: SIGTERM or Ctrl-C; the position is saved.
     """
     objective = check_config(config)
@@ -113,7 +115,9 @@ def take_step(
 
     recorder.progress.phase("sampling")
     round, tools = sample_round(session, learner, position.state.policy, data, step)
+    recorder.check_verdicts(round.batch.failures, f"step {step}")
     recorder.progress.phase("learning")
+    hosts.phase("learning")
     rollouts = make_rollouts(round, sampling.max_tokens, learner.progress(step))
     scoring = time.perf_counter()
     rollouts, sampler_gap = complete(learner, rollouts, round, tools)

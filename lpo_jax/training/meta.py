@@ -21,6 +21,7 @@ from lpo_jax.errors import Diverged, RunStopped, UserError
 from lpo_jax.objectives import meta as evolution
 from lpo_jax.objectives.meta import Evolution
 from lpo_jax.objectives.mirror import NeuralMirror, initial_map
+from lpo_jax.reporting.writers import METRICS_FILE
 from lpo_jax.scale import hosts
 from lpo_jax.training.checksums import read_checked, write_checked
 from lpo_jax.training.loop import train
@@ -50,6 +51,11 @@ def meta(config: Config, *, resume: bool = False, fitness: Callable[[Config], fl
     with RunDirectory(config, "meta", resume) as run, reporting.RunWriter(run.path) as writer:
         phi = mirror.mirror or initial_map(mirror.mirror_seed)
         search = Search.load(run.path) or Search(evolution.start(phi))
+        if not search.file(run.path).exists() and (run.path / METRICS_FILE).exists():
+            raise UserError(
+                f"{run.path}: metrics.jsonl holds rounds of a search, but {search.file(run.path)} is not there; put it "
+                "back, or search anew with another --output=..."
+            )
         writer.truncate_after(len(search.state.history))
         while not finished(search.state, config.meta):
             number, before = len(search.state.history) + 1, search.state

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import shlex
 from collections.abc import Callable
@@ -11,15 +12,18 @@ from typing import Any
 import numpy as np
 
 from lpo_jax import reporting
+from lpo_jax.errors import UserError, VerifierFailed
 from lpo_jax.evaluation.collect import Collected
+from lpo_jax.evaluation.failures import Failures, Watch
 from lpo_jax.evaluation.heldout import Evaluation, powers_of_two
 from lpo_jax.evaluation.metrics import paired_difference, summarise
 from lpo_jax.json_lines import read_rows
 from lpo_jax.objectives import Listwise
+from lpo_jax.reporting.writers import METRICS_FILE
 from lpo_jax.scale import hosts
 from lpo_jax.training import measure
 from lpo_jax.training.checkpoint import Checkpoints
-from lpo_jax.training.run import Interrupted, RunDirectory, Signals
+from lpo_jax.training.run import VERIFIER_FAILED, Interrupted, RunDirectory, Signals
 from lpo_jax.training.session import Session
 from lpo_jax.training.step import TrainState
 
@@ -85,6 +89,7 @@ class Recorder:
         self.session, self.run, self.signals, self.total = session, run, signals, total_steps
         self.config = session.config
         self.console = reporting.console()
+        self._watch, self._saved = Watch(), False
 
     def __enter__(self):
         with contextlib.ExitStack() as stack:
@@ -111,11 +116,18 @@ class Recorder:
         """The newest checkpoint's position, with the files taken back to it; None in a fresh run."""
         step = self.checkpoints.latest()
         if step is None:
+            hosts.on_first(self.run.require_no_checkpoint)
             self.writer.truncate_after(-1)
             return None
+        self._note_saved(step)
         record = self.checkpoints.record(step)
         self.writer.truncate_after(step, evaluations=record["evaluations"])
         self.progress.log(f"resumed from the checkpoint of step {step}")
+        if lost := hosts.on_first(lambda: missing_steps(self.run.path, step)):
+            self.progress.log(
+                f"warning: {self.run.path}/metrics.jsonl has no rows of {lost}, which the checkpoint of step {step} "
+                "includes; they cannot be made again, and the run goes on without them"
+            )
         state = self.checkpoints.restore(step, abstract_state.replace(frozen=None))
         return Position(state.replace(frozen=self.session.load_frozen()), **record)
 
@@ -133,7 +145,9 @@ class Recorder:
                     self.signals.agree()
                     self.checkpoints.check()
                     take_step(position)
-            except Interrupted:
+            except (Interrupted, VerifierFailed) as reason:
+                if isinstance(reason, VerifierFailed):
+                    self.run.note(**{VERIFIER_FAILED: True})
                 self.save(position)
                 self.checkpoints.wait()
                 raise
@@ -141,7 +155,17 @@ class Recorder:
     def save(self, position: Position) -> bool:
         """Saves the position unless its step is saved already, and its score."""
         changing = position.state.replace(frozen=None)  # the base of adapters is read from the model's files
-        return self.checkpoints.save(position.step, changing, position.record(), position.score)
+        fresh = self.checkpoints.save(position.step, changing, position.record(), position.score)
+        if (
+            not self._saved
+        ):  # later saves run in the background; that there is one is noted once it is certain
+            self.checkpoints.wait()
+            self._note_saved(position.step)
+        return fresh
+
+    def _note_saved(self, step: int) -> None:
+        self._saved = True
+        self.run.note_saved(step)
 
     def _evaluate_and_save(self, position: Position) -> None:
         step, last = position.step, position.step >= self.total
@@ -158,6 +182,7 @@ class Recorder:
         self.progress.phase("evaluating")
         with measure.stopwatch() as seconds:
             evaluation = self.session.evaluate(position.state.policy)
+        self.check_verdicts(evaluation.failures, f"held-out evaluation after {position.step} steps")
         row = measure.evaluation_metrics(self.session.task.name, evaluation)
         with self.signals.deferred():  # the position is evaluated when its row is written
             self.writer.write_samples(position.step, evaluation.records, folder="validation")
@@ -165,6 +190,11 @@ class Recorder:
             position.add_evaluation(evaluation, label)
         self.progress.update(position.step, row)
         return evaluation
+
+    def check_verdicts(self, found: Failures, where: str) -> None:
+        """Warns where many responses are masked. Raises `VerifierFailed` where all are."""
+        if told := self._watch.check(found, where):
+            self.progress.log(told)
 
     def write_step(self, step: int, row: dict[str, float], batch: Collected, views: list[Listwise]) -> None:
         """A step's metrics, and its responses with what the objective made of them."""
@@ -179,8 +209,11 @@ class Recorder:
         if not hosts.first():
             return
         self.progress.log(self._evaluations_table(position))
-        self.progress.log(reporting.sample_panel(self._last_samples()))
         run = self.run.path
+        try:
+            self.progress.log(reporting.sample_panel(self._last_samples()))
+        except UserError as error:  # the run is finished whatever has become of that file
+            self.progress.log(f"samples      none to show: {error}")
         if self.config.training.save_plots:
             self.progress.log(f"curves       {', '.join(map(str, reporting.save_plots(run)))}")
         self.progress.log(
@@ -207,13 +240,14 @@ class Recorder:
     def _last_samples(self) -> list[dict]:
         """One response to each of the first held-out problems, from the last evaluation's file."""
         folder = self.run.path / "validation"
-        newest = max(folder.glob("*.jsonl"), key=lambda path: int(path.stem))
-        records = read_rows(newest)
-        return [
-            {"prompt": r["input"], "response": r["output"], "reward": r["score"], "outcome": r["outcome"]}
-            for r in records
-            if r["k"] == 0
-        ]
+        newest = max(
+            (path for path in folder.glob("*.jsonl") if path.stem.isdigit()), key=_step, default=None
+        )
+        if newest is None:
+            raise UserError(f"{folder} holds no evaluation")
+        shown = {"prompt": "input", "response": "output", "reward": "score", "outcome": "outcome"}
+        rows = read_rows(newest, needs=(*shown.values(), "k"))
+        return [{ours: row[name] for ours, name in shown.items()} for row in rows if row["k"] == 0]
 
     def _example_prompt(self) -> str:
         prompt = self.session.task.prompt(self.session.heldout_rows[0])
@@ -223,6 +257,23 @@ class Recorder:
 def open_writer(directory: Path) -> reporting.RunWriter | hosts.Silent:
     """The writer of a directory's metrics and samples; the first of many hosts writes for all."""
     return reporting.RunWriter(directory) if hosts.first() else hosts.Silent()
+
+
+def missing_steps(run: Path, last: int) -> str:
+    """The steps from 1 to `last` without a row of their update in a run's metrics.jsonl, as text; empty for none."""
+    rows = reporting.read_metrics(run) if (run / METRICS_FILE).is_file() else []
+    there = {row["step"] for row in rows if any(name.startswith(("actor/", "train/")) for name in row)}
+    missing = [step for step in range(1, last + 1) if step not in there]
+    # Consecutive steps share the difference to their place in the list.
+    groups = itertools.groupby(enumerate(missing), lambda pair: pair[1] - pair[0])
+    spans = [[step for _, step in group] for _, group in groups]
+    spelled = [f"{span[0]}-{span[-1]}" if len(span) > 1 else str(span[0]) for span in spans]
+    more = [f"and {len(spelled) - 5} more ranges"] if len(spelled) > 5 else []
+    return f"step{'s' * (len(missing) > 1)} {', '.join([*spelled[:5], *more])}" if missing else ""
+
+
+def _step(path: Path) -> int:
+    return int(path.stem)
 
 
 def _due(step: int, every: int) -> bool:

@@ -14,19 +14,23 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import yaml
 from etils import epath
 
+from lpo_jax import yaml_text
 from lpo_jax.config import Config, parse_config
 from lpo_jax.errors import UserError
+from lpo_jax.json_lines import read_object
 from lpo_jax.reporting.writers import cannot_write, write_atomically
 from lpo_jax.rewards.user_code import file_hash, split_reference
 from lpo_jax.scale import hosts
 
 PACKAGES = ("lpo_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
 
+LOCK = ".lock"
 # What a start leaves whose first files did not fit on the disk: no run yet, so that it may be started again.
-LEFTOVERS = (".lock", "run.json.tmp", "run.json", "config.yaml.tmp")
+LEFTOVERS = (LOCK, "run.json.tmp", "run.json", "config.yaml.tmp")
+SAVED = "checkpoints"  # in run.json: the first step saved, and where
+VERIFIER_FAILED = "verifier_failed"  # in run.json: the last start ended for this reason
 
 # A resumed run must sample and learn what the uninterrupted one would have; these settings decide that.
 # Others (steps, evaluation, checkpoints, workers, token budget) may change between two starts.
@@ -55,7 +59,7 @@ class RunDirectory:
 
     def __init__(self, config: Config, kind: str, resume: bool):
         self.path = Path(config.output)
-        self.config, self.kind = config, kind
+        self.config, self.kind, self._resume = config, kind, resume
         self.checkpoints = checkpoint_directory(config)
         self.resumed = hosts.on_first(lambda: self._look(resume))
 
@@ -75,6 +79,8 @@ class RunDirectory:
             raise UserError(f"{self.path}: is not empty and holds no run; set another --output=...")
         if held and settings:
             self._check_unchanged(self.kind)
+        if held and not any_child(self.checkpoints):
+            self.require_no_checkpoint()
         return held
 
     def __enter__(self):
@@ -88,22 +94,55 @@ class RunDirectory:
     def _open(self) -> None:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.path / ".lock", "w")  # noqa: SIM115 - held while the run goes on
+            self._lock = open(self.path / LOCK, "w")  # noqa: SIM115 - held while the run goes on
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{self.path}: another process is writing to this run") from None
         except OSError as error:
             raise cannot_write(self.path, error) from None
+        try:
+            # Another start may have come and gone since the first look.
+            self.resumed = self._look(self._resume)
+        except UserError:
+            self._lock.close()
+            raise
         about = {"kind": self.kind, "user_files": user_files(self.config), **_surroundings()}
+        if self.resumed and SAVED in (noted := self._noted()):
+            about[SAVED] = noted[SAVED]
         self._write("run.json", json.dumps(about, indent=2) + "\n")
-        self._write("config.yaml", yaml.safe_dump(self.config.to_dict(), sort_keys=False))
+        self._write("config.yaml", yaml_text.dump(self.config.to_dict()))
 
     def note(self, **facts: Any) -> None:
         """Adds to run.json what was only known once the run was under way."""
         if not hosts.first():
             return
-        known = json.loads((self.path / "run.json").read_text())
-        self._write("run.json", json.dumps(known | facts, indent=2) + "\n")
+        self._write("run.json", json.dumps(self._noted() | facts, indent=2) + "\n")
+
+    def note_saved(self, step: int) -> None:
+        """Notes that a checkpoint is complete, so that a resume without one in sight is not taken for a fresh start."""
+        self.note(**{SAVED: {"step": step, "directory": str(self.checkpoints)}})
+
+    def require_no_checkpoint(self) -> None:
+        """Called where no checkpoint is in sight.
+
+        Raises:
+          UserError: the run has saved one. Going on would begin again and drop all that is recorded.
+        """
+        if saved := self._noted().get(SAVED):
+            raise UserError(
+                f"{self.path}: there is no checkpoint in {self.checkpoints}, but this run has saved step "
+                f"{saved['step']} in {saved['directory']}; make that directory available, or set checkpoint.directory "
+                "to where it is now, or start a new run with another --output=..."
+            )
+
+    def _noted(self) -> dict[str, Any]:
+        """What run.json holds; empty where it is not there.
+
+        Raises:
+          UserError: it is damaged.
+        """
+        path = self.path / "run.json"
+        return read_object(path, "remove it, and --resume writes a new one") if path.exists() else {}
 
     def _write(self, name: str, text: str) -> None:
         """Whole or not at all: config.yaml is what tells a run from any other directory."""
@@ -113,14 +152,14 @@ class RunDirectory:
             raise cannot_write(self.path / name, error) from None
 
     def _check_unchanged(self, kind: str) -> None:
-        record = self.path / "run.json"
-        about = json.loads(record.read_text()) if record.exists() else {}
+        about = self._noted()
         held = about.get("kind", kind)
         if held != kind:
             raise UserError(
                 f"{self.path}: holds an `lpo {held}` run; `lpo {kind} --resume` cannot continue it"
             )
-        before = about.get("user_files", {})
+        # A verifier that failed on everything has to be repaired, which changes its file.
+        before = {} if about.get(VERIFIER_FAILED) else about.get("user_files", {})
         for file, digest in user_files(self.config).items():
             if before.get(file, digest) != digest:
                 raise UserError(
@@ -189,20 +228,29 @@ def read_config(run: str | Path) -> Config:
     path = Path(run) / "config.yaml"
     if not path.is_file():
         raise UserError(f"{run}: not a run directory (no config.yaml in it)")
-    return parse_config(yaml.safe_load(path.read_text()), str(path))
+    values = yaml_text.read(path, "config")
+    if not isinstance(values, dict):
+        raise UserError(
+            f"{path}: is damaged (it holds no settings); write it anew from the config that started the run"
+        )
+    return parse_config(values, str(path))
+
+
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class Interrupted(BaseException):
-    """SIGTERM or Ctrl-C, raised where nothing is half done. Like KeyboardInterrupt no `Exception`, so that no
-    library takes it for an error of its own."""
+    """SIGTERM, Ctrl-C or a terminal that has gone, raised where nothing is half done. Like KeyboardInterrupt it is no
+    `Exception`, so that no library takes it for an error of its own."""
 
 
 class Signals:
-    """Turns SIGTERM and SIGINT into `Interrupted`.
+    """Turns SIGTERM, SIGINT and SIGHUP into `Interrupted`.
 
     At once in the phases that change nothing (sampling, verifying, evaluating); at the end of a `deferred`
     block in those that do. With many hosts only where all of them ask each other (`agree`), since one that
-    stopped by itself would leave the others waiting. A second signal ends the process in the usual hard way.
+    stopped by itself would leave the others waiting. A second signal ends the process in the usual hard way, except a
+    second hangup.
     """
 
     def __init__(self):
@@ -210,7 +258,9 @@ class Signals:
         self._many = hosts.many()
 
     def __enter__(self):
-        self._before = {s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGINT)}
+        # A hangup that is ignored (nohup) stays so.
+        obeyed = [s for s in STOPPING if s != signal.SIGHUP or signal.getsignal(s) != signal.SIG_IGN]
+        self._before = {s: signal.signal(s, self._handle) for s in obeyed}
         return self
 
     def __exit__(self, *_):
@@ -235,7 +285,8 @@ class Signals:
 
     def _handle(self, number, frame):
         for again, handler in self._before.items():
-            signal.signal(again, handler)
+            # A shell and the system both send a hangup: the second one is no wish to end without saving.
+            signal.signal(again, signal.SIG_IGN if again == signal.SIGHUP else handler)
         self._waiting = True
         if not self._deferred and not self._many:
             raise Interrupted

@@ -21,7 +21,7 @@ from lpo_jax import __version__, reporting
 from lpo_jax.config import override_config, parse_config
 from lpo_jax.errors import RunStopped, UserError
 from lpo_jax.evaluation.suite import Settings, average, prepare, run_exam
-from lpo_jax.json_lines import dump_line, print_line
+from lpo_jax.json_lines import dump_line, print_line, read_object
 from lpo_jax.models.load import Model, load_config_and_tokenizer, load_model
 from lpo_jax.reporting.tables import suite_table
 from lpo_jax.reporting.writers import write_atomically
@@ -181,7 +181,8 @@ def _opened(directory: Path, identity: Mapping[str, Any]):
         except BlockingIOError:
             raise UserError(f"{directory}: another process is writing to this evaluation") from None
         if any(path.stat().st_size for path in (directory / "responses").iterdir()):
-            for key, was, now in differences("", json.loads(record.read_text()), identity):
+            held = read_object(record, "set another --out, or remove the directory to ask anew")
+            for key, was, now in differences("", held, identity):
                 raise UserError(
                     f"{directory}: holds another evaluation, with {key[1:]} = {was!r} and not {now!r}; "
                     "set another --out, or the same settings to go on with it"

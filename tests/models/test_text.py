@@ -2,6 +2,9 @@
 
 import json
 
+import chex
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -181,6 +184,12 @@ def directory(tmp_path, tiny_config, tiny_params):
 def edit(path, **changes):
     value = json.loads(path.read_text()) | changes
     path.write_text(json.dumps({k: v for k, v in value.items() if v is not None}))
+
+
+def test_logits_can_be_traced(tiny_model):
+    model = load_model(tiny_model)
+    tokens = jnp.array([[3, 4, 5]])
+    chex.assert_trees_all_close(jax.jit(model.logits)(tokens), model.logits(tokens), atol=1e-4)
 
 
 def test_logits_of_ids_without_a_row_are_refused(tiny_model):

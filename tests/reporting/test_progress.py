@@ -1,7 +1,11 @@
 """The progress line on a terminal and in a log file."""
 
 import io
+import os
 import re
+import subprocess
+import sys
+import textwrap
 
 import pytest
 from rich.console import Console
@@ -142,3 +146,31 @@ def test_exceptions_pass_through_and_give_the_terminal_back(terminal):
         assert out.getvalue().rindex(show) > out.getvalue().rindex(hide)
     console.print("after")
     assert out.getvalue().rstrip().endswith("after")
+
+
+@pytest.mark.parametrize("how", ["a reader that has gone", "a full disk", "closed from the start"])
+def test_a_run_goes_on_where_nobody_can_read_what_it_prints(tmp_path, how):
+    program = """
+        import sys
+        from pathlib import Path
+        from lpo_jax.reporting import Progress
+        with Progress(500) as progress:
+            for step in range(500):
+                progress.update(step + 1, {"train/loss": 1.0})
+                progress.log("x" * 200)
+        print("this too is dropped")
+        Path(sys.argv[1]).write_text("went on")
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program), str(tmp_path / "end")]
+    reader, writer = os.pipe()
+    os.close(reader)
+    full = os.open("/dev/full", os.O_WRONLY)
+    out = {"a reader that has gone": writer, "a full disk": full}.get(how)
+    if out is None:
+        command = ["sh", "-c", 'exec "$@" >&-', "sh", *command]
+    done = subprocess.run(command, stdout=out, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    os.close(full)
+    assert done.returncode == 0 and (tmp_path / "end").read_text() == "went on"
+    if out is not None:
+        assert re.fullmatch(r"lpo: standard output is gone \(.*\); files are still written\n", done.stderr)

@@ -132,6 +132,12 @@ def test_hanging_is_cut_off_masked_and_replaced(source, how):
         assert [verdict.outcome for verdict in judge(pool, "1", "0")] == ["pass", "wrong"]
 
 
+def _fault(response):
+    """Part of the line that an error names: where it was raised, or the function that returned what is no reward."""
+    raised = {"exit": "sys.exit(0)", "raise": "raise ValueError", "input": "float(input())"}
+    return raised.get(response, "def verify(")
+
+
 @pytest.mark.parametrize(
     ("response", "reason"),
     [
@@ -149,6 +155,10 @@ def test_hanging_is_cut_off_masked_and_replaced(source, how):
 def test_failures_are_masked_with_their_reason(source, response, reason):
     with VerifierPool(source, workers=1) as pool:
         verdicts = judge(pool, "1", response, "1")
+    if not reason.startswith("worker"):  # whose exit status is all there is to know
+        file = source.rpartition(":")[0]
+        number = next(i for i, line in enumerate(VERIFIER.split("\n"), 1) if _fault(response) in line)
+        reason += f" ({file}, line {number})"
     assert verdicts[1] == Verdict(0.0, "infrastructure", {"reason": reason})
     assert [verdicts[0].outcome, verdicts[2].outcome] == ["pass", "pass"]
 
