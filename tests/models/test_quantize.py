@@ -44,4 +44,4 @@ def test_sampler_of_8_bits_is_near_and_says_so(tiny_config, tiny_params):
     exact = score(Program(tiny_config), tiny_params, Groups(prompts, lengths, got.tokens)).logp
     gap = np.where(got.mask, np.abs(exact - got.log_probs), 0).max()
     assert gap > 1e-3
-    np.testing.assert_array_less(gap, 0.15)
+    np.testing.assert_array_less(gap, 0.3)

@@ -31,7 +31,7 @@ def test_gap_of_sampling_in_8_bits_is_reported(run_config, no_plots):
     train(parse_config(values))
     (row,) = (row for row in read_metrics(values["output"]) if "lpo/logp_gap_max" in row)
     assert row["lpo/logp_gap_max"] > 1e-3 and row["lpo/logp_gap_mean"] > 1e-4
-    np.testing.assert_array_less([row["lpo/logp_gap_max"], row["lpo/logp_gap_mean"]], [0.6, 0.1])
+    np.testing.assert_array_less([row["lpo/logp_gap_max"], row["lpo/logp_gap_mean"]], [1.0, 0.15])
     assert row["actor/grad_norm"] > 0 and row["lpo/skipped_updates"] == 0
 
 
