@@ -104,11 +104,11 @@ def _conflict(one: Hook, other: Hook) -> str:
 class DynamicSampling(Hook):
     """Keep the groups whose rewards differ, and sample further prompts until the batch is full of them.
 
-    Groups are judged after hints have mended them. If the rounds run out before the batch is full, groups without
-    signal fill it and are spread evenly over the step's updates; where there are fewer groups with signal than
-    updates, they are repeated so that each update has one. If no round found a group with signal, the step's updates
-    have none, as in a method without this hook: the optimizer moves by its momentum, and
-    `lpo/useful_group_frac` shows 0.
+    Groups are judged by the verifier's rewards, before the method shapes them and after hints have mended them. If the
+    rounds run out before the batch is full, groups without signal fill it and are spread evenly over the step's
+    updates; where there are fewer groups with signal than updates, they are repeated so that each update has one. If no
+    round found a group with signal, the step's updates have none, as in a method without this hook: the optimizer
+    moves by its momentum, and `lpo/useful_group_frac` shows 0.
 
     Attributes:
       max_rounds: sampling rounds at most.

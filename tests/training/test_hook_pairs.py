@@ -52,7 +52,7 @@ BESIDE = {
     "dynamic-sampling": {"max_rounds": 8},
     "gaussian-sampling": {},
     "greedy-baseline": {"centre": "baseline"},
-    "judge": {"shape": ["flaw-penalty"]},
+    "judge": {"shape": ["flaw-penalty"], "flaw_penalty": 0.5},
     "ladder-hints": {"hint_after": 0},
     "learnability-sampling": {},
     "prefix-values": {"credit": "progress", "segments": 2},
