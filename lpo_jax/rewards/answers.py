@@ -58,7 +58,9 @@ _LEXEME = re.compile(
     r"#[^\n]*|\"\"\"|'''|\"(?:\\.|[^\"\\\n])*+\"?|'(?:\\.|[^'\\\n])*+'?|^[ \t]*```", re.M | re.S
 )
 _CLOSINGS = {quotes: re.compile(rf"\\.|{quotes}", re.S) for quotes in ('"""', "'''")}
-_MAX_LEXED = 4  # blocks of one text with a fence in a string; each of them may be as long as the text
+_MAX_LEXED = (
+    4  # times the length of a text that is looked at for strings, because a string may never be closed
+)
 
 
 def last_program(text: str) -> str | None:
@@ -68,15 +70,15 @@ def last_program(text: str) -> str | None:
     A fence in a string of several lines is part of the program if that is Python then. The indentation of the opening
     fence is taken off each line, as Markdown does. Linear in the length of the text.
     """
-    program, at, lexed = None, 0, 0
+    program, at, left = None, 0, _MAX_LEXED * len(text)
     while opening := _OPENING.search(text, at):
         start = opening.end()
         at = _first_fence(text, start)
-        if lexed < _MAX_LEXED and any(quotes in text[start:at] for quotes in _CLOSINGS):
+        if left > 0 and any(quotes in text[start:at] for quotes in _CLOSINGS):
             end = _fence_outside_strings(text, start)
-            if end != at:
-                lexed += 1
-                at = end if _is_python(_unindented(text[start:end], opening[1])) else at
+            left -= (len(text) if end is None else end) - start
+            if end is not None and end != at and _is_python(_unindented(text[start:end], opening[1])):
+                at = end
         program = _unindented(text[start:at], opening[1])
     return program if program and program.strip() else None
 
@@ -86,16 +88,15 @@ def _first_fence(text: str, start: int) -> int:
     return fence.start() if fence else len(text)
 
 
-def _fence_outside_strings(text: str, at: int) -> int:
-    """Where the first fence begins that is in no string; the first of all if a string is never closed."""
-    start = at
+def _fence_outside_strings(text: str, at: int) -> int | None:
+    """Where the first fence begins that is in no string, or the text ends; None if a string is never closed."""
     while lexeme := _LEXEME.search(text, at):
         at = lexeme.end()
         if lexeme[0] in _CLOSINGS:
             closings = _CLOSINGS[lexeme[0]].finditer(text, at)
             at = next((match.end() for match in closings if match[0] == lexeme[0]), -1)
             if at < 0:
-                return _first_fence(text, start)
+                return None
         elif lexeme[0].endswith("```") and lexeme[0][0] not in "#\"'":
             return lexeme.start()
     return len(text)

@@ -46,6 +46,7 @@ LONG = {
     "blanks": " " * SIZE + "x",
     "quotation marks": "```python\n" + "'''\n```\n" * (SIZE // 8),
     "escaped quotation marks": "```python\n'''\n" + "\\'''\n```\n```python\n'''\n" * (SIZE // 24),
+    "strings that are never closed": "```python\n'''\n\\'''\n```\n" * (SIZE // 24),
     "blocks": "```python\n'''\n```\n" * (SIZE // 18),
     "fences": "```\n" * (SIZE // 4),
     "boxes": "\\boxed   " * (SIZE // 9),
