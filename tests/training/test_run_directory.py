@@ -32,9 +32,9 @@ def finished(tmp_path_factory, tiny_model, tiny_task):
 
 @pytest.fixture
 def run(finished, tmp_path):
-    """A copy of it, and its config."""
+    """A copy of it, and its resolved config."""
     shutil.copytree(finished["output"], tmp_path / "run")
-    return tmp_path / "run", finished | {"output": str(tmp_path / "run")}
+    return tmp_path / "run", read_config(finished["output"]).to_dict() | {"output": str(tmp_path / "run")}
 
 
 def files(path):
@@ -58,7 +58,10 @@ def test_a_resume_without_a_checkpoint_in_sight_is_refused(run, tmp_path, how):
         (path / "checkpoints").rename(tmp_path / "moved")
     if how == "unmounted":
         (path / "checkpoints").mkdir()
-    before, looked_in = files(path), config["checkpoint"].get("directory", path / "checkpoints")
+    before, looked_in = (
+        files(path),
+        config["checkpoint"]["directory"].replace("auto", str(path / "checkpoints")),
+    )
     error = refusal(config)
     assert error.startswith(
         f"{path}: there is no checkpoint in {looked_in}, but this run has saved step 1 in "
