@@ -95,7 +95,7 @@ def test_every_solution_is_judged_and_the_failing_ones_are_named(write):
     assert (train["with_solution"], train["solution_fails"]) == (15, sum(n < 30 for n in fails))
     assert summary["heldout"]["solution_fails"] == sum(n >= 30 for n in fails)
     assert train["first_failing"] == [
-        "row 5: infrastructure (verifier raised ValueError: not this one)",
+        f"row 5: infrastructure (verifier raised ValueError: not this one ({file}, line 5))",
         *(f"row {n}: wrong (reward 0)" for n in fails[1:5] if n < 30),
     ]
     shown = "\n".join(lines(summary))
