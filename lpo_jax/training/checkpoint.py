@@ -126,8 +126,8 @@ class Checkpoints:
 
     def check(self) -> None:
         """Raises `RunStopped` if the save that goes on in the background has failed by now."""
-        with self._explained(None):
-            self._manager.check_for_errors()
+        if not self._manager.is_saving_in_progress():  # else it would be waited for
+            self.wait()
 
     def record(self, step: int) -> dict[str, Any]:
         """The JSON record of a checkpoint.
