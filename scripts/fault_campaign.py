@@ -257,8 +257,10 @@ def kill_once(campaign: Campaign, config: pathlib.Path, log: pathlib.Path, chanc
     if wait_for(pipe, phase, number):
         time.sleep(chance.uniform(0, LONGEST if phase in PHASES else 0.05))
     alive = process.is_alive()
-    if alive:
+    try:
         os.kill(process.pid, how)
+    except ProcessLookupError:  # it has finished meanwhile
+        alive = False
     process.join(120)
     text = log.read_text()
     wrong = None
