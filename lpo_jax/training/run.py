@@ -9,6 +9,7 @@ import logging
 import os
 import platform
 import signal
+import sys
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -261,9 +262,11 @@ class Signals:
         # A hangup that is ignored (nohup) stays so.
         obeyed = [s for s in STOPPING if s != signal.SIGHUP or signal.getsignal(s) != signal.SIG_IGN]
         self._before = {s: signal.signal(s, self._handle) for s in obeyed}
+        self._hook, sys.unraisablehook = sys.unraisablehook, self._unraisable
         return self
 
     def __exit__(self, *_):
+        sys.unraisablehook = self._hook
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -277,6 +280,12 @@ class Signals:
             self._deferred = False
         if self._waiting and not self._many:
             raise Interrupted
+
+    def _unraisable(self, unraisable: Any) -> None:
+        # Python drops what is raised inside a finaliser or a callback of the garbage collector, and prints a traceback.
+        # The signal is not lost: it is obeyed at the end of the next deferred block.
+        if not issubclass(unraisable.exc_type, Interrupted):
+            self._hook(unraisable)
 
     def agree(self) -> None:
         """Obeys a signal that any host has got. All hosts call this together, between two steps."""

@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -175,6 +176,23 @@ def test_which_steps_are_missing(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("".join([rows[0], saved, *rows[1:]]))
     assert missing_steps(tmp_path, 7) == "steps 2-3, 6"
     assert missing_steps(tmp_path, 17) == "steps 2-3, 6, 8, 10, 12, and 2 more ranges"
+
+
+def test_a_signal_inside_a_finaliser_is_obeyed_later_without_a_traceback(monkeypatch):
+    shown = []
+    monkeypatch.setattr(sys, "unraisablehook", shown.append)
+
+    class Finalised:
+        def __del__(self):
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(Interrupted), Signals() as signals:
+        finalised = Finalised()
+        del finalised  # Python drops what its finaliser raises
+        with signals.deferred():
+            reached = True
+    assert reached and not shown
+    assert sys.unraisablehook == shown.append
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
