@@ -87,15 +87,20 @@ def main(descriptor: str) -> None:
             stream.write(frame(payload))
             stream.flush()
         except OSError:
-            os._exit(
-                0
-            )  # the parent has closed the line, or the verifier has; what is still to be written has no reader
+            # The parent has closed the line, or the verifier has: what is still to be written has no reader.
+            os._exit(0)
+
+    def read(size: int) -> bytes:
+        try:
+            data = stream.read(size)
+        except OSError:  # reset: the parent has ended without reading our last reply
+            data = b""
+        if len(data) < size:
+            sys.exit(0)  # the parent has closed the line, or is gone
+        return data
 
     def receive():
-        header = stream.read(HEADER.size)
-        if len(header) < HEADER.size:
-            sys.exit(0)  # the parent has closed the line, or is gone
-        return pickle.loads(stream.read(*HEADER.unpack(header)))
+        return pickle.loads(read(*HEADER.unpack(read(HEADER.size))))
 
     token, spec, start_limit, item_limit = receive()
     # The parent enforces the limits. The alarm (default action: the kernel ends the process, whatever it is

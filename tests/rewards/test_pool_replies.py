@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import select
 import signal
 import socket
 import subprocess
@@ -15,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lpo_jax import rewards
-from lpo_jax.rewards import Verdict, VerifierPool
+from lpo_jax.rewards import Verdict, VerifierPool, VerifierSpec
 from lpo_jax.rewards.worker import HEADER, MAX_REPLY, frame, parse_reply
 from lpo_jax.rewards.worker_process import BadReply, WorkerProcess
 
@@ -211,6 +212,22 @@ def test_any_mixture_of_faults(source):
             assert verdict.reward == float(response[-1]) and not verdict.masked
         else:
             assert verdict.masked
+
+
+@pytest.mark.parametrize("moment", ["idle", "reply not read", "inside a request"])
+def test_a_worker_whose_pool_is_gone_ends_in_silence(source, capfd, moment):
+    worker = WorkerProcess(VerifierSpec(source), 60.0, 10.0)
+    if moment == "reply not read":
+        select.select([worker.line], [], [], 60)  # "ready" stays in the line, so that closing it resets it
+    else:
+        while not worker.unread:
+            select.select([worker.line], [], [], 60)
+            worker.receive()
+    if moment == "inside a request":
+        worker.line.send(frame(b"x" * 100)[:50])
+    worker.line.close()
+    assert worker.process.wait(60) == 0
+    assert capfd.readouterr().err == ""
 
 
 @pytest.fixture(scope="module")
