@@ -1,7 +1,7 @@
 # Needs only Python >= 3.11, make and a reachable package index.
 #   make run     the quickstart: a 135M model learns a task with checkable answers (ARGS="--training.steps=20" ...)
 #   make test    lint and tests (ARGS='-m slow': every method end to end, and others that take minutes)
-#   make test-isa  the numeric tests as on other CPUs, limited to each of ISAS (about 10 minutes each)
+#   make test-isa  the numeric tests as on other CPUs, limited to each of ISAS (25 minutes each with empty caches)
 PYTHON ?= python3
 BIN := .venv/bin
 # The accelerator that is there decides which jax is installed; EXTRAS= or EXTRAS=cuda overrides.
