@@ -25,7 +25,7 @@ from lpo_jax.reporting import read_metrics
 from lpo_jax.reporting.writers import METRICS_FILE
 
 COMMAND = [
-    *(sys.executable, "-m", "lpo_jax.cli", "train", "configs/quickstart.yaml"),
+    *(sys.executable, "-m", "lpo_jax.commands.main", "train", "configs/quickstart.yaml"),
     *("--warm_start.steps=0", "--training.steps=1", "--evaluation.every=0"),
     *("--evaluation.problems=4", "--evaluation.num_responses=4"),
     *("--training.prompts_per_step=4", "--sampling.num_responses=4"),

@@ -163,7 +163,7 @@ class CheckpointSection(_Strict):
 
 @dataclasses.dataclass(frozen=True)
 class MeshSection(_Strict):
-    """Devices along each axis; see `lpo_jax.scale.mesh` for what is derived."""
+    """Devices along each axis; see `lpo_jax.parallel.mesh` for what is derived."""
 
     data: NonNegative = _option(0, "parts of a batch, each on devices of its own; 0: derived")
     fsdp: NonNegative = _option(0, "parts of a batch and of every parameter; 0: derived")

@@ -44,13 +44,13 @@ PHASES = {
     "evaluation": ("lpo_jax.training.session", "Session.evaluate"),
 }
 WRITES = {
-    "settings": ("lpo_jax.training.run", "RunDirectory._write"),
+    "settings": ("lpo_jax.runs.directory", "RunDirectory._write"),
     "responses": ("lpo_jax.reporting.writers", "RunWriter.write_samples"),
     "metrics": ("lpo_jax.reporting.writers", "RunWriter.write"),
     "events": ("lpo_jax.reporting.writers", "RunWriter._write_events"),
-    "scores": ("lpo_jax.training.checkpoint", "Checkpoints._note_score"),
-    "checkpoint": ("lpo_jax.training.checkpoint", "Checkpoints.save"),
-    "sealing": ("lpo_jax.training.checksums", "seal"),
+    "scores": ("lpo_jax.runs.checkpoint", "Checkpoints._note_score"),
+    "checkpoint": ("lpo_jax.runs.checkpoint", "Checkpoints.save"),
+    "sealing": ("lpo_jax.runs.checksums", "seal"),
     "plots": ("lpo_jax.reporting.plots", "learning_curves"),
 }
 LONGEST = 0.5  # seconds from a phase's beginning to the signal, at most
@@ -131,7 +131,7 @@ def run_lpo(
                 disk.strike(kind)
 
         at_start_of(phase, strike)
-    from lpo_jax.cli import main
+    from lpo_jax.commands.main import main
 
     sys.exit(main(arguments))
 
@@ -142,8 +142,8 @@ def digest(output: pathlib.Path, log: pathlib.Path, found) -> None:
     import orbax.checkpoint as ocp
 
     from lpo_jax.reporting import is_timing, read_metrics
-    from lpo_jax.training.checkpoint import Checkpoints
-    from lpo_jax.training.checksums import damage
+    from lpo_jax.runs.checkpoint import Checkpoints
+    from lpo_jax.runs.checksums import damage
 
     def rows(run):
         kept = [{k: v for k, v in row.items() if not is_timing(k)} for row in read_metrics(run)]
@@ -318,7 +318,7 @@ def flip(campaign: Campaign, flips: int, seed: int) -> bool:
 def flip_in(run: pathlib.Path, flips: int, seed: int) -> None:
     """The body of a child: damages a finished run's newest checkpoint, whose best one is another."""
     from lpo_jax.errors import UserError
-    from lpo_jax.training.checkpoint import Checkpoints, load_run
+    from lpo_jax.runs.checkpoint import Checkpoints, load_run
 
     chance, silent, count = random.Random(seed), [], 0
     with Checkpoints(run / "checkpoints", read_only=True) as checkpoints:

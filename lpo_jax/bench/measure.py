@@ -23,14 +23,14 @@ from lpo_jax.config import override_config, parse_config
 from lpo_jax.errors import UserError
 from lpo_jax.models.load import load_config_and_tokenizer
 from lpo_jax.objectives import TokenStats
+from lpo_jax.rollout.hooks import open_hooks
+from lpo_jax.runs.directory import RunDirectory, Signals
 from lpo_jax.sampling import Sampling
 from lpo_jax.sampling.text import encode
 from lpo_jax.training.batch import Groups
-from lpo_jax.training.hooks import open_hooks
 from lpo_jax.training.loop import take_step
 from lpo_jax.training.position import Position, Recorder
 from lpo_jax.training.rounds import Learner
-from lpo_jax.training.run import RunDirectory, Signals
 from lpo_jax.training.session import Session, check_config, open_session
 
 # Words that are one token each, however often they are repeated: byte-pair tokenizers, and those of characters.

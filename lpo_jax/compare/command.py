@@ -23,9 +23,9 @@ from lpo_jax.compare.table import Outcomes, make_table
 from lpo_jax.config import Config
 from lpo_jax.errors import RunStopped, UserError
 from lpo_jax.json_lines import dump_line
-from lpo_jax.scale import hosts
+from lpo_jax.parallel import hosts
+from lpo_jax.runs.directory import RunDirectory, Signals
 from lpo_jax.training.mirror_file import write_whole
-from lpo_jax.training.run import RunDirectory, Signals
 
 
 def compare(config: Config, *, resume: bool = False) -> None:

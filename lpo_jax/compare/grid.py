@@ -14,7 +14,7 @@ from lpo_jax import objectives
 from lpo_jax.config import Config
 from lpo_jax.errors import UserError, nearest
 from lpo_jax.objectives.targets import temperature_problem
-from lpo_jax.training.run import RunDirectory
+from lpo_jax.runs.directory import RunDirectory
 from lpo_jax.training.session import check_config
 
 

@@ -33,7 +33,7 @@ def main(cores: str) -> None:
     os.dup2(2, 1)
     tasks: queue.SimpleQueue = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(tasks,), daemon=True).start()
-    from lpo_jax.training.run import Interrupted
+    from lpo_jax.runs.directory import Interrupted
 
     try:
         while True:
@@ -54,7 +54,7 @@ def _listen(tasks: queue.SimpleQueue) -> None:
 def _run(task: dict[str, Any]) -> str | None:
     """Runs a task to its end; returns one line that says what went wrong, or None."""
     from lpo_jax.config import parse_config
-    from lpo_jax.scale import hosts
+    from lpo_jax.parallel import hosts
 
     try:
         hosts.require_devices()
@@ -69,7 +69,7 @@ def _run(task: dict[str, Any]) -> str | None:
 
 def _warm(config: Any) -> None:
     """The common warm start, exported to `hf` in its directory."""
-    from lpo_jax.training.checkpoint import load_run
+    from lpo_jax.runs.checkpoint import load_run
     from lpo_jax.training.sft import sft
 
     sft(config, resume=True)

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from lpo_jax.evaluation.collect import Collected, Collector
-from lpo_jax.evaluation.failures import Failures, failures, require_judged
 from lpo_jax.evaluation.metrics import summarise
+from lpo_jax.rollout.collect import Collected, Collector
+from lpo_jax.rollout.failures import Failures, failures, require_judged
 from lpo_jax.sampling import Sampling
 
 # Added to the run's seed: held-out samples never share random numbers with training.

@@ -17,8 +17,6 @@ from typing import Any, Literal
 import numpy as np
 
 from lpo_jax.errors import UserError, VerifierFailed
-from lpo_jax.evaluation.collect import Collector, within_limit
-from lpo_jax.evaluation.failures import Failures, require_judged, warning
 from lpo_jax.evaluation.heldout import powers_of_two, sample_rows
 from lpo_jax.evaluation.metrics import bootstrap_interval, summarise
 from lpo_jax.evaluation.responses import Fact, ResponseFile
@@ -26,6 +24,8 @@ from lpo_jax.evaluation.votes import majority
 from lpo_jax.rewards import VerifierPool, VerifierSpec
 from lpo_jax.rewards.code import confine
 from lpo_jax.rewards.user_code import file_hash, split_reference
+from lpo_jax.rollout.collect import Collector, within_limit
+from lpo_jax.rollout.failures import Failures, require_judged, warning
 from lpo_jax.sampling import Sampler, Sampling
 from lpo_jax.tasks import Task
 from lpo_jax.tasks.data import content_hash

@@ -25,7 +25,7 @@ from flax import struct
 
 from lpo_jax.models.attend import accumulator, attend
 from lpo_jax.models.kernels import decode, splash
-from lpo_jax.models.sharding import on_each_shard
+from lpo_jax.parallel.sharding import on_each_shard
 
 # plain: matrix products, on any device. pallas: the kernels for TPUs. auto: the kernels where the default
 # device is a TPU. interpret: the kernels step by step on any device, to test programs that use them.

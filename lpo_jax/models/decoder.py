@@ -22,7 +22,7 @@ from flax import nnx
 from lpo_jax.models.attend import KEPT, accumulator
 from lpo_jax.models.attention import Causal
 from lpo_jax.models.config import ModelConfig
-from lpo_jax.models.sharding import constrain, gathered, look_up
+from lpo_jax.parallel.sharding import constrain, gathered, look_up
 
 Params = dict[str, Any]
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from lpo_jax.models.attend import accumulator
 from lpo_jax.models.decoder import project
-from lpo_jax.models.sharding import RULES, constrain, gathered, summed
+from lpo_jax.parallel.sharding import RULES, constrain, gathered, summed
 
 # Logits of one chunk of one row, in elements: 2^25 float32 values are 128 MiB; more where that is fewer tokens than
 # FEWEST_TOKENS. Every chunk reads the unembedding twice and its gradient once, and with fewer tokens than about 500 an

@@ -15,9 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from lpo_jax.models import decoder, sharding
+from lpo_jax.models import decoder
 from lpo_jax.models.attention import Attention, Causal, Decode
 from lpo_jax.models.quantize import quantise_layer
+from lpo_jax.parallel import sharding
 
 CHUNK = 16  # tokens that `decode` draws at most before the host looks: then rows leave and arrive
 

@@ -16,13 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from lpo_jax.models import decoder, sharding
+from lpo_jax.models import decoder
 from lpo_jax.models.attention import Attention
 from lpo_jax.models.config import ModelConfig
+from lpo_jax.parallel import sharding
+from lpo_jax.sampling.batching import Schedule, stopper
 from lpo_jax.sampling.decode import decode_layout
 from lpo_jax.sampling.distribution import Sampling, row_keys
 from lpo_jax.sampling.padding import pad_rows
-from lpo_jax.sampling.schedule import Schedule, stopper
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,8 +6,8 @@ Axes: P prompts · K responses · S prompt tokens · T response tokens.
 import jax
 from flax import struct
 
+from lpo_jax.models.packing import Layout
 from lpo_jax.objectives import Scored
-from lpo_jax.training.packing import Layout
 
 
 @struct.dataclass

@@ -3,12 +3,12 @@
 import jax
 
 from lpo_jax import objectives, reporting
-from lpo_jax.evaluation.encode import encode_prompt
-from lpo_jax.models.sharding import batch_shards
+from lpo_jax.models.packing import full
+from lpo_jax.parallel.sharding import batch_shards
+from lpo_jax.rollout.encode import encode_prompt
 from lpo_jax.sampling.padding import bucket
 from lpo_jax.training.behaviour import Behaviour
 from lpo_jax.training.optimizer import planned_updates
-from lpo_jax.training.packing import full
 from lpo_jax.training.session import Session, make_objective
 from lpo_jax.training.step import Program
 

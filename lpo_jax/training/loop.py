@@ -13,10 +13,11 @@ import jax
 from lpo_jax import tasks
 from lpo_jax.config import Config
 from lpo_jax.errors import Diverged, UserError
-from lpo_jax.scale import hosts
+from lpo_jax.parallel import hosts
+from lpo_jax.rollout.hooks import open_hooks
+from lpo_jax.runs.directory import RunDirectory, Signals
 from lpo_jax.training import measure
 from lpo_jax.training.behaviour import choose
-from lpo_jax.training.hooks import open_hooks
 from lpo_jax.training.intro import introduce
 from lpo_jax.training.optimizer import skipped_updates
 from lpo_jax.training.position import Position, Recorder
@@ -29,7 +30,6 @@ from lpo_jax.training.rounds import (
     sample_round,
     split,
 )
-from lpo_jax.training.run import RunDirectory, Signals
 from lpo_jax.training.session import Session, check_config, open_session
 from lpo_jax.training.sft import check_solutions, warm_start
 from lpo_jax.training.step import signal, token_metrics, update

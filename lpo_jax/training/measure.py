@@ -11,10 +11,10 @@ import jax
 import jax.monitoring
 import numpy as np
 
-from lpo_jax.evaluation.collect import Collected
 from lpo_jax.evaluation.heldout import Evaluation
 from lpo_jax.reporting import validation_metrics
 from lpo_jax.rewards.verdict import OUTCOMES
+from lpo_jax.rollout.collect import Collected
 
 # Reduced by max over the updates of a step; all others by mean.
 WORST = {"lpo/score_abs_max", "lpo/coef_sum"}

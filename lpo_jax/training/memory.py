@@ -13,9 +13,9 @@ import jax.numpy as jnp
 
 from lpo_jax.config import Config
 from lpo_jax.models.config import ModelConfig
-from lpo_jax.models.sharding import current_mesh
-from lpo_jax.scale import hosts
-from lpo_jax.training.packing import full_pieces
+from lpo_jax.models.packing import full_pieces
+from lpo_jax.parallel import hosts
+from lpo_jax.parallel.sharding import current_mesh
 
 # Of the memory that parameters, gradient and optimizer leave; the rest is for logits, attention and the sampler.
 SHARE = 0.5

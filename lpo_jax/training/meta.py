@@ -21,12 +21,12 @@ from lpo_jax.errors import Diverged, RunStopped, UserError
 from lpo_jax.objectives import meta as evolution
 from lpo_jax.objectives.meta import Evolution
 from lpo_jax.objectives.mirror import NeuralMirror, initial_map
+from lpo_jax.parallel import hosts
 from lpo_jax.reporting.writers import METRICS_FILE
-from lpo_jax.scale import hosts
-from lpo_jax.training.checksums import read_checked, write_checked
+from lpo_jax.runs.checksums import read_checked, write_checked
+from lpo_jax.runs.directory import RunDirectory
 from lpo_jax.training.loop import train
 from lpo_jax.training.mirror_file import write_map
-from lpo_jax.training.run import RunDirectory
 from lpo_jax.training.session import check_config
 
 

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 
 from lpo_jax.models import decoder
 from lpo_jax.models.head import token_log_probs
-from lpo_jax.models.sharding import whole
+from lpo_jax.models.packing import take
+from lpo_jax.parallel.sharding import whole
 from lpo_jax.training.batch import Groups
-from lpo_jax.training.packing import take
 from lpo_jax.training.step import Program
 
 LAST = 8  # tokens whose states are averaged

@@ -13,17 +13,17 @@ import numpy as np
 
 from lpo_jax import reporting
 from lpo_jax.errors import UserError, VerifierFailed
-from lpo_jax.evaluation.collect import Collected
-from lpo_jax.evaluation.failures import Failures, Watch
 from lpo_jax.evaluation.heldout import Evaluation, powers_of_two
 from lpo_jax.evaluation.metrics import paired_difference, summarise
 from lpo_jax.json_lines import read_rows
 from lpo_jax.objectives import Listwise
+from lpo_jax.parallel import hosts
 from lpo_jax.reporting.writers import METRICS_FILE
-from lpo_jax.scale import hosts
+from lpo_jax.rollout.collect import Collected
+from lpo_jax.rollout.failures import Failures, Watch
+from lpo_jax.runs.checkpoint import Checkpoints
+from lpo_jax.runs.directory import VERIFIER_FAILED, Interrupted, RunDirectory, Signals
 from lpo_jax.training import measure
-from lpo_jax.training.checkpoint import Checkpoints
-from lpo_jax.training.run import VERIFIER_FAILED, Interrupted, RunDirectory, Signals
 from lpo_jax.training.session import Session
 from lpo_jax.training.step import TrainState
 

@@ -12,17 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from lpo_jax import tasks
-from lpo_jax.evaluation.collect import Collected
-from lpo_jax.evaluation.collect import join as join_batches
 from lpo_jax.models.decoder import Params
 from lpo_jax.models.head import EXTRA_STATS
 from lpo_jax.models.lora import join
 from lpo_jax.objectives import Scored, TokenStats
 from lpo_jax.objectives.method import Objective
+from lpo_jax.rollout.collect import Collected
+from lpo_jax.rollout.collect import join as join_batches
+from lpo_jax.rollout.hooks import Round, RunHook, Tools
 from lpo_jax.sampling.padding import bucket, pad_to
 from lpo_jax.training.batch import Groups, Rollouts
 from lpo_jax.training.behaviour import choose
-from lpo_jax.training.hooks import Round, RunHook, Tools
 from lpo_jax.training.observe import observed
 from lpo_jax.training.optimizer import Optimizer, make_optimizer, planned_updates
 from lpo_jax.training.session import Session

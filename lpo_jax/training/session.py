@@ -16,7 +16,6 @@ import jax.numpy as jnp
 from lpo_jax import objectives, rewards, tasks
 from lpo_jax.config import Config
 from lpo_jax.errors import UserError
-from lpo_jax.evaluation.collect import Collector, within_limit
 from lpo_jax.evaluation.heldout import Evaluation, evaluate
 from lpo_jax.models import lora
 from lpo_jax.models.config import ModelConfig
@@ -24,11 +23,12 @@ from lpo_jax.models.decoder import Params, abstract_params, init_params
 from lpo_jax.models.head import EXTRA_STATS
 from lpo_jax.models.load import load_config_and_tokenizer, load_weights
 from lpo_jax.models.quantize import require_qwix
-from lpo_jax.models.sharding import constrain_params, current_shardings, decode_mesh, placed, using
 from lpo_jax.objectives.catalogue import with_response_budget
 from lpo_jax.objectives.hooks import problem as hook_problem
+from lpo_jax.parallel.mesh import STATE_BYTES, open_mesh
+from lpo_jax.parallel.sharding import constrain_params, current_shardings, decode_mesh, placed, using
+from lpo_jax.rollout.collect import Collector, within_limit
 from lpo_jax.sampling import Sampler, Sampling
-from lpo_jax.scale.mesh import STATE_BYTES, open_mesh
 from lpo_jax.training.behaviour import choose
 from lpo_jax.training.memory import Microbatch, fit_microbatch
 from lpo_jax.training.mirror_file import read_map

@@ -17,13 +17,13 @@ import numpy as np
 from lpo_jax import reporting
 from lpo_jax.config import Config
 from lpo_jax.errors import UserError
-from lpo_jax.evaluation.encode import encode_prompt, encode_solution
 from lpo_jax.objectives import TokenStats
+from lpo_jax.rollout.encode import encode_prompt, encode_solution
+from lpo_jax.runs.directory import RunDirectory, Signals
 from lpo_jax.sampling.padding import bucket, pad_prompts
 from lpo_jax.training.batch import Groups
 from lpo_jax.training.optimizer import Optimizer, make_optimizer, warm_start_config
 from lpo_jax.training.position import Position, Recorder, open_writer
-from lpo_jax.training.run import RunDirectory, Signals
 from lpo_jax.training.session import Session, open_session
 from lpo_jax.training.step import TrainState, update
 

@@ -25,15 +25,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from lpo_jax.models import decoder
+from lpo_jax.models import decoder, packing
 from lpo_jax.models.attend import accumulator
 from lpo_jax.models.attention import Attention, SharedPrefix
 from lpo_jax.models.config import ModelConfig
 from lpo_jax.models.head import token_log_probs, top_tokens, weighted_log_probs
 from lpo_jax.models.lora import Frozen, join
-from lpo_jax.models.sharding import batch_shards, constrain_params, summed, whole
 from lpo_jax.objectives import Listwise, Objective, Scored, Teacher, TokenStats
-from lpo_jax.training import packing
+from lpo_jax.parallel.sharding import batch_shards, constrain_params, summed, whole
 from lpo_jax.training.batch import Groups
 from lpo_jax.training.optimizer import Optimizer
 

@@ -10,7 +10,7 @@ from tiny import CONFIG
 from lpo_jax.bench import machine
 from lpo_jax.bench.shapes import Shapes
 from lpo_jax.bench.work import Work
-from lpo_jax.cli import main
+from lpo_jax.commands.main import main
 from lpo_jax.models.decoder import init_params
 
 

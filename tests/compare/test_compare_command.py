@@ -15,7 +15,7 @@ import yaml
 from tiny import CONFIG, character_tokenizer
 
 from lpo_jax import rewards
-from lpo_jax.cli import main
+from lpo_jax.commands.main import main
 from lpo_jax.compare import command, outcome, pool, worker
 from lpo_jax.compare.command import compare, load_outcomes
 from lpo_jax.compare.grid import make_grid
@@ -26,8 +26,8 @@ from lpo_jax.errors import RunStopped, UserError
 from lpo_jax.models.hf import write_configs
 from lpo_jax.models.load import load_model
 from lpo_jax.models.tokenizer import save_tokenizer
+from lpo_jax.runs.directory import Interrupted
 from lpo_jax.training import loop
-from lpo_jax.training.run import Interrupted
 
 METHODS = [{"name": "grpo", "label": "pg"}, {"name": "lpo-forward", "label": "forward"}]
 
@@ -277,7 +277,7 @@ def test_the_command_killed_and_resumed(compared, tmp_path, number):
     for path, values in zip(paths, (whole, killed)):
         path.write_text(yaml.safe_dump(values))
     assert main(["compare", str(paths[0])]) == 0
-    run = subprocess.Popen([sys.executable, "-m", "lpo_jax.cli", "compare", str(paths[1])])
+    run = subprocess.Popen([sys.executable, "-m", "lpo_jax.commands.main", "compare", str(paths[1])])
     cells = Path(killed["output"]) / "cells"
     wait_for(lambda: list(cells.glob("*/metrics.jsonl")))
     run.send_signal(number)

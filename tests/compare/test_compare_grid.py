@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lpo_jax.cli import main
+from lpo_jax.commands.main import main
 from lpo_jax.compare.grid import make_grid, start_of_cells, warm_config
 from lpo_jax.config import load_config, parse_config
 from lpo_jax.errors import UserError
-from lpo_jax.training.run import RunDirectory
+from lpo_jax.runs.directory import RunDirectory
 
 GRID = {
     "rules": ["grpo", "maxrl"],

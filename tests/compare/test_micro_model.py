@@ -10,8 +10,8 @@ import pytest
 
 from lpo_jax import tasks
 from lpo_jax.config import load_config, parse_config
-from lpo_jax.evaluation.encode import encode_prompt, encode_solution
 from lpo_jax.models.load import load_config_and_tokenizer
+from lpo_jax.rollout.encode import encode_prompt, encode_solution
 from lpo_jax.training.session import Session
 
 ROOT = Path(__file__).parents[2]

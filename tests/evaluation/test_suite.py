@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from tiny import CONFIG, character_tokenizer
 
-from lpo_jax.cli import main
+from lpo_jax.commands import suite as command
+from lpo_jax.commands.main import main
 from lpo_jax.errors import UserError
 from lpo_jax.evaluation import suite as S
 from lpo_jax.evaluation.responses import Fact, ResponseFile
@@ -16,7 +17,6 @@ from lpo_jax.evaluation.votes import majority
 from lpo_jax.models.hf import save_hf
 from lpo_jax.models.load import load_model
 from lpo_jax.tasks.suites import Benchmark
-from lpo_jax.training import suite as command
 
 NINE = [{"q": f"{n}+{n}=", "answer": 2 * n} for n in range(1, 10)]
 
@@ -206,6 +206,6 @@ def test_other_weights_have_another_hash(tiny_model):
 
 def test_without_a_suite_shared_names_are_config_keys(monkeypatch):
     said = []
-    monkeypatch.setattr("lpo_jax.training.evaluate.evaluate_command", lambda *a, **k: said.append(a))
+    monkeypatch.setattr("lpo_jax.commands.evaluate.evaluate_command", lambda *a, **k: said.append(a))
     assert main(["eval", "c.yaml", "--task.n=1", "--seed=3", "--task=math"]) == 0
     assert said == [("c.yaml", ["--task=math", "--seed=3", "--task.n=1"])]

@@ -181,7 +181,13 @@ def test_up_copies_the_working_tree(launch, tmp_path):
     assert "tar -xzf demo.tgz -C lpo_jax" in " ".join(of(calls, "unpack"))
     assert not (tmp_path / "demo.tgz").exists()
     copied = set((tmp_path / "copied.txt").read_text().splitlines())
-    assert {"pyproject.toml", "constraints.txt", "deploy/worker.sh", "lpo_jax/cli.py", CONFIG} <= copied
+    assert {
+        "pyproject.toml",
+        "constraints.txt",
+        "deploy/worker.sh",
+        "lpo_jax/commands/main.py",
+        CONFIG,
+    } <= copied
     assert not any(name.startswith((".git/", ".venv/", "runs/")) or ".egg-info" in name for name in copied)
 
 

@@ -10,11 +10,12 @@ import pytest
 
 from lpo_jax.config import parse_config
 from lpo_jax.errors import UserError
-from lpo_jax.models import attention, sharding
+from lpo_jax.models import attention
 from lpo_jax.models.attention import Causal, attend_stored, shared_prefix_attention
 from lpo_jax.models.kernels import decode, splash
+from lpo_jax.parallel import sharding
+from lpo_jax.planner.topology import parse, tpu_devices
 from lpo_jax.sampling import Sampler
-from lpo_jax.scale.topology import parse, tpu_devices
 from lpo_jax.training.batch import Groups
 from lpo_jax.training.session import open_session
 from lpo_jax.training.step import Program, score

@@ -11,10 +11,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from lpo_jax.errors import UserError
-from lpo_jax.evaluation.encode import encode_solution
 from lpo_jax.models import load_config_and_tokenizer, load_model
 from lpo_jax.models.hf import save_hf
 from lpo_jax.models.text import ModelTokenizer
+from lpo_jax.rollout.encode import encode_solution
 from lpo_jax.sampling.text import encode
 
 CHATML = (

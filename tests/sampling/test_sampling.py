@@ -13,7 +13,8 @@ from tokenizers import processors
 from lpo_jax.errors import UserError
 from lpo_jax.models import decoder
 from lpo_jax.models.text import ModelTokenizer
-from lpo_jax.sampling import Sampler, Sampling, schedule
+from lpo_jax.sampling import Sampler, Sampling
+from lpo_jax.sampling import batching as schedule
 from lpo_jax.sampling.padding import bucket, pad_prompts
 from lpo_jax.sampling.text import encode, prompt_ids, response_text
 

@@ -9,7 +9,7 @@ import yaml
 from tiny import CONFIG, character_tokenizer
 
 from lpo_jax import tasks
-from lpo_jax.cli import main
+from lpo_jax.commands.main import main
 from lpo_jax.models.decoder import init_params
 from lpo_jax.rewards import sandbox
 from lpo_jax.tasks.describe import describe, lines

@@ -21,12 +21,12 @@ from lpo_jax import objectives
 from lpo_jax.config import parse_config
 from lpo_jax.errors import RunStopped, UserError
 from lpo_jax.reporting import RunWriter, is_timing, read_metrics
+from lpo_jax.runs.checkpoint import load_run
+from lpo_jax.runs.directory import Interrupted
 from lpo_jax.sampling import decode as sampling
 from lpo_jax.training import loop, optimizer, rounds, step
 from lpo_jax.training import sft as training_sft
-from lpo_jax.training.checkpoint import load_run
 from lpo_jax.training.loop import train
-from lpo_jax.training.run import Interrupted
 from lpo_jax.training.session import Session
 from lpo_jax.training.sft import sft
 
@@ -57,7 +57,7 @@ def assert_same_run(one, other):
 def start(config, path, *arguments):
     """`lpo train` in a process of its own."""
     path.write_text(yaml.safe_dump(config))
-    command = [sys.executable, "-m", "lpo_jax.cli", "train", str(path), *arguments]
+    command = [sys.executable, "-m", "lpo_jax.commands.main", "train", str(path), *arguments]
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ
     )
@@ -604,7 +604,7 @@ def test_full_disk_keeps_the_checkpoint_before(run_config, tmp_path):
         yaml.safe_dump(run_config(training={"steps": 4}, evaluation={"problems": 1}))
     )
     limited = (
-        "import resource, sys; from lpo_jax.cli import main; import lpo_jax.training.checkpoint as c\n"
+        "import resource, sys; from lpo_jax.commands.main import main; import lpo_jax.runs.checkpoint as c\n"
         "save = c.Checkpoints.save\n"
         "def full(*args, **kwargs):\n"
         "    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"

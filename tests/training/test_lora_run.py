@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import lpo_jax
-from lpo_jax.cli import main
+from lpo_jax.commands.main import main
 from lpo_jax.config import OptimizerConfig, parse_config
 from lpo_jax.errors import UserError
 from lpo_jax.models import decoder, lora
@@ -18,8 +18,8 @@ from lpo_jax.models.config import ModelConfig
 from lpo_jax.models.lora import Frozen, Lora
 from lpo_jax.objectives import TokenStats
 from lpo_jax.reporting import read_metrics
+from lpo_jax.runs.checkpoint import load_run
 from lpo_jax.training.batch import Groups
-from lpo_jax.training.checkpoint import load_run
 from lpo_jax.training.loop import train
 from lpo_jax.training.optimizer import Optimizer, make_optimizer
 from lpo_jax.training.step import Program, TrainState, score, update

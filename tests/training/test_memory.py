@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import AxisType
 
 from lpo_jax.config import override_config, parse_config
-from lpo_jax.models.sharding import AXES, using
+from lpo_jax.parallel.sharding import AXES, using
 from lpo_jax.training import memory
 from lpo_jax.training.intro import batch_sizes
 from lpo_jax.training.memory import Microbatch, fit_microbatch, kept_bytes

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from lpo_jax.config import parse_config
 from lpo_jax.models import load_model
-from lpo_jax.training.checkpoint import load_run
+from lpo_jax.runs.checkpoint import load_run
 from lpo_jax.training.loop import train
 
 # Adam at its usual eps makes a sign of a gradient that is all rounding.

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 from tiny import CONFIG, character_tokenizer
 
-from lpo_jax.cli import main
+from lpo_jax.commands.main import main
 from lpo_jax.config import parse_config
 from lpo_jax.errors import UserError
 from lpo_jax.models.hf import save_hf
+from lpo_jax.runs.checkpoint import load_run
 from lpo_jax.sampling import text
-from lpo_jax.training.checkpoint import load_run
 from lpo_jax.training.loop import train
 
 TEMPLATE = (

@@ -7,7 +7,7 @@ import pytest
 import yaml
 from tiny import VERIFIER
 
-from lpo_jax.cli import main
+from lpo_jax.commands.main import main
 from lpo_jax.reporting import read_metrics
 
 pytestmark = pytest.mark.usefixtures("no_plots")

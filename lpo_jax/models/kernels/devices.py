@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 from jax.sharding import PartitionSpec
 
-from lpo_jax.models.sharding import current_mesh, spec
+from lpo_jax.parallel.sharding import current_mesh, spec
 
 
 def on_each_device(attention: Callable, axes: tuple[str | None, ...], q, k, v, *rows: jax.Array):

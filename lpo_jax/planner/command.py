@@ -1,0 +1,75 @@
+"""The command `lpo plan`."""
+
+import argparse
+import json
+import sys
+
+from lpo_jax.errors import UserError
+from lpo_jax.planner import topology
+
+DOES_NOT_FIT = 3  # exit status
+
+
+def plan_command(arguments: argparse.Namespace) -> int:
+    """Runs `lpo plan`. Returns the exit status: 3 where the config does not fit.
+
+    Raises:
+      UserError: an unknown topology, a config or mesh that cannot be, or libtpu missing.
+    """
+    target = topology.parse(arguments.topology)
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")  # planning opens no accelerator, not even one that is here
+    from lpo_jax.config import load_config
+    from lpo_jax.models.load import load_config_and_tokenizer
+    from lpo_jax.planner.plan import plan, to_json
+    from lpo_jax.planner.plan_text import show
+    from lpo_jax.training.session import check_config
+
+    config = load_config(arguments.config, arguments.overrides)
+    objective = check_config(config)
+    if target.chip.kind == "tpu":
+        topology.tpu_devices(target)  # what is missing is said before a model is looked for
+    model, _, eos_ids = load_config_and_tokenizer(config.model.path)
+    longest = config.sampling.max_prompt_tokens + config.sampling.max_tokens
+    if longest > model.max_positions:
+        raise UserError(
+            f"sampling.max_prompt_tokens + max_tokens = {longest} is more than the {model.max_positions} positions of "
+            f"{config.model.path}"
+        )
+    say = lambda line: print(f"lpo: {line}", file=sys.stderr, flush=True)  # noqa: E731
+    made = plan(
+        config,
+        target,
+        model,
+        eos_ids,
+        objective,
+        suggest=arguments.suggest,
+        whole=arguments.whole,
+        report=say,
+    )
+    if arguments.json:
+        print(json.dumps(to_json(made), indent=2))
+    else:
+        show(made, config.model.path)
+    return 0 if made.spare(made.asked) >= 0 else DOES_NOT_FIT
+
+
+def add_options(command: argparse.ArgumentParser) -> None:
+    """The arguments of `lpo plan`."""
+    command.add_argument("config", metavar="CONFIG", help="YAML file; of its model only config.json is read")
+    command.add_argument(
+        "--topology",
+        required=True,
+        metavar="CHIP:SHAPE",
+        help=f"such as v5p:4x4x4 or h100:8; chips: {', '.join(topology.CHIPS)} (GPUs by arithmetic alone)",
+    )
+    command.add_argument(
+        "--no-suggest", dest="suggest", action="store_false", help="only what the config says, nothing better"
+    )
+    command.add_argument(
+        "--whole",
+        action="store_true",
+        help="compile the sampler's unrolled programs at full depth, not at two small ones carried on (minutes)",
+    )
+    command.add_argument("--json", action="store_true", help="as JSON")

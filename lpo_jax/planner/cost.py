@@ -1,0 +1,163 @@
+"""What a compiled program does on one device, read from its text: matrix arithmetic and memory traffic.
+
+XLA's own `cost_analysis` counts the body of a loop once, however often it runs, and a training step is a scan over
+microbatches around a scan over layers. Here a loop counts as often as its condition says. With every loop counted
+once, the arithmetic agrees with `cost_analysis` up to element-wise operations (a test holds it to that).
+
+Counted: FLOPs of `dot` and `convolution` (the form that matrix products take on a TPU; of a Pallas kernel the text
+says nothing); bytes of the operands and results of every fused operation that lie in the device's main memory,
+slices by the part that is touched. What devices exchange is in `collectives`.
+"""
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Collection
+
+import numpy as np
+
+from lpo_jax.planner.hlo import Array, Instruction, Program
+
+# Operations without traffic of their own: they name, group or await what others have moved.
+_FREE = {
+    *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call"),
+    *("after-all", "partition-id", "replica-id", "opt-barrier", "iota", "add-dependency", "domain"),
+}
+
+
+@dataclasses.dataclass
+class Cost:
+    """Of one device: matrix FLOPs, and bytes from and to main memory."""
+
+    flops: float = 0.0
+    bytes: float = 0.0
+
+    def add(self, other: "Cost", times: int = 1) -> None:
+        """Adds `times` runs of `other`."""
+        self.flops += times * other.flops
+        self.bytes += times * other.bytes
+
+
+def program_cost(program: Program, loops_once: bool = False) -> Cost:
+    """What an optimized program does in one run.
+
+    Args:
+      loops_once: count every loop's body once, as XLA does.
+    """
+    return _Reader(program, loops_once).cost()
+
+
+class _Reader:
+    def __init__(self, program: Program, loops_once: bool):
+        self.program = program
+        self.loops_once = loops_once
+        self.of = functools.cache(self._of)
+
+    def cost(self) -> Cost:
+        return self.of(self.program.entry, True)
+
+    def _of(self, name: str, traffic: bool) -> Cost:
+        """Of a computation; inside a fusion (`traffic` False) nothing goes through main memory."""
+        total = Cost()
+        instructions = self.program.computations[name]
+        for i in instructions.values():
+            called = i.called
+            if i.opcode == "while":
+                turns = 1 if self.loops_once else self.program.turns(i)
+                total.add(self.of(called["body"], traffic), turns)
+            elif i.opcode == "conditional":
+                costs = (self.of(branch, traffic) for branch in i.branches)
+                total.add(max(costs, key=lambda c: (c.flops, c.bytes)))
+            elif i.opcode == "call":
+                total.add(self.of(called["to_apply"], traffic))
+            elif i.opcode in ("fusion", "async-start") and "calls" in called:
+                total.add(self.of(called["calls"], False))
+            elif i.opcode in ("dot", "convolution"):
+                total.flops += _matrix_flops(i, instructions)
+            if traffic:
+                total.bytes += self._bytes(i, instructions, called.get("calls"))
+        return total
+
+    def _bytes(self, i: Instruction, instructions: dict[str, Instruction], fused: str | None) -> float:
+        if i.opcode in _FREE or i.opcode.endswith("-done") or i.opcode.endswith("-update"):
+            return 0.0
+        operands = [instructions[name] for name in i.operands if name in instructions]
+        if i.opcode in ("dynamic-slice", "slice", "gather"):
+            return 2 * _main(i.arrays)
+        if i.opcode == "dynamic-update-slice":
+            return 2 * _main(operands[1].arrays)
+        if i.opcode in ("copy-start", "slice-start"):
+            # From one memory to another. A copy names the destination first, a slice the source.
+            moved = i.arrays[i.opcode == "slice-start"]
+            return moved.size * (moved.main + operands[0].arrays[0].main)
+        if i.opcode.endswith("-start"):  # the result names the source, the destination and a context
+            return sum(_main(o.arrays) for o in operands) + _main(i.arrays[1:2])
+        if fused is None:
+            return _main(i.arrays) + sum(_main(o.arrays) for o in operands)
+        inner = self.program.computations[fused]
+        written = _main(i.arrays)
+        root = next(j for j in inner.values() if j.root)
+        while root.opcode == "bitcast":
+            root = inner[root.operands[0]]
+        if root.opcode == "dynamic-update-slice":  # in place: only the part
+            written = _main(inner[root.operands[1]].arrays) if _main(i.arrays) else 0.0
+        read = (self._touched(fused, n) for n, operand in enumerate(operands) if _main(operand.arrays))
+        return written + sum(read)
+
+    def _touched(self, fused: str, number: int) -> float:
+        """Bytes of a fusion's input that are read: slices of it, unless something takes it whole."""
+        inner = self.program.computations[fused].values()
+        inputs = (j for j in inner if j.opcode == "parameter" and j.rest == str(number))
+        return sum(self._read(j, inner) for j in inputs)
+
+    def _read(self, array: Instruction, inner: Collection[Instruction]) -> float:
+        whole = sum(a.size for a in array.arrays)
+        if array.root:  # handed on as it is
+            return whole
+        total = 0.0
+        for user in inner:
+            for n, name in enumerate(user.operands):
+                if name != array.name:
+                    continue
+                if user.opcode in ("dynamic-slice", "slice", "gather") and n == 0:
+                    total += sum(a.size for a in user.arrays)
+                elif user.opcode == "bitcast":
+                    total += self._read(user, inner)
+                elif user.opcode == "fusion":  # fusions inside fusions
+                    total += self._touched(user.called["calls"], n)
+                elif user.opcode != "dynamic-update-slice" or n != 0:
+                    return whole
+        return min(total, whole)
+
+
+def _main(arrays: tuple[Array, ...]) -> int:
+    return sum(a.size for a in arrays if a.main)
+
+
+def _matrix_flops(i: Instruction, instructions: dict[str, Instruction]) -> float:
+    left, right = (instructions[name].arrays[0].dims for name in i.operands[:2])
+    out = i.arrays[0].dims
+    if i.opcode == "dot":
+        contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", i.rest)[1]
+        return 2.0 * math.prod(out) * math.prod(left[int(d)] for d in contracted.split(",") if d)
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", i.rest)
+    sizes = [dict(zip(axes, dims)) for axes, dims in zip(labels.groups(), (left, right, out))]
+    flops = 2.0 * sizes[2]["b"] * sizes[2]["f"] * sizes[1]["i"]
+    window = dict(re.findall(r"(\w+)=([\w\-]+)", (re.search(r"window=\{([^}]*)\}", i.rest) or ["", ""])[1]))
+    for axis in range(len(out) - 2):
+        one = {name: value.split("x")[axis] for name, value in window.items()}
+        flops *= _meetings(sizes[0][str(axis)], sizes[1][str(axis)], sizes[2][str(axis)], one)
+    return flops
+
+
+def _meetings(inputs: int, kernel: int, outputs: int, window: dict[str, str]) -> int:
+    """Pairs of a kernel element and a real input element along one spatial axis.
+
+    A batched product is a convolution whose padding and dilation leave one such pair per batch element.
+    """
+    low = int(re.match(r"-?\d+", window.get("pad", "0_0"))[0])
+    number = lambda name: int(window.get(name, 1))  # noqa: E731
+    at = number("stride") * np.arange(outputs)[:, None] - low + number("rhs_dilate") * np.arange(kernel)
+    dilation = number("lhs_dilate")
+    return int(np.sum((at >= 0) & (at % dilation == 0) & (at < inputs * dilation)))

@@ -1,0 +1,122 @@
+"""A plan as text for a terminal."""
+
+from rich.table import Table
+
+from lpo_jax.planner import roofline
+from lpo_jax.planner.plan import Plan, Proposal
+from lpo_jax.planner.roofline import Phase
+from lpo_jax.reporting.text import console, duration
+
+GB = 1e9
+
+NOTES = (
+    "Every response is taken to run to its last token; short ones cost less.",
+    "A phase takes max(FLOPs / peak, bytes / bandwidth) plus bytes sent / ring: no kernel reaches its roof, and "
+    "communication is partly hidden.",
+    "Left out: verifying rewards, the host, compiling, evaluation, checkpoints, and the network between slices. "
+    "Uneven lengths pad attention, which can take more memory than full ones; leave a few GB.",
+)
+
+
+def show(made: Plan, model: str) -> None:
+    """Prints a plan."""
+    out, work, chip = console(), made.work, made.topology.chip
+    out.print(
+        f"{model} ({roofline.Sizes.of(work.model).total / 1e9:.2f} B parameters) on {made.topology.name}: "
+        f"{made.topology.num_devices} x {chip.name}, {chip.memory / GB:.1f} GB, {chip.peak / 1e12:.0f} TFLOP/s bf16, "
+        f"{chip.bandwidth / GB:.0f} GB/s memory, {chip.ring / GB:.0f} GB/s ring",
+        highlight=False,
+    )
+    out.print(
+        f"a step: {work.P} prompts x {work.K} responses, {work.S} + {work.T} tokens, {work.updates} updates",
+        highlight=False,
+    )
+    _show(made, made.asked, "as configured")
+    if made.suggested:
+        _show(made, made.suggested, "suggested")
+        out.print(f"  {' '.join(made.suggested.setting.overrides())}", highlight=False, soft_wrap=True)
+    elif made.searched and made.spare(made.asked) < 0:
+        out.print("\nNo mesh, microbatch, remat or number of rows was found that fits: take a larger slice.")
+    out.print(f"\nplanned in {duration(made.seconds)}. {' '.join(NOTES)}", highlight=False)
+
+
+def _show(made: Plan, proposal: Proposal, title: str) -> None:
+    out, chip, spare = console(), made.topology.chip, made.spare(proposal)
+    out.print(f"\n[bold]{title}[/bold]: {proposal.setting.describe()}", highlight=False)
+    parts = roofline.standing(made.work, proposal.setting)
+    out.print(
+        "  on each device, GB: "
+        + ", ".join(f"{name} {size / GB:.2f}" for name, size in parts.items() if size)
+        + f", temporaries up to {max(p.temporary for p in proposal.phases) / GB:.2f}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in (
+        "",
+        "runs",
+        "held GB",
+        "temp. GB",
+        "TFLOP",
+        "moved GB",
+        "sent GB",
+        "seconds",
+        "limited by",
+        "",
+    ):
+        table.add_column(name, justify="left" if name in ("", "limited by") else "right")
+    for phase in proposal.phases:
+        numbers = (
+            phase.held / GB,
+            phase.temporary / GB,
+            phase.flops / 1e12,
+            phase.bytes / GB,
+            phase.sent / GB,
+        )
+        table.add_row(
+            phase.name,
+            f"{phase.times}",
+            *(f"{n:.4g}" if n < 1000 else f"{n:.0f}" for n in numbers),
+            f"{phase.seconds(chip):.1f}",
+            max(phase.shares(chip), key=phase.shares(chip).get),
+            _origin(phase, proposal),
+        )
+    out.print(table)
+    for phase in proposal.phases:
+        if phase.exchanges:
+            out.print(f"  {phase.name} exchanges {exchanged(phase)}", highlight=False, soft_wrap=True)
+    verdict = (
+        f"fits, with {spare / GB:.1f} of {chip.memory / GB:.1f} GB to spare"
+        if spare >= 0
+        else f"does not fit: {-spare / GB:.1f} GB too much for the {chip.memory / GB:.1f} GB of a device"
+    )
+    seconds = made.step_seconds(proposal)
+    rate = made.work.trained_tokens / seconds
+    out.print(
+        f"  {verdict}; {seconds:.0f} s a step, {rate:.0f} tokens/s ({rate / made.topology.num_devices:.0f} a device), "
+        f"MFU {100 * made.utilisation(proposal):.0f}%; an update does {made.gradient_ratio(proposal):.2f} x its model "
+        "FLOPs",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _origin(phase: Phase, proposal: Proposal) -> str:
+    if phase.too_large:
+        return "too large to compile; times estimated"
+    return "" if phase.name in proposal.compiled else "estimated"
+
+
+def exchanged(phase: Phase) -> str:
+    """A phase's collectives by kind and number of devices, the largest first, in one line."""
+    totals: dict[tuple[str, int], list[float]] = {}
+    for e in phase.exchanges:
+        total = totals.setdefault((e.kind, e.devices), [0, 0.0, 0.0])
+        total[0] += e.times
+        total[1] += e.bytes * e.times
+        total[2] = max(total[2], e.bytes)
+    ordered = sorted(totals.items(), key=lambda item: -item[1][1])
+    return "; ".join(
+        f"{kind} among {devices}: {times} x, {size / GB:.3g} GB in all, {largest / GB:.3g} GB at most"
+        for (kind, devices), (times, size, largest) in ordered[:4]
+    )

@@ -1,0 +1,257 @@
+"""The programs of a training step, compiled for a slice that is not here, from shapes alone.
+
+They are the very functions that a run calls (`sampling.decode`, `training.step`), lowered under the run's own
+meshes and given `jax.ShapeDtypeStruct`s. Training scans its layers and is compiled whole. Sampling unrolls them:
+layers are all alike, so its programs are compiled at two small depths and carried on in a straight line, which
+takes seconds instead of minutes; `whole` compiles them at full depth too.
+"""
+
+import collections
+import dataclasses
+import functools
+import math
+import re
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lpo_jax.config import Config
+from lpo_jax.models.attention import uses_kernels
+from lpo_jax.models.config import ModelConfig
+from lpo_jax.objectives import Objective, TokenStats
+from lpo_jax.parallel import mesh as meshes
+from lpo_jax.parallel import sharding
+from lpo_jax.planner import collectives as exchange
+from lpo_jax.planner.cost import program_cost
+from lpo_jax.planner.hlo import parse
+from lpo_jax.planner.roofline import Exchange, Phase, Setting, Workload, kernel_flops, mean_storage
+from lpo_jax.sampling import Sampling
+from lpo_jax.sampling import decode as sampler
+from lpo_jax.training.batch import Groups
+from lpo_jax.training.optimizer import Optimizer, make_optimizer, planned_updates
+from lpo_jax.training.session import Session
+from lpo_jax.training.step import TrainState, score, update
+
+DEPTHS = (2, 4)  # layers at which unrolled programs are compiled
+
+
+@dataclasses.dataclass(frozen=True)
+class Slice:
+    """Devices to compile for, and what is compiled: a config whose choices are those of `setting`.
+
+    Attributes:
+      whole: compile unrolled programs at full depth too.
+    """
+
+    config: Config
+    model: ModelConfig
+    eos_ids: tuple[int, ...]
+    objective: Objective
+    work: Workload
+    setting: Setting
+    devices: Sequence[Any]
+    whole: bool = False
+
+    def phase(self, name: str) -> Phase:
+        """Compiles one phase of the step: "layout", "prefill", "decode", "score" or "update"."""
+        if name in ("score", "update"):
+            return self._training(name)
+        if self.whole:
+            return self._sampling(name, self.model)
+        few, more = (self._sampling(name, dataclasses.replace(self.model, num_layers=n)) for n in DEPTHS)
+        return extrapolate(few, more, (self.model.num_layers - DEPTHS[0]) / (DEPTHS[1] - DEPTHS[0]))
+
+    @functools.cached_property
+    def _mesh(self) -> jax.sharding.Mesh:
+        return meshes.build(self.setting.mesh, list(self.devices))
+
+    @functools.cached_property
+    def _decode_mesh(self) -> jax.sharding.Mesh:
+        return sharding.decode_mesh(self._mesh, self.setting.mesh.decode_tensor)
+
+    @property
+    def _dtype(self) -> Any:
+        return jnp.dtype(self.config.model.dtype)
+
+    @property
+    def _int8(self) -> bool:
+        return self.config.sampling.weights == "int8"
+
+    @property
+    def _optimizer(self) -> Optimizer:
+        updates = planned_updates(self.config, self.objective, self.config.training.steps)
+        return make_optimizer(self.config.optimizer, updates)
+
+    def _session(self, model: ModelConfig) -> Session:
+        """What a run would have of its model; a plan has no data."""
+        return Session(self.config, None, model, None, None, [], [], 0)
+
+    def _state(self, model: ModelConfig) -> TrainState:
+        """The train state on the training mesh."""
+        with sharding.using(self._mesh):
+            return self._session(model).abstract_state(self._optimizer, self.objective)
+
+    def _weights(self, model: ModelConfig, state: TrainState):
+        """The sampler's weights on the decode mesh."""
+        make = lambda params: sampler.decode_layout(model, params, self._dtype, self._int8)  # noqa: E731
+        with sharding.using(self._decode_mesh):
+            return sharding.placed(model, jax.eval_shape(make, state.policy))
+
+    def _storage(self, model: ModelConfig, size: tuple[int, int]) -> sampler.Storage:
+        """Keys and values of (sequences, tokens) on the decode mesh, where `empty_storage` puts them."""
+        mesh = self._decode_mesh
+
+        def place(x):
+            where = sharding.spec(mesh, ("batch", "kv_heads", None, None), x.shape)
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.sharding.NamedSharding(mesh, where))
+
+        return jax.tree.map(
+            place, jax.eval_shape(functools.partial(sampler.empty_storage, model, size, self._dtype))
+        )
+
+    def _sampling(self, name: str, model: ModelConfig) -> Phase:
+        work, setting, attention = self.work, self.setting, self.config.model.attention
+        dtype = self._dtype
+        kernels = kernel_flops(dataclasses.replace(work, model=model), setting, name)
+        room = setting.room(work)
+        state = self._state(model)
+        with sharding.using(self._decode_mesh):
+            if name == "layout":
+                one = model, state.policy["layers"], _ints(), dtype, self._int8
+                alive = state, self._weights(model, state)
+                return _measure(name, self.model.num_layers, sampler.decode_layer.lower(*one), alive)
+            weights = self._weights(model, state)
+            sizes = (room.prompts, work.S), (room.rows, room.tokens)
+            prompt_kv, own_kv = (self._storage(model, size) for size in sizes)
+            # Beside rows that wait lie the prompts that are prefilled next.
+            coming = self._storage(model, (room.batch, work.S)) if room.waits else []
+            if name == "prefill":
+                arguments = weights, _ints(room.batch, work.S), _ints(room.batch), attention
+                lowered = sampler.prefill.lower(model, dtype, *arguments)
+                alive = (state, weights) + ((prompt_kv, own_kv) if room.waits else ())
+                return _measure(name, setting.waves(work), lowered, alive, kernels)
+            rows = sampler.Rows(
+                *(_ints(room.rows) for _ in range(4)),
+                going=jax.ShapeDtypeStruct((room.rows,), bool),
+                keys=jax.ShapeDtypeStruct((room.rows, 2), jnp.uint32),
+                members=_ints(room.prompts, work.K) if room.waits else None,
+                places=_ints(room.rows) if room.waits else None,
+            )
+            static = model, self.eos_ids, Sampling(self.config.sampling.temperature), dtype
+            arguments = weights, rows, _ints(room.prompts), prompt_kv, own_kv
+            lowered = sampler.decode.lower(*static, *arguments, _ints(), _ints(), _ints(), attention)
+            alive = state, arguments, coming
+            times, turns = setting.waves(work) * work.calls, work.call_tokens
+            phase = _measure(name, times, lowered, alive, kernels, turns)
+        # What was compiled is storage at its full length. Without kernels it grows with the rows; kernels read what
+        # rows have so far, and of prompts those that have rows.
+        mean, needed = mean_storage(work.T), 1.0
+        if uses_kernels(attention):
+            mean, needed = work.T / 2, math.ceil(room.rows / work.K) / room.prompts
+        unread = (1 - mean / room.tokens) * _bytes(own_kv) + (1 - needed) * _bytes(prompt_kv)
+        least = (1 - unread / _bytes((own_kv, prompt_kv))) * phase.bytes
+        return dataclasses.replace(phase, bytes=max(phase.bytes - turns * unread, least))
+
+    def _training(self, name: str) -> Phase:
+        work, state = self.work, self._state(self.model)
+        with sharding.using(self._mesh):
+            session = self._session(self.model)
+            program = session.program(self.config.sampling.temperature, self.objective)
+            P = work.P // work.updates
+            groups = Groups(_ints(P, work.S), _ints(P), _ints(P, work.K, work.T))
+            if name == "score":
+                times, lowered = work.scorings, score.lower(program, state.policy, groups)
+            else:
+                cotangent = TokenStats(jax.ShapeDtypeStruct((P, work.K, work.T), jnp.float32))
+                times, lowered = (
+                    work.updates,
+                    update.lower(program, self._optimizer, state, groups, cotangent),
+                )
+        # The sampler's weights stay as long as hooks may sample again, which ends before the first update.
+        alive = (state, self._weights(self.model, state)) if name == "score" else state
+        return _measure(name, times, lowered, alive, kernel_flops(work, self.setting, name))
+
+
+def _ints(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+
+def extrapolate(few: Phase, more: Phase, steps: float) -> Phase:
+    """The phase `steps` times as far from `few` as `more` is."""
+    line = lambda a, b: max(a + steps * (b - a), 0.0)  # noqa: E731
+
+    def totals(phase: Phase) -> dict[tuple[str, int], tuple[float, float]]:
+        found = collections.defaultdict(lambda: (0.0, 0.0))
+        for e in phase.exchanges:
+            size, times = found[e.kind, e.devices]
+            found[e.kind, e.devices] = size + e.bytes * e.times, times + e.times
+        return found
+
+    exchanges = []
+    ends = totals(few), totals(more)
+    for kind, devices in sorted({**ends[0], **ends[1]}):
+        size, times = (line(*pair) for pair in zip(ends[0][kind, devices], ends[1][kind, devices]))
+        times = max(round(times), 1)
+        exchanges.append(Exchange(kind, size / times, devices, times))
+    numbers = {
+        name: line(getattr(few, name), getattr(more, name))
+        for name in ("flops", "bytes", "held", "temporary")
+    }
+    compiling = few.seconds_compiling + more.seconds_compiling
+    return dataclasses.replace(more, **numbers, exchanges=tuple(exchanges), seconds_compiling=compiling)
+
+
+def _measure(
+    name: str, times: int, lowered: jax.stages.Lowered, alive: Any, kernels: float = 0.0, open_turns: int = 1
+) -> Phase:
+    """Compiles, and reads off what one run does.
+
+    Args:
+      times: how often it runs in a step.
+      alive: abstract arrays that lie in memory while it runs, its arguments included.
+      kernels: matrix FLOPs of its Pallas kernels where it has some: the compiler cannot look into those.
+      open_turns: of a loop whose turns depend on data.
+    """
+    started, held = time.perf_counter(), _bytes(alive)
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        arguments = _bytes(lowered.args_info)
+        return Phase(name, times, 0.0, 0.0, held, _needed(str(error), arguments), too_large=True)
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    program = parse(text, open_turns)
+    cost = program_cost(program)
+    fresh = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return Phase(
+        name,
+        times,
+        cost.flops + kernels * ("tpu_custom_call" in text),
+        cost.bytes,
+        held,
+        memory.temp_size_in_bytes + fresh + memory.generated_code_size_in_bytes,
+        tuple(Exchange(c.kind, c.bytes, c.devices, c.times) for c in exchange.collectives(program)),
+        time.perf_counter() - started,
+    )
+
+
+def _needed(complaint: str, arguments: float) -> float:
+    """Bytes of temporaries that a program would have taken, from what the compiler says of it."""
+    size = r"([\d.]+)([KMGT])"
+    number = lambda match: float(match[1]) * 1024 ** (1 + "KMGT".index(match[2]))  # noqa: E731
+    if used := re.search(rf"Used {size} of", complaint):  # all that was to lie in memory
+        return number(used) - arguments
+    return number(re.search(rf"temporaries \({size}\)", complaint))
+
+
+def _bytes(tree: Any) -> float:
+    """Of abstract arrays, on one device."""
+    total = 0
+    for leaf in jax.tree.leaves(tree):
+        place = getattr(leaf, "sharding", None)
+        total += math.prod(place.shard_shape(leaf.shape) if place else leaf.shape) * leaf.dtype.itemsize
+    return float(total)

@@ -1,0 +1,262 @@
+"""Responses to task rows, sampled and verified: what training learns from and evaluation counts.
+
+Axes: P prompts · K responses · T response tokens.
+"""
+
+import dataclasses
+import hashlib
+import time
+from array import array
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from lpo_jax.errors import UserError
+from lpo_jax.parallel import hosts
+from lpo_jax.rewards import Verdict, VerifierPool
+from lpo_jax.rollout.encode import encode_prompt
+from lpo_jax.rollout.failures import Failures, failures
+from lpo_jax.sampling import Responses, Sampler, Sampling
+from lpo_jax.sampling.padding import NO_LIMIT, pad_prompts, pad_to
+from lpo_jax.sampling.text import response_text
+from lpo_jax.tasks import Task
+
+
+@dataclasses.dataclass(frozen=True)
+class Collected:
+    """One batch, row by row; lists are `[P]`, or `[P][K]` for responses."""
+
+    ids: list[int]
+    prompt_texts: list[str]
+    prompts: np.ndarray  # [P, S]
+    prompt_lengths: np.ndarray  # [P]
+    responses: Responses
+    texts: list[list[str]]
+    verdicts: list[list[Verdict]]
+    seconds_sampling: float
+    seconds_verifying: float  # after the last token: what sampling did not hide
+
+    @property
+    def rewards(self) -> np.ndarray:
+        """`[P, K]` float32."""
+        return np.array([[v.reward for v in group] for group in self.verdicts], np.float32)
+
+    @property
+    def passed(self) -> np.ndarray:
+        """`[P, K]` bool."""
+        return np.array([[v.outcome == "pass" for v in group] for group in self.verdicts])
+
+    @property
+    def malformed(self) -> np.ndarray:
+        """`[P, K]` bool: no answer in the asked form."""
+        return np.array([[v.outcome == "malformed" for v in group] for group in self.verdicts])
+
+    @property
+    def valid(self) -> np.ndarray:
+        """`[P, K]` bool: False where the verifier, not the response, failed."""
+        return np.array([[not v.masked for v in group] for group in self.verdicts])
+
+    @property
+    def failures(self) -> Failures:
+        """Responses that could not be judged, and why."""
+        return failures(verdict for group in self.verdicts for verdict in group)
+
+    def take(self, prompts: Sequence[int]) -> "Collected":
+        """Some of the groups, in the given order."""
+        some = np.asarray(prompts, int)
+        of = lambda items: [items[p] for p in some]  # noqa: E731
+        return dataclasses.replace(
+            self,
+            ids=of(self.ids),
+            prompt_texts=of(self.prompt_texts),
+            prompts=self.prompts[some],
+            prompt_lengths=self.prompt_lengths[some],
+            responses=self.responses.take(some),
+            texts=of(self.texts),
+            verdicts=of(self.verdicts),
+        )
+
+    def records(self) -> list[dict]:
+        """One dict a response, group by group, under verl's names where it has them."""
+        return [
+            {
+                "id": row_id,
+                "k": k,
+                "input": prompt,
+                "output": text,
+                "score": verdict.reward,
+                "outcome": verdict.outcome,
+                "parts": verdict.parts,
+                "tokens": int(self.responses.lengths[p, k]),
+                "finished": bool(self.responses.finished[p, k]),
+            }
+            for p, (row_id, prompt) in enumerate(zip(self.ids, self.prompt_texts))
+            for k, (text, verdict) in enumerate(zip(self.texts[p], self.verdicts[p]))
+        ]
+
+
+def join(batches: Sequence[Collected]) -> Collected:
+    """Batches of equal K as one; prompts and responses are padded to the longest."""
+    responses = [vars(batch.responses) for batch in batches]
+    S = max(batch.prompts.shape[-1] for batch in batches)
+    T = max(r["tokens"].shape[-1] for r in responses)
+    fields = {
+        name: np.concatenate([pad_to(r[name], T) if r[name].ndim == 3 else r[name] for r in responses])
+        for name in responses[0]
+    }
+    return Collected(
+        ids=[x for batch in batches for x in batch.ids],
+        prompt_texts=[x for batch in batches for x in batch.prompt_texts],
+        prompts=np.concatenate([pad_to(batch.prompts, S) for batch in batches]),
+        prompt_lengths=np.concatenate([batch.prompt_lengths for batch in batches]),
+        responses=Responses(**fields),
+        texts=[x for batch in batches for x in batch.texts],
+        verdicts=[x for batch in batches for x in batch.verdicts],
+        seconds_sampling=sum(batch.seconds_sampling for batch in batches),
+        seconds_verifying=sum(batch.seconds_verifying for batch in batches),
+    )
+
+
+def replace_response(batch: Collected, p: int, k: int, source: Collected, q: int, j: int) -> Collected:
+    """Response (p, k) of a batch becomes response (q, j) of another; its prompt stays."""
+    both = join([batch, source.take([q])])
+    fields = {name: x[:-1].copy() for name, x in vars(both.responses).items()}
+    for name, x in vars(both.responses).items():
+        fields[name][p, k] = x[-1, j]
+    texts, verdicts = ([list(group) for group in groups[:-1]] for groups in (both.texts, both.verdicts))
+    texts[p][k], verdicts[p][k] = source.texts[q][j], source.verdicts[q][j]
+    kept = both.take(range(len(batch.ids)))
+    return dataclasses.replace(kept, responses=Responses(**fields), texts=texts, verdicts=verdicts)
+
+
+@dataclasses.dataclass(frozen=True)
+class Collector:
+    """Samples with one model and task; `weights` come from `sampler.prepare`."""
+
+    task: Task
+    tokenizer: Any
+    sampler: Sampler
+    pool: VerifierPool
+    max_prompt_tokens: int
+
+    def text(self, ids: Sequence[int]) -> str:
+        """The text of a response, or of the beginning of one, as the verifier sees it."""
+        return response_text(self.tokenizer, ids, self.sampler.eos_ids)
+
+    def __call__(
+        self,
+        weights: Any,
+        rows: Sequence[tuple[int, dict]],
+        *,
+        num_responses: int,
+        max_tokens: int,
+        sampling: Sampling,
+        seed: int,
+        step: int,
+        stop: Sequence[str] = (),
+        prompts: Sequence[list[int]] | None = None,
+        written: Sequence[str] | None = None,
+        at_least: int = 0,
+    ) -> Collected:
+        """Samples `num_responses` to each `(id, row)` and verifies them.
+
+        Args:
+          prompts: token ids to continue instead of the rows' own prompts.
+          written: for each row, what of the response its prompt holds already: the verifier sees it in front.
+          at_least: at least this many prompts are given to the sampler (the rest are empty), so that a last,
+            smaller batch needs no program of its own.
+        """
+        started = time.perf_counter()
+        hosts.phase("sampling")
+        ids = prompts or [encode_prompt(self.task, self.tokenizer, row) for _, row in rows]
+        missing = max(0, at_least - len(ids))
+        # Prompts that were made longer go to the next power of two, not each to a size of its own.
+        limit = self.max_prompt_tokens if max(map(len, ids)) <= self.max_prompt_tokens else NO_LIMIT
+        padded, lengths = pad_prompts(ids + [[0]] * missing, limit)
+        P, K = len(ids), num_responses
+        own = range(P)[hosts.share(P)]  # of many hosts each decodes and verifies its part
+        texts = [[""] * K for _ in own]
+        handed_in: list[tuple[int, int]] = []
+        written = written or [""] * P
+        with self.pool.judging() as job:
+
+            def hand_in(p: int, k: int, token_ids: list[int]) -> None:
+                """A response that has ended is verified while others are still sampled."""
+                if p in own:
+                    text = self.text(token_ids)
+                    texts[p - own.start][k] = text
+                    handed_in.append((p - own.start, k))
+                    job.submit(written[p] + text, rows[p][1])
+
+            sampled = self.sampler(
+                weights,
+                padded,
+                lengths,
+                np.array([row_id for row_id, _ in rows] + [0] * missing, np.uint32),
+                num_responses=K,
+                max_tokens=max_tokens,
+                sampling=sampling,
+                seed=seed,
+                step=step,
+                stop=stop,
+                active=np.arange(len(padded)) < P,
+                on_end=hand_in,
+            )
+            sampled_at = time.perf_counter()
+            hosts.phase("verifying")
+        judged = dict(zip(handed_in, job.verdicts))
+        verdicts = [judged[p, k] for p in range(len(own)) for k in range(K)]
+        texts, verdicts = hosts.join(texts), hosts.join(verdicts)
+        return Collected(
+            ids=[row_id for row_id, _ in rows],
+            prompt_texts=[self.tokenizer.decode(row) for row in ids],
+            prompts=padded[:P],
+            prompt_lengths=lengths[:P],
+            responses=sampled.take(np.arange(P)),
+            texts=texts,
+            verdicts=[verdicts[p * K : (p + 1) * K] for p in range(P)],
+            seconds_sampling=sampled_at - started,
+            seconds_verifying=time.perf_counter() - sampled_at,
+        )
+
+
+def within_limit(
+    task: Task,
+    tokenizer: Any,
+    rows: Sequence[dict],
+    limit: int,
+    drop: bool,
+    what: str,
+    settings: tuple[str, str] = ("sampling.max_prompt_tokens", "sampling.overlong_prompts"),
+):
+    """The rows whose prompts fit, how many do not, and the SHA-256 of the token ids of all prompts.
+
+    Args:
+      settings: what the user calls `limit` and `drop`.
+
+    Raises:
+      UserError: a prompt cannot be encoded, some do not fit and `drop` is off, or none is left.
+    """
+    if not len(rows):
+        raise UserError(f"{what}: task {task.name} has none; give it a path to train on")
+    digest, lengths = hashlib.sha256(), []
+    for index, row in enumerate(rows):
+        try:
+            ids = encode_prompt(task, tokenizer, row)
+        except UserError as error:
+            raise UserError(f"{what} row {index}: {error}") from None
+        digest.update(array("I", [len(ids), *ids]).tobytes())
+        lengths.append(len(ids))
+    long = sum(length > limit for length in lengths)
+    # Where all fit they stay where they are, which may be on disk.
+    kept = [row for row, length in zip(rows, lengths) if length <= limit] if long else rows
+    if long and not drop:
+        first = next(i for i, length in enumerate(lengths) if length > limit)
+        raise UserError(
+            f"{what} row {first}: its prompt has {lengths[first]} tokens, more than {settings[0]} = "
+            f"{limit} ({long} such rows); raise the limit or set {settings[1]} to drop"
+        )
+    if not kept:
+        raise UserError(f"{what}: no row has a prompt of at most {limit} tokens ({settings[0]})")
+    return kept, long, digest.hexdigest()

@@ -1,0 +1,327 @@
+"""A run directory: who may write to it, what it was started with, and how a signal ends it."""
+
+import contextlib
+import fcntl
+import importlib.metadata
+import importlib.util
+import json
+import logging
+import os
+import platform
+import signal
+import sys
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+from etils import epath
+
+from lpo_jax import yaml_text
+from lpo_jax.config import Config, parse_config
+from lpo_jax.errors import UserError
+from lpo_jax.json_lines import read_object
+from lpo_jax.reporting.writers import cannot_write, write_atomically
+from lpo_jax.rewards.user_code import file_hash, split_reference
+from lpo_jax.parallel import hosts
+
+PACKAGES = ("lpo_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
+
+LOCK = ".lock"
+# What a start leaves whose first files did not fit on the disk: no run yet, so that it may be started again.
+LEFTOVERS = (LOCK, "run.json.tmp", "run.json", "config.yaml.tmp")
+SAVED = "checkpoints"  # in run.json: the first step saved, and where
+VERIFIER_FAILED = "verifier_failed"  # in run.json: the last start ended for this reason
+
+# A resumed run must sample and learn what the uninterrupted one would have; these settings decide that.
+# Others (steps, evaluation, checkpoints, workers, token budget) may change between two starts.
+_BOTH = ("seed", "model", "task", "sampling", "optimizer")
+_ROUND = ("training.prompts_per_step", "training.updates_per_step", "training.behaviour")
+_FITNESS = tuple(f"evaluation.{key}" for key in ("problems", "num_responses", "temperature", "top_p"))
+_SEARCH = ("meta.population", "meta.sigma", "meta.decay", "meta.alpha")
+FIXED = {
+    "train": (*_BOTH, "objective", "warm_start", *_ROUND),
+    "sft": (*_BOTH, "warm_start.batch_size", "warm_start.learning_rate"),
+    "meta": (*_BOTH, "objective", "warm_start", *_ROUND, "training.steps", *_FITNESS, *_SEARCH),
+    "compare": (*_BOTH, "warm_start", *_ROUND, "training.steps", "evaluation"),
+}
+
+
+class RunDirectory:
+    """`config.output`, written to by this process alone; of a job of many hosts, by its first.
+
+    Making one only checks, so that a mistake found while the model loads leaves nothing behind; entering it
+    creates config.yaml (resolved), run.json (versions, devices) and the lock.
+
+    Raises:
+      UserError: it holds another run and `resume` is off, a resume would change what the run computes, or
+        another process is writing to it.
+    """
+
+    def __init__(self, config: Config, kind: str, resume: bool):
+        self.path = Path(config.output)
+        self.config, self.kind, self._resume = config, kind, resume
+        self.checkpoints = checkpoint_directory(config)
+        self.resumed = hosts.on_first(lambda: self._look(resume))
+
+    def _look(self, resume: bool) -> bool:
+        """Whether the directory holds a run, which may be continued."""
+        # A start that failed before its first row or checkpoint leaves only its settings: no run yet.
+        # (Of a comparison: before its warm start, or its first cell.)
+        rows = self.path / "metrics.jsonl"
+        folders = (self.checkpoints, self.path / "warm", self.path / "cells")
+        held = (rows.exists() and rows.stat().st_size > 0) or any(any_child(folder) for folder in folders)
+        if held and not resume:
+            raise UserError(
+                f"{self.path}: holds a run already; continue it with --resume, or set another --output=..."
+            )
+        settings = (self.path / "config.yaml").exists()
+        if not held and any_child(self.path, but=LEFTOVERS) and not settings:
+            raise UserError(f"{self.path}: is not empty and holds no run; set another --output=...")
+        if held and settings:
+            self._check_unchanged(self.kind)
+        if held and not any_child(self.checkpoints):
+            self.require_no_checkpoint()
+        return held
+
+    def __enter__(self):
+        hosts.on_first(self._open)
+        return self
+
+    def __exit__(self, *_):
+        if hosts.first():
+            self._lock.close()
+
+    def _open(self) -> None:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.path / LOCK, "w")  # noqa: SIM115 - held while the run goes on
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{self.path}: another process is writing to this run") from None
+        except OSError as error:
+            raise cannot_write(self.path, error) from None
+        try:
+            # Another start may have come and gone since the first look.
+            self.resumed = self._look(self._resume)
+        except UserError:
+            self._lock.close()
+            raise
+        about = {"kind": self.kind, "user_files": user_files(self.config), **_surroundings()}
+        if self.resumed and SAVED in (noted := self._noted()):
+            about[SAVED] = noted[SAVED]
+        self._write("run.json", json.dumps(about, indent=2) + "\n")
+        self._write("config.yaml", yaml_text.dump(self.config.to_dict()))
+
+    def note(self, **facts: Any) -> None:
+        """Adds to run.json what was only known once the run was under way."""
+        if not hosts.first():
+            return
+        self._write("run.json", json.dumps(self._noted() | facts, indent=2) + "\n")
+
+    def note_saved(self, step: int) -> None:
+        """Notes that a checkpoint is complete, so that a resume without one in sight is not taken for a fresh start."""
+        self.note(**{SAVED: {"step": step, "directory": str(self.checkpoints)}})
+
+    def require_no_checkpoint(self) -> None:
+        """Called where no checkpoint is in sight.
+
+        Raises:
+          UserError: the run has saved one. Going on would begin again and drop all that is recorded.
+        """
+        if saved := self._noted().get(SAVED):
+            raise UserError(
+                f"{self.path}: there is no checkpoint in {self.checkpoints}, but this run has saved step "
+                f"{saved['step']} in {saved['directory']}; make that directory available, or set checkpoint.directory "
+                "to where it is now, or start a new run with another --output=..."
+            )
+
+    def _noted(self) -> dict[str, Any]:
+        """What run.json holds; empty where it is not there.
+
+        Raises:
+          UserError: it is damaged.
+        """
+        path = self.path / "run.json"
+        return read_object(path, "remove it, and --resume writes a new one") if path.exists() else {}
+
+    def _write(self, name: str, text: str) -> None:
+        """Whole or not at all: config.yaml is what tells a run from any other directory."""
+        try:
+            write_atomically(self.path / name, text.encode())
+        except OSError as error:
+            raise cannot_write(self.path / name, error) from None
+
+    def _check_unchanged(self, kind: str) -> None:
+        about = self._noted()
+        held = about.get("kind", kind)
+        if held != kind:
+            raise UserError(
+                f"{self.path}: holds an `lpo {held}` run; `lpo {kind} --resume` cannot continue it"
+            )
+        # A verifier that failed on everything has to be repaired, which changes its file.
+        before = {} if about.get(VERIFIER_FAILED) else about.get("user_files", {})
+        for file, digest in user_files(self.config).items():
+            if before.get(file, digest) != digest:
+                raise UserError(
+                    f"{self.path}: cannot resume: {file} has changed since the run was started; restore it, or start "
+                    "a new run with another --output=..."
+                )
+        before, now = read_config(self.path).to_dict(), self.config.to_dict()
+        for dotted in FIXED[kind]:
+            old, new = _at(before, dotted), _at(now, dotted)
+            for key, was, becomes in differences(dotted, old, new):
+                raise UserError(
+                    f"{self.path}: cannot resume with {key} = {becomes!r}; the run was started with {was!r}"
+                )
+
+
+def user_files(config: Config) -> dict[str, str]:
+    """The hashes of the files with which a user says how a run asks, judges and learns: by what the config names.
+
+    These are Python files in the sections `task` and `objective` (`file.py` and `file.py:function`), and all files in
+    `objective`. A task's data are not among them: they have a hash of their own (`Task.content_hash`), which is that
+    of the rows. What a file imports is not covered.
+    """
+    hashes = {}
+    for section in (config.task, config.objective):
+        for value in section.values():
+            if not isinstance(value, str):
+                continue
+            reference = split_reference(value)
+            path = reference[0] if reference else value
+            if path.endswith(".py") or section is config.objective:
+                hashes[value] = file_hash(path)
+    return {value: digest for value, digest in hashes.items() if digest}
+
+
+def checkpoint_directory(config: Config) -> epath.Path:
+    """Where a run's checkpoints are: in its own directory, or where the config says.
+
+    Raises:
+      UserError: a gs:// path that this machine cannot reach.
+    """
+    named = config.checkpoint.directory
+    if named == "auto":
+        return epath.Path(os.path.abspath(config.output)) / "checkpoints"
+    if not named.startswith("gs://"):
+        return epath.Path(os.path.abspath(named))
+    if importlib.util.find_spec("gcsfs") is None:
+        raise UserError(f"checkpoint.directory = {named}: gs:// needs gcsfs; pip install 'lpo_jax[tpu]'")
+    for noisy in ("gcsfs", "google.auth", "asyncio"):
+        logging.getLogger(noisy).setLevel(logging.CRITICAL)
+    try:
+        import google.auth
+
+        google.auth.default()
+        epath.Path(named).exists()
+    except Exception as error:  # of several libraries, for the network, the credentials or the bucket
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(
+            f"checkpoint.directory = {named}: cannot be used ({reason}); log in with `gcloud auth "
+            "application-default login`, or give this machine's service account the right to write there"
+        ) from None
+    return epath.Path(named)
+
+
+def read_config(run: str | Path) -> Config:
+    """The resolved config a run directory was started with."""
+    path = Path(run) / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"{run}: not a run directory (no config.yaml in it)")
+    values = yaml_text.read(path, "config")
+    if not isinstance(values, dict):
+        raise UserError(
+            f"{path}: is damaged (it holds no settings); write it anew from the config that started the run"
+        )
+    return parse_config(values, str(path))
+
+
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+class Interrupted(BaseException):
+    """SIGTERM, Ctrl-C or a terminal that has gone, raised where nothing is half done. Like KeyboardInterrupt it is no
+    `Exception`, so that no library takes it for an error of its own."""
+
+
+class Signals:
+    """Turns SIGTERM, SIGINT and SIGHUP into `Interrupted`.
+
+    At once in the phases that change nothing (sampling, verifying, evaluating); at the end of a `deferred`
+    block in those that do. With many hosts only where all of them ask each other (`agree`), since one that
+    stopped by itself would leave the others waiting. A second signal ends the process in the usual hard way, except a
+    second hangup.
+    """
+
+    def __init__(self):
+        self._waiting = self._deferred = False
+        self._many = hosts.many()
+
+    def __enter__(self):
+        # A hangup that is ignored (nohup) stays so.
+        obeyed = [s for s in STOPPING if s != signal.SIGHUP or signal.getsignal(s) != signal.SIG_IGN]
+        self._before = {s: signal.signal(s, self._handle) for s in obeyed}
+        self._hook, sys.unraisablehook = sys.unraisablehook, self._unraisable
+        return self
+
+    def __exit__(self, *_):
+        sys.unraisablehook = self._hook
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    @contextlib.contextmanager
+    def deferred(self):
+        """A block that is finished before a signal is obeyed."""
+        self._deferred = True
+        try:
+            yield
+        finally:
+            self._deferred = False
+        if self._waiting and not self._many:
+            raise Interrupted
+
+    def _unraisable(self, unraisable: Any) -> None:
+        # Python drops what is raised inside a finaliser or a callback of the garbage collector, and prints a traceback.
+        # The signal is not lost: it is obeyed at the end of the next deferred block.
+        if not issubclass(unraisable.exc_type, Interrupted):
+            self._hook(unraisable)
+
+    def agree(self) -> None:
+        """Obeys a signal that any host has got. All hosts call this together, between two steps."""
+        if self._many and any(hosts.gather(self._waiting)):
+            raise Interrupted
+
+    def _handle(self, number, frame):
+        for again, handler in self._before.items():
+            # A shell and the system both send a hangup: the second one is no wish to end without saving.
+            signal.signal(again, signal.SIG_IGN if again == signal.SIGHUP else handler)
+        self._waiting = True
+        if not self._deferred and not self._many:
+            raise Interrupted
+
+
+def any_child(directory: Path | epath.Path, but: Collection[str] = ()) -> bool:
+    """Whether a directory exists and holds anything, or anything but files of these names."""
+    return directory.is_dir() and any(child.name not in but for child in directory.iterdir())
+
+
+def _surroundings() -> dict[str, Any]:
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    devices = [f"{d.platform} {d.device_kind}" for d in jax.devices()]
+    return {"python": platform.python_version(), "versions": versions, "devices": devices}
+
+
+def _at(values: dict, dotted: str):
+    for part in dotted.split("."):
+        values = values[part]
+    return values
+
+
+def differences(key: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
+    """(dotted key, old, new) wherever two trees of settings differ."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in sorted(old.keys() | new.keys()):
+            yield from differences(f"{key}.{name}", old.get(name), new.get(name))
+    elif old != new:
+        yield key, old, new

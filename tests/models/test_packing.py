@@ -1,0 +1,113 @@
+"""Layouts: every token runs exactly once, rows stay in their budget, and sizes are few."""
+
+import jax
+import numpy as np
+import pytest
+
+from lpo_jax.models import packing
+
+rng = np.random.default_rng(0)
+
+
+def lengths(P, K, S, T, mean):
+    """Ragged: prompts uniform, responses geometric."""
+    return rng.integers(1, S + 1, P), np.minimum(rng.geometric(1 / mean, (P, K)), T)
+
+
+def real_tokens(layout):
+    return (layout.token != packing.NOWHERE).sum(axis=-1)  # [M, B]
+
+
+@pytest.mark.parametrize("budget", [10**6, 200, 60, 1])
+@pytest.mark.parametrize("shards", [1, 4])
+def test_every_token_runs_once(budget, shards):
+    P, K, S, T = 8, 4, 16, 32
+    prompts, sizes = lengths(P, K, S, T, 8)
+    sizes[2] = 0  # nothing was said
+    layout = packing.plan(prompts, sizes, S, T, budget, shards)
+    assert layout.token.shape[1] == shards
+    x = np.arange(1, P * K * T + 1).reshape(P, K, T)
+    np.testing.assert_array_equal(layout.join(layout.split(x)), x * (np.arange(T) < sizes[..., None]))
+    places = np.asarray(layout.token[layout.token != packing.NOWHERE])
+    responses = places[places >= P * S] - P * S
+    np.testing.assert_array_equal(np.sort(responses), np.flatnonzero(np.arange(T) < sizes[..., None]))
+    assert set(places[places < P * S]) == {p * S + i for p in range(P) for i in range(prompts[p])}
+    tokens = real_tokens(layout)
+    assert tokens.max() <= max(budget, (prompts[:, None] + sizes).max())
+    # a prompt runs once where whole groups fit
+    whole = (prompts + sizes.sum(1)).max() <= budget
+    assert (tokens.sum() == prompts.sum() + sizes.sum()) == whole
+
+
+def test_packing_and_unpacking_are_inverse():
+    layout = packing.plan(*lengths(6, 4, 16, 64, 8), 16, 64, 300)
+    row = jax.tree.map(lambda x: x[0, 0], (layout.unpack, layout.pack))
+    unpack, pack = row
+    taken = pack != packing.NOWHERE
+    np.testing.assert_array_equal(unpack[pack[taken]], np.flatnonzero(taken))
+    assert (unpack != packing.NOWHERE).sum() == taken.sum()
+
+
+def test_nothing_padded_costs_nothing():
+    for P, K, S, T, budget in (
+        (8, 8, 64, 64, 1280),
+        (4, 16, 512, 64, 3072),
+        (2, 4, 16, 16, 90),
+        (6, 4, 10, 5, 65),
+    ):
+        layout = packing.full(P, K, S, T, budget)
+        M, B, C = layout.token.shape
+        assert layout.pack is None and M * B * C == P * (S + K * T)
+        assert layout.place.shape == (M, B, P * K * T // M)
+
+
+def test_padding_is_small_and_shards_are_even():
+    prompts, sizes = lengths(64, 8, 128, 512, 64)
+    for shards in (1, 4):
+        layout = packing.plan(prompts, sizes, 128, 512, 4096, shards)
+        tokens = real_tokens(layout)
+        assert tokens.sum() >= 0.85 * layout.token.size
+        assert tokens.min() >= 0.75 * tokens.max()
+
+
+@pytest.mark.parametrize(
+    "P, K, S, T, budget, pieces",
+    [
+        (4, 8, 64, 512, 4096, 8),  # eight responses are four and four, not seven and one
+        (1, 8, 64, 1024, 4096, 4),  # four times two, not three, three and two
+        (2, 3, 16, 100, 120, 6),  # one at a time
+    ],
+)
+def test_groups_are_cut_evenly(P, K, S, T, budget, pieces):
+    layout = packing.plan(np.full(P, S), np.full((P, K), T), S, T, budget)
+    tokens = real_tokens(layout)
+    assert tokens.size == pieces and layout.num_responses == P * K // pieces
+    assert (tokens == layout.token.shape[-1]).all()
+
+
+def test_one_long_response_does_not_blow_up_the_padded_form():
+    sizes = np.full((32, 4), 4)
+    sizes[0, 0] = 1024
+    layout = packing.plan(np.full(32, 8), sizes, 8, 1024, 2048)
+    assert layout.prompt.shape[2] * (8 + 4 * 1024) <= packing.PADDED_BUDGETS * 2048
+
+
+def test_few_sizes():
+    """Two hundred steps of a run whose responses double in length."""
+    shapes = set()
+    for mean in np.geomspace(64, 128, 200):
+        layout = packing.plan(*lengths(64, 8, 64, 1024, mean), 64, 1024, 8192)
+        shapes.add(tuple(x.shape for x in jax.tree.leaves(layout)))
+    assert len(shapes) <= 25
+
+
+def test_sizes_go_in_steps():
+    sizes = (1, 16, 17, 128, 129, 1152, 1153, 4608)
+    assert [packing.stepped(n) for n in sizes] == [16, 16, 32, 128, 144, 1152, 1280, 4608]
+    assert [packing.stepped(n, 4) for n in (4097, 6144)] == [5120, 6144]
+
+
+@pytest.mark.parametrize("K, S, T, budget", [(8, 4, 8, 1000), (8, 4, 8, 36), (7, 4, 8, 30), (3, 4, 8, 5)])
+def test_full_groups_have_the_pieces_that_are_counted(K, S, T, budget):
+    pieces = packing.full(1, K, S, T, budget).prompt
+    assert (pieces != packing.NOWHERE).sum() == packing.full_pieces(K, S, T, budget)

@@ -1,0 +1,229 @@
+"""Plans of tiny models: arithmetic by hand, what is said and with which exit status; compiled where libtpu is."""
+
+import dataclasses
+import importlib.util
+import json
+
+import jax
+import pytest
+import yaml
+from tiny import CONFIG
+
+from lpo_jax.commands.main import main
+from lpo_jax.config import override_config, parse_config
+from lpo_jax.errors import UserError
+from lpo_jax.models.decoder import abstract_params
+from lpo_jax.parallel.mesh import MeshSizes
+from lpo_jax.planner import plan as plans
+from lpo_jax.planner import roofline, topology
+from lpo_jax.planner.programs import _needed, extrapolate
+from lpo_jax.planner.roofline import Exchange, Phase, Setting, Workload
+from lpo_jax.training.session import check_config
+
+WORK = Workload(CONFIG, P=8, K=4, S=16, T=32, updates=2, itemsize=2, reference=False, scorings=1)
+ALONE = Setting(MeshSizes(1, 1, 1), token_budget=16 + 4 * 32, remat=False, rows=32)
+GPU = topology.parse("h100:8")
+
+
+def phases(work=WORK, setting=ALONE):
+    return {phase.name: phase for phase in roofline.estimate(work, setting)}
+
+
+@pytest.fixture
+def config_file(tmp_path, run_config, tiny_model):
+    def write(**sections):
+        path = tmp_path / "run.yaml"
+        path.write_text(yaml.safe_dump(run_config(**sections)))
+        return str(path)
+
+    return write
+
+
+def test_parameters_are_those_of_the_model():
+    for config in (CONFIG, dataclasses.replace(CONFIG, tie_embeddings=False, qkv_bias=True, qk_norm=False)):
+        leaves = jax.tree.leaves(abstract_params(config))
+        assert roofline.Sizes.of(config).total == sum(leaf.size for leaf in leaves)
+
+
+def test_arithmetic_of_a_step_by_hand():
+    c, S, K, T = CONFIG, WORK.S, WORK.K, WORK.T
+    matrices = c.num_layers * (32 * (4 + 2 * 2) * 8 + 4 * 8 * 32 + 3 * 32 * 48)
+    head = c.vocab_size * 32
+    pairs = S * S + K * T * (S + T)
+    attention = 4 * c.num_layers * 4 * 8 * pairs
+    tokens = 4 * (S + K * T)  # of a minibatch of 4 prompts
+    update = phases()["update"]
+    assert update.times == 2
+    assert update.flops == 3 * 2 * matrices * tokens + 3 * 2 * head * 4 * K * T + 4 * 4 * attention
+    score = phases()["score"]
+    assert score.flops == 2 * matrices * tokens + 2 * head * 4 * K * T + 4 * attention
+    decode = phases()["decode"]
+    assert decode.times == T // 16  # tokens are drawn in calls of 16
+    of_a_token = 2 * (matrices + head) + 4 * c.num_layers * 4 * 8 * (S + roofline.mean_storage(T))
+    assert decode.flops == pytest.approx(16 * 32 * of_a_token)
+    remat = phases(setting=dataclasses.replace(ALONE, remat=True))["update"]
+    assert remat.flops - update.flops == score.flops - 2 * head * 4 * K * T
+    assert remat.temporary < update.temporary
+    # With room for two responses at once, a prompt runs twice.
+    halves = phases(setting=dataclasses.replace(ALONE, token_budget=16 + 2 * 32))["score"]
+    assert halves.flops > score.flops
+
+
+def test_memory_by_hand():
+    total, c = roofline.Sizes.of(CONFIG).total, CONFIG
+    own = roofline.standing(WORK, ALONE)
+    kv = 2 * c.num_layers * c.num_kv_heads * c.head_width * 2
+    assert own == {
+        "parameters": 4 * total,
+        "optimizer": 8 * total,
+        "reference": 0,
+        "sampler's weights": 2 * total,
+        "keys and values": 8 * (16 + 4 * 32) * kv,
+    }
+    spread = Setting(MeshSizes(2, 2, 2, decode_tensor=2), 144, False, rows=16)
+    assert roofline.standing(WORK, spread) == {
+        "parameters": total,
+        "optimizer": 2 * total,
+        "reference": 0,
+        "sampler's weights": total,
+        # Each of 4 shards has both of its prompts in storage, one more prefilled, and 4 places; 2 devices share it.
+        "keys and values": (2 * 16 + 16 + 4 * (32 + 16)) * kv / 2,
+    }
+    assert spread.waves(WORK) == 2
+
+
+@pytest.mark.parametrize("T", [1, 64, 65, 100, 300])
+def test_mean_storage_is_that_of_a_loop(T):
+    size, total = min(64, T), 0
+    for t in range(T):
+        if t == size:
+            size = min(2 * size, T)
+        total += size
+    assert roofline.mean_storage(T) == pytest.approx(total / T)
+
+
+def test_what_a_ring_sends():
+    assert Exchange("all-gather", 8.0, 4, 2).sent == 12
+    assert Exchange("reduce-scatter", 8.0, 4, 1).sent == 24
+    assert Exchange("all-reduce", 8.0, 4, 1).sent == 12
+    assert Exchange("all-reduce", 8.0, 1, 1).sent == 0
+
+
+def test_a_phase_takes_as_long_as_its_worst_resource():
+    chip = topology.CHIPS["v5e"]
+    phase = Phase(
+        "update", 3, chip.peak, 2 * chip.bandwidth, 0, 0, (Exchange("all-to-all", chip.ring, 1, 1),)
+    )
+    assert phase.seconds(chip) == 3 * 2
+    assert dataclasses.replace(phase, flops=5 * chip.peak).seconds(chip) == 3 * 5
+
+
+def test_a_gpu_plan_is_arithmetic(config_file, capsys):
+    assert main(["plan", config_file(), "--topology", "h100:4", "--json"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert (made["topology"], made["devices"], made["chip"]["name"]) == ("h100:4", 4, "h100")
+    asked = made["asked"]
+    assert asked["fits"] and asked["spare"] == made["chip"]["memory"] - asked["memory"]
+    names = ["layout", "prefill", "decode", "score", "update"]
+    assert [phase["name"] for phase in asked["phases"]] == names
+    assert not any(phase["compiled"] for phase in asked["phases"])
+    assert asked["seconds_per_step"] == pytest.approx(sum(phase["seconds"] for phase in asked["phases"]))
+    assert 0 < asked["mfu"] < 1 and asked["tokens_per_second"] > 0
+
+
+def test_text_names_memory_times_and_what_is_left_out(config_file, capsys):
+    assert main(["plan", config_file(), "--topology", "h100:4"]) == 0
+    text = capsys.readouterr().out
+    for part in ("as configured", "parameters", "sampler's weights", "GB to spare", "tokens/s", "Left out"):
+        assert part in text
+    assert "estimated" in text
+
+
+def test_what_does_not_fit_is_said_with_exit_status_3(config_file, capsys, monkeypatch):
+    small = dataclasses.replace(topology.CHIPS["h100"], memory=1e4)
+    monkeypatch.setitem(topology.CHIPS, "h100", small)
+    assert main(["plan", config_file(), "--topology", "h100:1"]) == 3
+    text = " ".join(capsys.readouterr().out.split())
+    assert "does not fit" in text and "GB too much" in text and "take a larger slice" in text
+
+
+def test_a_setting_that_fits_is_suggested(run_config, tiny_model):
+    sampling = {"num_responses": 4, "max_tokens": 100, "max_prompt_tokens": 16}
+    training = {"prompts_per_step": 64, "updates_per_step": 2, "token_budget": 10**6, "remat": False}
+    config = parse_config(run_config(sampling=sampling, training=training, mesh={"devices": 0}))
+    made = plans.plan(config, GPU, CONFIG, (1,), check_config(config), suggest=False)
+    tight = dataclasses.replace(GPU.chip, memory=0.6 * made.asked.memory)
+    less = plans.plan(config, dataclasses.replace(GPU, chip=tight), CONFIG, (1,), check_config(config))
+    assert less.spare(less.asked) < 0 <= less.spare(less.suggested)
+    chosen = less.suggested.setting
+    # What it says on the command line gives that setting back.
+    again = plans.setting_of(override_config(config, chosen.overrides()), less.work, less.topology)
+    assert again == chosen
+
+
+def test_suggestions_are_measured_by_what_was_compiled(run_config):
+    sampling = {"num_responses": 4, "max_tokens": 100, "max_prompt_tokens": 16}
+    training = {"prompts_per_step": 64, "updates_per_step": 2, "token_budget": 10**6, "remat": False}
+    config = parse_config(run_config(sampling=sampling, training=training, mesh={"devices": 0}))
+    work = roofline.workload(config, CONFIG, frozenset(), False)
+
+    def compiler(setting, name):  # whose updates take three times what arithmetic says
+        phase = phases(work, setting)[name]
+        return dataclasses.replace(phase, temporary=phase.temporary * (3 if name == "update" else 1))
+
+    setting = plans.setting_of(config, work, GPU)
+    own = plans._propose(work, setting, compiler, None)
+    target = dataclasses.replace(GPU, chip=dataclasses.replace(GPU.chip, memory=0.4 * own.memory))
+    better = plans._suggest(config, work, target, own, compiler)
+    assert better.compiled == set(plans.DECISIVE)
+    assert better.memory <= target.chip.memory < own.memory
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--topology", "v7:4x4"], "known: v5e"),
+        (["--topology", "h100:8", "--mesh.tensor=3"], "mesh"),
+        (["--topology", "h100:4", "--mesh.devices=8"], "h100:4 has 4"),
+        (["--topology", "h100:1", "--sampling.max_tokens=4096"], "positions"),
+    ],
+)
+def test_mistakes_end_in_one_line(config_file, capsys, arguments, says):
+    assert main(["plan", config_file(), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert says in error and error.count("\n") == 1
+
+
+def test_extrapolation_is_a_straight_line():
+    few = Phase("decode", 5, 10.0, 100.0, 7.0, 3.0, (Exchange("all-reduce", 8.0, 2, 4),))
+    more = Phase("decode", 5, 14.0, 120.0, 9.0, 3.0, (Exchange("all-reduce", 8.0, 2, 8),))
+    far = extrapolate(few, more, 3)
+    assert (far.flops, far.bytes, far.held, far.temporary) == (22.0, 160.0, 13.0, 3.0)
+    assert far.exchanges == (Exchange("all-reduce", 8.0, 2, 16),)
+
+
+def test_complaints_of_the_compiler_are_read():
+    first = "required for HLO temporaries (137.44G) exceeds available HBM (95.73G). HLO module"
+    second = (
+        "Ran out of memory in memory space hbm. Used 34.29G of 31.25G hbm. Exceeded hbm capacity by 3.04G."
+    )
+    assert _needed(first, 1e9) == pytest.approx(137.44 * 2**30)
+    assert _needed(second, 1e9) == pytest.approx(34.29 * 2**30 - 1e9)
+
+
+def test_a_topology_that_libtpu_refuses():
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("needs libtpu: pip install 'lpo_jax[plan]'")
+    with pytest.raises(UserError, match="no such slice"):
+        topology.tpu_devices(topology.parse("v5e:3x4"))
+
+
+@pytest.mark.slow
+def test_a_tiny_model_compiled_for_a_slice(config_file, capsys):
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("needs libtpu: pip install 'lpo_jax[plan]'")
+    path = config_file(mesh={"devices": 0})
+    assert main(["plan", path, "--topology", "v5e:2x2", "--no-suggest", "--json"]) == 0
+    asked = json.loads(capsys.readouterr().out)["asked"]
+    assert asked["fits"] and all(phase["compiled"] for phase in asked["phases"])
+    assert all(phase["held"] > 0 and phase["bytes"] > 0 for phase in asked["phases"])

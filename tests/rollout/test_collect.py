@@ -1,0 +1,72 @@
+"""Responses that have ended are verified while others are sampled; when they end changes nothing."""
+
+import dataclasses
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from lpo_jax.rewards import VerifierPool
+from lpo_jax.rollout.collect import Collector
+from lpo_jax.sampling import Responses, Sampling
+
+VERIFIER = """
+import time
+from lpo_jax.rewards import Verdict
+
+def verify(response, row):
+    time.sleep(0.05)
+    return Verdict(float(response) + row["n"], "pass", {})
+"""
+P, K = 3, 4
+
+
+@dataclasses.dataclass
+class Endings:
+    """A sampler whose responses (p, k) are the token 10 p + k, and end in the order it is given."""
+
+    order: list[tuple[int, int]]
+    seconds: float
+    eos_ids: tuple[int, ...] = ()
+
+    def __call__(self, weights, prompts, lengths, ids, *, on_end, **options):
+        tokens = 10 * np.arange(len(prompts))[:, None] + np.arange(K)
+        for p, k in self.order:
+            on_end(p, k, [tokens[p, k]])
+        time.sleep(self.seconds)
+        ones = np.ones(tokens.shape, np.int32)
+        return Responses(tokens[..., None], -1.0 * ones[..., None], ones, ones > 0, ones)
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory):
+    file = tmp_path_factory.mktemp("verifier") / "slow.py"
+    file.write_text(VERIFIER)
+    with VerifierPool(f"{file}:verify", workers=2) as pool:
+        yield pool
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+def test_verdicts_belong_to_their_responses_and_are_made_meanwhile(pool, backwards):
+    order = list(np.ndindex(P, K))[:: -1 if backwards else 1]
+    tokenizer = SimpleNamespace(
+        encode=lambda text, **options: [1, 2],
+        decode=lambda ids, **options: " ".join(map(str, ids)),
+    )
+    task = SimpleNamespace(prompt=lambda row: "a prompt")
+    collect = Collector(task, tokenizer, Endings(order, seconds=3.0), pool, 8)
+    got = collect(
+        None,
+        [(p, {"n": 100 * p}) for p in range(P)],
+        num_responses=K,
+        max_tokens=1,
+        sampling=Sampling(),
+        seed=0,
+        step=0,
+        written=["0", "00", "000"],
+        at_least=P + 1,
+    )
+    np.testing.assert_array_equal(got.rewards, 110 * np.arange(P)[:, None] + np.arange(K))
+    assert got.texts[2] == ["20", "21", "22", "23"]
+    assert got.seconds_sampling > 3.0 and got.seconds_verifying < 0.3  # and not the 0.05 s of twelve

@@ -1,0 +1,491 @@
+"""Hooks at work on rounds made by hand: what they sample again, put in place, and tell the objective."""
+
+import dataclasses
+import json
+import types
+
+import jax
+import numpy as np
+import pytest
+from tiny import character_tokenizer
+
+from lpo_jax import objectives as O
+from lpo_jax.errors import RunStopped, UserError
+from lpo_jax.objectives import Scored, hooks
+from lpo_jax.rewards import Verdict
+from lpo_jax.rollout.collect import Collected, join, replace_response
+from lpo_jax.rollout.encode import encode_hinted
+from lpo_jax.rollout.hooks import credits, hints, judges, prompts, replay, teachers
+from lpo_jax.rollout.hooks.base import Round, judged
+from lpo_jax.sampling import Responses
+from lpo_jax.tasks.task import Task
+from lpo_jax.training.batch import Groups, Rollouts
+from lpo_jax.training.rounds import clusters, make_rollouts, split
+from lpo_jax.training.step import Program, score
+
+TOKENIZER = character_tokenizer()
+
+
+def verdict(reward):
+    """A pass at 1; None is a verifier that failed."""
+    if reward is None:
+        return Verdict(0.0, "infrastructure")
+    return Verdict(reward, "pass" if reward >= 1 else "wrong", {"answer": f"{reward:g}"})
+
+
+def collected(ids, rewards, texts=None, T=6):
+    """A batch whose prompts say "p<id>" and whose responses are given, or "r" and k."""
+    texts = texts or [[f"r{k}"[:T] for k in range(len(group))] for group in rewards]
+    P, K = len(rewards), len(rewards[0])
+    tokens, lengths = np.zeros((P, K, T), np.int32), np.zeros((P, K), np.int32)
+    for p, k in np.ndindex(P, K):
+        encoded = TOKENIZER.encode(texts[p][k])
+        tokens[p, k, : len(encoded)], lengths[p, k] = encoded, len(encoded)
+    asked = [TOKENIZER.encode(f"p{i}") for i in ids]
+    padded = np.array([row + [0] * (8 - len(row)) for row in asked], np.int32)
+    logp = np.where(np.arange(T) < lengths[..., None], -0.5, 0).astype(np.float32)
+    return Collected(
+        ids=list(ids),
+        prompt_texts=[f"p{i}" for i in ids],
+        prompts=padded,
+        prompt_lengths=np.array([len(row) for row in asked], np.int32),
+        responses=Responses(tokens, logp, lengths, np.ones((P, K), bool), lengths.astype(np.float32)),
+        texts=texts,
+        verdicts=[[verdict(r) for r in group] for group in rewards],
+        seconds_sampling=1.0,
+        seconds_verifying=0.5,
+    )
+
+
+def session(rows, updates=1, **options):
+    """As much of a session as hooks look at."""
+    task = Task("made", rows, [], lambda row: f"p{row['n']}", None, lambda row: row.get("solution"))
+    task = dataclasses.replace(task, verifier=types.SimpleNamespace(prefill=""))
+    config = types.SimpleNamespace(
+        seed=3,
+        sampling=types.SimpleNamespace(max_tokens=6, max_prompt_tokens=16, num_responses=2),
+        training=types.SimpleNamespace(updates_per_step=updates),
+    )
+    collect = types.SimpleNamespace(text=TOKENIZER.decode)
+    options = {
+        "task": task,
+        "train_rows": rows,
+        "tokenizer": TOKENIZER,
+        "collect": collect,
+        "config": config,
+    } | options
+    return types.SimpleNamespace(**options)
+
+
+def written(ids):
+    """Text of token ids, "|" for what the tokenizer does not know (line ends, colons, capitals)."""
+    return TOKENIZER.decode(ids).replace("<unk>", "|")
+
+
+class Tools:
+    """Answers each call of `sample` with the next of the given batches, and keeps what was asked."""
+
+    def __init__(self, session, *answers, step=100):
+        self.session, self.answers, self.calls, self.step = session, list(answers), [], step
+
+    def sample(self, rows, **options):
+        self.calls.append((rows, options))
+        answer = self.answers.pop(0)
+        assert [row for row, _ in rows] == answer.ids
+        return answer
+
+    def rows_of(self, batch):
+        return [self.session.train_rows[i] for i in batch.ids]
+
+
+ROWS = [{"n": n, "solution": f"{n}" * 4, "hints": ["a", "b"]} for n in range(12)]
+
+
+def test_join_takes_and_replaces_whole_records():
+    one, two = collected([0, 1], [[0, 1], [1, 0]]), collected([7], [[1, 1]], [["longer text", "x"]], T=11)
+    both = join([one, two])
+    assert both.ids == [0, 1, 7] and both.responses.tokens.shape == (3, 2, 11)
+    assert both.take([2, 0]).records() == two.records() + one.take([0]).records()
+    put = replace_response(one, 1, 1, two, 0, 0)
+    assert put.texts[1] == ["r0", "longer text"] and put.rewards.tolist() == [[0, 1], [1, 1]]
+    assert TOKENIZER.decode(put.responses.ids(1, 1)) == "longer text"
+    assert put.responses.mask[1, 1].sum() == 11 and put.prompt_texts == one.prompt_texts
+    assert put.take([0]).records() == one.take([0]).records() and one.texts[1] == ["r0", "r1"]
+
+
+def test_clusters_number_equal_answers():
+    batch = collected([0], [[0.5, 1, 0.5, None]])
+    assert clusters(batch).tolist() == [[0, 1, 0, -1]]
+
+
+def dynamic(first, *further, max_rounds=3, updates=1):
+    """The groups that dynamic sampling keeps of a first and further batches (None: no new prompt), and the hook."""
+    hook = prompts.Dynamic(hooks.DynamicSampling(max_rounds), session(ROWS, updates=updates), None)
+    round, offered = Round(first), iter(further)
+    hook.select(round, lambda: (batch := next(offered)) and Round(batch))
+    return round.batch, hook
+
+
+def test_dynamic_sampling_fills_the_batch_with_groups_that_differ():
+    first = collected([0, 1, 2], [[1, 1], [0, 1], [0, 0]])
+    second = collected([3, 4], [[0.5, 0.5], [1, None]])  # one valid response: no signal
+    third = collected([5, 6, 7], [[0, 1], [1, 0], [0, 1]])
+    kept, hook = dynamic(first, second, third)
+    assert kept.ids == [1, 5, 6]
+    assert hook.metrics() == {"lpo/sampling_rounds": 3, "lpo/useful_group_frac": 1.0}
+
+
+def test_dynamic_sampling_ends_and_fills_up_with_what_there_is():
+    kept, hook = dynamic(collected([0, 1], [[1, 1], [0, 1]]), collected([3], [[0, 0]]), None)
+    assert kept.ids == [1, 0]
+    assert hook.metrics() == {"lpo/sampling_rounds": 2, "lpo/useful_group_frac": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("updates", "mixed", "kept"),
+    [
+        (2, [4, 5], [4, 0, 2, 5, 1, 3]),  # one with signal in each half, not both in the first
+        (3, [4, 5], [4, 0, 5, 1, 4, 2]),  # fewer than updates: repeated
+        (2, [1, 3, 5], [1, 5, 2, 3, 0, 4]),
+        (2, [], [0, 1, 2, 3, 4, 5]),  # nothing has signal
+    ],
+)
+def test_what_dynamic_sampling_could_not_fill_is_spread_over_the_updates(updates, mixed, kept):
+    batch = collected(range(6), [[0, 1] if i in mixed else [0, 0] for i in range(6)])
+    found, hook = dynamic(batch, max_rounds=1, updates=updates)
+    assert found.ids == kept and hook.kept == len(mixed) / 6
+    minibatches = np.split(judged(found).mixed, updates)
+    assert not mixed or all(part.any() for part in minibatches)
+
+
+def test_groups_that_could_not_be_judged_fill_up_last():
+    kept, _ = dynamic(collected([0, 1, 2, 3], [[None, None], [0, 0], [None, 1], [0, 1]]), max_rounds=1)
+    assert kept.ids == [3, 1, 2, 0]
+
+
+def test_dynamic_sampling_of_groups_of_one_is_refused():
+    single = session(ROWS)
+    single.config.sampling.num_responses = 1
+    with pytest.raises(UserError, match="num_responses = 1: dynamic-sampling"):
+        prompts.Dynamic(hooks.DynamicSampling(), single, None)
+
+
+def test_failures_of_the_verifier_are_neither_passes_nor_failures():
+    outcomes = judged(collected(range(5), [[None, None], [None, 0], [1, None], [0.5, 0], [1, 0]]))
+    assert outcomes.known.tolist() == [False, True, True, True, True]
+    np.testing.assert_array_equal(outcomes.pass_rate, [np.nan, 0, 1, 0, 0.5])
+    np.testing.assert_array_equal(outcomes.mean_reward, [np.nan, 0, 1, 0.25, 0.5])
+    assert outcomes.failed.tolist() == [False, True, False, True, False]
+    assert outcomes.mixed.tolist() == [False, False, False, True, True]
+    assert outcomes.rewards.tolist() == [0, 1, 0.5, 0, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("make", "spec"),
+    [
+        (prompts.Learnability, hooks.LearnabilitySampling()),
+        (prompts.Gaussian, hooks.GaussianSampling()),
+    ],
+)
+def test_a_prompt_that_could_not_be_judged_keeps_its_pass_rate(make, spec):
+    hook = make(spec, session(ROWS), None)
+    hook.observe(collected([0, 1, 2], [[1, 0], [1, 1], [0, None]]))
+    before = dict(hook.rates)
+    hook.observe(collected([0, 3], [[None, None], [None, None]]))
+    assert hook.rates == before  # neither a new rate nor one for a prompt that nothing is known of
+    assert before[2] == pytest.approx(spec.rate_momentum * 0.5)  # of its one judged response
+
+
+def test_prompts_are_drawn_by_their_pass_rates():
+    """METHODS 4.4, item 20: learnability prefers p = 1/2, keeps its share of the data's order, never repeats."""
+    rows = [{"n": n} for n in range(12)]
+    hook = prompts.Learnability(hooks.LearnabilitySampling(uniform_share=0.5), session(rows), None)
+    rates = [0, 1, 0.5, 0.5, *[0.01] * 8]
+    for i, rate in enumerate(rates):
+        hook.observe(collected([i], [[float(k < 100 * rate) for k in range(100)]]))
+    given = [(i, rows[i]) for i in (8, 9, 10, 11)]
+    drawn = [[i for i, _ in hook.draw(given, step, ())] for step in range(200)]
+    assert all(d[:2] == [8, 9] and len(set(d)) == 4 for d in drawn)
+    counts = np.bincount(np.concatenate([d[2:] for d in drawn]), minlength=12) / 200
+    assert counts[2] > 0.8 and counts[3] > 0.8 and counts[0] == counts[1] == 0
+    other = prompts.Learnability(hook.spec, hook.session, None)
+    other.restore(hook.state())
+    assert [i for i, _ in other.draw(given, 5, ())] == drawn[5]
+
+
+@pytest.mark.parametrize(
+    ("make", "spec"),
+    [
+        (prompts.Learnability, hooks.LearnabilitySampling()),
+        (prompts.Gaussian, hooks.GaussianSampling()),
+    ],
+)
+def test_further_rounds_of_a_step_draw_prompts_that_it_has_not_seen(make, spec):
+    hook = make(spec, session(ROWS), None)
+    order, seen = np.random.default_rng(0).permutation(12), []
+    for start in (0, 4, 8, 0):
+        offered = [(int(i), ROWS[i]) for i in order[start : start + 4]]
+        drawn = [i for i, _ in hook.draw(offered, 7, seen)]
+        assert len(drawn) == len(set(drawn)) == min(4, 12 - len(seen)) and not set(drawn) & set(seen)
+        seen += drawn
+    assert sorted(seen) == list(range(12))
+
+
+def test_gaussian_sampling_peaks_at_one_half_and_flattens_with_its_width():
+    hook = prompts.Gaussian(hooks.GaussianSampling(), session(ROWS), None)
+    rates = np.linspace(0, 1, 11)
+    weights = hook.weights(rates)
+    assert weights.argmax() == 5 and np.allclose(weights, weights[::-1])
+    np.testing.assert_allclose(weights[0] / weights[5], np.exp(-0.25 / (2 * 0.35**2)))
+    wide = prompts.Gaussian(hooks.GaussianSampling(width=1e3), session(ROWS), None)
+    np.testing.assert_allclose(wide.weights(rates), 1, rtol=1e-5)
+    hook.observe(collected([4], [[1, 1]]))
+    assert hook.rates[4] == pytest.approx(0.9 * 0.5 + 0.1 * 1)
+
+
+def test_solution_hints_grow_until_something_passes():
+    tools = Tools(session(ROWS), collected([1, 2], [[0, 1], [0, 0]]), collected([2], [[1, 1]]))
+    hook = hints.Solutions(hooks.SolutionHints((0.25, 0.75)), tools.session, None)
+    round = Round(collected([0, 1, 2], [[1, 0], [0, 0], [0, None]]))
+    hook.begin()
+    hook.mend(round, tools)
+    assert round.batch.ids == [0, 1, 2] and round.batch.rewards.tolist() == [[1, 0], [0, 1], [1, 1]]
+    assert hook.metrics() == {"lpo/hinted_groups": 2} and not round.rescore
+    asked = [
+        [written(ids).partition("begins| ")[2].strip("|") for ids in o["prompts"]] for _, o in tools.calls
+    ]
+    assert asked == [["1", "2"], ["222"]]
+    assert tools.calls[0][1]["stream"] != tools.calls[1][1]["stream"]
+
+
+def test_ladder_hints_put_one_response_under_the_plain_prompt():
+    tools = Tools(session(ROWS), collected([1], [[0, 0]]), collected([1], [[0, 1]], [["no", "yes"]]))
+    hook = hints.Ladder(hooks.LadderHints(hint_after=50), tools.session, None)
+    round = Round(collected([0, 1], [[1, 0], [0, 0]]))
+    hook.begin()
+    hook.mend(round, tools)
+    assert round.batch.texts[1] == ["yes", "r1"] and round.batch.rewards[1].tolist() == [1, 0]
+    assert round.batch.prompt_texts == ["p0", "p1"] and round.rescore
+    early = Tools(tools.session, step=50)
+    hook.begin()
+    hook.mend(Round(collected([0], [[0, 0]])), early)
+    assert early.calls == [] and hook.metrics() == {"lpo/hinted_groups": 0}
+
+
+@pytest.mark.parametrize(
+    ("make", "spec"),
+    [(hints.Solutions, hooks.SolutionHints((0.25, 0.75))), (hints.Ladder, hooks.LadderHints(0))],
+)
+def test_hints_are_for_groups_that_were_judged_to_fail(make, spec):
+    """Nothing is known of group 0; group 2 could not be judged with a hint, so that no greater one is earned."""
+    answers = collected([1, 2], [[0, 0], [None, None]]), collected([1], [[None, 1]])
+    tools = Tools(session(ROWS), *answers)
+    hook, round = (
+        make(spec, tools.session, None),
+        Round(collected([0, 1, 2], [[None, None], [0, None], [0, 0]])),
+    )
+    hook.begin()
+    hook.mend(round, tools)
+    assert [[i for i, _ in rows] for rows, _ in tools.calls] == [[1, 2], [1]]
+    assert hook.metrics() == {"lpo/hinted_groups": 1}
+    assert not round.batch.valid[0].any() and round.batch.rewards[2].tolist() == [0, 0]
+    # The ladder's response takes the place of the one that could not be judged, not of the one that failed.
+    assert round.batch.passed[1].tolist() == [False, True]
+
+
+def test_hints_that_rows_do_not_have_are_refused():
+    rows = [{"n": 0, "solution": "x", "hints": ["a"]}, {"n": 1}]
+    for make, spec in ((hints.Ladder, hooks.LadderHints()), (hints.Solutions, hooks.SolutionHints())):
+        with pytest.raises(UserError, match="training row 1 of task 'made' has no"):
+            make(spec, session(rows), O.get("grpo"))
+
+
+def test_a_hint_goes_between_question_and_prefill():
+    task = session(ROWS).task
+    raw = dataclasses.replace(
+        task, prompt=lambda row: "ask\nso= ", verifier=types.SimpleNamespace(prefill="so= ")
+    )
+    assert written(encode_hinted(raw, TOKENIZER, {}, "hint")) == "ask|hint|so= "
+
+
+def test_greedy_baseline_is_the_greedy_reward_or_the_groups_mean():
+    batch = collected([0, 1], [[1, 0], [0, 1]])
+    tools = Tools(session(ROWS), collected([0, 1], [[0.25], [None]]))
+    out = judges.Greedy(hooks.GreedyBaseline(), tools.session, None).annotate(None, batch, tools)
+    assert out["baseline"].tolist() == [[0.25], [0.5]]
+    asked = tools.calls[0][1]
+    assert asked.pop("prompts") == [TOKENIZER.encode("p0"), TOKENIZER.encode("p1")]
+    assert asked == {"num_responses": 1, "greedy": True}
+    unknown = collected([0, 1], [[None, None], [0, None]])
+    tools = Tools(session(ROWS), collected([0, 1], [[None], [None]]))
+    out = judges.Greedy(hooks.GreedyBaseline(), tools.session, None).annotate(None, unknown, tools)
+    assert out["baseline"].tolist() == [
+        [0],
+        [0],
+    ]  # of nothing known a masked group's, and of one known failure
+
+
+@pytest.fixture
+def judge_file(tmp_path):
+    path = tmp_path / "judge.py"
+    path.write_text(
+        "from lpo_jax.rewards import Verdict\n"
+        "def flawed(response, row):\n    return response == 'bad'\n"
+        "def steps(response, row):\n    return Verdict(1.0, 'wrong', {'wrong': '1:3' if response == 'worse' else ''})\n"
+    )
+    return path
+
+
+def judging(make, spec, batch):
+    session_ = session(ROWS)
+    session_.config.rewards = types.SimpleNamespace(workers=1, timeout=10.0)
+    rollouts = make_rollouts(Round(batch), 6, 0.0)
+    with make(spec, session_, O.get("grpo")) as hook:
+        return hook.annotate(rollouts, batch, Tools(session_))
+
+
+def test_judge_marks_passing_responses_and_steps(judge_file):
+    batch = collected([0, 1], [[1, 1], [0, 0]], [["bad", "good"], ["bad", "worse"]])
+    flawed = judging(judges.Judge, hooks.Judge(f"{judge_file}:flawed"), batch)["flawed"]
+    assert flawed.tolist() == [[True, False], [False, False]]  # failed responses are not judged
+    credit = judging(credits.StepJudge, hooks.StepJudge(f"{judge_file}:steps"), batch)["credit"]
+    assert credit[1, 1].tolist()[:6] == [0, 1, 1, 0, 0, 0] and credit.sum() == 2
+    with pytest.raises(UserError, match=r"needs a judge: set objective\.judge"):
+        judges.Judge(hooks.Judge(), session(ROWS), O.get("grpo"))
+
+
+def test_progress_is_the_gain_in_the_chance_of_the_solution(tiny_config, tiny_params):
+    batch = collected([0, 3], [[1, 0], [0, 1]], [["abcdef", "a"], ["abc", "xy"]])
+    rollouts = make_rollouts(Round(batch), 6, 0.0)
+    program = Program(tiny_config)
+    tools = Tools(session(ROWS))
+    tools.program, tools.params = program, tiny_params
+    got = credits.Values(hooks.PrefixValues(segments=2, cue="="), tools.session, None).annotate(
+        rollouts, batch, tools
+    )
+
+    def chance(text, solution):
+        ids, target = np.array([TOKENIZER.encode(text)]), np.array([[TOKENIZER.encode(solution)]])
+        return float(
+            np.exp(score(program, tiny_params, Groups(ids, np.array([ids.size]), target)).logp.sum())
+        )
+
+    start, middle, end = (chance(f"p0{text}=", "0000") for text in ("", "abc", "abcdef"))
+    want = [middle - start] * 3 + [end - middle] * 3
+    np.testing.assert_allclose(got["credit"][0, 0, :6], want, rtol=1e-4, atol=1e-9)
+
+
+def test_cuts_hold_the_mean_reward_of_their_answers():
+    batch = collected([0, 3], [[1, 0], [0, 1]], [["abcdef", "a"], ["abcd", "xy"]])
+    rollouts = make_rollouts(Round(batch), 6, 0.0)
+    first = collected([0 + (1 << 24), 3 + (1 << 24)], [[1, 0], [None, None]])  # both longer than 3 tokens
+    tools = Tools(session(ROWS), first)
+    got = credits.Cuts(hooks.Budgets(budgets=2, summaries=2, cue="="), tools.session, None).annotate(
+        rollouts, batch, tools
+    )["credit"]
+    assert got[0, 0, :6].tolist() == [0.5] * 3 + [1] * 3  # the answers' mean, then its own reward
+    assert got[0, 1, :6].tolist() == [0] * 6 and got[1, 1, :6].tolist() == [1] * 6
+    assert got[1, 0, :6].tolist() == [0] * 6  # its answers could not be judged
+    rows, options = tools.calls[0]
+    assert options["written"] == ["abc=", "abc="] and options["max_tokens"] == 64
+    assert [TOKENIZER.decode(ids) for ids in options["prompts"]] == ["p0abc=", "p3abc="]
+
+
+def test_siblings_teach_the_failed_responses_of_mixed_groups(tiny_config, tiny_params):
+    batch = collected([0, 1, 2], [[1, 0], [0, 0], [1, None]])
+    rollouts = make_rollouts(Round(batch), 6, 0.0)
+    tools = Tools(session(ROWS, model_config=tiny_config))
+    tools.program, tools.params = Program(tiny_config, 0.7), tiny_params
+    spec = hooks.SiblingTeacher(top=4, reprompt="see {solution}:")
+    teacher = teachers.Sibling(spec, tools.session, None).annotate(rollouts, batch, tools)["teacher"]
+    assert np.asarray(teacher.valid).tolist() == [[False, True], [False, False], [False, False]]
+    ids = encode_hinted(tools.session.task, TOKENIZER, ROWS[0], "see r0:")
+    groups = Groups(np.array([ids]), np.array([len(ids)]), rollouts.groups.responses[:1], teacher.ids[:1])
+    want = score(tools.program, tiny_params, groups).top_logp
+    np.testing.assert_allclose(teacher.logp[:1], want, atol=2e-5)
+
+
+def test_replay_weighs_the_batch_before_and_survives_a_resume():
+    make = lambda: replay.PreviousBatch(hooks.Replay(window=3), session(ROWS), None)  # noqa: E731
+    hook, means, weights = make(), [0.0, 0.5, 0.25, 1.0, 0.0, 1.0], []
+    for step, mean in enumerate(means):
+        batch = collected([step], [[mean, mean]])
+        hook.observe(batch)
+        weights.append(hook.metrics()["lpo/replay_weight"])
+        rollouts = make_rollouts(Round(batch), 6, step / 5)
+        again = hook.replay(rollouts)
+        assert (again is None) == (weights[-1] == 0)
+        if again is not None:
+            np.testing.assert_array_equal(again.scored.rewards, means[step - 1])
+            np.testing.assert_allclose(again.scored.weight, weights[-1], rtol=1e-6)
+            assert again.scored.progress == rollouts.scored.progress
+        hook, before = make(), hook
+        hook.restore(before.state())
+        jax.tree.map(np.testing.assert_array_equal, hook.before.groups, before.before.groups)
+        np.testing.assert_array_equal(hook.before.scored.behaviour_logp, before.before.scored.behaviour_logp)
+    past = np.array(means[1:4])
+    assert weights[4] == pytest.approx(
+        0.1 * (0 - past.mean()) / past.std(), rel=1e-5
+    )  # a fall weighs a tenth
+    assert weights[3] == pytest.approx((1 - 0.25) / np.array(means[:3]).std(), rel=1e-5)
+
+
+def test_replay_weight_does_not_explode_where_the_window_is_constant():
+    hook = replay.PreviousBatch(hooks.Replay(window=8), session(ROWS), None)
+    for _ in range(3):
+        hook.observe(collected([0], [[1, 0, 0, 0]]))
+        assert hook.weight == 0
+    hook.observe(collected([0], [[1, 1, 0, 0]]))  # a quarter more, known to within 0.25
+    assert hook.weight == pytest.approx(1.0)
+    hook.rewards = [0.0] * 8
+    hook.observe(collected([0], [[1, 1, 1, 1]]))  # neither the window nor the batch has a scale
+    assert hook.weight == 0
+
+
+def test_replayed_batch_survives_a_resume_whole():
+    """Rescored and with a teacher: what an objective needs of a batch, it needs of the replayed one."""
+    rollouts = make_rollouts(Round(collected([0, 1], [[1, 0], [0, 0]])), 6, 0.5)
+    scored = rollouts.scored
+    teacher = O.Teacher(
+        *(np.full((2, 2, 6, 3), x) for x in (1, 2.0)), np.ones((2, 2, 6)), np.ones((2, 2), bool)
+    )
+    extra = {"sampler_logp": scored.behaviour_logp + 1, "prompt_confidence": np.ones(2), "teacher": teacher}
+    hook, again = (replay.PreviousBatch(hooks.Replay(), session(ROWS), None) for _ in range(2))
+    hook.replay(rollouts.replace(scored=scored.replace(**extra, credit=scored.behaviour_logp)))
+    again.restore(json.loads(json.dumps(hook.state())))
+    assert jax.tree.structure(again.before) == jax.tree.structure(hook.before)
+    jax.tree.map(np.testing.assert_array_equal, again.before, hook.before)
+
+
+def test_a_step_that_could_not_be_judged_is_no_regress():
+    hook = replay.PreviousBatch(hooks.Replay(window=3), session(ROWS), None)
+    steps = [
+        collected([i], [rewards])
+        for i, rewards in enumerate(([0, 1], [1, 1], [None, None], [1, None], [0, 1]))
+    ]
+    replayed = []
+    for batch in steps:
+        hook.observe(batch)
+        replayed.append(hook.replay(make_rollouts(Round(batch), 6, 0.0)) is not None)
+    assert hook.rewards == [1, 1, 0.5]  # of the judged responses alone; the third step left no trace
+    assert replayed == [False, False, False, False, True]  # and is not replayed either
+
+
+def test_a_judge_that_always_fails_stops_the_run(tmp_path):
+    path = tmp_path / "judge.py"
+    path.write_text("def bad(response, row):\n    raise ValueError('no model')\n")
+    batch = collected([0], [[1, 1]])
+    with pytest.raises(RunStopped, match=r"step 100: the judge .*judge.py:bad failed on all 2 .*no model"):
+        judging(judges.Judge, hooks.Judge(f"{path}:bad"), batch)
+
+
+def test_split_leaves_scalars_whole():
+    rollouts = Rollouts(
+        Groups(np.zeros((4, 3)), np.ones(4), np.zeros((4, 2, 5))),
+        Scored(
+            np.zeros((4, 2, 5)), np.arange(8.0).reshape(4, 2), np.ones((4, 2, 5)), progress=np.float32(0.5)
+        ),
+    )
+    one, two = split(rollouts, 2)
+    assert one.scored.rewards.tolist() == [[0, 1], [2, 3]] and two.groups.prompts.shape == (2, 3)
+    assert one.scored.progress == two.scored.progress == np.float32(0.5)

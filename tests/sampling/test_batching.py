@@ -1,0 +1,175 @@
+"""Rows that wait, arrive, move and leave: every response is what it is when all rows run side by side, on one device
+or on many."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh
+from precision import FORWARD_ROUNDING
+
+from lpo_jax.parallel.sharding import AXES
+from lpo_jax.sampling import Sampler
+from lpo_jax.sampling import batching as schedule
+from lpo_jax.sampling.padding import pad_prompts
+
+P, K, T = 5, 4, 24
+EOS = (1, 17)
+
+
+def text(ids):
+    return "".join(chr(97 + i % 26) for i in ids)
+
+
+@pytest.fixture(scope="module")
+def sample(tiny_config, tiny_params):
+    prompts = [list(range(3, 4 + p)) for p in range(P)]
+    config = dataclasses.replace(tiny_config, num_layers=1)  # many shapes are compiled
+    layers = jax.tree.map(lambda x: x[:1], tiny_params["layers"])
+    params = tiny_params | {"layers": layers}
+    # Two shards of two devices each, so that the five prompts lie unevenly.
+    devices = np.array(jax.devices()[:4]).reshape(2, 1, 2)
+    meshes = {False: None, True: Mesh(devices, AXES, axis_types=(AxisType.Auto,) * 3)}
+    prepared = {many: Sampler(config, EOS, mesh=mesh).prepare(params) for many, mesh in meshes.items()}
+
+    def run(max_rows, many=False, attention="plain", **options):
+        sampler = Sampler(config, EOS, np.float32, text, meshes[many], max_rows, attention)
+        padded, lengths = pad_prompts(prompts, 16)
+        options = {"num_responses": K, "max_tokens": T, "seed": 5} | options
+        return sampler(prepared[many], padded, lengths, np.arange(P), **options)
+
+    return run
+
+
+@pytest.fixture(autouse=True)
+def small_steps(monkeypatch):
+    monkeypatch.setattr(schedule, "FEWEST_ROWS", 4)
+    monkeypatch.setattr(schedule, "CHUNK", 4)
+    monkeypatch.setattr(schedule, "FIRST_STORAGE", 16)
+
+
+BUDGETS = np.random.default_rng(0).integers(1, T + 10, (P, K))
+CASES = {
+    "ends": {},
+    "budgets": {"budgets": BUDGETS},
+    "stops": {"stop": ["q", "ab"]},
+    "inactive": {"active": np.array([True, False, True, True, False]), "budgets": BUDGETS},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_how_rows_are_scheduled_changes_nothing(sample, case, monkeypatch):
+    options = CASES[case]
+    with monkeypatch.context() as patch:
+        patch.setattr(schedule, "FEWEST_ROWS", P * K)  # no row ever moves
+        whole = sample(0, **options)
+    assert len(np.unique(whole.lengths)) > 3
+    for max_rows, many in ((0, False), (6, False), (0, True), (6, True), (2, True)):
+        got = sample(max_rows, many, **options)
+        np.testing.assert_array_equal(got.tokens, whole.tokens)
+        np.testing.assert_array_equal(got.lengths, whole.lengths)
+        np.testing.assert_array_equal(got.finished, whole.finished)
+        np.testing.assert_allclose(got.log_probs, whole.log_probs, atol=2 * FORWARD_ROUNDING)
+
+
+def test_budgets_bound_each_response(sample):
+    free, bound = sample(6), sample(6, budgets=BUDGETS)
+    np.testing.assert_array_equal(bound.lengths, np.minimum(free.lengths, BUDGETS))
+    cut = BUDGETS < free.lengths
+    assert cut.any() and not bound.finished[cut].any()
+    np.testing.assert_array_equal(bound.finished[~cut], free.finished[~cut])
+
+
+def test_ended_responses_are_reported_once_and_whole(sample):
+    for max_rows, many in ((0, False), (6, False), (6, True)):
+        reported = []
+        got = sample(max_rows, many, stop=["q"], on_end=lambda *row, to=reported: to.append(row))
+        assert sorted(reported) == [(p, k, got.ids(p, k)) for p in range(P) for k in range(K)]
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_places_are_filled_again_and_stragglers_move(sample, monkeypatch, many):
+    places = []
+
+    def decode(*arguments, run=schedule.device.decode):
+        places.append(len(arguments[5].token))
+        return run(*arguments)
+
+    monkeypatch.setattr(schedule.device, "decode", decode)
+    budgets = np.minimum(BUDGETS, 6)
+    budgets[::3, 0] = T  # one straggler on each of two shards
+    got = sample(0, many, budgets=budgets)
+    all_rows = (P + many) * K  # two shards: as many prompts on each
+    assert places[0] == all_rows and places[-1] < all_rows and sorted(places, reverse=True) == places
+    places.clear()
+    waited = sample(6, many, budgets=budgets)
+    assert places[0] == 6 and sorted(places, reverse=True) == places
+    for responses in (got, waited):
+        assert (responses.row_steps >= responses.lengths).all()
+    assert waited.lengths.sum() / waited.row_steps.sum() > got.lengths.sum() / got.row_steps.sum()
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_kernels_need_one_program(sample, monkeypatch, many):
+    """With kernels neither rows nor storage change size, and the responses are those of plain products."""
+    shapes = []
+
+    def decode(*arguments, run=schedule.device.decode):
+        rows, own_kv = arguments[5], arguments[8]
+        shapes.append((len(rows.token), own_kv[0][0].shape))
+        return run(*arguments)
+
+    plain = sample(6, many, budgets=BUDGETS)
+    monkeypatch.setattr(schedule.device, "decode", decode)
+    got = sample(6, many, "interpret", budgets=BUDGETS)
+    assert len(set(shapes)) == 1 < len(shapes)
+    np.testing.assert_array_equal(got.tokens, plain.tokens)
+    np.testing.assert_allclose(got.log_probs, plain.log_probs, atol=2 * FORWARD_ROUNDING)
+
+
+@pytest.mark.parametrize("shards", [1, 4])
+def test_work_on_long_responses_of_uneven_length_is_mostly_useful(monkeypatch, shards):
+    """Geometric lengths with a mean of an eighth of the most: the schedule alone, no device."""
+    rng = np.random.default_rng(2)
+    P, K, T, rows = 64, 8, 512, 64
+    budgets = np.minimum(rng.geometric(8 / T, (P, K)), T)
+
+    def decode(*arguments):
+        state, storage, at, limit, fewest = arguments[5], *arguments[8:12]
+        assert at + limit <= storage
+        drawn, going, steps = state.drawn.copy(), state.going, 0
+        while steps < limit and going.sum() >= fewest:
+            drawn += going
+            going, steps = going & (drawn < state.budget), steps + 1
+        tokens = np.ones((len(drawn), schedule.device.CHUNK), np.int32)
+        return schedule.device.Drawn(tokens, tokens.astype(np.float32), drawn, going, steps), storage
+
+    fakes = {
+        "decode": decode,
+        "empty_storage": lambda config, shape, dtype: shape[1],
+        "move": lambda storage, rows, shift, tokens: tokens,
+        "prefill": lambda *arguments: None,
+        "put_prompts": lambda storage, *rest: storage,
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(schedule.device, name, fake)
+    monkeypatch.setattr(schedule, "CHUNK", schedule.device.CHUNK)
+    monkeypatch.setattr(schedule.sharding, "batch_shards", lambda: shards)
+    lengths, keys = np.ones(P, np.int32), np.zeros((P, K, 2), np.uint32)
+    run = schedule.Schedule(
+        (None, (), None, None),
+        None,
+        np.ones((P, 4), np.int32),
+        lengths,
+        keys,
+        budgets,
+        T,
+        rows,
+        None,
+        None,
+        "auto",
+    )
+    _, _, drawn, _, row_steps = run.run()
+    np.testing.assert_array_equal(drawn, budgets)
+    assert drawn.sum() / row_steps.sum() > (0.8 if shards == 1 else 0.7)
