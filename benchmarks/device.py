@@ -1,4 +1,4 @@
-"""What one accelerator does with this program: one JSON line for each measurement, and a table at the end.
+"""What one accelerator does with this runner: one JSON line for each measurement, and a table at the end.
 
 Models have the shapes of `configs/models` and random weights, so that nothing is downloaded. Every time is the median
 of several calls after one that compiles, with results awaited. Rates stand beside what the same device reached in the
@@ -38,12 +38,12 @@ from lpo_jax.bench.work import Work
 from lpo_jax.config import OptimizerConfig
 from lpo_jax.models.config import ModelConfig
 from lpo_jax.models.decoder import Params, init_params
+from lpo_jax.models.runner import Groups, ModelRunner, score
 from lpo_jax.objectives import Scored, TokenStats
 from lpo_jax.sampling import Sampler, Sampling
 from lpo_jax.sampling.generate import Responses
-from lpo_jax.training.batch import Groups
 from lpo_jax.training.optimizer import make_optimizer
-from lpo_jax.training.step import Program, TrainState, score, signal, update
+from lpo_jax.training.step import TrainState, signal, update
 
 MODELS = Path(__file__).resolve().parents[1] / "configs" / "models"
 REPEATS = 3
@@ -132,17 +132,17 @@ def parity(sizes: Sizes) -> Iterator[dict[str, Any]]:
     groups, mask = batch(config, shapes)
     cotangent = cotangents(mask)
     for dtype in (jnp.float32, jnp.bfloat16):
-        program = Program(config, token_budget=sizes.token_budget, dtype=dtype)
+        runner = ModelRunner(config, token_budget=sizes.token_budget, dtype=dtype)
         results = []
         for device in (cpu, jax.devices()[0]):
             with jax.default_device(device):
                 here = jax.device_put(params, device)
-                stats = score(program, here, groups)
-                gradient, _ = jax.jit(program.pull_back)(here, groups, cotangent)
+                stats = score(runner, here, groups)
+                gradient, _ = jax.jit(runner.pull_back)(here, groups, cotangent)
                 results.append(jax.device_get((stats.logp, gradient)))
         (logp_cpu, gradient_cpu), (logp, gradient) = results
         sampled = sample(config, here, shapes, dtype)
-        rescored = score(program, here, groups.replace(responses=sampled.tokens))
+        rescored = score(runner, here, groups.replace(responses=sampled.tokens))
         largest = max(float(np.abs(x).max()) for x in jax.tree.leaves(gradient_cpu))
         yield {
             "dtype": jnp.dtype(dtype).name,
@@ -190,9 +190,9 @@ def gradient(sizes: Sizes) -> Iterator[dict[str, Any]]:
         params = init_params(config, jax.random.key(0))
         groups, mask = batch(config, shapes)
         for remat in (False, True):
-            program = Program(config, token_budget=sizes.token_budget, dtype=jnp.bfloat16, remat=remat)
-            packed = program.pack(groups, mask)
-            run = jax.jit(program.pull_back)
+            runner = ModelRunner(config, token_budget=sizes.token_budget, dtype=jnp.bfloat16, remat=remat)
+            packed = runner.pack(groups, mask)
+            run = jax.jit(runner.pull_back)
             call = lambda: run(params, packed, cotangents(mask))  # noqa: B023, E731 - called before the next one
             first = seconds(call)
             middle = statistics.median(seconds(call) for _ in range(REPEATS))
@@ -214,7 +214,7 @@ def step(sizes: Sizes) -> Iterator[dict[str, Any]]:
     """Sampling, coefficients, gradient and optimizer of one LPO-forward step, without verification."""
     name, shapes = sizes.models[0], sizes.step
     config = model_config(name, sizes)
-    program = Program(config, token_budget=sizes.token_budget, dtype=jnp.bfloat16, remat=False)
+    runner = ModelRunner(config, token_budget=sizes.token_budget, dtype=jnp.bfloat16, remat=False)
     optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-6), 100)
     objective = objectives.get("lpo-forward")
     params = init_params(config, jax.random.key(0))
@@ -226,10 +226,10 @@ def step(sizes: Sizes) -> Iterator[dict[str, Any]]:
         sampled = sample(config, state.params, shapes, jnp.bfloat16)
         between = time.perf_counter()
         groups, mask = batch(config, shapes)
-        groups = program.pack(groups.replace(responses=sampled.tokens), sampled.mask)
+        groups = runner.pack(groups.replace(responses=sampled.tokens), sampled.mask)
         scored = Scored(sampled.log_probs, rewards, sampled.mask)
         learned = signal(objective, TokenStats(sampled.log_probs), scored)
-        state, _, norm = update(program, optimizer, state, groups, learned.cotangent)
+        state, _, norm = update(runner, optimizer, state, groups, learned.cotangent)
         if not np.isfinite(jax.device_get(norm)):
             raise FloatingPointError(f"the gradient's norm is {norm}")
         times["sampling"].append(between - started)

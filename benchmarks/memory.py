@@ -1,4 +1,4 @@
-"""Memory of the gradient at a large vocabulary, from the compiled program: one JSON line.
+"""Memory of the gradient at a large vocabulary, from the compiled runner: one JSON line.
 
 Compiles the pull-back for 16k tokens at V = 152k from shapes alone (nothing is allocated), and looks for arrays
 as large as tokens x vocabulary.
@@ -19,18 +19,17 @@ from lpo_jax.json_lines import print_line
 from lpo_jax.models.config import ModelConfig
 from lpo_jax.models.decoder import abstract_params
 from lpo_jax.models.load import load_config_and_tokenizer
+from lpo_jax.models.runner import Groups, ModelRunner
 from lpo_jax.objectives import TokenStats
-from lpo_jax.training.batch import Groups
-from lpo_jax.training.step import Program
 
 
 def compiled_gradient(config: ModelConfig, P: int, K: int, S: int, T: int, token_budget: int):
     """The compiled pull-back of P x K responses; shapes only."""
-    program = Program(config, token_budget=token_budget)
+    runner = ModelRunner(config, token_budget=token_budget)
     ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)  # noqa: E731
     groups = Groups(ints(P, S), ints(P), ints(P, K, T))
     cotangent = TokenStats(jax.ShapeDtypeStruct((P, K, T), jnp.float32))
-    return jax.jit(program.pull_back).lower(abstract_params(config), groups, cotangent).compile()
+    return jax.jit(runner.pull_back).lower(abstract_params(config), groups, cotangent).compile()
 
 
 def largest_array(hlo: str) -> int:

@@ -22,12 +22,12 @@ from lpo_jax.bench.work import Work
 from lpo_jax.config import override_config, parse_config
 from lpo_jax.errors import UserError
 from lpo_jax.models.load import load_config_and_tokenizer
+from lpo_jax.models.runner import Groups
 from lpo_jax.objectives import TokenStats
 from lpo_jax.rollout.hooks import open_hooks
 from lpo_jax.runs.directory import RunDirectory, Signals
 from lpo_jax.sampling import Sampling
 from lpo_jax.sampling.text import encode
-from lpo_jax.training.batch import Groups
 from lpo_jax.training.loop import take_step
 from lpo_jax.training.position import Position, Recorder
 from lpo_jax.training.rounds import Learner
@@ -100,15 +100,15 @@ def sampling(session: Session, shapes: Shapes) -> Callable[[], Any]:
 
 def gradient(session: Session, shapes: Shapes) -> Callable[[], Any]:
     """A call that gives the gradient of all parameters, and the statistics on the way."""
-    params, mask, program = session.load_params(), shapes.mask(), session.program(1.0)
+    params, mask, runner = session.load_params(), shapes.mask(), session.runner(1.0)
     groups = Groups(
         shapes.prompt_ids(session.model_config.vocab_size),
         np.full(shapes.prompts, shapes.prompt_tokens, np.int32),
         shapes.response_ids(session.model_config.vocab_size),
     )
-    packed = program.pack(groups, mask)
+    packed = runner.pack(groups, mask)
     cotangent = TokenStats(np.where(mask, 1 / mask.sum(), 0.0).astype(np.float32))
-    run = jax.jit(program.pull_back)
+    run = jax.jit(runner.pull_back)
     return lambda: run(params, packed, cotangent)
 
 

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from lpo_jax.config import Config
 from lpo_jax.models.attention import uses_kernels
 from lpo_jax.models.config import ModelConfig
+from lpo_jax.models.runner import Groups, score
 from lpo_jax.objectives import Objective, TokenStats
 from lpo_jax.parallel import mesh as meshes
 from lpo_jax.parallel import sharding
@@ -30,10 +31,9 @@ from lpo_jax.planner.hlo import parse
 from lpo_jax.planner.roofline import Exchange, Phase, Setting, Workload, kernel_flops, mean_storage
 from lpo_jax.sampling import Sampling
 from lpo_jax.sampling import decode as sampler
-from lpo_jax.training.batch import Groups
 from lpo_jax.training.optimizer import Optimizer, make_optimizer, planned_updates
 from lpo_jax.training.session import Session
-from lpo_jax.training.step import TrainState, score, update
+from lpo_jax.training.step import TrainState, update
 
 DEPTHS = (2, 4)  # layers at which unrolled programs are compiled
 
@@ -159,16 +159,16 @@ class Slice:
         work, state = self.work, self._state(self.model)
         with sharding.using(self._mesh):
             session = self._session(self.model)
-            program = session.program(self.config.sampling.temperature, self.objective)
+            runner = session.runner(self.config.sampling.temperature, self.objective)
             P = work.P // work.updates
             groups = Groups(_ints(P, work.S), _ints(P), _ints(P, work.K, work.T))
             if name == "score":
-                times, lowered = work.scorings, score.lower(program, state.policy, groups)
+                times, lowered = work.scorings, score.lower(runner, state.policy, groups)
             else:
                 cotangent = TokenStats(jax.ShapeDtypeStruct((P, work.K, work.T), jnp.float32))
                 times, lowered = (
                     work.updates,
-                    update.lower(program, self._optimizer, state, groups, cotangent),
+                    update.lower(runner, self._optimizer, state, groups, cotangent),
                 )
         # The sampler's weights stay as long as hooks may sample again, which ends before the first update.
         alive = (state, self._weights(self.model, state)) if name == "score" else state

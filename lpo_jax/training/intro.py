@@ -4,16 +4,18 @@ import jax
 
 from lpo_jax import objectives, reporting
 from lpo_jax.models.packing import full
+from lpo_jax.models.runner import ModelRunner
 from lpo_jax.parallel.sharding import batch_shards
 from lpo_jax.rollout.encode import encode_prompt
 from lpo_jax.sampling.padding import bucket
 from lpo_jax.training.behaviour import Behaviour
 from lpo_jax.training.optimizer import planned_updates
 from lpo_jax.training.session import Session, make_objective
-from lpo_jax.training.step import Program
 
 
-def introduce(session: Session, program: Program, behaviour: Behaviour, progress: reporting.Progress) -> None:
+def introduce(
+    session: Session, runner: ModelRunner, behaviour: Behaviour, progress: reporting.Progress
+) -> None:
     """Model, task, method, devices, and the table of derived batch sizes."""
     config, model = session.config, session.model_config
     name = config.objective["name"]
@@ -27,7 +29,7 @@ def introduce(session: Session, program: Program, behaviour: Behaviour, progress
         *sandbox_line(session.collect.pool.sandbox),
         f"ratios   to the {'trainer' if behaviour.rescored else 'sampler'}'s log-probs of what was sampled "
         f"(training.behaviour={behaviour.choice}: {behaviour.reason})",
-        reporting.batch_table(batch_sizes(session, program)),
+        reporting.batch_table(batch_sizes(session, runner)),
     )
 
 
@@ -53,18 +55,18 @@ def sandbox_line(kind: str) -> list[str]:
     return [f"sandbox  {kind}{weak if kind == 'weak' else ''}"] if kind else []
 
 
-def batch_sizes(session: Session, program: Program) -> list[tuple[str, object, str]]:
+def batch_sizes(session: Session, runner: ModelRunner) -> list[tuple[str, object, str]]:
     """(name, value, meaning) of everything the batch settings come to."""
     training, sampling = session.config.training, session.config.sampling
     objective = make_objective(session.config)
     P, K, T = training.prompts_per_step, sampling.num_responses, sampling.max_tokens
     longest = max(len(encode_prompt(session.task, session.tokenizer, row)) for row in session.train_rows)
     S, minibatch = bucket(longest, sampling.max_prompt_tokens), P // training.updates_per_step
-    layout = full(minibatch, K, S, T, program.token_budget, batch_shards())
+    layout = full(minibatch, K, S, T, runner.token_budget, batch_shards())
     M, B, tokens = layout.token.shape
-    over = "" if tokens <= program.token_budget else "; more than the token budget, and the least there is"
-    shorter = program.token_budget < training.token_budget
-    rows = f", in rows of {program.token_budget} tokens at most" if shorter else ""
+    over = "" if tokens <= runner.token_budget else "; more than the token budget, and the least there is"
+    shorter = runner.token_budget < training.token_budget
+    rows = f", in rows of {runner.token_budget} tokens at most" if shorter else ""
     return [
         ("prompts per step", P, "training.prompts_per_step"),
         ("responses per prompt", K, "sampling.num_responses"),
@@ -78,7 +80,7 @@ def batch_sizes(session: Session, program: Program) -> list[tuple[str, object, s
         ("tokens per row", tokens, f"at most{over}"),
         (
             "layers in the backward pass",
-            "computed again" if program.remat else "kept",
+            "computed again" if runner.remat else "kept",
             f"training.remat{rows}",
         ),
         (

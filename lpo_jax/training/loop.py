@@ -54,7 +54,7 @@ def train(config: Config, *, resume: bool = False) -> None:
         learner = Learner.of(session, objective, hooks, config.training.steps)
         with run, Signals() as signals, Recorder(session, run, signals, config.training.steps) as recorder:
             run.note(behaviour=dataclasses.asdict(behaviour))
-            introduce(session, learner.program, behaviour, recorder.progress)
+            introduce(session, learner.runner, behaviour, recorder.progress)
             abstract = session.abstract_state(learner.optimizer, objective)
             position = recorder.restore(abstract) or begin(session, learner, recorder)
             if position.schedule_steps:
@@ -134,7 +134,7 @@ def take_step(
             used = current_stats(learner, state, minibatch, first=index == 0)
             learned = signal(learner.objective, used, scored)
             state, stats, norm = update(
-                learner.program, learner.optimizer, state, minibatch.groups, learned.cotangent
+                learner.runner, learner.optimizer, state, minibatch.groups, learned.cotangent
             )
             state = state.replace(control=learned.control)
             of_update = learned.metrics | token_metrics(used, stats, scored.mask) | {"actor/grad_norm": norm}

@@ -11,9 +11,8 @@ import jax.numpy as jnp
 from lpo_jax.models import decoder
 from lpo_jax.models.head import token_log_probs
 from lpo_jax.models.packing import take
+from lpo_jax.models.runner import Groups, ModelRunner
 from lpo_jax.parallel.sharding import whole
-from lpo_jax.training.batch import Groups
-from lpo_jax.training.step import Program
 
 LAST = 8  # tokens whose states are averaged
 LEAST_LIKELY = 0.2  # share of a prompt's tokens that its confidence is taken over (ProGRPO)
@@ -21,7 +20,7 @@ LEAST_LIKELY = 0.2  # share of a prompt's tokens that its confidence is taken ov
 
 @functools.partial(jax.jit, static_argnums=0)
 def observed(
-    program: Program, params: decoder.Params, groups: Groups, mask: jax.Array
+    runner: ModelRunner, params: decoder.Params, groups: Groups, mask: jax.Array
 ) -> dict[str, jax.Array]:
     """Features and prompt confidence of a batch, from one forward pass.
 
@@ -43,9 +42,9 @@ def observed(
     def piece(xs):
         rows, weight, prompts = xs  # prompts [B, p, S]
         B, p = rows.lengths.shape
-        hidden = program.hidden(params, rows)
+        hidden = runner.hidden(params, rows)
         states = rows.predicting(hidden)
-        entropy = token_log_probs(states, unembed, rows.targets, program.temperature)["entropy"]
+        entropy = token_log_probs(states, unembed, rows.targets, runner.temperature)["entropy"]
         response = jnp.arange(p * rows.num_responses)[:, None] == rows.place[:, None] // T  # [B, p k, X]
         own = _sum(jnp.where(response, weight[:, None], 0), states).reshape(B, p, rows.num_responses, -1)
         padded = hidden if rows.unpack is None else jax.vmap(take)(hidden, rows.unpack)
@@ -55,7 +54,7 @@ def observed(
         prompt = _sum((near / near.sum(-1, keepdims=True))[..., None, :], of_prompt)  # [B, p, 1, D]
         # Token i + 1 of a prompt is predicted by its token i.
         predicting, ids = of_prompt[:, :, :-1].reshape(B, p * (S - 1), -1), prompts[:, :, 1:].reshape(B, -1)
-        logp = token_log_probs(predicting, unembed, ids, program.temperature)["logp"].reshape(B, p, S - 1)
+        logp = token_log_probs(predicting, unembed, ids, runner.temperature)["logp"].reshape(B, p, S - 1)
         sure = _least_likely(logp, at[1:] < length)
         return (
             entropy,
@@ -64,7 +63,7 @@ def observed(
             jnp.broadcast_to(sure[..., None], own.shape[:-1]),
         )
 
-    layout, rows = program.rows(groups)
+    layout, rows = runner.rows(groups)
     xs = rows, layout.split(weight), take(groups.prompts, layout.prompt)
     entropy, *of_response = jax.lax.map(piece, xs)
     own, prompt, sure = (layout.join_responses(x) for x in of_response)

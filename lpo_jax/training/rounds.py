@@ -15,18 +15,19 @@ from lpo_jax import tasks
 from lpo_jax.models.decoder import Params
 from lpo_jax.models.head import EXTRA_STATS
 from lpo_jax.models.lora import join
+from lpo_jax.models.runner import Groups, ModelRunner, log_prob_gap, score
 from lpo_jax.objectives import Scored, TokenStats
 from lpo_jax.objectives.method import Objective
 from lpo_jax.rollout.collect import Collected
 from lpo_jax.rollout.collect import join as join_batches
 from lpo_jax.rollout.hooks import Round, RunHook, Tools
 from lpo_jax.sampling.padding import bucket, pad_to
-from lpo_jax.training.batch import Groups, Rollouts
+from lpo_jax.training.batch import Rollouts
 from lpo_jax.training.behaviour import choose
 from lpo_jax.training.observe import observed
 from lpo_jax.training.optimizer import Optimizer, make_optimizer, planned_updates
 from lpo_jax.training.session import Session
-from lpo_jax.training.step import Program, TrainState, gap, score
+from lpo_jax.training.step import TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Learner:
 
     objective: Objective
     hooks: Sequence[RunHook]
-    program: Program
+    runner: ModelRunner
     optimizer: Optimizer
     schedule_steps: int
     rescores: bool
@@ -55,7 +56,7 @@ class Learner:
         return cls(
             objective,
             hooks,
-            session.program(config.sampling.temperature, objective),
+            session.runner(config.sampling.temperature, objective),
             make_optimizer(config.optimizer, updates),
             schedule_steps,
             choose(config, objective).rescored,
@@ -92,7 +93,7 @@ def sample_round(
     Returns:
       The round to learn from, and the tools of its step.
     """
-    tools = Tools(session, learner.program, step, params, session.prepare(params))
+    tools = Tools(session, learner.runner, step, params, session.prepare(params))
     sampled: list[Collected] = []
     for hook in learner.hooks:
         hook.begin()
@@ -154,13 +155,13 @@ def complete(
     if learner.rescores or round.rescore:
         by_trainer = rescored(learner, rollouts, tools)
         if not round.rescore:
-            found = gap(TokenStats(scored.behaviour_logp), TokenStats(by_trainer), scored.mask)
+            found = log_prob_gap(TokenStats(scored.behaviour_logp), TokenStats(by_trainer), scored.mask)
             gaps = {name: float(value) for name, value in found.items()}
         scored = scored.replace(behaviour_logp=by_trainer, sampler_logp=scored.behaviour_logp)
     rollouts = packed(learner, rollouts)
     wanted = learner.objective.needs & {"features", "prompt_confidence"}
     if wanted:
-        seen = observed(learner.program, tools.params, rollouts.groups, scored.mask)
+        seen = observed(learner.runner, tools.params, rollouts.groups, scored.mask)
         scored = scored.replace(**{name: seen[name] for name in wanted})
     rollouts = rollouts.replace(scored=scored)
     for hook in learner.hooks:
@@ -175,17 +176,17 @@ def complete(
 def rescored(learner: Learner, rollouts: Rollouts, tools: Tools) -> jax.Array:
     """The trainer's log-probs `[P, K, T]` of a round.
 
-    Scored minibatch by minibatch, as the updates score the same tokens later: one compiled program, the same tokens
+    Scored minibatch by minibatch, as the updates score the same tokens later: one compiled runner, the same tokens
     side by side, and so the same rounding. A policy that has not moved has a log-ratio of exactly 0.
     """
     parts = split(rollouts, tools.session.config.training.updates_per_step)
-    scores = [score(learner.program, tools.params, packed(learner, part).groups).logp for part in parts]
+    scores = [score(learner.runner, tools.params, packed(learner, part).groups).logp for part in parts]
     return jnp.concatenate(scores)
 
 
 def packed(learner: Learner, rollouts: Rollouts) -> Rollouts:
     """The same, laid out by its real tokens."""
-    return rollouts.replace(groups=learner.program.pack(rollouts.groups, rollouts.scored.mask))
+    return rollouts.replace(groups=learner.runner.pack(rollouts.groups, rollouts.scored.mask))
 
 
 def current_stats(learner: Learner, state: TrainState, rollouts: Rollouts, first: bool) -> TokenStats:
@@ -195,11 +196,11 @@ def current_stats(learner: Learner, state: TrainState, rollouts: Rollouts, first
     """
     used = TokenStats(rollouts.scored.behaviour_logp)
     if scores_first(learner.objective) or not first:
-        scored = score(learner.program, state.policy, rollouts.groups)
+        scored = score(learner.runner, state.policy, rollouts.groups)
         used = scored.replace(logp=used.logp) if first else scored
     if "ref_logp" in learner.objective.needs:
         reference = join(state.frozen, state.reference)
-        used = used.replace(ref_logp=score(learner.program, reference, rollouts.groups).logp)
+        used = used.replace(ref_logp=score(learner.runner, reference, rollouts.groups).logp)
     return used
 
 

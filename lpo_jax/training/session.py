@@ -23,6 +23,7 @@ from lpo_jax.models.decoder import Params, abstract_params, init_params
 from lpo_jax.models.head import EXTRA_STATS
 from lpo_jax.models.load import load_config_and_tokenizer, load_weights
 from lpo_jax.models.quantize import require_qwix
+from lpo_jax.models.runner import ModelRunner
 from lpo_jax.objectives.catalogue import with_response_budget
 from lpo_jax.objectives.hooks import problem as hook_problem
 from lpo_jax.parallel.mesh import STATE_BYTES, open_mesh
@@ -33,7 +34,7 @@ from lpo_jax.training.behaviour import choose
 from lpo_jax.training.memory import Microbatch, fit_microbatch
 from lpo_jax.training.mirror_file import read_map
 from lpo_jax.training.optimizer import Optimizer
-from lpo_jax.training.step import Program, TrainState
+from lpo_jax.training.step import TrainState
 
 # What every round has for an objective, or can have from one more pass of the model; hooks give the rest.
 GIVEN = frozenset(
@@ -183,16 +184,16 @@ class Session:
 
     @functools.cached_property
     def microbatch(self) -> Microbatch:
-        """How much of an update runs at once; decided once, so that a run has one program."""
+        """How much of an update runs at once; decided once, so that a run has one runner."""
         state = STATE_BYTES * sum(leaf.size for leaf in jax.tree.leaves(self.trainable))
         if self.adapters is not None:
             state += self.num_params * jnp.dtype(self.config.model.frozen_dtype).itemsize
         return fit_microbatch(self.config, self.model_config, state)
 
-    def program(self, temperature: float, objective: objectives.Objective | None = None) -> Program:
+    def runner(self, temperature: float, objective: objectives.Objective | None = None) -> ModelRunner:
         """How the model is run in training, under this run's memory settings, for what an objective needs."""
         needs = objective.needs if objective else ()
-        return Program(
+        return ModelRunner(
             self.model_config,
             temperature,
             self.microbatch.token_budget,

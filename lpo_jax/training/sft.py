@@ -17,11 +17,11 @@ import numpy as np
 from lpo_jax import reporting
 from lpo_jax.config import Config
 from lpo_jax.errors import UserError
+from lpo_jax.models.runner import Groups
 from lpo_jax.objectives import TokenStats
 from lpo_jax.rollout.encode import encode_prompt, encode_solution
 from lpo_jax.runs.directory import RunDirectory, Signals
 from lpo_jax.sampling.padding import bucket, pad_prompts
-from lpo_jax.training.batch import Groups
 from lpo_jax.training.optimizer import Optimizer, make_optimizer, warm_start_config
 from lpo_jax.training.position import Position, Recorder, open_writer
 from lpo_jax.training.session import Session, open_session
@@ -95,9 +95,9 @@ def supervised_step(
     """One update on the mean over the batch's tokens of -log prob, in nats, and its metrics."""
     tokens = int(batch.mask.sum())
     cotangent = TokenStats(np.where(batch.mask, np.float32(-1 / tokens), 0))
-    program = session.program(temperature=1.0)
-    groups = program.pack(batch.groups, batch.mask)
-    state, stats, norm = update(program, optimizer, state, groups, cotangent)
+    runner = session.runner(temperature=1.0)
+    groups = runner.pack(batch.groups, batch.mask)
+    state, stats, norm = update(runner, optimizer, state, groups, cotangent)
     return state, {
         "train/loss": -float(jnp.where(batch.mask, stats.logp, 0.0).sum()) / tokens,
         "train/grad_norm": float(norm),

@@ -13,12 +13,11 @@ from lpo_jax.errors import UserError
 from lpo_jax.models import attention
 from lpo_jax.models.attention import Causal, attend_stored, shared_prefix_attention
 from lpo_jax.models.kernels import decode, splash
+from lpo_jax.models.runner import Groups, ModelRunner, score
 from lpo_jax.parallel import sharding
 from lpo_jax.planner.topology import parse, tpu_devices
 from lpo_jax.sampling import Sampler
-from lpo_jax.training.batch import Groups
 from lpo_jax.training.session import open_session
-from lpo_jax.training.step import Program, score
 
 rng = np.random.default_rng(0)
 
@@ -100,9 +99,9 @@ def test_the_backward_pass_is_as_precise_as_the_forward_one():
     q = jax.ShapeDtypeStruct((1, 128, 2, 16), jnp.float32)
     valid = jnp.ones((1, 128), bool)
     loss = lambda q: splash.causal(q, q, q, valid, interpret=True).sum()  # noqa: E731
-    program = str(jax.make_jaxpr(jax.grad(loss))(q))
-    precise = program.count("precision=(Precision.HIGHEST, Precision.HIGHEST)")
-    assert precise == program.count("dot_general[") >= 2 + 3 + 4  # forward, dq, dk and dv
+    runner = str(jax.make_jaxpr(jax.grad(loss))(q))
+    precise = runner.count("precision=(Precision.HIGHEST, Precision.HIGHEST)")
+    assert precise == runner.count("dot_general[") >= 2 + 3 + 4  # forward, dq, dk and dv
 
 
 @pytest.mark.parametrize("num_keys", [48, 300])
@@ -174,7 +173,7 @@ def test_the_model_with_kernels_is_the_model(tiny_config, tiny_params):
             sampler.prepare(tiny_params), prompts, lengths, np.arange(2), num_responses=2, max_tokens=5
         )
         groups = Groups(jnp.asarray(prompts), jnp.asarray(lengths), jnp.asarray(drawn.tokens))
-        stats = score(Program(tiny_config, attention=choice), tiny_params, groups)
+        stats = score(ModelRunner(tiny_config, attention=choice), tiny_params, groups)
         return drawn, np.where(drawn.mask, stats.logp, 0.0)
 
     (drawn, scored), (plain, plain_scored) = run("interpret"), run("plain")

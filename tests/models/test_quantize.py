@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 
 from lpo_jax.models import quantize
+from lpo_jax.models.runner import Groups, ModelRunner, score
 from lpo_jax.sampling import Sampler
-from lpo_jax.training.batch import Groups
-from lpo_jax.training.step import Program, score
 
 qwix = pytest.importorskip("qwix")
 
@@ -41,7 +40,7 @@ def test_sampler_of_8_bits_is_near_and_says_so(tiny_config, tiny_params):
     assert bytes_of(weights) < 0.4 * bytes_of(sampler.prepare(tiny_params))
     got = sampler(weights, prompts, lengths, np.arange(2), num_responses=3, max_tokens=6)
 
-    exact = score(Program(tiny_config), tiny_params, Groups(prompts, lengths, got.tokens)).logp
+    exact = score(ModelRunner(tiny_config), tiny_params, Groups(prompts, lengths, got.tokens)).logp
     gap = np.where(got.mask, np.abs(exact - got.log_probs), 0).max()
     assert gap > 1e-3
     np.testing.assert_array_less(gap, 0.3)

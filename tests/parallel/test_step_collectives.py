@@ -8,14 +8,14 @@ import pytest
 
 from lpo_jax.config import OptimizerConfig
 from lpo_jax.models import decoder
+from lpo_jax.models.runner import Groups, ModelRunner
 from lpo_jax.objectives import TokenStats
 from lpo_jax.parallel.mesh import MeshSizes, build
 from lpo_jax.parallel.sharding import param_shardings, placed
 from lpo_jax.planner.collectives import collectives
 from lpo_jax.planner.hlo import parse
-from lpo_jax.training.batch import Groups
 from lpo_jax.training.optimizer import make_optimizer
-from lpo_jax.training.step import Program, TrainState, update
+from lpo_jax.training.step import TrainState, update
 
 P, K, S, T = 16, 4, 16, 16
 
@@ -23,7 +23,7 @@ P, K, S, T = 16, 4, 16, 16
 @pytest.mark.parametrize("data, fsdp, tensor", [(2, 2, 2), pytest.param(4, 2, 1, marks=pytest.mark.slow)])
 def test_weights_by_layer_and_gradients_once(tiny_config, data, fsdp, tensor):
     config = dataclasses.replace(tiny_config, vocab_size=64)  # divides over `tensor`
-    program = Program(config, token_budget=S + K * T)
+    runner = ModelRunner(config, token_budget=S + K * T)
     optimizer = make_optimizer(OptimizerConfig(), 1)
     mesh = build(MeshSizes(data, fsdp, tensor))
     groups = Groups(np.ones((P, S), np.int32), np.full(P, S, np.int32), np.ones((P, K, T), np.int32))
@@ -31,7 +31,7 @@ def test_weights_by_layer_and_gradients_once(tiny_config, data, fsdp, tensor):
     params = decoder.abstract_params(config)
     state = TrainState(params, jax.eval_shape(optimizer.init, params))
     with jax.set_mesh(mesh):
-        compiled = update.lower(program, optimizer, placed(config, state), groups, cotangent).compile()
+        compiled = update.lower(runner, optimizer, placed(config, state), groups, cotangent).compile()
     found = collectives(parse(compiled.as_text()))
 
     largest = max(leaf.size // (leaf.shape[0] if leaf.ndim > 2 else 1) for leaf in jax.tree.leaves(params))

@@ -10,14 +10,13 @@ from precision import EXACT, GRADIENT_ROUNDING, in_float64
 
 from lpo_jax.config import parse_config
 from lpo_jax.models.load import load_model
+from lpo_jax.models.runner import Groups, ModelRunner
 from lpo_jax.objectives import TokenStats
 from lpo_jax.parallel.mesh import MeshSizes, build
 from lpo_jax.parallel.sharding import param_shardings
 from lpo_jax.reporting import metric_names, read_metrics
 from lpo_jax.runs.checkpoint import load_run
-from lpo_jax.training.batch import Groups
 from lpo_jax.training.loop import train
-from lpo_jax.training.step import Program
 
 # Eight prompts in each of two updates. With an eps of 1 Adam's updates show the gradient itself, not its sign alone,
 # and so what was learnt tells whether the gradients agree.
@@ -101,13 +100,13 @@ def test_gradient_in_float64_is_exact(tiny_config, tiny_params, data, fsdp, tens
     ids = lambda *shape: rng.integers(1, tiny_config.vocab_size, shape).astype(np.int32)  # noqa: E731
     groups = Groups(ids(P, S), rng.integers(1, S + 1, P).astype(np.int32), ids(P, K, T))
     cotangent = TokenStats(rng.normal(size=(P, K, T)))
-    program = Program(tiny_config, token_budget=S + K * T, dtype=np.float64)
-    pull_back = jax.jit(Program.pull_back, static_argnums=0)
-    want, want_stats = pull_back(program, tiny_params, groups, cotangent)
+    runner = ModelRunner(tiny_config, token_budget=S + K * T, dtype=np.float64)
+    pull_back = jax.jit(ModelRunner.pull_back, static_argnums=0)
+    want, want_stats = pull_back(runner, tiny_params, groups, cotangent)
     mesh = build(MeshSizes(data, fsdp, tensor))
     with jax.set_mesh(mesh):
         params = jax.device_put(tiny_params, param_shardings(tiny_config, mesh))
-        got, got_stats = pull_back(program, params, groups, cotangent)
+        got, got_stats = pull_back(runner, params, groups, cotangent)
     assert {x.dtype for x in jax.tree.leaves(got)} == {np.dtype(np.float64)}
     assert len(got["layers"]["wq"].sharding.device_set) == 8
     chex.assert_trees_all_close(got_stats.logp, want_stats.logp, rtol=EXACT, atol=EXACT)

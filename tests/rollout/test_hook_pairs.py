@@ -14,6 +14,7 @@ import yaml
 from lpo_jax.commands import main as cli
 from lpo_jax.config import parse_config
 from lpo_jax.errors import UserError
+from lpo_jax.models.runner import ModelRunner
 from lpo_jax.objectives import vocabulary
 from lpo_jax.reporting import read_metrics
 from lpo_jax.rollout.hooks.base import Tools
@@ -21,7 +22,6 @@ from lpo_jax.tasks import PromptIterator
 from lpo_jax.training import loop
 from lpo_jax.training.loop import train
 from lpo_jax.training.session import check_config
-from lpo_jax.training.step import Program
 
 # Passes are common enough for mixed groups and rare enough for groups in which everything fails.
 TASK = """
@@ -117,7 +117,7 @@ def watched(monkeypatch):
     Rows are not packed by their real lengths, so that all runs share a few compiled programs.
     """
     steps = []
-    monkeypatch.setattr(Program, "pack", lambda self, groups, mask: groups)
+    monkeypatch.setattr(ModelRunner, "pack", lambda self, groups, mask: groups)
 
     def spy(owner, name, note):
         real = getattr(owner, name)

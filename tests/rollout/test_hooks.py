@@ -11,6 +11,7 @@ from tiny import character_tokenizer
 
 from lpo_jax import objectives as O
 from lpo_jax.errors import RunStopped, UserError
+from lpo_jax.models.runner import Groups, ModelRunner, score
 from lpo_jax.objectives import Scored, hooks
 from lpo_jax.rewards import Verdict
 from lpo_jax.rollout.collect import Collected, join, replace_response
@@ -19,9 +20,8 @@ from lpo_jax.rollout.hooks import credits, hints, judges, prompts, replay, teach
 from lpo_jax.rollout.hooks.base import Round, judged
 from lpo_jax.sampling import Responses
 from lpo_jax.tasks.task import Task
-from lpo_jax.training.batch import Groups, Rollouts
+from lpo_jax.training.batch import Rollouts
 from lpo_jax.training.rounds import clusters, make_rollouts, split
-from lpo_jax.training.step import Program, score
 
 TOKENIZER = character_tokenizer()
 
@@ -357,9 +357,9 @@ def test_judge_marks_passing_responses_and_steps(judge_file):
 def test_progress_is_the_gain_in_the_chance_of_the_solution(tiny_config, tiny_params):
     batch = collected([0, 3], [[1, 0], [0, 1]], [["abcdef", "a"], ["abc", "xy"]])
     rollouts = make_rollouts(Round(batch), 6, 0.0)
-    program = Program(tiny_config)
+    runner = ModelRunner(tiny_config)
     tools = Tools(session(ROWS))
-    tools.program, tools.params = program, tiny_params
+    tools.runner, tools.params = runner, tiny_params
     got = credits.Values(hooks.PrefixValues(segments=2, cue="="), tools.session, None).annotate(
         rollouts, batch, tools
     )
@@ -367,7 +367,7 @@ def test_progress_is_the_gain_in_the_chance_of_the_solution(tiny_config, tiny_pa
     def chance(text, solution):
         ids, target = np.array([TOKENIZER.encode(text)]), np.array([[TOKENIZER.encode(solution)]])
         return float(
-            np.exp(score(program, tiny_params, Groups(ids, np.array([ids.size]), target)).logp.sum())
+            np.exp(score(runner, tiny_params, Groups(ids, np.array([ids.size]), target)).logp.sum())
         )
 
     start, middle, end = (chance(f"p0{text}=", "0000") for text in ("", "abc", "abcdef"))
@@ -395,13 +395,13 @@ def test_siblings_teach_the_failed_responses_of_mixed_groups(tiny_config, tiny_p
     batch = collected([0, 1, 2], [[1, 0], [0, 0], [1, None]])
     rollouts = make_rollouts(Round(batch), 6, 0.0)
     tools = Tools(session(ROWS, model_config=tiny_config))
-    tools.program, tools.params = Program(tiny_config, 0.7), tiny_params
+    tools.runner, tools.params = ModelRunner(tiny_config, 0.7), tiny_params
     spec = hooks.SiblingTeacher(top=4, reprompt="see {solution}:")
     teacher = teachers.Sibling(spec, tools.session, None).annotate(rollouts, batch, tools)["teacher"]
     assert np.asarray(teacher.valid).tolist() == [[False, True], [False, False], [False, False]]
     ids = encode_hinted(tools.session.task, TOKENIZER, ROWS[0], "see r0:")
     groups = Groups(np.array([ids]), np.array([len(ids)]), rollouts.groups.responses[:1], teacher.ids[:1])
-    want = score(tools.program, tiny_params, groups).top_logp
+    want = score(tools.runner, tiny_params, groups).top_logp
     np.testing.assert_allclose(teacher.logp[:1], want, atol=2e-5)
 
 

@@ -16,13 +16,13 @@ from lpo_jax.errors import UserError
 from lpo_jax.models import decoder, lora
 from lpo_jax.models.config import ModelConfig
 from lpo_jax.models.lora import Frozen, Lora
+from lpo_jax.models.runner import Groups, ModelRunner, score
 from lpo_jax.objectives import TokenStats
 from lpo_jax.reporting import read_metrics
 from lpo_jax.runs.checkpoint import load_run
-from lpo_jax.training.batch import Groups
 from lpo_jax.training.loop import train
 from lpo_jax.training.optimizer import Optimizer, make_optimizer
-from lpo_jax.training.step import Program, TrainState, score, update
+from lpo_jax.training.step import TrainState, update
 
 pytestmark = pytest.mark.usefixtures("no_plots")
 
@@ -44,8 +44,8 @@ def trained(config, params, batch, optimizer, steps, dtype=jnp.float32):
     adapters = lora.init(config, LORA, jax.random.key(0))
     state = TrainState(adapters, optimizer.init(adapters), frozen=frozen)
     for _ in range(steps):
-        program = Program(config, token_budget=S + K * T, dtype=dtype)
-        state, stats, _ = update(program, optimizer, state, *batch)
+        runner = ModelRunner(config, token_budget=S + K * T, dtype=dtype)
+        state, stats, _ = update(runner, optimizer, state, *batch)
     return state, stats
 
 
@@ -58,8 +58,8 @@ def test_updates_move_the_adapters_alone(tiny_config, tiny_params, batch):
     moved = jax.tree.map(lambda x, y: float(jnp.abs(x - y).max()), state.params, start)
     assert min(jax.tree.leaves(moved)) > 1e-3
     chex.assert_trees_all_equal_shapes(state.opt_state.inner_state[0].mu, start)
-    before = (batch[1].logp * score(Program(tiny_config), tiny_params, batch[0]).logp).sum()
-    assert (batch[1].logp * score(Program(tiny_config), state.policy, batch[0]).logp).sum() < before - 0.1
+    before = (batch[1].logp * score(ModelRunner(tiny_config), tiny_params, batch[0]).logp).sum()
+    assert (batch[1].logp * score(ModelRunner(tiny_config), state.policy, batch[0]).logp).sum() < before - 0.1
 
 
 def test_an_update_is_the_gradient_of_the_whole_batch(tiny_config, tiny_params, batch):
@@ -69,7 +69,7 @@ def test_an_update_is_the_gradient_of_the_whole_batch(tiny_config, tiny_params, 
 
     def loss(adapters):
         policy = lora.merge(lora.join(state.frozen, adapters))
-        return (coefficients.logp * score(Program(tiny_config), policy, groups).logp).sum()
+        return (coefficients.logp * score(ModelRunner(tiny_config), policy, groups).logp).sum()
 
     want = jax.jit(jax.grad(loss))(start)
     got = jax.tree.map(jnp.subtract, start, state.params)
@@ -87,12 +87,12 @@ def test_bfloat16_keeps_what_is_trained_in_float32(tiny_config, tiny_params, bat
     else:
         params = jax.tree.map(jnp.copy, tiny_params)
         state = TrainState(params, optimizer.init(params))
-        state, stats, _ = update(Program(tiny_config, dtype=jnp.bfloat16), optimizer, state, *batch)
+        state, stats, _ = update(ModelRunner(tiny_config, dtype=jnp.bfloat16), optimizer, state, *batch)
     floats = jax.tree.leaves(
         (state.params, state.opt_state.inner_state[0].mu, state.opt_state.inner_state[0].nu, stats)
     )
     assert {x.dtype for x in floats} == {jnp.dtype(jnp.float32)}
-    exact = score(Program(tiny_config), tiny_params, batch[0]).logp
+    exact = score(ModelRunner(tiny_config), tiny_params, batch[0]).logp
     gap = jnp.abs(stats.logp - exact)
     assert gap.max() > 1e-4
     np.testing.assert_array_less(jnp.sqrt(jnp.square(gap).mean()), 0.15)  # as bfloat16 rounds, and no worse
@@ -171,7 +171,7 @@ def test_a_model_of_1p7b_is_trained_in_24_gb():
     ids = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)  # noqa: E731
     groups = Groups(ids(4, 256), ids(4), ids(4, 8, 224))
     cotangent = TokenStats(jax.ShapeDtypeStruct((4, 8, 224), jnp.float32))
-    program = Program(config, token_budget=2048, dtype=jnp.bfloat16, remat=True)
-    memory = update.lower(program, optimizer, state, groups, cotangent).compile().memory_analysis()
+    runner = ModelRunner(config, token_budget=2048, dtype=jnp.bfloat16, remat=True)
+    memory = update.lower(runner, optimizer, state, groups, cotangent).compile().memory_analysis()
     new = memory.output_size_in_bytes - memory.alias_size_in_bytes
     assert 4e9 < memory.argument_size_in_bytes + memory.temp_size_in_bytes + new < 24e9

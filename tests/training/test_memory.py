@@ -97,9 +97,9 @@ def test_a_run_goes_by_it_and_says_so(run_config, monkeypatch, rank):
         state = 16 * trained + (4 * session.num_params if rank else 0)  # beside adapters, their base
         free = 2 * kept_bytes(session.model_config, 5000, "float32") + state
         monkeypatch.setattr(memory, "free_memory", lambda: free)
-        program = session.program(1.0)
-        assert (program.token_budget, program.remat) == (5000, False)
-        said = {name: (value, meaning) for name, value, meaning in batch_sizes(session, program)}
+        runner = session.runner(1.0)
+        assert (runner.token_budget, runner.remat) == (5000, False)
+        said = {name: (value, meaning) for name, value, meaning in batch_sizes(session, runner)}
         assert said["layers in the backward pass"] == (
             "kept",
             "training.remat, in rows of 5000 tokens at most",

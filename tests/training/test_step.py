@@ -17,11 +17,12 @@ from precision import EXACT, FORWARD_ROUNDING, GRADIENT_ROUNDING, astype, in_flo
 from lpo_jax import objectives as O
 from lpo_jax.models import decoder
 from lpo_jax.models.attention import Causal
+from lpo_jax.models.runner import Groups, ModelRunner, score, top_k_teacher
 from lpo_jax.objectives import Scored, TokenStats
-from lpo_jax.training.batch import Groups, Rollouts
+from lpo_jax.training.batch import Rollouts
 from lpo_jax.training.observe import LAST, observed
 from lpo_jax.training.optimizer import Optimizer
-from lpo_jax.training.step import Program, TrainState, likeliest, score, signal, token_metrics, update
+from lpo_jax.training.step import TrainState, signal, token_metrics, update
 
 P, K, S, T = 4, 4, 6, 5
 
@@ -47,24 +48,24 @@ def rollouts(tiny_config):
 def program_for(config, budget=10**6, remat=False, **options):
     """In the precision in which the test runs."""
     options = {"dtype": jnp.float64 if jax.config.jax_enable_x64 else jnp.float32} | options
-    return Program(config, 0.7, budget, remat=remat, **options)
+    return ModelRunner(config, 0.7, budget, remat=remat, **options)
 
 
-def gradient_by_parts(program, params, rollouts, objective):
-    used = score(program, params, rollouts.groups)
-    return pull_back(program, params, rollouts.groups, signal(objective, used, rollouts.scored).cotangent)[0]
+def gradient_by_parts(runner, params, rollouts, objective):
+    used = score(runner, params, rollouts.groups)
+    return pull_back(runner, params, rollouts.groups, signal(objective, used, rollouts.scored).cotangent)[0]
 
 
-pull_back = jax.jit(Program.pull_back, static_argnums=0)
+pull_back = jax.jit(ModelRunner.pull_back, static_argnums=0)
 
 
-def one_update(program, params, rollouts, objective):
+def one_update(runner, params, rollouts, objective):
     """An update right after sampling: the state and its metrics."""
     optimizer = Optimizer(optax.sgd(1.0))
     state = TrainState(jax.tree.map(jnp.copy, params), optimizer.init(params))
     used = TokenStats(rollouts.scored.behaviour_logp)
     learned = signal(objective, used, rollouts.scored)
-    state, stats, norm = update(program, optimizer, state, rollouts.groups, learned.cotangent)
+    state, stats, norm = update(runner, optimizer, state, rollouts.groups, learned.cotangent)
     metrics = learned.metrics | token_metrics(used, stats, rollouts.scored.mask) | {"actor/grad_norm": norm}
     return state, metrics
 
@@ -127,13 +128,13 @@ def test_scores_equal_those_of_each_response_alone(tiny_config, tiny_params, rol
 def test_three_parts_equal_plain_autodiff(tiny_config, tiny_params, rollouts, name, budget, packed):
     """Whole groups, padded or packed, several prompts a row, groups cut in parts and into single responses."""
     rollouts = behaviour(tiny_config, tiny_params, rollouts, noise=0.1)
-    program = program_for(tiny_config, budget, remat=budget == 1)
+    runner = program_for(tiny_config, budget, remat=budget == 1)
 
     want = plain_gradient(name, tiny_config, tiny_params, rollouts)
     if packed:
-        rollouts = rollouts.replace(groups=program.pack(rollouts.groups, rollouts.scored.mask))
+        rollouts = rollouts.replace(groups=runner.pack(rollouts.groups, rollouts.scored.mask))
         assert budget == 1 or rollouts.groups.layout.pack is not None
-    got = gradient_by_parts(program, tiny_params, rollouts, O.get(name))
+    got = gradient_by_parts(runner, tiny_params, rollouts, O.get(name))
     assert float(optax.global_norm(want)) > 1e-3
     assert {x.dtype for x in jax.tree.leaves((got, want))} == {np.dtype(np.float64)}
     np.testing.assert_array_less(relative_error(got, want), EXACT)
@@ -146,21 +147,23 @@ def test_three_parts_in_float32_differ_by_rounding(tiny_config, tiny_params, rol
         rollouts = behaviour(tiny_config, exact, rollouts, noise=0.1)
         wants = [plain_gradient(name, tiny_config, exact, rollouts) for name in ("lpo-forward", "grpo")]
     rollouts = astype(rollouts, np.float32)
-    program = program_for(tiny_config, budget)
+    runner = program_for(tiny_config, budget)
     for want, name in zip(wants, ("lpo-forward", "grpo")):
-        got = gradient_by_parts(program, tiny_params, rollouts, O.get(name))
+        got = gradient_by_parts(runner, tiny_params, rollouts, O.get(name))
         assert {x.dtype for x in jax.tree.leaves(got)} == {np.dtype(np.float32)}
         np.testing.assert_array_less(relative_error(got, want), GRADIENT_ROUNDING)
 
 
 def test_packed_scores_and_likeliest_equal_padded_ones(tiny_config, tiny_params, rollouts):
     groups, mask = rollouts.groups, rollouts.scored.mask
-    program = program_for(tiny_config, 30)
-    packed = program.pack(groups, mask)
+    runner = program_for(tiny_config, 30)
+    packed = runner.pack(groups, mask)
     real = lambda tree: jax.tree.map(lambda x: x * mask.reshape(mask.shape + (1,) * (x.ndim - 3)), tree)  # noqa: E731
-    want, got = (score(program, tiny_params, some) for some in (groups, packed))
+    want, got = (score(runner, tiny_params, some) for some in (groups, packed))
     chex.assert_trees_all_close(real(got), real(want), atol=2e-5)
-    want, got = (likeliest(program, 3, tiny_params, some).replace(valid=None) for some in (groups, packed))
+    want, got = (
+        top_k_teacher(runner, 3, tiny_params, some).replace(valid=None) for some in (groups, packed)
+    )
     chex.assert_trees_all_close(real(got), real(want), atol=2e-5)
 
 
@@ -168,17 +171,17 @@ def test_packed_scores_and_likeliest_equal_padded_ones(tiny_config, tiny_params,
 def test_features_are_those_of_each_response_alone(tiny_config, tiny_params, rollouts, packed):
     """Whatever the rows; of one prompt token there is nothing to be unsure of."""
     groups, mask = rollouts.groups, rollouts.scored.mask
-    program = program_for(tiny_config, 30 if packed else 10**6)
-    got = observed(program, tiny_params, program.pack(groups, mask) if packed else groups, mask)
+    runner = program_for(tiny_config, 30 if packed else 10**6)
+    got = observed(runner, tiny_params, runner.pack(groups, mask) if packed else groups, mask)
     assert got["prompt_confidence"][0] == 1
     for p, n in enumerate(groups.lengths):
         logits = decoder.logits(tiny_config, tiny_params, groups.prompts[p : p + 1, :n])[0, :-1]
-        logp = jax.nn.log_softmax(logits / program.temperature)[np.arange(n - 1), groups.prompts[p, 1:n]]
+        logp = jax.nn.log_softmax(logits / runner.temperature)[np.arange(n - 1), groups.prompts[p, 1:n]]
         least = np.sort(logp)[: int(np.ceil(0.2 * (n - 1)))]
         np.testing.assert_allclose(
             got["prompt_confidence"][p], np.exp(least.mean()) if n > 1 else 1, rtol=1e-4
         )
-    entropy = np.where(mask, score(program, tiny_params, groups).entropy, 0)
+    entropy = np.where(mask, score(runner, tiny_params, groups).entropy, 0)
     for p, k in np.ndindex(P, K):
         n, t = groups.lengths[p], mask[p, k].sum()
         row = np.concatenate([groups.prompts[p, :n], groups.responses[p, k, :t]])[None]
@@ -211,8 +214,8 @@ def test_padding_changes_nothing(tiny_config, tiny_params, rollouts):
         Groups(junk(g.prompts, 3), g.lengths, junk(g.responses, 2)),
         s.replace(behaviour_logp=junk(s.behaviour_logp, 2), mask=np.pad(s.mask, ((0, 0), (0, 0), (0, 2)))),
     )
-    program, objective = program_for(tiny_config), O.get("lpo-forward")
-    results = [gradient_by_parts(program, tiny_params, some, objective) for some in (rollouts, wider)]
+    runner, objective = program_for(tiny_config), O.get("lpo-forward")
+    results = [gradient_by_parts(runner, tiny_params, some, objective) for some in (rollouts, wider)]
     np.testing.assert_array_less(relative_error(*results), EXACT)
 
 
@@ -244,16 +247,16 @@ def test_all_masked_batch_gives_a_zero_gradient(tiny_config, tiny_params, rollou
 @in_float64
 def test_gradient_reaches_the_parameters_through_every_statistic(tiny_config, tiny_params, rollouts):
     """Entropy, collision, state norms and other tokens' log-probs, each with a cotangent, against plain autodiff."""
-    teacher = likeliest(program_for(tiny_config), 3, tiny_params, rollouts.groups)
+    teacher = top_k_teacher(program_for(tiny_config), 3, tiny_params, rollouts.groups)
     groups = rollouts.groups.replace(top_ids=teacher.ids)
     rng = np.random.default_rng(2)
 
     def total(params):
         """Over plain statistics of all states at once."""
-        program = program_for(tiny_config)
-        layout, rows = program.rows(groups)
+        runner = program_for(tiny_config)
+        layout, rows = runner.rows(groups)
         rows = jax.tree.map(lambda x: x[0], rows)
-        states = rows.predicting(program.hidden(params, rows))
+        states = rows.predicting(runner.hidden(params, rows))
         logp = jax.nn.log_softmax(decoder.project(states, decoder.unembedding(params)) / 0.7)
         p = jnp.exp(logp)
         stats = {

@@ -22,13 +22,13 @@ import numpy as np
 from lpo_jax import tasks
 from lpo_jax.errors import UserError
 from lpo_jax.models.decoder import Params
+from lpo_jax.models.runner import ModelRunner
 from lpo_jax.objectives.hooks import Hook
 from lpo_jax.objectives.method import Objective
 from lpo_jax.rollout.collect import Collected, join
 from lpo_jax.sampling import Sampling
 from lpo_jax.training.batch import Rollouts
 from lpo_jax.training.session import Session
-from lpo_jax.training.step import Program
 
 Rows = list[tuple[int, tasks.Row]]
 
@@ -41,7 +41,7 @@ class Tools:
     """What hooks work with in one step: the run's parts and the step's weights."""
 
     session: Session
-    program: Program
+    runner: ModelRunner
     step: int
     params: Params
     weights: Any  # in decode layout

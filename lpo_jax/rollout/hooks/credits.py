@@ -7,13 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from lpo_jax.errors import UserError
+from lpo_jax.models.runner import Groups, score
 from lpo_jax.objectives import hooks as specs
 from lpo_jax.rollout.collect import join
 from lpo_jax.rollout.hooks.base import BUDGETED, RunHook, judged, require_solutions
 from lpo_jax.rollout.hooks.judges import Judge
 from lpo_jax.sampling.padding import NO_LIMIT, pad_prompts
-from lpo_jax.training.batch import Groups
-from lpo_jax.training.step import score
 
 
 class StepJudge(Judge):
@@ -76,7 +75,7 @@ class Values(RunHook):
         """Probability `[N]` of each solution behind its prefix."""
         prompts, lengths = pad_prompts(prefixes, NO_LIMIT)
         targets, sizes = pad_prompts(solutions, NO_LIMIT)
-        logp = score(tools.program, tools.params, Groups(prompts, lengths, targets[:, None])).logp[:, 0]
+        logp = score(tools.runner, tools.params, Groups(prompts, lengths, targets[:, None])).logp[:, 0]
         return np.exp(np.where(np.arange(targets.shape[1]) < sizes[:, None], jnp.asarray(logp), 0).sum(-1))
 
 

@@ -3,12 +3,11 @@
 import jax.numpy as jnp
 import numpy as np
 
+from lpo_jax.models.runner import Groups, top_k_teacher
 from lpo_jax.objectives import hooks as specs
 from lpo_jax.rollout.encode import encode_hinted
 from lpo_jax.rollout.hooks.base import RunHook
 from lpo_jax.sampling.padding import NO_LIMIT, pad_prompts
-from lpo_jax.training.batch import Groups
-from lpo_jax.training.step import likeliest
 
 
 class Previous(RunHook):
@@ -18,7 +17,7 @@ class Previous(RunHook):
 
     def annotate(self, rollouts, batch, tools):
         count = min(self.spec.top, self.session.model_config.vocab_size)
-        return {"teacher": likeliest(tools.program, count, tools.params, rollouts.groups)}
+        return {"teacher": top_k_teacher(tools.runner, count, tools.params, rollouts.groups)}
 
 
 class Sibling(RunHook):
@@ -37,5 +36,5 @@ class Sibling(RunHook):
             prompts.append(encode_hinted(session.task, session.tokenizer, row, hint))
         padded, lengths = pad_prompts(prompts, NO_LIMIT)
         count = min(self.spec.top, session.model_config.vocab_size)
-        teacher = likeliest(tools.program, count, tools.params, Groups(padded, lengths, groups.responses))
+        teacher = top_k_teacher(tools.runner, count, tools.params, Groups(padded, lengths, groups.responses))
         return {"teacher": teacher.replace(valid=jnp.asarray(taught))}
