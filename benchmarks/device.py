@@ -40,10 +40,11 @@ from lpo_jax.models.config import ModelConfig
 from lpo_jax.models.decoder import Params, init_params
 from lpo_jax.models.runner import Groups, ModelRunner, score
 from lpo_jax.objectives import Scored, TokenStats
+from lpo_jax.runs.state import TrainState
 from lpo_jax.sampling import Sampler, Sampling
 from lpo_jax.sampling.generate import Responses
 from lpo_jax.training.optimizer import make_optimizer
-from lpo_jax.training.step import TrainState, signal, update
+from lpo_jax.training.step import signal, update
 
 MODELS = Path(__file__).resolve().parents[1] / "configs" / "models"
 REPEATS = 3

@@ -52,8 +52,10 @@ def measured(axis: str, shapes: Shapes, what: str, model: str, repeats: int, ove
     with measure.bench_session(model, shapes, repeats, overrides) as session:
         run = {"sample": measure.sampling, "train": measure.gradient}[what](session, shapes)
         repeats = max(repeats, math.ceil(SECONDS / seconds(run)))
-        times, machine = taking_turns(run, repeats, session.dtype)
-        work = Work.forward(session.model_config, shapes, shapes.lengths(), session.dtype.itemsize)
+        times, machine = taking_turns(run, repeats, session.model.dtype)
+        work = Work.forward(
+            session.model.architecture, shapes, shapes.lengths(), session.model.dtype.itemsize
+        )
     by_model = 3 * work.flops / machine.matrix_flops
     if what == "sample":
         by_model = work.flops / machine.matrix_flops + work.sampling_bytes / machine.copy_bytes

@@ -40,7 +40,7 @@ sys.path.insert(0, str(ROOT / "tests"))  # for tiny.py
 PHASES = {
     "warm start": ("lpo_jax.training.sft", "supervised_step"),
     "sampling": ("lpo_jax.training.loop", "sample_round"),
-    "learning": ("lpo_jax.training.loop", "make_rollouts"),
+    "learning": ("lpo_jax.training.loop", "make_batch"),
     "evaluation": ("lpo_jax.training.session", "Session.evaluate"),
 }
 WRITES = {

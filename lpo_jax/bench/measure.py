@@ -25,13 +25,16 @@ from lpo_jax.models.load import load_config_and_tokenizer
 from lpo_jax.models.runner import Groups
 from lpo_jax.objectives import TokenStats
 from lpo_jax.rollout.hooks import open_hooks
-from lpo_jax.runs.directory import RunDirectory, Signals
+from lpo_jax.runs.directory import RunDirectory
+from lpo_jax.runs.recorder import Recorder
+from lpo_jax.runs.signals import Signals
+from lpo_jax.runs.state import Position
 from lpo_jax.sampling import Sampling
 from lpo_jax.sampling.text import encode
-from lpo_jax.training.loop import take_step
-from lpo_jax.training.position import Position, Recorder
-from lpo_jax.training.rounds import Learner
-from lpo_jax.training.session import Session, check_config, open_session
+from lpo_jax.training.check import check_config
+from lpo_jax.training.learner import Learner
+from lpo_jax.training.loop import run_step
+from lpo_jax.training.session import Session, open_session
 
 # Words that are one token each, however often they are repeated: byte-pair tokenizers, and those of characters.
 _WORDS = ((" the", " of"), ("a", "b"))
@@ -78,17 +81,19 @@ def bench_session(model: str, shapes: Shapes, repeats: int, overrides: Sequence[
         }
         config = override_config(parse_config(values), overrides)
         with open_session(config) as session:
-            sampler = dataclasses.replace(session.collect.sampler, eos_ids=(-1,))
-            yield dataclasses.replace(session, collect=dataclasses.replace(session.collect, sampler=sampler))
+            sampler = dataclasses.replace(session.environment.collect.sampler, eos_ids=(-1,))
+            collect = dataclasses.replace(session.environment.collect, sampler=sampler)
+            environment = dataclasses.replace(session.environment, collect=collect)
+            yield dataclasses.replace(session, environment=environment)
 
 
 def sampling(session: Session, shapes: Shapes) -> Callable[[], Any]:
     """A call that samples: weights in decode layout, every row to the length that it is given."""
-    sampler = session.collect.sampler
+    sampler = session.environment.collect.sampler
     return functools.partial(
         sampler,
-        jax.block_until_ready(session.prepare(session.load_params())),
-        shapes.prompt_ids(session.model_config.vocab_size),
+        jax.block_until_ready(session.environment.prepare(session.model.load_params())),
+        shapes.prompt_ids(session.model.architecture.vocab_size),
         np.full(shapes.prompts, shapes.prompt_tokens, np.int32),
         np.arange(shapes.prompts, dtype=np.uint32),
         num_responses=shapes.responses,
@@ -100,11 +105,11 @@ def sampling(session: Session, shapes: Shapes) -> Callable[[], Any]:
 
 def gradient(session: Session, shapes: Shapes) -> Callable[[], Any]:
     """A call that gives the gradient of all parameters, and the statistics on the way."""
-    params, mask, runner = session.load_params(), shapes.mask(), session.runner(1.0)
+    params, mask, runner = session.model.load_params(), shapes.mask(), session.model.runner(1.0)
     groups = Groups(
-        shapes.prompt_ids(session.model_config.vocab_size),
+        shapes.prompt_ids(session.model.architecture.vocab_size),
         np.full(shapes.prompts, shapes.prompt_tokens, np.int32),
-        shapes.response_ids(session.model_config.vocab_size),
+        shapes.response_ids(session.model.architecture.vocab_size),
     )
     packed = runner.pack(groups, mask)
     cotangent = TokenStats(np.where(mask, 1 / mask.sum(), 0.0).astype(np.float32))
@@ -116,13 +121,13 @@ def gradient(session: Session, shapes: Shapes) -> Callable[[], Any]:
 def stepping(session: Session) -> Iterator[Callable[[], Any]]:
     """A call that takes the run's next step, as `lpo train` takes it: sampled, verified, learned, written down."""
     config, objective = session.config, check_config(session.config)
-    with open_hooks(objective, session) as hooks:
-        learner = Learner.of(session, objective, hooks, config.training.steps)
+    with open_hooks(objective, session.environment) as hooks:
+        learner = Learner.of(session.model, objective, hooks, config.training.steps)
         run = RunDirectory(config, "train", resume=False)
-        with run, Signals() as signals, Recorder(session, run, signals, config.training.steps) as recorder:
-            position = Position(session.start(session.load_state(), learner.optimizer, objective))
-            data = session.prompts(config.training.prompts_per_step, None)
-            yield lambda: take_step(session, learner, position, data, recorder)
+        with run, Signals() as signals, Recorder(run, signals, config.training.steps) as recorder:
+            position = Position(session.model.start(session.model.load_state(), learner.optimizer, objective))
+            data = session.environment.prompts(config.training.prompts_per_step, None)
+            yield lambda: run_step(session, learner, position, data, recorder)
 
 
 def report(
@@ -136,10 +141,10 @@ def report(
       matrix products alone at the machine's rate, over those measured.
     """
     first = seconds(run)
-    times, machine = taking_turns(run, repeats, session.dtype)
+    times, machine = taking_turns(run, repeats, session.model.dtype)
     middle = statistics.median(times)
-    lengths, dtype = shapes.lengths(), session.dtype
-    work = Work.forward(session.model_config, shapes, lengths, dtype.itemsize)
+    lengths, dtype = shapes.lengths(), session.model.dtype
+    work = Work.forward(session.model.architecture, shapes, lengths, dtype.itemsize)
     passes = {"sample": 1, "train": 3, "step": 4}[what]  # the backward pass is two more
     tokens = lengths.sum() + (shapes.prompts * shapes.prompt_tokens if what == "train" else 0)
     floor = passes * work.product_flops / machine.matrix_flops

@@ -31,13 +31,13 @@ def evaluate_command(target: str, overrides: Sequence[str], checkpoint: str, as_
         elif checkpoint != "best":
             raise UserError(f"--checkpoint {checkpoint}: {target} is a config, not a run directory")
         else:
-            params, label = session.load_params(), config.model.path
+            params, label = session.model.load_params(), config.model.path
         evaluation = session.evaluate(params)
     if told := warning(evaluation.failures, "held-out evaluation"):
         print(f"lpo: {told}", file=sys.stderr)
     result = evaluation.summary | {
         "model": label,
-        "task": session.task.name,
+        "task": session.environment.task.name,
         "mean_reward": evaluation.mean_reward,
         "mean_length": evaluation.mean_length,
         "truncated": evaluation.truncated,
@@ -45,7 +45,7 @@ def evaluate_command(target: str, overrides: Sequence[str], checkpoint: str, as_
     if as_json:
         print_line(result)
     else:
-        title = f"Held-out {session.task.name}"
+        title = f"Held-out {session.environment.task.name}"
         console = reporting.console()
         console.print(reporting.before_after_table([(label, evaluation.summary, None)], title))
         console.print(

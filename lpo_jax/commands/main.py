@@ -67,7 +67,7 @@ def _train(arguments: argparse.Namespace) -> None:
     from lpo_jax.config import load_config
     from lpo_jax.parallel import hosts
     from lpo_jax.reporting.text import console
-    from lpo_jax.runs.directory import Interrupted
+    from lpo_jax.runs.signals import Interrupted
 
     # This command's module alone: the others' imports would cost a second.
     run = getattr(importlib.import_module(_RUNS[arguments.command]), arguments.command)
@@ -106,7 +106,7 @@ def _eval(arguments: argparse.Namespace) -> int | None:
 
 def _eval_suite(arguments: argparse.Namespace, given: dict) -> int | None:
     from lpo_jax.commands.suite import suite_command
-    from lpo_jax.runs.directory import Interrupted, Signals
+    from lpo_jax.runs.signals import Interrupted, Signals
 
     _open_devices()
     if "stop" in given:

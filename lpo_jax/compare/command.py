@@ -24,7 +24,8 @@ from lpo_jax.config import Config
 from lpo_jax.errors import RunStopped, UserError
 from lpo_jax.json_lines import dump_line
 from lpo_jax.parallel import hosts
-from lpo_jax.runs.directory import RunDirectory, Signals
+from lpo_jax.runs.directory import RunDirectory
+from lpo_jax.runs.signals import Signals
 from lpo_jax.training.mirror_file import write_whole
 
 

@@ -15,7 +15,7 @@ from lpo_jax.config import Config
 from lpo_jax.errors import UserError, nearest
 from lpo_jax.objectives.targets import temperature_problem
 from lpo_jax.runs.directory import RunDirectory
-from lpo_jax.training.session import check_config
+from lpo_jax.training.check import check_config
 
 
 @dataclasses.dataclass(frozen=True)

@@ -33,7 +33,7 @@ def main(cores: str) -> None:
     os.dup2(2, 1)
     tasks: queue.SimpleQueue = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(tasks,), daemon=True).start()
-    from lpo_jax.runs.directory import Interrupted
+    from lpo_jax.runs.signals import Interrupted
 
     try:
         while True:

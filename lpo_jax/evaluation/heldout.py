@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from lpo_jax.evaluation.metrics import summarise
-from lpo_jax.rollout.collect import Collected, Collector
+from lpo_jax.rollout.collect import Collector, Rollouts
 from lpo_jax.rollout.failures import Failures, failures, require_judged
 from lpo_jax.sampling import Sampling
 
@@ -51,7 +51,7 @@ def sample_rows(
     stop: Sequence[str],
     seed: int,
     start: int = 0,
-) -> Iterator[Collected]:
+) -> Iterator[Rollouts]:
     """Samples `num_responses` to every row from `start` on, batch by batch. The last batch is padded, never dropped."""
     for first in range(start, len(rows), prompts_per_batch):
         yield collect(

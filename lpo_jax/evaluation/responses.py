@@ -26,7 +26,7 @@ class Fact(NamedTuple):
 
 
 class ResponseFile:
-    """The responses to P problems, K each, one a line: problem by problem, as in `Collected.records`.
+    """The responses to P problems, K each, one a line: problem by problem, as in `Rollouts.records`.
 
     Args:
       path: of the file; made if it is not there, cut behind its last whole batch if it is.

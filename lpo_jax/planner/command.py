@@ -24,7 +24,7 @@ def plan_command(arguments: argparse.Namespace) -> int:
     from lpo_jax.models.load import load_config_and_tokenizer
     from lpo_jax.planner.plan import plan, to_json
     from lpo_jax.planner.plan_text import show
-    from lpo_jax.training.session import check_config
+    from lpo_jax.training.check import check_config
 
     config = load_config(arguments.config, arguments.overrides)
     objective = check_config(config)

@@ -21,7 +21,7 @@ from lpo_jax.planner import roofline, topology
 from lpo_jax.planner.roofline import Phase, Setting, Sizes, Workload
 from lpo_jax.planner.topology import Topology
 from lpo_jax.training.behaviour import choose
-from lpo_jax.training.rounds import scores_first
+from lpo_jax.training.learner import scores_first
 
 # The phases that take nearly all of the time and of the memory: a suggestion is compiled in these.
 DECISIVE = ("update", "decode")

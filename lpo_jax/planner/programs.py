@@ -29,11 +29,12 @@ from lpo_jax.planner import collectives as exchange
 from lpo_jax.planner.cost import program_cost
 from lpo_jax.planner.hlo import parse
 from lpo_jax.planner.roofline import Exchange, Phase, Setting, Workload, kernel_flops, mean_storage
+from lpo_jax.runs.state import TrainState
 from lpo_jax.sampling import Sampling
 from lpo_jax.sampling import decode as sampler
+from lpo_jax.training.model import TrainedModel
 from lpo_jax.training.optimizer import Optimizer, make_optimizer, planned_updates
-from lpo_jax.training.session import Session
-from lpo_jax.training.step import TrainState, update
+from lpo_jax.training.step import update
 
 DEPTHS = (2, 4)  # layers at which unrolled programs are compiled
 
@@ -85,14 +86,10 @@ class Slice:
         updates = planned_updates(self.config, self.objective, self.config.training.steps)
         return make_optimizer(self.config.optimizer, updates)
 
-    def _session(self, model: ModelConfig) -> Session:
-        """What a run would have of its model; a plan has no data."""
-        return Session(self.config, None, model, None, None, [], [], 0)
-
     def _state(self, model: ModelConfig) -> TrainState:
         """The train state on the training mesh."""
         with sharding.using(self._mesh):
-            return self._session(model).abstract_state(self._optimizer, self.objective)
+            return TrainedModel(self.config, model).abstract_state(self._optimizer, self.objective)
 
     def _weights(self, model: ModelConfig, state: TrainState):
         """The sampler's weights on the decode mesh."""
@@ -158,8 +155,8 @@ class Slice:
     def _training(self, name: str) -> Phase:
         work, state = self.work, self._state(self.model)
         with sharding.using(self._mesh):
-            session = self._session(self.model)
-            runner = session.runner(self.config.sampling.temperature, self.objective)
+            trained = TrainedModel(self.config, self.model)
+            runner = trained.runner(self.config.sampling.temperature, self.objective)
             P = work.P // work.updates
             groups = Groups(_ints(P, work.S), _ints(P), _ints(P, work.K, work.T))
             if name == "score":

@@ -24,7 +24,7 @@ from lpo_jax.tasks import Task
 
 
 @dataclasses.dataclass(frozen=True)
-class Collected:
+class Rollouts:
     """One batch, row by row; lists are `[P]`, or `[P][K]` for responses."""
 
     ids: list[int]
@@ -36,6 +36,9 @@ class Collected:
     verdicts: list[list[Verdict]]
     seconds_sampling: float
     seconds_verifying: float  # after the last token: what sampling did not hide
+    rescore: bool = (
+        False  # some response was not sampled from its prompt: the trainer must compute the log-probs
+    )
 
     @property
     def rewards(self) -> np.ndarray:
@@ -62,7 +65,7 @@ class Collected:
         """Responses that could not be judged, and why."""
         return failures(verdict for group in self.verdicts for verdict in group)
 
-    def take(self, prompts: Sequence[int]) -> "Collected":
+    def take(self, prompts: Sequence[int]) -> "Rollouts":
         """Some of the groups, in the given order."""
         some = np.asarray(prompts, int)
         of = lambda items: [items[p] for p in some]  # noqa: E731
@@ -96,8 +99,8 @@ class Collected:
         ]
 
 
-def join(batches: Sequence[Collected]) -> Collected:
-    """Batches of equal K as one; prompts and responses are padded to the longest."""
+def concatenate(batches: Sequence[Rollouts]) -> Rollouts:
+    """Concatenates rollouts of equal K; prompts and responses are padded to the longest."""
     responses = [vars(batch.responses) for batch in batches]
     S = max(batch.prompts.shape[-1] for batch in batches)
     T = max(r["tokens"].shape[-1] for r in responses)
@@ -105,7 +108,7 @@ def join(batches: Sequence[Collected]) -> Collected:
         name: np.concatenate([pad_to(r[name], T) if r[name].ndim == 3 else r[name] for r in responses])
         for name in responses[0]
     }
-    return Collected(
+    return Rollouts(
         ids=[x for batch in batches for x in batch.ids],
         prompt_texts=[x for batch in batches for x in batch.prompt_texts],
         prompts=np.concatenate([pad_to(batch.prompts, S) for batch in batches]),
@@ -115,12 +118,13 @@ def join(batches: Sequence[Collected]) -> Collected:
         verdicts=[x for batch in batches for x in batch.verdicts],
         seconds_sampling=sum(batch.seconds_sampling for batch in batches),
         seconds_verifying=sum(batch.seconds_verifying for batch in batches),
+        rescore=any(batch.rescore for batch in batches),
     )
 
 
-def replace_response(batch: Collected, p: int, k: int, source: Collected, q: int, j: int) -> Collected:
+def replace_response(batch: Rollouts, p: int, k: int, source: Rollouts, q: int, j: int) -> Rollouts:
     """Response (p, k) of a batch becomes response (q, j) of another; its prompt stays."""
-    both = join([batch, source.take([q])])
+    both = concatenate([batch, source.take([q])])
     fields = {name: x[:-1].copy() for name, x in vars(both.responses).items()}
     for name, x in vars(both.responses).items():
         fields[name][p, k] = x[-1, j]
@@ -158,7 +162,7 @@ class Collector:
         prompts: Sequence[list[int]] | None = None,
         written: Sequence[str] | None = None,
         at_least: int = 0,
-    ) -> Collected:
+    ) -> Rollouts:
         """Samples `num_responses` to each `(id, row)` and verifies them.
 
         Args:
@@ -208,7 +212,7 @@ class Collector:
         judged = dict(zip(handed_in, job.verdicts))
         verdicts = [judged[p, k] for p in range(len(own)) for k in range(K)]
         texts, verdicts = hosts.join(texts), hosts.join(verdicts)
-        return Collected(
+        return Rollouts(
             ids=[row_id for row_id, _ in rows],
             prompt_texts=[self.tokenizer.decode(row) for row in ids],
             prompts=padded[:P],

@@ -9,24 +9,26 @@ from lpo_jax.parallel.sharding import batch_shards
 from lpo_jax.rollout.encode import encode_prompt
 from lpo_jax.sampling.padding import bucket
 from lpo_jax.training.behaviour import Behaviour
+from lpo_jax.training.check import make_objective
 from lpo_jax.training.optimizer import planned_updates
-from lpo_jax.training.session import Session, make_objective
+from lpo_jax.training.session import Session
 
 
 def introduce(
     session: Session, runner: ModelRunner, behaviour: Behaviour, progress: reporting.Progress
 ) -> None:
     """Model, task, method, devices, and the table of derived batch sizes."""
-    config, model = session.config, session.model_config
+    config, model, environment = session.config, session.model.architecture, session.environment
     name = config.objective["name"]
     progress.log(
-        f"model    {config.model.path} ({model.family}, {session.num_params / 1e6:.0f}M parameters, "
+        f"model    {config.model.path} ({model.family}, {session.model.num_params / 1e6:.0f}M parameters, "
         f"{config.model.dtype})" + adapters_line(session),
-        f"task     {session.task.name}: {len(session.train_rows):,} training and {len(session.heldout_rows):,} "
-        f"held-out problems" + (f", {session.dropped} dropped for their length" if session.dropped else ""),
+        f"task     {environment.task.name}: {len(environment.train_rows):,} training and "
+        f"{len(environment.heldout_rows):,} held-out problems"
+        + (f", {environment.dropped} dropped for their length" if environment.dropped else ""),
         f"method   {name}: {objectives.names()[name]['formula']}",
         f"devices  {jax.device_count()} x {jax.devices()[0].device_kind} ({jax.default_backend()}){mesh_line()}",
-        *sandbox_line(session.collect.pool.sandbox),
+        *sandbox_line(environment.collect.pool.sandbox),
         f"ratios   to the {'trainer' if behaviour.rescored else 'sampler'}'s log-probs of what was sampled "
         f"(training.behaviour={behaviour.choice}: {behaviour.reason})",
         reporting.batch_table(batch_sizes(session, runner)),
@@ -35,10 +37,10 @@ def introduce(
 
 def adapters_line(session: Session) -> str:
     """How much of the model is trained, where not all of it is."""
-    if session.adapters is None:
+    if session.model.adapters is None:
         return ""
-    trained = sum(leaf.size for leaf in jax.tree.leaves(session.trainable))
-    return f"; trained are adapters of rank {session.adapters.rank}, {trained / 1e6:.2f}M parameters"
+    trained = sum(leaf.size for leaf in jax.tree.leaves(session.model.trainable))
+    return f"; trained are adapters of rank {session.model.adapters.rank}, {trained / 1e6:.2f}M parameters"
 
 
 def mesh_line() -> str:
@@ -60,13 +62,16 @@ def batch_sizes(session: Session, runner: ModelRunner) -> list[tuple[str, object
     training, sampling = session.config.training, session.config.sampling
     objective = make_objective(session.config)
     P, K, T = training.prompts_per_step, sampling.num_responses, sampling.max_tokens
-    longest = max(len(encode_prompt(session.task, session.tokenizer, row)) for row in session.train_rows)
+    longest = max(
+        len(encode_prompt(session.environment.task, session.environment.tokenizer, row))
+        for row in session.environment.train_rows
+    )
     S, minibatch = bucket(longest, sampling.max_prompt_tokens), P // training.updates_per_step
     layout = full(minibatch, K, S, T, runner.token_budget, batch_shards())
     M, B, tokens = layout.token.shape
     over = "" if tokens <= runner.token_budget else "; more than the token budget, and the least there is"
     shorter = runner.token_budget < training.token_budget
-    rows = f", in rows of {runner.token_budget} tokens at most" if shorter else ""
+    row_limit = f", in rows of {runner.token_budget} tokens at most" if shorter else ""
     return [
         ("prompts per step", P, "training.prompts_per_step"),
         ("responses per prompt", K, "sampling.num_responses"),
@@ -81,7 +86,7 @@ def batch_sizes(session: Session, runner: ModelRunner) -> list[tuple[str, object
         (
             "layers in the backward pass",
             "computed again" if runner.remat else "kept",
-            f"training.remat{rows}",
+            f"training.remat{row_limit}",
         ),
         (
             "updates in all",

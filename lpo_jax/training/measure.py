@@ -1,4 +1,4 @@
-"""One step's metrics, under the names of `lpo_jax.reporting.metric_names`."""
+"""Metrics of a step and of an evaluation, under the names of `lpo_jax.reporting.metric_names`."""
 
 import contextlib
 import resource
@@ -11,14 +11,15 @@ import jax
 import jax.monitoring
 import numpy as np
 
+from lpo_jax.config import SamplingSection
 from lpo_jax.evaluation.heldout import Evaluation
 from lpo_jax.reporting import validation_metrics
 from lpo_jax.rewards.verdict import OUTCOMES
-from lpo_jax.rollout.collect import Collected
+from lpo_jax.rollout.collect import Rollouts
 
 # Reduced by max over the updates of a step; all others by mean.
 WORST = {"lpo/score_abs_max", "lpo/coef_sum"}
-# The sampler-to-trainer gap is that of the first update: later ones are made with other weights.
+# The gap between sampler and trainer is that of the first update, because later updates run with other weights.
 FIRST_ONLY = {
     "lpo/logp_gap_mean",
     "lpo/logp_gap_max",
@@ -31,7 +32,7 @@ _compiles = 0
 
 @contextlib.contextmanager
 def stopwatch() -> Iterator[Callable[[], float]]:
-    """Yields a function that gives the block's seconds, so far or in all."""
+    """Yields a function that returns the seconds since the start of the block, or of the whole block after its end."""
     start, end = time.perf_counter(), None
     yield lambda: (end or time.perf_counter()) - start
     end = time.perf_counter()
@@ -46,7 +47,7 @@ jax.monitoring.register_event_duration_secs_listener(_count_compile)
 
 
 def over_updates(updates: list[dict[str, Any]]) -> dict[str, float]:
-    """The metrics of a step's updates as one."""
+    """Reduces the metrics of a step's updates to one value each."""
     merged = {}
     for name in updates[0]:
         values = [float(update[name]) for update in updates]
@@ -56,13 +57,15 @@ def over_updates(updates: list[dict[str, Any]]) -> dict[str, float]:
     return merged
 
 
-def sampling_metrics(batch: Collected, max_tokens: int, max_prompt_tokens: int) -> dict[str, float]:
-    """Rewards, outcomes and lengths of one batch of responses."""
-    rewards = batch.rewards[batch.valid]
-    lengths, prompts = batch.responses.lengths, batch.prompt_lengths
-    outcomes = [verdict.outcome for group in batch.verdicts for verdict in group]
+def rollout_metrics(rollouts: Rollouts, sampling: SamplingSection) -> dict[str, float]:
+    """Rewards, outcomes, lengths and times of a step's rollouts."""
+    rewards = rollouts.rewards[rollouts.valid]
+    lengths, prompts = rollouts.responses.lengths, rollouts.prompt_lengths
+    outcomes = [verdict.outcome for group in rollouts.verdicts for verdict in group]
     metrics = {f"reward/outcome/{name}": outcomes.count(name) / len(outcomes) for name in OUTCOMES}
-    metrics["reward/pass_rate"] = float(batch.passed[batch.valid].mean()) if rewards.size else float("nan")
+    metrics["reward/pass_rate"] = (
+        float(rollouts.passed[rollouts.valid].mean()) if rewards.size else float("nan")
+    )
     for prefix, values in (
         ("critic/score", rewards),
         ("response_length", lengths),
@@ -70,17 +73,19 @@ def sampling_metrics(batch: Collected, max_tokens: int, max_prompt_tokens: int) 
     ):
         for how in ("mean", "max", "min"):
             metrics[f"{prefix}/{how}"] = float(getattr(values, how)()) if values.size else float("nan")
-    for how in ("mean", "max", "min"):  # no shaping between the verifier and the objective
+    for how in ("mean", "max", "min"):  # rewards are not shaped between verifier and objective
         metrics[f"critic/rewards/{how}"] = metrics[f"critic/score/{how}"]
-    metrics["response_length/clip_ratio"] = float(np.mean(~batch.responses.finished))
-    metrics["prompt_length/clip_ratio"] = float(np.mean(prompts >= max_prompt_tokens))
+    metrics["response_length/clip_ratio"] = float(np.mean(~rollouts.responses.finished))
+    metrics["prompt_length/clip_ratio"] = float(np.mean(prompts >= sampling.max_prompt_tokens))
     metrics["perf/total_num_tokens"] = int(lengths.sum() + prompts.sum())
-    metrics["perf/useful_row_steps"] = float(lengths.sum() / max(batch.responses.row_steps.sum(), 1))
+    metrics["perf/useful_row_steps"] = float(lengths.sum() / max(rollouts.responses.row_steps.sum(), 1))
+    metrics["timing_s/gen"] = rollouts.seconds_sampling
+    metrics["timing_s/reward"] = rollouts.seconds_verifying
     return metrics
 
 
 def evaluation_metrics(name: str, evaluation: Evaluation) -> dict[str, float]:
-    """A held-out evaluation under its `val-core/...` and `val-aux/...` names."""
+    """Metrics of a held-out evaluation, named `val-core/...` and `val-aux/...`."""
     samples = evaluation.summary["samples_per_problem"]
     return validation_metrics(name, evaluation.summary) | {
         f"val-aux/{name}/reward/mean@{samples}": evaluation.mean_reward,
@@ -90,7 +95,11 @@ def evaluation_metrics(name: str, evaluation: Evaluation) -> dict[str, float]:
 
 
 def machine_metrics(seconds: float, tokens: int) -> dict[str, float]:
-    """Speed and memory."""
+    """Speed and memory of the machine in a step.
+
+    Args:
+      tokens: prompt and response tokens of the step.
+    """
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
     metrics = {
         "perf/time_per_step": seconds,

@@ -25,9 +25,9 @@ from lpo_jax.parallel import hosts
 from lpo_jax.reporting.writers import METRICS_FILE
 from lpo_jax.runs.checksums import read_checked, write_checked
 from lpo_jax.runs.directory import RunDirectory
+from lpo_jax.training.check import check_config
 from lpo_jax.training.loop import train
 from lpo_jax.training.mirror_file import write_map
-from lpo_jax.training.session import check_config
 
 
 def meta(config: Config, *, resume: bool = False, fitness: Callable[[Config], float] | None = None) -> None:

@@ -23,36 +23,11 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from lpo_jax.models.decoder import Params
-from lpo_jax.models.lora import Frozen, join
 from lpo_jax.models.runner import Groups, ModelRunner, log_prob_gap
 from lpo_jax.objectives import Listwise, Objective, Scored, TokenStats
 from lpo_jax.parallel.sharding import constrain_params, whole
+from lpo_jax.runs.state import TrainState
 from lpo_jax.training.optimizer import Optimizer
-
-
-@struct.dataclass
-class TrainState:
-    """What an update changes, and what goes with it into a checkpoint.
-
-    Attributes:
-      params: what the optimizer moves: all parameters, or the adapters beside a frozen base.
-      opt_state: holds the count of updates and of skipped ones too.
-      control: the state of the method's own control; None for a method without one.
-      reference: `params` as they were where a penalty is measured from; None where none is used.
-      frozen: the base of adapters, shared by policy and reference; None where all parameters are trained.
-    """
-
-    params: Params
-    opt_state: Any
-    control: Any = None
-    reference: Params | None = None
-    frozen: Frozen | None = None
-
-    @property
-    def policy(self) -> Params:
-        """The parameters that the model runs with."""
-        return join(self.frozen, self.params)
 
 
 @struct.dataclass

@@ -233,7 +233,7 @@ def test_importing_starts_no_accelerator():
 )
 def test_shipped_configs_are_valid(path):
     from lpo_jax import tasks
-    from lpo_jax.training.session import check_config
+    from lpo_jax.training.check import check_config
 
     config = load_config(path)
     check_config(config)

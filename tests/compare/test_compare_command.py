@@ -26,7 +26,7 @@ from lpo_jax.errors import RunStopped, UserError
 from lpo_jax.models.hf import write_configs
 from lpo_jax.models.load import load_model
 from lpo_jax.models.tokenizer import save_tokenizer
-from lpo_jax.runs.directory import Interrupted
+from lpo_jax.runs.signals import Interrupted
 from lpo_jax.training import loop
 
 METHODS = [{"name": "grpo", "label": "pg"}, {"name": "lpo-forward", "label": "forward"}]

@@ -12,7 +12,7 @@ from lpo_jax import tasks
 from lpo_jax.config import load_config, parse_config
 from lpo_jax.models.load import load_config_and_tokenizer
 from lpo_jax.rollout.encode import encode_prompt, encode_solution
-from lpo_jax.training.session import Session
+from lpo_jax.training.model import TrainedModel
 
 ROOT = Path(__file__).parents[2]
 MICRO = ROOT / "configs" / "micro"
@@ -55,8 +55,7 @@ def test_weights_are_drawn_from_the_seed(run_config):
     config = parse_config(run_config(model={"path": str(MICRO), "init": "random"}))
 
     def drawn(seed):
-        session = Session(dataclasses.replace(config, seed=seed), None, model_config, None, None, [], [], 0)
-        return session.load_params()
+        return TrainedModel(dataclasses.replace(config, seed=seed), model_config).load_params()
 
     first, again, other = drawn(0), drawn(0), drawn(1)
     jax.tree.map(np.testing.assert_array_equal, first, again)

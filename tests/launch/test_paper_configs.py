@@ -8,7 +8,7 @@ import pytest
 from lpo_jax import tasks
 from lpo_jax.config import load_config
 from lpo_jax.tasks import records
-from lpo_jax.training.session import check_config
+from lpo_jax.training.check import check_config
 
 ROOT = Path(__file__).parents[2]
 

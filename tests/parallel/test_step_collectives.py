@@ -14,8 +14,9 @@ from lpo_jax.parallel.mesh import MeshSizes, build
 from lpo_jax.parallel.sharding import param_shardings, placed
 from lpo_jax.planner.collectives import collectives
 from lpo_jax.planner.hlo import parse
+from lpo_jax.runs.state import TrainState
 from lpo_jax.training.optimizer import make_optimizer
-from lpo_jax.training.step import TrainState, update
+from lpo_jax.training.step import update
 
 P, K, S, T = 16, 4, 16, 16
 

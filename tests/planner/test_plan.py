@@ -18,7 +18,7 @@ from lpo_jax.planner import plan as plans
 from lpo_jax.planner import roofline, topology
 from lpo_jax.planner.programs import _needed, extrapolate
 from lpo_jax.planner.roofline import Exchange, Phase, Setting, Workload
-from lpo_jax.training.session import check_config
+from lpo_jax.training.check import check_config
 
 WORK = Workload(CONFIG, P=8, K=4, S=16, T=32, updates=2, itemsize=2, reference=False, scorings=1)
 ALONE = Setting(MeshSizes(1, 1, 1), token_budget=16 + 4 * 32, remat=False, rows=32)

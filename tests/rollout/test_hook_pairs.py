@@ -19,9 +19,9 @@ from lpo_jax.objectives import vocabulary
 from lpo_jax.reporting import read_metrics
 from lpo_jax.rollout.hooks.base import Tools
 from lpo_jax.tasks import PromptIterator
-from lpo_jax.training import loop
+from lpo_jax.training import learner, loop
+from lpo_jax.training.check import check_config
 from lpo_jax.training.loop import train
-from lpo_jax.training.session import check_config
 
 # Passes are common enough for mixed groups and rare enough for groups in which everything fails.
 TASK = """
@@ -129,19 +129,23 @@ def watched(monkeypatch):
 
         monkeypatch.setattr(owner, name, call)
 
-    def begun(session, learner, params, data, step):
-        steps.append(types.SimpleNamespace(session=session, hooks=learner.hooks, calls=[], updates=[]))
+    def begun(environment, hooks, runner, params, data, step):
+        steps.append(types.SimpleNamespace(environment=environment, hooks=hooks, calls=[], updates=[]))
 
     real = loop.sample_round
     monkeypatch.setattr(loop, "sample_round", lambda *args: begun(*args) or real(*args))
     spy(Tools, "sample", lambda batch, tools, rows, **options: steps[-1].calls.append((batch, options)))
-    spy(loop, "make_rollouts", lambda _, round, *args: setattr(steps[-1], "round", round))
+    spy(loop, "make_batch", lambda _, rollouts, *args: setattr(steps[-1], "rollouts", rollouts))
 
-    def completed(result, learner, *args, **kwargs):
-        steps[-1].scored, steps[-1].reported = result[0].scored, learner.metrics()
+    def completed(result, learns, *args, **kwargs):
+        steps[-1].scored, steps[-1].reported = result[0].scored, learns.metrics()
 
-    spy(loop, "complete", completed)
-    spy(loop, "signal", lambda learned, objective, used, scored: steps[-1].updates.append((scored, learned)))
+    spy(loop, "complete_batch", completed)
+    spy(
+        learner,
+        "signal",
+        lambda learned, objective, used, scored: steps[-1].updates.append((scored, learned)),
+    )
     return steps
 
 
@@ -160,8 +164,8 @@ def hook_of(step, name):
 
 def check_curriculum(steps, name, momentum, share):
     """Rates are those of everything that was sampled, and prompts are drawn by them, each once a step."""
-    session, rates = steps[0].session, {}
-    data = PromptIterator(session.train_rows, prompts=4, seed=session.config.seed)
+    environment, rates = steps[0].environment, {}
+    data = PromptIterator(environment.train_rows, prompts=4, seed=environment.config.seed)
     drawn_otherwise = 0
     for step in steps:
         ids = sampled_ids(step)
@@ -197,13 +201,13 @@ def check_hints(steps, name):
             if passed.any()
         }
         assert step.reported["lpo/hinted_groups"] == len(helped)
-        kept = step.round.batch
+        kept = step.rollouts
         for row, text, passed in zip(kept.ids, kept.prompt_texts, kept.passed):
             if row in helped:
                 replaced += 1
                 assert passed.any()
                 assert ("begins" in text) is (name == "solution-hints")
-                assert name == "solution-hints" or (passed.sum() == 1 and step.round.rescore)
+                assert name == "solution-hints" or (passed.sum() == 1 and step.rollouts.rescore)
             else:
                 assert "begins" not in text
     return replaced
@@ -213,7 +217,7 @@ def check_dynamic(steps):
     """The batch is full of groups whose rewards differ, out of more rounds than one."""
     mixed = lambda rewards: np.ptp(rewards, axis=-1) > 0  # noqa: E731
     for step in steps:
-        kept = step.round.batch
+        kept = step.rollouts
         ids = sampled_ids(step)
         assert len(kept.ids) == 4 and set(kept.ids) <= set(ids) and len(ids) == len(set(ids))
         assert step.reported["lpo/sampling_rounds"] == len(plain(step))
@@ -226,7 +230,7 @@ def check_dynamic(steps):
 def check_greedy(steps):
     for step in steps:
         (greedy,) = [batch for batch, options in step.calls if options.get("greedy")]
-        assert greedy.prompt_texts == step.round.batch.prompt_texts
+        assert greedy.prompt_texts == step.rollouts.prompt_texts
         np.testing.assert_array_equal(step.scored.baseline, greedy.rewards)
     return True
 
@@ -237,7 +241,7 @@ def judged(batch):
 
 def check_judge(steps):
     for step in steps:
-        batch = step.round.batch
+        batch = step.rollouts
         np.testing.assert_array_equal(step.scored.flawed, batch.passed & judged(batch))
     return any(np.any(step.scored.flawed) for step in steps)
 
@@ -245,7 +249,7 @@ def check_judge(steps):
 def check_step_judge(steps):
     for step in steps:
         wrong = np.asarray(step.scored.credit) == 1
-        assert (wrong[..., :2].any(-1) == judged(step.round.batch)).all() and not wrong[..., 3:].any()
+        assert (wrong[..., :2].any(-1) == judged(step.rollouts)).all() and not wrong[..., 3:].any()
     return any(np.any(step.scored.credit) for step in steps)
 
 
@@ -262,7 +266,7 @@ def check_prefix_values(steps):
 def check_budgets(steps):
     cut = 0
     for step in steps:
-        batch, credit = step.round.batch, np.asarray(step.scored.credit)
+        batch, credit = step.rollouts, np.asarray(step.scored.credit)
         np.testing.assert_array_equal(credit[..., 3:6], np.broadcast_to(batch.rewards[..., None], (4, 4, 3)))
         asked = [sampled for sampled, options in step.calls if "written" in options]
         assert sum(len(sampled.ids) for sampled in asked) == (batch.responses.lengths > 3).sum()
@@ -281,7 +285,7 @@ def check_previous(steps):
 def check_sibling(steps):
     taught = 0
     for step in steps:
-        passed = step.round.batch.passed
+        passed = step.rollouts.passed
         valid = ~passed & passed.any(-1, keepdims=True)
         np.testing.assert_array_equal(step.scored.teacher.valid, valid)
         for scored, learned in step.updates[:2]:

@@ -14,14 +14,14 @@ from lpo_jax.errors import RunStopped, UserError
 from lpo_jax.models.runner import Groups, ModelRunner, score
 from lpo_jax.objectives import Scored, hooks
 from lpo_jax.rewards import Verdict
-from lpo_jax.rollout.collect import Collected, join, replace_response
+from lpo_jax.rollout.batch import Batch
+from lpo_jax.rollout.collect import Rollouts, concatenate, replace_response
 from lpo_jax.rollout.encode import encode_hinted
 from lpo_jax.rollout.hooks import credits, hints, judges, prompts, replay, teachers
-from lpo_jax.rollout.hooks.base import Round, judged
+from lpo_jax.rollout.hooks.base import judged
+from lpo_jax.rollout.rounds import clusters, make_batch
 from lpo_jax.sampling import Responses
 from lpo_jax.tasks.task import Task
-from lpo_jax.training.batch import Rollouts
-from lpo_jax.training.rounds import clusters, make_rollouts, split
 
 TOKENIZER = character_tokenizer()
 
@@ -44,7 +44,7 @@ def collected(ids, rewards, texts=None, T=6):
     asked = [TOKENIZER.encode(f"p{i}") for i in ids]
     padded = np.array([row + [0] * (8 - len(row)) for row in asked], np.int32)
     logp = np.where(np.arange(T) < lengths[..., None], -0.5, 0).astype(np.float32)
-    return Collected(
+    return Rollouts(
         ids=list(ids),
         prompt_texts=[f"p{i}" for i in ids],
         prompts=padded,
@@ -57,8 +57,8 @@ def collected(ids, rewards, texts=None, T=6):
     )
 
 
-def session(rows, updates=1, **options):
-    """As much of a session as hooks look at."""
+def environment(rows, updates=1, **options):
+    """The parts of an environment that hooks read."""
     task = Task("made", rows, [], lambda row: f"p{row['n']}", None, lambda row: row.get("solution"))
     task = dataclasses.replace(task, verifier=types.SimpleNamespace(prefill=""))
     config = types.SimpleNamespace(
@@ -85,8 +85,8 @@ def written(ids):
 class Tools:
     """Answers each call of `sample` with the next of the given batches, and keeps what was asked."""
 
-    def __init__(self, session, *answers, step=100):
-        self.session, self.answers, self.calls, self.step = session, list(answers), [], step
+    def __init__(self, environment, *answers, step=100):
+        self.environment, self.answers, self.calls, self.step = environment, list(answers), [], step
 
     def sample(self, rows, **options):
         self.calls.append((rows, options))
@@ -95,15 +95,15 @@ class Tools:
         return answer
 
     def rows_of(self, batch):
-        return [self.session.train_rows[i] for i in batch.ids]
+        return [self.environment.train_rows[i] for i in batch.ids]
 
 
 ROWS = [{"n": n, "solution": f"{n}" * 4, "hints": ["a", "b"]} for n in range(12)]
 
 
-def test_join_takes_and_replaces_whole_records():
+def test_concatenate_takes_and_replaces_whole_records():
     one, two = collected([0, 1], [[0, 1], [1, 0]]), collected([7], [[1, 1]], [["longer text", "x"]], T=11)
-    both = join([one, two])
+    both = concatenate([one, two])
     assert both.ids == [0, 1, 7] and both.responses.tokens.shape == (3, 2, 11)
     assert both.take([2, 0]).records() == two.records() + one.take([0]).records()
     put = replace_response(one, 1, 1, two, 0, 0)
@@ -120,10 +120,9 @@ def test_clusters_number_equal_answers():
 
 def dynamic(first, *further, max_rounds=3, updates=1):
     """The groups that dynamic sampling keeps of a first and further batches (None: no new prompt), and the hook."""
-    hook = prompts.Dynamic(hooks.DynamicSampling(max_rounds), session(ROWS, updates=updates), None)
-    round, offered = Round(first), iter(further)
-    hook.select(round, lambda: (batch := next(offered)) and Round(batch))
-    return round.batch, hook
+    hook = prompts.Dynamic(hooks.DynamicSampling(max_rounds), environment(ROWS, updates=updates), None)
+    offered = iter(further)
+    return hook.select(first, lambda: next(offered)), hook
 
 
 def test_dynamic_sampling_fills_the_batch_with_groups_that_differ():
@@ -164,7 +163,7 @@ def test_groups_that_could_not_be_judged_fill_up_last():
 
 
 def test_dynamic_sampling_of_groups_of_one_is_refused():
-    single = session(ROWS)
+    single = environment(ROWS)
     single.config.sampling.num_responses = 1
     with pytest.raises(UserError, match="num_responses = 1: dynamic-sampling"):
         prompts.Dynamic(hooks.DynamicSampling(), single, None)
@@ -188,7 +187,7 @@ def test_failures_of_the_verifier_are_neither_passes_nor_failures():
     ],
 )
 def test_a_prompt_that_could_not_be_judged_keeps_its_pass_rate(make, spec):
-    hook = make(spec, session(ROWS), None)
+    hook = make(spec, environment(ROWS), None)
     hook.observe(collected([0, 1, 2], [[1, 0], [1, 1], [0, None]]))
     before = dict(hook.rates)
     hook.observe(collected([0, 3], [[None, None], [None, None]]))
@@ -199,7 +198,7 @@ def test_a_prompt_that_could_not_be_judged_keeps_its_pass_rate(make, spec):
 def test_prompts_are_drawn_by_their_pass_rates():
     """METHODS 4.4, item 20: learnability prefers p = 1/2, keeps its share of the data's order, never repeats."""
     rows = [{"n": n} for n in range(12)]
-    hook = prompts.Learnability(hooks.LearnabilitySampling(uniform_share=0.5), session(rows), None)
+    hook = prompts.Learnability(hooks.LearnabilitySampling(uniform_share=0.5), environment(rows), None)
     rates = [0, 1, 0.5, 0.5, *[0.01] * 8]
     for i, rate in enumerate(rates):
         hook.observe(collected([i], [[float(k < 100 * rate) for k in range(100)]]))
@@ -208,7 +207,7 @@ def test_prompts_are_drawn_by_their_pass_rates():
     assert all(d[:2] == [8, 9] and len(set(d)) == 4 for d in drawn)
     counts = np.bincount(np.concatenate([d[2:] for d in drawn]), minlength=12) / 200
     assert counts[2] > 0.8 and counts[3] > 0.8 and counts[0] == counts[1] == 0
-    other = prompts.Learnability(hook.spec, hook.session, None)
+    other = prompts.Learnability(hook.spec, hook.environment, None)
     other.restore(hook.state())
     assert [i for i, _ in other.draw(given, 5, ())] == drawn[5]
 
@@ -221,7 +220,7 @@ def test_prompts_are_drawn_by_their_pass_rates():
     ],
 )
 def test_further_rounds_of_a_step_draw_prompts_that_it_has_not_seen(make, spec):
-    hook = make(spec, session(ROWS), None)
+    hook = make(spec, environment(ROWS), None)
     order, seen = np.random.default_rng(0).permutation(12), []
     for start in (0, 4, 8, 0):
         offered = [(int(i), ROWS[i]) for i in order[start : start + 4]]
@@ -232,25 +231,25 @@ def test_further_rounds_of_a_step_draw_prompts_that_it_has_not_seen(make, spec):
 
 
 def test_gaussian_sampling_peaks_at_one_half_and_flattens_with_its_width():
-    hook = prompts.Gaussian(hooks.GaussianSampling(), session(ROWS), None)
+    hook = prompts.Gaussian(hooks.GaussianSampling(), environment(ROWS), None)
     rates = np.linspace(0, 1, 11)
     weights = hook.weights(rates)
     assert weights.argmax() == 5 and np.allclose(weights, weights[::-1])
     np.testing.assert_allclose(weights[0] / weights[5], np.exp(-0.25 / (2 * 0.35**2)))
-    wide = prompts.Gaussian(hooks.GaussianSampling(width=1e3), session(ROWS), None)
+    wide = prompts.Gaussian(hooks.GaussianSampling(width=1e3), environment(ROWS), None)
     np.testing.assert_allclose(wide.weights(rates), 1, rtol=1e-5)
     hook.observe(collected([4], [[1, 1]]))
     assert hook.rates[4] == pytest.approx(0.9 * 0.5 + 0.1 * 1)
 
 
 def test_solution_hints_grow_until_something_passes():
-    tools = Tools(session(ROWS), collected([1, 2], [[0, 1], [0, 0]]), collected([2], [[1, 1]]))
-    hook = hints.Solutions(hooks.SolutionHints((0.25, 0.75)), tools.session, None)
-    round = Round(collected([0, 1, 2], [[1, 0], [0, 0], [0, None]]))
+    tools = Tools(environment(ROWS), collected([1, 2], [[0, 1], [0, 0]]), collected([2], [[1, 1]]))
+    hook = hints.Solutions(hooks.SolutionHints((0.25, 0.75)), tools.environment, None)
+    rollouts = collected([0, 1, 2], [[1, 0], [0, 0], [0, None]])
     hook.begin()
-    hook.mend(round, tools)
-    assert round.batch.ids == [0, 1, 2] and round.batch.rewards.tolist() == [[1, 0], [0, 1], [1, 1]]
-    assert hook.metrics() == {"lpo/hinted_groups": 2} and not round.rescore
+    rollouts = hook.mend(rollouts, tools)
+    assert rollouts.ids == [0, 1, 2] and rollouts.rewards.tolist() == [[1, 0], [0, 1], [1, 1]]
+    assert hook.metrics() == {"lpo/hinted_groups": 2} and not rollouts.rescore
     asked = [
         [written(ids).partition("begins| ")[2].strip("|") for ids in o["prompts"]] for _, o in tools.calls
     ]
@@ -259,16 +258,16 @@ def test_solution_hints_grow_until_something_passes():
 
 
 def test_ladder_hints_put_one_response_under_the_plain_prompt():
-    tools = Tools(session(ROWS), collected([1], [[0, 0]]), collected([1], [[0, 1]], [["no", "yes"]]))
-    hook = hints.Ladder(hooks.LadderHints(hint_after=50), tools.session, None)
-    round = Round(collected([0, 1], [[1, 0], [0, 0]]))
+    tools = Tools(environment(ROWS), collected([1], [[0, 0]]), collected([1], [[0, 1]], [["no", "yes"]]))
+    hook = hints.Ladder(hooks.LadderHints(hint_after=50), tools.environment, None)
+    rollouts = collected([0, 1], [[1, 0], [0, 0]])
     hook.begin()
-    hook.mend(round, tools)
-    assert round.batch.texts[1] == ["yes", "r1"] and round.batch.rewards[1].tolist() == [1, 0]
-    assert round.batch.prompt_texts == ["p0", "p1"] and round.rescore
-    early = Tools(tools.session, step=50)
+    rollouts = hook.mend(rollouts, tools)
+    assert rollouts.texts[1] == ["yes", "r1"] and rollouts.rewards[1].tolist() == [1, 0]
+    assert rollouts.prompt_texts == ["p0", "p1"] and rollouts.rescore
+    early = Tools(tools.environment, step=50)
     hook.begin()
-    hook.mend(Round(collected([0], [[0, 0]])), early)
+    hook.mend(collected([0], [[0, 0]]), early)
     assert early.calls == [] and hook.metrics() == {"lpo/hinted_groups": 0}
 
 
@@ -279,29 +278,27 @@ def test_ladder_hints_put_one_response_under_the_plain_prompt():
 def test_hints_are_for_groups_that_were_judged_to_fail(make, spec):
     """Nothing is known of group 0; group 2 could not be judged with a hint, so that no greater one is earned."""
     answers = collected([1, 2], [[0, 0], [None, None]]), collected([1], [[None, 1]])
-    tools = Tools(session(ROWS), *answers)
-    hook, round = (
-        make(spec, tools.session, None),
-        Round(collected([0, 1, 2], [[None, None], [0, None], [0, 0]])),
-    )
+    tools = Tools(environment(ROWS), *answers)
+    hook = make(spec, tools.environment, None)
+    rollouts = collected([0, 1, 2], [[None, None], [0, None], [0, 0]])
     hook.begin()
-    hook.mend(round, tools)
+    rollouts = hook.mend(rollouts, tools)
     assert [[i for i, _ in rows] for rows, _ in tools.calls] == [[1, 2], [1]]
     assert hook.metrics() == {"lpo/hinted_groups": 1}
-    assert not round.batch.valid[0].any() and round.batch.rewards[2].tolist() == [0, 0]
+    assert not rollouts.valid[0].any() and rollouts.rewards[2].tolist() == [0, 0]
     # The ladder's response takes the place of the one that could not be judged, not of the one that failed.
-    assert round.batch.passed[1].tolist() == [False, True]
+    assert rollouts.passed[1].tolist() == [False, True]
 
 
 def test_hints_that_rows_do_not_have_are_refused():
     rows = [{"n": 0, "solution": "x", "hints": ["a"]}, {"n": 1}]
     for make, spec in ((hints.Ladder, hooks.LadderHints()), (hints.Solutions, hooks.SolutionHints())):
         with pytest.raises(UserError, match="training row 1 of task 'made' has no"):
-            make(spec, session(rows), O.get("grpo"))
+            make(spec, environment(rows), O.get("grpo"))
 
 
 def test_a_hint_goes_between_question_and_prefill():
-    task = session(ROWS).task
+    task = environment(ROWS).task
     raw = dataclasses.replace(
         task, prompt=lambda row: "ask\nso= ", verifier=types.SimpleNamespace(prefill="so= ")
     )
@@ -310,15 +307,15 @@ def test_a_hint_goes_between_question_and_prefill():
 
 def test_greedy_baseline_is_the_greedy_reward_or_the_groups_mean():
     batch = collected([0, 1], [[1, 0], [0, 1]])
-    tools = Tools(session(ROWS), collected([0, 1], [[0.25], [None]]))
-    out = judges.Greedy(hooks.GreedyBaseline(), tools.session, None).annotate(None, batch, tools)
+    tools = Tools(environment(ROWS), collected([0, 1], [[0.25], [None]]))
+    out = judges.Greedy(hooks.GreedyBaseline(), tools.environment, None).annotate(None, batch, tools)
     assert out["baseline"].tolist() == [[0.25], [0.5]]
     asked = tools.calls[0][1]
     assert asked.pop("prompts") == [TOKENIZER.encode("p0"), TOKENIZER.encode("p1")]
     assert asked == {"num_responses": 1, "greedy": True}
     unknown = collected([0, 1], [[None, None], [0, None]])
-    tools = Tools(session(ROWS), collected([0, 1], [[None], [None]]))
-    out = judges.Greedy(hooks.GreedyBaseline(), tools.session, None).annotate(None, unknown, tools)
+    tools = Tools(environment(ROWS), collected([0, 1], [[None], [None]]))
+    out = judges.Greedy(hooks.GreedyBaseline(), tools.environment, None).annotate(None, unknown, tools)
     assert out["baseline"].tolist() == [
         [0],
         [0],
@@ -337,11 +334,11 @@ def judge_file(tmp_path):
 
 
 def judging(make, spec, batch):
-    session_ = session(ROWS)
-    session_.config.rewards = types.SimpleNamespace(workers=1, timeout=10.0)
-    rollouts = make_rollouts(Round(batch), 6, 0.0)
-    with make(spec, session_, O.get("grpo")) as hook:
-        return hook.annotate(rollouts, batch, Tools(session_))
+    environment_ = environment(ROWS)
+    environment_.config.rewards = types.SimpleNamespace(workers=1, timeout=10.0)
+    rollouts = make_batch(batch, 6, 0.0)
+    with make(spec, environment_, O.get("grpo")) as hook:
+        return hook.annotate(rollouts, batch, Tools(environment_))
 
 
 def test_judge_marks_passing_responses_and_steps(judge_file):
@@ -351,24 +348,22 @@ def test_judge_marks_passing_responses_and_steps(judge_file):
     credit = judging(credits.StepJudge, hooks.StepJudge(f"{judge_file}:steps"), batch)["credit"]
     assert credit[1, 1].tolist()[:6] == [0, 1, 1, 0, 0, 0] and credit.sum() == 2
     with pytest.raises(UserError, match=r"needs a judge: set objective\.judge"):
-        judges.Judge(hooks.Judge(), session(ROWS), O.get("grpo"))
+        judges.Judge(hooks.Judge(), environment(ROWS), O.get("grpo"))
 
 
 def test_progress_is_the_gain_in_the_chance_of_the_solution(tiny_config, tiny_params):
     batch = collected([0, 3], [[1, 0], [0, 1]], [["abcdef", "a"], ["abc", "xy"]])
-    rollouts = make_rollouts(Round(batch), 6, 0.0)
+    rollouts = make_batch(batch, 6, 0.0)
     runner = ModelRunner(tiny_config)
-    tools = Tools(session(ROWS))
+    tools = Tools(environment(ROWS))
     tools.runner, tools.params = runner, tiny_params
-    got = credits.Values(hooks.PrefixValues(segments=2, cue="="), tools.session, None).annotate(
+    got = credits.Values(hooks.PrefixValues(segments=2, cue="="), tools.environment, None).annotate(
         rollouts, batch, tools
     )
 
     def chance(text, solution):
         ids, target = np.array([TOKENIZER.encode(text)]), np.array([[TOKENIZER.encode(solution)]])
-        return float(
-            np.exp(score(runner, tiny_params, Groups(ids, np.array([ids.size]), target)).logp.sum())
-        )
+        return float(np.exp(score(runner, tiny_params, Groups(ids, np.array([ids.size]), target)).logp.sum()))
 
     start, middle, end = (chance(f"p0{text}=", "0000") for text in ("", "abc", "abcdef"))
     want = [middle - start] * 3 + [end - middle] * 3
@@ -377,10 +372,10 @@ def test_progress_is_the_gain_in_the_chance_of_the_solution(tiny_config, tiny_pa
 
 def test_cuts_hold_the_mean_reward_of_their_answers():
     batch = collected([0, 3], [[1, 0], [0, 1]], [["abcdef", "a"], ["abcd", "xy"]])
-    rollouts = make_rollouts(Round(batch), 6, 0.0)
+    rollouts = make_batch(batch, 6, 0.0)
     first = collected([0 + (1 << 24), 3 + (1 << 24)], [[1, 0], [None, None]])  # both longer than 3 tokens
-    tools = Tools(session(ROWS), first)
-    got = credits.Cuts(hooks.Budgets(budgets=2, summaries=2, cue="="), tools.session, None).annotate(
+    tools = Tools(environment(ROWS), first)
+    got = credits.Cuts(hooks.Budgets(budgets=2, summaries=2, cue="="), tools.environment, None).annotate(
         rollouts, batch, tools
     )["credit"]
     assert got[0, 0, :6].tolist() == [0.5] * 3 + [1] * 3  # the answers' mean, then its own reward
@@ -393,26 +388,26 @@ def test_cuts_hold_the_mean_reward_of_their_answers():
 
 def test_siblings_teach_the_failed_responses_of_mixed_groups(tiny_config, tiny_params):
     batch = collected([0, 1, 2], [[1, 0], [0, 0], [1, None]])
-    rollouts = make_rollouts(Round(batch), 6, 0.0)
-    tools = Tools(session(ROWS, model_config=tiny_config))
+    rollouts = make_batch(batch, 6, 0.0)
+    tools = Tools(environment(ROWS))
     tools.runner, tools.params = ModelRunner(tiny_config, 0.7), tiny_params
     spec = hooks.SiblingTeacher(top=4, reprompt="see {solution}:")
-    teacher = teachers.Sibling(spec, tools.session, None).annotate(rollouts, batch, tools)["teacher"]
+    teacher = teachers.Sibling(spec, tools.environment, None).annotate(rollouts, batch, tools)["teacher"]
     assert np.asarray(teacher.valid).tolist() == [[False, True], [False, False], [False, False]]
-    ids = encode_hinted(tools.session.task, TOKENIZER, ROWS[0], "see r0:")
+    ids = encode_hinted(tools.environment.task, TOKENIZER, ROWS[0], "see r0:")
     groups = Groups(np.array([ids]), np.array([len(ids)]), rollouts.groups.responses[:1], teacher.ids[:1])
     want = score(tools.runner, tiny_params, groups).top_logp
     np.testing.assert_allclose(teacher.logp[:1], want, atol=2e-5)
 
 
 def test_replay_weighs_the_batch_before_and_survives_a_resume():
-    make = lambda: replay.PreviousBatch(hooks.Replay(window=3), session(ROWS), None)  # noqa: E731
+    make = lambda: replay.PreviousBatch(hooks.Replay(window=3), environment(ROWS), None)  # noqa: E731
     hook, means, weights = make(), [0.0, 0.5, 0.25, 1.0, 0.0, 1.0], []
     for step, mean in enumerate(means):
         batch = collected([step], [[mean, mean]])
         hook.observe(batch)
         weights.append(hook.metrics()["lpo/replay_weight"])
-        rollouts = make_rollouts(Round(batch), 6, step / 5)
+        rollouts = make_batch(batch, 6, step / 5)
         again = hook.replay(rollouts)
         assert (again is None) == (weights[-1] == 0)
         if again is not None:
@@ -431,7 +426,7 @@ def test_replay_weighs_the_batch_before_and_survives_a_resume():
 
 
 def test_replay_weight_does_not_explode_where_the_window_is_constant():
-    hook = replay.PreviousBatch(hooks.Replay(window=8), session(ROWS), None)
+    hook = replay.PreviousBatch(hooks.Replay(window=8), environment(ROWS), None)
     for _ in range(3):
         hook.observe(collected([0], [[1, 0, 0, 0]]))
         assert hook.weight == 0
@@ -444,13 +439,13 @@ def test_replay_weight_does_not_explode_where_the_window_is_constant():
 
 def test_replayed_batch_survives_a_resume_whole():
     """Rescored and with a teacher: what an objective needs of a batch, it needs of the replayed one."""
-    rollouts = make_rollouts(Round(collected([0, 1], [[1, 0], [0, 0]])), 6, 0.5)
+    rollouts = make_batch(collected([0, 1], [[1, 0], [0, 0]]), 6, 0.5)
     scored = rollouts.scored
     teacher = O.Teacher(
         *(np.full((2, 2, 6, 3), x) for x in (1, 2.0)), np.ones((2, 2, 6)), np.ones((2, 2), bool)
     )
     extra = {"sampler_logp": scored.behaviour_logp + 1, "prompt_confidence": np.ones(2), "teacher": teacher}
-    hook, again = (replay.PreviousBatch(hooks.Replay(), session(ROWS), None) for _ in range(2))
+    hook, again = (replay.PreviousBatch(hooks.Replay(), environment(ROWS), None) for _ in range(2))
     hook.replay(rollouts.replace(scored=scored.replace(**extra, credit=scored.behaviour_logp)))
     again.restore(json.loads(json.dumps(hook.state())))
     assert jax.tree.structure(again.before) == jax.tree.structure(hook.before)
@@ -458,7 +453,7 @@ def test_replayed_batch_survives_a_resume_whole():
 
 
 def test_a_step_that_could_not_be_judged_is_no_regress():
-    hook = replay.PreviousBatch(hooks.Replay(window=3), session(ROWS), None)
+    hook = replay.PreviousBatch(hooks.Replay(window=3), environment(ROWS), None)
     steps = [
         collected([i], [rewards])
         for i, rewards in enumerate(([0, 1], [1, 1], [None, None], [1, None], [0, 1]))
@@ -466,7 +461,7 @@ def test_a_step_that_could_not_be_judged_is_no_regress():
     replayed = []
     for batch in steps:
         hook.observe(batch)
-        replayed.append(hook.replay(make_rollouts(Round(batch), 6, 0.0)) is not None)
+        replayed.append(hook.replay(make_batch(batch, 6, 0.0)) is not None)
     assert hook.rewards == [1, 1, 0.5]  # of the judged responses alone; the third step left no trace
     assert replayed == [False, False, False, False, True]  # and is not replayed either
 
@@ -480,12 +475,12 @@ def test_a_judge_that_always_fails_stops_the_run(tmp_path):
 
 
 def test_split_leaves_scalars_whole():
-    rollouts = Rollouts(
+    rollouts = Batch(
         Groups(np.zeros((4, 3)), np.ones(4), np.zeros((4, 2, 5))),
         Scored(
             np.zeros((4, 2, 5)), np.arange(8.0).reshape(4, 2), np.ones((4, 2, 5)), progress=np.float32(0.5)
         ),
     )
-    one, two = split(rollouts, 2)
+    one, two = rollouts.split(2)
     assert one.scored.rewards.tolist() == [[0, 1], [2, 3]] and two.groups.prompts.shape == (2, 3)
     assert one.scored.progress == two.scored.progress == np.float32(0.5)

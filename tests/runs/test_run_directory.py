@@ -15,8 +15,9 @@ from lpo_jax.reporting import read_metrics
 from lpo_jax.training import loop
 from lpo_jax.runs.checkpoint import load_run
 from lpo_jax.training.loop import train
-from lpo_jax.training.position import missing_steps
-from lpo_jax.runs.directory import Interrupted, RunDirectory, Signals, read_config
+from lpo_jax.runs.recorder import missing_steps
+from lpo_jax.runs.directory import RunDirectory, read_config
+from lpo_jax.runs.signals import Interrupted, Signals
 
 pytestmark = pytest.mark.usefixtures("no_plots")
 

@@ -20,11 +20,12 @@ from tiny import run_values
 from lpo_jax import objectives
 from lpo_jax.config import parse_config
 from lpo_jax.errors import RunStopped, UserError
+from lpo_jax.models import runner
 from lpo_jax.reporting import RunWriter, is_timing, read_metrics
 from lpo_jax.runs.checkpoint import load_run
-from lpo_jax.runs.directory import Interrupted
+from lpo_jax.runs.signals import Interrupted
 from lpo_jax.sampling import decode as sampling
-from lpo_jax.training import loop, optimizer, rounds, step
+from lpo_jax.training import learner, loop, optimizer, step
 from lpo_jax.training import sft as training_sft
 from lpo_jax.training.loop import train
 from lpo_jax.training.session import Session
@@ -411,8 +412,8 @@ def test_an_extended_run_keeps_its_schedule(method_config, monkeypatch):
     first, longer = (method_config("lpo-forward", "run", steps) for steps in (2, 4))
     first["optimizer"] = longer["optimizer"] = DECAYING
     train(parse_config(first))
-    seen, make_rollouts = [], loop.make_rollouts
-    monkeypatch.setattr(loop, "make_rollouts", lambda *a: seen.append(a[2]) or make_rollouts(*a))
+    seen, make_batch = [], loop.make_batch
+    monkeypatch.setattr(loop, "make_batch", lambda *a: seen.append(a[2]) or make_batch(*a))
     train(parse_config(longer), resume=True)
     assert seen == [1, 1]
     rates = rates_of(longer)
@@ -448,15 +449,15 @@ def test_ragged_prompts_compile_a_stated_number_of_programs(run_config, monkeypa
     """One program for each padded size: prompts pad to one size and responses to one, packed rows to a few."""
     for module, name, static, donated, most in (
         (step, "update", (0, 1), (2,), 6),
-        (step, "score", (0,), (), 6),
+        (runner, "score", (0,), (), 6),
         (sampling, "prefill", (0, 1, 5), (), 1),
         (sampling, "decode", (0, 1, 2, 3, 12), (8,), 1),
     ):
         counted = chex.assert_max_traces(getattr(module, name).__wrapped__, n=most)
         jitted = jax.jit(counted, static_argnums=static, donate_argnums=donated)
         monkeypatch.setattr(module, name, jitted)
-        if module is step:
-            monkeypatch.setattr(loop if name == "update" else rounds, name, jitted)
+        if module in (step, runner):
+            monkeypatch.setattr(learner, name, jitted)
     train(parse_config(run_config(evaluation={"problems": 8})))
 
 
@@ -533,14 +534,14 @@ def test_warm_start_then_rl(run_config, capsys):
 def test_rl_does_not_begin_with_the_rows_just_taught(run_config, monkeypatch):
     """24 rows: two supervised updates of 4 teach 8 of them, the first four steps of 4 prompts ask the other 16."""
     taught, asked = [], []
-    batch, record = training_sft.supervised_batch, loop.make_rollouts
+    batch, record = training_sft.supervised_batch, loop.make_batch
     monkeypatch.setattr(
         training_sft,
         "supervised_batch",
         lambda session, rows: taught.extend(row["n"] for row in rows) or batch(session, rows),
     )
     monkeypatch.setattr(
-        loop, "make_rollouts", lambda round, *args: asked.extend(round.batch.ids) or record(round, *args)
+        loop, "make_batch", lambda rollouts, *args: asked.extend(rollouts.ids) or record(rollouts, *args)
     )
     warm = {"steps": 2, "batch_size": 4, "only_below": 1.0}
     train(parse_config(run_config(warm_start=warm, training={"steps": 4}, evaluation={"every": 0})))

@@ -20,9 +20,10 @@ from lpo_jax.models.runner import Groups, ModelRunner, score
 from lpo_jax.objectives import TokenStats
 from lpo_jax.reporting import read_metrics
 from lpo_jax.runs.checkpoint import load_run
+from lpo_jax.runs.state import TrainState
 from lpo_jax.training.loop import train
 from lpo_jax.training.optimizer import Optimizer, make_optimizer
-from lpo_jax.training.step import TrainState, update
+from lpo_jax.training.step import update
 
 pytestmark = pytest.mark.usefixtures("no_plots")
 

@@ -93,11 +93,11 @@ def test_a_run_goes_by_it_and_says_so(run_config, monkeypatch, rank):
     sizes = ["--sampling.max_prompt_tokens=16", "--sampling.max_tokens=64", "--training.prompts_per_step=24"]
     config = override_config(parse_config(run_config()), [*SIZES, *sizes, f"--model.lora.rank={rank}"])
     with open_session(config) as session:
-        trained = sum(leaf.size for leaf in jax.tree.leaves(session.trainable))
-        state = 16 * trained + (4 * session.num_params if rank else 0)  # beside adapters, their base
-        free = 2 * kept_bytes(session.model_config, 5000, "float32") + state
+        trained = sum(leaf.size for leaf in jax.tree.leaves(session.model.trainable))
+        state = 16 * trained + (4 * session.model.num_params if rank else 0)  # beside adapters, their base
+        free = 2 * kept_bytes(session.model.architecture, 5000, "float32") + state
         monkeypatch.setattr(memory, "free_memory", lambda: free)
-        runner = session.runner(1.0)
+        runner = session.model.runner(1.0)
         assert (runner.token_budget, runner.remat) == (5000, False)
         said = {name: (value, meaning) for name, value, meaning in batch_sizes(session, runner)}
         assert said["layers in the backward pass"] == (
@@ -107,8 +107,8 @@ def test_a_run_goes_by_it_and_says_so(run_config, monkeypatch, rank):
         assert said["tokens per row"][0] <= 5000
 
         monkeypatch.setattr(memory, "free_memory", lambda: free - 1)
-        fresh = dataclasses.replace(session)  # decided once for a session
-        assert session.microbatch.token_budget == 5000 and fresh.microbatch.token_budget == 2500
+        fresh = dataclasses.replace(session.model)  # decided once for a run
+        assert session.model.microbatch.token_budget == 5000 and fresh.microbatch.token_budget == 2500
 
 
 def test_halving_precision_halves_what_is_kept(tiny_config):

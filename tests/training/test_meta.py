@@ -15,7 +15,7 @@ from lpo_jax.errors import Diverged, UserError
 from lpo_jax.objectives import meta as evolution
 from lpo_jax.objectives.mirror import SIZE, initial_map
 from lpo_jax.reporting import read_metrics
-from lpo_jax.runs.directory import Interrupted
+from lpo_jax.runs.signals import Interrupted
 from lpo_jax.training import meta as command
 from lpo_jax.training.mirror_file import read_map, write_map
 

@@ -13,8 +13,8 @@ from lpo_jax.models import quantize
 from lpo_jax.reporting import read_metrics
 from lpo_jax.training import measure
 from lpo_jax.training.behaviour import choose
+from lpo_jax.training.check import check_config
 from lpo_jax.training.loop import train
-from lpo_jax.training.session import check_config
 
 INT8 = {"weights": "int8"}
 TRUNCATED = {"name": "dr-grpo", "token_weight": "truncated-importance"}

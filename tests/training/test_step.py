@@ -19,10 +19,11 @@ from lpo_jax.models import decoder
 from lpo_jax.models.attention import Causal
 from lpo_jax.models.runner import Groups, ModelRunner, score, top_k_teacher
 from lpo_jax.objectives import Scored, TokenStats
-from lpo_jax.training.batch import Rollouts
-from lpo_jax.training.observe import LAST, observed
+from lpo_jax.rollout.batch import Batch
+from lpo_jax.runs.state import TrainState
+from lpo_jax.training.features import LAST, round_features
 from lpo_jax.training.optimizer import Optimizer
-from lpo_jax.training.step import TrainState, signal, token_metrics, update
+from lpo_jax.training.step import signal, token_metrics, update
 
 P, K, S, T = 4, 4, 6, 5
 
@@ -42,7 +43,7 @@ def rollouts(tiny_config):
         mask=mask,
         valid=np.ones((P, K), bool),
     )
-    return Rollouts(Groups(prompts * (np.arange(S) < lengths[:, None]), lengths, tokens * mask), scored)
+    return Batch(Groups(prompts * (np.arange(S) < lengths[:, None]), lengths, tokens * mask), scored)
 
 
 def program_for(config, budget=10**6, remat=False, **options):
@@ -108,7 +109,7 @@ def relative_error(got, want):
 
 
 def behaviour(config, params, rollouts, noise):
-    """Rollouts whose behaviour log-probs are the model's own plus noise, as after an update."""
+    """Batch whose behaviour log-probs are the model's own plus noise, as after an update."""
     logp = plain_log_probs(config, params, rollouts.groups, 0.7)
     logp = logp + noise * np.random.default_rng(1).normal(size=logp.shape)
     return rollouts.replace(scored=rollouts.scored.replace(behaviour_logp=logp))
@@ -161,9 +162,7 @@ def test_packed_scores_and_likeliest_equal_padded_ones(tiny_config, tiny_params,
     real = lambda tree: jax.tree.map(lambda x: x * mask.reshape(mask.shape + (1,) * (x.ndim - 3)), tree)  # noqa: E731
     want, got = (score(runner, tiny_params, some) for some in (groups, packed))
     chex.assert_trees_all_close(real(got), real(want), atol=2e-5)
-    want, got = (
-        top_k_teacher(runner, 3, tiny_params, some).replace(valid=None) for some in (groups, packed)
-    )
+    want, got = (top_k_teacher(runner, 3, tiny_params, some).replace(valid=None) for some in (groups, packed))
     chex.assert_trees_all_close(real(got), real(want), atol=2e-5)
 
 
@@ -172,7 +171,7 @@ def test_features_are_those_of_each_response_alone(tiny_config, tiny_params, rol
     """Whatever the rows; of one prompt token there is nothing to be unsure of."""
     groups, mask = rollouts.groups, rollouts.scored.mask
     runner = program_for(tiny_config, 30 if packed else 10**6)
-    got = observed(runner, tiny_params, runner.pack(groups, mask) if packed else groups, mask)
+    got = round_features(runner, tiny_params, runner.pack(groups, mask) if packed else groups, mask)
     assert got["prompt_confidence"][0] == 1
     for p, n in enumerate(groups.lengths):
         logits = decoder.logits(tiny_config, tiny_params, groups.prompts[p : p + 1, :n])[0, :-1]
@@ -210,7 +209,7 @@ def test_padding_changes_nothing(tiny_config, tiny_params, rollouts):
     rollouts = behaviour(tiny_config, tiny_params, rollouts, noise=0.1)
     g, s = rollouts.groups, rollouts.scored
     junk = lambda x, n: jnp.concatenate([x, jnp.full((*x.shape[:-1], n), 7, x.dtype)], axis=-1)  # noqa: E731
-    wider = Rollouts(
+    wider = Batch(
         Groups(junk(g.prompts, 3), g.lengths, junk(g.responses, 2)),
         s.replace(behaviour_logp=junk(s.behaviour_logp, 2), mask=np.pad(s.mask, ((0, 0), (0, 0), (0, 2)))),
     )

@@ -1,15 +1,18 @@
-"""Hooks at work: what a method asks of the run around its updates (`objectives/hooks.py` names them)."""
+"""Hooks: what a method needs from the run around its updates.
+
+`objectives/hooks.py` declares their settings; this package implements them.
+"""
 
 import contextlib
 from collections.abc import Iterator, Sequence
 
 from lpo_jax.objectives import hooks as specs
 from lpo_jax.objectives.method import Objective
+from lpo_jax.rollout.environment import Environment
 from lpo_jax.rollout.hooks import credits, hints, judges, prompts, replay, teachers
-from lpo_jax.rollout.hooks.base import Round, RunHook, Tools
-from lpo_jax.training.session import Session
+from lpo_jax.rollout.hooks.base import RunHook, Tools
 
-_AT_WORK: dict[type[specs.Hook], type[RunHook]] = {
+_HOOKS: dict[type[specs.Hook], type[RunHook]] = {
     specs.Budgets: credits.Cuts,
     specs.DynamicSampling: prompts.Dynamic,
     specs.GaussianSampling: prompts.Gaussian,
@@ -27,11 +30,15 @@ _AT_WORK: dict[type[specs.Hook], type[RunHook]] = {
 
 
 @contextlib.contextmanager
-def open_hooks(objective: Objective, session: Session) -> Iterator[Sequence[RunHook]]:
-    """The method's hooks, in its order. Raises `UserError` where the task lacks what one needs."""
-    hooks = [_AT_WORK[type(spec)](spec, session, objective) for spec in objective.hooks]
+def open_hooks(objective: Objective, environment: Environment) -> Iterator[Sequence[RunHook]]:
+    """The hooks of a method, in its order.
+
+    Raises:
+      UserError: the task lacks something that a hook needs.
+    """
+    hooks = [_HOOKS[type(spec)](spec, environment, objective) for spec in objective.hooks]
     with contextlib.ExitStack() as stack:
         yield [stack.enter_context(hook) for hook in hooks]
 
 
-__all__ = ["Round", "RunHook", "Tools", "open_hooks"]
+__all__ = ["RunHook", "Tools", "open_hooks"]

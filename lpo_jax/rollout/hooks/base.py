@@ -1,20 +1,20 @@
-"""The protocol of hooks: the phases of a step, what a hook may do in each, and the tools it has.
+"""The protocol of hooks: the phases of a step, what a hook may do in each phase, and the tools that it has.
 
-A step runs through these phases in this order, whatever the order of a method's hooks (`rounds.sample_round`):
+A step runs through these phases in this order, whatever the order of a method's hooks (`rollout/rounds.py`):
 
-  draw      the rows of a sampling round are chosen; its responses are then sampled and verified
-  mend      failed groups or responses of that round are replaced
-  select    the groups to learn from are chosen; it may ask for further rounds, which are drawn and mended alike
-  observe   every hook takes notice of all that was sampled in the step, before it was mended and selected
-  annotate  the objective gets fields of `Scored`
-  replay    an update on an earlier batch follows the step's own
+  draw      choose the rows of a sampling round; their responses are then sampled and verified
+  mend      replace failed groups or responses of that round
+  select    choose the groups to learn from; may request further rounds, which are drawn and mended in the same way
+  observe   read all rollouts of the step, as they were before they were mended and selected
+  annotate  compute fields of `Scored` for the objective
+  replay    request one more update on an earlier batch, after the step's own updates
 
-A hook's settings (`objectives/hooks.py`) declare which of them it acts in, and which hooks it cannot be combined with.
-Each hook overrides the methods of its phase; its state is JSON and is saved with every checkpoint.
+A hook's settings (`objectives/hooks.py`) declare the phases in which it acts, and the hooks that it cannot be combined
+with. Each hook overrides the methods of its phases. Its state is JSON and is saved with every checkpoint.
 """
 
 import dataclasses
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy as np
@@ -25,10 +25,10 @@ from lpo_jax.models.decoder import Params
 from lpo_jax.models.runner import ModelRunner
 from lpo_jax.objectives.hooks import Hook
 from lpo_jax.objectives.method import Objective
-from lpo_jax.rollout.collect import Collected, join
+from lpo_jax.rollout.batch import Batch
+from lpo_jax.rollout.collect import Rollouts
+from lpo_jax.rollout.environment import Environment
 from lpo_jax.sampling import Sampling
-from lpo_jax.training.batch import Rollouts
-from lpo_jax.training.session import Session
 
 Rows = list[tuple[int, tasks.Row]]
 
@@ -38,13 +38,20 @@ HINTED, BUDGETED = 1, 2
 
 @dataclasses.dataclass(frozen=True)
 class Tools:
-    """What hooks work with in one step: the run's parts and the step's weights."""
+    """What hooks work with in one step.
 
-    session: Session
+    Attributes:
+      runner: scores given responses with the trainer.
+      step: from 1.
+      params: the current policy.
+      weights: the same in decode layout, to sample with.
+    """
+
+    environment: Environment
     runner: ModelRunner
     step: int
     params: Params
-    weights: Any  # in decode layout
+    weights: Any
 
     def sample(
         self,
@@ -55,10 +62,17 @@ class Tools:
         max_tokens: int = 0,
         greedy: bool = False,
         **options: Any,
-    ) -> Collected:
-        """Samples and verifies as the run does; options are those of the collector."""
-        config = self.session.config
-        return self.session.collect(
+    ) -> Rollouts:
+        """Samples and verifies responses with the run's settings.
+
+        Args:
+          stream: of random numbers.
+          num_responses, max_tokens: 0 takes the run's.
+          greedy: take the most probable token at each position.
+          **options: those of `Collector`.
+        """
+        config = self.environment.config
+        return self.environment.collect(
             self.weights,
             rows,
             num_responses=num_responses or config.sampling.num_responses,
@@ -70,33 +84,16 @@ class Tools:
             **options,
         )
 
-    def rows_of(self, batch: Collected) -> list[tasks.Row]:
-        """The data rows of a batch's groups."""
-        return [self.session.train_rows[i] for i in batch.ids]
-
-
-@dataclasses.dataclass
-class Round:
-    """Sampled groups on their way to the objective.
-
-    Attributes:
-      rescore: whether behaviour log-probs must be the trainer's: some response was not sampled from its prompt.
-    """
-
-    batch: Collected
-    rescore: bool = False
-
-
-def joined(rounds: Sequence[Round]) -> Round:
-    """Several rounds as one."""
-    return Round(join([round.batch for round in rounds]), any(round.rescore for round in rounds))
+    def rows_of(self, rollouts: Rollouts) -> list[tasks.Row]:
+        """The data row of each group."""
+        return [self.environment.train_rows[i] for i in rollouts.ids]
 
 
 class RunHook:
-    """A hook at work in a run. The base does nothing."""
+    """A hook of a run. The base class does nothing in any phase."""
 
-    def __init__(self, spec: Hook, session: Session, objective: Objective):
-        self.spec, self.session, self.objective = spec, session, objective
+    def __init__(self, spec: Hook, environment: Environment, objective: Objective):
+        self.spec, self.environment, self.objective = spec, environment, objective
 
     def __enter__(self):
         return self
@@ -105,65 +102,67 @@ class RunHook:
         return None
 
     def begin(self) -> None:
-        """A step begins: what `metrics` counts is 0."""
+        """Called at the beginning of a step; resets what `metrics` counts."""
 
     def draw(self, rows: Rows, step: int, seen: Collection[int]) -> Rows:
-        """The rows to sample.
+        """Returns the rows to sample.
 
         Args:
-          rows: what the order of the data offers.
+          rows: the next rows in the order of the data.
           step: from 1.
-          seen: the rows of the step's earlier rounds, which are not sampled again.
+          seen: ids of the rows of earlier rounds of the step, which are not sampled again.
         """
         return rows
 
-    def mend(self, round: Round, tools: Tools) -> None:
-        """May change the round's groups."""
+    def mend(self, rollouts: Rollouts, tools: Tools) -> Rollouts:
+        """Returns the rollouts of a round with some groups or responses replaced."""
+        return rollouts
 
-    def select(self, round: Round, more: Callable[[], Round | None]) -> None:
-        """May change which groups the step learns from.
+    def select(self, rollouts: Rollouts, more: Callable[[], Rollouts | None]) -> Rollouts:
+        """Returns the groups that the step learns from, as many as it was given.
 
         Args:
-          round: as many groups as the step is to have; changed in place.
-          more: draws, samples and mends a further round; None where all rows that were offered have been seen.
+          rollouts: the step's first round.
+          more: draws, samples and mends a further round; returns None if all rows that were drawn have been seen.
         """
+        return rollouts
 
-    def observe(self, sampled: Collected) -> None:
-        """Takes notice of everything that the step sampled, before it was mended and selected."""
+    def observe(self, sampled: Rollouts) -> None:
+        """Reads everything that the step sampled, as it was before it was mended and selected."""
 
-    def annotate(self, rollouts: Rollouts, batch: Collected, tools: Tools) -> dict[str, Any]:
-        """Fields of `Scored`."""
+    def annotate(self, batch: Batch, rollouts: Rollouts, tools: Tools) -> dict[str, Any]:
+        """Returns fields of `Scored` by name."""
         return {}
 
-    def replay(self, rollouts: Rollouts) -> Rollouts | None:
-        """A batch for one more update after the step's own."""
+    def replay(self, batch: Batch) -> Batch | None:
+        """Returns a batch for one more update after the step's own; None for no such update."""
         return None
 
     def metrics(self) -> dict[str, float]:
-        """What the last step has to report."""
+        """Metrics of the last step."""
         return {}
 
     def state(self) -> Any:
-        """JSON."""
+        """The state to save, as JSON."""
         return None
 
     def restore(self, state: Any) -> None:
-        """Continues from `state()`."""
+        """Restores what `state()` returned."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Judged:
-    """Outcomes of a batch by group, over the responses that the verifier could judge.
+    """Outcomes of rollouts by group, over the responses that the verifier could judge.
 
-    A failure of the verifier (outcome `infrastructure`) says nothing about the policy: it counts neither as a pass
-    nor as a failure, and of a group that it left without a judged response nothing is known.
+    A failure of the verifier itself (outcome `infrastructure`) carries no information about the policy. It counts
+    neither as a pass nor as a failure, and the result of a group without any judged response is unknown.
 
     Attributes:
-      known: `[P]` bool: some response was judged.
-      pass_rate: `[P]` share of the judged responses that passed; NaN where nothing is known.
-      mean_reward: `[P]` mean reward of the judged responses; NaN where nothing is known.
-      failed: `[P]` bool: some response was judged, and none passed.
-      mixed: `[P]` bool: the rewards of the judged responses differ, so that the group has something to teach.
+      known: `[P]` bool: at least one response was judged.
+      pass_rate: `[P]` share of the judged responses that passed; NaN where `known` is False.
+      mean_reward: `[P]` mean reward of the judged responses; NaN where `known` is False.
+      failed: `[P]` bool: at least one response was judged, and none passed.
+      mixed: `[P]` bool: the rewards of the judged responses differ, so that the group has a learning signal.
       rewards: `[N]` of all judged responses.
     """
 
@@ -175,10 +174,10 @@ class Judged:
     rewards: np.ndarray
 
 
-def judged(batch: Collected) -> Judged:
-    """What is known of each group; the one place where hooks learn how a batch went."""
-    valid, rewards = batch.valid, batch.rewards
-    passed, count = batch.passed & valid, valid.sum(-1)
+def judged(rollouts: Rollouts) -> Judged:
+    """Outcomes by group; all hooks read the results of rollouts through this function."""
+    valid, rewards = rollouts.valid, rollouts.rewards
+    passed, count = rollouts.passed & valid, valid.sum(-1)
     known = count > 0
     share = lambda x: np.where(known, x.sum(-1, where=valid) / np.maximum(count, 1), np.nan)  # noqa: E731
     least = rewards.min(-1, initial=np.inf, where=valid)
@@ -186,10 +185,15 @@ def judged(batch: Collected) -> Judged:
     return Judged(known, share(passed), share(rewards), known & ~passed.any(-1), most > least, rewards[valid])
 
 
-def require_solutions(session: Session, objective: Objective, use: str) -> None:
-    """Refuses a task some training row of which has no solution. Raises `UserError` naming the row."""
-    for index, row in enumerate(session.train_rows):
-        if session.task.solution(row) is None:
+def require_solutions(environment: Environment, objective: Objective, use: str) -> None:
+    """Raises `UserError`, naming the row, if a training row has no solution.
+
+    Args:
+      use: what the solution is needed for; ends the message.
+    """
+    for index, row in enumerate(environment.train_rows):
+        if environment.task.solution(row) is None:
             raise UserError(
-                f"objective {objective.name}: training row {index} of task {session.task.name!r} has no solution {use}"
+                f"objective {objective.name}: training row {index} of task {environment.task.name!r} has "
+                f"no solution {use}"
             )

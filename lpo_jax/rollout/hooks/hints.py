@@ -1,99 +1,108 @@
-"""Groups in which everything fails, sampled again with help."""
+"""Hooks that sample groups without any passing response again, with a hint in the prompt."""
+
+import dataclasses
 
 import numpy as np
 
+from lpo_jax import tasks
 from lpo_jax.errors import UserError
 from lpo_jax.objectives import hooks as specs
-from lpo_jax.rollout.collect import Collected, join, replace_response
+from lpo_jax.rollout.collect import Rollouts, concatenate, replace_response
 from lpo_jax.rollout.encode import encode_hinted
-from lpo_jax.rollout.hooks.base import HINTED, Round, RunHook, Tools, judged, require_solutions
+from lpo_jax.rollout.hooks.base import HINTED, RunHook, Tools, judged, require_solutions
 
 
 class Hints(RunHook):
-    """Goes up the hints of the failed groups until each has a passing response or is out of hints."""
+    """Samples failed groups again with stronger and stronger hints, until a response passes or no hint is left."""
 
-    def hints(self, row) -> list[str]:
-        """What a row offers, the least help first."""
+    def hints(self, row: tasks.Row) -> list[str]:
+        """The hints for a row, the weakest first."""
         raise NotImplementedError
 
-    def use(self, round: Round, p: int, again: Collected, q: int) -> None:
-        """Group `p` of the round failed, and group `q` of the hinted samples has a response that passed."""
+    def use(self, rollouts: Rollouts, p: int, hinted: Rollouts, q: int) -> Rollouts:
+        """Returns the rollouts with failed group `p` repaired by group `q` of the hinted samples, which has a pass."""
         raise NotImplementedError
 
     def begin(self) -> None:
         self.hinted = 0
 
-    def mend(self, round: Round, tools: Tools) -> None:
-        session = self.session
-        failed = np.flatnonzero(judged(round.batch).failed).tolist()
-        hints = {p: self.hints(session.train_rows[round.batch.ids[p]]) for p in failed}
+    def mend(self, rollouts: Rollouts, tools: Tools) -> Rollouts:
+        task, tokenizer, train_rows = (
+            self.environment.task,
+            self.environment.tokenizer,
+            self.environment.train_rows,
+        )
+        failed = np.flatnonzero(judged(rollouts).failed).tolist()
+        hints = {p: self.hints(train_rows[rollouts.ids[p]]) for p in failed}
         level = 0
         while failed := [p for p, texts in hints.items() if level < len(texts)]:
-            rows = [(round.batch.ids[p], session.train_rows[round.batch.ids[p]]) for p in failed]
+            rows = [(rollouts.ids[p], train_rows[rollouts.ids[p]]) for p in failed]
             prompts = [
-                encode_hinted(session.task, session.tokenizer, row, hints[p][level])
-                for p, (_, row) in zip(failed, rows)
+                encode_hinted(task, tokenizer, row, hints[p][level]) for p, (_, row) in zip(failed, rows)
             ]
-            again = tools.sample(
-                rows, stream=HINTED + 16 * level, prompts=prompts, at_least=len(round.batch.ids)
+            hinted = tools.sample(
+                rows, stream=HINTED + 16 * level, prompts=prompts, at_least=len(rollouts.ids)
             )
-            still_failed = judged(again).failed
+            still_failed = judged(hinted).failed
             for q, p in enumerate(failed):
-                if (again.passed[q] & again.valid[q]).any():
-                    self.use(round, p, again, q)
+                if (hinted.passed[q] & hinted.valid[q]).any():
+                    rollouts = self.use(rollouts, p, hinted, q)
                     self.hinted += 1
-                if not still_failed[q]:  # solved, or nothing is known of it and more help would not be earned
+                if not still_failed[q]:  # it passed, or its result is unknown and does not justify more help
                     del hints[p]
             level += 1
+        return rollouts
 
     def metrics(self):
         return {"lpo/hinted_groups": self.hinted}
 
 
 class Solutions(Hints):
-    """GHPO: the hinted group takes the place of the failed one."""
+    """GHPO: the hinted group replaces the failed one."""
 
     spec: specs.SolutionHints
 
-    def __init__(self, spec, session, objective):
-        super().__init__(spec, session, objective)
-        require_solutions(session, objective, "to take hints from")
+    def __init__(self, spec, environment, objective):
+        super().__init__(spec, environment, objective)
+        require_solutions(environment, objective, "to take hints from")
 
     def hints(self, row):
-        solution = self.session.task.solution(row)
+        solution = self.environment.task.solution(row)
         return [f"A solution begins: {solution[: int(f * len(solution))]}" for f in self.spec.hint_fractions]
 
-    def use(self, round, p, again, q):
-        order = list(range(len(round.batch.ids)))
+    def use(self, rollouts, p, hinted, q):
+        order = list(range(len(rollouts.ids)))
         order[p] = len(order) + q
-        round.batch = join([round.batch, again]).take(order)
+        return concatenate([rollouts, hinted]).take(order)
 
 
 class Ladder(Hints):
-    """Scaf-GRPO: one response that passed with a hint takes the place of a failed one, under the plain prompt."""
+    """Scaf-GRPO: a response that passed with a hint replaces a failed one, under the prompt without the hint."""
 
     spec: specs.LadderHints
 
-    def __init__(self, spec, session, objective):
-        super().__init__(spec, session, objective)
-        for index, row in enumerate(session.train_rows):
+    def __init__(self, spec, environment, objective):
+        super().__init__(spec, environment, objective)
+        for index, row in enumerate(environment.train_rows):
             hints = row.get("hints")
             if not isinstance(hints, list | tuple) or not hints or not all(isinstance(h, str) for h in hints):
                 raise UserError(
-                    f"objective {objective.name}: training row {index} of task {session.task.name!r} has no `hints`, "
+                    f"objective {objective.name}: training row {index} of task {environment.task.name!r} "
+                    "has no `hints`, "
                     "a list of texts from the vaguest to the whole solution"
                 )
 
     def hints(self, row):
         return list(row["hints"])
 
-    def mend(self, round, tools):
-        if tools.step > self.spec.hint_after:
-            super().mend(round, tools)
+    def mend(self, rollouts, tools):
+        return super().mend(rollouts, tools) if tools.step > self.spec.hint_after else rollouts
 
-    def use(self, round, p, again, q):
-        best = int(np.argmax(again.passed[q] & again.valid[q]))
-        # A response that could not be judged is no loss; else the first, which failed as all others did.
-        place = int(np.argmin(round.batch.valid[p]))
-        round.batch = replace_response(round.batch, p, place, again, q, best)
-        round.rescore = True  # it was not sampled from the prompt that it is trained under
+    def use(self, rollouts, p, hinted, q):
+        best = int(np.argmax(hinted.passed[q] & hinted.valid[q]))
+        # A response that could not be judged is replaced first; else the first, which failed as all others did.
+        k = int(np.argmin(rollouts.valid[p]))
+        mended = replace_response(rollouts, p, k, hinted, q, best)
+        return dataclasses.replace(
+            mended, rescore=True
+        )  # it was not sampled from the prompt that it is trained under

@@ -1,39 +1,39 @@
-"""A second opinion on responses: a judge's, or that of one greedy response."""
+"""Hooks that compare responses with a judge's verdict or with one greedy response."""
 
 import numpy as np
 
 from lpo_jax.errors import RunStopped, UserError
 from lpo_jax.objectives import hooks as specs
 from lpo_jax.rewards import Verdict, VerifierPool, VerifierSpec
-from lpo_jax.rollout.collect import Collected
+from lpo_jax.rollout.collect import Rollouts
 from lpo_jax.rollout.hooks.base import RunHook, Tools, judged
 
 
 class Greedy(RunHook):
-    """ReMax: the reward of the likeliest response to each prompt."""
+    """ReMax: the baseline is the reward of the greedy response to each prompt."""
 
-    def annotate(self, rollouts, batch, tools):
-        rows = list(zip(batch.ids, tools.rows_of(batch)))
-        # Behind the group's own prompt, which holds a hint where a hook has given one.
-        prompts = [ids[:n].tolist() for ids, n in zip(batch.prompts, batch.prompt_lengths)]
+    def annotate(self, batch, rollouts, tools):
+        rows = list(zip(rollouts.ids, tools.rows_of(rollouts)))
+        # After the group's own prompt, which contains a hint if a hook has added one.
+        prompts = [ids[:n].tolist() for ids, n in zip(rollouts.prompts, rollouts.prompt_lengths)]
         greedy = judged(tools.sample(rows, num_responses=1, greedy=True, prompts=prompts))
-        # Where the greedy response could not be judged, the group is compared to its own mean.
-        baseline = np.where(greedy.known, greedy.mean_reward, judged(batch).mean_reward)
+        # If the greedy response could not be judged, the baseline is the group's own mean.
+        baseline = np.where(greedy.known, greedy.mean_reward, judged(rollouts).mean_reward)
         return {"baseline": np.nan_to_num(baseline)[:, None].astype(np.float32)}
 
 
 class Judge(RunHook):
-    """A user's function over the responses that need judging, in workers like those of the verifier."""
+    """Applies a user's function to responses, in worker processes like those of the verifier."""
 
     spec: specs.Judge
 
-    def __init__(self, spec, session, objective):
-        super().__init__(spec, session, objective)
+    def __init__(self, spec, environment, objective):
+        super().__init__(spec, environment, objective)
         if not spec.judge:
             raise UserError(
                 f"objective {objective.name} needs a judge: set objective.judge to path/to/file.py:function"
             )
-        rewards = session.config.rewards
+        rewards = environment.config.rewards
         self.worked = False
         self.pool = VerifierPool(VerifierSpec(spec.judge), workers=rewards.workers, timeout=rewards.timeout)
 
@@ -44,15 +44,17 @@ class Judge(RunHook):
     def __exit__(self, *exception):
         return self.pool.__exit__(*exception)
 
-    def verdicts(self, batch: Collected, tools: Tools, wanted: np.ndarray) -> dict[tuple[int, int], Verdict]:
-        """The verdicts on the responses `wanted` `[P, K]`, by place; those on which the judge failed are left out.
+    def verdicts(
+        self, rollouts: Rollouts, tools: Tools, wanted: np.ndarray
+    ) -> dict[tuple[int, int], Verdict]:
+        """Verdicts on the responses `wanted` `[P, K]`, by (p, k); those on which the judge failed are left out.
 
         Raises:
-          RunStopped: the judge has failed on every response that it was given so far.
+          RunStopped: the judge has failed on every response so far.
         """
         places = np.argwhere(wanted).tolist()
-        rows = tools.rows_of(batch)
-        verdicts = self.pool.verify([batch.texts[p][k] for p, k in places], [rows[p] for p, _ in places])
+        rows = tools.rows_of(rollouts)
+        verdicts = self.pool.verify([rollouts.texts[p][k] for p, k in places], [rows[p] for p, _ in places])
         found = {(p, k): v for (p, k), v in zip(places, verdicts) if not v.masked}
         self.worked |= bool(found)
         if verdicts and not self.worked:
@@ -62,9 +64,9 @@ class Judge(RunHook):
             )
         return found
 
-    def annotate(self, rollouts, batch, tools):
-        """FAPO: which passing responses are flawed."""
-        flawed = np.zeros(batch.rewards.shape, bool)
-        for place, verdict in self.verdicts(batch, tools, batch.passed & batch.valid).items():
+    def annotate(self, batch, rollouts, tools):
+        """FAPO: marks passing responses that the judge calls flawed."""
+        flawed = np.zeros(rollouts.rewards.shape, bool)
+        for place, verdict in self.verdicts(rollouts, tools, rollouts.passed & rollouts.valid).items():
             flawed[place] = verdict.reward > 0
         return {"flawed": flawed}

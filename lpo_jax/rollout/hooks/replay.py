@@ -1,4 +1,4 @@
-"""PIPO: the batch before, once more, weighed by what came of it."""
+"""PIPO: one more update on the previous batch, weighted by the change of the reward since."""
 
 import base64
 import io
@@ -9,39 +9,39 @@ import numpy as np
 from lpo_jax.models.runner import Groups
 from lpo_jax.objectives import Scored, Teacher
 from lpo_jax.objectives import hooks as specs
-from lpo_jax.rollout.collect import Collected
+from lpo_jax.rollout.batch import Batch
+from lpo_jax.rollout.collect import Rollouts
 from lpo_jax.rollout.hooks.base import RunHook, judged
-from lpo_jax.training.batch import Rollouts
 
 
 class PreviousBatch(RunHook):
-    """Keeps the last batch and the mean rewards of the window."""
+    """Keeps the previous batch and the mean rewards of a window of steps."""
 
     spec: specs.Replay
 
-    def __init__(self, spec, session, objective):
-        super().__init__(spec, session, objective)
+    def __init__(self, spec, environment, objective):
+        super().__init__(spec, environment, objective)
         self.rewards: list[float] = []
-        self.before: Rollouts | None = None
+        self.before: Batch | None = None
         self.weight = 0.0
 
-    def replay(self, rollouts):
-        """The batch before with its weight, when there is one; the given batch is kept for the next step."""
-        again, self.before = self.before, jax.device_get(rollouts)
+    def replay(self, batch):
+        """Returns the previous batch with its weight, if there is one, and keeps `batch` for the next step."""
+        again, self.before = self.before, jax.device_get(batch)
         if again is None or self.weight == 0 or not np.any(again.scored.valid):
             return None
         P = again.scored.rewards.shape[0]
         weight = np.full(P, self.weight, np.float32)
-        return again.replace(scored=again.scored.replace(weight=weight, progress=rollouts.scored.progress))
+        return again.replace(scored=again.scored.replace(weight=weight, progress=batch.scored.progress))
 
-    def observe(self, sampled: Collected):
+    def observe(self, sampled: Rollouts):
         rewards = judged(sampled).rewards
-        if not rewards.size:  # nothing is known of this step, so nothing of how it compares
+        if not rewards.size:  # without a judged response there is nothing to compare
             self.weight = 0.0
             return
         mean = float(rewards.mean())
         window = np.array(self.rewards[-self.spec.window :] or [mean])
-        # A batch's mean is no better known than its standard error, however alike those of the window happen to be.
+        # The mean of a batch is uncertain by its standard error, even if the means of the window happen to be equal.
         error = float(np.std(rewards)) / np.sqrt(max(rewards.size, 1))
         deviation = max(float(window.std()), error)
         known = len(window) > 1 and deviation > 1e-6
@@ -64,17 +64,17 @@ class PreviousBatch(RunHook):
         self.rewards, self.weight = state["rewards"], state["weight"]
         if "before" in state:
             with np.load(io.BytesIO(base64.b64decode(state["before"]))) as arrays:
-                self.before = _rollouts(dict(arrays))
+                self.before = _batch(dict(arrays))
 
 
-def _flat(rollouts: Rollouts) -> dict[str, np.ndarray]:
-    """Every array of a batch by its path, such as "scored.teacher.ids"."""
-    flat, _ = jax.tree_util.tree_flatten_with_path(rollouts)
+def _flat(batch: Batch) -> dict[str, np.ndarray]:
+    """All arrays of a batch by path, such as "scored.teacher.ids"."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(batch)
     return {".".join(key.name for key in path): np.asarray(leaf) for path, leaf in flat}
 
 
-def _rollouts(arrays: dict[str, np.ndarray]) -> Rollouts:
-    """The batch of `_flat`."""
+def _batch(arrays: dict[str, np.ndarray]) -> Batch:
+    """The batch of which `_flat` returned the arrays."""
 
     def fields(prefix: str) -> dict[str, np.ndarray]:
         return {
@@ -86,4 +86,4 @@ def _rollouts(arrays: dict[str, np.ndarray]) -> Rollouts:
     scored, teacher = fields("scored."), fields("scored.teacher.")
     if teacher:
         scored["teacher"] = Teacher(**teacher)
-    return Rollouts(Groups(**fields("groups.")), Scored(**scored))
+    return Batch(Groups(**fields("groups.")), Scored(**scored))

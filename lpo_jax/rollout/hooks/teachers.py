@@ -1,4 +1,4 @@
-"""Next-token distributions of another policy on the same responses."""
+"""Hooks that compute the next-token distributions of another policy on the same responses."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,26 +15,26 @@ class Previous(RunHook):
 
     spec: specs.PreviousPolicy
 
-    def annotate(self, rollouts, batch, tools):
-        count = min(self.spec.top, self.session.model_config.vocab_size)
-        return {"teacher": top_k_teacher(tools.runner, count, tools.params, rollouts.groups)}
+    def annotate(self, batch, rollouts, tools):
+        count = min(self.spec.top, tools.runner.config.vocab_size)
+        return {"teacher": top_k_teacher(tools.runner, count, tools.params, batch.groups)}
 
 
 class Sibling(RunHook):
-    """SRPO: the policy itself, once it has read a response of the group that passed."""
+    """SRPO: the policy itself, with a passing response of the group in its prompt."""
 
     spec: specs.SiblingTeacher
 
-    def annotate(self, rollouts, batch, tools):
-        session, groups = self.session, rollouts.groups
+    def annotate(self, batch, rollouts, tools):
+        environment, groups = self.environment, batch.groups
         P, K, T = groups.responses.shape
-        good = batch.passed & batch.valid
-        taught = ~good & batch.valid & good.any(-1, keepdims=True)  # [P, K]
+        good = rollouts.passed & rollouts.valid
+        taught = ~good & rollouts.valid & good.any(-1, keepdims=True)  # [P, K]
         prompts = []
-        for row, texts, passed in zip(tools.rows_of(batch), batch.texts, good):
+        for row, texts, passed in zip(tools.rows_of(rollouts), rollouts.texts, good):
             hint = self.spec.reprompt.replace("{solution}", texts[int(np.argmax(passed))])
-            prompts.append(encode_hinted(session.task, session.tokenizer, row, hint))
+            prompts.append(encode_hinted(environment.task, environment.tokenizer, row, hint))
         padded, lengths = pad_prompts(prompts, NO_LIMIT)
-        count = min(self.spec.top, session.model_config.vocab_size)
+        count = min(self.spec.top, tools.runner.config.vocab_size)
         teacher = top_k_teacher(tools.runner, count, tools.params, Groups(padded, lengths, groups.responses))
         return {"teacher": teacher.replace(valid=jnp.asarray(taught))}

@@ -19,7 +19,7 @@ LEAST_LIKELY = 0.2  # share of a prompt's tokens that its confidence is taken ov
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def observed(
+def round_features(
     runner: ModelRunner, params: decoder.Params, groups: Groups, mask: jax.Array
 ) -> dict[str, jax.Array]:
     """Features and prompt confidence of a batch, from one forward pass.

@@ -1,0 +1,210 @@
+"""The recorder of a run: metrics, responses, checkpoints, and the progress on the console."""
+
+import contextlib
+import itertools
+import shlex
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lpo_jax import reporting
+from lpo_jax.errors import UserError
+from lpo_jax.evaluation.heldout import Evaluation, powers_of_two
+from lpo_jax.evaluation.metrics import paired_difference, summarise
+from lpo_jax.json_lines import read_rows
+from lpo_jax.objectives import Listwise
+from lpo_jax.parallel import hosts
+from lpo_jax.reporting.writers import METRICS_FILE
+from lpo_jax.rollout.collect import Rollouts
+from lpo_jax.rollout.failures import Failures, Watch
+from lpo_jax.runs.checkpoint import Checkpoints
+from lpo_jax.runs.directory import RunDirectory
+from lpo_jax.runs.state import Position
+from lpo_jax.runs.signals import Signals
+
+
+class Recorder:
+    """Writes what a run leaves behind, and restores it.
+
+    Args:
+      run: the directory of the run, entered.
+      total_steps: of the run.
+    """
+
+    def __init__(self, run: RunDirectory, signals: Signals, total_steps: int):
+        self.run, self.signals, self.total = run, signals, total_steps
+        self.config = run.config
+        self.console = reporting.console()
+        self._watch, self._saved = Watch(), False
+
+    def __enter__(self):
+        with contextlib.ExitStack() as stack:
+            self.checkpoints = stack.enter_context(
+                Checkpoints(self.run.checkpoints, self.config.checkpoint.keep)
+            )
+            self.writer = stack.enter_context(open_writer(self.run.path))
+            start = self.checkpoints.latest() or 0
+            progress = reporting.Progress(self.total, start=start, console=self.console)
+            self.progress = stack.enter_context(progress if hosts.first() else hosts.Silent())
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *exception):
+        return self._stack.__exit__(*exception)
+
+    def restore(self, abstract_state: Any) -> Position | None:
+        """Restores the newest checkpoint and truncates the files to its step.
+
+        Args:
+          abstract_state: shapes and shardings of the train state; its frozen base is not in the checkpoint.
+
+        Returns:
+          The position; None in a fresh run.
+        """
+        step = self.checkpoints.latest()
+        if step is None:
+            hosts.on_first(self.run.require_no_checkpoint)
+            self.writer.truncate_after(-1)
+            return None
+        self._note_saved(step)
+        record = self.checkpoints.record(step)
+        self.writer.truncate_after(step, evaluations=record["evaluations"])
+        self.progress.log(f"resumed from the checkpoint of step {step}")
+        if lost := hosts.on_first(lambda: missing_steps(self.run.path, step)):
+            self.progress.log(
+                f"warning: {self.run.path}/metrics.jsonl has no rows of {lost}, which the checkpoint of step {step} "
+                "includes; they cannot be made again, and the run goes on without them"
+            )
+        return Position(self.checkpoints.restore(step, abstract_state.replace(frozen=None)), **record)
+
+    def save(self, position: Position) -> bool:
+        """Saves the position, unless its step is saved already, and its score. Returns whether anything was saved."""
+        changing = position.state.replace(frozen=None)  # the base of adapters is read from the model's files
+        fresh = self.checkpoints.save(position.step, changing, position.record(), position.score)
+        if not self._saved:  # later saves run in the background; the first one is noted once it is complete
+            self.checkpoints.wait()
+            self._note_saved(position.step)
+        return fresh
+
+    def _note_saved(self, step: int) -> None:
+        self._saved = True
+        self.run.note_saved(step)
+
+    def check_verdicts(self, found: Failures, where: str) -> None:
+        """Logs a warning if many responses could not be judged. Raises `VerifierFailed` if none could."""
+        if warning := self._watch.check(found, where):
+            self.progress.log(warning)
+
+    def write_evaluation(
+        self, position: Position, evaluation: Evaluation, row: dict[str, float], label: str | None
+    ) -> None:
+        """Writes the metrics and the responses of a held-out evaluation, and notes it in the position.
+
+        Args:
+          label: shows the evaluation at the end of the run, under this name.
+        """
+        with self.signals.deferred():  # the position counts as evaluated as soon as the row is written
+            self.writer.write_samples(position.step, evaluation.records, folder="validation")
+            self.writer.write(position.step, row)
+            position.add_evaluation(evaluation, label)
+        self.progress.update(position.step, row)
+
+    def write_step(self, step: int, row: dict[str, float], rollouts: Rollouts, views: list[Listwise]) -> None:
+        """Writes the metrics of a step, and its responses with the objective's view of them."""
+        if self.config.training.save_rollouts:
+            self.writer.write_samples(step, rollout_records(rollouts, views))
+        self.writer.write(step, row)
+        self.progress.update(step, row)
+
+    def finish(self, position: Position, task: str, example_prompt: str) -> None:
+        """Prints the end of a run: evaluations before and after, sample responses, plots, and the next commands.
+
+        Args:
+          task: its name.
+          example_prompt: for the suggested `lpo sample`.
+        """
+        self.checkpoints.wait()
+        if not hosts.first():
+            return
+        self.progress.log(self._evaluations_table(position, task))
+        run = self.run.path
+        try:
+            self.progress.log(reporting.sample_panel(self._last_samples()))
+        except UserError as error:  # the run is complete even if that file is gone
+            self.progress.log(f"samples      none to show: {error}")
+        if self.config.training.save_plots:
+            self.progress.log(f"curves       {', '.join(map(str, reporting.save_plots(run)))}")
+        self.progress.log(
+            f"metrics      {run}/metrics.jsonl, {run}/tensorboard",
+            f"responses    {run}/rollouts, {run}/validation",
+            f"checkpoints  latest step {self.checkpoints.latest()}, best step {self.checkpoints.best()}",
+            "next",
+            f"  lpo sample {run} {shlex.quote(example_prompt)}",
+            f"  lpo eval {run}",
+            f"  lpo export {run} {run}/hf",
+        )
+
+    def _evaluations_table(self, position: Position, task: str):
+        """Each evaluation compared with the one above it, problem by problem."""
+        rows, above = [], None
+        for label, outcomes in position.milestones.items():
+            passed, valid = np.array(outcomes["passed"], bool), np.array(outcomes["valid"], bool)
+            ks = self.config.evaluation.ks or powers_of_two(passed.shape[1])
+            change = paired_difference(above[0], passed, above[1], valid, ks=ks) if above else None
+            rows.append((label, summarise(passed, valid, ks=ks, seed=self.config.seed), change))
+            above = passed, valid
+        return reporting.before_after_table(rows, f"Held-out {task}")
+
+    def _last_samples(self) -> list[dict]:
+        """One response to each of the first held-out problems, from the last evaluation's file."""
+        folder = self.run.path / "validation"
+        newest = max(
+            (path for path in folder.glob("*.jsonl") if path.stem.isdigit()), key=_step, default=None
+        )
+        if newest is None:
+            raise UserError(f"{folder} holds no evaluation")
+        shown = {"prompt": "input", "response": "output", "reward": "score", "outcome": "outcome"}
+        rows = read_rows(newest, needs=(*shown.values(), "k"))
+        return [{ours: row[name] for ours, name in shown.items()} for row in rows if row["k"] == 0]
+
+
+def open_writer(directory: Path) -> reporting.RunWriter | hosts.Silent:
+    """The writer of a directory's metrics and samples; of many hosts, only the first writes."""
+    return reporting.RunWriter(directory) if hosts.first() else hosts.Silent()
+
+
+def missing_steps(run: Path, last: int) -> str:
+    """The steps from 1 to `last` without a row in a run's metrics.jsonl, as text; empty if there are none."""
+    rows = reporting.read_metrics(run) if (run / METRICS_FILE).is_file() else []
+    there = {row["step"] for row in rows if any(name.startswith(("actor/", "train/")) for name in row)}
+    missing = [step for step in range(1, last + 1) if step not in there]
+    # Consecutive steps have the same difference between step and index.
+    groups = itertools.groupby(enumerate(missing), lambda pair: pair[1] - pair[0])
+    spans = [[step for _, step in group] for _, group in groups]
+    spelled = [f"{span[0]}-{span[-1]}" if len(span) > 1 else str(span[0]) for span in spans]
+    more = [f"and {len(spelled) - 5} more ranges"] if len(spelled) > 5 else []
+    return f"step{'s' * (len(missing) > 1)} {', '.join([*spelled[:5], *more])}" if missing else ""
+
+
+def _step(path: Path) -> int:
+    return int(path.stem)
+
+
+def rollout_records(rollouts: Rollouts, views: list[Listwise]) -> list[dict]:
+    """One record for each response, with its target w*, policy P and coefficient c."""
+    views = hosts.to_host(views)
+    of = {
+        name: np.concatenate([getattr(view, name) for view in views]).ravel()
+        for name in ("target", "policy", "coefficients", "valid")
+    }
+    return [
+        record
+        | {
+            "target": float(of["target"][i]),
+            "policy": float(of["policy"][i]),
+            "coefficient": float(of["coefficients"][i]),
+            "valid": bool(of["valid"][i]),
+        }
+        for i, record in enumerate(rollouts.records())
+    ]

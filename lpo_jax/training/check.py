@@ -1,0 +1,100 @@
+"""Checks of a config that need nothing but the config, before anything is loaded."""
+
+from lpo_jax import objectives
+from lpo_jax.config import Config
+from lpo_jax.errors import UserError
+from lpo_jax.models.head import EXTRA_STATS
+from lpo_jax.models.quantize import require_qwix
+from lpo_jax.objectives.catalogue import with_response_budget
+from lpo_jax.objectives.hooks import problem as hook_problem
+from lpo_jax.training.behaviour import choose
+from lpo_jax.training.mirror_file import read_map
+
+# What every round has for an objective, or can have from one more pass of the model; hooks give the rest.
+GIVEN = frozenset(
+    {
+        "entropy",
+        "ref_logp",
+        "passed",
+        "malformed",
+        "truncated",
+        "token_ids",
+        "clusters",
+        "progress",
+        "control",
+        "sampler_logp",
+    }
+    | {"features", "prompt_confidence", *EXTRA_STATS}
+)
+
+
+def check_config(config: Config) -> objectives.Objective:
+    """Refuses settings that cannot train, before anything is loaded. Returns the objective.
+
+    Raises:
+      UserError: one line naming the key and the way out.
+    """
+    training, sampling = config.training, config.sampling
+    if training.prompts_per_step % training.updates_per_step:
+        raise UserError(
+            f"training.prompts_per_step = {training.prompts_per_step} does not divide into "
+            f"training.updates_per_step = {training.updates_per_step} equal minibatches of whole groups"
+        )
+    if sampling.temperature == 0 or sampling.top_k or sampling.top_p < 1 or sampling.min_p:
+        raise UserError(
+            "sampling: training needs temperature > 0 and top_k, top_p and min_p off: tokens outside the kept set "
+            "have no log-prob under the policy that is trained (evaluation may truncate)"
+        )
+    if config.model.lora.rank and config.model.init == "random":
+        raise UserError(
+            "model.lora.rank: adapters need a trained base to stay near; with model.init=random train all weights"
+        )
+    objective = make_objective(config)
+    rescored = choose(config, objective).rescored
+    if sampling.weights == "int8":
+        require_qwix()
+        if not rescored:
+            raise UserError(
+                "sampling.weights = int8 samples from another model than the one that is trained: set "
+                "training.behaviour=rescored (objective.token_weight=truncated-importance corrects the rest)"
+            )
+    if "sampler_logp" in objective.needs and not rescored:
+        raise UserError(
+            f"objective {objective.name}: truncated-importance compares the trainer's log-probs with the sampler's; "
+            "set training.behaviour=rescored"
+        )
+    if sampling.num_responses < objective.min_group_size:
+        raise UserError(
+            f"sampling.num_responses = {sampling.num_responses}: {config.objective['name']} compares the responses "
+            f"to one prompt and needs at least {objective.min_group_size}"
+        )
+    given = GIVEN.union(*(hook.gives for hook in objective.hooks))
+    if "teacher" in given:
+        given |= {"top_logp"}
+    if lacking := sorted(objective.needs - given):
+        raise UserError(
+            f"objective {objective.name}: with these options it needs {', '.join(lacking)} of every response, which "
+            "nothing in it provides; use a method that has the hook for it (lpo methods)"
+        )
+    if problem := hook_problem(objective.parts):
+        raise UserError(f"objective {objective.name}: {problem}")
+    most = config.evaluation.num_responses or sampling.num_responses
+    if config.evaluation.ks and max(config.evaluation.ks) > most:
+        raise UserError(
+            f"evaluation.ks = {config.evaluation.ks}: pass@k needs k <= {most} samples per problem"
+        )
+    return objective
+
+
+def make_objective(config: Config) -> objectives.Objective:
+    """The configured method; a normaliser it needs is the run's response budget unless set."""
+    options = dict(config.objective)
+    name = options.pop("name")
+    if isinstance(options.get("mirror"), str):
+        options["mirror"] = read_map(options["mirror"])
+    try:
+        objective = objectives.get(name, **options)
+    except ValueError as error:
+        raise UserError(f"objective: {error}") from None
+    given = "max_tokens" in options
+    return objective if given else with_response_budget(objective, config.sampling.max_tokens)

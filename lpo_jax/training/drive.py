@@ -1,0 +1,99 @@
+"""Drives a run: steps, with the held-out evaluations and the checkpoints between them."""
+
+import dataclasses
+from collections.abc import Callable
+
+from lpo_jax.errors import VerifierFailed
+from lpo_jax.evaluation.heldout import Evaluation
+from lpo_jax.parallel import hosts
+from lpo_jax.runs.directory import VERIFIER_FAILED
+from lpo_jax.runs.recorder import Recorder
+from lpo_jax.runs.signals import Interrupted
+from lpo_jax.runs.state import Position, TrainState
+from lpo_jax.training import measure
+from lpo_jax.training.session import Session
+
+
+def drive(
+    session: Session, recorder: Recorder, position: Position, run_step: Callable[[Position], None]
+) -> None:
+    """Runs steps until the last one, evaluates and saves as the config says, and prints the end of the run.
+
+    Args:
+      run_step: moves the position one step on.
+
+    Raises:
+      Interrupted, VerifierFailed: after the position has been saved.
+    """
+    with hosts.together():
+        try:
+            while True:
+                evaluate_and_save(session, recorder, position)
+                if position.step >= recorder.total:
+                    break
+                recorder.signals.agree()
+                recorder.checkpoints.check()
+                run_step(position)
+        except (Interrupted, VerifierFailed) as reason:
+            if isinstance(reason, VerifierFailed):
+                recorder.run.note(**{VERIFIER_FAILED: True})
+            recorder.save(position)
+            recorder.checkpoints.wait()
+            raise
+    task = session.environment.task
+    prompt = task.prompt(session.environment.heldout_rows[0])
+    recorder.finish(position, task.name, prompt if isinstance(prompt, str) else prompt[-1]["content"])
+
+
+def restore(session: Session, recorder: Recorder, abstract_state: TrainState) -> Position | None:
+    """The position of the newest checkpoint, with the frozen base of adapters; None in a fresh run."""
+    position = recorder.restore(abstract_state)
+    if position is not None:
+        position.state = position.state.replace(frozen=session.model.load_frozen())
+    return position
+
+
+def note_facts(session: Session, recorder: Recorder) -> None:
+    """Notes in run.json what is known once the session is open: data, microbatch and sandbox."""
+    environment = session.environment
+    task = environment.task
+    hashes = {"content_hash": task.content_hash, "prompts_hash": environment.prompts_hash}
+    recorder.run.note(data={**hashes, **task.about})
+    recorder.run.note(microbatch=dataclasses.asdict(session.model.microbatch))
+    if sandbox := environment.collect.pool.sandbox:
+        recorder.run.note(sandbox=sandbox)
+
+
+def evaluate_and_save(session: Session, recorder: Recorder, position: Position) -> None:
+    """Evaluates and saves the position if they are due at its step."""
+    config, step, last = recorder.config, position.step, position.step >= recorder.total
+    if not position.evaluated and (step == 0 or last or _due(step, config.evaluation.every)):
+        evaluate(
+            session, recorder, position, "before" if step == 0 else f"after {step} steps" if last else None
+        )
+    better = position.best_step == step
+    if step > 0 and (better or last or _due(step, config.checkpoint.every)):
+        with recorder.signals.deferred(), measure.stopwatch() as seconds:
+            if recorder.save(position):
+                recorder.writer.write(step, {"timing_s/save_checkpoint": seconds()})
+
+
+def evaluate(
+    session: Session, recorder: Recorder, position: Position, label: str | None = None
+) -> Evaluation:
+    """Evaluates the current parameters on the held-out problems and records the result.
+
+    Args:
+      label: shows the evaluation at the end of the run, under this name.
+    """
+    recorder.progress.phase("evaluating")
+    with measure.stopwatch() as seconds:
+        evaluation = session.evaluate(position.state.policy)
+    recorder.check_verdicts(evaluation.failures, f"held-out evaluation after {position.step} steps")
+    row = measure.evaluation_metrics(session.environment.task.name, evaluation)
+    recorder.write_evaluation(position, evaluation, row | {"timing_s/testing": seconds()}, label)
+    return evaluation
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0

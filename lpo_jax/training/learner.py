@@ -1,0 +1,175 @@
+"""What turns a batch into an update: the objective with its hooks, the model's runner, and the optimizer.
+
+Axes: P prompts · K responses · T response tokens.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lpo_jax.models.head import EXTRA_STATS
+from lpo_jax.models.lora import join
+from lpo_jax.models.runner import ModelRunner, log_prob_gap, score
+from lpo_jax.objectives import Listwise, TokenStats
+from lpo_jax.objectives.method import Objective
+from lpo_jax.rollout.batch import Batch
+from lpo_jax.rollout.collect import Rollouts
+from lpo_jax.rollout.hooks import RunHook, Tools
+from lpo_jax.runs.state import TrainState
+from lpo_jax.training.behaviour import choose
+from lpo_jax.training.features import round_features
+from lpo_jax.training.measure import over_updates
+from lpo_jax.training.model import TrainedModel
+from lpo_jax.training.optimizer import Optimizer, make_optimizer, planned_updates
+from lpo_jax.training.step import signal, token_metrics, update
+
+
+@dataclasses.dataclass(frozen=True)
+class Learner:
+    """How a run learns.
+
+    Attributes:
+      updates_per_step: minibatches that a batch is split into.
+      schedule_steps: steps that the learning rate's schedule and `progress` extend over.
+      rescores: whether the trainer computes the behaviour log-probs.
+    """
+
+    objective: Objective
+    hooks: Sequence[RunHook]
+    runner: ModelRunner
+    optimizer: Optimizer
+    updates_per_step: int
+    schedule_steps: int
+    rescores: bool
+
+    @classmethod
+    def of(
+        cls, model: TrainedModel, objective: Objective, hooks: Sequence[RunHook], schedule_steps: int
+    ) -> "Learner":
+        """The learner of a run."""
+        config = model.config
+        updates = planned_updates(config, objective, schedule_steps)
+        return cls(
+            objective,
+            hooks,
+            model.runner(config.sampling.temperature, objective),
+            make_optimizer(config.optimizer, updates),
+            config.training.updates_per_step,
+            schedule_steps,
+            choose(config, objective).rescored,
+        )
+
+    def progress(self, step: int) -> float:
+        """Progress at `step` (from 1): 0 at the first step of the schedule, 1 from its last step on."""
+        return min((step - 1) / max(self.schedule_steps - 1, 1), 1.0)
+
+    def metrics(self) -> dict[str, float]:
+        """Metrics of all hooks for the last step."""
+        return {name: value for hook in self.hooks for name, value in hook.metrics().items()}
+
+    def state(self) -> list[Any]:
+        """States of all hooks, as JSON."""
+        return [hook.state() for hook in self.hooks]
+
+    def restore(self, states: Sequence[Any]) -> None:
+        """Restores the hooks from `state()`."""
+        for hook, state in zip(self.hooks, states, strict=True):
+            hook.restore(state)
+
+    def pack(self, batch: Batch) -> Batch:
+        """The batch with a layout that packs its real tokens into rows."""
+        return batch.replace(groups=self.runner.pack(batch.groups, batch.scored.mask))
+
+
+def scores_first(objective: Objective) -> bool:
+    """Whether an objective needs token statistics that the sampler does not compute, even in the first update."""
+    return bool(objective.needs & {"entropy", "top_logp", *EXTRA_STATS})
+
+
+def complete_batch(
+    learner: Learner, batch: Batch, rollouts: Rollouts, tools: Tools
+) -> tuple[Batch, dict[str, float]]:
+    """Adds what the objective needs beyond the samples and takes from the policy before its first update.
+
+    Returns:
+      The batch, and metrics of the log-prob gap between sampler and trainer, if the trainer computes the behaviour
+      log-probs.
+    """
+    groups, scored, gaps = batch.groups, batch.scored, {}
+    if learner.rescores or rollouts.rescore:
+        by_trainer = behaviour_log_probs(learner, batch, tools)
+        if not rollouts.rescore:
+            found = log_prob_gap(TokenStats(scored.behaviour_logp), TokenStats(by_trainer), scored.mask)
+            gaps = {name: float(value) for name, value in found.items()}
+        scored = scored.replace(behaviour_logp=by_trainer, sampler_logp=scored.behaviour_logp)
+    batch = learner.pack(batch)
+    wanted = learner.objective.needs & {"features", "prompt_confidence"}
+    if wanted:
+        seen = round_features(learner.runner, tools.params, batch.groups, scored.mask)
+        scored = scored.replace(**{name: seen[name] for name in wanted})
+    batch = batch.replace(scored=scored)
+    for hook in learner.hooks:
+        extra = hook.annotate(batch, rollouts, tools)
+        batch = batch.replace(scored=batch.scored.replace(**extra))
+    teacher = batch.scored.teacher
+    if teacher is not None:
+        groups = groups.replace(top_ids=teacher.ids)
+    return batch.replace(groups=groups), gaps
+
+
+def behaviour_log_probs(learner: Learner, batch: Batch, tools: Tools) -> jax.Array:
+    """The trainer's log-probs `[P, K, T]` of the batch under the policy that sampled it.
+
+    Computed minibatch by minibatch, with the programs and the layouts that the updates score the same tokens with
+    later, and therefore with the same rounding: a policy that has not changed has a log-ratio of exactly 0.
+    """
+    parts = batch.split(learner.updates_per_step)
+    return jnp.concatenate(
+        [score(learner.runner, tools.params, learner.pack(part).groups).logp for part in parts]
+    )
+
+
+def current_stats(learner: Learner, state: TrainState, batch: Batch, first: bool) -> TokenStats:
+    """The policy's token statistics before an update on a minibatch.
+
+    Args:
+      first: whether this is the first update after sampling, when the behaviour log-probs are the policy's own and
+        need not be computed again.
+    """
+    used = TokenStats(batch.scored.behaviour_logp)
+    if scores_first(learner.objective) or not first:
+        scored = score(learner.runner, state.policy, batch.groups)
+        used = scored.replace(logp=used.logp) if first else scored
+    if "ref_logp" in learner.objective.needs:
+        reference = join(state.frozen, state.reference)
+        used = used.replace(ref_logp=score(learner.runner, reference, batch.groups).logp)
+    return used
+
+
+def take_step(
+    learner: Learner, state: TrainState, batch: Batch
+) -> tuple[TrainState, dict[str, float], list[Listwise]]:
+    """All updates of a step: one on each minibatch of the batch, and those that hooks replay.
+
+    Returns:
+      The new state, the metrics of the updates, and the objective's view of each minibatch.
+    """
+    minibatches = batch.split(learner.updates_per_step)
+    replayed = [extra for hook in learner.hooks if (extra := hook.replay(batch)) is not None]
+    metrics, views = [], []
+    for index, minibatch in enumerate([*minibatches, *replayed]):
+        minibatch = learner.pack(minibatch)
+        scored = minibatch.scored.replace(control=state.control)
+        used = current_stats(learner, state, minibatch, first=index == 0)
+        found = signal(learner.objective, used, scored)
+        state, stats, norm = update(
+            learner.runner, learner.optimizer, state, minibatch.groups, found.cotangent
+        )
+        state = state.replace(control=found.control)
+        metrics.append(found.metrics | token_metrics(used, stats, scored.mask) | {"actor/grad_norm": norm})
+        views.append(found.view)
+    # The updates were dispatched without waiting for one another; this waits for all of them.
+    return state, over_updates(jax.device_get(metrics)), views[: len(minibatches)]

@@ -1,0 +1,123 @@
+"""The model that a run trains: how it is initialised, run and stored.
+
+Depends on the config and the sizes of the model alone, so that the planner can use it without weights and without data.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from lpo_jax.config import Config
+from lpo_jax.models import lora
+from lpo_jax.models.config import ModelConfig
+from lpo_jax.models.decoder import Params, abstract_params, init_params
+from lpo_jax.models.head import EXTRA_STATS
+from lpo_jax.models.load import load_weights
+from lpo_jax.models.runner import ModelRunner
+from lpo_jax.objectives import Objective
+from lpo_jax.parallel.mesh import STATE_BYTES
+from lpo_jax.parallel.sharding import constrain_params, current_shardings, placed
+from lpo_jax.runs.state import TrainState
+from lpo_jax.training.memory import Microbatch, fit_microbatch
+from lpo_jax.training.optimizer import Optimizer
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedModel:
+    """The model that a run trains, without its weights, which `load_state` reads."""
+
+    config: Config
+    architecture: ModelConfig
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Type of activations and matrix products."""
+        return jnp.dtype(self.config.model.dtype)
+
+    @property
+    def adapters(self) -> lora.Lora | None:
+        """The run's adapters; None if all weights are trained."""
+        return lora.configured(self.config.model.lora)
+
+    @property
+    def trainable(self) -> Params:
+        """Shapes and types of what the optimizer updates: the adapters, or all parameters."""
+        if self.adapters is None:
+            return abstract_params(self.architecture)
+        return lora.abstract_params(self.architecture, self.adapters)
+
+    @property
+    def num_params(self) -> int:
+        """Number of parameters of the model."""
+        return sum(leaf.size for leaf in jax.tree.leaves(abstract_params(self.architecture)))
+
+    def load_params(self, dtype: str = "float32") -> Params:
+        """The initial weights: read from the model's files, or drawn from the run's seed in float32."""
+        where = current_shardings(self.architecture)
+        if self.config.model.init == "random":
+            return init_params(self.architecture, jax.random.key(self.config.seed), shardings=where)
+        return load_weights(self.config.model.path, dtype, where)
+
+    def load_frozen(self) -> lora.Frozen | None:
+        """The frozen base of the run's adapters; None if all weights are trained."""
+        if self.adapters is None:
+            return None
+        return lora.Frozen(self.load_params(self.config.model.frozen_dtype), self.adapters.scale)
+
+    def load_state(self) -> TrainState:
+        """The initial model without an optimizer: float32 weights, or a frozen base with fresh adapters."""
+        if self.adapters is None:
+            return TrainState(self.load_params(), None)
+        fresh = lora.init(self.architecture, self.adapters, jax.random.key(self.config.seed))
+        return TrainState(fresh, None, frozen=self.load_frozen())
+
+    @functools.cached_property
+    def microbatch(self) -> Microbatch:
+        """The size of a microbatch; decided once, so that a run compiles one program."""
+        state = STATE_BYTES * sum(leaf.size for leaf in jax.tree.leaves(self.trainable))
+        if self.adapters is not None:
+            state += self.num_params * jnp.dtype(self.config.model.frozen_dtype).itemsize
+        return fit_microbatch(self.config, self.architecture, state)
+
+    def runner(self, temperature: float, objective: Objective | None = None) -> ModelRunner:
+        """Runs the model over groups with the run's memory settings.
+
+        Args:
+          temperature: of the distribution that responses were sampled from.
+          objective: decides which extra token statistics are computed; None computes none.
+        """
+        needs = objective.needs if objective else ()
+        return ModelRunner(
+            self.architecture,
+            temperature,
+            self.microbatch.token_budget,
+            self.dtype,
+            self.microbatch.remat,
+            tuple(name for name in EXTRA_STATS if name in needs),
+            self.config.model.attention,
+        )
+
+    def start(
+        self, state: TrainState, optimizer: Optimizer, objective: Objective | None = None
+    ) -> TrainState:
+        """A state's parameters with a fresh optimizer state, and the arrays that the objective keeps beside them."""
+        params = state.params
+        control, referred = (
+            (objective.init_control(), "ref_logp" in objective.needs) if objective else (None, False)
+        )
+        # A copy, because the update donates the parameters.
+        reference = jax.tree.map(jnp.copy, params) if referred else None
+        # Each moment has the sharding of its parameter.
+        opt_state = jax.jit(lambda p: constrain_params(self.architecture, optimizer.init(p)))(params)
+        return TrainState(params, opt_state, control, reference, state.frozen)
+
+    def abstract_state(self, optimizer: Optimizer, objective: Objective | None = None) -> TrainState:
+        """Shapes, types and shardings of a train state, to restore or to plan one."""
+        state, adapters = TrainState(self.trainable, None), self.adapters
+        if adapters is not None:
+            base = abstract_params(self.architecture, self.config.model.frozen_dtype)
+            state = state.replace(frozen=lora.Frozen(base, adapters.scale))
+        start = lambda s: self.start(s, optimizer, objective)  # noqa: E731
+        return placed(self.architecture, jax.eval_shape(start, state))
