@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import os
@@ -19,12 +18,12 @@ import numpy as np
 
 from lpo_jax import __version__, reporting
 from lpo_jax.config import override_config, parse_config
-from lpo_jax.errors import RunStopped, UserError
+from lpo_jax.errors import UserError
 from lpo_jax.evaluation.suite import Settings, average, prepare, run_exam
+from lpo_jax.files import LOCK, lock_directory, write_file
 from lpo_jax.json_lines import dump_line, print_line, read_object
 from lpo_jax.models.load import Model, load_config_and_tokenizer, load_model
 from lpo_jax.reporting.tables import suite_table
-from lpo_jax.reporting.writers import write_atomically
 from lpo_jax.runs.checkpoint import load_run
 from lpo_jax.runs.directory import any_child, differences, read_config
 from lpo_jax.sampling import Sampler
@@ -109,7 +108,7 @@ def suite_command(
             "benchmarks": results,
         }
         text = json.dumps(json.loads(dump_line(summary)), indent=2, ensure_ascii=False)
-        _write(directory / "summary.json", text + "\n")
+        write_file(directory / "summary.json", text + "\n")
     if as_json:
         print_line(summary)
     else:
@@ -168,18 +167,10 @@ def _opened(directory: Path, identity: Mapping[str, Any]):
       UserError: it holds another evaluation, or something else; or it cannot be written to.
     """
     record = directory / "evaluation.json"
-    if any_child(directory) and not record.exists() and {x.name for x in directory.iterdir()} != {".lock"}:
+    if any_child(directory) and not record.exists() and {x.name for x in directory.iterdir()} != {LOCK}:
         raise UserError(f"{directory}: is not empty and holds no evaluation; set another --out")
-    try:
-        (directory / "responses").mkdir(parents=True, exist_ok=True)
-        lock = open(directory / ".lock", "w")  # noqa: SIM115 - held while the evaluation runs
-    except OSError as error:
-        raise UserError(f"{directory}: cannot be written to ({error.strerror})") from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{directory}: another process is writing to this evaluation") from None
+    with lock_directory(directory, "evaluation"):
+        (directory / "responses").mkdir(exist_ok=True)
         if any(path.stat().st_size for path in (directory / "responses").iterdir()):
             held = read_object(record, "set another --out, or remove the directory to ask anew")
             for key, was, now in differences("", held, identity):
@@ -188,7 +179,7 @@ def _opened(directory: Path, identity: Mapping[str, Any]):
                     "set another --out, or the same settings to go on with it"
                 )
         else:
-            _write(record, json.dumps(identity, indent=2) + "\n")
+            write_file(record, json.dumps(identity, indent=2) + "\n")
         yield
 
 
@@ -212,15 +203,6 @@ class _Progress:
 
 def _responses(directory: Path, name: str) -> Path:
     return directory / "responses" / f"{name}.jsonl"
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        write_atomically(path, text.encode("utf-8", "backslashreplace"))
-    except OSError as error:
-        raise RunStopped(
-            f"{path}: cannot be written ({error.strerror}); make room or permission, and the same command goes on"
-        ) from None
 
 
 def _slug(text: str) -> str:

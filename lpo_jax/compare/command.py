@@ -22,10 +22,10 @@ from lpo_jax.compare.report import report
 from lpo_jax.compare.table import Outcomes, make_table
 from lpo_jax.config import Config
 from lpo_jax.errors import RunStopped, UserError
+from lpo_jax.files import write_file
 from lpo_jax.json_lines import dump_line
 from lpo_jax.parallel import hosts
 from lpo_jax.runs.directory import RunDirectory, Signals
-from lpo_jax.training.mirror_file import write_whole
 
 
 def compare(config: Config, *, resume: bool = False) -> None:
@@ -82,9 +82,9 @@ def write_report(config: Config, grid: Grid, outcomes: Outcomes) -> None:
     output = Path(config.output)
     table = make_table(grid, outcomes)
     # By way of a JSON line, in which numbers that are not finite are null.
-    write_whole(output / "table.json", json.dumps(json.loads(dump_line(table)), indent=1) + "\n")
+    write_file(output / "table.json", json.dumps(json.loads(dump_line(table)), indent=1) + "\n")
     figures = save_figures(output, grid, outcomes, table)
-    write_whole(output / "report.md", report(config, grid, outcomes, table, figures))
+    write_file(output / "report.md", report(config, grid, outcomes, table, figures))
 
 
 def _run_cells(grid: Grid, parts, logs: Path, console) -> dict[str, str]:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lpo_jax.errors import RunStopped
+from lpo_jax.files import append, cannot_write
 from lpo_jax.json_lines import dump_line, read_lines
 
 
@@ -49,7 +49,7 @@ class ResponseFile:
             self._file = open(self.path, "ab+", buffering=0)  # noqa: SIM115 - closed by __exit__
             self._file.truncate(self._read())
         except OSError as error:
-            raise self._stopped(error) from None
+            raise cannot_write(self.path, error) from None
 
     def __enter__(self):
         return self
@@ -68,15 +68,12 @@ class ResponseFile:
         self.facts.clear()
 
     def append(self, records: Iterable[Mapping[str, Any]]) -> None:
-        """Writes one batch, and returns when it is on the disk. Raises `RunStopped` where the disk does not take it."""
+        """Writes one batch, and returns when it is on the disk. Raises `UserError` if it cannot be written."""
         records = list(records)
-        rest = memoryview(b"".join(map(dump_line, records)))
         try:
-            while rest:
-                rest = rest[self._file.write(rest) :]
-            os.fsync(self._file.fileno())
+            append(self._file, b"".join(map(dump_line, records)))
         except OSError as error:
-            raise self._stopped(error) from None
+            raise cannot_write(self.path, error) from None
         self.facts += map(_fact, records)
 
     def _read(self) -> int:
@@ -96,11 +93,6 @@ class ResponseFile:
                 end, whole = position, len(self.facts)
         del self.facts[whole:]
         return end
-
-    def _stopped(self, error: OSError) -> RunStopped:
-        return RunStopped(
-            f"{self.path}: cannot be written ({error.strerror}); make room or permission, and the same command goes on"
-        )
 
 
 def _fact(record: Mapping[str, Any]) -> Fact:

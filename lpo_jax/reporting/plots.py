@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lpo_jax.reporting.writers import cannot_write, read_metrics, write_atomically
+from lpo_jax.files import write_file
+from lpo_jax.reporting.writers import read_metrics
 
 COLORS = (
     "#0072B2",
@@ -114,11 +115,7 @@ def save_plots(run_dir: str | os.PathLike, title: str | None = None) -> list[Pat
             png = io.BytesIO()  # matplotlib would leave half a file behind
             figure.savefig(png, format="png", dpi=150)
             paths.append(folder / f"{name}.png")
-            try:
-                folder.mkdir(exist_ok=True)
-                write_atomically(paths[-1], png.getvalue())
-            except OSError as error:
-                raise cannot_write(paths[-1], error) from error
+            write_file(paths[-1], png.getvalue())
     return paths
 
 
