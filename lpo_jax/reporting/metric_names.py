@@ -35,9 +35,6 @@ METRICS: tuple[Metric, ...] = (
     # Rewards. "critic" is verl's word; there is no critic network here.
     Metric("critic/score/{mean,max,min}", "reward", "what the verifier gave, over the responses that count"),
     Metric("critic/rewards/{mean,max,min}", "reward", "what the objective is given: the score after shaping"),
-    Metric(
-        "critic/advantages/{mean,max,min}", "-", "advantages of the responses (policy-gradient methods only)"
-    ),
     Metric("reward/pass_rate", "fraction", "responses whose outcome is `pass`, of those that count"),
     Metric(
         "reward/outcome/{pass,wrong,malformed,timeout,infrastructure}",
@@ -113,8 +110,6 @@ METRICS: tuple[Metric, ...] = (
     _timing("timing_s/gen", "s", "sampling the responses, and verifying those that end before the last"),
     _timing("timing_s/reward", "s", "verifying the responses, as far as sampling does not hide it"),
     _timing("timing_s/old_log_prob", "s", "scoring the responses with the weights that sampled them"),
-    _timing("timing_s/ref", "s", "scoring the responses with the reference model"),
-    _timing("timing_s/adv", "s", "the objective on arrays: targets and coefficients"),
     _timing("timing_s/update_actor", "s", "gradients and updates of the weights"),
     _timing("timing_s/testing", "s", "held-out evaluation"),
     _timing("timing_s/save_checkpoint", "s", "saving a checkpoint, as far as the step waits for it"),
@@ -145,11 +140,9 @@ METRICS: tuple[Metric, ...] = (
     Metric("meta/step_norm", "-", "l2 norm of the map's move"),
     # Supervised warm start (`lpo sft`), under the names of verl's SFT trainer.
     Metric("train/loss", "nats/token", "supervised loss: mean negative log-prob of the target tokens"),
-    Metric("train/token_accuracy", "fraction", "target tokens that are the model's first choice"),
     Metric("train/grad_norm", "-", "l2 norm of the gradient before clipping"),
     Metric("train/lr", "-", "learning rate of the step"),
     Metric("train/global_tokens", "tokens", "target tokens of the step"),
-    Metric("val/loss", "nats/token", "the same loss on held-out examples"),
 )
 
 _PLACEHOLDERS = {"<data>": r".+", "<n>": r"\d+", "<k>": r"\d+"}

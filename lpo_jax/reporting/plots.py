@@ -43,7 +43,7 @@ class Panel:
 _LEARNING = (
     Panel("Reward", "mean per response", (("critic/rewards/mean", "reward"),)),
     Panel("Pass rate on training prompts", "share of responses", (("reward/pass_rate", "pass"),), share=True),
-    Panel("Supervised loss", "nats per token", (("train/loss", "training"), ("val/loss", "held out"))),
+    Panel("Supervised loss", "nats per token", (("train/loss", "training"),)),
     Panel("Entropy of the policy", "nats per token", (("actor/entropy", "entropy"),)),
     Panel(
         "Response length",
@@ -182,7 +182,7 @@ def _draw(axes, rows: Sequence[dict], panel: Panel) -> bool:
         steps, values = _series(rows, name)
         if not steps:
             continue
-        held_out = name.startswith(("val-core/", "val/"))
+        held_out = name.startswith("val-core/")
         marker = "o" if held_out or len(steps) < _SMOOTH_FROM else None
         if held_out:
             interval = name.replace("val-core/", "val-aux/", 1)
