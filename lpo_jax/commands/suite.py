@@ -19,7 +19,7 @@ import numpy as np
 from lpo_jax import __version__, reporting
 from lpo_jax.config import override_config, parse_config
 from lpo_jax.errors import UserError
-from lpo_jax.evaluation.suite import Settings, average, prepare, run_exam
+from lpo_jax.evaluation.suite import Settings, mean_pass_at_1, prepare_benchmarks, run_benchmark
 from lpo_jax.files import LOCK, lock_directory, write_file
 from lpo_jax.json_lines import dump_line, print_line, read_object
 from lpo_jax.models.load import Model, load_config_and_tokenizer, load_model
@@ -77,7 +77,7 @@ def suite_command(
     config, tokenizer, _ = load_config_and_tokenizer(name, template_arguments=settings.template_arguments)
     if tokenizer is None:
         raise UserError(f"{name}: has no tokenizer, so it cannot be asked")
-    exams = prepare(benchmarks, settings, tokenizer, config.max_positions)
+    prepared = prepare_benchmarks(benchmarks, settings, tokenizer, config.max_positions)
     model, step = load_run(target, checkpoint) if is_run else (load_model(target), None)
     label = f"{target}, step {step}" if is_run else target
     plain = dataclasses.asdict(settings) | {"stop": list(settings.stop)}
@@ -85,7 +85,7 @@ def suite_command(
         "model": {"name": label, "weights": weights_hash(model)},
         "suite": suite,
         "settings": plain,
-        "benchmarks": {exam.name: exam.identity() for exam in exams},
+        "benchmarks": {benchmark.name: benchmark.identity() for benchmark in prepared},
     }
     directory = Path(out or f"runs/eval-{_slug(target)}-{_slug(suite)}")
     sampler = Sampler(model.config, model.eos_ids, jnp.dtype(settings.dtype), decode=tokenizer.decode)
@@ -94,17 +94,17 @@ def suite_command(
         del model  # its memory is better spent on longer responses
         show = _Progress()
         results = {
-            exam.name: run_exam(
-                exam, settings, sampler, weights, tokenizer, _responses(directory, exam.name), show
+            benchmark.name: run_benchmark(
+                benchmark, settings, sampler, weights, tokenizer, _responses(directory, benchmark.name), show
             )
-            for exam in exams
+            for benchmark in prepared
         }
         summary = {
             "model": label,
             "suite": suite,
             "lpo_jax": __version__,
             "settings": plain,
-            "pass@1": average(results),
+            "pass@1": mean_pass_at_1(results),
             "benchmarks": results,
         }
         text = json.dumps(json.loads(dump_line(summary)), indent=2, ensure_ascii=False)

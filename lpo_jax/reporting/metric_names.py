@@ -2,7 +2,7 @@
 
 Names that verl has are verl's, so that its dashboards read our runs; what is ours alone is under `lpo/`,
 `reward/` and `val-aux/`. The writers refuse a name that is not here, so the table, and the documentation
-made from it by `markdown`, cannot fall behind the program.
+made from it by `metrics_markdown`, cannot fall behind the program.
 
 In a name `{a,b}` stands for each of its words, `<data>` for the name of a data set (it may hold slashes)
 and `<n>`, `<k>` for whole numbers.
@@ -163,7 +163,7 @@ _PATTERNS = tuple((_pattern(metric.name), metric) for metric in METRICS)
 
 
 @functools.lru_cache(maxsize=4096)
-def find(name: str) -> Metric | None:
+def find_metric(name: str) -> Metric | None:
     """The table's row for a concrete name, or None."""
     return next((metric for pattern, metric in _PATTERNS if pattern.fullmatch(name)), None)
 
@@ -175,14 +175,14 @@ def check(names: Iterable[str]) -> None:
         ValueError: names the first unknown one and the nearest known one.
     """
     for name in names:
-        if find(name) is None:
+        if find_metric(name) is None:
             hint = nearest(name, [metric.name for metric in METRICS])
             raise ValueError(f"unknown metric {name!r}{hint}; add it to lpo_jax/reporting/metric_names.py")
 
 
 def is_timing(name: str) -> bool:
     """Whether a metric depends on the machine and the process, so that a repeated run may differ in it."""
-    metric = find(name)
+    metric = find_metric(name)
     return metric is not None and metric.timing
 
 
@@ -204,7 +204,7 @@ def validation_metrics(data: str, summary: Mapping) -> dict[str, float]:
     return metrics
 
 
-def markdown() -> str:
+def metrics_markdown() -> str:
     """The table as Markdown, one section for each first part of a name: the text of `docs/metrics.md`."""
     lines = [
         "# Metrics",

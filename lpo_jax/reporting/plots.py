@@ -152,15 +152,15 @@ def _figure(rows: Sequence[dict], panels: list[Panel], title: str):
     panels = [panel for panel in panels if any(name in row for name, _ in panel.lines for row in rows)]
     if not panels:
         return None
-    figure, places = grid_of(len(panels), title)
+    figure, places = panel_axes(len(panels), title)
     steps = [row["step"] for row in rows]
     for axes, panel in zip(places, panels):
         smoothed = _draw(axes, rows, panel)
-        dress(axes, panel, min(steps), max(steps), smoothed)
+        style_axes(axes, panel, min(steps), max(steps), smoothed)
     return figure
 
 
-def grid_of(panels: int, title: str = ""):
+def panel_axes(panels: int, title: str = ""):
     """A new Figure and the axes of its panels, row by row."""
     from matplotlib.figure import Figure
 
@@ -219,7 +219,7 @@ def _shade(axes, rows: Sequence[dict], low_name: str, high_name: str, color: str
         axes.vlines(steps, *bounds, color=color, alpha=0.5, linewidth=1)
 
 
-def dress(axes, panel: Panel, first: int, last: int, smoothed: bool = False) -> None:
+def style_axes(axes, panel: Panel, first: int, last: int, smoothed: bool = False) -> None:
     """Title, units, limits and legend of a panel whose lines are drawn, over the steps `first` to `last`."""
     from matplotlib.ticker import MaxNLocator
 
