@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import os
@@ -19,12 +18,12 @@ import numpy as np
 
 from lpo_jax import __version__, reporting
 from lpo_jax.config import override_config, parse_config
-from lpo_jax.errors import RunStopped, UserError
-from lpo_jax.evaluation.suite import Settings, average, prepare, run_exam
+from lpo_jax.errors import UserError
+from lpo_jax.evaluation.suite import Settings, mean_pass_at_1, prepare_benchmarks, run_benchmark
+from lpo_jax.files import LOCK, lock_directory, write_file
 from lpo_jax.json_lines import dump_line, print_line, read_object
 from lpo_jax.models.load import Model, load_config_and_tokenizer, load_model
 from lpo_jax.reporting.tables import suite_table
-from lpo_jax.reporting.writers import write_atomically
 from lpo_jax.runs.checkpoint import load_run
 from lpo_jax.runs.directory import any_child, differences, read_config
 from lpo_jax.sampling import Sampler
@@ -78,7 +77,7 @@ def suite_command(
     config, tokenizer, _ = load_config_and_tokenizer(name, template_arguments=settings.template_arguments)
     if tokenizer is None:
         raise UserError(f"{name}: has no tokenizer, so it cannot be asked")
-    exams = prepare(benchmarks, settings, tokenizer, config.max_positions)
+    prepared = prepare_benchmarks(benchmarks, settings, tokenizer, config.max_positions)
     model, step = load_run(target, checkpoint) if is_run else (load_model(target), None)
     label = f"{target}, step {step}" if is_run else target
     plain = dataclasses.asdict(settings) | {"stop": list(settings.stop)}
@@ -86,7 +85,7 @@ def suite_command(
         "model": {"name": label, "weights": weights_hash(model)},
         "suite": suite,
         "settings": plain,
-        "benchmarks": {exam.name: exam.identity() for exam in exams},
+        "benchmarks": {benchmark.name: benchmark.identity() for benchmark in prepared},
     }
     directory = Path(out or f"runs/eval-{_slug(target)}-{_slug(suite)}")
     sampler = Sampler(model.config, model.eos_ids, jnp.dtype(settings.dtype), decode=tokenizer.decode)
@@ -95,21 +94,21 @@ def suite_command(
         del model  # its memory is better spent on longer responses
         show = _Progress()
         results = {
-            exam.name: run_exam(
-                exam, settings, sampler, weights, tokenizer, _responses(directory, exam.name), show
+            benchmark.name: run_benchmark(
+                benchmark, settings, sampler, weights, tokenizer, _responses(directory, benchmark.name), show
             )
-            for exam in exams
+            for benchmark in prepared
         }
         summary = {
             "model": label,
             "suite": suite,
             "lpo_jax": __version__,
             "settings": plain,
-            "pass@1": average(results),
+            "pass@1": mean_pass_at_1(results),
             "benchmarks": results,
         }
         text = json.dumps(json.loads(dump_line(summary)), indent=2, ensure_ascii=False)
-        _write(directory / "summary.json", text + "\n")
+        write_file(directory / "summary.json", text + "\n")
     if as_json:
         print_line(summary)
     else:
@@ -168,18 +167,10 @@ def _opened(directory: Path, identity: Mapping[str, Any]):
       UserError: it holds another evaluation, or something else; or it cannot be written to.
     """
     record = directory / "evaluation.json"
-    if any_child(directory) and not record.exists() and {x.name for x in directory.iterdir()} != {".lock"}:
+    if any_child(directory) and not record.exists() and {x.name for x in directory.iterdir()} != {LOCK}:
         raise UserError(f"{directory}: is not empty and holds no evaluation; set another --out")
-    try:
-        (directory / "responses").mkdir(parents=True, exist_ok=True)
-        lock = open(directory / ".lock", "w")  # noqa: SIM115 - held while the evaluation runs
-    except OSError as error:
-        raise UserError(f"{directory}: cannot be written to ({error.strerror})") from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{directory}: another process is writing to this evaluation") from None
+    with lock_directory(directory, "evaluation"):
+        (directory / "responses").mkdir(exist_ok=True)
         if any(path.stat().st_size for path in (directory / "responses").iterdir()):
             held = read_object(record, "set another --out, or remove the directory to ask anew")
             for key, was, now in differences("", held, identity):
@@ -188,7 +179,7 @@ def _opened(directory: Path, identity: Mapping[str, Any]):
                     "set another --out, or the same settings to go on with it"
                 )
         else:
-            _write(record, json.dumps(identity, indent=2) + "\n")
+            write_file(record, json.dumps(identity, indent=2) + "\n")
         yield
 
 
@@ -212,15 +203,6 @@ class _Progress:
 
 def _responses(directory: Path, name: str) -> Path:
     return directory / "responses" / f"{name}.jsonl"
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        write_atomically(path, text.encode("utf-8", "backslashreplace"))
-    except OSError as error:
-        raise RunStopped(
-            f"{path}: cannot be written ({error.strerror}); make room or permission, and the same command goes on"
-        ) from None
 
 
 def _slug(text: str) -> str:

@@ -17,16 +17,16 @@ from lpo_jax.compare.figures import save_figures
 from lpo_jax.compare.grid import Grid, make_grid, warm_config
 from lpo_jax.compare.outcome import Outcome
 from lpo_jax.compare.pairs import solved
-from lpo_jax.compare.pool import Task, run_tasks, shares
-from lpo_jax.compare.report import report
+from lpo_jax.compare.pool import Job, divide_machine, run_jobs
+from lpo_jax.compare.report import render_report
 from lpo_jax.compare.table import Outcomes, make_table
 from lpo_jax.config import Config
 from lpo_jax.errors import RunStopped, UserError
+from lpo_jax.files import write_file
 from lpo_jax.json_lines import dump_line
 from lpo_jax.parallel import hosts
 from lpo_jax.runs.directory import RunDirectory
 from lpo_jax.runs.signals import Signals
-from lpo_jax.training.mirror_file import write_whole
 
 
 def compare(config: Config, *, resume: bool = False) -> None:
@@ -41,7 +41,7 @@ def compare(config: Config, *, resume: bool = False) -> None:
         raise UserError("lpo compare divides one machine; start it on one host, outside of a job of many")
     # This process computes nothing: the devices belong to the workers.
     jax.config.update("jax_platforms", "cpu")
-    grid, parts, console = make_grid(config), shares(config.compare.workers), reporting.console()
+    grid, parts, console = make_grid(config), divide_machine(config.compare.workers), reporting.console()
     logs = Path(config.output) / "logs"
     with RunDirectory(config, "compare", resume), Signals():
         _warm_start(config, logs, console)
@@ -65,7 +65,7 @@ def _warm_start(config: Config, logs: Path, console) -> None:
         return
     console.print(f"warm start: {config.warm_start.steps} supervised updates; its log is in {logs}")
     errors = []
-    run_tasks([Task("warm", "warm", warm)], shares(1), logs, lambda _, error: errors.append(error))
+    run_jobs([Job("warm", "warm", warm)], divide_machine(1), logs, lambda _, error: errors.append(error))
     if errors[0]:
         raise RunStopped(f"the warm start failed: {errors[0]}")
 
@@ -83,35 +83,35 @@ def write_report(config: Config, grid: Grid, outcomes: Outcomes) -> None:
     output = Path(config.output)
     table = make_table(grid, outcomes)
     # By way of a JSON line, in which numbers that are not finite are null.
-    write_whole(output / "table.json", json.dumps(json.loads(dump_line(table)), indent=1) + "\n")
+    write_file(output / "table.json", json.dumps(json.loads(dump_line(table)), indent=1) + "\n")
     figures = save_figures(output, grid, outcomes, table)
-    write_whole(output / "report.md", report(config, grid, outcomes, table, figures))
+    write_file(output / "report.md", render_report(config, grid, outcomes, table, figures))
 
 
 def _run_cells(grid: Grid, parts, logs: Path, console) -> dict[str, str]:
     """Runs what is not finished; returns what went wrong, by cell."""
     todo = [cell for cell in grid.cells if Outcome.load(Path(cell.config.output)) is None]
-    tasks = [Task(cell.name, "cell", cell.config) for cell in todo]
+    jobs = [Job(cell.name, "cell", cell.config) for cell in todo]
     failed: dict[str, str] = {}
     done, started = len(grid.cells) - len(todo), time.monotonic()
     if done and todo:
         console.print(f"{done} of {len(grid.cells)} cells are finished already")
 
-    def ended(task: Task, error: str | None) -> None:
+    def ended(job: Job, error: str | None) -> None:
         nonlocal done
         done += 1
         if error:
-            failed[task.name] = error
+            failed[job.name] = error
             told = f"failed: {error}"
         else:
-            outcome = Outcome.load(Path(task.config.output))
+            outcome = Outcome.load(Path(job.config.output))
             score = float(solved(outcome.passed[-1], outcome.valid[-1], 1).mean())
             told = f"held-out pass@1 {reporting.percent(score)}, {reporting.duration(outcome.seconds)}"
         left = len(grid.cells) - done
         pace = (time.monotonic() - started) / (len(todo) - left)
         console.print(
-            f"cell {done}/{len(grid.cells)} {task.name}: {told} · left {reporting.duration(left * pace)}"
+            f"cell {done}/{len(grid.cells)} {job.name}: {told} · left {reporting.duration(left * pace)}"
         )
 
-    run_tasks(tasks, parts, logs, ended)
+    run_jobs(jobs, parts, logs, ended)
     return failed

@@ -13,7 +13,7 @@ from lpo_jax.compare.grid import Grid
 from lpo_jax.compare.outcome import CURVES
 from lpo_jax.compare.pairs import solved
 from lpo_jax.compare.table import POOLED, Outcomes
-from lpo_jax.reporting.plots import COLORS, Panel, dress, grid_of
+from lpo_jax.reporting.plots import COLORS, Panel, panel_axes, style_axes
 
 DPI = 90
 _TICKS = (-100, -30, -10, -3, -2, -1, 0, 1, 2, 3, 10, 30, 100)  # percentage points
@@ -24,18 +24,18 @@ def save_figures(folder: Path, grid: Grid, outcomes: Outcomes, table: dict[str, 
     drawn = {}
     for rule in grid.rules:
         if any(key[0] == rule for key in outcomes):
-            drawn[f"{rule}.png"] = curves(rule, grid, outcomes, table["samples_per_problem"])
-    drawn["differences.png"] = differences(table)
+            drawn[f"{rule}.png"] = draw_curves(rule, grid, outcomes, table["samples_per_problem"])
+    drawn["differences.png"] = draw_differences(table)
     for name, figure in drawn.items():
         figure.savefig(folder / name, format="png", dpi=DPI)
     return [folder / name for name in drawn]
 
 
-def curves(rule: str, grid: Grid, outcomes: Outcomes, k: int):
+def draw_curves(rule: str, grid: Grid, outcomes: Outcomes, k: int):
     """pass@1, pass@k, entropy, gradient norm and response length of every method under one rule, as a Figure."""
     panels = [Panel(f"Held-out pass@{n}", "share solved", (), share=True) for n in (1, k)]
     panels += [Panel(title, unit, ()) for title, unit in CURVES.values()]
-    figure, places = grid_of(len(panels), f"temperature {rule}")
+    figure, places = panel_axes(len(panels), f"temperature {rule}")
     for color, method in zip(_colors(grid.methods), grid.methods):
         found = [outcomes[key] for seed in grid.seeds if (key := (rule, method, seed)) in outcomes]
         if not found:
@@ -47,18 +47,18 @@ def curves(rule: str, grid: Grid, outcomes: Outcomes, k: int):
             _line(axes, found[0].steps, np.array([o.curves[name] for o in found]), color, method)
     last = max(int(o.evaluated.max()) for o in outcomes.values())
     for axes, panel in zip(places, panels):
-        dress(axes, panel, 0, last)
+        style_axes(axes, panel, 0, last)
         axes.autoscale(axis="y")  # shares too: lines that run close together are to be told apart
         if axes is not places[0] and axes.get_legend():
             axes.get_legend().remove()
     return figure
 
 
-def differences(table: dict[str, Any]):
+def draw_differences(table: dict[str, Any]):
     """Every paired difference of pass@1 and pass@k on the way and at the end, with its interval, as a Figure."""
     names = [f"{when} pass@{k}" for when in ("mean", "final") for k in (1, table["samples_per_problem"])]
     rules = [*table["rules"], *([POOLED] if len(table["rules"]) > 1 else [])]
-    figure, places = grid_of(len(names) * len(table["differences"]), "Paired differences, 95% intervals")
+    figure, places = panel_axes(len(names) * len(table["differences"]), "Paired differences, 95% intervals")
     colors, marks = dict(zip(table["methods"], _colors(table["methods"]))), {}
     panels = ((name, other) for other in table["differences"] for name in names)
     for axes, (name, other) in zip(places, panels):
@@ -72,7 +72,7 @@ def differences(table: dict[str, Any]):
                 points = 100 * np.array([of["low"], of["mean"], of["high"]], float)
                 axes.plot(points[[0, 2]], [y, y], color=colors[method], linewidth=1.6)
                 (marks[method],) = axes.plot(points[1], y, "o", color=colors[method], markersize=4)
-        dress(axes, Panel(f"{name}, against {other}", "", ()), 0, 1)
+        style_axes(axes, Panel(f"{name}, against {other}", "", ()), 0, 1)
         axes.axvline(0, color="#333333", linewidth=0.8)
         axes.set_xlabel("percentage points", fontsize=8.5)
         # Proportional up to 3 points, logarithmic beyond: one method that collapses must not hide the others.

@@ -19,7 +19,7 @@ from lpo_jax.training.check import check_config
 
 
 @dataclasses.dataclass(frozen=True)
-class Method:
+class MethodSpec:
     """One column of the grid: a label, and the objective's name and options without its temperature."""
 
     label: str
@@ -77,7 +77,7 @@ def make_grid(config: Config) -> Grid:
     for rule in section.rules:
         if problem := temperature_problem(rule):
             raise UserError(f"compare.rules: a rule {problem}")
-    methods = [read_method(spec) for spec in section.methods]
+    methods = [read_method_spec(spec) for spec in section.methods]
     labels = tuple(method.label for method in methods)
     rules = tuple(str(rule) for rule in section.rules)
     for key, values in (("rules", rules), ("methods", labels), ("seeds", section.seeds)):
@@ -90,7 +90,7 @@ def make_grid(config: Config) -> Grid:
             raise UserError(
                 f"compare.against: no method {label!r}{nearest(label, labels)}; the labels are {known}"
             )
-    start = start_of_cells(config)
+    start = cell_base_config(config)
     cells = tuple(
         Cell(str(rule), method.label, seed, _cell_config(start, rule, method, seed))
         for rule in section.rules
@@ -102,7 +102,7 @@ def make_grid(config: Config) -> Grid:
     return Grid(rules, labels, section.seeds, section.against or labels[:1], cells)
 
 
-def read_method(spec: str | dict[str, Any]) -> Method:
+def read_method_spec(spec: str | dict[str, Any]) -> MethodSpec:
     """A method of `compare.methods`: a name, or a mapping with `name`, options, and `label` (default: the name)."""
     options = {"name": spec} if isinstance(spec, str) else dict(spec)
     name, label = options.get("name"), options.pop("label", options.get("name"))
@@ -121,7 +121,7 @@ def read_method(spec: str | dict[str, Any]) -> Method:
         raise UserError(
             f"compare.methods: label {label!r} is to be part of file names; use letters, digits, - and _"
         )
-    return Method(label, options)
+    return MethodSpec(label, options)
 
 
 def warm_config(config: Config) -> Config:
@@ -130,7 +130,7 @@ def warm_config(config: Config) -> Config:
     return dataclasses.replace(config, output=f"{config.output}/warm", evaluation=evaluation)
 
 
-def start_of_cells(config: Config) -> Config:
+def cell_base_config(config: Config) -> Config:
     """The config with the warm-started model, if there is one, in place of its own and no warm start."""
     # No curves of single runs: the report draws them together, and drawing takes as long as a small run.
     config = dataclasses.replace(config, training=dataclasses.replace(config.training, save_plots=False))
@@ -142,7 +142,7 @@ def start_of_cells(config: Config) -> Config:
     )
 
 
-def _cell_config(start: Config, rule: str | float, method: Method, seed: int) -> Config:
+def _cell_config(start: Config, rule: str | float, method: MethodSpec, seed: int) -> Config:
     return dataclasses.replace(
         start,
         output=f"{start.output}/cells/{rule}-{method.label}-seed{seed}",

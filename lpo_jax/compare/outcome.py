@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from lpo_jax import reporting
+from lpo_jax.files import write_file
 from lpo_jax.json_lines import read_object, read_rows
-from lpo_jax.training.mirror_file import write_whole
 
 FILE = "outcome.json"
 
@@ -52,7 +52,7 @@ class Outcome:
         values = dataclasses.asdict(self)
         values["curves"] = {k: [None if np.isnan(x) else x for x in v] for k, v in self.curves.items()}
         plain = {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in values.items()}
-        write_whole(run / FILE, json.dumps(plain))
+        write_file(run / FILE, json.dumps(plain))
 
     @classmethod
     def load(cls, run: Path) -> "Outcome | None":

@@ -43,7 +43,7 @@ def solved(passed: np.ndarray, valid: np.ndarray, k: int) -> np.ndarray:
     return pass_at_k(valid, passed, k)
 
 
-def estimate(values: np.ndarray) -> Estimate:
+def estimate_mean(values: np.ndarray) -> Estimate:
     """The mean of `values [S, P]` and its interval.
 
     A problem that is NaN at any seed is left out. One seed says nothing of other seeds, and gets no interval.

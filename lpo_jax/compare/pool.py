@@ -1,6 +1,6 @@
-"""Worker processes for whole runs: each takes the next task when it has ended one.
+"""Worker processes for whole runs: each takes the next job when it has ended one.
 
-A process that dies takes its task with it and nothing else: the task is reported, and a fresh process goes on.
+A process that dies takes its job with it and nothing else: the job is reported, and a fresh process goes on.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from lpo_jax.json_lines import dump_line
 WORKER = (sys.executable, "-m", "lpo_jax.compare.worker")
 
 
-class Task(NamedTuple):
+class Job(NamedTuple):
     """A run for a worker; `kind` is one of `lpo_jax.compare.worker.RUNNERS`."""
 
     name: str
@@ -32,38 +32,38 @@ class Task(NamedTuple):
     config: Config
 
 
-class Share(NamedTuple):
+class Resources(NamedTuple):
     """A worker's part of the machine: CPU cores (none: all), and environment variables."""
 
     cores: list[int]
     environment: dict[str, str]
 
 
-def run_tasks(
-    tasks: Sequence[Task], shares: Sequence[Share], logs: Path, ended: Callable[[Task, str | None], None]
+def run_jobs(
+    jobs: Sequence[Job], shares: Sequence[Resources], logs: Path, ended: Callable[[Job, str | None], None]
 ) -> None:
-    """Runs all tasks, as many at a time as there are shares.
+    """Runs all jobs, as many at a time as there are shares.
 
     On an exception (a signal, say) every worker is told to save what it is at, and waited for.
 
     Args:
       logs: folder for `worker<i>.log`, what the runs print.
-      ended: called with each task that has ended, and what went wrong if anything did.
+      ended: called with each job that has ended, and what went wrong if anything did.
     """
     logs.mkdir(parents=True, exist_ok=True)
-    waiting, workers = deque(tasks), {}
+    waiting, workers = deque(jobs), {}
     try:
-        while waiting or any(worker.task for worker in workers.values()):
+        while waiting or any(worker.job for worker in workers.values()):
             for index, share in enumerate(shares):
                 if waiting and index not in workers:
                     workers[index] = _Worker(share, logs / f"worker{index}.log")
-                if waiting and workers[index].task is None:
+                if waiting and workers[index].job is None:
                     workers[index].give(waiting.popleft())
             for index in _answering(workers):
-                task, error = workers[index].answer()
+                job, error = workers[index].answer()
                 if workers[index].process.poll() is not None:
                     del workers[index]
-                ended(task, error)
+                ended(job, error)
     finally:
         for worker in workers.values():
             worker.close()
@@ -72,8 +72,8 @@ def run_tasks(
 
 
 class _Worker:
-    def __init__(self, share: Share, log: Path):
-        self.log, self.task = log, None
+    def __init__(self, share: Resources, log: Path):
+        self.log, self.job = log, None
         with open(log, "a") as output:
             self.process = subprocess.Popen(
                 [*WORKER, json.dumps(share.cores)],
@@ -85,22 +85,22 @@ class _Worker:
                 start_new_session=True,  # the terminal's Ctrl-C is for the parent, which passes it on
             )
 
-    def give(self, task: Task) -> None:
-        self.task = task
+    def give(self, job: Job) -> None:
+        self.job = job
         # One that has died is noticed when its answer is read.
         with contextlib.suppress(BrokenPipeError):
-            line = dump_line({"kind": task.kind, "config": task.config.to_dict()})
+            line = dump_line({"kind": job.kind, "config": job.config.to_dict()})
             self.process.stdin.write(line.decode())
             self.process.stdin.flush()
 
-    def answer(self) -> tuple[Task, str | None]:
-        """The task that has ended, and what went wrong."""
-        task, self.task = self.task, None
+    def answer(self) -> tuple[Job, str | None]:
+        """The job that has ended, and what went wrong."""
+        job, self.job = self.job, None
         if line := self.process.stdout.readline():
-            return task, json.loads(line)["error"]
+            return job, json.loads(line)["error"]
         status = self.process.wait()
         how = signal.Signals(-status).name if status < 0 else f"status {status}"
-        return task, f"its process ended with {how}; see {self.log}"
+        return job, f"its process ended with {how}; see {self.log}"
 
     def close(self) -> None:
         with contextlib.suppress(BrokenPipeError):
@@ -111,27 +111,27 @@ def _answering(workers: dict[int, _Worker]) -> list[int]:
     """Waits until workers have answered or died."""
     with selectors.DefaultSelector() as selector:
         for index, worker in workers.items():
-            if worker.task:
+            if worker.job:
                 selector.register(worker.process.stdout, selectors.EVENT_READ, index)
         return [key.data for key, _ in selector.select()]
 
 
-def shares(workers: int) -> list[Share]:
+def divide_machine(workers: int) -> list[Resources]:
     """The machine in equal parts: a GPU each where there are any, else so many cores.
 
     Raises:
       UserError: more workers than GPUs.
     """
     if workers == 1:
-        return [Share([], {})]
+        return [Resources([], {})]
     if gpus := _gpus():
         if workers > len(gpus):
             raise UserError(f"compare.workers = {workers} is more than the {len(gpus)} GPUs of this machine")
-        return [Share([], {"CUDA_VISIBLE_DEVICES": gpu}) for gpu in gpus[:workers]]
+        return [Resources([], {"CUDA_VISIBLE_DEVICES": gpu}) for gpu in gpus[:workers]]
     if not hasattr(os, "sched_getaffinity"):  # macOS: the system divides
-        return [Share([], {}) for _ in range(workers)]
+        return [Resources([], {}) for _ in range(workers)]
     cores = sorted(os.sched_getaffinity(0))
-    return [Share(cores[i::workers] or [cores[i % len(cores)]], {}) for i in range(workers)]
+    return [Resources(cores[i::workers] or [cores[i % len(cores)]], {}) for i in range(workers)]
 
 
 def _gpus() -> list[str]:

@@ -20,7 +20,7 @@ _NAMES = {
 }
 
 
-def report(
+def render_report(
     config: Config, grid: Grid, outcomes: Outcomes, table: dict[str, Any], figures: Sequence[Path]
 ) -> str:
     """The text of `report.md`."""
@@ -82,12 +82,12 @@ def _what_was_run(config: Config, grid: Grid, outcomes: Outcomes, table: dict[st
 
 def _methods(config: Config) -> str:
     from lpo_jax import objectives
-    from lpo_jax.compare.grid import read_method
+    from lpo_jax.compare.grid import read_method_spec
 
     known = objectives.names()
     rows = []
     for spec in config.compare.methods:
-        method = read_method(spec)
+        method = read_method_spec(spec)
         options = {k: v for k, v in method.objective.items() if k != "name"}
         name = method.objective["name"] + (f" {options}" if options else "")
         rows.append((method.label, f"`{name}`", known[method.objective["name"]]["formula"]))

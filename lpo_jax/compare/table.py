@@ -13,7 +13,7 @@ import numpy as np
 
 from lpo_jax.compare.grid import Grid
 from lpo_jax.compare.outcome import CURVES, Outcome
-from lpo_jax.compare.pairs import Estimate, estimate, solved
+from lpo_jax.compare.pairs import Estimate, estimate_mean, solved
 
 Outcomes = Mapping[tuple[str, str, int], Outcome]  # by rule, method, seed
 
@@ -34,7 +34,9 @@ def make_table(grid: Grid, outcomes: Outcomes) -> dict[str, Any]:
     }
     scores = {
         rule: {
-            method: {name: _number(estimate(v)) for name, v in _stacked(values, rule, method, grid).items()}
+            method: {
+                name: _number(estimate_mean(v)) for name, v in _stacked(values, rule, method, grid).items()
+            }
             for method in grid.methods
         }
         for rule in grid.rules
@@ -105,7 +107,7 @@ def _difference(values: Mapping, rule: str, method: str, other: str, grid: Grid)
             [[values[r, method, s][name] - values[r, other, s][name] for s in seeds] for r in rules]
         )  # [R, S, P]
         wins = int((np.nanmean(by_rule, axis=2) > 0).sum())
-        whole = dataclasses.asdict(estimate(by_rule.mean(axis=0)))
+        whole = dataclasses.asdict(estimate_mean(by_rule.mean(axis=0)))
         found[name] = whole | {"wins": wins, "pairs": len(rules) * len(seeds)}
     return found
 
@@ -114,7 +116,7 @@ def _start(outcomes: Outcomes, k: int) -> dict[str, Estimate]:
     """The scores of the common model before any training; every seed draws its own samples of it."""
     by_seed = {seed: outcome for (_, _, seed), outcome in outcomes.items()}
     first = lambda outcome, n: solved(outcome.passed[0], outcome.valid[0], n)  # noqa: E731
-    return {f"pass@{n}": estimate(np.stack([first(o, n) for o in by_seed.values()])) for n in (1, k)}
+    return {f"pass@{n}": estimate_mean(np.stack([first(o, n) for o in by_seed.values()])) for n in (1, k)}
 
 
 def _number(of: Estimate) -> dict[str, float]:

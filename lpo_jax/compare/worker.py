@@ -20,7 +20,7 @@ from lpo_jax.errors import RunStopped, UserError
 from lpo_jax.json_lines import dump_line
 
 
-def main(cores: str) -> None:
+def serve(cores: str) -> None:
     """Serves the pool until it closes the line.
 
     Args:
@@ -31,34 +31,34 @@ def main(cores: str) -> None:
     keep_freed_memory()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    tasks: queue.SimpleQueue = queue.SimpleQueue()
-    threading.Thread(target=_listen, args=(tasks,), daemon=True).start()
+    jobs: queue.SimpleQueue = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(jobs,), daemon=True).start()
     from lpo_jax.runs.signals import Interrupted
 
     try:
         while True:
-            error = _run(tasks.get())
+            error = _run(jobs.get())
             answers.write(dump_line({"error": error}).decode())
             answers.flush()
     except Interrupted:
         return
 
 
-def _listen(tasks: queue.SimpleQueue) -> None:
+def _listen(jobs: queue.SimpleQueue) -> None:
     for line in sys.stdin:
-        tasks.put(json.loads(line))
+        jobs.put(json.loads(line))
     # The line is closed, or whoever held it is gone: a run that is under way saves its position and ends.
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _run(task: dict[str, Any]) -> str | None:
-    """Runs a task to its end; returns one line that says what went wrong, or None."""
+def _run(job: dict[str, Any]) -> str | None:
+    """Runs a job to its end; returns one line that says what went wrong, or None."""
     from lpo_jax.config import parse_config
     from lpo_jax.parallel import hosts
 
     try:
         hosts.require_devices()
-        RUNNERS[task["kind"]](parse_config(task["config"]))
+        RUNNERS[job["kind"]](parse_config(job["config"]))
     except (UserError, RunStopped) as error:
         return str(error)
     except Exception as error:
@@ -90,4 +90,4 @@ def _cell(config: Any) -> None:
 RUNNERS = {"warm": _warm, "cell": _cell}
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    serve(sys.argv[1])

@@ -10,11 +10,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lpo_jax.errors import RunStopped
+from lpo_jax.files import append, cannot_write
 from lpo_jax.json_lines import dump_line, read_lines
 
 
-class Fact(NamedTuple):
+class ResponseSummary(NamedTuple):
     """What scores are made of, of one response."""
 
     outcome: str
@@ -35,7 +35,7 @@ class ResponseFile:
       batch: problems that are written together.
 
     Attributes:
-      facts: of every response in the file, in order.
+      summaries: of every response in the file, in order.
 
     Raises:
       UserError: a line before the last is not a response, or not the one that belongs there.
@@ -44,12 +44,12 @@ class ResponseFile:
     def __init__(self, path: str | os.PathLike, problems: int, num_responses: int, batch: int):
         self.path, self._K = Path(path), num_responses
         self._total, self._unit = problems * num_responses, batch * num_responses
-        self.facts: list[Fact] = []
+        self.summaries: list[ResponseSummary] = []
         try:
             self._file = open(self.path, "ab+", buffering=0)  # noqa: SIM115 - closed by __exit__
             self._file.truncate(self._read())
         except OSError as error:
-            raise self._stopped(error) from None
+            raise cannot_write(self.path, error) from None
 
     def __enter__(self):
         return self
@@ -60,52 +60,46 @@ class ResponseFile:
     @property
     def problems(self) -> int:
         """Problems whose responses are all there."""
-        return len(self.facts) // self._K
+        return len(self.summaries) // self._K
 
     def clear(self) -> None:
         """Removes all responses, so that the same command asks anew."""
         self._file.truncate(0)
-        self.facts.clear()
+        self.summaries.clear()
 
     def append(self, records: Iterable[Mapping[str, Any]]) -> None:
-        """Writes one batch, and returns when it is on the disk. Raises `RunStopped` where the disk does not take it."""
+        """Writes one batch, and returns when it is on the disk. Raises `UserError` if it cannot be written."""
         records = list(records)
-        rest = memoryview(b"".join(map(dump_line, records)))
         try:
-            while rest:
-                rest = rest[self._file.write(rest) :]
-            os.fsync(self._file.fileno())
+            append(self._file, b"".join(map(dump_line, records)))
         except OSError as error:
-            raise self._stopped(error) from None
-        self.facts += map(_fact, records)
+            raise cannot_write(self.path, error) from None
+        self.summaries += map(_summary, records)
 
     def _read(self) -> int:
-        """Fills `facts` with the whole batches; returns where the last one ends."""
+        """Fills `summaries` with the whole batches; returns where the last one ends."""
 
         def check(record: Any) -> None:
-            if (record["id"], record["k"]) != divmod(len(self.facts), self._K):
+            if (record["id"], record["k"]) != divmod(len(self.summaries), self._K):
                 raise ValueError("another response belongs here")
-            self.facts.append(_fact(record))
+            self.summaries.append(_summary(record))
 
         end = whole = position = 0
         for line, _ in read_lines(self.path, check, may_be_torn=True, remedy="remove the file to ask anew"):
             position += len(line)
             if not line.endswith(b"\n"):
                 break  # whole but for its newline: the batch is done again
-            if len(self.facts) % self._unit == 0 or len(self.facts) == self._total:
-                end, whole = position, len(self.facts)
-        del self.facts[whole:]
+            if len(self.summaries) % self._unit == 0 or len(self.summaries) == self._total:
+                end, whole = position, len(self.summaries)
+        del self.summaries[whole:]
         return end
 
-    def _stopped(self, error: OSError) -> RunStopped:
-        return RunStopped(
-            f"{self.path}: cannot be written ({error.strerror}); make room or permission, and the same command goes on"
-        )
 
-
-def _fact(record: Mapping[str, Any]) -> Fact:
+def _summary(record: Mapping[str, Any]) -> ResponseSummary:
     answer = record["parts"].get("answer")
     # A function of the user's own may name a number; JSON has no text for one.
     answer = None if answer is None else str(answer)
     reason = record["parts"].get("reason") if record["outcome"] == "infrastructure" else None
-    return Fact(record["outcome"], answer, record["score"], record["tokens"], record["finished"], reason)
+    return ResponseSummary(
+        record["outcome"], answer, record["score"], record["tokens"], record["finished"], reason
+    )

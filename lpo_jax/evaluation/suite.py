@@ -19,7 +19,7 @@ import numpy as np
 from lpo_jax.errors import UserError, VerifierFailed
 from lpo_jax.evaluation.heldout import powers_of_two, sample_rows
 from lpo_jax.evaluation.metrics import bootstrap_interval, summarise
-from lpo_jax.evaluation.responses import Fact, ResponseFile
+from lpo_jax.evaluation.responses import ResponseFile, ResponseSummary
 from lpo_jax.evaluation.votes import majority
 from lpo_jax.rewards import VerifierPool, VerifierSpec
 from lpo_jax.rewards.code import confine
@@ -79,7 +79,7 @@ class Settings:
 
 
 @dataclasses.dataclass(frozen=True)
-class Exam:
+class PreparedBenchmark:
     """A benchmark ready to be put to a model.
 
     Attributes:
@@ -120,9 +120,9 @@ class Exam:
         }
 
 
-def prepare(
+def prepare_benchmarks(
     benchmarks: Sequence[Benchmark], settings: Settings, tokenizer: Any, max_positions: int
-) -> list[Exam]:
+) -> list[PreparedBenchmark]:
     """Reads the problems and checks that they can be asked and judged.
 
     Args:
@@ -144,10 +144,14 @@ def prepare(
             f"than the {max_positions} positions of the model"
         )
     chat = {} if settings.chat is None else {"chat": settings.chat}
-    return [_exam(benchmark, benchmark.build(**chat), settings, tokenizer, limit) for benchmark in benchmarks]
+    return [
+        _prepare(benchmark, benchmark.build(**chat), settings, tokenizer, limit) for benchmark in benchmarks
+    ]
 
 
-def _exam(benchmark: Benchmark, task: Task, settings: Settings, tokenizer: Any, limit: int) -> Exam:
+def _prepare(
+    benchmark: Benchmark, task: Task, settings: Settings, tokenizer: Any, limit: int
+) -> PreparedBenchmark:
     rows, left_out, prompts_hash = within_limit(
         task,
         tokenizer,
@@ -162,11 +166,13 @@ def _exam(benchmark: Benchmark, task: Task, settings: Settings, tokenizer: Any, 
     )
     K = settings.num_responses or benchmark.k
     batch = min(settings.batch or max(1, ROWS_AT_ONCE // K), len(rows))
-    return Exam(benchmark.name, K, batch, limit, task, rows, prompts_hash, left_out, verifier, sandbox)
+    return PreparedBenchmark(
+        benchmark.name, K, batch, limit, task, rows, prompts_hash, left_out, verifier, sandbox
+    )
 
 
-def run_exam(
-    exam: Exam,
+def run_benchmark(
+    benchmark: PreparedBenchmark,
     settings: Settings,
     sampler: Sampler,
     weights: Any,
@@ -185,46 +191,46 @@ def run_exam(
       VerifierFailed: not one response could be judged.
 
     Returns:
-      `score` of the responses; the problems `left_out` (prompt too long) and `skipped` (unusable gold answer); and the
-      kind of `sandbox`, where programs were run.
+      The dict of `score_responses`, and `left_out` (problems with too long prompts), `skipped` (problems with unusable
+      gold answers) and, if the verifier runs programs, the kind of `sandbox`.
     """
-    K, P = exam.num_responses, len(exam.rows)
-    with ResponseFile(path, P, K, exam.batch) as responses:
+    K, P = benchmark.num_responses, len(benchmark.rows)
+    with ResponseFile(path, P, K, benchmark.batch) as responses:
         if responses.problems < P:
             with VerifierPool(
-                exam.verifier, timeout=VERIFIER_SECONDS, allow_weak_sandbox=settings.allow_weak_sandbox
+                benchmark.verifier, timeout=VERIFIER_SECONDS, allow_weak_sandbox=settings.allow_weak_sandbox
             ) as pool:
                 batches = sample_rows(
-                    Collector(exam.task, tokenizer, sampler, pool, exam.limit),
+                    Collector(benchmark.task, tokenizer, sampler, pool, benchmark.limit),
                     weights,
-                    exam.rows,
+                    benchmark.rows,
                     num_responses=K,
-                    prompts_per_batch=exam.batch,
+                    prompts_per_batch=benchmark.batch,
                     max_tokens=settings.max_tokens,
                     sampling=settings.sampling,
                     stop=settings.stop,
                     seed=settings.seed,
                     start=responses.problems,
                 )
-                progress(exam.name, responses.problems, P)
+                progress(benchmark.name, responses.problems, P)
                 for batch in batches:
                     responses.append(batch.records())
-                    progress(exam.name, responses.problems, P)
+                    progress(benchmark.name, responses.problems, P)
                     if responses.problems >= min(P, ENOUGH_PROBLEMS):
-                        _require_judged(responses, exam.name)
-        _require_judged(responses, exam.name)
+                        _require_judged(responses, benchmark.name)
+        _require_judged(responses, benchmark.name)
         found = _failures(responses)
-        result = score(responses.facts, K, settings.seed)
-    sandbox = {"sandbox": exam.sandbox} if exam.sandbox else {}
-    skipped = exam.task.about.get("heldout", {}).get("skipped", 0)
-    if told := warning(found, f"benchmark {exam.name}"):
+        result = score_responses(responses.summaries, K, settings.seed)
+    sandbox = {"sandbox": benchmark.sandbox} if benchmark.sandbox else {}
+    skipped = benchmark.task.about.get("heldout", {}).get("skipped", 0)
+    if told := warning(found, f"benchmark {benchmark.name}"):
         print(f"lpo: {told}", file=sys.stderr)
-    return {**result, "left_out": exam.left_out, "skipped": skipped, **sandbox}
+    return {**result, "left_out": benchmark.left_out, "skipped": skipped, **sandbox}
 
 
 def _failures(responses: ResponseFile) -> Failures:
-    reasons = (fact.reason or "" for fact in responses.facts if fact.outcome == "infrastructure")
-    return Failures(len(responses.facts), dict(Counter(reasons)))
+    reasons = (summary.reason or "" for summary in responses.summaries if summary.outcome == "infrastructure")
+    return Failures(len(responses.summaries), dict(Counter(reasons)))
 
 
 def _require_judged(responses: ResponseFile, name: str) -> None:
@@ -236,11 +242,13 @@ def _require_judged(responses: ResponseFile, name: str) -> None:
         raise
 
 
-def score(facts: Sequence[Fact], num_responses: int, seed: int = 0) -> dict[str, Any]:
+def score_responses(
+    summaries: Sequence[ResponseSummary], num_responses: int, seed: int = 0
+) -> dict[str, Any]:
     """The figures of one benchmark.
 
     Args:
-      facts: of P x K responses, problem by problem.
+      summaries: of P x K responses, problem by problem.
       num_responses: K.
       seed: of the bootstrap.
 
@@ -250,10 +258,10 @@ def score(facts: Sequence[Fact], num_responses: int, seed: int = 0) -> dict[str,
       `mean_length` (tokens) and `mean_reward` (of the valid ones).
     """
     K = num_responses
-    column = lambda name: np.array([getattr(fact, name) for fact in facts]).reshape(-1, K)  # noqa: E731
+    column = lambda name: np.array([getattr(summary, name) for summary in summaries]).reshape(-1, K)  # noqa: E731
     outcome = column("outcome")
     passed, valid, rewards = outcome == "pass", outcome != "infrastructure", column("reward")
-    answers = [[fact.answer for fact in facts[i : i + K]] for i in range(0, len(facts), K)]
+    answers = [[summary.answer for summary in summaries[i : i + K]] for i in range(0, len(summaries), K)]
     votes = majority(passed, valid, answers)
     votes = votes[~np.isnan(votes)]
     low, high = bootstrap_interval(votes, seed=seed)
@@ -272,6 +280,6 @@ def score(facts: Sequence[Fact], num_responses: int, seed: int = 0) -> dict[str,
     }
 
 
-def average(results: Mapping[str, Mapping[str, Any]]) -> float:
+def mean_pass_at_1(results: Mapping[str, Mapping[str, Any]]) -> float:
     """pass@1, mean over benchmarks, as in the LPO paper's curves."""
     return float(np.mean([result["pass@1"]["mean"] for result in results.values()]))

@@ -2,7 +2,7 @@
 
 Names that verl has are verl's, so that its dashboards read our runs; what is ours alone is under `lpo/`,
 `reward/` and `val-aux/`. The writers refuse a name that is not here, so the table, and the documentation
-made from it by `markdown`, cannot fall behind the program.
+made from it by `metrics_markdown`, cannot fall behind the program.
 
 In a name `{a,b}` stands for each of its words, `<data>` for the name of a data set (it may hold slashes)
 and `<n>`, `<k>` for whole numbers.
@@ -35,9 +35,6 @@ METRICS: tuple[Metric, ...] = (
     # Rewards. "critic" is verl's word; there is no critic network here.
     Metric("critic/score/{mean,max,min}", "reward", "what the verifier gave, over the responses that count"),
     Metric("critic/rewards/{mean,max,min}", "reward", "what the objective is given: the score after shaping"),
-    Metric(
-        "critic/advantages/{mean,max,min}", "-", "advantages of the responses (policy-gradient methods only)"
-    ),
     Metric("reward/pass_rate", "fraction", "responses whose outcome is `pass`, of those that count"),
     Metric(
         "reward/outcome/{pass,wrong,malformed,timeout,infrastructure}",
@@ -113,8 +110,6 @@ METRICS: tuple[Metric, ...] = (
     _timing("timing_s/gen", "s", "sampling the responses, and verifying those that end before the last"),
     _timing("timing_s/reward", "s", "verifying the responses, as far as sampling does not hide it"),
     _timing("timing_s/old_log_prob", "s", "scoring the responses with the weights that sampled them"),
-    _timing("timing_s/ref", "s", "scoring the responses with the reference model"),
-    _timing("timing_s/adv", "s", "the objective on arrays: targets and coefficients"),
     _timing("timing_s/update_actor", "s", "gradients and updates of the weights"),
     _timing("timing_s/testing", "s", "held-out evaluation"),
     _timing("timing_s/save_checkpoint", "s", "saving a checkpoint, as far as the step waits for it"),
@@ -145,11 +140,9 @@ METRICS: tuple[Metric, ...] = (
     Metric("meta/step_norm", "-", "l2 norm of the map's move"),
     # Supervised warm start (`lpo sft`), under the names of verl's SFT trainer.
     Metric("train/loss", "nats/token", "supervised loss: mean negative log-prob of the target tokens"),
-    Metric("train/token_accuracy", "fraction", "target tokens that are the model's first choice"),
     Metric("train/grad_norm", "-", "l2 norm of the gradient before clipping"),
     Metric("train/lr", "-", "learning rate of the step"),
     Metric("train/global_tokens", "tokens", "target tokens of the step"),
-    Metric("val/loss", "nats/token", "the same loss on held-out examples"),
 )
 
 _PLACEHOLDERS = {"<data>": r".+", "<n>": r"\d+", "<k>": r"\d+"}
@@ -170,7 +163,7 @@ _PATTERNS = tuple((_pattern(metric.name), metric) for metric in METRICS)
 
 
 @functools.lru_cache(maxsize=4096)
-def find(name: str) -> Metric | None:
+def find_metric(name: str) -> Metric | None:
     """The table's row for a concrete name, or None."""
     return next((metric for pattern, metric in _PATTERNS if pattern.fullmatch(name)), None)
 
@@ -182,14 +175,14 @@ def check(names: Iterable[str]) -> None:
         ValueError: names the first unknown one and the nearest known one.
     """
     for name in names:
-        if find(name) is None:
+        if find_metric(name) is None:
             hint = nearest(name, [metric.name for metric in METRICS])
             raise ValueError(f"unknown metric {name!r}{hint}; add it to lpo_jax/reporting/metric_names.py")
 
 
 def is_timing(name: str) -> bool:
     """Whether a metric depends on the machine and the process, so that a repeated run may differ in it."""
-    metric = find(name)
+    metric = find_metric(name)
     return metric is not None and metric.timing
 
 
@@ -211,7 +204,7 @@ def validation_metrics(data: str, summary: Mapping) -> dict[str, float]:
     return metrics
 
 
-def markdown() -> str:
+def metrics_markdown() -> str:
     """The table as Markdown, one section for each first part of a name: the text of `docs/metrics.md`."""
     lines = [
         "# Metrics",

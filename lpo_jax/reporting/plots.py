@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lpo_jax.reporting.writers import cannot_write, read_metrics, write_atomically
+from lpo_jax.files import write_file
+from lpo_jax.reporting.writers import read_metrics
 
 COLORS = (
     "#0072B2",
@@ -42,7 +43,7 @@ class Panel:
 _LEARNING = (
     Panel("Reward", "mean per response", (("critic/rewards/mean", "reward"),)),
     Panel("Pass rate on training prompts", "share of responses", (("reward/pass_rate", "pass"),), share=True),
-    Panel("Supervised loss", "nats per token", (("train/loss", "training"), ("val/loss", "held out"))),
+    Panel("Supervised loss", "nats per token", (("train/loss", "training"),)),
     Panel("Entropy of the policy", "nats per token", (("actor/entropy", "entropy"),)),
     Panel(
         "Response length",
@@ -114,11 +115,7 @@ def save_plots(run_dir: str | os.PathLike, title: str | None = None) -> list[Pat
             png = io.BytesIO()  # matplotlib would leave half a file behind
             figure.savefig(png, format="png", dpi=150)
             paths.append(folder / f"{name}.png")
-            try:
-                folder.mkdir(exist_ok=True)
-                write_atomically(paths[-1], png.getvalue())
-            except OSError as error:
-                raise cannot_write(paths[-1], error) from error
+            write_file(paths[-1], png.getvalue())
     return paths
 
 
@@ -155,15 +152,15 @@ def _figure(rows: Sequence[dict], panels: list[Panel], title: str):
     panels = [panel for panel in panels if any(name in row for name, _ in panel.lines for row in rows)]
     if not panels:
         return None
-    figure, places = grid_of(len(panels), title)
+    figure, places = panel_axes(len(panels), title)
     steps = [row["step"] for row in rows]
     for axes, panel in zip(places, panels):
         smoothed = _draw(axes, rows, panel)
-        dress(axes, panel, min(steps), max(steps), smoothed)
+        style_axes(axes, panel, min(steps), max(steps), smoothed)
     return figure
 
 
-def grid_of(panels: int, title: str = ""):
+def panel_axes(panels: int, title: str = ""):
     """A new Figure and the axes of its panels, row by row."""
     from matplotlib.figure import Figure
 
@@ -185,7 +182,7 @@ def _draw(axes, rows: Sequence[dict], panel: Panel) -> bool:
         steps, values = _series(rows, name)
         if not steps:
             continue
-        held_out = name.startswith(("val-core/", "val/"))
+        held_out = name.startswith("val-core/")
         marker = "o" if held_out or len(steps) < _SMOOTH_FROM else None
         if held_out:
             interval = name.replace("val-core/", "val-aux/", 1)
@@ -222,7 +219,7 @@ def _shade(axes, rows: Sequence[dict], low_name: str, high_name: str, color: str
         axes.vlines(steps, *bounds, color=color, alpha=0.5, linewidth=1)
 
 
-def dress(axes, panel: Panel, first: int, last: int, smoothed: bool = False) -> None:
+def style_axes(axes, panel: Panel, first: int, last: int, smoothed: bool = False) -> None:
     """Title, units, limits and legend of a panel whose lines are drawn, over the steps `first` to `last`."""
     from matplotlib.ticker import MaxNLocator
 

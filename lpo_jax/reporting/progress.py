@@ -27,7 +27,6 @@ _SHOWN: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("critic/rewards/mean", "reward", "{:.3f}".format),
     ("reward/pass_rate", "pass", percent),
     ("train/loss", "loss", "{:.3f}".format),
-    ("val/loss", "val loss", "{:.3f}".format),
     ("actor/entropy", "entropy", "{:.2f}".format),
     ("perf/throughput", "tok/s", "{:,.0f}".format),
 )

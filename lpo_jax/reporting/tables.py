@@ -170,7 +170,7 @@ def suite_table(results: Mapping[str, Mapping], mean: float, title: str) -> Grou
     """Benchmarks put to one model, one a row, with 95% intervals.
 
     Args:
-        results: by benchmark, `evaluation.suite.run_exam`'s.
+        results: by benchmark, `evaluation.suite.run_benchmark`'s.
         mean: of their pass@1.
         title: above the table.
     """

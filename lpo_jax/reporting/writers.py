@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from lpo_jax.errors import UserError
+from lpo_jax.files import append, cannot_write, write_atomically, write_file
 from lpo_jax.json_lines import dump_line, read_lines
 from lpo_jax.reporting import metric_names
 
@@ -80,12 +81,7 @@ class RunWriter:
         if folder not in SAMPLE_FOLDERS:
             raise ValueError(f"folder must be one of {SAMPLE_FOLDERS}, got {folder!r}")
         path = self.run_dir / folder / f"{step}.jsonl"
-        data = b"".join(dump_line({**row, "step": int(step)}) for row in rows)
-        try:
-            path.parent.mkdir(exist_ok=True)
-            write_atomically(path, data)
-        except OSError as error:
-            raise cannot_write(path, error) from error
+        write_file(path, b"".join(dump_line({**row, "step": int(step)}) for row in rows))
         return path
 
     def truncate_after(self, step: int, evaluations: int | None = None) -> None:
@@ -145,15 +141,7 @@ class RunWriter:
     def _append(self, row: Mapping) -> None:
         if self._file is None:
             self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115 - it lives as long as the run
-        size = os.fstat(self._file.fileno()).st_size
-        rest = memoryview(dump_line(row))
-        try:
-            while rest:
-                rest = rest[self._file.write(rest) :]
-            os.fsync(self._file.fileno())
-        except OSError:
-            os.ftruncate(self._file.fileno(), size)  # a full disk leaves no half row behind
-            raise
+        append(self._file, dump_line(row))
 
     def _write_events(self, step: int, values: Mapping[str, float]) -> None:
         # tensorboardX's SummaryWriter puts events through a queue and a thread and cannot be flushed at a
@@ -204,23 +192,3 @@ def _number(name: str, value) -> int | float:
         return int(value) if isinstance(value, int) else float(value)
     except (TypeError, ValueError) as error:
         raise ValueError(f"metric {name!r} is not one number: {value!r}") from error
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Writes a file whole or not at all; raises `OSError` where the disk does not take it."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)  # the new name, too, survives a power cut
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def cannot_write(path: Path, error: OSError) -> UserError:
-    """The error that tells a user of a file which the disk does not take."""
-    return UserError(f"cannot write {path}: {error.strerror or error}; make room or permission and resume")

@@ -6,16 +6,16 @@ carries its own checksum as its last line (`write_checked`, `read_checked`).
 """
 
 import hashlib
-import os
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
 from etils import epath
 from orbax.checkpoint.path import atomicity
 
 from lpo_jax.errors import UserError
+from lpo_jax.files import sync, write_atomically
 from lpo_jax.parallel import hosts
 
 NAME = "checksums.sha256"
@@ -94,11 +94,7 @@ def write_checked(path: epath.Path, text: str) -> None:
     if not _is_local(path):
         path.write_text(whole)  # an object appears whole
         return
-    partial = path.with_name(f".{path.name}.tmp")
-    partial.write_text(whole)
-    _sync(partial)
-    partial.replace(path)
-    _sync(path.parent)
+    write_atomically(Path(path), whole.encode())
 
 
 def read_checked(path: epath.Path) -> str:
@@ -159,8 +155,4 @@ def _is_local(path: epath.Path) -> bool:
 def _sync(path: epath.Path) -> None:
     """Has a file, or a directory's entries, written to the disk; object stores do so by themselves."""
     if _is_local(path):
-        opened = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(opened)
-        finally:
-            os.close(opened)
+        sync(path)

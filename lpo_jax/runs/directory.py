@@ -1,7 +1,6 @@
 """A run directory: who may write to it, what it was started with, and how a signal ends it."""
 
 import contextlib
-import fcntl
 import importlib.metadata
 import importlib.util
 import json
@@ -20,14 +19,13 @@ from etils import epath
 from lpo_jax import yaml_text
 from lpo_jax.config import Config, parse_config
 from lpo_jax.errors import UserError
+from lpo_jax.files import LOCK, lock_directory, write_file
 from lpo_jax.json_lines import read_object
-from lpo_jax.reporting.writers import cannot_write, write_atomically
 from lpo_jax.rewards.user_code import file_hash, split_reference
 from lpo_jax.parallel import hosts
 
 PACKAGES = ("lpo_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
 
-LOCK = ".lock"
 # What a start leaves whose first files did not fit on the disk: no run yet, so that it may be started again.
 LEFTOVERS = (LOCK, "run.json.tmp", "run.json", "config.yaml.tmp")
 SAVED = "checkpoints"  # in run.json: the first step saved, and where
@@ -93,14 +91,7 @@ class RunDirectory:
             self._lock.close()
 
     def _open(self) -> None:
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.path / LOCK, "w")  # noqa: SIM115 - held while the run goes on
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{self.path}: another process is writing to this run") from None
-        except OSError as error:
-            raise cannot_write(self.path, error) from None
+        self._lock = lock_directory(self.path, "run")
         try:
             # Another start may have come and gone since the first look.
             self.resumed = self._look(self._resume)
@@ -110,14 +101,14 @@ class RunDirectory:
         about = {"kind": self.kind, "user_files": user_files(self.config), **_surroundings()}
         if self.resumed and SAVED in (noted := self._noted()):
             about[SAVED] = noted[SAVED]
-        self._write("run.json", json.dumps(about, indent=2) + "\n")
-        self._write("config.yaml", yaml_text.dump(self.config.to_dict()))
+        write_file(self.path / "run.json", json.dumps(about, indent=2) + "\n")
+        write_file(self.path / "config.yaml", yaml_text.dump(self.config.to_dict()))
 
     def note(self, **facts: Any) -> None:
         """Adds to run.json what was only known once the run was under way."""
         if not hosts.first():
             return
-        self._write("run.json", json.dumps(self._noted() | facts, indent=2) + "\n")
+        write_file(self.path / "run.json", json.dumps(self._noted() | facts, indent=2) + "\n")
 
     def note_saved(self, step: int) -> None:
         """Notes that a checkpoint is complete, so that a resume without one in sight is not taken for a fresh start."""
@@ -144,13 +135,6 @@ class RunDirectory:
         """
         path = self.path / "run.json"
         return read_object(path, "remove it, and --resume writes a new one") if path.exists() else {}
-
-    def _write(self, name: str, text: str) -> None:
-        """Whole or not at all: config.yaml is what tells a run from any other directory."""
-        try:
-            write_atomically(self.path / name, text.encode())
-        except OSError as error:
-            raise cannot_write(self.path / name, error) from None
 
     def _check_unchanged(self, kind: str) -> None:
         about = self._noted()

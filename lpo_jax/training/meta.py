@@ -17,7 +17,8 @@ from etils import epath
 
 from lpo_jax import reporting
 from lpo_jax.config import Config, MetaSection
-from lpo_jax.errors import Diverged, RunStopped, UserError
+from lpo_jax.errors import Diverged, UserError
+from lpo_jax.files import cannot_write
 from lpo_jax.objectives import meta as evolution
 from lpo_jax.objectives.meta import Evolution
 from lpo_jax.objectives.mirror import NeuralMirror, initial_map
@@ -40,8 +41,8 @@ def meta(config: Config, *, resume: bool = False, fitness: Callable[[Config], fl
       fitness: what a candidate's config is worth; by default `run_candidate`.
 
     Raises:
-      UserError: as `lpo_jax.training.loop.train`, or the method has no mirror map.
-      RunStopped: the search or a candidate's run could not be saved.
+      UserError: as `lpo_jax.training.loop.train`, or the method has no mirror map, or the search cannot be saved.
+      RunStopped: a candidate's run could not be saved.
       Interrupted: SIGTERM or Ctrl-C; the search is saved, and so is the candidate's run.
     """
     mirror = mirror_of(config)
@@ -106,7 +107,7 @@ class Search:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_checked(path, json.dumps(plain | {"fitness": self.fitness}))
         except OSError as error:
-            raise RunStopped(f"{path}: cannot be written ({error.strerror or error})") from None
+            raise cannot_write(path, error) from None
 
     @classmethod
     def load(cls, output: Path) -> "Search | None":

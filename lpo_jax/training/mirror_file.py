@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from lpo_jax.errors import RunStopped, UserError
+from lpo_jax.errors import UserError
+from lpo_jax.files import write_file
 from lpo_jax.objectives.mirror import UNITS, map_problem
-from lpo_jax.reporting.writers import write_atomically
 
 # Name -> where it is among the 380 parameters. v, w, b: the public code's names, in its order of units.
 PARTS = {
@@ -23,7 +23,7 @@ PARTS = {
 def write_map(path: Path, parameters: Sequence[float]) -> None:
     """Writes a map, whole or not at all; negative parameters become 0, since with them h would not be convex."""
     usable = np.maximum(parameters, 0).tolist()
-    write_whole(path, json.dumps({name: usable[part] for name, part in PARTS.items()}, indent=1))
+    write_file(path, json.dumps({name: usable[part] for name, part in PARTS.items()}, indent=1))
 
 
 def read_map(path: str) -> tuple[float, ...]:
@@ -45,12 +45,3 @@ def read_map(path: str) -> tuple[float, ...]:
     if problem:
         raise UserError(f"objective.mirror: {path}: {problem}")
     return parameters
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file so that whoever reads it sees the old text or the new one. Raises `RunStopped` on a full disk."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, text.encode())
-    except OSError as error:
-        raise RunStopped(f"{path}: cannot be written ({error.strerror})") from None

@@ -19,7 +19,7 @@ from lpo_jax.commands.main import main
 from lpo_jax.compare import command, outcome, pool, worker
 from lpo_jax.compare.command import compare, load_outcomes
 from lpo_jax.compare.grid import make_grid
-from lpo_jax.compare.pool import Share, Task, run_tasks, shares
+from lpo_jax.compare.pool import Job, Resources, divide_machine, run_jobs
 from lpo_jax.compare.table import make_table
 from lpo_jax.config import parse_config
 from lpo_jax.errors import RunStopped, UserError
@@ -80,12 +80,12 @@ def in_process(monkeypatch, one_pool):
     """Tasks run one after another in this process; returns the names of those that were begun."""
     begun = []
 
-    def run_tasks(tasks, shares, logs, ended):
+    def run_jobs(tasks, shares, logs, ended):
         for task in tasks:
             begun.append(task.name)
             ended(task, worker._run({"kind": task.kind, "config": task.config.to_dict()}))
 
-    monkeypatch.setattr(command, "run_tasks", run_tasks)
+    monkeypatch.setattr(command, "run_jobs", run_jobs)
     monkeypatch.setattr(rewards, "VerifierPool", one_pool)
     return begun
 
@@ -241,10 +241,13 @@ def test_a_worker_that_dies_takes_its_task_alone_with_it(compared, tmp_path, mon
     monkeypatch.setattr(pool, "WORKER", (sys.executable, str(script)))
     config, ended = parse_config(compared()), {}
     tasks = [
-        Task(f"{kind}{i}", kind, config) for i, kind in enumerate(["ok", "die", "fail", "ok", "die", "ok"])
+        Job(f"{kind}{i}", kind, config) for i, kind in enumerate(["ok", "die", "fail", "ok", "die", "ok"])
     ]
-    run_tasks(
-        tasks, [Share([], {})] * 2, tmp_path / "logs", lambda task, error: ended.update({task.name: error})
+    run_jobs(
+        tasks,
+        [Resources([], {})] * 2,
+        tmp_path / "logs",
+        lambda task, error: ended.update({task.name: error}),
     )
     assert sorted(ended) == sorted(task.name for task in tasks)
     assert ended["ok0"] is ended["ok3"] is ended["ok5"] is None
@@ -255,17 +258,17 @@ def test_a_worker_that_dies_takes_its_task_alone_with_it(compared, tmp_path, mon
 
 def test_shares_divide_the_machine(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(4)))
-    assert shares(1) == [Share([], {})]
-    assert [share.cores for share in shares(2)] == [[0, 2], [1, 3]]
-    assert [share.cores for share in shares(5)][-1] == [0]  # more workers than cores take turns
+    assert divide_machine(1) == [Resources([], {})]
+    assert [share.cores for share in divide_machine(2)] == [[0, 2], [1, 3]]
+    assert [share.cores for share in divide_machine(5)][-1] == [0]  # more workers than cores take turns
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
-    assert [share.environment for share in shares(2)] == [
+    assert [share.environment for share in divide_machine(2)] == [
         {"CUDA_VISIBLE_DEVICES": "2"},
         {"CUDA_VISIBLE_DEVICES": "5"},
     ]
     with pytest.raises(UserError, match=r"compare\.workers = 3 is more than the 2 GPUs"):
-        shares(3)
+        divide_machine(3)
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from lpo_jax.commands.main import main
-from lpo_jax.compare.grid import make_grid, start_of_cells, warm_config
+from lpo_jax.compare.grid import cell_base_config, make_grid, warm_config
 from lpo_jax.config import load_config, parse_config
 from lpo_jax.errors import UserError
 from lpo_jax.runs.directory import RunDirectory
@@ -60,12 +60,12 @@ def test_cells_of_a_seed_differ_by_their_objective_and_place_alone(compared):
 def test_cells_begin_from_the_common_warm_start(compared):
     config = parse_config(compared() | {"warm_start": {"steps": 7}})
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, init="random"))
-    warm, start = warm_config(config), start_of_cells(config)
+    warm, start = warm_config(config), cell_base_config(config)
     assert warm.warm_start.steps == 7 and warm.model == config.model
     assert start.warm_start.steps == 0 and start.model.init == "weights"
     assert start.model.path == f"{warm.output}/hf"
     without = dataclasses.replace(config, warm_start=dataclasses.replace(config.warm_start, steps=0))
-    assert start_of_cells(without).model == config.model  # nothing to begin from but the model itself
+    assert cell_base_config(without).model == config.model  # nothing to begin from but the model itself
 
 
 def test_numbers_are_rules_and_methods_keep_their_options(compared):

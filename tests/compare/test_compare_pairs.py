@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lpo_jax.compare.pairs import estimate, solved, variance_of_mean
+from lpo_jax.compare.pairs import estimate_mean, solved, variance_of_mean
 from lpo_jax.evaluation.metrics import pass_at_k
 
 
@@ -33,13 +33,13 @@ def test_over_many_experiments_the_variance_is_right_and_intervals_hold_the_trut
     exact = parts[0] ** 2 / S + parts[1] ** 2 / P + parts[2] ** 2 / (S * P)
     experiments = [effects(rng, S, P, *parts) for _ in range(1000)]
     assert 0.9 <= np.mean([variance_of_mean(x)[0] for x in experiments]) / exact <= 1.45
-    held = np.mean([of.low <= 0 <= of.high for of in map(estimate, experiments)])
+    held = np.mean([of.low <= 0 <= of.high for of in map(estimate_mean, experiments)])
     assert 0.92 <= held <= slack
 
 
 def test_of_seeds_alone_it_is_students_interval():
     x = np.array([0.3, 0.1, 0.25, 0.4, 0.2])
-    of = estimate(x[:, None])
+    of = estimate_mean(x[:, None])
     np.testing.assert_allclose((of.low, of.high), stats.t.interval(0.95, 4, loc=x.mean(), scale=stats.sem(x)))
     assert of.mean == pytest.approx(0.25) and (of.wins, of.pairs) == (5, 5)
 
@@ -47,31 +47,31 @@ def test_of_seeds_alone_it_is_students_interval():
 def test_problems_that_differ_alone_have_students_interval_over_problems():
     """All seeds agree: nothing varies but the problems."""
     x = np.random.default_rng(2).normal(1.0, 1.0, size=80)
-    of = estimate(np.stack([x, x, x]))
+    of = estimate_mean(np.stack([x, x, x]))
     np.testing.assert_allclose(
         (of.low, of.high), stats.t.interval(0.95, 79, loc=x.mean(), scale=stats.sem(x))
     )
 
 
 def test_what_does_not_vary_has_an_interval_of_no_width():
-    of = estimate(np.full((3, 4), 0.5))
+    of = estimate_mean(np.full((3, 4), 0.5))
     assert of.low == of.high == 0.5
 
 
 def test_one_seed_has_no_interval():
-    of = estimate(np.array([[0.0, 1.0, 0.5]]))
+    of = estimate_mean(np.array([[0.0, 1.0, 0.5]]))
     assert of.mean == 0.5 and np.isnan(of.low) and np.isnan(of.high)
 
 
 def test_problems_without_a_number_are_left_out():
     values = effects(np.random.default_rng(3), 3, 10, 0.1, 1.0, 0.1)
     values[1, 4] = np.nan
-    assert estimate(values) == estimate(np.delete(values, 4, axis=1))
-    assert np.isnan(estimate(np.full((3, 2), np.nan)).mean)
+    assert estimate_mean(values) == estimate_mean(np.delete(values, 4, axis=1))
+    assert np.isnan(estimate_mean(np.full((3, 2), np.nan)).mean)
 
 
 def test_wins_are_seeds_above_zero():
-    assert estimate(np.array([[1.0, -3.0], [1.0, 1.0], [0.0, 0.0]])).wins == 1
+    assert estimate_mean(np.array([[1.0, -3.0], [1.0, 1.0], [0.0, 0.0]])).wins == 1
 
 
 def test_solved_is_pass_at_k_of_every_problem():

@@ -12,7 +12,7 @@ from lpo_jax.commands import suite as command
 from lpo_jax.commands.main import main
 from lpo_jax.errors import UserError
 from lpo_jax.evaluation import suite as S
-from lpo_jax.evaluation.responses import Fact, ResponseFile
+from lpo_jax.evaluation.responses import ResponseFile, ResponseSummary
 from lpo_jax.evaluation.votes import majority
 from lpo_jax.models.hf import save_hf
 from lpo_jax.models.load import load_model
@@ -21,22 +21,29 @@ from lpo_jax.tasks.suites import Benchmark
 NINE = [{"q": f"{n}+{n}=", "answer": 2 * n} for n in range(1, 10)]
 
 
-def facts(*outcomes, answers=None):
+def summaries(*outcomes, answers=None):
     answers = answers or ["x"] * len(outcomes)
-    return [Fact(o, a, float(o == "pass"), 10, o != "malformed") for o, a in zip(outcomes, answers)]
+    return [
+        ResponseSummary(o, a, float(o == "pass"), 10, o != "malformed") for o, a in zip(outcomes, answers)
+    ]
 
 
 def test_figures_are_the_closed_forms():
     # Problem 1: one right of four. Problem 2: all wrong, with one that could not be judged.
-    result = S.score(
-        facts("pass", "wrong", "wrong", "wrong", "wrong", "malformed", "wrong", "infrastructure"), 4
+    result = S.score_responses(
+        summaries("pass", "wrong", "wrong", "wrong", "wrong", "malformed", "wrong", "infrastructure"), 4
     )
     assert result["pass@1"]["mean"] == (1 / 4 + 0) / 2
     assert result["pass@2"]["mean"] == (1 / 2 + 0) / 2
     assert result["pass@4"]["mean"] == 1.0 and result["pass@4"]["problems"] == 1
     assert (result["truncated"], result["malformed"], result["invalid_samples"]) == (1 / 8, 1 / 8, 1)
     assert result["mean_reward"] == pytest.approx(1 / 7)
-    assert S.score(facts(*["wrong"] * 6), 6)["ks"] == [1, 2, 4, 6]  # k itself, though no power of two
+    assert S.score_responses(summaries(*["wrong"] * 6), 6)["ks"] == [
+        1,
+        2,
+        4,
+        6,
+    ]  # k itself, though no power of two
 
 
 @pytest.mark.parametrize(
@@ -57,7 +64,7 @@ def test_majority(answers, passed, valid, right):
 
 
 def test_where_no_answer_is_named_there_is_no_majority():
-    result = S.score(facts("pass", "wrong", answers=[None, None]), 2)
+    result = S.score_responses(summaries("pass", "wrong", answers=[None, None]), 2)
     assert math.isnan(result["maj@2"]["mean"]) and result["maj@2"]["problems"] == 0
     assert result["pass@2"]["mean"] == 1.0
 
@@ -76,7 +83,7 @@ def test_a_file_of_responses_keeps_whole_batches(tmp_path):
         file.append([record(n) for n in range(4)])
         file.append([record(n) for n in range(4, 8)])
         file.append([record(n) for n in range(8, 10)])  # the last batch is smaller
-        whole = file.facts
+        whole = file.summaries
     data = path.read_bytes()
     lines = data.splitlines(keepends=True)
     for cut in [0, 1, len(lines[0]), len(data) // 2, len(data) - 1, len(data)]:
@@ -84,7 +91,7 @@ def test_a_file_of_responses_keeps_whole_batches(tmp_path):
         kept = data[:cut].count(b"\n")
         kept = 10 if kept == 10 else kept // 4 * 4
         with open_file() as file:
-            assert file.facts == whole[:kept] and file.problems == kept // 2
+            assert file.summaries == whole[:kept] and file.problems == kept // 2
         assert path.read_bytes() == b"".join(lines[:kept])
     path.write_bytes(b"".join([lines[1], *lines[1:]]))  # not the one that belongs there
     with pytest.raises(UserError, match=r"r\.jsonl line 1 is damaged"):
@@ -193,7 +200,7 @@ def test_benchmarks_are_files(data):
     twice = [Benchmark("a", 1, {"name": "math", "heldout": data})] * 2
     for benchmarks in (twice, [Benchmark("../a", 1, {})]):
         with pytest.raises(UserError, match="names are those of files, each once"):
-            S.prepare(benchmarks, S.Settings(), character_tokenizer(), 2048)
+            S.prepare_benchmarks(benchmarks, S.Settings(), character_tokenizer(), 2048)
 
 
 def test_other_weights_have_another_hash(tiny_model):

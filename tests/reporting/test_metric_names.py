@@ -1,12 +1,16 @@
 """The table of names: complete, strict, and the source of the documentation."""
 
+import ast
 import math
+import re
 from pathlib import Path
 
 import pytest
 
 from lpo_jax.evaluation.metrics import summarise
 from lpo_jax.reporting import metric_names as N
+
+PACKAGE = Path(N.__file__).parents[1]
 
 
 @pytest.mark.parametrize(
@@ -56,15 +60,45 @@ def test_timing_is_what_depends_on_the_machine():
     assert not any(map(N.is_timing, ["perf/total_num_tokens", "actor/grad_norm", "step", "no/such/name"]))
 
 
-def test_no_name_stands_in_two_rows():
-    examples = [
+def test_no_name_matches_two_rows():
+    examples = _examples()
+    assert len(examples) == len(set(examples)) > 70
+    for name in examples:
+        assert sum(bool(pattern.fullmatch(name)) for pattern, _ in N._PATTERNS) == 1, name
+
+
+def test_every_name_is_written_somewhere():
+    """Each name of the table is a string of the package, matches one of its f-strings,
+    or is one of its strings plus mean, max or min.
+
+    Strings of `reporting` do not count: it reads and displays metrics.
+    """
+    strings, templates = set(), []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                parts = [p.value if isinstance(p, ast.Constant) else None for p in node.values]
+                if parts[0] and "/" in parts[0]:
+                    templates.append(re.compile("".join(".+" if p is None else re.escape(p) for p in parts)))
+            elif (
+                isinstance(node, ast.Constant)
+                and isinstance(node.value, str)
+                and path.parent.name != "reporting"
+            ):
+                strings.add(node.value)
+    for name in _examples():
+        prefix, _, last = name.rpartition("/")
+        made = name in strings or (last in ("mean", "max", "min") and prefix in strings)
+        assert made or any(template.fullmatch(name) for template in templates), f"nothing writes {name}"
+
+
+def _examples():
+    """All names of the table, one for each word in braces, with values for the placeholders."""
+    return [
         name.replace("<data>", "x").replace("<n>", "4").replace("<k>", "4")
         for metric in N.METRICS
         for name in _expanded(metric.name)
     ]
-    assert len(examples) == len(set(examples)) > 70
-    for name in examples:
-        assert sum(bool(pattern.fullmatch(name)) for pattern, _ in N._PATTERNS) == 1, name
 
 
 def _expanded(name):
@@ -87,7 +121,7 @@ def test_validation_metrics_are_all_in_the_table():
 
 
 def test_markdown_documents_every_row():
-    lines = N.markdown().splitlines()
+    lines = N.metrics_markdown().splitlines()
     for metric in N.METRICS:
         (line,) = [line for line in lines if line.startswith(f"| `{metric.name}`")]
         assert line.replace("\\|", "").count("|") == 4  # three cells, whatever bars the meaning holds
@@ -96,4 +130,6 @@ def test_markdown_documents_every_row():
 
 def test_the_document_is_the_table():
     document = Path(__file__).parents[2] / "docs" / "metrics.md"
-    assert document.read_text() == N.markdown(), "write metric_names.markdown() to docs/metrics.md"
+    assert document.read_text() == N.metrics_markdown(), (
+        "write metric_names.metrics_markdown() to docs/metrics.md"
+    )

@@ -7,20 +7,18 @@ import os
 import pytest
 import yaml
 
-from lpo_jax import reporting
+from lpo_jax import files, reporting
 from lpo_jax.commands.main import main
 from lpo_jax.config import parse_config
 from lpo_jax.errors import UserError
-from lpo_jax.reporting import writers
 from lpo_jax.training import loop
-from lpo_jax.runs import directory as runs
 from lpo_jax.runs.directory import RunDirectory
 
 FAULTS = [errno.ENOSPC, errno.EROFS, errno.EIO]
 
 
-def failing_at(name, number, inner=writers.write_atomically):
-    """`write_atomically` of a disk that fails when the file `name` is written."""
+def failing_at(name, number, inner=files.write_atomically):
+    """Return a `write_atomically` that fails, as on a broken disk, when the file `name` is written."""
 
     def write(path, data):
         if path.name == name:
@@ -36,7 +34,7 @@ def failing_at(name, number, inner=writers.write_atomically):
 def test_a_start_whose_first_files_did_not_fit_can_be_started_again(run_config, monkeypatch, name, number):
     config = parse_config(run_config())
     with monkeypatch.context() as patch:
-        patch.setattr(runs, "write_atomically", failing_at(name, number))
+        patch.setattr(files, "write_atomically", failing_at(name, number))
         with (
             pytest.raises(UserError, match=f"{name}.*{os.strerror(number)}"),
             RunDirectory(config, "train", False),
@@ -51,7 +49,7 @@ def test_a_start_whose_first_files_did_not_fit_can_be_started_again(run_config, 
 def test_what_is_noted_later_leaves_run_json_whole(run_config, monkeypatch):
     config = parse_config(run_config())
     with RunDirectory(config, "train", False) as run:
-        monkeypatch.setattr(runs, "write_atomically", failing_at("run.json", errno.EIO))
+        monkeypatch.setattr(files, "write_atomically", failing_at("run.json", errno.EIO))
         with pytest.raises(UserError, match=r"run\.json"):
             run.note(data={})
         assert json.loads((run.path / "run.json").read_text())["kind"] == "train"
