@@ -237,10 +237,8 @@ def judges() -> Iterator[tuple[str, Judge]]:
     """Each verifier and comparison, with its name: (rng, text) -> outcome."""
 
     def judge(verifier: str, options: dict) -> Judge:
-        for module in rewards.VerifierSpec(
-            verifier, options
-        ).slow_imports:  # as a worker does before it begins
-            importlib.import_module(module)
+        for module in rewards.VerifierSpec(verifier, options).descriptor.slow_imports:
+            importlib.import_module(module)  # as a worker does before its first response
         verify, (frames, row) = rewards.get(verifier, **options), FRAMES[verifier]
         return lambda rng, text: verify(rng.choice(frames).replace("@", text), row).outcome
 

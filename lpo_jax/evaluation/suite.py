@@ -22,7 +22,6 @@ from lpo_jax.evaluation.metrics import bootstrap_interval, summarise
 from lpo_jax.evaluation.responses import Fact, ResponseFile
 from lpo_jax.evaluation.votes import majority
 from lpo_jax.rewards import VerifierPool, VerifierSpec
-from lpo_jax.rewards.code import confine
 from lpo_jax.rewards.user_code import file_hash, split_reference
 from lpo_jax.rollout.collect import Collector, within_limit
 from lpo_jax.rollout.failures import Failures, require_judged, warning
@@ -157,8 +156,8 @@ def _exam(benchmark: Benchmark, task: Task, settings: Settings, tokenizer: Any, 
         f"benchmark {benchmark.name}",
         ("--max-prompt-tokens", "--overlong-prompts"),
     )
-    verifier, sandbox = confine(
-        task.verifier, allow_weak=settings.allow_weak_sandbox, timeout=VERIFIER_SECONDS
+    verifier, sandbox = task.verifier.confined(
+        allow_weak=settings.allow_weak_sandbox, timeout=VERIFIER_SECONDS
     )
     K = settings.num_responses or benchmark.k
     batch = min(settings.batch or max(1, ROWS_AT_ONCE // K), len(rows))

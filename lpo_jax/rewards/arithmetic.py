@@ -1,11 +1,12 @@
 """Questions whose answer is one integer."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lpo_jax.rewards.answers import last_tagged
 from lpo_jax.rewards.countdown import three_scores
+from lpo_jax.rewards.descriptor import Verifier, VerifierDescriptor
 from lpo_jax.rewards.verdict import Verdict
 
 MAX_CHARS = 1000  # Python refuses to read integers of more than 4,300 digits
@@ -18,7 +19,7 @@ _NUMBER = re.compile(
 )
 
 
-def arithmetic(*, scores: Sequence[float] = (1.0, 0.0, 0.0)) -> Callable[[str, Mapping[str, Any]], Verdict]:
+def arithmetic(*, scores: Sequence[float] = (1.0, 0.0, 0.0)) -> Verifier:
     """The integer verifier; examples have `answer`, an integer or its text.
 
     The answer is what the last `<answer>...</answer>` holds, and it must be an integer and nothing else
@@ -50,3 +51,6 @@ def arithmetic(*, scores: Sequence[float] = (1.0, 0.0, 0.0)) -> Callable[[str, M
         return Verdict(correct, "pass", parts)
 
     return verify
+
+
+DESCRIPTOR = VerifierDescriptor("arithmetic", arithmetic, fields=("answer",))

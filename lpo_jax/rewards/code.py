@@ -1,20 +1,17 @@
 """Programs, judged by running them on a problem's tests in a sandbox (see `sandbox.py` for what that is worth)."""
 
-import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from lpo_jax.errors import UserError, nearest
 from lpo_jax.rewards import sandbox as sandboxes
 from lpo_jax.rewards.answers import last_program
 from lpo_jax.rewards.code_tests import ProblemTests, read_tests
+from lpo_jax.rewards.descriptor import Verifier, VerifierDescriptor
 from lpo_jax.rewards.packages import check_names
 from lpo_jax.rewards.same import same_output, same_result
 from lpo_jax.rewards.verdict import Verdict, infrastructure
-
-if TYPE_CHECKING:
-    from lpo_jax.rewards.registry import VerifierSpec
 
 _MEMORY_MB = 1024
 _MARGIN = 2.0  # seconds between the last test's end and the pool's limit, for the sandbox to come and go
@@ -29,7 +26,7 @@ def code(
     max_tests: int = 0,
     sandbox: str = "bubblewrap",
     packages: Sequence[str] = (),
-) -> Callable[[str, Mapping[str, Any]], Verdict]:
+) -> Verifier:
     """The code verifier; examples have `tests`, in one of the shapes that `code_tests.read_tests` knows.
 
     The program is the last ```` ```python ```` block of the response (one that is never closed ends with the text; a
@@ -141,33 +138,20 @@ def _failure(report: sandboxes.Report, expected: Any, function: bool) -> str:
     return "" if same_output(report.output.decode(errors="replace"), expected) else "wrong output"
 
 
-def confine(spec: "VerifierSpec", *, allow_weak: bool, timeout: float) -> "tuple[VerifierSpec, str]":
-    """Settles the limits of a verifier, and the sandbox of a code verifier, before work begins.
-
-    Args:
-      spec: of any verifier; all but `code` stay as they are.
-      allow_weak: whether the weak sandbox may be used where there is no better one.
-      timeout: seconds that the pool gives one response; the verifier's own limit stays below it, so that a program
-        that takes too long is scored and not masked.
-
-    Returns:
-      The spec with sandbox and time limit set, and the kind of sandbox, empty for other verifiers.
+def _confine(options: Mapping[str, Any], allow_weak: bool, timeout: float) -> tuple[dict[str, Any], str]:
+    """The options with the sandbox and the time limit of a run, and the kind of sandbox; see `VerifierSpec.confined`.
 
     Raises:
-      UserError: if there is no sandbox that may be used, or too little time.
+      UserError: if no permitted sandbox works here, or `timeout` is too short.
     """
-    if timeout < spec.least_timeout:
-        raise UserError(
-            f"rewards.timeout = {timeout:g}: the {spec.source} verifier needs at least {spec.least_timeout:g} seconds; "
-            "with fewer, answers that take long would be masked and not scored"
-        )
-    if spec.source != "code":
-        return spec, ""
-    options = {"total_limit": timeout - _MARGIN, **spec.options}
-    if not 0 < options["total_limit"] <= timeout - _MARGIN:
-        least = max(spec.options.get("total_limit", 0), 1) + _MARGIN
+    settled = {"total_limit": timeout - _MARGIN, **options}
+    if not 0 < settled["total_limit"] <= timeout - _MARGIN:
+        least = max(options.get("total_limit", 0), 1) + _MARGIN
         raise UserError(f"rewards.timeout = {timeout:g}: the code verifier needs at least {least:g} seconds")
-    options["sandbox"] = sandboxes.choose(options.get("sandbox", "bubblewrap"), allow_weak=allow_weak)
-    packages = check_names(options.get("packages", ()))
-    sandboxes.check_packages(options["sandbox"], packages, options.get("memory_mb", _MEMORY_MB))
-    return dataclasses.replace(spec, options=options), options["sandbox"]
+    settled["sandbox"] = sandboxes.choose(settled.get("sandbox", "bubblewrap"), allow_weak=allow_weak)
+    packages = check_names(settled.get("packages", ()))
+    sandboxes.check_packages(settled["sandbox"], packages, settled.get("memory_mb", _MEMORY_MB))
+    return settled, settled["sandbox"]
+
+
+DESCRIPTOR = VerifierDescriptor("code", code, fields=("tests",), confine=_confine)

@@ -11,12 +11,13 @@ strict: as TinyZero scores it, holes and false negatives included; see `tinyzero
 import collections
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lpo_jax.errors import UserError
 from lpo_jax.rewards import expression, tinyzero
 from lpo_jax.rewards.answers import last_tagged
+from lpo_jax.rewards.descriptor import Verifier, VerifierDescriptor
 from lpo_jax.rewards.verdict import Verdict
 
 _EQUATION = re.compile(r"(?P<left>[^=]*)=\s*(?P<right>-?[0-9]{1,30})")
@@ -24,7 +25,7 @@ _EQUATION = re.compile(r"(?P<left>[^=]*)=\s*(?P<right>-?[0-9]{1,30})")
 
 def countdown(
     *, scores: Sequence[float] = (1.0, 0.1, 0.0), strict: bool = False, use_all: bool = True
-) -> Callable[[str, Mapping[str, Any]], Verdict]:
+) -> Verifier:
     """The Countdown verifier; examples have `numbers` (a list of integers) and `target` (an integer).
 
     Args:
@@ -51,6 +52,9 @@ def countdown(
         return Verdict({"pass": correct, "wrong": wrong, "malformed": malformed}[grade], grade, parts)
 
     return verify
+
+
+DESCRIPTOR = VerifierDescriptor("countdown", countdown, fields=("numbers", "target"))
 
 
 def _grade(text: str, numbers: list[int], target: int, use_all: bool) -> tuple[str, dict[str, float | str]]:

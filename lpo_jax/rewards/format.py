@@ -1,14 +1,15 @@
 """Whether a response has the asked structure of tags, whatever it says inside them."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lpo_jax.errors import UserError
+from lpo_jax.rewards.descriptor import Verifier, VerifierDescriptor
 from lpo_jax.rewards.verdict import Verdict
 
 
-def format_tags(*, tags: Sequence[str] = ("think", "answer")) -> Callable[[str, Mapping[str, Any]], Verdict]:
+def format_tags(*, tags: Sequence[str] = ("think", "answer")) -> Verifier:
     """The format verifier: `<think>...</think><answer>...</answer>` and nothing else but whitespace.
 
     Each tag occurs exactly once, in order, with something between its ends: a format reward that asks for
@@ -46,6 +47,9 @@ def format_tags(*, tags: Sequence[str] = ("think", "answer")) -> Callable[[str, 
         return Verdict(1.0, "pass")
 
     return verify
+
+
+DESCRIPTOR = VerifierDescriptor("format", format_tags)
 
 
 def _malformed(reason: str) -> Verdict:

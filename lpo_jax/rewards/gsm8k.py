@@ -14,12 +14,13 @@ strict, flexible: as verl scores them, false negatives included: they see the la
 import math
 import re
 import unicodedata
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
 
 from lpo_jax.errors import UserError
 from lpo_jax.rewards.answers import last_boxed
+from lpo_jax.rewards.descriptor import Verifier, VerifierDescriptor
 from lpo_jax.rewards.verdict import Verdict, infrastructure
 
 MODES = ("robust", "strict", "flexible")
@@ -59,7 +60,7 @@ _VALUE = re.compile(
 _MIXED = re.compile(r"(?P<whole>[+-]?[0-9,]+)\s+(?P<part>[0-9]+\s*/\s*[0-9]+)")
 
 
-def gsm8k(*, mode: str = "robust", format_score: float = 0.0) -> Callable[[str, Mapping[str, Any]], Verdict]:
+def gsm8k(*, mode: str = "robust", format_score: float = 0.0) -> Verifier:
     """The GSM8K verifier; examples have `answer`: the number, or the data set's solution that ends in `#### 42`.
 
     Args:
@@ -92,6 +93,9 @@ def gsm8k(*, mode: str = "robust", format_score: float = 0.0) -> Callable[[str, 
         return Verdict(reward, outcome, {"answer": answer[:200]})
 
     return verify
+
+
+DESCRIPTOR = VerifierDescriptor("gsm8k", gsm8k, fields=("answer",))
 
 
 def _robust(response: str) -> str | None:

@@ -8,11 +8,12 @@ literal, or arithmetic of bounded size; any other is wrong. What a scorer raises
 import ast
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from lpo_jax.errors import UserError, nearest
 from lpo_jax.rewards.answers import last_tagged
+from lpo_jax.rewards.descriptor import Verifier, VerifierDescriptor
 from lpo_jax.rewards.limits import OutOfTime, cpu_limit
 from lpo_jax.rewards.verdict import Verdict, as_verdict
 
@@ -29,9 +30,7 @@ _FUNCTIONS = {"sin", "cos", "tan", "cot", "sec", "csc", "asin", "acos", "atan", 
 _FUNCTIONS |= {"log", "ln", "exp", "sqrt", "Abs"}
 
 
-def reasoning_gym(
-    *, dataset: str, config: Mapping[str, Any] | None = None
-) -> Callable[[str, Mapping[str, Any]], Verdict]:
+def reasoning_gym(*, dataset: str, config: Mapping[str, Any] | None = None) -> Verifier:
     """The verifier of one of reasoning-gym's data sets; examples are its entries (`question, answer, metadata`).
 
     The answer is what the last `<answer>...</answer>` holds; the reward is the score that the data set gives it, 0 to
@@ -77,6 +76,14 @@ def reasoning_gym(
         return Verdict(verdict.reward, verdict.outcome, verdict.parts | parts)
 
     return verify
+
+
+DESCRIPTOR = VerifierDescriptor(
+    "reasoning-gym",
+    reasoning_gym,
+    fields=("question", "answer", "metadata"),
+    least_timeout=2 * CPU_SECONDS,
+)
 
 
 def open_dataset(name: str, config: Mapping[str, Any] | None, *, seed: int, size: int) -> Any:

@@ -12,13 +12,14 @@ in processor time. What is out of bounds is the answer's fault and earns nothing
 
 import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
 
 from lpo_jax.errors import UserError
 from lpo_jax.rewards import hendrycks, rational, structure
 from lpo_jax.rewards.answers import last_boxed, last_line_after
+from lpo_jax.rewards.descriptor import Verifier, VerifierDescriptor
 from lpo_jax.rewards.latex import Unreadable
 from lpo_jax.rewards.limits import OutOfTime, cpu_limit
 from lpo_jax.rewards.structure import Value
@@ -32,7 +33,7 @@ CPU_SECONDS = 1.0
 _ALTERNATIVES = re.compile(r"\\text\{\s*OR\s*\}")
 
 
-def math(*, mode: str = "robust", extract: str = "boxed") -> Callable[[str, Mapping[str, Any]], Verdict]:
+def math(*, mode: str = "robust", extract: str = "boxed") -> Verifier:
     r"""The mathematics verifier; examples have `answer`, LaTeX or a number.
 
     Args:
@@ -86,6 +87,16 @@ def math(*, mode: str = "robust", extract: str = "boxed") -> Callable[[str, Mapp
         return Verdict(float(outcome == "pass"), outcome, parts)
 
     return verify
+
+
+DESCRIPTOR = VerifierDescriptor(
+    "math",
+    math,
+    fields=("answer",),
+    slow_imports=("lpo_jax.rewards.symbolic",),
+    memory=2 << 30,
+    least_timeout=2 * 1.5 * CPU_SECONDS,  # twice the processor time that an answer may take
+)
 
 
 def parses(answer: str) -> bool:

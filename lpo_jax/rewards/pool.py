@@ -18,7 +18,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lpo_jax.errors import UserError
-from lpo_jax.rewards.code import confine
 from lpo_jax.rewards.registry import VerifierSpec
 from lpo_jax.rewards.verdict import Verdict, infrastructure
 from lpo_jax.rewards.worker_process import BadReply, WorkerProcess
@@ -105,7 +104,7 @@ class VerifierPool:
                 f"start_timeout {start_timeout}: all must be positive"
             )
         spec = VerifierSpec(verifier) if isinstance(verifier, str) else verifier
-        self._spec, self.sandbox = confine(spec, allow_weak=allow_weak_sandbox, timeout=timeout)
+        self._spec, self.sandbox = spec.confined(allow_weak=allow_weak_sandbox, timeout=timeout)
         self._timeout, self._recycle_after, self._start_timeout = timeout, recycle_after, start_timeout
         self._lock = threading.Lock()
         self._attempts = (

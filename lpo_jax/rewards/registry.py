@@ -1,41 +1,20 @@
 """Verifiers by name: built in, or a function in a user's file."""
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from lpo_jax.errors import UserError, nearest
-from lpo_jax.rewards import gym
-from lpo_jax.rewards import math as math_verifier
-from lpo_jax.rewards.arithmetic import arithmetic
-from lpo_jax.rewards.code import code
-from lpo_jax.rewards.countdown import countdown
-from lpo_jax.rewards.format import format_tags
-from lpo_jax.rewards.gsm8k import gsm8k
-from lpo_jax.rewards.gym import reasoning_gym
-from lpo_jax.rewards.math import math
+from lpo_jax.rewards import arithmetic, code, countdown, format, gsm8k, gym, math
+from lpo_jax.rewards.descriptor import Verifier, VerifierDescriptor
 from lpo_jax.rewards.user_code import load_function, split_reference
-from lpo_jax.rewards.verdict import Verdict
 
-Verifier = Callable[[str, Mapping[str, Any]], Verdict]
-
-# name: (builder, the fields an example must have)
-_BUILT_IN: dict[str, tuple[Callable[..., Verifier], tuple[str, ...]]] = {
-    "arithmetic": (arithmetic, ("answer",)),
-    "code": (code, ("tests",)),
-    "countdown": (countdown, ("numbers", "target")),
-    "format": (format_tags, ()),
-    "gsm8k": (gsm8k, ("answer",)),
-    "math": (math, ("answer",)),
-    "reasoning-gym": (reasoning_gym, ("question", "answer", "metadata")),
+_BUILT_IN = {
+    module.DESCRIPTOR.name: module.DESCRIPTOR
+    for module in (arithmetic, code, countdown, format, gsm8k, gym, math)
 }
-# What a worker does before it says that it is ready: slow imports, which no item's time should go into, and a
-# bound on its memory, in bytes.
-_SLOW_IMPORTS = {"math": ("lpo_jax.rewards.symbolic",)}
-_MEMORY = {"math": 2 << 30}
-# Seconds that the pool must give: twice a verifier's own limit of processor time, so that it comes first.
-_LEAST_TIMEOUT = {"math": 2 * 1.5 * math_verifier.CPU_SECONDS, "reasoning-gym": 2 * gym.CPU_SECONDS}
 
 
 def names() -> list[str]:
@@ -63,7 +42,7 @@ def get(name: str, *, prefill: str = "", **options: Any) -> Verifier:
             f"unknown verifier {name!r}{nearest(name, _BUILT_IN)}; built in are {', '.join(names())}, "
             "and a function of your own is path/to/file.py:function"
         )
-    build, _ = _BUILT_IN[name]
+    build = _BUILT_IN[name].build
     check_options(f"verifier {name}", build, options)
     return _after(prefill, build(**options))
 
@@ -119,24 +98,37 @@ class VerifierSpec:
             get(self.source, **self.options)  # a wrong name or option is an error here, not in a worker
 
     @property
-    def fields(self) -> tuple[str, ...]:
-        """Fields that every example must have; none are known for a user's function."""
-        return _BUILT_IN[self.source][1] if self.source in _BUILT_IN else ()
+    def descriptor(self) -> VerifierDescriptor:
+        """What the verifier's file declares; without any requirement for a user's function."""
+        if self.source in _BUILT_IN:
+            return _BUILT_IN[self.source]
+        return VerifierDescriptor(self.source, functools.partial(load_function, self.source))
 
-    @property
-    def slow_imports(self) -> tuple[str, ...]:
-        """Modules that a worker imports before its first item."""
-        return _SLOW_IMPORTS.get(self.source, ())
+    def confined(self, *, allow_weak: bool, timeout: float) -> "tuple[VerifierSpec, str]":
+        """Settle the time limits, and the sandbox of a verifier that runs programs, before work begins.
 
-    @property
-    def memory(self) -> int | None:
-        """Bytes that a worker may allocate; None where that is not bounded."""
-        return _MEMORY.get(self.source)
+        Args:
+          allow_weak: whether the weak sandbox may be used where there is no better one.
+          timeout: seconds that the pool allows for one response. The time limit of programs stays below it, so that a
+            program that takes too long is scored and not masked.
 
-    @property
-    def least_timeout(self) -> float:
-        """Seconds that the pool must give a response; with fewer, an answer that takes long is masked, not scored."""
-        return _LEAST_TIMEOUT.get(self.source, 0.0)
+        Returns:
+          The spec with its sandbox and time limit set, and the kind of sandbox. The kind is empty, and the spec
+          unchanged, for verifiers that run no programs.
+
+        Raises:
+          UserError: if no permitted sandbox works here, or `timeout` is too short.
+        """
+        descriptor = self.descriptor
+        if timeout < descriptor.least_timeout:
+            raise UserError(
+                f"rewards.timeout = {timeout:g}: the {self.source} verifier needs at least "
+                f"{descriptor.least_timeout:g} seconds; with fewer, slow answers would be masked and not scored"
+            )
+        if descriptor.confine is None:
+            return self, ""
+        options, kind = descriptor.confine(self.options, allow_weak, timeout)
+        return dataclasses.replace(self, options=options), kind
 
     def load(self) -> Verifier:
         """The verifier itself.
@@ -144,6 +136,4 @@ class VerifierSpec:
         Raises:
           UserError: if a user's file or function cannot be loaded.
         """
-        if split_reference(self.source):
-            return _after(self.prefill, load_function(self.source))
-        return get(self.source, prefill=self.prefill, **self.options)
+        return _after(self.prefill, self.descriptor.build(**self.options))

@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from lpo_jax.errors import UserError, nearest
+from lpo_jax.rewards.descriptor import Verifier
 from lpo_jax.rewards.verdict import Verdict, as_verdict, infrastructure
 
 
@@ -87,7 +88,7 @@ def find_function(module: ModuleType, name: str, path: str) -> Callable[..., Any
     raise UserError(f"{path}: it has no function {name!r}{nearest(name, known)}")
 
 
-def load_function(reference: str) -> Callable[[str, Mapping[str, Any]], Verdict]:
+def load_function(reference: str) -> Verifier:
     """A user's own verifier: a plain Python function `(response, example) -> float | Verdict` in a file.
 
     Args:

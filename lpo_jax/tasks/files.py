@@ -130,9 +130,9 @@ class _Form:
                 raise UserError(f"task: {name} is {value!r}, but has to be a mapping")
         self._template, self._solution, self._fields = prompt, solution, dict(fields or {})
         self._verifier = VerifierSpec(verifier, verifier_options or {}, prefill)
-        self._verify = self._verifier.load() if self._verifier.fields else None
+        self._verify = self._verifier.load() if self._verifier.descriptor.fields else None
         self._in_templates = set(FIELD.findall(prompt + (solution or "")))
-        self._wanted = sorted({*self._in_templates, *self._verifier.fields, *self._fields})
+        self._wanted = sorted({*self._in_templates, *self._verifier.descriptor.fields, *self._fields})
         if not FIELD.search(prompt):
             raise UserError(
                 f"task: the prompt template {prompt!r} has no {{field}}, so every prompt would be the same"

@@ -87,8 +87,8 @@ def test_spec_is_plain_data_and_survives_a_change_of_folder(tmp_path, monkeypatc
     monkeypatch.chdir("/")
     monkeypatch.setattr(sys, "path", [*sys.path])
     assert pickle.loads(pickle.dumps(spec)).load()("b", {}).outcome == "pass"
-    assert spec.fields == ()
-    assert rewards.VerifierSpec("countdown").fields == ("numbers", "target")
+    assert spec.descriptor.fields == ()
+    assert rewards.VerifierSpec("countdown").descriptor.fields == ("numbers", "target")
 
 
 def test_import_is_light():

@@ -300,32 +300,32 @@ def test_without_bubblewrap_programs_run_only_where_that_is_allowed(monkeypatch)
     assert "\n" not in str(error.value)
     with pytest.raises(UserError, match="bwrap is not installed"):
         rewards.get("code")("```python\nprint(1)\n```", {"tests": {"inputs": [""], "outputs": ["1"]}})
-    confined, kind = code.confine(spec, allow_weak=True, timeout=10.0)
+    confined, kind = spec.confined(allow_weak=True, timeout=10.0)
     assert kind == "weak" and confined.options["sandbox"] == "weak"
     monkeypatch.setattr(sandbox, "why_not", lambda kind: "no seccomp")
     with pytest.raises(UserError, match="not even weakly: no seccomp"):
-        code.confine(spec, allow_weak=True, timeout=10.0)
+        spec.confined(allow_weak=True, timeout=10.0)
 
 
 def test_the_weak_sandbox_is_not_to_be_had_by_a_task_alone(monkeypatch):
     monkeypatch.setattr(sandbox, "why_not", lambda kind: "")
     spec = rewards.VerifierSpec("code", {"sandbox": "weak"})
     with pytest.raises(UserError, match=r"rewards\.allow_weak_sandbox"):
-        code.confine(spec, allow_weak=False, timeout=10.0)
-    assert code.confine(rewards.VerifierSpec("code"), allow_weak=True, timeout=10.0)[1] == "bubblewrap"
+        spec.confined(allow_weak=False, timeout=10.0)
+    assert rewards.VerifierSpec("code").confined(allow_weak=True, timeout=10.0)[1] == "bubblewrap"
     other = rewards.VerifierSpec("countdown")
-    assert code.confine(other, allow_weak=False, timeout=1.0) == (other, "")
+    assert other.confined(allow_weak=False, timeout=1.0) == (other, "")
 
 
 def test_a_program_out_of_time_is_scored_before_the_pool_would_mask_it(monkeypatch):
     monkeypatch.setattr(sandbox, "why_not", lambda kind: "")
     spec = rewards.VerifierSpec("code")
-    assert code.confine(spec, allow_weak=False, timeout=30.0)[0].options["total_limit"] == 28.0
+    assert spec.confined(allow_weak=False, timeout=30.0)[0].options["total_limit"] == 28.0
     with pytest.raises(UserError, match=r"rewards.timeout = 2: .* at least 3 seconds"):
-        code.confine(spec, allow_weak=False, timeout=2.0)
+        spec.confined(allow_weak=False, timeout=2.0)
     long = rewards.VerifierSpec("code", {"total_limit": 20.0})
     with pytest.raises(UserError, match="at least 22 seconds"):
-        code.confine(long, allow_weak=False, timeout=10.0)
+        long.confined(allow_weak=False, timeout=10.0)
 
 
 @pytest.mark.parametrize("broken", ["not there", "fails"])
