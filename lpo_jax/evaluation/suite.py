@@ -27,8 +27,8 @@ from lpo_jax.rollout.collect import Collector, within_limit
 from lpo_jax.rollout.failures import Failures, require_judged, warning
 from lpo_jax.sampling import Sampler, Sampling
 from lpo_jax.tasks import Task
+from lpo_jax.tasks.benchmarks import Benchmark
 from lpo_jax.tasks.data import content_hash
-from lpo_jax.tasks.suites import Benchmark
 
 ROWS_AT_ONCE = 64  # responses sampled together unless `batch` says otherwise
 VERIFIER_SECONDS = 10.0  # for one response
