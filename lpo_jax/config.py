@@ -14,8 +14,8 @@ import pydantic
 import yaml
 from pydantic import ConfigDict, Field
 
-from lpo_jax import yaml_text
 from lpo_jax.errors import UserError, nearest
+from lpo_jax.yaml_text import parse_yaml, read_yaml
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -259,7 +259,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
       UserError: unreadable file, unknown key (with the nearest right one), wrong type or range.
     """
-    values = yaml_text.read(path, "config")
+    values = read_yaml(path, "config")
     if not isinstance(values, dict):
         raise UserError(
             f"config {path}: expected sections such as `model:` and `task:`, got {type(values).__name__}"
@@ -300,7 +300,7 @@ def parse_config(values: Mapping[str, Any], where: str = "config") -> Config:
     return config
 
 
-def describe() -> list[tuple[str, str, str]]:
+def describe_options() -> list[tuple[str, str, str]]:
     """(dotted key, default, meaning) of every option, for `--help` and the docs."""
     return list(_describe(Config, ""))
 
@@ -355,7 +355,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
             raise UserError(f"override {override!r}: {section} is not a section")
         values = held
     try:
-        values[last] = yaml_text.parse(text)
+        values[last] = parse_yaml(text)
     except ValueError as error:
         raise UserError(f"override {override!r}: the value is not valid YAML ({error})") from None
 
@@ -365,7 +365,9 @@ def _explain(error) -> str:
     location = [str(part) for part in error["loc"]]
     key = ".".join(location)
     if error["type"] == "unexpected_keyword_argument":
-        known = [name for name, _, _ in describe()] + [field.name for field in dataclasses.fields(Config)]
+        known = [name for name, _, _ in describe_options()] + [
+            field.name for field in dataclasses.fields(Config)
+        ]
         siblings = [
             name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == ".".join(location[:-1])
         ]

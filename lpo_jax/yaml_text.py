@@ -35,12 +35,12 @@ for _side in (_Loader, _Dumper):
     )
 
 
-def dump(values: Any) -> str:
-    """Plain values as YAML that `parse` reads as the same values."""
+def dump_yaml(values: Any) -> str:
+    """Plain values as YAML that `parse_yaml` reads as the same values."""
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False)
 
 
-def parse(text: str) -> Any:
+def parse_yaml(text: str) -> Any:
     """The value of a YAML text.
 
     Raises:
@@ -58,14 +58,14 @@ def parse(text: str) -> Any:
         raise ValueError(" ".join(str(error).split())) from None
 
 
-def read(path: str | Path, what: str) -> Any:
+def read_yaml(path: str | Path, what: str) -> Any:
     """The value of a YAML file; `what` says in an error what kind of file it is.
 
     Raises:
       UserError: it is not there, cannot be read, or is not YAML.
     """
     try:
-        return parse(Path(path).read_text(encoding="utf-8-sig"))
+        return parse_yaml(Path(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"{what} {path}: no such file") from None
     except OSError as error:

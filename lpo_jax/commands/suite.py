@@ -133,14 +133,18 @@ def find_benchmarks(
             f"{said}: --suite {suite} has its own tasks; --task goes with a data file such as mine.jsonl"
         )
     if not is_data:
-        if data_dir is not None and suite not in benchmarks.names() and suite.endswith((".yaml", ".yml")):
+        if (
+            data_dir is not None
+            and suite not in benchmarks.suite_names()
+            and suite.endswith((".yaml", ".yml"))
+        ):
             raise UserError(f"--data-dir: the suite {suite} says itself where its files are")
         if data_dir is not None and not os.path.isdir(data_dir):
             raise UserError(f"--data-dir {data_dir}: no such folder; without it the files come from the hub")
-        return benchmarks.get(suite, data_dir)
+        return benchmarks.get_suite(suite, data_dir)
     if data_dir is not None:
         raise UserError(
-            f"--data-dir: goes with a suite ({', '.join(benchmarks.names())}), not with a data file"
+            f"--data-dir: goes with a suite ({', '.join(benchmarks.suite_names())}), not with a data file"
         )
     if not task:
         raise UserError(f"--suite {suite}: say how its rows are asked: --task math, gsm8k, code, ...")

@@ -19,7 +19,7 @@ _NUMBER = re.compile(
 )
 
 
-def arithmetic(*, scores: Sequence[float] = (1.0, 0.0, 0.0)) -> Verifier:
+def arithmetic_verifier(*, scores: Sequence[float] = (1.0, 0.0, 0.0)) -> Verifier:
     """The integer verifier; examples have `answer`, an integer or its text.
 
     The answer is what the last `<answer>...</answer>` holds, and it must be an integer and nothing else
@@ -53,4 +53,4 @@ def arithmetic(*, scores: Sequence[float] = (1.0, 0.0, 0.0)) -> Verifier:
     return verify
 
 
-DESCRIPTOR = VerifierDescriptor("arithmetic", arithmetic, fields=("answer",))
+DESCRIPTOR = VerifierDescriptor("arithmetic", arithmetic_verifier, fields=("answer",))

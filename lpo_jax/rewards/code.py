@@ -9,7 +9,7 @@ from lpo_jax.rewards import sandbox as sandboxes
 from lpo_jax.rewards.answers import last_program
 from lpo_jax.rewards.code_tests import ProblemTests, read_tests
 from lpo_jax.rewards.descriptor import Verifier, VerifierDescriptor
-from lpo_jax.rewards.packages import check_names
+from lpo_jax.rewards.packages import check_package_names
 from lpo_jax.rewards.same import same_output, same_result
 from lpo_jax.rewards.verdict import Verdict, infrastructure
 
@@ -17,7 +17,7 @@ _MEMORY_MB = 1024
 _MARGIN = 2.0  # seconds between the last test's end and the pool's limit, for the sandbox to come and go
 
 
-def code(
+def code_verifier(
     *,
     score: str = "fraction",
     time_limit: float = 4.0,
@@ -62,7 +62,7 @@ def code(
             f"code: time_limit {time_limit}, total_limit {total_limit}, memory_mb {memory_mb}, max_tests {max_tests}: "
             "limits must be positive, and a program needs 64 MB"
         )
-    packages = check_names(packages)
+    packages = check_package_names(packages)
     seen_to_work = False
 
     def verify(response: str, example: Mapping[str, Any]) -> Verdict:
@@ -72,7 +72,7 @@ def code(
         if program is None:
             return Verdict(0.0, "malformed", {"reason": "no ```python block"})
         if not seen_to_work:
-            sandboxes.choose(sandbox, allow_weak=sandbox == "weak")
+            sandboxes.choose_kind(sandbox, allow_weak=sandbox == "weak")
             seen_to_work = True
         try:
             with sandboxes.Sandbox(
@@ -148,10 +148,10 @@ def _confine(options: Mapping[str, Any], allow_weak: bool, timeout: float) -> tu
     if not 0 < settled["total_limit"] <= timeout - _MARGIN:
         least = max(options.get("total_limit", 0), 1) + _MARGIN
         raise UserError(f"rewards.timeout = {timeout:g}: the code verifier needs at least {least:g} seconds")
-    settled["sandbox"] = sandboxes.choose(settled.get("sandbox", "bubblewrap"), allow_weak=allow_weak)
-    packages = check_names(settled.get("packages", ()))
+    settled["sandbox"] = sandboxes.choose_kind(settled.get("sandbox", "bubblewrap"), allow_weak=allow_weak)
+    packages = check_package_names(settled.get("packages", ()))
     sandboxes.check_packages(settled["sandbox"], packages, settled.get("memory_mb", _MEMORY_MB))
     return settled, settled["sandbox"]
 
 
-DESCRIPTOR = VerifierDescriptor("code", code, fields=("tests",), confine=_confine)
+DESCRIPTOR = VerifierDescriptor("code", code_verifier, fields=("tests",), confine=_confine)

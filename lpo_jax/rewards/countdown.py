@@ -3,7 +3,7 @@
 Rewards as in the LPO paper: 1 correct, 0.1 wrong but well-formatted, 0 otherwise. Two ways to read an answer:
 
 robust (default): the last `<answer>...</answer>` anywhere in the text, newlines inside and text after it
-  allowed. Well-formatted means that it holds an expression that `expression.parse` lets through. `3 + 5 = 8`
+  allowed. Well-formatted means that it holds an expression that `expression.parse_expression` lets through. `3 + 5 = 8`
   is an equation: it counts as `3 + 5` when its right side is the target, and is wrong otherwise.
 strict: as TinyZero scores it, holes and false negatives included; see `tinyzero.py`.
 """
@@ -18,12 +18,13 @@ from lpo_jax.errors import UserError
 from lpo_jax.rewards import expression, tinyzero
 from lpo_jax.rewards.answers import last_tagged
 from lpo_jax.rewards.descriptor import Verifier, VerifierDescriptor
+from lpo_jax.rewards.expression import parse_expression
 from lpo_jax.rewards.verdict import Verdict
 
 _EQUATION = re.compile(r"(?P<left>[^=]*)=\s*(?P<right>-?[0-9]{1,30})")
 
 
-def countdown(
+def countdown_verifier(
     *, scores: Sequence[float] = (1.0, 0.1, 0.0), strict: bool = False, use_all: bool = True
 ) -> Verifier:
     """The Countdown verifier; examples have `numbers` (a list of integers) and `target` (an integer).
@@ -54,7 +55,7 @@ def countdown(
     return verify
 
 
-DESCRIPTOR = VerifierDescriptor("countdown", countdown, fields=("numbers", "target"))
+DESCRIPTOR = VerifierDescriptor("countdown", countdown_verifier, fields=("numbers", "target"))
 
 
 def _grade(text: str, numbers: list[int], target: int, use_all: bool) -> tuple[str, dict[str, float | str]]:
@@ -66,7 +67,7 @@ def _grade(text: str, numbers: list[int], target: int, use_all: bool) -> tuple[s
     if len(answer) <= expression.MAX_CHARS and (equation := _EQUATION.fullmatch(answer)):
         answer, claimed = equation["left"], int(equation["right"])
     try:
-        tree = expression.parse(answer)
+        tree = parse_expression(answer)
     except expression.NotAllowed as error:
         return "malformed", parts | {"reason": str(error)}
     value, used = expression.value(tree), expression.integers(tree)

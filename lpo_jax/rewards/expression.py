@@ -16,7 +16,7 @@ class NotAllowed(ValueError):
     """The text is not an expression of integers, + - * / and parentheses."""
 
 
-def parse(text: str) -> ast.expr:
+def parse_expression(text: str) -> ast.expr:
     """Parses an expression of non-negative integers with `+ - * /`, unary minus and parentheses.
 
     Args:
@@ -57,7 +57,7 @@ def _check(node: ast.expr, depth: int) -> None:
 
 
 def value(tree: ast.expr) -> Fraction | None:
-    """The exact value of a tree that `parse` let through; None when it divides by zero."""
+    """The exact value of a tree that `parse_expression` let through; None when it divides by zero."""
     try:
         return _value(tree)
     except ZeroDivisionError:

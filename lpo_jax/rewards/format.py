@@ -9,7 +9,7 @@ from lpo_jax.rewards.descriptor import Verifier, VerifierDescriptor
 from lpo_jax.rewards.verdict import Verdict
 
 
-def format_tags(*, tags: Sequence[str] = ("think", "answer")) -> Verifier:
+def format_verifier(*, tags: Sequence[str] = ("think", "answer")) -> Verifier:
     """The format verifier: `<think>...</think><answer>...</answer>` and nothing else but whitespace.
 
     Each tag occurs exactly once, in order, with something between its ends: a format reward that asks for
@@ -49,7 +49,7 @@ def format_tags(*, tags: Sequence[str] = ("think", "answer")) -> Verifier:
     return verify
 
 
-DESCRIPTOR = VerifierDescriptor("format", format_tags)
+DESCRIPTOR = VerifierDescriptor("format", format_verifier)
 
 
 def _malformed(reason: str) -> Verdict:

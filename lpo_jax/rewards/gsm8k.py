@@ -60,7 +60,7 @@ _VALUE = re.compile(
 _MIXED = re.compile(r"(?P<whole>[+-]?[0-9,]+)\s+(?P<part>[0-9]+\s*/\s*[0-9]+)")
 
 
-def gsm8k(*, mode: str = "robust", format_score: float = 0.0) -> Verifier:
+def gsm8k_verifier(*, mode: str = "robust", format_score: float = 0.0) -> Verifier:
     """The GSM8K verifier; examples have `answer`: the number, or the data set's solution that ends in `#### 42`.
 
     Args:
@@ -95,7 +95,7 @@ def gsm8k(*, mode: str = "robust", format_score: float = 0.0) -> Verifier:
     return verify
 
 
-DESCRIPTOR = VerifierDescriptor("gsm8k", gsm8k, fields=("answer",))
+DESCRIPTOR = VerifierDescriptor("gsm8k", gsm8k_verifier, fields=("answer",))
 
 
 def _robust(response: str) -> str | None:

@@ -30,7 +30,7 @@ _FUNCTIONS = {"sin", "cos", "tan", "cot", "sec", "csc", "asin", "acos", "atan", 
 _FUNCTIONS |= {"log", "ln", "exp", "sqrt", "Abs"}
 
 
-def reasoning_gym(*, dataset: str, config: Mapping[str, Any] | None = None) -> Verifier:
+def reasoning_gym_verifier(*, dataset: str, config: Mapping[str, Any] | None = None) -> Verifier:
     """The verifier of one of reasoning-gym's data sets; examples are its entries (`question, answer, metadata`).
 
     The answer is what the last `<answer>...</answer>` holds; the reward is the score that the data set gives it, 0 to
@@ -80,7 +80,7 @@ def reasoning_gym(*, dataset: str, config: Mapping[str, Any] | None = None) -> V
 
 DESCRIPTOR = VerifierDescriptor(
     "reasoning-gym",
-    reasoning_gym,
+    reasoning_gym_verifier,
     fields=("question", "answer", "metadata"),
     least_timeout=2 * CPU_SECONDS,
 )

@@ -33,7 +33,7 @@ CPU_SECONDS = 1.0
 _ALTERNATIVES = re.compile(r"\\text\{\s*OR\s*\}")
 
 
-def math(*, mode: str = "robust", extract: str = "boxed") -> Verifier:
+def math_verifier(*, mode: str = "robust", extract: str = "boxed") -> Verifier:
     r"""The mathematics verifier; examples have `answer`, LaTeX or a number.
 
     Args:
@@ -91,7 +91,7 @@ def math(*, mode: str = "robust", extract: str = "boxed") -> Verifier:
 
 DESCRIPTOR = VerifierDescriptor(
     "math",
-    math,
+    math_verifier,
     fields=("answer",),
     slow_imports=("lpo_jax.rewards.symbolic",),
     memory=2 << 30,
@@ -113,7 +113,7 @@ def _gold(answer: str) -> tuple[Value, ...]:
     if "\\boxed" in answer:
         answer = last_boxed(answer) or ""
     try:
-        return tuple(value for part in _ALTERNATIVES.split(answer) for value in structure.read(part))
+        return tuple(value for part in _ALTERNATIVES.split(answer) for value in structure.read_answer(part))
     except (Unreadable, RecursionError):
         return ()
 
@@ -132,8 +132,8 @@ def _same(gold: str, answer: str) -> bool:
         return bool(verdict)
 
     with cpu_limit(CPU_SECONDS / 2):
-        pairs = [(g, a) for a in structure.read(answer) for g in _gold(gold)]
-        if any(structure.same(g, a, cheaply) for g, a in pairs):
+        pairs = [(g, a) for a in structure.read_answer(answer) for g in _gold(gold)]
+        if any(structure.same_answer(g, a, cheaply) for g, a in pairs):
             return True
     if not any(undecided):
         return False
@@ -148,7 +148,7 @@ def _same(gold: str, answer: str) -> bool:
         return symbolic.equal(g.text, a.text)
 
     with cpu_limit(CPU_SECONDS):
-        return any(structure.same(g, a, thoroughly) for g, a in pairs)
+        return any(structure.same_answer(g, a, thoroughly) for g, a in pairs)
 
 
 def _sides(equation: Value) -> tuple[str, str]:

@@ -14,7 +14,7 @@ _OPTION = "task.verifier_options.packages"
 _MISSING = re.compile(r"ModuleNotFoundError: No module named '([A-Za-z_]\w*)")
 
 
-def check_names(packages: object) -> tuple[str, ...]:
+def check_package_names(packages: object) -> tuple[str, ...]:
     """The option's value as a tuple of names, each as programs import it.
 
     Raises:
@@ -22,12 +22,12 @@ def check_names(packages: object) -> tuple[str, ...]:
     """
     if not isinstance(packages, list | tuple) or not all(isinstance(name, str) for name in packages):
         raise UserError(f"code: packages is {packages!r}, but has to be a list of names, such as [numpy]")
-    find(*packages)
+    installed_paths(*packages)
     return tuple(packages)
 
 
 @functools.cache
-def find(*names: str) -> tuple[str, ...]:
+def installed_paths(*names: str) -> tuple[str, ...]:
     """Paths of the files and folders in `site-packages` that belong to packages and to what these require.
 
     Raises:

@@ -64,7 +64,7 @@ def _close(value: float, wanted: float) -> bool:
 
 
 def same_result(claim: bytes, expected: Any) -> bool:
-    """Whether a function's result, as the JSON that `sandbox_child.encode` made of it, is the expected value.
+    """Whether a function's result, as the JSON that `sandbox_child.encode_result` made of it, is the expected value.
 
     As Python's `==` on builtin types, but that tuples are lists and floats have the tolerance above: so `1 == True`
     and `3.0 == 3`, and a list is never a set.
@@ -111,7 +111,7 @@ def _same(claim: Any, expected: Any) -> bool:
 
 
 def _tagged(claim: Any) -> tuple[str, Any]:
-    """What `encode` made an object with one key of, and the content; `""` and the claim for all else."""
+    """What `encode_result` made an object with one key of, and the content; `""` and the claim for all else."""
     if not isinstance(claim, dict):
         return "", claim
     ((kind, held),) = claim.items()

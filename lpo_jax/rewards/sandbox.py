@@ -36,8 +36,8 @@ import sys
 import time
 
 from lpo_jax.errors import UserError
-from lpo_jax.rewards import packages as installed
 from lpo_jax.rewards import sandbox_child
+from lpo_jax.rewards.packages import explain, installed_paths
 from lpo_jax.rewards.seccomp import filter_program
 
 KINDS = ("bubblewrap", "weak")
@@ -108,10 +108,10 @@ class Sandbox:
     ):
         weak = kind == "weak"
         folders = (
-            sorted({os.path.dirname(path) for path in installed.find(*packages)}) if weak else [_PACKAGES]
+            sorted({os.path.dirname(path) for path in installed_paths(*packages)}) if weak else [_PACKAGES]
         )
         command = [
-            *([] if weak else _bubblewrap(*installed.find(*packages))),
+            *([] if weak else _bubblewrap(*installed_paths(*packages))),
             _interpreter(),
             *_FLAGS,
             _CHILD if weak else _RUNNER,
@@ -192,7 +192,7 @@ class Sandbox:
             raise SandboxFailed(detail)
         if self._function:
             output = output.removeprefix(self._nonce) if output.startswith(self._nonce) else b""
-        return Report(status, installed.explain(detail, self._packages), output)
+        return Report(status, explain(detail, self._packages), output)
 
     def close(self) -> None:
         """Ends every process of the sandbox. Calling it again does nothing."""
@@ -274,7 +274,7 @@ def check_packages(kind: str, packages: tuple[str, ...], memory_mb: int) -> None
             raise UserError(f"code: package {name} cannot be imported by programs: {report.detail}")
 
 
-def choose(kind: str, *, allow_weak: bool) -> str:
+def choose_kind(kind: str, *, allow_weak: bool) -> str:
     """The kind of sandbox to use, seen to work: the one asked for, or the weak one where that is allowed.
 
     Raises:

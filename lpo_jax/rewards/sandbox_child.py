@@ -292,11 +292,11 @@ def _execute(job: dict, module: types.ModuleType) -> None:
     if job["function"]:
         owner = getattr(module, "Solution", None)
         owner = owner() if hasattr(owner, job["function"]) else module
-        value = encode(getattr(owner, job["function"])(*job["arguments"]))
+        value = encode_result(getattr(owner, job["function"])(*job["arguments"]))
         _write(RESULT, f"{job['nonce']}{json.dumps(value)}".encode())
 
 
-def encode(value: object) -> object:
+def encode_result(value: object) -> object:
     """A value of builtin types as JSON: lists and tuples as arrays, other containers as an object with one key.
 
     Raises:
@@ -309,11 +309,11 @@ def encode(value: object) -> object:
     if isinstance(value, float):
         return float(value)
     if isinstance(value, list | tuple):
-        return [encode(item) for item in value]
+        return [encode_result(item) for item in value]
     if isinstance(value, set | frozenset):
-        return {"set": [encode(item) for item in value]}
+        return {"set": [encode_result(item) for item in value]}
     if isinstance(value, dict):
-        return {"dict": [[encode(key), encode(item)] for key, item in value.items()]}
+        return {"dict": [[encode_result(key), encode_result(item)] for key, item in value.items()]}
     if isinstance(value, complex):
         return {"complex": [value.real, value.imag]}
     if isinstance(value, bytes | bytearray):

@@ -1,8 +1,7 @@
 r"""What an answer is made of: lists, tuples, intervals, unions, matrices, equations, and scalars at the leaves.
 
-`read` takes answers apart without evaluating anything; `same` says whether two are put together the same way
-and leaves the scalars to a function. So a list is never compared as one expression, where `n=2,3,4` might
-pass for `n=1,2,3`.
+`read_answer` parses answers without evaluating anything. `same_answer` compares the structure of two answers and leaves
+the scalars to a function. So a list is never compared as one expression, where `n=2,3,4` might pass for `n=1,2,3`.
 """
 
 import dataclasses
@@ -63,7 +62,7 @@ class Value:
     unit: str = ""
 
 
-def read(text: str) -> tuple[Value, ...]:
+def read_answer(text: str) -> tuple[Value, ...]:
     """The ways to read an answer: one, or two where a comma may part thousands or items (`1,234`).
 
     Raises:
@@ -283,7 +282,7 @@ def _closes_at_end(text: str) -> bool:
     return False
 
 
-def same(gold: Value, answer: Value, equal: Callable[[Value, Value], bool]) -> bool:
+def same_answer(gold: Value, answer: Value, equal: Callable[[Value, Value], bool]) -> bool:
     """Whether two answers are the same.
 
     Args:
@@ -316,17 +315,18 @@ def same(gold: Value, answer: Value, equal: Callable[[Value, Value], bool]) -> b
         return False
     if unordered:
         return _any_order(gold.parts, answer.parts, equal)
-    return all(same(g, a, equal) for g, a in zip(gold.parts, answer.parts))
+    return all(same_answer(g, a, equal) for g, a in zip(gold.parts, answer.parts))
 
 
 def _any_order(
     gold: tuple[Value, ...], answer: tuple[Value, ...], equal: Callable[[Value, Value], bool]
 ) -> bool:
     if len({item.name for item in gold}) > 1 and not any(item.name for item in answer):
-        return all(same(g, a, equal) for g, a in zip(gold, answer))  # which is which only the order can tell
+        # Only the order assigns the answer's values to the gold answer's names.
+        return all(same_answer(g, a, equal) for g, a in zip(gold, answer))
     left = list(answer)
     for item in gold:
-        found = next((index for index, other in enumerate(left) if same(item, other, equal)), None)
+        found = next((index for index, other in enumerate(left) if same_answer(item, other, equal)), None)
         if found is None:
             return False
         del left[found]
@@ -341,17 +341,19 @@ def _same_vector(gold: Value, answer: Value, equal: Callable[[Value, Value], boo
         pairs.append([row.parts[0] for row in value.parts] if column else value.parts)
     if any(part.kind == "row" for part in (*pairs[0], *pairs[1])) or len(pairs[0]) != len(pairs[1]):
         return False
-    return all(same(g, a, equal) for g, a in zip(*pairs))
+    return all(same_answer(g, a, equal) for g, a in zip(*pairs))
 
 
 def _same_with_repeats(
     gold: tuple[Value, ...], answer: tuple[Value, ...], equal: Callable[[Value, Value], bool]
 ) -> bool:
     """Whether two sets are the same, of which the answer names elements twice. If the gold answer does it counts."""
-    if any(same(one, other, equal) for index, one in enumerate(gold) for other in gold[:index]):
+    if any(same_answer(one, other, equal) for index, one in enumerate(gold) for other in gold[:index]):
         return False
     kept = [
-        item for index, item in enumerate(answer) if not any(same(item, a, equal) for a in answer[:index])
+        item
+        for index, item in enumerate(answer)
+        if not any(same_answer(item, a, equal) for a in answer[:index])
     ]
     return len(kept) == len(gold) and _any_order(gold, tuple(kept), equal)
 
@@ -364,8 +366,8 @@ def _one_is_an_equation(gold: Value, answer: Value, equal: Callable[[Value, Valu
     if all(len(value.parts) == 2 for value in pair) and equal(*pair):
         return True
     if gold.kind == "equation":
-        return all(same(side, answer, equal) for side in gold.parts)
-    return all(same(gold, side, equal) for side in answer.parts)
+        return all(same_answer(side, answer, equal) for side in gold.parts)
+    return all(same_answer(gold, side, equal) for side in answer.parts)
 
 
 def _as_equation(value: Value) -> Value:

@@ -77,7 +77,7 @@ def equal(gold: str, answer: str) -> bool:
     """
     if r"\ln" in gold:
         answer = _LOG.sub(r"\\ln", answer)  # where the question has natural logarithms a bare log is one
-    expressions = read(gold), read(answer)
+    expressions = read_expression(gold), read_expression(answer)
     if None in expressions:
         return False
     if expressions[0] == expressions[1]:
@@ -94,7 +94,7 @@ def same_equation(gold: tuple[str, str], answer: tuple[str, str]) -> bool:
     Raises:
       TooLarge: as `equal`.
     """
-    sides = [read(side) for side in (*gold, *answer)]
+    sides = [read_expression(side) for side in (*gold, *answer)]
     if None in sides:
         return False
     pairs = _values((sides[0] - sides[1], sides[2] - sides[3]))
@@ -126,7 +126,7 @@ class _Grammar(_Latex2Sympy):
 
 
 @functools.lru_cache(maxsize=512)
-def read(text: str) -> sympy.Expr | None:
+def read_expression(text: str) -> sympy.Expr | None:
     """The expression, unevaluated; None for what is no number, or what the grammar does not know.
 
     Raises:

@@ -52,18 +52,18 @@ def load_module(path: str) -> ModuleType:
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
-        raise UserError(f"{path}: {describe(error, path)}") from error
+        raise UserError(f"{path}: {error_line(error, path)}") from error
     return module
 
 
-def describe(error: BaseException, path: str) -> str:
+def error_line(error: BaseException, path: str) -> str:
     """One line on an error that came out of a user's file: its type, its text, and the line of the file."""
     text = f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
     lines = [line for file, line in _frames(error) if file == path]
     return f"{text} (line {lines[-1]})" if lines else text
 
 
-def place(error: BaseException, path: str | None) -> str:
+def innermost_frame(error: BaseException, path: str | None) -> str:
     """File and line of the innermost frame of an error that is in a user's file, or of the innermost one of all."""
     frames = _frames(error)
     file, line = ([frame for frame in frames if frame[0] == path] or frames)[-1]

@@ -18,7 +18,7 @@ import sys
 from typing import Any
 
 from lpo_jax.errors import UserError
-from lpo_jax.rewards.user_code import place, split_reference
+from lpo_jax.rewards.user_code import innermost_frame, split_reference
 from lpo_jax.rewards.verdict import Verdict, infrastructure, unusable
 
 HEADER = struct.Struct("!Q")
@@ -108,7 +108,7 @@ def _limit_memory(limit: int) -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
 
 
-def main(descriptor: str) -> None:
+def run_worker(descriptor: str) -> None:
     """Serve one pool: load its verifier, report ready, then judge one (response, example) after another.
 
     Args:
@@ -141,6 +141,6 @@ def main(descriptor: str) -> None:
             verdict = verify(response, example)
         except (Exception, SystemExit) as error:
             text = " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
-            verdict = infrastructure(f"verifier raised {text[:500]} ({place(error, file)})")
+            verdict = infrastructure(f"verifier raised {text[:500]} ({innermost_frame(error, file)})")
         signal.setitimer(signal.ITIMER_REAL, 0)
         channel.send(token, reward=float(verdict.reward), outcome=verdict.outcome, parts=verdict.parts)

@@ -17,7 +17,8 @@ from lpo_jax.rewards.worker import HEADER, MAX_REPLY, frame, parse_reply
 
 # The worker sees the same modules as the parent; -P keeps the current folder from shadowing any before that.
 _PROGRAM = (
-    "import sys; sys.path[:] = sys.argv[2:]; from lpo_jax.rewards.worker import main; main(sys.argv[1])"
+    "import sys; sys.path[:] = sys.argv[2:]\n"
+    "from lpo_jax.rewards.worker import run_worker; run_worker(sys.argv[1])"
 )
 # A user's verifier may import jax or numpy: never on the accelerator, never a thread per core in each worker.
 _ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}

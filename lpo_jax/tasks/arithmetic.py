@@ -11,7 +11,7 @@ from lpo_jax.tasks.task import Task, with_prefill
 PREFILL = "<answer>"
 
 
-def arithmetic(
+def arithmetic_task(
     *,
     terms: int = 2,
     max_number: int = 99,

@@ -25,10 +25,10 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from lpo_jax import yaml_text
 from lpo_jax.errors import UserError, nearest
 from lpo_jax.tasks.registry import get as get_task
 from lpo_jax.tasks.task import Task
+from lpo_jax.yaml_text import read_yaml
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,16 +101,16 @@ _SUITES: dict[str, tuple[_Known, ...]] = {
 }
 
 
-def names() -> list[str]:
+def suite_names() -> list[str]:
     """Names of the built-in suites."""
     return sorted(_SUITES)
 
 
-def get(name: str, data_dir: str | None = None) -> list[Benchmark]:
+def get_suite(name: str, data_dir: str | None = None) -> list[Benchmark]:
     """The benchmarks of a suite; nothing is read before one is built.
 
     Args:
-      name: one of `names()`, or a YAML file.
+      name: one of `suite_names()`, or a YAML file.
       data_dir: a folder with the files named above; benchmarks whose file it lacks are left out with a warning. None:
         the hub.
 
@@ -121,7 +121,7 @@ def get(name: str, data_dir: str | None = None) -> list[Benchmark]:
         return _from_yaml(name)
     if name not in _SUITES:
         raise UserError(
-            f"unknown suite {name!r}{nearest(name, _SUITES)}; there are {', '.join(names())}, and a YAML file of "
+            f"unknown suite {name!r}{nearest(name, _SUITES)}; there are {', '.join(suite_names())}, and a YAML file of "
             "your own"
         )
     suite = _SUITES[name]
@@ -156,7 +156,7 @@ def _place(known: _Known, data_dir: str | None) -> dict[str, str] | None:
 
 
 def _from_yaml(path: str) -> list[Benchmark]:
-    entries = yaml_text.read(path, "suite")
+    entries = read_yaml(path, "suite")
     shape = "a list of {name: ..., k: ..., task: {name: ..., options}}"
     if not isinstance(entries, list) or not entries:
         raise UserError(f"suite {path}: expected {shape}")

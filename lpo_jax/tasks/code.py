@@ -16,16 +16,16 @@ from lpo_jax.rewards import VerifierSpec
 from lpo_jax.rewards.answers import last_program
 from lpo_jax.rewards.code_tests import as_columns, asserts_to_tests, read_tests
 from lpo_jax.tasks.prepared import Recipe, Unusable
-from lpo_jax.tasks.splits import check_fields, field, splits, squeezed, text
+from lpo_jax.tasks.splits import as_text, check_fields, field, splits, squeezed
 from lpo_jax.tasks.task import Row, Task
-from lpo_jax.tasks.templates import CODE, asker, bare
+from lpo_jax.tasks.templates import CODE, bare, prompt_function
 
 _PROBLEM = ("problem", "question", "text", "prompt")
 _TESTS = ("tests", "test_cases", "test_list", "test", "reward_model.ground_truth")
 _SOLUTION = ("solution", "solutions", "code", "canonical_solution")
 
 
-def code(
+def code_task(
     *,
     path: str = "",
     heldout: str = "",
@@ -49,13 +49,13 @@ def code(
     Raises:
       UserError: if an option makes no sense or the files are not as they must be.
     """
-    ask = asker("code", template, CODE, "problem")
+    ask = prompt_function("code", template, CODE, "problem")
     fields = check_fields("code", fields, ("problem", "tests", "solution"))
 
     def convert(row: Row) -> dict[str, Any] | None:
         if row.get("ability", "code") != "code":
             return None  # PRIME's own file holds mathematics too
-        problem = text(bare(field(row, "problem", _PROBLEM, fields), CODE, "problem"), "problem")
+        problem = as_text(bare(field(row, "problem", _PROBLEM, fields), CODE, "problem"), "problem")
         tests, solution = field(row, "tests", _TESTS, fields), _solution(row, fields)
         if "canonical_solution" in row:  # HumanEval's is the body of the function that the problem begins
             solution = problem + solution
@@ -118,7 +118,7 @@ def _solution(row: Row, fields: Mapping[str, str]) -> str:
         solution = solution[0]
     if not isinstance(solution, str) or not solution.strip():
         return ""
-    solution = text(solution, "solution")
+    solution = as_text(solution, "solution")
     return last_program(solution) or "" if "```" in solution else solution
 
 

@@ -37,7 +37,7 @@ TEMPLATES = {
 _SUM, _PRODUCT, _ATOM = 1, 2, 3  # how tightly an expression holds together
 
 
-def countdown(
+def countdown_task(
     *,
     path: str = "",
     heldout: str = "",

@@ -11,7 +11,7 @@ _JUDGED = 256  # solutions that are judged together
 _NAMED = 5  # rows whose solution fails that are shown
 
 
-def describe(
+def describe_task(
     task: Task,
     encode: Callable[[Prompt], list[int]] | None = None,
     decode: Callable[[list[int]], str] | None = None,
@@ -30,7 +30,7 @@ def describe(
     Returns:
       JSON values. By split: `rows`, `different_prompts`, `longest_prompt` and `mean_prompt` (in `unit`),
       `with_solution`, `solution_fails` (rows whose own solution the verifier does not pass) with the first ones and
-      the reasons in `first_failing`, and what became of the files' rows (`prepared.prepare`). For both:
+      the reasons in `first_failing`, and what became of the files' rows (`prepared.prepare_rows`). For both:
       `content_hash`, `overlap` (held-out prompts that are trained on too), `verifier` with its options, and of the
       first row `prompt`, `row`, and `solution` with its `verdict`.
 
@@ -108,7 +108,7 @@ def _split(
     }, prompts
 
 
-def lines(summary: dict[str, Any]) -> list[str]:
+def description_lines(summary: dict[str, Any]) -> list[str]:
     """A description as text, a table of the splits first."""
     splits = [summary["train"], summary["heldout"]]
     named = ("first_skipped", "first_failing")

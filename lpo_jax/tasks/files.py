@@ -12,14 +12,14 @@ from typing import Any
 from lpo_jax.errors import UserError, nearest
 from lpo_jax.json_lines import lone_surrogate
 from lpo_jax.rewards import VerifierSpec
-from lpo_jax.tasks.prepared import Records, Unusable
-from lpo_jax.tasks.records import find_files, read_rows, unique_ids
+from lpo_jax.tasks.prepared import DiskRows, Unusable
+from lpo_jax.tasks.records import find_files, read_data_file, unique_ids
 from lpo_jax.tasks.splits import check_gold, refuse_or_warn
 from lpo_jax.tasks.task import Row, Task, warn_overlap, with_prefill
 from lpo_jax.tasks.templates import FIELD, fill
 
 
-def jsonl(
+def jsonl_task(
     *,
     prompt: str,
     verifier: str,
@@ -65,7 +65,7 @@ def jsonl(
     return warn_overlap(form.task("jsonl", train, kept, about))
 
 
-def tfds(
+def tfds_task(
     *,
     path: str,
     prompt: str,
@@ -112,7 +112,7 @@ def tfds(
             except Unusable as reason:
                 raise UserError(f"{where}: its gold answer cannot be used: {reason}") from None
 
-        rows = Records(source, convert)
+        rows = DiskRows(source, convert)
         if not len(rows):
             raise UserError(f"{path}: split {name!r} has no rows")
         return rows
@@ -174,10 +174,10 @@ class _Form:
         return named
 
     def rows(self, source: str, split: str, strict: bool) -> tuple[list[Row], dict[str, Any]]:
-        """The rows of a source, and what became of them (as `prepared.prepare` counts)."""
+        """The rows of a source, and what became of them (as `prepared.prepare_rows` counts)."""
         kept, skips = [], []
         for path in find_files(source, split):
-            for where, row in unique_ids(read_rows(path)):
+            for where, row in unique_ids(read_data_file(path)):
                 try:
                     kept.append(self.row(where, row))
                 except Unusable as reason:

@@ -7,12 +7,12 @@ from lpo_jax.errors import UserError
 from lpo_jax.rewards import VerifierSpec
 from lpo_jax.rewards.gym import open_dataset
 from lpo_jax.tasks.task import Row, Task
-from lpo_jax.tasks.templates import GYM, asker
+from lpo_jax.tasks.templates import GYM, prompt_function
 
 _PATIENCE = 1000  # entries in a row that bring no new question
 
 
-def reasoning_gym(
+def reasoning_gym_task(
     *,
     dataset: str,
     config: Mapping[str, Any] | None = None,
@@ -39,7 +39,7 @@ def reasoning_gym(
         raise UserError(
             f"task reasoning-gym: train_size {train_size}, heldout_size {heldout_size}: need at least 1 of each"
         )
-    ask = asker("reasoning-gym", template, GYM, "question")
+    ask = prompt_function("reasoning-gym", template, GYM, "question")
     # Entries are made when they are asked for, each from (seed, index): the size only bounds the index.
     data = open_dataset(dataset, config, seed=seed, size=(train_size + heldout_size) * _PATIENCE)
     entries = _different(dataset, data, train_size + heldout_size)

@@ -12,15 +12,15 @@ from lpo_jax import rewards
 from lpo_jax.errors import UserError
 from lpo_jax.rewards.answers import last_boxed
 from lpo_jax.tasks.prepared import Recipe, Unusable
-from lpo_jax.tasks.splits import check_answer, check_fields, check_gold, field, splits, squeezed, text
+from lpo_jax.tasks.splits import as_text, check_answer, check_fields, check_gold, field, splits, squeezed
 from lpo_jax.tasks.task import Row, Task
-from lpo_jax.tasks.templates import GSM8K, MATH, asker, bare
+from lpo_jax.tasks.templates import GSM8K, MATH, bare, prompt_function
 
 _PROBLEM = ("problem", "question", "extra_info.question", "prompt")
 _ANSWER = ("answer", "final_answer", "expected_answer", "reward_model.ground_truth")
 
 
-def math(
+def math_task(
     *,
     path: str = "",
     heldout: str = "",
@@ -44,7 +44,7 @@ def math(
     Raises:
       UserError: if an option makes no sense or the files are not as they must be.
     """
-    ask, verify = asker("math", template, MATH, "problem"), rewards.get("math")
+    ask, verify = prompt_function("math", template, MATH, "problem"), rewards.get("math")
     fields = check_fields("math", fields, ("problem", "answer", "solution"))
 
     def convert(row: Row) -> dict[str, Any] | None:
@@ -63,7 +63,7 @@ def math(
     return Task("math", rows.train, rows.heldout, ask, verifier, _solve, rows.about)
 
 
-def gsm8k(
+def gsm8k_task(
     *,
     path: str = "",
     heldout: str = "",
@@ -89,7 +89,7 @@ def gsm8k(
     Raises:
       UserError: if an option makes no sense or the files are not as they must be.
     """
-    ask, verify = asker("gsm8k", template, GSM8K, "question"), rewards.get("gsm8k")
+    ask, verify = prompt_function("gsm8k", template, GSM8K, "question"), rewards.get("gsm8k")
     fields = check_fields("gsm8k", fields, ("question", "answer"))
 
     def convert(row: Row) -> dict[str, Any]:
@@ -112,7 +112,7 @@ def _columns(problem: str) -> dict[str, str]:
 
 
 def _problem(row: Row, name: str, known: Mapping, fields: Mapping[str, str]) -> str:
-    return text(bare(field(row, name, _PROBLEM, fields), known, name), name)
+    return as_text(bare(field(row, name, _PROBLEM, fields), known, name), name)
 
 
 def _solution(row: Row, fields: Mapping[str, str]) -> str:
@@ -120,7 +120,7 @@ def _solution(row: Row, fields: Mapping[str, str]) -> str:
     if "solution" not in fields and "solution" not in row:
         return ""
     solution = field(row, "solution", ("solution",), fields)
-    return text(solution, "solution") if isinstance(solution, str) and solution.strip() else ""
+    return as_text(solution, "solution") if isinstance(solution, str) and solution.strip() else ""
 
 
 def _gold(row: Row, solution: str, fields: Mapping[str, str]) -> str:
@@ -135,7 +135,7 @@ def _gold(row: Row, solution: str, fields: Mapping[str, str]) -> str:
         gold = ", ".join(map(str, gold))
     if gold is None or not str(gold).strip():
         raise Unusable("the answer is empty")
-    return text(str(gold).strip(), "answer")
+    return as_text(str(gold).strip(), "answer")
 
 
 def _solve(row: Row) -> str | None:

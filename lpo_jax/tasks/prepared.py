@@ -21,7 +21,7 @@ from typing import Any
 from lpo_jax.errors import UserError
 from lpo_jax.hub import cache_dir
 from lpo_jax.tasks.data import plain
-from lpo_jax.tasks.records import find_files, read_rows, unique_ids
+from lpo_jax.tasks.records import find_files, read_data_file, unique_ids
 from lpo_jax.tasks.task import Row
 
 _BLOCK = 1024  # rows read together: one at a time costs ten times as much
@@ -52,7 +52,7 @@ class Recipe:
     settings: Mapping[str, Any]
 
 
-class Records(Sequence):
+class DiskRows(Sequence):
     """Rows read from disk when they are asked for; loops read them in blocks.
 
     Args:
@@ -83,14 +83,14 @@ class Records(Sequence):
         stored = self._source.__getitems__(list(indices)) if indices else ()
         return (self._convert(index, plain(row)) for index, row in zip(indices, stored))
 
-    def select(self, indices: Sequence[int]) -> "Records":
+    def select(self, indices: Sequence[int]) -> "DiskRows":
         """Some of these rows, in the order given."""
-        return Records(self._source, self._convert, [self._indices[index] for index in indices])
+        return DiskRows(self._source, self._convert, [self._indices[index] for index in indices])
 
 
-def prepare(
+def prepare_rows(
     recipe: Recipe, source: str, split: str, leave_out: Collection[Hashable] = ()
-) -> tuple[Records, dict[str, Any]]:
+) -> tuple[DiskRows, dict[str, Any]]:
     """The rows that a recipe makes of a source, in its order; from the cache, or written there now.
 
     Args:
@@ -128,7 +128,7 @@ def prepare(
     def unpack(index: int, row: Row) -> Row:
         return {**row, **{column: json.loads(row[column]) for column in packed}}
 
-    return Records(builder.as_data_source(_SPLIT), unpack), dict(builder.info.metadata)
+    return DiskRows(builder.as_data_source(_SPLIT), unpack), dict(builder.info.metadata)
 
 
 _SPLIT, _VERSION = "train", "1.0.0"  # of the builder: each holds the rows of one source
@@ -197,7 +197,7 @@ def _converted(
     about["first_skipped"] = []
     seen: set[str] = set()
     for path in files:
-        for place, stored in unique_ids(read_rows(path)):
+        for place, stored in unique_ids(read_data_file(path)):
             about["read"] += 1
             try:
                 row = recipe.convert(stored)

@@ -20,12 +20,12 @@ from typing import Any
 from lpo_jax.errors import UserError
 from lpo_jax.json_lines import MAX_DEPTH, deeper_than, lone_surrogate, too_deep
 from lpo_jax.rewards import VerifierSpec
-from lpo_jax.rewards.user_code import describe, find_function, load_module
+from lpo_jax.rewards.user_code import error_line, find_function, load_module
 from lpo_jax.tasks.data import plain
 from lpo_jax.tasks.task import Prompt, Row, Task, warn_overlap, with_prefill
 
 
-def python_file(*, file: str, prefill: str = "") -> Task:
+def python_task(*, file: str, prefill: str = "") -> Task:
     """A task from a user's file.
 
     Args:
@@ -92,4 +92,4 @@ def _call(file: str, what: str, function: Callable[..., Any], *arguments: Any) -
     try:
         return function(*arguments)
     except Exception as error:
-        raise UserError(f"{file}: {what} raised {describe(error, file)}") from error
+        raise UserError(f"{file}: {what} raised {error_line(error, file)}") from error

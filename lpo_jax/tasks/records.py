@@ -59,7 +59,7 @@ def find_files(source: str, split: str) -> list[Path]:
     return found
 
 
-def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_data_file(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """`(place, row)` for every row of a file, such as `("a.jsonl:7", {...})`, one after another.
 
     Raises:

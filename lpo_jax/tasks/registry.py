@@ -5,25 +5,25 @@ from typing import Any
 
 from lpo_jax.errors import UserError, nearest
 from lpo_jax.rewards.registry import check_options
-from lpo_jax.tasks.arithmetic import arithmetic
-from lpo_jax.tasks.code import code
-from lpo_jax.tasks.countdown import countdown
-from lpo_jax.tasks.files import jsonl, tfds
-from lpo_jax.tasks.gym import reasoning_gym
-from lpo_jax.tasks.mathematics import gsm8k, math
-from lpo_jax.tasks.python_file import python_file
+from lpo_jax.tasks.arithmetic import arithmetic_task
+from lpo_jax.tasks.code import code_task
+from lpo_jax.tasks.countdown import countdown_task
+from lpo_jax.tasks.files import jsonl_task, tfds_task
+from lpo_jax.tasks.gym import reasoning_gym_task
+from lpo_jax.tasks.mathematics import gsm8k_task, math_task
+from lpo_jax.tasks.python_file import python_task
 from lpo_jax.tasks.task import Task, as_chat
 
 _BUILDERS: dict[str, Callable[..., Task]] = {
-    "arithmetic": arithmetic,
-    "code": code,
-    "countdown": countdown,
-    "gsm8k": gsm8k,
-    "jsonl": jsonl,
-    "math": math,
-    "python": python_file,
-    "reasoning-gym": reasoning_gym,
-    "tfds": tfds,
+    "arithmetic": arithmetic_task,
+    "code": code_task,
+    "countdown": countdown_task,
+    "gsm8k": gsm8k_task,
+    "jsonl": jsonl_task,
+    "math": math_task,
+    "python": python_task,
+    "reasoning-gym": reasoning_gym_task,
+    "tfds": tfds_task,
 }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from lpo_jax.errors import UserError, nearest
 from lpo_jax.json_lines import lone_surrogate
 from lpo_jax.rewards import Verifier
-from lpo_jax.tasks.prepared import Recipe, Unusable, prepare
+from lpo_jax.tasks.prepared import Recipe, Unusable, prepare_rows
 from lpo_jax.tasks.task import Row
 
 MOST_HELD_OUT = 512  # where nothing says how many
@@ -18,7 +18,7 @@ MOST_HELD_OUT = 512  # where nothing says how many
 
 @dataclasses.dataclass(frozen=True)
 class Splits:
-    """Rows to train on and rows held out, and by split what became of the rows of the files (`prepare`)."""
+    """Rows to train on and rows held out, and by split what became of the rows of the files (`prepare_rows`)."""
 
     train: Sequence[Row]
     heldout: Sequence[Row]
@@ -48,7 +48,7 @@ def splits(
       strict: refuse rows whose gold answer cannot be used, instead of skipping them with a warning.
 
     Raises:
-      UserError: if no source is given, a source has fewer rows than asked for, or `prepare` raises it.
+      UserError: if no source is given, a source has fewer rows than asked for, or `prepare_rows` raises it.
     """
     if not path and not heldout:
         raise UserError(f"task {recipe.name} needs the option 'path', or 'heldout' for evaluation alone")
@@ -59,7 +59,7 @@ def splits(
     about: dict[str, Any] = {}
 
     def load(source: str, split: str, leave_out=()):
-        rows, about[split] = prepare(recipe, source, split, leave_out)
+        rows, about[split] = prepare_rows(recipe, source, split, leave_out)
         refuse_or_warn(recipe.name, source, about[split], strict)
         return rows
 
@@ -90,7 +90,7 @@ def splits(
 
 
 def refuse_or_warn(task: str, source: str, about: Mapping[str, Any], strict: bool) -> None:
-    """Says what was skipped of a source, as `prepare` counts it.
+    """Says what was skipped of a source, as `prepare_rows` counts it.
 
     Raises:
       UserError: if something was, and `strict`.
@@ -156,7 +156,7 @@ def field(row: Row, name: str, known: Sequence[str], fields: Mapping[str, str]) 
 _ABSENT = object()
 
 
-def text(value: Any, name: str) -> str:
+def as_text(value: Any, name: str) -> str:
     """A field as text, for a prompt.
 
     Raises:

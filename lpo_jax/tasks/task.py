@@ -26,7 +26,7 @@ class Task:
       verifier: how to make the verifier, in plain data; it puts the prefill back before each response.
       solution: row -> a response that the verifier passes, for supervised warm start; None where none is
         known.
-      about: of tasks from files, by split: what became of the files' rows (see `prepared.prepare`).
+      about: of tasks from files, by split: what became of the files' rows (see `prepared.prepare_rows`).
     """
 
     name: str

@@ -73,7 +73,9 @@ def fill(template: str, row: Row) -> str:
     return FIELD.sub(lambda match: str(row[match[1]]), template)
 
 
-def asker(task: str, template: str, known: Mapping[str, Template], field: str) -> Callable[[Row], Prompt]:
+def prompt_function(
+    task: str, template: str, known: Mapping[str, Template], field: str
+) -> Callable[[Row], Prompt]:
     """The function from a row to its prompt.
 
     Args:

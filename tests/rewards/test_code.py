@@ -12,7 +12,7 @@ from lpo_jax.errors import UserError
 from lpo_jax.rewards import code, sandbox
 from lpo_jax.rewards.code_tests import ProblemTests, asserts_to_tests, read_tests
 from lpo_jax.rewards.same import same_output, same_result
-from lpo_jax.rewards.sandbox_child import encode
+from lpo_jax.rewards.sandbox_child import encode_result
 
 WHY_NOT = sandbox.why_not("bubblewrap")
 confined = pytest.mark.skipif(bool(WHY_NOT), reason=f"no bubblewrap here: {WHY_NOT}")
@@ -331,7 +331,7 @@ def test_same_output(printed, expected, same):
     ],
 )
 def test_same_result(value, expected, same):
-    assert same_result(json.dumps(encode(value)).encode(), expected) == same
+    assert same_result(json.dumps(encode_result(value)).encode(), expected) == same
 
 
 _JSON = st.recursive(
@@ -355,7 +355,7 @@ def test_no_claim_makes_the_comparison_fail(claim, expected):
 
 @given(_JSON.filter(lambda value: "\x00" not in repr(value)))
 def test_every_value_is_the_same_as_itself(value):
-    assert same_result(json.dumps(encode(value)).encode(), value)
+    assert same_result(json.dumps(encode_result(value)).encode(), value)
 
 
 def test_assertions_become_tests():

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from lpo_jax import rewards
 from lpo_jax.errors import UserError
-from lpo_jax.rewards.expression import NotAllowed, integers, parse, value
+from lpo_jax.rewards.expression import NotAllowed, integers, parse_expression, value
 
 EXAMPLE = {"numbers": [3, 5, 2], "target": 16}
 robust = rewards.get("countdown")
@@ -160,9 +160,9 @@ def test_each_at_most_once():
 
 
 def test_depth_guard():
-    assert value(parse("-" * 63 + "1")) == -1
+    assert value(parse_expression("-" * 63 + "1")) == -1
     with pytest.raises(NotAllowed, match="64 levels"):
-        parse("-" * 64 + "1")
+        parse_expression("-" * 64 + "1")
 
 
 def trees(leaf):
@@ -185,7 +185,7 @@ def test_value_is_python_s_and_numbers_are_those_of_the_text(tree):
         a, b = exact(node[0]), exact(node[2])
         return {"+": lambda: a + b, "-": lambda: a - b, "*": lambda: a * b, "/": lambda: a / b}[node[1]]()
 
-    parsed = parse(text(tree))
+    parsed = parse_expression(text(tree))
     try:
         expected = exact(tree)
     except ZeroDivisionError:

@@ -99,7 +99,7 @@ def test_an_exception_of_the_comparison_is_the_answers_fault(monkeypatch):
     def fail(*arguments):
         raise ZeroDivisionError("in a library")
 
-    monkeypatch.setattr("lpo_jax.rewards.structure.same", fail)
+    monkeypatch.setattr("lpo_jax.rewards.structure.same_answer", fail)
     verdict = rewards.get("math")(r"\boxed{\sqrt{2}}", {"answer": "5"})
     assert verdict.outcome == "wrong"
     assert verdict.parts["reason"] == "the comparison raised ZeroDivisionError: in a library"

@@ -351,7 +351,7 @@ def test_expressions_are_read_as_they_are_written(expression):
 
     text, expected = expression
     assume(expected == expected and abs(expected) < 1e12)
-    read = symbolic.read(canonical(text))
+    read = symbolic.read_expression(canonical(text))
     letters = {"varpi": "\\gamma", "Lambda": "d", "upsilon": "T", "iota": "I"}  # which stand in for these
     point = {symbol: VALUES[letters.get(symbol.name, symbol.name)] for symbol in read.free_symbols}
     error = abs(complex(read.subs(point).evalf(20)) - expected)

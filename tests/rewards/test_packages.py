@@ -68,11 +68,12 @@ def test_bubblewrap_shows_packages_alone_and_read_only():
 
 
 def test_what_a_package_requires_comes_with_it():
-    names = {os.path.basename(path) for path in packages.find("jinja2")}
+    names = {os.path.basename(path) for path in packages.installed_paths("jinja2")}
     assert {"jinja2", "markupsafe"} <= names and not any(name.startswith(("numpy", "jax")) for name in names)
-    (path,) = [path for path in packages.find("yaml") if path.endswith("/yaml")]  # comes from PyYAML
+    found = packages.installed_paths("yaml")  # the distribution is PyYAML
+    (path,) = [path for path in found if path.endswith("/yaml")]
     assert os.path.isfile(f"{path}/__init__.py")
-    assert packages.find("math") == packages.find() == ()
+    assert packages.installed_paths("math") == packages.installed_paths() == ()
 
 
 @pytest.mark.parametrize(
@@ -96,8 +97,8 @@ def test_a_name_that_is_no_installed_package_is_refused_at_once(value, message):
 def test_a_package_that_cannot_be_imported_there_is_refused_before_the_run(kind, tmp_path, monkeypatch):
     (tmp_path / "broken_package.py").write_text("import no_such_module_here\n")
     monkeypatch.syspath_prepend(tmp_path)
-    packages.find.cache_clear()
+    packages.installed_paths.cache_clear()
     spec = rewards.VerifierSpec("code", {"packages": ["broken_package"], "sandbox": kind})
     with pytest.raises(UserError, match=r"package broken_package cannot be imported by .*no_such_module"):
         rewards.VerifierPool(spec, workers=1, timeout=10.0, allow_weak_sandbox=True)
-    packages.find.cache_clear()
+    packages.installed_paths.cache_clear()

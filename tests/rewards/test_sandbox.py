@@ -339,7 +339,7 @@ def test_a_sandbox_that_does_not_come_up_masks_the_sample(monkeypatch, tmp_path,
     assert reason == (
         "bwrap: no permission" if broken == "fails" else f"{program}: No such file or directory"
     )
-    monkeypatch.setattr(sandbox, "choose", lambda kind, allow_weak: kind)
+    monkeypatch.setattr(sandbox, "choose_kind", lambda kind, allow_weak: kind)
     verdict = rewards.get("code")("```python\nprint(1)\n```", {"tests": {"inputs": [""], "outputs": ["1"]}})
     assert verdict.masked and reason in verdict.parts["reason"]
 

@@ -61,7 +61,7 @@ def test_countdown_solutions_pass_their_own_verifier(template, strict):
 
 
 def test_solutions_have_no_needless_parentheses():
-    from lpo_jax.rewards.expression import parse, value
+    from lpo_jax.rewards.expression import parse_expression, value
 
     primes = iter([101, 211, 307, 401] * 1000)
     seen = 0
@@ -75,7 +75,7 @@ def test_solutions_have_no_needless_parentheses():
             elif character == ")":
                 start = stack.pop()
                 bare = text[:start] + text[start + 1 : i] + text[i + 1 :]
-                assert value(parse(bare)) != value(parse(text))
+                assert value(parse_expression(bare)) != value(parse_expression(text))
                 seen += 1
     assert seen > 10
 

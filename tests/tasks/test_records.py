@@ -6,13 +6,13 @@ import huggingface_hub
 import pytest
 
 from lpo_jax.errors import UserError
-from lpo_jax.tasks.records import find_files, read_rows, unique_ids
+from lpo_jax.tasks.records import find_files, read_data_file, unique_ids
 
 ROWS = [{"id": n, "q": f"é {n}", "tests": {"inputs": [[n]], "name": None}, "x": n / 2} for n in range(5)]
 
 
 def rows(source, split="train"):
-    return [row for path in find_files(source, split) for _, row in read_rows(path)]
+    return [row for path in find_files(source, split) for _, row in read_data_file(path)]
 
 
 def names(source, split):
@@ -32,7 +32,7 @@ def test_json_may_hold_lines(write, tmp_path):
 def test_places(write):
     for name, place in (("a.jsonl", ":3"), ("a.json", ": row 2"), ("a.parquet", ": row 2")):
         path = write(name, ROWS)
-        assert [where for where, _ in read_rows(Path(path))][2] == path + place
+        assert [where for where, _ in read_data_file(Path(path))][2] == path + place
 
 
 def test_patterns_and_folders(write, tmp_path):
