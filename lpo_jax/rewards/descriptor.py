@@ -1,4 +1,4 @@
-"""What a verifier's file declares about it."""
+"""The descriptor that each verifier's file exports."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -11,20 +11,22 @@ Verifier = Callable[[str, Mapping[str, Any]], Verdict]
 
 @dataclasses.dataclass(frozen=True)
 class VerifierDescriptor:
-    """A verifier and what the pool and its workers must provide for it.
+    """How to build a verifier, and what the pool and its workers must provide for it.
 
-    Every verifier file exports one as `DESCRIPTOR`; `registry.py` collects them.
+    Every verifier's file exports one as `DESCRIPTOR`; `registry.py` collects them.
 
     Attributes:
       name: the name in configs and in `rewards.get`.
-      build: makes the verifier from its options, given as keyword arguments.
-      fields: fields that a data row must have.
-      slow_imports: modules that a worker imports before its first response, so that no response is charged for it.
+      build: builds the verifier from its options, which are keyword arguments.
+      fields: the fields that every data row must have.
+      slow_imports: modules that a worker imports before its first response, so that the import time counts against no
+        response.
       memory: bytes that a worker may allocate; None for no limit.
       least_timeout: seconds that the pool must allow for a response. With less, the pool would mask slow answers before
-        the verifier's own limit can score them.
-      confine: `(options, allow_weak, timeout) -> (options, kind)` for verifiers that run programs: settles the sandbox
-        and the time limit, and returns the kind of sandbox; see `VerifierSpec.confined`. None for the other verifiers.
+        the verifier's own time limit scores them.
+      confine: for verifiers that run programs, `(options, allow_weak, timeout) -> (options, kind)`: sets the sandbox
+        and the time limit in the options and returns the kind of sandbox; see `VerifierSpec.confined`. None for all
+        others.
     """
 
     name: str

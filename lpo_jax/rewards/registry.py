@@ -1,4 +1,4 @@
-"""Verifiers by name: built in, or a function in a user's file."""
+"""Look up verifiers by name: built-in ones, and functions in a user's file."""
 
 import dataclasses
 import functools
@@ -18,29 +18,29 @@ _BUILT_IN = {
 
 
 def names() -> list[str]:
-    """Names of the built-in verifiers."""
+    """Return the names of the built-in verifiers, sorted."""
     return sorted(_BUILT_IN)
 
 
 def get(name: str, *, prefill: str = "", **options: Any) -> Verifier:
-    """A built-in verifier.
+    """Build a built-in verifier.
 
     Args:
       name: one of `names()`.
-      prefill: the text with which the prompt's template has already begun the answer (`<think>`, `<answer>`);
-        it is put before every response, for a verifier must see what the model continued.
-      **options: those of the verifier: see `countdown`, `arithmetic`, `format_tags`.
+      prefill: the text with which the prompt template already begins the answer, such as `<think>` or `<answer>`. It is
+        prepended to every response, so that the verifier sees the whole answer.
+      **options: the options of the verifier; see `countdown_verifier`, `math_verifier` and so on.
 
     Returns:
-      `(response, example) -> Verdict`; `example` is the dict of the data row.
+      A function `(response, example) -> Verdict`, where `example` is the data row as a dict.
 
     Raises:
-      UserError: if the name or an option is unknown, or an option's value makes no sense.
+      UserError: if the name or an option is unknown, or an option has an invalid value.
     """
     if name not in _BUILT_IN:
         raise UserError(
-            f"unknown verifier {name!r}{nearest(name, _BUILT_IN)}; built in are {', '.join(names())}, "
-            "and a function of your own is path/to/file.py:function"
+            f"unknown verifier {name!r}{nearest(name, _BUILT_IN)}; the built-in verifiers are {', '.join(names())}; "
+            "name a function of your own as path/to/file.py:function"
         )
     build = _BUILT_IN[name].build
     check_options(f"verifier {name}", build, options)
@@ -48,22 +48,28 @@ def get(name: str, *, prefill: str = "", **options: Any) -> Verifier:
 
 
 def check_options(what: str, build: Callable[..., Any], options: Mapping[str, Any]) -> None:
-    """Refuses options that a builder does not take or not of that type, and the lack of those it must have.
+    """Check options against the keyword arguments of a builder.
 
-    Types are checked where the builder says bool, int, float or str and no more; an int will do for a float.
+    Types are checked only for arguments annotated as exactly bool, int, float or str. An int is accepted for a float.
+
+    Args:
+      what: what the options belong to, for error messages, such as `"verifier countdown"`.
+      build: the function that takes the options.
+      options: the options to check.
 
     Raises:
-      UserError: naming the option, and the nearest right one.
+      UserError: if an option is unknown, missing or of the wrong type; the message names the option and, for an unknown
+        one, the most similar known option.
     """
     known = inspect.signature(build).parameters
     for option in options:
         if option not in known:
-            hint = nearest(option, known) or f"; it has {', '.join(known) or 'none'}"
+            hint = nearest(option, known) or f"; its options are {', '.join(known) or 'none'}"
             raise UserError(f"{what} has no option {option!r}{hint}")
         wanted, value = known[option].annotation, options[option]
         accepted = {bool: bool, int: int, float: int | float, str: str}.get(wanted, object)
         if not isinstance(value, accepted) or (isinstance(value, bool) and wanted in (int, float)):
-            raise UserError(f"{what}: {option} is {value!r}, but has to be of type {wanted.__name__}")
+            raise UserError(f"{what}: {option} is {value!r}, but must be of type {wanted.__name__}")
     for option, parameter in known.items():
         if parameter.default is parameter.empty and option not in options:
             raise UserError(f"{what} needs the option {option!r}")
@@ -77,12 +83,15 @@ def _after(prefill: str, verify: Verifier) -> Verifier:
 
 @dataclasses.dataclass(frozen=True)
 class VerifierSpec:
-    """How to make a verifier, in plain data: a worker process is sent this and imports the verifier itself.
+    """A verifier as plain data. The pool sends this to each worker process, which builds the verifier itself.
 
     Attributes:
-      source: a built-in name, or `"path/to/file.py:function"` (made absolute).
-      options: those of a built-in verifier.
-      prefill: text put before every response; see `get`.
+      source: a built-in name, or `"path/to/file.py:function"`, whose path is made absolute.
+      options: the options of a built-in verifier.
+      prefill: text prepended to every response; see `get`.
+
+    Raises:
+      UserError: if the name or an option is unknown, or an option has an invalid value.
     """
 
     source: str
@@ -99,13 +108,13 @@ class VerifierSpec:
 
     @property
     def descriptor(self) -> VerifierDescriptor:
-        """What the verifier's file declares; without any requirement for a user's function."""
+        """The verifier's descriptor. That of a user's function has no requirements."""
         if self.source in _BUILT_IN:
             return _BUILT_IN[self.source]
         return VerifierDescriptor(self.source, functools.partial(load_function, self.source))
 
     def confined(self, *, allow_weak: bool, timeout: float) -> "tuple[VerifierSpec, str]":
-        """Settle the time limits, and the sandbox of a verifier that runs programs, before work begins.
+        """Check the time limit and, for a verifier that runs programs, choose the sandbox, before work begins.
 
         Args:
           allow_weak: whether the weak sandbox may be used where there is no better one.
@@ -131,7 +140,10 @@ class VerifierSpec:
         return dataclasses.replace(self, options=options), kind
 
     def load(self) -> Verifier:
-        """The verifier itself.
+        """Build the verifier.
+
+        Returns:
+          A function `(response, example) -> Verdict`.
 
         Raises:
           UserError: if a user's file or function cannot be loaded.

@@ -1,9 +1,9 @@
-"""The program that a pool's worker process runs, and the messages it exchanges with the pool.
+"""The program that a worker process runs, and the messages that it exchanges with the pool.
 
-Requests are pickles (the parent is trusted, and rows hold any Python value); replies are JSON, so that the
-trainer never unpickles what comes from a process that has handled a model's text. Both are led by their
-length. Every request has a token, which its reply repeats: a verifier can write to the socket too, by mistake
-(a fork that returns twice) or on purpose, so the pool checks each reply before it counts (`parse_reply`).
+Requests are pickles, because the parent is trusted and rows hold any Python value. Replies are JSON, so that the
+trainer never unpickles data from a process that has handled a model's text. Both are preceded by their length. Every
+request has a token, which its reply repeats. A verifier can also write to the socket, by mistake (a fork that returns
+twice) or on purpose, so the pool checks each reply before it counts (`parse_reply`).
 """
 
 import importlib
@@ -22,19 +22,22 @@ from lpo_jax.rewards.user_code import innermost_frame, split_reference
 from lpo_jax.rewards.verdict import Verdict, infrastructure, unusable
 
 HEADER = struct.Struct("!Q")
-MAX_REPLY = 16 << 20  # bytes; the pool keeps no longer reply in memory
+MAX_REPLY = 16 << 20  # bytes; the pool reads no longer reply into memory
 
 
 def frame(payload: bytes) -> bytes:
-    """A payload led by its length."""
+    """Prefix a payload with its length."""
     return HEADER.pack(len(payload)) + payload
 
 
 def parse_reply(payload: bytes) -> tuple[str, Verdict | str | None]:
-    """The token of a reply, and what it holds: a verdict, the error that kept a worker from starting, or None (ready).
+    """Parse the payload of a reply.
+
+    Returns:
+      The token, and the content: a verdict, the error that kept a worker from starting, or None (the worker is ready).
 
     Raises:
-      ValueError: if it is anything else.
+      ValueError: if the payload is not a reply.
     """
     try:
         reply = json.loads(payload)

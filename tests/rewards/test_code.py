@@ -222,7 +222,7 @@ def test_functional_tests_of_live_code_bench(where):
     ("tests", "message"),
     [
         ([{"input": "1", "output": "1", "testtype": "functional"}], "metadata.func_name does not name one"),
-        ([{"input": "1", "output": "1", "testtype": "other"}], "stdin or functional throughout, not other"),
+        ([{"input": "1", "output": "1", "testtype": "other"}], "functional in all tests, not other"),
         ({}, "no inputs and outputs"),
         ([], "0 inputs and 0 outputs"),
         ([{"input": "1"}], "objects with input and output"),
@@ -230,12 +230,12 @@ def test_functional_tests_of_live_code_bench(where):
         (3, "no inputs and outputs"),
         ({"inputs": [], "outputs": []}, "0 inputs"),
         ({"inputs": ["1"], "outputs": []}, "1 inputs and 0 outputs"),
-        ({"inputs": "1", "outputs": 1}, "have to be lists"),
-        ({"inputs": ["1"], "outputs": [2]}, "have to be text, not 2"),
-        ({"inputs": ["1"], "outputs": [" \n"]}, "no output is expected"),
-        ({"inputs": ["1"], "outputs": ["1"], "fn_name": "a.b"}, "names no function"),
+        ({"inputs": "1", "outputs": 1}, "must be lists"),
+        ({"inputs": ["1"], "outputs": [2]}, "must be text, not 2"),
+        ({"inputs": ["1"], "outputs": [" \n"]}, "no test expects any output"),
+        ({"inputs": ["1"], "outputs": ["1"], "fn_name": "a.b"}, "not the name of a function"),
         ({"inputs": ["x y"], "outputs": ["1"], "fn_name": "f"}, "neither JSON nor a Python literal: x y"),
-        ({"inputs": [5], "outputs": ["1"], "fn_name": "f"}, "arguments have to be a list"),
+        ({"inputs": [5], "outputs": ["1"], "fn_name": "f"}, "arguments must be a list"),
     ],
 )
 def test_tests_that_cannot_be_read_are_an_error_whatever_the_response(tests, message):
@@ -246,9 +246,9 @@ def test_tests_that_cannot_be_read_are_an_error_whatever_the_response(tests, mes
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"score": "all"}, "score 'all'; there are binary and fraction"),
+        ({"score": "all"}, "unknown score 'all'; known: binary and fraction"),
         ({"score": "binry"}, "did you mean 'binary'"),
-        ({"sandbox": "docker"}, "there are bubblewrap and weak"),
+        ({"sandbox": "docker"}, "known: bubblewrap and weak"),
         ({"time_limit": 0.0}, "must be positive"),
         ({"memory_mb": 10}, "64 MB"),
         ({"max_test": 1}, "did you mean 'max_tests'"),

@@ -80,11 +80,11 @@ def test_what_a_package_requires_comes_with_it():
     ("value", "message"),
     [
         (["no_such_package_here"], "packages names 'no_such_package_here', which is not installed"),
-        (["scikit-learn"], "name it as programs import it"),
-        (["numpy.linalg"], "name it as programs import it"),
-        ("numpy", "has to be a list of names"),
-        ([1], "has to be a list of names"),
-        (None, "has to be a list of names"),
+        (["scikit-learn"], "use its import name"),
+        (["numpy.linalg"], "use its import name"),
+        ("numpy", "must be a list of names"),
+        ([1], "must be a list of names"),
+        (None, "must be a list of names"),
     ],
 )
 def test_a_name_that_is_no_installed_package_is_refused_at_once(value, message):

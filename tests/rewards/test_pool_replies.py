@@ -218,14 +218,14 @@ def test_any_mixture_of_faults(source):
 def test_a_worker_whose_pool_is_gone_ends_in_silence(source, capfd, moment):
     worker = WorkerProcess(VerifierSpec(source), 60.0, 10.0)
     if moment == "reply not read":
-        select.select([worker.line], [], [], 60)  # "ready" stays in the line, so that closing it resets it
+        select.select([worker.socket], [], [], 60)  # "ready" stays in the line, so that closing it resets it
     else:
         while not worker.unread:
-            select.select([worker.line], [], [], 60)
+            select.select([worker.socket], [], [], 60)
             worker.receive()
     if moment == "inside a request":
-        worker.line.send(frame(b"x" * 100)[:50])
-    worker.line.close()
+        worker.socket.send(frame(b"x" * 100)[:50])
+    worker.socket.close()
     assert worker.process.wait(60) == 0
     assert capfd.readouterr().err == ""
 
@@ -234,9 +234,9 @@ def test_a_worker_whose_pool_is_gone_ends_in_silence(source, capfd, moment):
 def worker():
     """A worker whose line is in the test's hand."""
     worker = object.__new__(WorkerProcess)
-    worker.line, theirs = socket.socketpair()
-    worker.line.setblocking(False)
-    with worker.line, theirs:
+    worker.socket, theirs = socket.socketpair()
+    worker.socket.setblocking(False)
+    with worker.socket, theirs:
         yield worker, theirs
 
 

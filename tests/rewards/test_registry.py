@@ -18,7 +18,7 @@ def test_names():
     [
         (lambda: rewards.get("countdwn"), "did you mean 'countdown'"),
         (lambda: rewards.get("countdown", strct=True), "did you mean 'strict'"),
-        (lambda: rewards.get("countdown", strict="yes"), "strict is 'yes', but has to be of type bool"),
+        (lambda: rewards.get("countdown", strict="yes"), "strict is 'yes', but must be of type bool"),
         (lambda: rewards.VerifierSpec("nothing-like-it"), "countdown"),
         (lambda: rewards.VerifierSpec("countdown", {"scores": [1]}), "three finite numbers"),
         (lambda: rewards.VerifierSpec("x.py:verify", {"a": 1}), "takes no options"),

@@ -251,14 +251,14 @@ def test_gsm8k_gold_that_is_no_number(write):
         ("math", {"path": "{file}", "template": "boxd"}, "unknown template 'boxd'; did you mean 'boxed'"),
         ("math", {"path": "{file}", "template": "{question}?"}, r"write one with \{problem\} in it once"),
         ("math", {"path": "{file}", "fields": {"anser": "a"}}, "no field 'anser'; did you mean 'answer'"),
-        ("math", {"path": "{file}", "fields": "answer"}, "has to be a mapping"),
+        ("math", {"path": "{file}", "fields": "answer"}, "must be a mapping"),
         (
             "math",
             {"path": "{file}", "fields": {"answer": "anwser"}},
             ":1: no field 'anwser'; did you mean 'answer'",
         ),
         ("math", {"path": "{file}", "verifier_options": {"mod": "strict"}}, "did you mean 'mode'"),
-        ("math", {"path": "{file}", "strict": "yes"}, "strict is 'yes', but has to be of type bool"),
+        ("math", {"path": "{file}", "strict": "yes"}, "strict is 'yes', but must be of type bool"),
         (
             "gsm8k",
             {"path": "{file}", "template": "boxed", "pth": "x"},

@@ -121,7 +121,7 @@ def test_jsonl_takes_any_source(tmp_path):
         ({"verifier": "arithmetik"}, "did you mean 'arithmetic'"),
         ({"verifier": "countdown"}, "no field 'numbers'"),
         ({"verifier_options": {"score": 1}}, "did you mean 'scores'"),
-        ({"fields": "final"}, "has to be a mapping"),
+        ({"fields": "final"}, "must be a mapping"),
         ({"heldout_fraction": 1.0}, "cannot hold out 1.0"),
     ],
 )

@@ -144,7 +144,7 @@ def test_chat():
     [
         ("countdwn", {}, "did you mean 'countdown'"),
         ("countdown", {"train_sise": 5}, "did you mean 'train_size'"),
-        ("countdown", {"train_size": "5"}, "has to be of type int"),
+        ("countdown", {"train_size": "5"}, "must be of type int"),
         ("countdown", {"train_size": 0}, "at least 1 of each"),
         ("countdown", {"numbers": 1}, "from 2 to 8"),
         ("countdown", {"numbers": []}, "from 2 to 8"),

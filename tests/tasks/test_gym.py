@@ -159,7 +159,7 @@ def test_an_answer_of_any_length_is_scored_and_a_very_long_one_is_wrong(stand_in
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dataset": "ecko"}, "no data set 'ecko'; did you mean 'echo'"),
+        ({"dataset": "ecko"}, "no dataset 'ecko'; did you mean 'echo'"),
         ({"config": {"different": 0}}, "different must be positive"),
         ({"config": {"diferent": 1}}, "unexpected keyword argument 'diferent'"),
         ({"config": {"seed": 1}}, "a mapping without seed and size"),
