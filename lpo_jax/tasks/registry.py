@@ -1,4 +1,4 @@
-"""Tasks by name."""
+"""Look up tasks by name."""
 
 from collections.abc import Callable
 from typing import Any
@@ -28,24 +28,26 @@ _BUILDERS: dict[str, Callable[..., Task]] = {
 
 
 def names() -> list[str]:
-    """Names of the tasks."""
+    """Return the names of the tasks, sorted."""
     return sorted(_BUILDERS)
 
 
 def get(name: str, *, chat: bool = False, system: str = "", **options: Any) -> Task:
-    """A task, with all its rows checked.
+    """Build a task and check all its rows.
 
     Args:
       name: one of `names()`.
-      chat: ask through the model's chat template instead of as raw text.
-      system: the system message then.
-      **options: those of the task; see the function of its name (`python`: `python_file`).
+      chat: whether prompts are rendered with the model's chat template, instead of used as raw text.
+      system: the system message, if `chat` is true.
+      **options: the options of the task; see `arithmetic_task`, `math_task` and so on.
 
     Raises:
-      UserError: if the name or an option is unknown or makes no sense, or the data is not as it must be.
+      UserError: if the name or an option is unknown or invalid, or the data is missing or invalid.
     """
     if name not in _BUILDERS:
-        raise UserError(f"unknown task {name!r}{nearest(name, _BUILDERS)}; there are {', '.join(names())}")
+        raise UserError(
+            f"unknown task {name!r}{nearest(name, _BUILDERS)}; the tasks are {', '.join(names())}"
+        )
     if system and not chat:
         raise UserError("task: a system message needs chat: true")
     check_options(f"task {name}", _BUILDERS[name], options)

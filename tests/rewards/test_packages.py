@@ -28,8 +28,8 @@ def test_without_packages_the_reason_says_how_to_make_one_available(kind):
     verdict = judge(kind, SOLVE)
     assert (verdict.reward, verdict.outcome) == (0.0, "wrong")
     assert verdict.parts["reason"] == (
-        "test 1: ModuleNotFoundError: No module named 'numpy': programs see the standard library, and what "
-        "task.verifier_options.packages names, such as [numpy]"
+        "test 1: ModuleNotFoundError: No module named 'numpy': programs can import the standard library and the "
+        "packages in task.verifier_options.packages, such as [numpy]"
     )
 
 

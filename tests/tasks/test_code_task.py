@@ -134,9 +134,9 @@ def test_one_solution_of_many_without_its_fences(write, stored):
 @pytest.mark.parametrize(
     ("tests", "reason"),
     [
-        ({"functional": LEETCODE.replace("== 7", "in (7, 8)")}, "not every test is an example"),
-        ({"functional": LEETCODE.replace("[4]", "list_node([4])")}, "not every test is an example"),
-        ({"functional": "def check(candidate):"}, "not every test is an example"),
+        ({"functional": LEETCODE.replace("== 7", "in (7, 8)")}, "not every test is a pair"),
+        ({"functional": LEETCODE.replace("[4]", "list_node([4])")}, "not every test is a pair"),
+        ({"functional": "def check(candidate):"}, "not every test is a pair"),
         ({"inputs": ["1"], "outputs": []}, "1 inputs and 0 outputs"),
         ({"inputs": [], "outputs": []}, "0 inputs and 0 outputs"),
         ([], "0 inputs and 0 outputs"),

@@ -74,7 +74,7 @@ def test_order_depends_on_the_seed_alone():
 
 @pytest.mark.parametrize("prompts", [0, 11])
 def test_a_batch_larger_than_the_data_is_refused(prompts):
-    with pytest.raises(UserError, match=f"{prompts} prompts a step from 10 training rows"):
+    with pytest.raises(UserError, match=f"{prompts} prompts per step from 10 training rows"):
         tasks.PromptIterator(ROWS, prompts=prompts, seed=0)
 
 

@@ -42,7 +42,7 @@ def test_describe(write):
 def test_repeats_and_overlap_of_a_plain_file(write):
     path, heldout = write("a.jsonl", GSM8K * 2), write("b.jsonl", GSM8K[:3])
     options = {"prompt": "{question}", "verifier": "gsm8k"}
-    with pytest.warns(UserWarning, match="3 of 3 held-out prompts are trained on too"):
+    with pytest.warns(UserWarning, match="3 of 3 held-out prompts are also trained on"):
         task = tasks.get("jsonl", path=path, heldout=heldout, **options)
     summary = describe_task(task)
     assert (summary["train"]["rows"], summary["train"]["different_prompts"], summary["overlap"]) == (16, 8, 3)

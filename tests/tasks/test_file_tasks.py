@@ -88,7 +88,7 @@ def test_countdown_bad_rows(write, row, message):
         ({"heldout_size": 20}, "train_size 2000 is more than its 20 different problems"),
         ({"heldout_size": 40, "train_size": 0}, "leaves none of its 40 rows to train on"),
         ({"heldout_size": -1}, "0 or more"),
-        ({"max_number": 9}, "are of generated problems"),
+        ({"max_number": 9}, "apply only to generated problems"),
         ({"numbers": 5}, "none of its 40 rows can be used: 0 skipped, 40 other kind"),
         ({"path": "none.parquet"}, "none.parquet: No such file"),
     ],
@@ -247,7 +247,7 @@ def test_gsm8k_gold_that_is_no_number(write):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("math", {}, "task math needs the option 'path', or 'heldout' for evaluation alone"),
+        ("math", {}, "task math needs the option 'path', or 'heldout' for evaluation only"),
         ("math", {"path": "{file}", "template": "boxd"}, "unknown template 'boxd'; did you mean 'boxed'"),
         ("math", {"path": "{file}", "template": "{question}?"}, r"write one with \{problem\} in it once"),
         ("math", {"path": "{file}", "fields": {"anser": "a"}}, "no field 'anser'; did you mean 'answer'"),
@@ -277,7 +277,7 @@ def test_bad_options(write, name, options, message):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"problem": "P"}, r"a.jsonl:41: no field 'answer'; it has problem \(the option fields"),
+        ({"problem": "P"}, r"a.jsonl:41: no field 'answer'; it has problem \(set the option fields"),
         ({"answer": "1"}, r"a.jsonl:41: no field 'problem'"),
         ({"problem": "", "answer": "1"}, r":41: the field 'problem' is empty"),
         ({"problem": 7, "answer": "1"}, r":41: the field 'problem' is '7', not text"),
@@ -294,7 +294,7 @@ def test_duplicate_ids_are_refused_in_every_file_task(write):
     )
     plain = {"path": path, "prompt": "{problem}", "verifier": "math"}
     for name, options in (("math", {"path": path}), ("jsonl", plain)):
-        with pytest.raises(UserError, match=re.escape(f"{path}:2: its id 1 is that of {path}:1 too")):
+        with pytest.raises(UserError, match=re.escape(f"{path}:2: its id 1 is also that of {path}:1")):
             tasks.get(name, **options)
 
 

@@ -55,7 +55,7 @@ def test_jsonl_held_out_file(file, tmp_path):
     other = write(tmp_path / "test.jsonl", [question(n) for n in range(30, 33)])
     task = tasks.get("jsonl", path=file, heldout=other, **FORM)
     assert (len(task.train), len(task.heldout)) == (20, 3)
-    with pytest.warns(UserWarning, match="20 of 20 held-out prompts are trained on too"):
+    with pytest.warns(UserWarning, match="20 of 20 held-out prompts are also trained on"):
         tasks.get("jsonl", path=file, heldout=file, **FORM)
 
 
@@ -74,11 +74,11 @@ BAD = {
     ),
     "null": ([question(1), question(2), question(3) | {"final": None}], r":3: the field 'answer' is empty"),
     "blank": ([question(1) | {"question": "  "}], r":1: the field 'question' is empty"),
-    "an id twice": ([question(1) | {"id": 4}, question(2) | {"id": 4}], r":2: its id 4 is that of .*:1 too"),
+    "an id twice": ([question(1) | {"id": 4}, question(2) | {"id": 4}], r":2: its id 4 is also that of .*:1"),
     "empty line": ([question(1), "", question(2)], r":2: the line is empty"),
     "empty row": ([question(1), {}], r":2: the row is empty"),
     "not JSON": ([question(1), "{'a': 1}"], r":2: not JSON"),
-    "not an object": ([question(1), "[1, 2]"], r":2: a row is a JSON object"),
+    "not an object": ([question(1), "[1, 2]"], r":2: a row must be a JSON object"),
     "empty file": ([], r"train.jsonl: the file is empty"),
     "one row": ([question(1)], r"cannot hold out 0.1 of 1 different prompts"),
 }
@@ -204,7 +204,7 @@ def test_tfds_hash_is_that_of_the_rows(builder_dir, tmp_path):
     [
         ({"heldout": "validation"}, "split 'validation'.*it has train, test"),
         ({"fields": {"answer": "finl"}}, "split train, row 0: no field 'finl'; did you mean 'final'"),
-        ({"path": "nowhere"}, "nowhere: no prepared TFDS builder"),
+        ({"path": "nowhere"}, "nowhere: not a prepared TFDS builder"),
         ({"fields": {"answer": "question"}}, "split train, row 0: its gold answer cannot be used"),
     ],
 )

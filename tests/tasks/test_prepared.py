@@ -118,7 +118,7 @@ def test_mistakes_name_the_row_and_leave_nothing_behind(write, prepared_rows):
     path = write("a.jsonl", numbers(1, 2))
     with pytest.raises(UserError, match=r"a.jsonl:1: no field 'm'$"):
         prepare_rows(dataclasses.replace(RECIPE, convert=refuse), path, "train")
-    with pytest.raises(UserError, match=r"a.jsonl:2: its id 7 is that of"):
+    with pytest.raises(UserError, match=r"a.jsonl:2: its id 7 is also that of"):
         prepare_rows(RECIPE, write("a.jsonl", [{"id": 7, "n": 1}, {"id": 7, "n": 2}]), "train")
     assert sorted(prepared_rows.rglob("*")) == before
 

@@ -60,9 +60,9 @@ def test_a_folder_that_names_no_split_is_taken_whole(write, tmp_path):
     [
         ("a.jsonl", b"", "a.jsonl: the file is empty"),
         ("a.json", b"[]", "a.json: the file is empty"),
-        ("a.json", b'[{"a": 1}, 2]', "a.json: row 1: a row is a JSON object"),
+        ("a.json", b'[{"a": 1}, 2]', "a.json: row 1: a row must be a JSON object"),
         ("a.json", b'[{"a": 1}', "a.json: not JSON"),
-        ("a.jsonl", b'{"a": 1}\n[2]\n', "a.jsonl:2: a row is a JSON object"),
+        ("a.jsonl", b'{"a": 1}\n[2]\n', "a.jsonl:2: a row must be a JSON object"),
         ("a.jsonl", b'{"a": 1}\n{"a":\n', "a.jsonl:2: not JSON"),
         ("a.jsonl", b'{"a": 1}\n\n', "a.jsonl:2: the line is empty"),
         ("a.jsonl.gz", b"not gzip", "a.jsonl.gz: Not a gzipped file"),
@@ -109,7 +109,7 @@ def test_ids_must_differ():
         return ((f"f:{n}", {"id": value}) for n, value in enumerate(ids, 1))
 
     assert len(list(unique_ids(places([1, "1", None, None, 2])))) == 5
-    with pytest.raises(UserError, match="f:3: its id 'a' is that of f:1 too; ids must differ"):
+    with pytest.raises(UserError, match="f:3: its id 'a' is also that of f:1; ids must be unique"):
         list(unique_ids(places(["a", "b", "a"])))
 
 
