@@ -88,7 +88,7 @@ DUPLICATES = {
 def test_a_key_that_stands_twice_is_refused_with_both_lines(tmp_path, case):
     text, key, second, first = DUPLICATES[case]
     error = refusal(load_config, write(tmp_path, text))
-    assert f"line {second}: the key {key!r} is set in line {first} already" in error
+    assert f"line {second}: the key {key!r} is already set in line {first}" in error
 
 
 def test_a_key_may_stand_in_two_sections_and_replace_a_merged_one(tmp_path):
