@@ -18,7 +18,7 @@ def answer(text):
     return f"some thought</think>\n<answer>{text}</answer>"
 
 
-# answer, numbers, target, robust (reward, outcome), strict reward as TinyZero gives it
+# answer, numbers, target, robust (reward, outcome), strict reward (that of TinyZero)
 CASES = {
     "right": ("(3+5)*2", [3, 5, 2], 16, (1.0, "pass"), 1.0),
     "right with spaces": (" ( 3 + 5 ) * 2 ", [3, 5, 2], 16, (1.0, "pass"), 1.0),
@@ -73,7 +73,7 @@ TEXTS = {
     ),
     "only the prompt's own answer": (
         "User: for example <answer> (3+5)*2 </answer>.\nAssistant: Let me solve this.\n<think> I cannot.",
-        1.0,  # robust judges what it is given: the pool gives it responses, never prompts
+        1.0,  # robust mode judges the whole text: the pool passes responses without prompts
         0.0,
     ),
     "a second Assistant:": (answer("1+1") + "\nAssistant: <answer>(3+5)*2</answer>", 1.0, 1.0),
@@ -134,7 +134,7 @@ def test_attacks_are_quick_and_never_pass(case):
 
 
 def test_strict_bounds_powers_of_the_given_numbers():
-    # All numbers used once, so that only the bound stands between this and an endless computation.
+    # All numbers are used once, so that only the bound on powers prevents an endless computation.
     verdict = strict(answer("9**9**9**9"), {"numbers": [9, 9, 9, 9], "target": 1})
     assert (verdict.reward, verdict.outcome) == (0.1, "wrong")
     assert strict(answer("9**9//9**9"), {"numbers": [9, 9, 9, 9], "target": 1}).reward == 1.0

@@ -1,4 +1,4 @@
-"""Packages that programs may import: none by default, by name what is installed, and a word on how where one fails."""
+"""Packages that programs may import: none by default, installed ones by name, and the message if an import fails."""
 
 import os
 
@@ -43,7 +43,7 @@ def test_an_installed_package_is_there_by_name(kind):
     program = (
         "import numpy, os, threading\nprint(numpy.__version__, threading.active_count())\n"
         "print(numpy.random.default_rng(0).integers(10))\n"
-        "import yaml"  # installed too, but not named
+        "import yaml"  # also installed, but not named
     )
     with Sandbox(kind, program, packages=("numpy",)) as running:
         report = running.run("", seconds=20)

@@ -1,4 +1,4 @@
-"""Suites: the paper's benchmarks and samples, found in a folder or named on the hub."""
+"""Suites: the paper's benchmarks and numbers of samples, from a folder or the hub."""
 
 import warnings
 

@@ -1,4 +1,4 @@
-"""Programming tasks: tests of every shape become examples that the verifier reads, or the row is skipped."""
+"""The code task: tests in every format become pairs that the verifier reads, or the row is skipped."""
 
 import json
 
@@ -78,13 +78,13 @@ def test_shapes(write, shape):
     (row,) = get(write, stored).heldout
     tests = read_tests(row["tests"])
     assert (tests.function, tests.cases) == (function, cases)
-    # MBPP's problem does not say what to call the function; its first test does.
+    # MBPP's problem does not name the function; its first test does.
     assert row["problem"] == ("Add.\nassert add(1, [2]) == 3" if shape == "MBPP" else "Add.")
 
 
 def test_prompts(write):
     task = get(write, SHAPES["PRIME"][0])
-    assert task.prompt(task.heldout[0]) == PROMPT[1]["content"]  # once, though the file had it already
+    assert task.prompt(task.heldout[0]) == PROMPT[1]["content"]  # once, although the file already contains it
     system, user = get(write, SHAPES["PRIME"][0], template="eurus", chat=True).prompt(task.heldout[0])
     assert "[SYNTHESIZE]" in system["content"] and user == {"role": "user", "content": PROMPT[1]["content"]}
     assert get(write, SHAPES["PRIME"][0], template="# {problem}\n").prompt(task.heldout[0]) == "# Add.\n"

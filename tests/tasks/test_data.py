@@ -28,7 +28,7 @@ def test_two_batches_and_a_resume_equal_four():
 
 @pytest.mark.parametrize(("taught", "asked"), [(3, 3), (2, 4), (5, 2)])
 def test_backward_ends_where_forward_begins(taught, asked):
-    """Whatever the two batch sizes: RL's first prompts are none of the rows that were taught before it."""
+    """For any two batch sizes, the first prompts of RL include no rows that were taught before it."""
     rows = [{"n": n} for n in range(23)]
     for seed in range(5):
         supervised = tasks.PromptIterator(rows, prompts=taught, seed=seed, backward=True)

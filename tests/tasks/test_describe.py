@@ -1,4 +1,4 @@
-"""What `lpo data` says of a task."""
+"""The summary that `lpo data` prints."""
 
 import dataclasses
 import json
@@ -118,7 +118,7 @@ def test_programs_that_rows_bring_are_run(write):
 
 
 def test_what_is_judged_is_what_decoding_the_encoded_solution_gives(write, capsys, tmp_path, run_config):
-    """A tokenizer may have the tags among its special tokens, or lack a letter."""
+    """A tokenizer may have the tags as special tokens, or lack a letter."""
     from lpo_jax.models.hf import save_hf
 
     tokenizer = character_tokenizer()
@@ -138,7 +138,7 @@ def test_what_is_judged_is_what_decoding_the_encoded_solution_gives(write, capsy
     assert main(["data", str(tmp_path / "config.yaml"), "--json"]) == 0
     summary = json.loads(capsys.readouterr().out)
     assert (summary["solution"], summary["verdict"]["outcome"]) == ("<answer>7</answer>", "pass")
-    assert summary["train"]["first_failing"] == ["row 3: wrong (reward 0)"]  # it has no X
+    assert summary["train"]["first_failing"] == ["row 3: wrong (reward 0)"]  # the tokenizer has no X
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Countdown, GSM8K and mathematics from files: what becomes a row, how it is asked, and what is refused."""
+"""Countdown, GSM8K and mathematics from files: conversion of rows, prompts, and refused rows."""
 
 import re
 import warnings
@@ -33,7 +33,7 @@ def test_countdown(write):
 
 
 def test_countdown_four(write):
-    """Countdown-4 out of a file with both; `numbers` is JSON's name for what others call `nums`."""
+    """Read Countdown-4 from a file with both tasks; JSON files say `numbers`, others `nums`."""
     path = write("a.jsonl", [{"numbers": row["nums"], "target": row["target"]} for row in COUNTDOWN])
     task = tasks.get("countdown", path=path, numbers=4, train_size=0, heldout_size=5)
     assert {len(row["numbers"]) for row in [*task.train, *task.heldout]} == {4}
@@ -45,7 +45,7 @@ def test_countdown_problems_are_the_same_in_any_order(write):
     path = write("a.jsonl", [*COUNTDOWN, *({**row, "nums": row["nums"][::-1]} for row in COUNTDOWN[:8])])
     heldout = write("b.jsonl", [{**row, "nums": row["nums"][1:] + row["nums"][:1]} for row in COUNTDOWN[30:]])
     task = tasks.get("countdown", path=path, heldout=heldout, train_size=0, heldout_size=4)
-    # All of the held-out file is kept from training, not only what is drawn of it.
+    # The whole held-out file is excluded from training, not only the rows drawn from it.
     assert (len(task.train), len(task.heldout)) == (30, 4)
     assert task.about["train"]["duplicates"] == 8 and task.about["train"]["held_out"] == 10
 
@@ -104,7 +104,7 @@ def test_math_as_the_paper_asks_it(write):
     assert task.prompt(row) == (
         f"{row['problem']} Let's think step by step and output the final answer within \\boxed{{}}."
     )
-    assert (len(task.train), len(task.heldout)) == (36, 4)  # a tenth
+    assert (len(task.train), len(task.heldout)) == (36, 4)  # a tenth is held out
     verify = task.verifier.load()
     for row in [*task.train, *task.heldout]:
         assert verify(f"So \\boxed{{{row['answer']}}}.", row).outcome == "pass"
@@ -169,7 +169,7 @@ def test_other_names_and_templates(write):
 
 
 def test_a_problem_with_braces_is_asked_as_it_is(write):
-    r"""`{problem}` in the row's own text is not a slot, and \boxed{} not a field."""
+    r"""`{problem}` in the row's own text is not replaced, and \boxed{} is not a field."""
     task = tasks.get(
         "math", heldout=write("a.jsonl", [{"problem": r"{problem} $\frac{a}{b}$", "answer": "1"}])
     )

@@ -45,7 +45,7 @@ def test_jsonl_split_by_seed(file, tmp_path):
     assert (len(train), len(heldout)) == (15, 5)
     assert sorted(train + heldout) == list(range(1, 21))
     assert split(0) == [train, heldout] and split(1)[1] != heldout
-    # Rows of one prompt stay together, and the order in the file does not matter.
+    # Rows with the same prompt stay together, and the order in the file does not matter.
     shuffled = write(tmp_path / "twice.jsonl", [question(n) for n in range(19, -1, -1)] * 2)
     again = split(0, shuffled)
     assert sorted(again[1]) == sorted(heldout * 2) and not set(again[0]) & set(again[1])

@@ -12,7 +12,7 @@ SMALL = {"train_size": 60, "heldout_size": 20}
 
 
 def solvable(numbers, target, operators):
-    """Brute force: joins every pair in every way, down to one number."""
+    """Solve by brute force: join every pair in every way until one number is left."""
     if len(numbers) == 1:
         return numbers[0] == target
     for a, b in itertools.permutations(range(len(numbers)), 2):
@@ -36,7 +36,7 @@ def test_countdown_rows_are_solvable_distinct_and_within_bounds(options):
     task = tasks.get("countdown", **options, **SMALL, max_target=50)
     rows = [*task.train, *task.heldout]
     assert (len(task.train), len(task.heldout)) == (60, 20)
-    assert len({problem(row) for row in rows}) == 80  # also: no held-out problem is trained on
+    assert len({problem(row) for row in rows}) == 80  # so no held-out problem is trained on
     counts = options["numbers"] if isinstance(options["numbers"], list) else [options["numbers"]]
     assert {len(row["numbers"]) for row in rows} == set(counts)
     for row in rows:
@@ -66,7 +66,7 @@ def test_solutions_have_no_needless_parentheses():
     primes = iter([101, 211, 307, 401] * 1000)
     seen = 0
     for row in tasks.get("countdown", **SMALL, numbers=4, max_number=20).train:
-        # Other numbers in the same places: a pair that matters changes the value.
+        # With other numbers, removing any necessary pair of parentheses changes the value.
         text = re.sub(r"\d+", lambda _: str(next(primes)), row["solution"])
         stack = []
         for i, character in enumerate(text):
@@ -104,7 +104,7 @@ def test_countdown_depends_on_the_seed_alone():
     first, again, other = (tasks.get("countdown", **SHORT, **SMALL, seed=seed) for seed in (0, 0, 1))
     assert first.train == again.train and first.content_hash == again.content_hash
     assert first.content_hash != other.content_hash
-    # Pinned: the problems must be the same on every machine and Python, or runs cannot be compared.
+    # The problems must be the same on every machine and Python version, so that runs can be compared.
     assert first.train[0] == {"numbers": [5, 8, 1], "target": 14, "solution": "1+8+5"}
     assert first.content_hash.startswith("517ef812d87e5c97")
 

@@ -1,4 +1,4 @@
-"""Rows on disk: what is kept, where it is found again, and when it is made anew."""
+"""Rows on disk: what is written, when it is reused, and when it is prepared again."""
 
 import dataclasses
 import json
@@ -96,7 +96,7 @@ def test_found_again_unless_something_changed(write, capsys, monkeypatch):
 
     path = write("a.jsonl", numbers(501, 502))
     assert made() and not made()
-    assert not made(source=write("copy.jsonl", numbers(501, 502)))  # the content counts, not the name
+    assert not made(source=write("copy.jsonl", numbers(501, 502)))  # the name does not matter
     assert made(leave_out=[1]) and made(dataclasses.replace(RECIPE, settings={"a": 1}))
     assert made(source=write("a.jsonl", numbers(501, 503)))
     monkeypatch.setattr(prepared, "_code_digest", lambda: b"other code")
@@ -145,7 +145,7 @@ def test_another_process_was_faster(write, monkeypatch):
 
 
 def test_others_can_read_it(write, prepared_rows):
-    """What is written is a TFDS data set like any other: the task `tfds` reads it."""
+    """The result is a normal TFDS dataset, which the task `tfds` can read."""
     before = set(prepared_rows.glob("tasks/*"))
     prepare_rows(RECIPE, write("a.jsonl", numbers(*range(600, 610))), "train")
     (folder,) = set(prepared_rows.glob("tasks/*")) - before

@@ -1,4 +1,4 @@
-"""Sources of rows: every format says the same, every mistake is one line."""
+"""Sources of rows: every format gives the same rows, and every mistake is a one-line error."""
 
 from pathlib import Path
 
@@ -43,14 +43,14 @@ def test_patterns_and_folders(write, tmp_path):
     folder = str(tmp_path / "set")
     assert names(folder, "train") == ["train-1.json", "train-0.jsonl"]
     assert names(folder, "heldout") == ["validation.jsonl"]
-    write("set/test.jsonl", ROWS[:1])  # preferred to validation, which is for tuning
+    write("set/test.jsonl", ROWS[:1])  # preferred to validation
     assert names(folder, "heldout") == ["test.jsonl"]
     assert names(folder + "/*.jsonl", "heldout") == ["test.jsonl", "train-0.jsonl", "validation.jsonl"]
 
 
 def test_a_folder_that_names_no_split_is_taken_whole(write, tmp_path):
     write("set/one.jsonl", ROWS[:2])
-    write("set/contested.jsonl", ROWS[2:])  # "test" inside a word says nothing
+    write("set/contested.jsonl", ROWS[2:])  # "test" inside a word is not a split
     for split in ("train", "heldout"):
         assert names(str(tmp_path / "set"), split) == ["contested.jsonl", "one.jsonl"]
 
@@ -115,7 +115,7 @@ def test_ids_must_differ():
 
 @pytest.fixture
 def hub(monkeypatch, write, tmp_path):
-    """A data set on a pretended hub; records what is asked for."""
+    """A dataset on a fake hub, which records the requests."""
     write("hub/main/train-00000.parquet", ROWS[:3])
     write("hub/main/test-00000.parquet", ROWS[3:])
     write("hub/socratic/test-00000.parquet", ROWS[:1])
@@ -135,7 +135,7 @@ def test_hub(hub):
     assert len(rows("hf:org/name", "heldout")) == 3
     assert hub[0] == ("org/name", "dataset", None, ("main/*",))
     assert hub[1][2] == "v1"
-    # Without a pattern the training files, which may be large, are not even asked for.
+    # Without a pattern, the training files, which may be large, are not requested.
     assert "*test*.parquet" in hub[2][3] and not any("train" in pattern for pattern in hub[2][3])
 
 
