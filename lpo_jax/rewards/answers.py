@@ -111,9 +111,7 @@ def _unindented(program: str, indentation: str) -> str:
 def _is_python(program: str) -> bool:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # do not print warnings about escape sequences in a model's program
+            warnings.simplefilter("ignore")  # about escape sequences in a model's program
             ast.parse(program)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return False

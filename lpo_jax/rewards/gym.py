@@ -79,10 +79,7 @@ def reasoning_gym_verifier(*, dataset: str, config: Mapping[str, Any] | None = N
 
 
 DESCRIPTOR = VerifierDescriptor(
-    "reasoning-gym",
-    reasoning_gym_verifier,
-    fields=("question", "answer", "metadata"),
-    least_timeout=2 * CPU_SECONDS,
+    "reasoning-gym", reasoning_gym_verifier, ("question", "answer", "metadata"), least_timeout=2 * CPU_SECONDS
 )
 
 

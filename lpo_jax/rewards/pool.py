@@ -214,9 +214,7 @@ class VerifierPool:
         """Judge items until all that were submitted have a verdict and no more will come."""
         started = 0
         if job.items or not job.complete:
-            self._step(
-                wait=0
-            )  # replace workers that died since the last call, so that no item is lost to them
+            self._step(wait=0)  # replaces workers that died since the last call
         while not job.error and not (job.complete and len(job.settled) == len(job.items)):
             for worker in self._workers:
                 if worker.idle and started < len(job.items):

@@ -126,9 +126,7 @@ def _wait(child: int, job: dict, test: dict) -> tuple[str, str]:
     ended = os.pidfd_open(child)
     poll = select.poll()
     poll.register(ended, select.POLLIN)
-    poll.register(
-        SOCKET, select.POLLIN
-    )  # no message is expected, so any event means that the connection is closed
+    poll.register(SOCKET, select.POLLIN)  # no message is expected: any event means that it is closed
     files = job["temporary_files"]
     status, detail = "", ""
     while not status:
@@ -187,9 +185,7 @@ def _become(job: dict, test: dict, given: int, output: int, errors: int) -> None
     sys.set_int_max_str_digits(0)
     _prctl(_PDEATHSIG, _SIGKILL)
     _prctl(_NO_NEW_PRIVS, 1)
-    _LIBC.capset(
-        struct.pack("=Ii", 0x20080522, 0), bytes(24)
-    )  # drops all capabilities, so that root has no privileges either
+    _LIBC.capset(struct.pack("=Ii", 0x20080522, 0), bytes(24))  # drops all capabilities, also of root
     code = ctypes.create_string_buffer(job["filter"])
     program = ctypes.create_string_buffer(  # struct sock_fprog
         struct.pack("@HP", len(job["filter"]) // 8, ctypes.addressof(code))
@@ -318,9 +314,7 @@ def encode_result(value: object) -> object:
     if value is None or isinstance(value, bool | str):
         return value
     if isinstance(value, int):
-        return (
-            int(value) if value.bit_length() < 1000 else {"int": hex(value)}
-        )  # conversion to decimal takes quadratic time
+        return int(value) if value.bit_length() < 1000 else {"int": hex(value)}  # decimal is quadratic
     if isinstance(value, float):
         return float(value)
     if isinstance(value, list | tuple):

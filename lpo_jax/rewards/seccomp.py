@@ -112,12 +112,7 @@ def _refuse(number: int = errno.EPERM) -> _Instruction:
 
 
 def _argument(index: int, *, upper: bool = False) -> _Instruction:
-    return (
-        _LOAD,
-        0,
-        0,
-        16 + 8 * index + 4 * upper,
-    )  # by default the lower half, which is all that most arguments use
+    return (_LOAD, 0, 0, 16 + 8 * index + 4 * upper)  # the lower half suffices for most arguments
 
 
 def _one_of(index: int, values: tuple[int, ...]) -> list[_Instruction]:

@@ -69,10 +69,9 @@ class _Channel:
 
     def __init__(self, descriptor: int):
         channel = socket.socket(fileno=descriptor)
-        channel.set_inheritable(
-            False
-        )  # a verifier's child processes must not keep the socket open after the worker
-        os.register_at_fork(after_in_child=lambda: os.close(channel.fileno()))  # nor write to it
+        # A verifier's child processes must not keep the socket open after the worker has ended, nor write to it.
+        channel.set_inheritable(False)
+        os.register_at_fork(after_in_child=lambda: os.close(channel.fileno()))
         self._stream, self._own_pid = channel.makefile("rwb"), os.getpid()
 
     def send(self, token: str, **reply) -> None:

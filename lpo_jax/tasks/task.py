@@ -75,9 +75,7 @@ def as_chat(task: Task, system: str = "") -> Task:
 
 def warn_overlap(task: Task) -> Task:
     """Warn if held-out prompts are also trained on; return the task."""
-    trained = {
-        hash(str(task.prompt(row))) for row in task.train
-    }  # hashes, because there may be many training rows
+    trained = {hash(str(task.prompt(row))) for row in task.train}  # hashes, to save memory
     shared = sum(hash(str(task.prompt(row))) in trained for row in task.heldout)
     if shared:
         warnings.warn(
