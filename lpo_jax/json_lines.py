@@ -1,8 +1,8 @@
-"""JSON lines: the one reader and the one writer of rows in files and pipes.
+"""JSON lines: the only reader and the only writer of rows in files and pipes.
 
-A line ends with a newline and with nothing else. `str.splitlines` splits at U+0085, U+2028 and U+2029 too, which are
-ordinary characters inside a JSON string. The writer escapes these three, so that other programs cannot make that
-mistake with our files; the reader does not depend on it.
+Only a newline ends a line. `str.splitlines` also splits at U+0085, U+2028 and U+2029, which are ordinary characters
+inside a JSON string. The writer escapes these three, so that programs that use it can read our files; the reader does
+not depend on the escapes.
 """
 
 import json
@@ -13,31 +13,31 @@ from typing import Any
 
 from lpo_jax.errors import UserError
 
-MAX_DEPTH = 100  # of nested lists and objects; what handles rows recurses into them
+MAX_DEPTH = 100  # nested lists and objects; code that handles rows recurses into them
 
 _SEPARATORS = str.maketrans({c: f"\\u{ord(c):04x}" for c in "\u0085\u2028\u2029"})
 
 
 def dump_line(row: Mapping[str, Any]) -> bytes:
-    """A row as one line of valid JSON, its newline included.
+    """Encode a row as one line of valid JSON, including the newline.
 
-    Arrays become lists, numbers that are not finite null, and what JSON has no value for its text.
+    Arrays become lists, numbers that are not finite become null, and values that JSON cannot represent become text.
     """
     text = json.dumps(_plain(row), ensure_ascii=False, allow_nan=False).translate(_SEPARATORS)
-    # A lone surrogate (half a character, which a model can emit) becomes its JSON escape.
+    # A lone surrogate (half a character, which a model can emit) is replaced by its JSON escape.
     return text.encode("utf-8", "backslashreplace") + b"\n"
 
 
 def print_line(row: Mapping[str, Any]) -> None:
-    """Prints a row as one line of valid JSON, in ASCII, since standard output may have any encoding."""
+    """Print a row as one line of valid JSON, in ASCII, because standard output may have any encoding."""
     print(json.dumps(_plain(row), allow_nan=False))
 
 
 def loads(text: str | bytes) -> Any:
-    """The value of a JSON text.
+    """Parse a JSON text.
 
     Raises:
-      ValueError: it is not JSON, or nested more than `MAX_DEPTH` deep.
+      ValueError: if it is not JSON, or is nested more than `MAX_DEPTH` deep.
     """
     try:
         value = json.loads(text)
@@ -56,16 +56,17 @@ def read_lines(
     may_be_torn: bool = False,
     remedy: str = "repair or remove that line",
 ) -> Iterator[tuple[bytes, Any]]:
-    """(line, value) pairs of a file, one after another; a line includes its newline, which the last one may lack.
+    """Yield (line, value) for each line of a file. Lines include their newline, which the last one may lack.
 
     Args:
-      check: called with each value in turn; raises ValueError, KeyError or TypeError where it does not belong there.
-      may_be_torn: whether the last line may be damaged, as a kill in the middle of a write leaves it. It is left out.
-      remedy: what the error message advises.
+      path: the file.
+      check: called with each value; raises ValueError, KeyError or TypeError if the value is invalid.
+      may_be_torn: whether to skip a damaged last line, which a process that is killed while writing can leave.
+      remedy: the advice in the error message.
 
     Raises:
-      UserError: naming the file and the damaged line.
-      OSError: the file cannot be read.
+      UserError: if a line is damaged; the message names the file and the line.
+      OSError: if the file cannot be read.
     """
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
@@ -80,12 +81,15 @@ def read_lines(
 
 
 def read_rows(path: str | os.PathLike, needs: Sequence[str] = (), **options: Any) -> list[dict[str, Any]]:
-    """All rows of a file of JSON objects.
+    """Read all rows of a file of JSON objects.
 
     Args:
-      needs: names that every row has.
+      path: the file.
+      needs: keys that every row must have.
+      **options: see `read_lines`.
 
-    Further options and errors are those of `read_lines`.
+    Raises:
+      UserError, OSError: see `read_lines`.
     """
 
     def check(row: Any) -> None:
@@ -98,13 +102,14 @@ def read_rows(path: str | os.PathLike, needs: Sequence[str] = (), **options: Any
 
 
 def read_object(path: str | os.PathLike, remedy: str) -> dict[str, Any]:
-    """The JSON object that a file holds.
+    """Read a file that holds one JSON object.
 
     Args:
-      remedy: what the error message advises.
+      path: the file.
+      remedy: the advice in the error message.
 
     Raises:
-      UserError: the file cannot be read or holds something else.
+      UserError: if the file cannot be read, or does not hold a JSON object.
     """
     try:
         with open(path, "rb") as file:
@@ -117,7 +122,7 @@ def read_object(path: str | os.PathLike, remedy: str) -> dict[str, Any]:
 
 
 def deeper_than(value: Any, limit: int) -> bool:
-    """Whether lists and mappings are nested more than `limit` deep; does not recurse, so that depth does no harm."""
+    """Return whether lists and mappings are nested more than `limit` deep, without recursion."""
     level = [value]
     for _ in range(limit):
         held = [x for x in level if isinstance(x, Mapping | list | tuple)]
@@ -126,9 +131,9 @@ def deeper_than(value: Any, limit: int) -> bool:
 
 
 def lone_surrogate(value: Any) -> str | None:
-    """What an error message says of half a character anywhere in a value; None where there is none.
+    """Return a description, for error messages, of a lone surrogate anywhere in a value; None if there is none.
 
-    JSON can hold half of a surrogate pair, and a tokenizer cannot take one.
+    JSON can contain half of a surrogate pair, but a tokenizer cannot encode it.
     """
     try:
         json.dumps(value, ensure_ascii=False, default=str).encode()
@@ -138,12 +143,12 @@ def lone_surrogate(value: Any) -> str | None:
 
 
 def too_deep() -> str:
-    """What an error message says of such a value."""
+    """Return a description, for error messages, of a value that is nested too deeply."""
     return f"nested more than {MAX_DEPTH} deep"
 
 
 def reason(error: Exception) -> str:
-    """An error of `loads` or `check` in a few words on one line."""
+    """Return the message of an error of `loads` or `check` on one line."""
     text = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
     return text or type(error).__name__
 

@@ -1,4 +1,4 @@
-"""YAML as configs, suites and command lines hold it."""
+"""Read and write the YAML of configs, suites and command lines."""
 
 import re
 from pathlib import Path
@@ -10,7 +10,7 @@ from lpo_jax.errors import UserError
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which a key stands once, and whose numbers are everyone's: YAML 1.1 reads 1e-6 as text."""
+    """A loader that refuses duplicate keys and reads 1e-6 as a number, which YAML 1.1 reads as text."""
 
     def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -20,13 +20,13 @@ class _Loader(yaml.SafeLoader):
                 continue
             line = key.start_mark.line + 1
             if (first := lines.setdefault((key.tag, key.value), line)) != line:
-                problem = f"the key {key.value!r} is set in line {first} already; keep one of the two"
+                problem = f"the key {key.value!r} is already set in line {first}; keep one of the two"
                 raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
         return node
 
 
 class _Dumper(yaml.SafeDumper):
-    """Puts texts in quotes that the loader would read as numbers."""
+    """A dumper that quotes texts which the loader would read as numbers."""
 
 
 for _side in (_Loader, _Dumper):
@@ -35,16 +35,16 @@ for _side in (_Loader, _Dumper):
     )
 
 
-def dump(values: Any) -> str:
-    """Plain values as YAML that `parse` reads as the same values."""
+def dump_yaml(values: Any) -> str:
+    """Write plain values as YAML that `parse_yaml` reads as the same values."""
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False)
 
 
-def parse(text: str) -> Any:
-    """The value of a YAML text.
+def parse_yaml(text: str) -> Any:
+    """Parse a YAML text.
 
     Raises:
-      ValueError: saying in which line it is not YAML, or which key stands twice.
+      ValueError: if it is not YAML or a key occurs twice; the message names the line.
     """
     try:
         return yaml.load(text, _Loader)
@@ -54,18 +54,22 @@ def parse(text: str) -> Any:
         raise ValueError(" ".join(where.split())) from None
     except RecursionError:
         raise ValueError("nested too deeply") from None
-    except (ValueError, TypeError, OverflowError) as error:  # a date that is none, a key that is a list
+    except (ValueError, TypeError, OverflowError) as error:  # an invalid date, or a key that is a list
         raise ValueError(" ".join(str(error).split())) from None
 
 
-def read(path: str | Path, what: str) -> Any:
-    """The value of a YAML file; `what` says in an error what kind of file it is.
+def read_yaml(path: str | Path, what: str) -> Any:
+    """Read a YAML file.
+
+    Args:
+      path: the file.
+      what: the kind of file, for error messages.
 
     Raises:
-      UserError: it is not there, cannot be read, or is not YAML.
+      UserError: if the file does not exist, cannot be read, or is not YAML.
     """
     try:
-        return parse(Path(path).read_text(encoding="utf-8-sig"))
+        return parse_yaml(Path(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"{what} {path}: no such file") from None
     except OSError as error:

@@ -1,12 +1,12 @@
-"""Tries the code verifier in earnest: attacks, throughput, and reference solutions of public data sets.
+"""Test the code verifier with attacks, a throughput measurement, and reference solutions of public datasets.
 
     python scripts/check_code_sandbox.py [DATA_DIR] [--sandbox weak]
 
-Attacks are those of tests/red_team.py, each against a fresh sandbox: none may get a reward, leave a process, reach a
-port of this machine, or change a file. DATA_DIR holds any of HumanEval.jsonl.gz, mbpp_974.jsonl,
-mbpp_sanitized_399.json, leetcode_*.json, codeforces_test_408.json and code_contests_test_165.json; their own
-solutions (for the last two, some written here) have to pass, and misses are listed. Exit status 1 if an attack gets
-through. A few minutes on 2 cores.
+The attacks are those of tests/red_team.py, each against a fresh sandbox. None may earn a reward, leave a process
+behind, reach a port of this machine, or change a file. DATA_DIR holds any of HumanEval.jsonl.gz, mbpp_974.jsonl,
+mbpp_sanitized_399.json, leetcode_*.json, codeforces_test_408.json and code_contests_test_165.json. Their own solutions
+(for the last two, some solutions in this script) must pass; failures are listed. The exit status is 1 if an attack
+succeeds. The script takes a few minutes on 2 cores.
 """
 
 import argparse
@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import red_team
 
-# Solutions for files that come without any: file -> index of the problem in it -> program.
+# Solutions for files without any: file -> index of the problem in it -> program.
 BY_HAND = {
     "codeforces_test_408.json": {
         0: "for _ in range(int(input())):\n    print(*sorted(map(int, input().split())))",
@@ -60,11 +60,11 @@ BY_HAND = {
     },
 }
 
-Problem = tuple[str, str, dict | None]  # its name, a solution, its tests or None where they cannot be used
+Problem = tuple[str, str, dict | None]  # name, solution, and tests, or None if they cannot be used
 
 
 def problems(file: Path) -> Iterator[Problem]:
-    """The problems of a file that have a solution."""
+    """Yield the problems of a file that have a solution."""
     if file.suffix == ".gz":
         for row in map(json.loads, gzip.decompress(file.read_bytes()).split(b"\n")[:-1]):
             tests = asserts_to_tests(f"{row['test']}\ncheck({row['entry_point']})")
@@ -83,7 +83,7 @@ def problems(file: Path) -> Iterator[Problem]:
 def judge(
     spec: rewards.VerifierSpec, programs: list[str], tests: list
 ) -> tuple[list[rewards.Verdict], float]:
-    """Verdicts from two workers, and seconds taken once they had started."""
+    """Return the verdicts of two workers, and the seconds that they took after their start."""
     responses = [f"```python\n{program}\n```" for program in programs]
     weak = spec.options["sandbox"] == "weak"
     with rewards.VerifierPool(spec, workers=2, timeout=30.0, allow_weak_sandbox=weak) as pool:
@@ -93,24 +93,24 @@ def judge(
 
 
 def attacks(kind: str) -> int:
-    """Runs every attack; returns how many got through."""
-    through = 0
+    """Run every attack; return how many succeeded."""
+    succeeded = 0
     chosen = {name: each for name, each in red_team.EXPLOITS.items() if kind == "bubblewrap" or each.weak}
     for name, exploit in chosen.items():
         with tempfile.TemporaryDirectory() as folder:
             result = red_team.attack(exploit, kind, Path(folder))
         verdict = result.verdict
-        through += not result.withstood
+        succeeded += not result.withstood
         print(
-            f"  {'withstood' if result.withstood else 'GOT THROUGH'}  {name}: reward {verdict.reward:g}, "
+            f"  {'withstood' if result.withstood else 'SUCCEEDED'}  {name}: reward {verdict.reward:g}, "
             f"{verdict.outcome} ({verdict.parts.get('reason', '')[:60]}) {'; '.join(result.harm)}"
         )
-    print(f"{len(chosen) - through} of {len(chosen)} attacks withstood ({kind})")
-    return through
+    print(f"{len(chosen) - succeeded} of {len(chosen)} attacks withstood ({kind})")
+    return succeeded
 
 
 def throughput(spec: rewards.VerifierSpec) -> None:
-    """Candidates a minute, on problems of ten tests."""
+    """Print the number of candidates judged per minute, on problems with ten tests."""
     tests = {
         "inputs": [f"{i} {i + 1}\n" for i in range(10)],
         "outputs": [f"{2 * i + 1}\n" for i in range(10)],
@@ -123,11 +123,13 @@ def throughput(spec: rewards.VerifierSpec) -> None:
     for name, program in kinds.items():
         verdicts, seconds = judge(spec, [program] * 100, [tests] * 100)
         outcomes = {verdict.outcome for verdict in verdicts}
-        print(f"  {name}: {60 * len(verdicts) / seconds:.0f} candidates a minute, 10 tests each ({outcomes})")
+        print(
+            f"  {name}: {60 * len(verdicts) / seconds:.0f} candidates per minute, 10 tests each ({outcomes})"
+        )
 
 
 def references(spec: rewards.VerifierSpec, folder: Path) -> None:
-    """Whether the solutions of every known file in the folder pass."""
+    """Judge the solutions of every known file in the folder, and print those that fail."""
     for file in sorted(folder.iterdir()):
         found = list(problems(file)) if file.name.endswith((".json", ".jsonl", ".gz")) else []
         usable = [problem for problem in found if problem[2]]
@@ -137,7 +139,7 @@ def references(spec: rewards.VerifierSpec, folder: Path) -> None:
         missed = [(name, v) for (name, _, _), v in zip(usable, verdicts) if v.outcome != "pass"]
         print(
             f"  {file.name}: {len(usable) - len(missed)} of {len(usable)} pass "
-            f"({len(found) - len(usable)} have tests of another kind), {60 * len(usable) / seconds:.0f} a minute"
+            f"({len(found) - len(usable)} have tests of another kind), {60 * len(usable) / seconds:.0f} per minute"
         )
         for name, verdict in missed:
             print(f"    {name}: {verdict.outcome}, {verdict.parts['reason']}")
@@ -145,15 +147,15 @@ def references(spec: rewards.VerifierSpec, folder: Path) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("data", type=Path, nargs="?", help="folder with the data sets")
+    parser.add_argument("data", type=Path, nargs="?", help="folder with the datasets")
     parser.add_argument("--sandbox", choices=("bubblewrap", "weak"), default="bubblewrap")
     args = parser.parse_args()
     spec = rewards.VerifierSpec("code", {"sandbox": args.sandbox})
     print("attacks")
-    got_through = attacks(args.sandbox)
+    succeeded = attacks(args.sandbox)
     print("throughput, 2 workers")
     throughput(spec)
     if args.data:
         print("reference solutions")
         references(spec, args.data)
-    sys.exit(got_through > 0)
+    sys.exit(succeeded > 0)

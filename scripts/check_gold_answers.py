@@ -1,11 +1,12 @@
-r"""Scores the gold answers of the mathematics benchmarks, and wrong neighbours of them, by our verifiers.
+r"""Judge the gold answers of the mathematics benchmarks, and similar wrong answers, with the built-in verifiers.
 
     python scripts/check_gold_answers.py DIR
 
-DIR holds the files named in `BENCHMARKS`. Every gold answer, in `\boxed{}`, must pass; every wrong answer made from
-it (a number one higher, two digits swapped, a sign turned, a bracket changed, an item moved, added or left out,
-a hair more than the value, another row's answer) must not. Prints a table, then the misses and the neighbours that
-passed. Exit status 1 if less than 99% of the gold answers of a benchmark pass, or one neighbour does.
+DIR holds the files named in `BENCHMARKS`. Every gold answer, in `\boxed{}`, must pass. Every wrong answer derived from
+it (a number increased by one, two digits swapped, a sign flipped, a bracket changed, an item moved, added or omitted, a
+value increased by a tiny amount, another row's answer) must fail. The script prints a table, then the gold answers that
+failed and the wrong answers that passed. The exit status is 1 if less than 99% of a benchmark's gold answers pass, or
+if any wrong answer passes.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from lpo_jax import json_lines
 from lpo_jax.rewards import VerifierPool, VerifierSpec
 from lpo_jax.rewards.answers import last_boxed
 
-# file, the gold answer of its row
+# name: (file, function that returns the gold answer of a row)
 BENCHMARKS = {
     "MATH500": ("math/math500.jsonl", lambda row: row["answer"]),
     "AIME24": ("math_eval/aime24.jsonl", lambda row: row["answer"]),
@@ -32,13 +33,13 @@ BENCHMARKS = {
 }
 
 _NUMBER = re.compile(r"(?<![0-9.,!{])[0-9]+(?![0-9.,])")
-# In front of these a turned sign changes nothing, or makes no LaTeX: exponents, subscripts, cos(-x), 3 +- -2.
+# After these, a flipped sign changes nothing or is not valid LaTeX: exponents, subscripts, cos(-x), 3 +- -2.
 _NO_SIGN = re.compile(r"(?:[\^_]\{?|\\cos ?\(?|\\pm ?|m )$")
 _NAME = re.compile(r"^\$?[A-Za-z](?:\([a-z]\))?\s*=\s*")
 
 
 def neighbours(gold: str, others: list[str], rng: random.Random) -> Iterator[str]:
-    """Answers that are close to the gold answer, in writing or in value, and not equal to it."""
+    """Yield wrong answers that are similar to the gold answer in spelling or in value."""
     numbers = list(_NUMBER.finditer(gold))
     for match in rng.sample(numbers, min(3, len(numbers))):
         before, digits, after = gold[: match.start()], match[0], gold[match.end() :]
@@ -66,13 +67,13 @@ def neighbours(gold: str, others: list[str], rng: random.Random) -> Iterator[str
 
 
 def _surely_differ(one: str, other: str) -> bool:
-    """Whether two answers are made of different digits and letters, their names aside."""
+    """Return whether two answers consist of different digits and letters, ignoring their names."""
     made_of = [sorted(re.findall(r"\w", _NAME.sub("", text).removesuffix(".0"))) for text in (one, other)]
     return made_of[0] != made_of[1]
 
 
 def check(name: str, golds: list[str], pool: VerifierPool, form: str, seed: int) -> tuple[bool, list[str]]:
-    """Prints a line of the table; returns whether the bar was met, and notes on what went wrong."""
+    """Print a line of the table; return whether the requirement is met, and notes on the failures."""
     rng, started = random.Random(seed), time.monotonic()
     verdicts = pool.verify([form % gold for gold in golds], [{"answer": gold} for gold in golds])
     passed = sum(verdict.outcome == "pass" for verdict in verdicts)
@@ -93,7 +94,7 @@ def check(name: str, golds: list[str], pool: VerifierPool, form: str, seed: int)
     return passed >= 0.99 * len(golds) and not fooled, notes
 
 
-def read_rows(path: pathlib.Path) -> list[dict]:
+def read_benchmark(path: pathlib.Path) -> list[dict]:
     if path.suffix == ".parquet":
         import pyarrow.parquet
 
@@ -106,10 +107,10 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("directory", type=pathlib.Path)
-    parser.add_argument("--seed", type=int, default=0, help="of the neighbours")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the wrong answers")
     options = parser.parse_args()
     golds = {
-        name: [str(gold_of(row)) for row in read_rows(options.directory / path)]
+        name: [str(gold_of(row)) for row in read_benchmark(options.directory / path)]
         for name, (path, gold_of) in BENCHMARKS.items()
     }
     print(

@@ -1,18 +1,18 @@
-r"""Pathological answers, hostile texts and hanging verifiers in a row: are limits, worker count and memory kept?
+r"""Check that verifiers keep their time limits, workers and memory on pathological answers and hostile texts.
 
     python scripts/stress_verifiers.py [--items 2000] [--hostile 20000]
 
-Random towers, factorials, deep nestings, near-cancellations, garbage and their like are scored by the `math`
-verifier, one at a time, in a pool of one worker; then one in twenty of as many again by a verifier that sleeps,
-spins in C, ignores SIGTERM, eats memory or dies. Prints outcomes, the slowest items and the memory of the parent
-and of the workers as it goes. Exit status 1 if an item took longer than the limit and a second, a worker was lost
-for good, or memory grew by more than a half.
+By default, random pathological answers (towers of powers, factorials, deep nesting, near-cancellations, garbage) are
+judged by the `math` verifier, one at a time, in a pool with one worker. Then a twentieth of that number of items is
+judged by a verifier that sleeps, spins in C, ignores SIGTERM, allocates memory, or dies. The script prints the
+outcomes, the slowest items, and the memory of the parent and the workers. The exit status is 1 if an item took more
+than a second longer than the limit, a worker was not replaced, or memory grew by more than half.
 
-With `--hostile N` every built-in verifier judges N texts of up to 64 KB instead: long runs of digits, nested brackets
-and LaTeX, repeated delimiters and tags, backslashes, combining characters, surrogates, NUL and mixtures of these, bare
-and inside the delimiters that the verifier looks for. The comparisons of printed output and of results, which run
-outside the sandbox, judge as many. Prints for each the outcomes, and the longest time at 1, 4, 16 and 64 KB. Exit
-status 1 if one raises, masks a text, or takes longer than `HOSTILE_LIMIT`.
+With `--hostile N`, every built-in verifier instead judges N texts of up to 64 KB: long runs of digits, nested brackets
+and LaTeX, repeated delimiters and tags, backslashes, combining characters, surrogates, NUL, and mixtures of these, with
+and without the delimiters that the verifier searches for. The comparisons of printed output and of results, which run
+outside the sandbox, judge as many. For each verifier, the script prints the outcomes, and the longest time at 1, 4, 16
+and 64 KB. The exit status is 1 if a verifier raises an exception, masks a text, or takes longer than `HOSTILE_LIMIT`.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from lpo_jax.rewards import VerifierPool
 from lpo_jax.rewards.same import same_output, same_result
 
 LIMIT, HANG_LIMIT = 5.0, 0.5  # seconds
-HOSTILE_LIMIT = 5.0  # seconds for one text: half of what a run gives a verifier by default
+HOSTILE_LIMIT = 5.0  # seconds for one text: half the default of rewards.timeout
 SCORED = {"pass", "wrong", "malformed", "timeout", "True", "False"}  # not masked
 
 HANGING = """
@@ -124,7 +124,7 @@ def megabytes(pid: int) -> float:
 
 
 def run(pool: VerifierPool, limit: float, items: list[tuple[str, dict]]) -> bool:
-    """Scores items one by one; returns whether limits, worker count and memory were kept."""
+    """Judge items one by one; return whether limits, worker count and memory were kept."""
     outcomes, slowest, memory = collections.Counter(), [], []
     workers = len(pool.pids)
     for index, (response, example) in enumerate(items):
@@ -143,7 +143,7 @@ def run(pool: VerifierPool, limit: float, items: list[tuple[str, dict]]) -> bool
     return slowest[0][0] < limit + 1.0 and len(pool.pids) == workers and flat
 
 
-# Texts that are repeated up to a length; what grows faster than the text, or nests, shows by these.
+# Texts that are repeated up to a length, to detect superlinear time and recursion.
 REPEATED = [
     *("1", "1 ", "1,", "1.", "1/", "1e", "9" * 18 + ",", "-", "+-", "1+", "(", "((1)", "[", "{", "}", "([{"),
     *("\\", "\\\\", " ", "\n", "\t", " \n", "\r", "\x00", "\ud800", "\udfff\ud800", "é", "e\u0301", "\u0301"),
@@ -185,7 +185,7 @@ REPEATED = [
     *("1e999 ", ".5", "0." + "0" * 50),
 ]
 BRACKETS = [("(", ")"), ("{", "}"), ("[", "]"), (r"\frac{", "}{2}"), ("<answer>", "</answer>")]
-# What each verifier looks for, around a text, and the row that it is judged against.
+# For each verifier: frames with the delimiters that it searches for (@ is the text), and the data row.
 FRAMES = {
     "arithmetic": (("@", "<answer>@</answer>", "<answer>@"), {"answer": 19}),
     "countdown": (("@", "<answer>@</answer>", "<answer>@ = 19</answer>"), {"numbers": [12, 7], "target": 19}),
@@ -219,7 +219,7 @@ Judge = Callable[[random.Random, str], str]
 
 
 def hostile(rng: random.Random, length: int) -> str:
-    """A text of about that many characters: one shape repeated, several side by side or in turn, or nested brackets."""
+    """Return a text of about `length` characters: one or several shapes repeated, or nested brackets."""
     if rng.random() < 0.2:
         opening, closing = rng.choice(BRACKETS)
         levels = 1 + length // len(opening + closing)
@@ -234,13 +234,11 @@ def hostile(rng: random.Random, length: int) -> str:
 
 
 def judges() -> Iterator[tuple[str, Judge]]:
-    """Each verifier and comparison, with its name: (rng, text) -> outcome."""
+    """Yield each verifier and comparison with its name, as a function `(rng, text) -> outcome`."""
 
     def judge(verifier: str, options: dict) -> Judge:
-        for module in rewards.VerifierSpec(
-            verifier, options
-        ).slow_imports:  # as a worker does before it begins
-            importlib.import_module(module)
+        for module in rewards.VerifierSpec(verifier, options).descriptor.slow_imports:
+            importlib.import_module(module)  # as a worker does before its first response
         verify, (frames, row) = rewards.get(verifier, **options), FRAMES[verifier]
         return lambda rng, text: verify(rng.choice(frames).replace("@", text), row).outcome
 
@@ -253,7 +251,7 @@ def judges() -> Iterator[tuple[str, Judge]]:
 def judge_hostile(
     name: str, judge: Judge, items: int, seed: int, clock: Callable[[], float] = time.monotonic
 ) -> bool:
-    """Judges hostile texts of up to 64 KB and prints a line; returns whether each was scored, and in time."""
+    """Judge hostile texts of up to 64 KB and print a line; return whether all were scored within the limit."""
     rng, outcomes, longest, worst = random.Random(f"{name} {seed}"), collections.Counter(), {}, (0.0, "")
     for _ in range(items):
         size = rng.choice([1, 4, 16, 64])
@@ -277,8 +275,8 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--items", type=int, default=2000)
-    parser.add_argument("--hostile", type=int, default=0, help="texts for each verifier")
-    parser.add_argument("--only", default="", help="of the verifiers, those whose name begins so")
+    parser.add_argument("--hostile", type=int, default=0, help="number of hostile texts for each verifier")
+    parser.add_argument("--only", default="", help="run only verifiers whose name begins with this text")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     if options.hostile:

@@ -1,8 +1,8 @@
-"""Programs that try to be paid for nothing, to hang or break the machine, or to get out. None may get a point.
+"""Programs that try to earn an undeserved reward, to hang or break the machine, or to escape. None may earn a reward.
 
-`attack` runs one in a sandbox and looks at what it left behind. Used by tests/rewards/test_sandbox.py and by
-scripts/check_code_sandbox.py. Sources: the exploits seen to work against other verifiers (frame walking, `__eq__`,
-exit before the asserts, raising where nothing is expected), and the usual ways out of a container.
+`attack` runs a program in a sandbox and checks what it left behind. It is used by tests/rewards/test_sandbox.py and
+scripts/check_code_sandbox.py. The programs use exploits that work against other verifiers (frame walking, `__eq__`,
+exit before the asserts, raising if nothing is expected), and common ways to escape from containers.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from lpo_jax.rewards import Verdict, Verifier, get
 
 HOME = str(Path(__file__).parents[1])  # the repository
 
-# Set in every attack: where it finds things on the host, and names that it would leave in the process table.
+# Prepended to every attack: where to find things on the host, and the mark that its processes carry.
 PRELUDE = """
 import ctypes, ctypes.util, fcntl, gc, os, signal, socket, struct, sys, termios, threading, time
 MARK, SECRET_FILE, HOME, PORT = {mark!r}, {secret_file!r}, {home!r}, {port!r}
@@ -35,7 +35,7 @@ def attempt(function, *arguments):
     except BaseException:
         return None
 
-def show(text):  # whatever looks like an expected output
+def show(text):  # prints anything that looks like an expected output
     if isinstance(text, bytes):
         text = text.decode("latin-1")
     for at in range(len(text)):
@@ -60,10 +60,10 @@ class Exploit:
     """A program, and the test that it must not pass.
 
     Attributes:
-      program: what runs after `PRELUDE`.
-      expected: what it should print, or `f` should return; None: a secret that begins with `answer-`.
-      function: whether `f` is called (with 1, 2).
-      weak: whether the weak sandbox withstands it too.
+      program: the code that runs after `PRELUDE`.
+      expected: the output to print, or the value that `f` should return; None for a secret that begins with `answer-`.
+      function: whether `f` is called, with the arguments 1 and 2.
+      weak: whether the weak sandbox also withstands the program.
     """
 
     program: str
@@ -73,7 +73,7 @@ class Exploit:
 
 
 EXPLOITS = {
-    # Paid for nothing.
+    # Undeserved rewards.
     "a list equal to everything": Exploit(
         "class L(list):\n    __eq__ = lambda s, o: True\n    __hash__ = None\n    __len__ = lambda s: 2\n"
         "f = lambda a, b: L()",
@@ -117,7 +117,7 @@ EXPLOITS = {
         "{1, 2}",
         function=True,
     ),
-    # Reading what it is judged by.
+    # Reading the expected outputs.
     "read the verifier's memory": Exploit(
         "for pid in attempt(os.listdir, '/proc') or ['1', 'self']:\n"
         "    for line in attempt(lambda: list(open(f'/proc/{pid}/maps'))) or []:\n"
@@ -134,7 +134,7 @@ EXPLOITS = {
     ),
     "read the task's files": Exploit("show(open(SECRET_FILE).read())", weak=False),
     "read the repository": Exploit("print(os.listdir(HOME), open(HOME + '/README.md').read())", weak=False),
-    # Out of bounds.
+    # Exceeding limits.
     "fork bomb": Exploit("while True:\n    attempt(os.fork)\n    attempt(libc.fork)\n    libc.syscall(57)"),
     "thread bomb": Exploit(
         "threading.stack_size(32768)\nwhile True:\n    attempt(threading.Thread(target=time.sleep, args=(60,)).start)",
@@ -175,7 +175,7 @@ EXPLOITS = {
     ),
     "an answer that is no text": Exploit("os.write(1, bytes(range(256)) * 1000)"),
     "a program that is no text": Exploit("x = '\x00\ud800'"),
-    # Out of the box.
+    # Escaping from the sandbox.
     "connect to the host": Exploit(
         "s = socket.socket()\ns.connect(('127.0.0.1', PORT))\ns.send(b'here')\nprint('connected')"
     ),
@@ -245,22 +245,24 @@ EXPLOITS = {
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What came of an attack: the verdict, and in `harm` what it did to the host, one line each."""
+    """The result of an attack: the verdict, and in `harm` its effects on the host, one line each."""
 
     verdict: Verdict
     harm: list[str]
 
     @property
     def withstood(self) -> bool:
-        """No point, no harm, and the sample is not masked either: that would be a way around the 0."""
+        """Whether there is no reward and no harm, and the sample is not masked, which would avoid the reward of 0."""
         return self.verdict.reward == 0 and not self.verdict.masked and not self.harm
 
 
 def attack(exploit: Exploit, kind: str, folder: Path, verify: Verifier | None = None) -> Result:
-    """Runs an exploit in a sandbox of that kind, under limits of about a second.
+    """Run an exploit in a sandbox, with limits of about a second.
 
     Args:
-      folder: an empty one on the host, for a file that must not be read or changed.
+      exploit: the program and its test.
+      kind: the kind of sandbox.
+      folder: an empty folder on the host, for a file that must not be read or changed.
       verify: another verifier to attack.
     """
     mark = "m" + secrets.token_hex(5)
@@ -306,7 +308,7 @@ def attack(exploit: Exploit, kind: str, folder: Path, verify: Verifier | None = 
 
 
 def marked_processes(mark: str) -> list[str]:
-    """Processes of the whole machine that carry the mark in their name or command line."""
+    """Return all processes of this machine that carry the mark in their name or command line."""
     found = []
     for pid in filter(str.isdigit, os.listdir("/proc")):
         with contextlib.suppress(OSError):
@@ -318,7 +320,7 @@ def marked_processes(mark: str) -> list[str]:
 
 @contextlib.contextmanager
 def _belongings(secret_file: Path):
-    """Things of the host beside files: where they are, and a function that lists what has become of them."""
+    """Create objects of the host other than files; yield where they are, and a function that lists changes to them."""
     libc = ctypes.CDLL(None)
     shared_memory = libc.shmget(0, 4096, 0o1600)
     controller, terminal = os.openpty()
@@ -326,7 +328,7 @@ def _belongings(secret_file: Path):
         tempfile.TemporaryDirectory() as folder,
         socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener,
     ):
-        socket_file = f"{folder}/s"  # the test's own folder can have too long a name for a socket
+        socket_file = f"{folder}/s"  # the name of the test's own folder can be too long for a socket
         listener.bind(socket_file)
         listener.setblocking(False)
         os.chmod(folder, 0o755)
@@ -359,7 +361,7 @@ def _belongings(secret_file: Path):
 
 
 def _flags(file: Path) -> bytes:
-    """What `lsattr` shows of a file; nothing where its file system has no flags."""
+    """Return the flags of a file, as shown by `lsattr`; empty if its file system has no flags."""
     descriptor = os.open(file, os.O_RDONLY)
     try:
         return fcntl.ioctl(descriptor, 0x80086601, bytes(8))
@@ -371,7 +373,7 @@ def _flags(file: Path) -> bytes:
 
 @contextlib.contextmanager
 def _listener():
-    """A port of this machine, and the list that every visitor to it is entered in."""
+    """Open a port of this machine; yield it, and a list of the connections to it."""
     visitors: list[int] = []
     with socket.create_server(("127.0.0.1", 0)) as server:
 

@@ -3,12 +3,12 @@
 import pytest
 import yaml
 
-from lpo_jax import yaml_text
-from lpo_jax.config import FREE_FORM, describe, load_config, override_config, parse_config
+from lpo_jax.config import FREE_FORM, describe_options, load_config, override_config, parse_config
 from lpo_jax.errors import UserError
+from lpo_jax.yaml_text import dump_yaml, parse_yaml
 
 PLAIN = {"output": "x", "model": {"path": "y"}, "task": "countdown"}
-KEYS = [key for key, _, _ in describe() if key not in FREE_FORM]
+KEYS = [key for key, _, _ in describe_options() if key not in FREE_FORM]
 
 
 def refusal(function, *arguments):
@@ -88,12 +88,12 @@ DUPLICATES = {
 def test_a_key_that_stands_twice_is_refused_with_both_lines(tmp_path, case):
     text, key, second, first = DUPLICATES[case]
     error = refusal(load_config, write(tmp_path, text))
-    assert f"line {second}: the key {key!r} is set in line {first} already" in error
+    assert f"line {second}: the key {key!r} is already set in line {first}" in error
 
 
 def test_a_key_may_stand_in_two_sections_and_replace_a_merged_one(tmp_path):
     text = "a: &a {x: 1, y: 2}\nb: {<<: *a, x: 3}\nc: {<<: *a}\n"
-    assert yaml_text.parse(text) == {"a": {"x": 1, "y": 2}, "b": {"x": 3, "y": 2}, "c": {"x": 1, "y": 2}}
+    assert parse_yaml(text) == {"a": {"x": 1, "y": 2}, "b": {"x": 3, "y": 2}, "c": {"x": 1, "y": 2}}
 
 
 NOT_YAML = {
@@ -121,5 +121,5 @@ def test_an_override_that_is_no_yaml_is_one_line(value):
 
 def test_a_resolved_config_is_read_back_as_it_was():
     values = parse_config(PLAIN | {"sampling": {"stop": ["1e5", "nan", "2024-01-01", "\u2028"]}}).to_dict()
-    assert yaml_text.parse(yaml_text.dump(values)) == values
-    assert yaml.safe_load(yaml_text.dump(values)) == values
+    assert parse_yaml(dump_yaml(values)) == values
+    assert yaml.safe_load(dump_yaml(values)) == values

@@ -210,7 +210,8 @@ def _simplex(arguments: argparse.Namespace) -> None:
 
 def _method(spec: str):
     """The objective of "name" or "name:option=value:option=value"."""
-    from lpo_jax import objectives, yaml_text
+    from lpo_jax import objectives
+    from lpo_jax.yaml_text import parse_yaml
 
     name, *settings = spec.split(":")
     options = {}
@@ -219,7 +220,7 @@ def _method(spec: str):
         if not given:
             raise UserError(f"method {spec!r}: write options as name:option=value, got {setting!r}")
         try:
-            options[key] = yaml_text.parse(value)
+            options[key] = parse_yaml(value)
         except ValueError as error:
             raise UserError(f"method {spec!r}: the value of {key} is not valid YAML ({error})") from None
     try:
@@ -245,7 +246,7 @@ def _data(arguments: argparse.Namespace) -> None:
     from lpo_jax import tasks
     from lpo_jax.config import load_config, override_config, parse_config
     from lpo_jax.reporting.text import sanitise
-    from lpo_jax.tasks.describe import describe, lines
+    from lpo_jax.tasks.describe import describe_task, description_lines
 
     if (
         arguments.target in tasks.names()
@@ -278,11 +279,11 @@ def _data(arguments: argparse.Namespace) -> None:
                 "written": lambda row: solution_text(task, tokenizer, row, eos_ids),
             }
     pool = {name: getattr(config.rewards, name) for name in ("workers", "timeout", "allow_weak_sandbox")}
-    summary = describe(task, **encoding, pool=pool)
+    summary = describe_task(task, **encoding, pool=pool)
     if arguments.json:
         print_line(summary)
     else:
-        print(sanitise("\n".join(lines(summary))))
+        print(sanitise("\n".join(description_lines(summary))))
 
 
 def _open_devices() -> None:
@@ -421,11 +422,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _command(commands, name: str, text: str, run, configurable: bool = False) -> argparse.ArgumentParser:
-    from lpo_jax.config import describe
+    from lpo_jax.config import describe_options
 
     epilog = None
     if configurable:
-        rows = [f"  --{key}=...  {meaning} [{default}]" for key, default, meaning in describe()]
+        rows = [f"  --{key}=...  {meaning} [{default}]" for key, default, meaning in describe_options()]
         epilog = "every config key can be overridden:\n" + "\n".join(rows)
     command = commands.add_parser(
         name,

@@ -27,8 +27,8 @@ from lpo_jax.reporting.tables import suite_table
 from lpo_jax.runs.checkpoint import load_run
 from lpo_jax.runs.directory import any_child, differences, read_config
 from lpo_jax.sampling import Sampler
-from lpo_jax.tasks import suites
-from lpo_jax.tasks.suites import Benchmark
+from lpo_jax.tasks import benchmarks
+from lpo_jax.tasks.benchmarks import Benchmark
 
 # The paper's response lengths; Countdown's for what is not in it.
 _MAX_TOKENS = {"math": 4096, "code": 4096}
@@ -132,13 +132,19 @@ def find_benchmarks(
             f"{said}: --suite {suite} has its own tasks; --task goes with a data file such as mine.jsonl"
         )
     if not is_data:
-        if data_dir is not None and suite not in suites.names() and suite.endswith((".yaml", ".yml")):
+        if (
+            data_dir is not None
+            and suite not in benchmarks.suite_names()
+            and suite.endswith((".yaml", ".yml"))
+        ):
             raise UserError(f"--data-dir: the suite {suite} says itself where its files are")
         if data_dir is not None and not os.path.isdir(data_dir):
             raise UserError(f"--data-dir {data_dir}: no such folder; without it the files come from the hub")
-        return suites.get(suite, data_dir)
+        return benchmarks.get_suite(suite, data_dir)
     if data_dir is not None:
-        raise UserError(f"--data-dir: goes with a suite ({', '.join(suites.names())}), not with a data file")
+        raise UserError(
+            f"--data-dir: goes with a suite ({', '.join(benchmarks.suite_names())}), not with a data file"
+        )
     if not task:
         raise UserError(f"--suite {suite}: say how its rows are asked: --task math, gsm8k, code, ...")
     for override in overrides:

@@ -22,14 +22,13 @@ from lpo_jax.evaluation.metrics import bootstrap_interval, summarise
 from lpo_jax.evaluation.responses import ResponseFile, ResponseSummary
 from lpo_jax.evaluation.votes import majority
 from lpo_jax.rewards import VerifierPool, VerifierSpec
-from lpo_jax.rewards.code import confine
 from lpo_jax.rewards.user_code import file_hash, split_reference
 from lpo_jax.rollout.collect import Collector, within_limit
 from lpo_jax.rollout.failures import Failures, require_judged, warning
 from lpo_jax.sampling import Sampler, Sampling
 from lpo_jax.tasks import Task
+from lpo_jax.tasks.benchmarks import Benchmark
 from lpo_jax.tasks.data import content_hash
-from lpo_jax.tasks.suites import Benchmark
 
 ROWS_AT_ONCE = 64  # responses sampled together unless `batch` says otherwise
 VERIFIER_SECONDS = 10.0  # for one response
@@ -161,8 +160,8 @@ def _prepare(
         f"benchmark {benchmark.name}",
         ("--max-prompt-tokens", "--overlong-prompts"),
     )
-    verifier, sandbox = confine(
-        task.verifier, allow_weak=settings.allow_weak_sandbox, timeout=VERIFIER_SECONDS
+    verifier, sandbox = task.verifier.confined(
+        allow_weak=settings.allow_weak_sandbox, timeout=VERIFIER_SECONDS
     )
     K = settings.num_responses or benchmark.k
     batch = min(settings.batch or max(1, ROWS_AT_ONCE // K), len(rows))

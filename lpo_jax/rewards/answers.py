@@ -1,4 +1,4 @@
-"""Finding the answer in a text that a model wrote."""
+"""Find the final answer in the text of a response."""
 
 import ast
 import re
@@ -6,11 +6,11 @@ import warnings
 
 
 def last_tagged(text: str, tag: str = "answer") -> str | None:
-    """The content of the last `<tag>...</tag>` pair, stripped; None when there is no pair.
+    """Return the content of the last `<tag>...</tag>` pair, stripped; None if there is no pair.
 
-    It is the last opening tag that is closed, up to its first closing tag. So newlines inside and text after
-    do no harm, a repeated opening tag (a template's prefill that the model wrote once more) is skipped, and
-    only one answer counts however many were offered. Plain string searches: linear in the length of any text.
+    The pair consists of the last opening tag that is closed and the first closing tag after it. So the content may have
+    newlines, text may follow the pair, a repeated opening tag (the template's prefill, which the model wrote again) is
+    skipped, and only one answer counts if there are several. The time is linear in the length of the text.
     """
     opening, closing = f"<{tag}>", f"</{tag}>"
     end = text.rfind(closing)
@@ -25,12 +25,14 @@ _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
 
 
 def last_boxed(text: str) -> str | None:
-    r"""The content of the last `\boxed{...}` or `\fbox{...}` whose braces match; None when there is none.
+    r"""Return the content of the last `\boxed{...}` or `\fbox{...}` whose braces match; None if there is none.
 
-    The last is the one that opens last, so of boxes in boxes the innermost counts. A box that is never closed
-    (the response was cut off in it) is none. One walk over the text, linear in its length.
+    The last box is the one that opens last, so the innermost of nested boxes counts. A box that is never closed,
+    because the response was cut off, does not count. The time is linear in the length of the text.
     """
-    opened: list[int | None] = []  # where the content of each open brace begins; None: no box
+    opened: list[
+        int | None
+    ] = []  # for each open brace, where the content of its box begins; None for other braces
     found: tuple[int, int] | None = None
     for match in _BOX.finditer(text):
         token = match[0]
@@ -46,29 +48,29 @@ def last_boxed(text: str) -> str | None:
 
 
 def last_line_after(label: str, text: str) -> str | None:
-    """What follows the last `label:` on its line, whatever the case of its letters; None when it is nowhere."""
+    """Return the rest of the line after the last `label:`, ignoring case; None if the label does not occur."""
     lines = re.findall(rf"{re.escape(label)}[ \t]*:([^\n]*)", text, re.IGNORECASE)
     return lines[-1].strip() if lines else None
 
 
 _OPENING = re.compile(r"^([ \t]*)```(?:python3?|py)\b[^\n]*\n", re.M | re.I)
 _FENCE = re.compile(r"^[ \t]*```", re.M)
-# What can hold a quotation mark or a fence that means nothing, and a fence itself.
+# Comments and strings, in which quotation marks and fences have no meaning; and a fence itself.
 _LEXEME = re.compile(
     r"#[^\n]*|\"\"\"|'''|\"(?:\\.|[^\"\\\n])*+\"?|'(?:\\.|[^'\\\n])*+'?|^[ \t]*```", re.M | re.S
 )
 _CLOSINGS = {quotes: re.compile(rf"\\.|{quotes}", re.S) for quotes in ('"""', "'''")}
-_MAX_LEXED = (
-    4  # times the length of a text that is looked at for strings, because a string may never be closed
-)
+# The search for strings may read at most this many times the length of the text, because a string may never be closed.
+_MAX_LEXED = 4
 
 
 def last_program(text: str) -> str | None:
-    """The last Python block of a text; None if there is none, or nothing in it.
+    """Return the last Python block of a text; None if there is none, or if it is empty.
 
-    A block goes from a line ```` ```python ```` to the next line that begins with a fence, or to the end of the text.
-    A fence in a string of several lines is part of the program if that is Python then. The indentation of the opening
-    fence is taken off each line, as Markdown does. Linear in the length of the text.
+    A block extends from a line ```` ```python ```` to the next line that begins with a fence, or to the end of the
+    text. A fence inside a multi-line string belongs to the program, provided that the program is then valid Python. The
+    indentation of the opening fence is removed from each line, as Markdown does. The time is linear in the length of
+    the text.
     """
     program, at, left = None, 0, _MAX_LEXED * len(text)
     while opening := _OPENING.search(text, at):
@@ -89,7 +91,7 @@ def _first_fence(text: str, start: int) -> int:
 
 
 def _fence_outside_strings(text: str, at: int) -> int | None:
-    """Where the first fence begins that is in no string, or the text ends; None if a string is never closed."""
+    """Return where the first fence outside strings begins, or the text ends; None if a string is never closed."""
     while lexeme := _LEXEME.search(text, at):
         at = lexeme.end()
         if lexeme[0] in _CLOSINGS:
@@ -109,7 +111,7 @@ def _unindented(program: str, indentation: str) -> str:
 def _is_python(program: str) -> bool:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a model's escape sequences are not the trainer's concern
+            warnings.simplefilter("ignore")  # about escape sequences in a model's program
             ast.parse(program)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return False

@@ -1,34 +1,35 @@
-"""Questions whose answer is one integer."""
+"""The verifier for questions whose answer is one integer."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lpo_jax.rewards.answers import last_tagged
 from lpo_jax.rewards.countdown import three_scores
+from lpo_jax.rewards.descriptor import Verifier, VerifierDescriptor
 from lpo_jax.rewards.verdict import Verdict
 
-MAX_CHARS = 1000  # Python refuses to read integers of more than 4,300 digits
+MAX_CHARS = 1000  # Python does not convert integers of more than 4,300 digits
 
 _INTEGER = re.compile(r"[+-]?(?:[0-9]+|[0-9]{1,3}(?:,[0-9]{3})+)")
-# A number in running text: never the tail of a word or of another number, so 12-5 ends in 5 and 19.5 is one
-# number. Fractions, powers and numbers with an exponent are taken whole too, because they are no integers.
+# A number in running text. It is never the end of a word or of another number, so the last number of 12-5 is 5, and
+# 19.5 is one number. Fractions, powers and numbers with an exponent are matched whole, because they are not integers.
 _NUMBER = re.compile(
     r"(?<![\w.])[+-]?[0-9][0-9,]*(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+|\s*[/\u2044^]\s*[0-9]+|[^\W0-9a-zA-Z_]+)?"
 )
 
 
-def arithmetic(*, scores: Sequence[float] = (1.0, 0.0, 0.0)) -> Callable[[str, Mapping[str, Any]], Verdict]:
-    """The integer verifier; examples have `answer`, an integer or its text.
+def arithmetic_verifier(*, scores: Sequence[float] = (1.0, 0.0, 0.0)) -> Verifier:
+    """Build the integer verifier. Examples have `answer`, an integer or its text.
 
-    The answer is what the last `<answer>...</answer>` holds, and it must be an integer and nothing else
-    (commas may separate thousands). A text without any `<answer>` tag is judged by its last number.
+    The answer is the content of the last `<answer>...</answer>` pair. It must be an integer and nothing else; commas
+    may separate thousands. A response without any `<answer>` tag is judged by its last number.
 
     Args:
-      scores: rewards for correct, wrong, and no integer found.
+      scores: rewards for a correct integer, a wrong integer, and no integer.
 
     Returns:
-      `(response, example) -> Verdict`.
+      A function `(response, example) -> Verdict`.
 
     Raises:
       UserError: if `scores` is not three finite numbers.
@@ -50,3 +51,6 @@ def arithmetic(*, scores: Sequence[float] = (1.0, 0.0, 0.0)) -> Callable[[str, M
         return Verdict(correct, "pass", parts)
 
     return verify
+
+
+DESCRIPTOR = VerifierDescriptor("arithmetic", arithmetic_verifier, fields=("answer",))

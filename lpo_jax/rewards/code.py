@@ -1,26 +1,28 @@
-"""Programs, judged by running them on a problem's tests in a sandbox (see `sandbox.py` for what that is worth)."""
+"""The code verifier runs programs on a problem's tests in a sandbox.
 
-import dataclasses
+See `sandbox.py` for what the sandbox protects against.
+"""
+
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from lpo_jax.errors import UserError, nearest
 from lpo_jax.rewards import sandbox as sandboxes
 from lpo_jax.rewards.answers import last_program
 from lpo_jax.rewards.code_tests import ProblemTests, read_tests
-from lpo_jax.rewards.packages import check_names
+from lpo_jax.rewards.descriptor import Verifier, VerifierDescriptor
+from lpo_jax.rewards.packages import check_package_names
 from lpo_jax.rewards.same import same_output, same_result
 from lpo_jax.rewards.verdict import Verdict, infrastructure
 
-if TYPE_CHECKING:
-    from lpo_jax.rewards.registry import VerifierSpec
-
 _MEMORY_MB = 1024
-_MARGIN = 2.0  # seconds between the last test's end and the pool's limit, for the sandbox to come and go
+_MARGIN = (
+    2.0  # seconds between the end of the last test and the pool's limit, for starting and ending the sandbox
+)
 
 
-def code(
+def code_verifier(
     *,
     score: str = "fraction",
     time_limit: float = 4.0,
@@ -29,54 +31,56 @@ def code(
     max_tests: int = 0,
     sandbox: str = "bubblewrap",
     packages: Sequence[str] = (),
-) -> Callable[[str, Mapping[str, Any]], Verdict]:
-    """The code verifier; examples have `tests`, in one of the shapes that `code_tests.read_tests` knows.
+) -> Verifier:
+    """Build the code verifier. Examples have `tests` in one of the formats of `code_tests.read_tests`.
 
-    The program is the last ```` ```python ```` block of the response (one that is never closed ends with the text; a
-    fence inside a string of several lines, such as a docstring, does not close it).
-    It passes a test if it ends by itself with exit status 0 and prints what is expected, or its function returns it;
-    see `same.py` for what counts as the same. The verdict is `timeout` if a test, or all together, took too long.
+    The program is the last ```` ```python ```` block of the response. A block that is never closed ends with the text.
+    A fence inside a multi-line string, such as a docstring, does not close the block. The program passes a test if it
+    exits with status 0 and prints the expected output, or if its function returns the expected value; see `same.py` for
+    how these are compared. The verdict is `timeout` if one test, or all tests together, took too long.
 
     Args:
-      score: the reward: `fraction` of the tests that pass, as in the paper, or `binary`, 1 if all do.
-      time_limit: seconds of processor time for a test (on the clock, three times as much).
-      total_limit: seconds on the clock for all tests; those that come to no end in it count as failed. A run sets
-        this from `rewards.timeout`.
-      memory_mb: address space of the program.
-      max_tests: only the first so many tests; 0: all.
-      sandbox: `bubblewrap` or `weak`; a run only takes the latter with `rewards.allow_weak_sandbox`.
-      packages: installed packages that programs may import beside the standard library, such as `[numpy]`.
+      score: the reward: "fraction", the fraction of the tests that pass, as in the paper; or "binary", 1 if all pass.
+      time_limit: processor time for one test, in seconds. The wall-clock limit is three times as long.
+      total_limit: wall-clock time for all tests, in seconds. Tests that do not finish in it count as failed. A run
+        derives the default from `rewards.timeout`.
+      memory_mb: limit on the program's address space, in MB.
+      max_tests: number of tests used, from the first; 0 uses all.
+      sandbox: "bubblewrap" or "weak". A run accepts "weak" only with `rewards.allow_weak_sandbox`.
+      packages: installed packages that programs may import in addition to the standard library, such as `[numpy]`.
 
     Returns:
-      `(response, example) -> Verdict`. It raises `UserError` where there is no such sandbox, and `ValueError` or
-      `TypeError` for tests that it cannot read.
+      A function `(response, example) -> Verdict`. It raises `UserError` if the sandbox does not work here, and
+      `ValueError` or `TypeError` for tests that it cannot read.
 
     Raises:
-      UserError: if an option makes no sense.
+      UserError: if an option has an invalid value.
     """
     for name, value, known in (
         ("score", score, ("binary", "fraction")),
         ("sandbox", sandbox, sandboxes.KINDS),
     ):
         if value not in known:
-            raise UserError(f"code: {name} {value!r}{nearest(value, known)}; there are {' and '.join(known)}")
+            raise UserError(
+                f"code: unknown {name} {value!r}{nearest(value, known)}; known: {' and '.join(known)}"
+            )
     if not (time_limit > 0 and total_limit > 0 and memory_mb >= 64 and max_tests >= 0):
         raise UserError(
             f"code: time_limit {time_limit}, total_limit {total_limit}, memory_mb {memory_mb}, max_tests {max_tests}: "
-            "limits must be positive, and a program needs 64 MB"
+            "limits must be positive, and a program needs at least 64 MB"
         )
-    packages = check_names(packages)
-    seen_to_work = False
+    packages = check_package_names(packages)
+    sandbox_works = False
 
     def verify(response: str, example: Mapping[str, Any]) -> Verdict:
-        nonlocal seen_to_work
+        nonlocal sandbox_works
         tests = read_tests(example["tests"], example.get("metadata"))
         program = last_program(response)
         if program is None:
             return Verdict(0.0, "malformed", {"reason": "no ```python block"})
-        if not seen_to_work:
-            sandboxes.choose(sandbox, allow_weak=sandbox == "weak")
-            seen_to_work = True
+        if not sandbox_works:
+            sandboxes.choose_kind(sandbox, allow_weak=sandbox == "weak")
+            sandbox_works = True
         try:
             with sandboxes.Sandbox(
                 sandbox, program, tests.function, memory_mb=memory_mb, packages=packages
@@ -96,7 +100,7 @@ def _run_tests(
     total_limit: float,
     max_tests: int,
 ) -> Verdict:
-    """The verdict on a program in its sandbox; the options are those of `code`."""
+    """Run the tests in a sandbox and return the verdict; for the options see `code_verifier`."""
     cases = tests.cases[: max_tests or None]
     readings = 1 + tests.wrapped
     passed, reasons, late = [0] * readings, [""] * readings, False
@@ -129,7 +133,7 @@ def _run_tests(
 
 
 def _failure(report: sandboxes.Report, expected: Any, function: bool) -> str:
-    """Why a test has failed; empty if it has passed."""
+    """Return why a test has failed; empty if it has passed."""
     if report.status == "timeout":
         return f"out of time ({report.detail})"
     if report.status != "ok":
@@ -141,33 +145,23 @@ def _failure(report: sandboxes.Report, expected: Any, function: bool) -> str:
     return "" if same_output(report.output.decode(errors="replace"), expected) else "wrong output"
 
 
-def confine(spec: "VerifierSpec", *, allow_weak: bool, timeout: float) -> "tuple[VerifierSpec, str]":
-    """Settles the limits of a verifier, and the sandbox of a code verifier, before work begins.
-
-    Args:
-      spec: of any verifier; all but `code` stay as they are.
-      allow_weak: whether the weak sandbox may be used where there is no better one.
-      timeout: seconds that the pool gives one response; the verifier's own limit stays below it, so that a program
-        that takes too long is scored and not masked.
+def _confine(options: Mapping[str, Any], allow_weak: bool, timeout: float) -> tuple[dict[str, Any], str]:
+    """Set the sandbox and the time limit in the options; see `VerifierSpec.confined`.
 
     Returns:
-      The spec with sandbox and time limit set, and the kind of sandbox, empty for other verifiers.
+      The options, and the kind of sandbox.
 
     Raises:
-      UserError: if there is no sandbox that may be used, or too little time.
+      UserError: if no permitted sandbox works here, or `timeout` is too short.
     """
-    if timeout < spec.least_timeout:
-        raise UserError(
-            f"rewards.timeout = {timeout:g}: the {spec.source} verifier needs at least {spec.least_timeout:g} seconds; "
-            "with fewer, answers that take long would be masked and not scored"
-        )
-    if spec.source != "code":
-        return spec, ""
-    options = {"total_limit": timeout - _MARGIN, **spec.options}
-    if not 0 < options["total_limit"] <= timeout - _MARGIN:
-        least = max(spec.options.get("total_limit", 0), 1) + _MARGIN
+    settled = {"total_limit": timeout - _MARGIN, **options}
+    if not 0 < settled["total_limit"] <= timeout - _MARGIN:
+        least = max(options.get("total_limit", 0), 1) + _MARGIN
         raise UserError(f"rewards.timeout = {timeout:g}: the code verifier needs at least {least:g} seconds")
-    options["sandbox"] = sandboxes.choose(options.get("sandbox", "bubblewrap"), allow_weak=allow_weak)
-    packages = check_names(options.get("packages", ()))
-    sandboxes.check_packages(options["sandbox"], packages, options.get("memory_mb", _MEMORY_MB))
-    return dataclasses.replace(spec, options=options), options["sandbox"]
+    settled["sandbox"] = sandboxes.choose_kind(settled.get("sandbox", "bubblewrap"), allow_weak=allow_weak)
+    packages = check_package_names(settled.get("packages", ()))
+    sandboxes.check_packages(settled["sandbox"], packages, settled.get("memory_mb", _MEMORY_MB))
+    return settled, settled["sandbox"]
+
+
+DESCRIPTOR = VerifierDescriptor("code", code_verifier, fields=("tests",), confine=_confine)

@@ -1,4 +1,4 @@
-"""Tests of a programming problem: the shapes that data sets keep them in, read into pairs of input and output."""
+"""Read the tests of programming problems, in the formats of common datasets, into pairs of input and output."""
 
 import ast
 import dataclasses
@@ -10,13 +10,13 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class ProblemTests:
-    """What a program is tried on.
+    """The tests of one programming problem.
 
     Attributes:
-      function: the function to call; empty: the program reads stdin and prints.
-      cases: (stdin, stdout) texts; of a function, (tuple of arguments, value) of builtin types.
-      wrapped: whether every value is a list of one item. Some data sets keep each value in such a list, so a function
-        that returns the items themselves may be right too; see `readings`.
+      function: the function to call; empty if the program reads stdin and prints.
+      cases: pairs (stdin, stdout) of text or, for a function, (tuple of arguments, value) of builtin types.
+      wrapped: whether every expected value is a list with one item. Some datasets wrap each value in such a list, so a
+        function that returns the items themselves may also be right; see `readings`.
     """
 
     function: str
@@ -24,62 +24,68 @@ class ProblemTests:
     wrapped: bool = False
 
     def readings(self, wanted: Any) -> tuple[Any, ...]:
-        """The values that a test may stand for. A program must meet the same reading in all of its tests."""
+        """Return the values that a test may expect. A program must match the same reading in all of its tests."""
         return (wanted, _integer_keys(wanted[0])) if self.wrapped else (wanted,)
 
 
 def read_tests(stored: Any, metadata: Any = None) -> ProblemTests:
-    """Tests as data sets keep them, an object or its JSON text.
+    """Read the tests of a problem as datasets store them.
 
-    - PRIME, CodeContests: `{"inputs": [...], "outputs": [...]}`, stdin and stdout as text or lists of lines.
-    - the same with `"fn_name"`: an input is text with one argument a line, and its output a text, in JSON or, where
-      that does not parse, as Python literals (for tuples and sets); or an input is the list of arguments, and its
-      output the value itself, or in all tests a list that holds the value alone (`[[0], [1]]` for 0 and 1).
+    These formats are known:
+
+    - PRIME, CodeContests: `{"inputs": [...], "outputs": [...]}`, with stdin and stdout as text or lists of lines.
+    - The same with `"fn_name"`. Either an input is text with one argument per line, and its output is text; both are
+      JSON or, if that does not parse, Python literals (for tuples and sets). Or an input is the list of arguments, and
+      its output is the value itself or, in all tests, a list that holds only the value (`[[0], [1]]` for 0 and 1).
     - Codeforces: `[{"input": ..., "output": ...}, ...]`.
-    - LiveCodeBench: the same with `"testtype"`, `stdin` or `functional`. The function of the latter is named by
-      `func_name` in the metadata of the row or of the tests.
+    - LiveCodeBench: the same with `"testtype"`, which is `stdin` or `functional`. For `functional` tests, `func_name`
+      in the metadata of the row or of the tests names the function.
 
     Args:
-      stored: the tests.
-      metadata: that of the row, an object or its JSON text; None where it has none.
+      stored: the tests, as an object or its JSON text.
+      metadata: the metadata of the row, as an object or its JSON text; None if it has none.
 
     Raises:
-      ValueError, TypeError: saying what is wrong.
+      ValueError, TypeError: if the tests cannot be read; the message gives the reason.
     """
     stored = as_columns(stored, metadata)
     inputs, outputs = stored["inputs"], stored["outputs"]
     if not isinstance(inputs, Sequence) or not isinstance(outputs, Sequence):
-        raise ValueError("tests: inputs and outputs have to be lists")
+        raise ValueError("tests: inputs and outputs must be lists")
     if len(inputs) != len(outputs) or not inputs:
         raise ValueError(f"tests: {len(inputs)} inputs and {len(outputs)} outputs")
     function = stored.get("fn_name") or ""
     if function and not (isinstance(function, str) and function.isidentifier()):
-        raise ValueError(f"tests: fn_name is {function!r}, which names no function")
+        raise ValueError(f"tests: fn_name is {function!r}, which is not the name of a function")
     read = _call if function else _lines
     cases = tuple(read(given, wanted) for given, wanted in zip(inputs, outputs))
     if not function and not any(wanted.strip() for _, wanted in cases):
-        raise ValueError("tests: no output is expected, so a program that does nothing would pass")
+        raise ValueError("tests: no test expects any output, so a program that does nothing would pass")
     wrapped = all(isinstance(wanted, list | tuple) and len(wanted) == 1 for wanted in outputs)
     return ProblemTests(function, cases, bool(function) and wrapped)
 
 
 def as_columns(stored: Any, metadata: Any = None) -> dict[str, Any]:
-    """Tests as one object with `inputs`, `outputs` and, where they call a function, its name as `fn_name`.
+    """Convert tests to one object with `inputs`, `outputs` and, if they call a function, its name as `fn_name`.
 
-    Args, Raises: see `read_tests`.
+    Args:
+      stored, metadata: see `read_tests`.
+
+    Raises:
+      ValueError, TypeError: if the tests cannot be read; the message gives the reason.
     """
     if isinstance(stored, str):
         stored = json.loads(stored)
     if isinstance(stored, Sequence):
         if not all(isinstance(test, Mapping) and {"input", "output"} <= set(test) for test in stored):
-            raise ValueError("tests: a list has to hold objects with input and output")
+            raise ValueError("tests: a list must hold objects with input and output")
         columns: dict[str, Any] = {key + "s": [test[key] for test in stored] for key in ("input", "output")}
         metadata = [metadata, *(test.get("metadata") for test in stored)]
         names = {name for name in map(_func_name, metadata) if name}
         kinds = {str(test.get("testtype") or ("functional" if names else "stdin")) for test in stored}
         if not (kinds <= {"stdin"} or kinds == {"functional"}):
             raise ValueError(
-                f"tests: testtype has to be stdin or functional throughout, not {', '.join(sorted(kinds))}"
+                f"tests: testtype must be stdin in all tests or functional in all tests, not {', '.join(sorted(kinds))}"
             )
         if kinds == {"functional"}:
             if len(names) != 1:
@@ -111,14 +117,14 @@ def _text(value: Any) -> str:
     if isinstance(value, list | tuple) and all(isinstance(line, str) for line in value):
         return "\n".join(value)
     if not isinstance(value, str):
-        raise ValueError(f"tests: stdin and stdout have to be text, not {str(value)[:60]}")
+        raise ValueError(f"tests: stdin and stdout must be text, not {str(value)[:60]}")
     return value
 
 
 def _call(given: Any, wanted: Any) -> tuple[tuple[Any, ...], Any]:
     if not isinstance(given, str):
         if not isinstance(given, list | tuple):
-            raise ValueError(f"tests: arguments have to be a list, not {str(given)[:60]}")
+            raise ValueError(f"tests: arguments must be a list, not {str(given)[:60]}")
         return tuple(map(_integer_keys, given)), _integer_keys(wanted)
     arguments = [_literal(line) for line in given.split("\n") if line.strip()]
     return tuple(arguments), _literal(wanted) if isinstance(wanted, str) else wanted
@@ -135,25 +141,25 @@ def _literal(text: str) -> Any:
 
 
 def _integer_keys(value: Any) -> Any:
-    """JSON has text as keys alone; where all keys of an object are integers, PRIME takes them for integers."""
+    """Convert keys that are all integers in text form to integers, as PRIME does: keys in JSON are always text."""
     if isinstance(value, dict) and value and all(re.fullmatch(r"-?[0-9]{1,18}", str(key)) for key in value):
         return {int(key): item for key, item in value.items()}
     return value
 
 
 def asserts_to_tests(code: str) -> dict[str, Any] | None:
-    """Assertions about one function, as tests whose values can stay out of the program's reach.
+    """Convert assertions about one function to tests, whose expected values stay outside the sandbox.
 
-    `assert f(3, [1]) == (4, 5)`, one after another (MBPP), or in `def check(candidate):` with a call
-    `check(f)` or `check(Solution().f)` after it (HumanEval, LeetCode). Arguments and values have to be literals;
-    arguments by keyword are taken to stand in the function's order, as LeetCode's do.
+    The assertions have the form `assert f(3, [1]) == (4, 5)`. They stand alone (MBPP), or in `def check(candidate):`
+    followed by a call `check(f)` or `check(Solution().f)` (HumanEval, LeetCode). Arguments and values must be literals.
+    Keyword arguments are assumed to be in the order of the function's parameters, as in LeetCode's tests.
 
     Args:
-      code: the assertions; definitions of plain data around them are left out.
+      code: the assertions; definitions of plain data among them are ignored.
 
     Returns:
-      `{"inputs", "outputs", "fn_name"}` for `read_tests`; None if one assertion is anything else, for tests are used
-      as a whole or not at all.
+      `{"inputs", "outputs", "fn_name"}` for `read_tests`; None if any assertion has another form, because tests are
+      used either completely or not at all.
     """
     try:
         body = ast.parse(code).body
@@ -177,7 +183,7 @@ def asserts_to_tests(code: str) -> dict[str, Any] | None:
 
 
 def _checked(node: ast.stmt) -> str:
-    """`f` of the statement `check(f)` or `check(Solution().f)`, else nothing."""
+    """Return `f` for the statement `check(f)` or `check(Solution().f)`, else an empty text."""
     match node:
         case ast.Expr(ast.Call(ast.Name("check"), [ast.Name(name) | ast.Attribute(attr=name)], [])):
             return name
@@ -185,15 +191,15 @@ def _checked(node: ast.stmt) -> str:
 
 
 def _idle(node: ast.Assert) -> bool:
-    """Whether it is `assert True`, of which HumanEval has many."""
+    """Return whether the statement is `assert True`, which is frequent in HumanEval."""
     return isinstance(node.test, ast.Constant) and node.test.value is True
 
 
 def _called(test: ast.expr) -> tuple[str, list[Any], tuple[str | None, ...], Any]:
-    """Function, arguments, names of those given by keyword, and expected value of an assertion.
+    """Return the function, the arguments, the names of keyword arguments, and the expected value of an assertion.
 
     Raises:
-      ValueError: if it is not of that form.
+      ValueError: if the assertion does not compare a call with a value.
     """
     match test:
         case ast.Compare(ast.Call(ast.Name(name), arguments, keywords), [ast.Eq() | ast.Is()], [value]):
@@ -201,4 +207,4 @@ def _called(test: ast.expr) -> tuple[str, list[Any], tuple[str | None, ...], Any
                 ast.literal_eval(node) for node in [*arguments, *(keyword.value for keyword in keywords)]
             ]
             return name, given, tuple(keyword.arg for keyword in keywords), ast.literal_eval(value)
-    raise ValueError("no assertion about the value of a call")  # `assert f(x)` takes any value that is true
+    raise ValueError("not an assertion about the value of a call")  # `assert f(x)` accepts any true value

@@ -1,46 +1,50 @@
-"""Countdown: combine the given numbers into an expression that equals the target.
+"""The Countdown verifier: combine the given numbers into an expression that equals the target.
 
-Rewards as in the LPO paper: 1 correct, 0.1 wrong but well-formatted, 0 otherwise. Two ways to read an answer:
+The rewards are those of the LPO paper: 1 if correct, 0.1 if wrong but well-formatted, 0 otherwise. There are two modes:
 
-robust (default): the last `<answer>...</answer>` anywhere in the text, newlines inside and text after it
-  allowed. Well-formatted means that it holds an expression that `expression.parse` lets through. `3 + 5 = 8`
-  is an equation: it counts as `3 + 5` when its right side is the target, and is wrong otherwise.
-strict: as TinyZero scores it, holes and false negatives included; see `tinyzero.py`.
+robust (default): the answer is the content of the last `<answer>...</answer>` pair; it may have newlines, and text may
+  follow. It is well-formatted if `expression.parse_expression` accepts it. `3 + 5 = 8` is an equation: it counts as
+  `3 + 5` if its right side is the target, and is wrong otherwise.
+strict: TinyZero's scoring, including its false positives and false negatives; see `tinyzero.py`.
 """
 
 import collections
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lpo_jax.errors import UserError
 from lpo_jax.rewards import expression, tinyzero
 from lpo_jax.rewards.answers import last_tagged
+from lpo_jax.rewards.descriptor import Verifier, VerifierDescriptor
+from lpo_jax.rewards.expression import parse_expression
 from lpo_jax.rewards.verdict import Verdict
 
 _EQUATION = re.compile(r"(?P<left>[^=]*)=\s*(?P<right>-?[0-9]{1,30})")
 
 
-def countdown(
+def countdown_verifier(
     *, scores: Sequence[float] = (1.0, 0.1, 0.0), strict: bool = False, use_all: bool = True
-) -> Callable[[str, Mapping[str, Any]], Verdict]:
-    """The Countdown verifier; examples have `numbers` (a list of integers) and `target` (an integer).
+) -> Verifier:
+    """Build the Countdown verifier. Examples have `numbers` (a list of integers) and `target` (an integer).
 
     Args:
-      scores: rewards for correct, wrong but well-formatted, and everything else.
-      strict: score as TinyZero does, for comparison with published numbers.
-      use_all: each given number must be used exactly once; False: at most once. Strict always wants all.
+      scores: rewards for correct answers, for wrong but well-formatted ones, and for all others.
+      strict: whether to score as TinyZero does, for comparison with published numbers.
+      use_all: whether each given number must be used exactly once; False: at most once. Strict mode requires True.
 
     Returns:
-      `(response, example) -> Verdict`.
+      A function `(response, example) -> Verdict`.
 
     Raises:
-      UserError: if `scores` is not three finite numbers.
+      UserError: if `scores` is not three finite numbers, or `strict` is combined with `use_all=False`.
     """
     correct, wrong, malformed = three_scores("countdown", scores)
     if strict and not use_all:
-        raise UserError("countdown: strict scores as TinyZero does, which wants all numbers used")
+        raise UserError(
+            "countdown: strict scores as TinyZero does, which requires all numbers to be used; set use_all: true"
+        )
 
     def verify(response: str, example: Mapping[str, Any]) -> Verdict:
         numbers, target = sorted(int(n) for n in example["numbers"]), int(example["target"])
@@ -53,6 +57,9 @@ def countdown(
     return verify
 
 
+DESCRIPTOR = VerifierDescriptor("countdown", countdown_verifier, fields=("numbers", "target"))
+
+
 def _grade(text: str, numbers: list[int], target: int, use_all: bool) -> tuple[str, dict[str, float | str]]:
     answer = last_tagged(text)
     if answer is None:
@@ -62,7 +69,7 @@ def _grade(text: str, numbers: list[int], target: int, use_all: bool) -> tuple[s
     if len(answer) <= expression.MAX_CHARS and (equation := _EQUATION.fullmatch(answer)):
         answer, claimed = equation["left"], int(equation["right"])
     try:
-        tree = expression.parse(answer)
+        tree = parse_expression(answer)
     except expression.NotAllowed as error:
         return "malformed", parts | {"reason": str(error)}
     value, used = expression.value(tree), expression.integers(tree)
@@ -79,7 +86,7 @@ def _grade(text: str, numbers: list[int], target: int, use_all: bool) -> tuple[s
 
 
 def three_scores(name: str, scores: Sequence[float]) -> tuple[float, float, float]:
-    """Checks the rewards for correct, wrong and malformed answers.
+    """Check the rewards for correct, wrong and malformed answers.
 
     Raises:
       UserError: if they are not three finite numbers.

@@ -1,11 +1,11 @@
-"""Exact arithmetic on expressions that a model wrote: parsed, walked, never evaluated as code."""
+"""Exact arithmetic on expressions that a model wrote. They are parsed and never evaluated as code."""
 
 import ast
 import operator
 import re
 from fractions import Fraction
 
-MAX_CHARS = 200  # with no powers allowed, this bounds the size of every number that can come up
+MAX_CHARS = 200  # powers are not allowed, so this bounds the size of every intermediate number
 MAX_DEPTH = 64
 
 _ALLOWED = re.compile(r"[0-9+\-*/() ]+")
@@ -13,21 +13,21 @@ _OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.m
 
 
 class NotAllowed(ValueError):
-    """The text is not an expression of integers, + - * / and parentheses."""
+    """The text is not an expression of integers, `+ - * /` and parentheses."""
 
 
-def parse(text: str) -> ast.expr:
-    """Parses an expression of non-negative integers with `+ - * /`, unary minus and parentheses.
+def parse_expression(text: str) -> ast.expr:
+    """Parse an expression of non-negative integers with `+ - * /`, unary minus and parentheses.
 
     Args:
-      text: what the model wrote; whitespace of any kind is a space.
+      text: the model's text; any whitespace counts as a space.
 
     Returns:
-      A tree of `BinOp`, `UnaryOp` and integer `Constant` nodes alone.
+      A tree that consists of `BinOp`, `UnaryOp` and integer `Constant` nodes.
 
     Raises:
-      NotAllowed: for anything else, with the reason: powers, floor division, floats, names, calls, digits
-        outside ASCII, more than 200 characters, or more than 64 levels.
+      NotAllowed: for anything else, such as powers, floor division, floats, names, calls, non-ASCII digits, more than
+        200 characters, or more than 64 levels; the message gives the reason.
     """
     if len(text) > MAX_CHARS:
         raise NotAllowed(f"longer than {MAX_CHARS} characters")
@@ -57,7 +57,7 @@ def _check(node: ast.expr, depth: int) -> None:
 
 
 def value(tree: ast.expr) -> Fraction | None:
-    """The exact value of a tree that `parse` let through; None when it divides by zero."""
+    """Return the exact value of a tree from `parse_expression`; None if it divides by zero."""
     try:
         return _value(tree)
     except ZeroDivisionError:
@@ -73,5 +73,5 @@ def _value(node: ast.expr) -> Fraction:
 
 
 def integers(tree: ast.expr) -> list[int]:
-    """The integers that a tree is made of, in ascending order."""
+    """Return the integers in a tree, in ascending order."""
     return sorted(node.value for node in ast.walk(tree) if isinstance(node, ast.Constant))

@@ -1,25 +1,25 @@
-"""Whether a response has the asked structure of tags, whatever it says inside them."""
+"""The verifier for the format of a response: it checks the tags, not their content."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lpo_jax.errors import UserError
+from lpo_jax.rewards.descriptor import Verifier, VerifierDescriptor
 from lpo_jax.rewards.verdict import Verdict
 
 
-def format_tags(*, tags: Sequence[str] = ("think", "answer")) -> Callable[[str, Mapping[str, Any]], Verdict]:
-    """The format verifier: `<think>...</think><answer>...</answer>` and nothing else but whitespace.
+def format_verifier(*, tags: Sequence[str] = ("think", "answer")) -> Verifier:
+    """Build the format verifier: `<think>...</think><answer>...</answer>` and nothing else except whitespace.
 
-    Each tag occurs exactly once, in order, with something between its ends: a format reward that asks for
-    nothing is earned by nothing. Where the template has already opened the first tag, `get("format",
-    prefill="<think>")` puts that text back before the response is judged.
+    Each tag must occur exactly once, in order, and enclose some text, so that an empty response earns no reward. If the
+    template already opens the first tag, `get("format", prefill="<think>")` prepends that text to the response.
 
     Args:
-      tags: the names, in order.
+      tags: the names of the tags, in order.
 
     Returns:
-      `(response, example) -> Verdict`, reward 1 or 0.
+      A function `(response, example) -> Verdict` with reward 1 or 0.
 
     Raises:
       UserError: if a tag is not a word or occurs twice.
@@ -35,7 +35,7 @@ def format_tags(*, tags: Sequence[str] = ("think", "answer")) -> Callable[[str, 
             if response.count(opening) != 1 or response.count(closing) != 1:
                 return _malformed(f"needs exactly one {opening} and one {closing}")
             start, end = response.find(opening), response.find(closing)
-            # Negative where a tag opens before the one in front of it has closed.
+            # `start` is less than `at` if a tag opens before the previous one is closed.
             if start < at or response[at:start].strip():
                 return _malformed(f"something before {opening} that does not belong there")
             if not response[start + len(opening) : end].strip():
@@ -46,6 +46,9 @@ def format_tags(*, tags: Sequence[str] = ("think", "answer")) -> Callable[[str, 
         return Verdict(1.0, "pass")
 
     return verify
+
+
+DESCRIPTOR = VerifierDescriptor("format", format_verifier)
 
 
 def _malformed(reason: str) -> Verdict:

@@ -1,33 +1,35 @@
-"""GSM8K: the number after the last `####`.
+"""The GSM8K verifier: the number after the last `####`.
 
-robust (default): the last line that begins with `####` and a number, wherever it is in the response and
-  whatever is around the number: `#### 1,000`, `#### $18`, `####18`, `#### 18.00`, `#### **18**`,
-  `#### \\boxed{18}`, `#### 18 dollars`, `#### 3 * 6 = 18`, `#### Answer: 18`, `#### 17 1/2`, `#### 17½`. Numbers are
-  compared exactly. Where what follows makes another number of it (`18 000`, `18 or 19`, `18²`, `18 \\cdot 2`,
-  `18 million`) the line holds no number. Without any such line the last box counts.
-strict, flexible: as verl scores them, false negatives included: they see the last 300 characters alone and
-  compare strings. Strict wants `#### ` and digits right behind it, flexible takes the last number of all.
-  References: Cobbe et al., "Training Verifiers to Solve Math Word Problems" (2021); verl,
-  utils/reward_score/gsm8k.py.
+robust (default): the answer is in the last line that begins with `####` and a number, anywhere in the response. Text
+  may surround the number: `#### 1,000`, `#### $18`, `####18`, `#### 18.00`, `#### **18**`, `#### \\boxed{18}`,
+  `#### 18 dollars`, `#### 3 * 6 = 18`, `#### Answer: 18`, `#### 17 1/2`, `#### 17½`. Numbers are compared exactly. If
+  the text after the number makes it a different number (`18 000`, `18 or 19`, `18²`, `18 \\cdot 2`, `18 million`), the
+  line has no number. Without any such line, the last box counts.
+strict, flexible: verl's scoring, including its false negatives. Both see only the last 300 characters and compare
+  strings. Strict requires digits directly after `#### `; flexible takes the last number.
+
+References:
+  Cobbe et al., "Training Verifiers to Solve Math Word Problems" (2021); verl, utils/reward_score/gsm8k.py.
 """
 
 import math
 import re
 import unicodedata
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
 
 from lpo_jax.errors import UserError
 from lpo_jax.rewards.answers import last_boxed
+from lpo_jax.rewards.descriptor import Verifier, VerifierDescriptor
 from lpo_jax.rewards.verdict import Verdict, infrastructure
 
 MODES = ("robust", "strict", "flexible")
-TAIL = 300  # characters that verl looks at
-MAX_CHARS = 200  # of a line that robust looks at
+TAIL = 300  # characters that verl reads, from the end
+MAX_CHARS = 200  # characters of a line that robust reads
 
 _SIGNS = {
-    code: f" {unicodedata.normalize('NFKC', chr(code))}"  # ½ as 1/2, apart from a whole number in front of it
+    code: f" {unicodedata.normalize('NFKC', chr(code))}"  # ½ becomes 1/2, separated from a preceding whole number
     for code in (*range(0xBC, 0xBF), *range(0x2150, 0x215F), 0x2189)
 }
 _SIGNS = {code: text.replace("\u2044", "/") for code, text in _SIGNS.items()}
@@ -36,15 +38,15 @@ _SIGNS |= {ord(sign): "/" for sign in "\u2044\u2215"} | {
 }
 _COMMA = re.compile(r"\\,|\{,\}")
 _FRACTION = re.compile(r"\\[dt]?frac\s*\{([0-9]+)\}\s*\{([0-9]+)\}")
-# What changes the look of a number and not its value. Other commands stay, so that \sqrt{18} is not 18.
+# Markup that changes the look of a number but not its value. Other commands stay, so that \sqrt{18} is not 18.
 _MARKUP = re.compile(
     r"\\(?:text(?:bf|it|rm|normal)?|math(?:bf|it|rm)|mbox|boxed|fbox|bf|quad|qquad|displaystyle|left|right|circ|degree"
     r"|approx|therefore|implies|[rR]ightarrow)(?![A-Za-z])|\\(?![A-Za-z])|[$*{}£€~]"
 )
 _LEAD = r"[^A-Za-z\d.+\-√∛∜≠¹²³⁰⁴-⁹]*"
 _UNSIGNED = r"(?:[0-9][0-9,]*\s+[0-9]+\s*/\s*[0-9]+|(?:[0-9][0-9,]*(?:\.[0-9]*)?|\.[0-9]+)(?:\s*/\s*[0-9]+)?)"
-# A word and a colon may stand in front, a unit behind. Behind these it is another number, or not a single one: more
-# digits, arithmetic, a range, a list, a second guess, a word for a power of ten, a half.
+# A word with a colon may precede the number, and a unit may follow. If one of these follows, the text means another
+# number or several: more digits, arithmetic, a range, a list, an alternative, a word for a power of ten, a half.
 _OTHER = (
     r"\s*\d|\.\d|[_'’]\d|[eE][+-]?\d|\([0-9.+-]|[¹²³⁰⁴-⁹₀-₉]|\s*[\\√∛∜π]"
     r"|\s*(?:[-+*/^:;&|×÷·⋅∙xX—…]|\.{2,}|or|to|and|plus|minus|times|over)\s*[\d(+\-.]"
@@ -59,19 +61,19 @@ _VALUE = re.compile(
 _MIXED = re.compile(r"(?P<whole>[+-]?[0-9,]+)\s+(?P<part>[0-9]+\s*/\s*[0-9]+)")
 
 
-def gsm8k(*, mode: str = "robust", format_score: float = 0.0) -> Callable[[str, Mapping[str, Any]], Verdict]:
-    """The GSM8K verifier; examples have `answer`: the number, or the data set's solution that ends in `#### 42`.
+def gsm8k_verifier(*, mode: str = "robust", format_score: float = 0.0) -> Verifier:
+    """Build the GSM8K verifier. Examples have `answer`: the number, or the dataset's solution that ends in `#### 42`.
 
     Args:
-      mode: "robust", "strict" or "flexible"; see above.
-      format_score: reward of an answer in the asked form that is wrong.
+      mode: "robust", "strict" or "flexible"; see the module's docstring.
+      format_score: reward of a wrong answer in the required form.
 
     Returns:
-      `(response, example) -> Verdict`, reward 1 for the right number. `infrastructure` for every response to a
-      row whose gold answer is no number.
+      A function `(response, example) -> Verdict` with reward 1 for the right number. The outcome is `infrastructure`
+      for every response to a row whose gold answer is not a number.
 
     Raises:
-      UserError: if an option makes no sense.
+      UserError: if an option has an invalid value.
     """
     if mode not in MODES or not math.isfinite(format_score):
         raise UserError(
@@ -94,6 +96,9 @@ def gsm8k(*, mode: str = "robust", format_score: float = 0.0) -> Callable[[str, 
     return verify
 
 
+DESCRIPTOR = VerifierDescriptor("gsm8k", gsm8k_verifier, fields=("answer",))
+
+
 def _robust(response: str) -> str | None:
     for line in reversed(response.split("####")[1:]):
         line = line.lstrip().partition("\n")[0]
@@ -104,21 +109,21 @@ def _robust(response: str) -> str | None:
 
 
 def _number(line: str) -> str | None:
-    """The number that a line begins with, or that stands behind its last equals sign."""
+    """Return the number at the beginning of a line, or after its last equals sign; None if there is none."""
     whole = len(line) <= MAX_CHARS
     line = _COMMA.sub(",", line[:MAX_CHARS].translate(_SIGNS).replace(r"\!", ""))
     line = _FRACTION.sub(r" \1/\2 ", line)
-    # A gap stays behind a digit, so that 3*6 and $3$4 do not become 36 and 34.
+    # Markup after a digit becomes a space, so that 3*6 and $3$4 do not become 36 and 34.
     line = _MARKUP.sub(lambda match: " " * line[: match.start()][-1:].isdigit(), line)
     line = line.rpartition("=")[2].strip()
     match = _ANSWER.match(line)
-    if not match or (match.end() == len(line) and not whole):  # the cut may have gone through the number
+    if not match or (match.end() == len(line) and not whole):  # the number itself may have been cut
         return None
     return match["number"].rstrip(",")
 
 
 def _value(number: str) -> Fraction | None:
-    """The exact value of a number as people write it; None for what is none, such as 1,00."""
+    """Return the exact value of a number in common notation; None if it is not a number, such as 1,00."""
     if len(number) > MAX_CHARS:
         return None
     if mixed := _MIXED.fullmatch(number):  # 2 1/3

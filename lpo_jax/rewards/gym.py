@@ -1,27 +1,28 @@
-"""reasoning-gym's tasks, scored by their own `score_answer` (extra `[envs]`).
+"""The verifier for reasoning-gym's tasks, scored by their own `score_answer` (extra `[envs]`).
 
-Some of its scorers evaluate the answer as Python or through sympy, which evaluates Python too: a model could write
-whatever it liked, and it would be run. Answers to those reach the scorer only if they are the gold answer itself, a
-literal, or arithmetic of bounded size; any other is wrong. What a scorer raises is the answer's fault as well.
+Some of its scorers evaluate the answer as Python, or with sympy, which also evaluates Python: they would run any code
+that a model writes. For these, an answer reaches the scorer only if it is the gold answer itself, a literal, or
+arithmetic of bounded size; any other answer is wrong. If a scorer raises an exception, the answer is wrong too.
 """
 
 import ast
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from lpo_jax.errors import UserError, nearest
 from lpo_jax.rewards.answers import last_tagged
+from lpo_jax.rewards.descriptor import Verifier, VerifierDescriptor
 from lpo_jax.rewards.limits import OutOfTime, cpu_limit
 from lpo_jax.rewards.verdict import Verdict, as_verdict
 
-# Well below the pool's limit on the clock, so that an answer that takes long is scored, and not masked.
+# Well below the pool's wall-clock limit, so that a slow answer is scored and not masked.
 CPU_SECONDS = 2.5
-MAX_CHARS = 2000  # of an answer that a scorer evaluates
-MAX_LENGTH = 20_000  # of any answer, in characters; a scorer's time may grow with the square of it
+MAX_CHARS = 2000  # characters of an answer that a scorer evaluates
+MAX_LENGTH = 20_000  # characters of any answer; a scorer's time may grow with its square
 MAX_DIGITS = 20
-MAX_DEGREE = 1000  # digits grow with the degree: 20,000 are little work
+MAX_DEGREE = 1000  # the number of digits grows with the degree; 20,000 digits are cheap
 
 _EVALUATES = re.compile(r"(?<!\w)(?:eval|exec|compile|sympify)\(")
 _SYMBOLIC = re.compile(r"(?<!\w)(?:parse_expr|parse_latex|simplify)\(")
@@ -29,23 +30,21 @@ _FUNCTIONS = {"sin", "cos", "tan", "cot", "sec", "csc", "asin", "acos", "atan", 
 _FUNCTIONS |= {"log", "ln", "exp", "sqrt", "Abs"}
 
 
-def reasoning_gym(
-    *, dataset: str, config: Mapping[str, Any] | None = None
-) -> Callable[[str, Mapping[str, Any]], Verdict]:
-    """The verifier of one of reasoning-gym's data sets; examples are its entries (`question, answer, metadata`).
+def reasoning_gym_verifier(*, dataset: str, config: Mapping[str, Any] | None = None) -> Verifier:
+    """Build the verifier of one of reasoning-gym's datasets. Examples are its entries (`question, answer, metadata`).
 
-    The answer is what the last `<answer>...</answer>` holds; the reward is the score that the data set gives it, 0 to
-    1, often a little for an answer that is wrong; 1 passes.
+    The answer is the content of the last `<answer>...</answer>` pair. The reward is the dataset's score, from 0 to 1,
+    which often gives partial credit to a wrong answer; 1 counts as `pass`.
 
     Args:
-      dataset: its name, such as `"leg_counting"`.
-      config: its own options.
+      dataset: the name of the dataset, such as `"leg_counting"`.
+      config: the dataset's own options.
 
     Returns:
-      `(response, example) -> Verdict`.
+      A function `(response, example) -> Verdict`.
 
     Raises:
-      UserError: if the package, the data set or an option of it is not there.
+      UserError: if the package is not installed, or the dataset or an option is unknown or invalid.
     """
     data = open_dataset(dataset, config, seed=0, size=1)
     scorer = inspect.getsource(type(data).score_answer)
@@ -79,11 +78,22 @@ def reasoning_gym(
     return verify
 
 
+DESCRIPTOR = VerifierDescriptor(
+    "reasoning-gym", reasoning_gym_verifier, ("question", "answer", "metadata"), least_timeout=2 * CPU_SECONDS
+)
+
+
 def open_dataset(name: str, config: Mapping[str, Any] | None, *, seed: int, size: int) -> Any:
-    """A data set of reasoning-gym.
+    """Open a dataset of reasoning-gym.
+
+    Args:
+      name: the name of the dataset.
+      config: the dataset's own options, without seed and size.
+      seed: seed of the entries.
+      size: number of entries.
 
     Raises:
-      UserError: if the package, the data set or an option of it is not there, or makes no sense to it.
+      UserError: if the package is not installed, or the dataset or an option is unknown or invalid.
     """
     try:
         from reasoning_gym.factory import DATASETS, create_dataset
@@ -91,15 +101,15 @@ def open_dataset(name: str, config: Mapping[str, Any] | None, *, seed: int, size
         raise UserError(f"reasoning-gym is not installed ({error}): pip install 'lpo_jax[envs]'") from None
     if name not in DATASETS:
         raise UserError(
-            f"reasoning-gym has no data set {name!r}{nearest(name, DATASETS)}; it has {len(DATASETS)}"
+            f"reasoning-gym has no dataset {name!r}{nearest(name, DATASETS)}; it has {len(DATASETS)} datasets"
         )
     if not isinstance(config, Mapping | None) or {"seed", "size"} & set(config or {}):
         raise UserError(
-            f"reasoning-gym {name}: config is {config!r}, but has to be a mapping without seed and size"
+            f"reasoning-gym {name}: config is {config!r}, but must be a mapping without seed and size"
         )
     try:
         return create_dataset(name, seed=seed, size=size, **(config or {}))
-    except Exception as error:  # assertions, mostly; they say which option
+    except Exception as error:  # mostly assertions, whose messages name the option
         raise UserError(
             f"reasoning-gym {name}: {type(error).__name__}: {' '.join(str(error).split())}"
         ) from None
@@ -114,7 +124,7 @@ def _literal(text: str) -> bool:
 
 
 def _arithmetic(text: str) -> bool:
-    """Whether a text is an expression of numbers, single letters and usual functions, and of bounded size."""
+    """Return whether a text is an expression of numbers, single letters and common functions, of bounded size."""
     try:
         return len(text) <= MAX_CHARS and _degree(ast.parse(text.strip(), mode="eval").body) <= MAX_DEGREE
     except (ValueError, SyntaxError, RecursionError, MemoryError, OverflowError):
@@ -122,10 +132,10 @@ def _arithmetic(text: str) -> bool:
 
 
 def _degree(node: ast.expr) -> float:
-    """The degree of an expression, numbers taken for variables.
+    """Return the degree of an expression, counting numbers as variables.
 
     Raises:
-      ValueError: if it is none, or an exponent no number.
+      ValueError: if the node is not such an expression, or an exponent is not a number.
     """
     match node:
         case ast.Constant(int() | float() as number) if len(str(number)) <= MAX_DIGITS:
@@ -146,10 +156,10 @@ def _degree(node: ast.expr) -> float:
 
 
 def _exponent(node: ast.expr) -> float:
-    """The size of an exponent such as 3, -2 or 3/2; 1 for one without numbers, such as x.
+    """Return an upper bound on an exponent such as 3, -2 or 3/2; for one without numbers, such as x, its degree.
 
     Raises:
-      ValueError: if it is a number that has to be worked out first.
+      ValueError: if the exponent is a number that would have to be computed first.
     """
     match node:
         case ast.Constant(int() | float() as number):

@@ -1,18 +1,21 @@
-r"""MATH answers compared as strings, as Hendrycks et al. did and verl does: for comparison with published numbers.
+r"""Comparison of MATH answers as strings, as in Hendrycks et al. and verl, for comparison with published numbers.
 
-Kept to the letter, false negatives included: `\frac{2}{4}` is not `\frac{1}{2}`, `1,000` is not `1000`, `x=5` is
-5 but `\alpha=5` is not. References: Hendrycks et al., "Measuring Mathematical Problem Solving with the MATH
-Dataset" (2021), math_equivalence.py; verl, utils/reward_score/math_reward.py.
+The original is reproduced exactly, including its false negatives: `\frac{2}{4}` differs from `\frac{1}{2}`, and `1,000`
+from `1000`; `x=5` equals 5, but `\alpha=5` does not.
+
+References:
+  Hendrycks et al., "Measuring Mathematical Problem Solving with the MATH Dataset" (2021), math_equivalence.py; verl,
+  utils/reward_score/math_reward.py.
 """
 
 import re
 
 
 def boxed(text: str) -> str | None:
-    r"""What the last box holds, as verl finds it; None where it finds none.
+    r"""Return the content of the last box as verl finds it; None if it finds none.
 
-    The text behind the last `\boxed ` with a space, up to the next dollar sign, if there is such a box
-    anywhere; else the last `\boxed{...}`. Where the braces of the very last one do not match there is none.
+    If `\boxed ` with a space occurs anywhere, the content is the text after its last occurrence, up to the next dollar
+    sign. Otherwise it is that of the last `\boxed{...}`; if the braces of that one do not match, there is no box.
     """
     if "\\boxed " in text:
         return text.split("\\boxed ")[-1].split("$")[0]
@@ -27,7 +30,7 @@ def boxed(text: str) -> str | None:
 
 
 def equal(answer: str, gold: str) -> bool:
-    """Whether two answers are the same once stripped; as they are, where one cannot be stripped."""
+    """Return whether two answers are equal after `strip`; if `strip` fails on one, whether they are identical."""
     try:
         return strip(answer) == strip(gold)
     except (ValueError, IndexError):
@@ -35,10 +38,10 @@ def equal(answer: str, gold: str) -> bool:
 
 
 def strip(text: str) -> str:
-    r"""Removes what LaTeX can say in several ways, and units that follow `\text{ `.
+    r"""Normalise LaTeX that has several spellings, and remove units that follow `\text{ `.
 
     Raises:
-      ValueError, IndexError: for the malformed commands that the original fails on.
+      ValueError, IndexError: for malformed commands, on which the original fails too.
     """
     for before, after in (
         ("\n", ""),
@@ -53,7 +56,7 @@ def strip(text: str) -> str:
         ("\\$", ""),
     ):
         text = text.replace(before, after)
-    if "\\text{ " in text:  # in this data it only ever begins a unit
+    if "\\text{ " in text:  # in MATH it always begins a unit
         text, _ = text.split("\\text{ ")
     text = text.replace("\\\\%", "").replace("\\%", "").replace(" .", " 0.").replace("{.", "{0.")
     if not text:
@@ -68,7 +71,7 @@ def strip(text: str) -> str:
 
 
 def _roots(text: str) -> str:
-    """sqrt3 as sqrt{3}."""
+    """Write sqrt3 as sqrt{3}."""
     first, *rest = text.split("\\sqrt")
     return first + "".join(
         "\\sqrt" + (part if part[0] == "{" else "{" + part[0] + "}" + part[1:]) for part in rest
@@ -76,7 +79,7 @@ def _roots(text: str) -> str:
 
 
 def _fractions(text: str) -> str:
-    """frac12 as frac{1}{2}, and frac1{72} as frac{1}{72}."""
+    """Write frac12 as frac{1}{2}, and frac1{72} as frac{1}{72}."""
     result, *rest = text.split("\\frac")
     for part in rest:
         if part[0] == "{":
@@ -91,7 +94,7 @@ def _fractions(text: str) -> str:
 
 
 def _slash(text: str) -> str:
-    """3/4, of integers written as Python writes them, as frac{3}{4}."""
+    """Write 3/4 as frac{3}{4}, if both are integers as Python prints them."""
     sides = text.split("/")
     try:
         top, bottom = map(int, sides)

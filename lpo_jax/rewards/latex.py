@@ -1,6 +1,6 @@
-r"""One spelling for what is written in many: the LaTeX of answers.
+r"""Canonical spelling of the LaTeX of answers.
 
-`\dfrac12`, `\tfrac{1}{2}` and `\frac 1 2` become `\frac{1}{2}`; sizes, spacing, dollar signs and fonts go;
+`\dfrac12`, `\tfrac{1}{2}` and `\frac 1 2` become `\frac{1}{2}`. Sizes, spacing, dollar signs and fonts are removed.
 Unicode signs, plain `sqrt(2)` and `**` become commands. Nothing is evaluated.
 """
 
@@ -46,9 +46,9 @@ _UNICODE = str.maketrans(
 )
 _UNICODE |= {
     code: "\\frac{{{}}}{{{}}}".format(*unicodedata.normalize("NFKC", chr(code)).split("\u2044"))
-    for code in (*range(0xBC, 0xBF), *range(0x2150, 0x215F), 0x2189)  # ½ and its relatives
+    for code in (*range(0xBC, 0xBF), *range(0x2150, 0x215F), 0x2189)  # ½ and the other vulgar fractions
 }
-# 10,\!080 and 10{,}080 and 10\,080: a separator that can only be meant for thousands.
+# 10,\!080 and 10{,}080 and 10\,080: separators that can only separate thousands.
 _THOUSANDS = re.compile(r"(?<=[0-9])(?:,\s*\\!\s*|\\!\s*,\s*|\{\s*,\s*\}\s*|\\[,; ]|~)(?=[0-9]{3}(?![0-9]))")
 _ROW_GAP = re.compile(r"(?<=\\\\)\s*\[-?[0-9.]+(?:pt|em|ex|mm|cm)\]")  # \\[2pt]
 _TEXT = r"\\(?:text|mbox|hbox|textrm|textbf|textit|textnormal|mathrm|rm)\b\s*"
@@ -61,7 +61,7 @@ def _conjunction(word: str, commands: str) -> re.Pattern[str]:
 
 
 _AND, _OR = _conjunction("and", "land|wedge"), _conjunction("or", "lor|vee")
-# 1 4/5 is 9/5, but neither 2 1 4/5 nor x^2 1/2 has a mixed number in it.
+# 1 4/5 is 9/5, but 2 1 4/5 and x^2 1/2 contain no mixed number.
 _PLAIN_MIXED = re.compile(
     r"(?<![0-9A-Za-z.,^_}/])(?<![0-9A-Za-z]\s)(0|[1-9][0-9]*)\s+([1-9][0-9]*)\s*/\s*([1-9][0-9]*)(?![0-9!^({])(?![.,][0-9])"
 )
@@ -72,7 +72,7 @@ _REALS = re.compile(r"\\(?:R|reals|Reals|Bbb\s*\{?R\}?)(?![A-Za-z])")
 _WORDS = re.compile(
     r"(?<![A-Za-z\\])(sqrt|pi|infinity|infty|sin|cos|tan|arcsin|arccos|arctan|log|ln|exp|theta)(?![A-Za-z])"
 )
-# 575 students, 5 cm, 5cm^2: words after a number are its unit.
+# 575 students, 5 cm, 5cm^2: the words after a number are its unit.
 _BARE_UNIT = re.compile(
     r"(?<=[0-9}])(?:\s+([A-Za-z]{3,}(?:\s+[A-Za-z]{2,}){0,3})|\s*(cm|mm|km|kg|ft|mph|in))"
     r"(?=\s*(?:\^\s*\{?[23]\}?)?\s*(?:[.,;)\]]|\\lor|$))"
@@ -143,14 +143,14 @@ _ARGUMENTS = {
 
 
 class Unreadable(ValueError):
-    """The text is not well-formed LaTeX: its braces do not match, or it is nested too deep."""
+    """The text is not well-formed LaTeX: its braces do not match, or it is nested too deeply."""
 
 
 def canonical(text: str) -> str:
-    r"""The text in one spelling, without spaces that mean nothing.
+    r"""Return the text in canonical spelling, without meaningless spaces.
 
-    Every argument is in braces, a text is `\text{words with single spaces}`, `and` between values is a comma, and `or`
-    is `\lor`. A space stays between two numbers, and after a command in front of a letter.
+    Every argument is in braces, text is `\text{words with single spaces}`, `and` between values becomes a comma, and
+    `or` becomes `\lor`. A space is kept between two numbers, and between a command and a letter.
 
     Raises:
       Unreadable: if braces do not match, an argument is missing or the nesting is deeper than 40.
@@ -173,7 +173,7 @@ def _as_fraction(mixed: re.Match[str]) -> str:
 
 
 def _bars(text: str) -> str:
-    """`abs(x)` as `|x|`; as it is where bars are inside already, for which of them belong together is not sure then."""
+    """Write `abs(x)` as `|x|`, unless x has bars itself, which would make the pairs of bars ambiguous."""
     for match in reversed([*_ABS.finditer(text)]):
         depth, end = 1, match.end()
         while depth and end < len(text):
@@ -186,13 +186,13 @@ def _bars(text: str) -> str:
 
 
 class _Reader:
-    """Walks over the tokens once."""
+    """A recursive-descent parser that rewrites a list of tokens in one pass."""
 
     def __init__(self, tokens: list[str]):
         self._tokens, self._at = tokens, 0
 
     def sequence(self, closing: str | None, depth: int) -> str:
-        """All up to the closing token (or the end), in canonical spelling."""
+        """Return everything up to the closing token (or the end) in canonical spelling."""
         if depth > MAX_DEPTH:
             raise Unreadable(f"nested deeper than {MAX_DEPTH} levels")
         out, space = "", False
@@ -213,13 +213,13 @@ class _Reader:
             if token.isspace() or token in _SPACES:
                 space = True
                 continue
-            piece = self._piece(token, depth)
-            if not piece:
+            element = self._element(token, depth)
+            if not element:
                 continue
-            out += _gap(out, piece, space) + piece
+            out += _gap(out, element, space) + element
             space = False
 
-    def _piece(self, token: str, depth: int) -> str:
+    def _element(self, token: str, depth: int) -> str:
         token = _RENAMED.get(token, token)
         if token in _DROPPED:
             if token in (r"\left", r"\right") and self._next() == ".":
@@ -240,7 +240,7 @@ class _Reader:
         return token + option + "".join("{" + argument + "}" for argument in arguments)
 
     def _next(self) -> str | None:
-        """The next token that is not space, left where it is."""
+        """Skip spaces and return the next token without consuming it; None at the end."""
         while self._at < len(self._tokens):
             token = self._tokens[self._at]
             if not token.isspace() and token not in _SPACES:
@@ -249,7 +249,7 @@ class _Reader:
         return None
 
     def _argument(self, command: str, depth: int) -> str:
-        """One group, or one token; but x^10, x^-1, x^(n+1) and sqrt(2) mean what they mean in plain text."""
+        """Return one group or token; x^10, x^-1, x^(n+1) and sqrt(2) have their plain-text meaning."""
         token = self._next()
         if token is None or token == "}":
             raise Unreadable(f"{command} lacks its argument")
@@ -264,7 +264,7 @@ class _Reader:
             while self._at < len(self._tokens) and self._tokens[self._at].isdigit():
                 token += self._tokens[self._at]
                 self._at += 1
-        return self._piece(token, depth)
+        return self._element(token, depth)
 
     def _text(self) -> str:
         if self._next() != "{":
@@ -284,10 +284,10 @@ class _Reader:
         return r"\text{" + words + "}"
 
 
-def _gap(before: str, piece: str, space: bool) -> str:
-    if space and before[-1:].isdigit() and piece[0].isdigit():
+def _gap(before: str, element: str, space: bool) -> str:
+    if space and before[-1:].isdigit() and element[0].isdigit():
         return " "
     command = before.rfind("\\")
-    if piece[0].isalpha() and command >= 0 and _COMMAND.fullmatch(before, command):
+    if element[0].isalpha() and command >= 0 and _COMMAND.fullmatch(before, command):
         return " "
     return ""

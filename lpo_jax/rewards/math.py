@@ -1,60 +1,63 @@
-r"""Mathematics: the answer in the last `\boxed{}`, compared with the gold answer by value.
+r"""The mathematics verifier: the answer in the last `\boxed{}`, compared with the gold answer by value.
 
-robust (default): answers are taken apart (lists in any order, tuples, intervals, matrices, equations), and their
-  scalars are equal if they are written the same, or are the same rational number, exactly; what has roots,
-  letters or functions goes to sympy, through math-verify's grammar. No decimal is ever near enough: 0.333 is
-  not 1/3. A unit or a percent sign that only one side wrote does no harm, another unit does.
-strict: as verl scores it, string against string, except that an empty box never passes; see `hendrycks.py`.
+robust (default): answers are parsed into lists (in any order), tuples, intervals, matrices, equations and scalars. Two
+  scalars are equal if they have the same spelling or are exactly the same rational number. Scalars with roots, letters
+  or functions are compared by sympy, through math-verify's grammar. Decimals are never rounded: 0.333 is not 1/3. A
+  unit or a percent sign may be missing on one side, but different units make the answer wrong.
+strict: verl's scoring, which compares strings, except that an empty box never passes; see `hendrycks.py`.
 
-What a model writes is bounded before it is read (2,000 characters), before it is evaluated (32,768 bits), and
-in processor time. What is out of bounds is the answer's fault and earns nothing; it is never masked.
+The model's answer is bounded before it is parsed (2,000 characters), before it is evaluated (32,768 bits), and in
+processor time. Exceeding a bound is the answer's fault: it earns no reward and is never masked.
 """
 
 import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
 
 from lpo_jax.errors import UserError
 from lpo_jax.rewards import hendrycks, rational, structure
 from lpo_jax.rewards.answers import last_boxed, last_line_after
+from lpo_jax.rewards.descriptor import Verifier, VerifierDescriptor
 from lpo_jax.rewards.latex import Unreadable
 from lpo_jax.rewards.limits import OutOfTime, cpu_limit
 from lpo_jax.rewards.structure import Value
 from lpo_jax.rewards.units import clash
 from lpo_jax.rewards.verdict import Verdict, infrastructure
 
-# For the comparison in sympy, and half as much before it. Most answers take microseconds or milliseconds, hard ones a
-# tenth of a second.
+# Processor time for the comparison in sympy; the comparison before it gets half as much. Most answers take microseconds
+# or milliseconds, hard ones a tenth of a second.
 CPU_SECONDS = 1.0
 
 _ALTERNATIVES = re.compile(r"\\text\{\s*OR\s*\}")
 
 
-def math(*, mode: str = "robust", extract: str = "boxed") -> Callable[[str, Mapping[str, Any]], Verdict]:
-    r"""The mathematics verifier; examples have `answer`, LaTeX or a number.
+def math_verifier(*, mode: str = "robust", extract: str = "boxed") -> Verifier:
+    r"""Build the mathematics verifier. Examples have `answer`, LaTeX or a number.
 
     Args:
       mode: "robust", or "strict" for verl's string equality.
-      extract: "boxed", the last `\boxed{}` or `\fbox{}`; or "answer_line", what follows the last `Answer:` on its
-        line, as DAPO's prompt asks for it (robust only).
+      extract: "boxed" takes the last `\boxed{}` or `\fbox{}`; "answer_line" takes the rest of the line after the last
+        `Answer:`, as DAPO's prompt requires (only with "robust").
 
     Returns:
-      `(response, example) -> Verdict`, reward 1 or 0. Besides `pass` and `wrong`: `malformed` without an answer
-      in that form, `timeout` for one that takes more than 1.5 s of processor time or too much memory,
-      `infrastructure` for every response to a row whose gold answer cannot be read (see `parses`; strict, which
-      reads nothing, takes any that is not empty).
+      A function `(response, example) -> Verdict` with reward 1 or 0. Outcomes other than `pass` and `wrong`:
+      `malformed` for a response without an answer in that form; `timeout` for an answer that takes more than 1.5 s of
+      processor time or too much memory; `infrastructure` for every response to a row whose gold answer cannot be parsed
+      (see `parses`). Strict mode parses nothing and accepts any gold answer that is not empty.
 
     Raises:
-      UserError: if an option is not one of these.
+      UserError: if an option has an invalid value.
     """
     if mode not in ("robust", "strict") or extract not in ("boxed", "answer_line"):
         raise UserError(
-            f"math: mode {mode!r}, extract {extract!r}: mode is robust or strict, extract boxed or answer_line"
+            f"math: mode {mode!r}, extract {extract!r}: mode is robust or strict, extract is boxed or answer_line"
         )
     if mode == "strict" and extract != "boxed":
-        raise UserError("math: strict reads \\boxed{} as verl does; answer_line goes with robust")
+        raise UserError(
+            "math: mode strict reads \\boxed{} as verl does; use extract answer_line with mode robust"
+        )
 
     def verify(response: str, example: Mapping[str, Any]) -> Verdict:
         gold = str(example["answer"])
@@ -79,8 +82,8 @@ def math(*, mode: str = "robust", extract: str = "boxed") -> Callable[[str, Mapp
         except (OutOfTime, MemoryError) as error:
             return Verdict(0.0, "timeout", parts | {"reason": str(error) or "out of memory"})
         except ImportError:
-            raise  # the installation's fault
-        except Exception as error:  # sympy raises many kinds; the answer must not escape its 0 by one of them
+            raise  # an error of the installation, not of the answer
+        except Exception as error:  # sympy raises many kinds, and none of them may mask a wrong answer
             reason = f"the comparison raised {type(error).__name__}: {error}"[:200]
             return Verdict(0.0, "wrong", parts | {"reason": reason})
         return Verdict(float(outcome == "pass"), outcome, parts)
@@ -88,21 +91,31 @@ def math(*, mode: str = "robust", extract: str = "boxed") -> Callable[[str, Mapp
     return verify
 
 
-def parses(answer: str) -> bool:
-    """Whether a gold answer can be compared with: well-formed, not empty, and no prose.
+DESCRIPTOR = VerifierDescriptor(
+    "math",
+    math_verifier,
+    fields=("answer",),
+    slow_imports=("lpo_jax.rewards.symbolic",),
+    memory=2 << 30,
+    least_timeout=2 * 1.5 * CPU_SECONDS,  # twice the processor time that an answer may take
+)
 
-    A row without such an answer teaches nothing: the verifier masks every response to it. Takes microseconds.
+
+def parses(answer: str) -> bool:
+    """Return whether a gold answer can be parsed: it is well-formed, not empty, and not prose.
+
+    The verifier masks every response to a row whose gold answer cannot be parsed. This takes microseconds.
     """
     return bool(_gold(answer))
 
 
 @functools.lru_cache(maxsize=4096)
 def _gold(answer: str) -> tuple[Value, ...]:
-    """All readings of a gold answer: some rows offer alternatives, 'A OR B'. Empty when it cannot be read."""
+    """Return all readings of a gold answer, which may offer alternatives ('A OR B'); empty if it cannot be parsed."""
     if "\\boxed" in answer:
         answer = last_boxed(answer) or ""
     try:
-        return tuple(value for part in _ALTERNATIVES.split(answer) for value in structure.read(part))
+        return tuple(value for part in _ALTERNATIVES.split(answer) for value in structure.read_answer(part))
     except (Unreadable, RecursionError):
         return ()
 
@@ -121,12 +134,12 @@ def _same(gold: str, answer: str) -> bool:
         return bool(verdict)
 
     with cpu_limit(CPU_SECONDS / 2):
-        pairs = [(g, a) for a in structure.read(answer) for g in _gold(gold)]
-        if any(structure.same(g, a, cheaply) for g, a in pairs):
+        pairs = [(g, a) for a in structure.read_answer(answer) for g in _gold(gold)]
+        if any(structure.same_answer(g, a, cheaply) for g, a in pairs):
             return True
     if not any(undecided):
         return False
-    from lpo_jax.rewards import symbolic  # imports sympy, which most answers do without
+    from lpo_jax.rewards import symbolic  # imports sympy, which most answers do not need
 
     def thoroughly(g: Value, a: Value) -> bool:
         verdict = _same_exactly(g, a)
@@ -137,7 +150,7 @@ def _same(gold: str, answer: str) -> bool:
         return symbolic.equal(g.text, a.text)
 
     with cpu_limit(CPU_SECONDS):
-        return any(structure.same(g, a, thoroughly) for g, a in pairs)
+        return any(structure.same_answer(g, a, thoroughly) for g, a in pairs)
 
 
 def _sides(equation: Value) -> tuple[str, str]:
@@ -146,7 +159,7 @@ def _sides(equation: Value) -> tuple[str, str]:
 
 
 def _same_exactly(gold: Value, answer: Value) -> bool | None:
-    """Without sympy: the same text or the same rational number; None where that does not decide."""
+    """Compare two scalars or equations without sympy, by text and rational value; return None if undecided."""
     if gold.kind == "equation":
         scalars = all(part.kind == "scalar" for part in (*gold.parts, *answer.parts))
         return None if scalars and len(gold.parts) == len(answer.parts) == 2 else False
@@ -162,7 +175,11 @@ def _same_exactly(gold: Value, answer: Value) -> bool | None:
 
 
 def _same_number(gold: Fraction, answer: Fraction, gold_percent: bool, answer_percent: bool) -> bool:
-    """8% is 8 where the question asked for percents, and 0.08; but a gold answer of 1 or less may be a share."""
+    """Compare numbers, of which one may have a percent sign.
+
+    8% equals 0.08. It also equals 8, because the question may ask for a percentage; but a gold answer of at most 1 may
+    be a fraction, and then 1% does not equal 1.
+    """
     if gold_percent == answer_percent:
         return gold == answer
     if gold_percent:

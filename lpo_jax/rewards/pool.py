@@ -1,9 +1,9 @@
-"""Verifiers in processes that can be killed.
+"""A pool of worker processes that run a verifier.
 
-The parent holds the clock: a worker that takes longer than the limit over one item is killed with all it
-started and replaced, and the item's verdict is `infrastructure`. Workers are started by `python -c`, never
-forked (a fork of a process that runs jax may deadlock) and not by `multiprocessing` (which would run the
-user's main script again).
+The parent process enforces the wall-clock limit: a worker that exceeds it on one item is killed together with all the
+processes that it started, and is replaced; the item's verdict is `infrastructure`. Workers are started with `python
+-c`. They are not forked, because a fork of a process that runs JAX may deadlock, and not started by `multiprocessing`,
+which would run the user's main script again.
 """
 
 import contextlib
@@ -18,7 +18,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lpo_jax.errors import UserError
-from lpo_jax.rewards.code import confine
 from lpo_jax.rewards.registry import VerifierSpec
 from lpo_jax.rewards.verdict import Verdict, infrastructure
 from lpo_jax.rewards.worker_process import BadReply, WorkerProcess
@@ -30,62 +29,64 @@ _log = logging.getLogger(__name__)
 
 def _stop_all(workers: list[WorkerProcess], owner: int) -> None:
     if os.getpid() != owner:
-        return  # a forked copy of the trainer ends; the workers are not its own
+        return  # this is a forked copy of the trainer; the workers belong to the original
     for worker in workers:
-        worker.line.close()  # all leave at once, and are then collected one by one
+        worker.socket.close()  # all workers exit at the same time, and are then reaped one by one
     while workers:
         worker = workers.pop()
         worker.stop(wait=1.0 if worker.idle else 0.0)
 
 
 class Judging:
-    """Responses that are judged while others are still to come; made by `VerifierPool.judging`."""
+    """Responses that are judged while more are submitted; created by `VerifierPool.judging`."""
 
     def __init__(self):
         self.items: list[tuple[str, Mapping[str, Any]]] = []
         self.settled: dict[int, Verdict] = {}
-        self.complete = False  # nothing more will be submitted
+        self.complete = False  # True once no more responses will be submitted
         self.error: BaseException | None = None
-        self.bell, self.ring = socket.socketpair()  # wakes the thread that waits for workers
-        for end in (self.bell, self.ring):
+        self.wake_reader, self.wake_writer = socket.socketpair()  # wakes the thread that waits for workers
+        for end in (self.wake_reader, self.wake_writer):
             end.setblocking(False)
 
     def submit(self, response: str, example: Mapping[str, Any]) -> None:
-        """Hands in one response (without prompt and prefill) to the data row `example`; returns at once."""
+        """Submit one response (without prompt and prefill) to the data row `example`. Returns immediately."""
         self.items.append((response, example))
         self.wake()
 
     @property
     def verdicts(self) -> list[Verdict]:
-        """In the order of submission, once the `with` is left."""
+        """The verdicts in the order of submission; available after the `with` block has ended."""
         return [self.settled[item] for item in range(len(self.items))]
 
     def wake(self) -> None:
-        with contextlib.suppress(BlockingIOError):  # it has been rung often enough
-            self.ring.send(b"!")
+        """Wake the thread that waits for workers."""
+        with contextlib.suppress(BlockingIOError):  # enough wake-ups are pending
+            self.wake_writer.send(b"!")
 
 
 class VerifierPool:
-    """Runs one verifier in worker processes, each item under a wall-clock limit.
+    """Runs one verifier in worker processes, with a wall-clock limit for each item.
 
-    Use it as a context manager, or call `close`; leaving the interpreter closes it too. An exception inside
-    `verify` or `judging` (Ctrl-C, say) closes it at once. Safe to use from several threads, one call at a time.
+    Use it as a context manager, or call `close`; interpreter exit also closes it. An exception inside `verify` or
+    `judging` (such as Ctrl-C) closes it immediately. It may be used from several threads; their calls run one at a
+    time.
 
     Args:
-      verifier: a `VerifierSpec`, or its source alone.
-      workers: number of processes, at all times; by default one a core, at most 8.
-      timeout: seconds of wall clock for one item.
-      recycle_after: items after which a worker is replaced by a fresh one, so that leaks stay bounded.
-      start_timeout: seconds for a worker to import the verifier.
-      allow_weak_sandbox: whether the code verifier may run programs where they cannot be kept from reading
-        this user's files; see `sandbox.py`. Others run none.
+      verifier: a `VerifierSpec`, or only its source.
+      workers: the constant number of processes; by default one per core, at most 8.
+      timeout: wall-clock limit for one item, in seconds.
+      recycle_after: number of items after which a worker is replaced, so that memory leaks stay bounded.
+      start_timeout: wall-clock limit for a worker to import the verifier, in seconds.
+      allow_weak_sandbox: whether the code verifier may run programs in a sandbox in which they can read this user's
+        files; see `sandbox.py`. Other verifiers run no programs.
 
     Attributes:
       sandbox: the kind of sandbox that programs run in; empty for a verifier that runs none.
 
     Raises:
-      UserError: if an argument makes no sense, the verifier cannot be loaded, or programs cannot be confined;
-        known before the constructor returns.
+      UserError: if an argument is invalid, the verifier cannot be loaded, or programs cannot be confined. All of this
+        is checked before the constructor returns.
     """
 
     def __init__(
@@ -105,12 +106,10 @@ class VerifierPool:
                 f"start_timeout {start_timeout}: all must be positive"
             )
         spec = VerifierSpec(verifier) if isinstance(verifier, str) else verifier
-        self._spec, self.sandbox = confine(spec, allow_weak=allow_weak_sandbox, timeout=timeout)
+        self._spec, self.sandbox = spec.confined(allow_weak=allow_weak_sandbox, timeout=timeout)
         self._timeout, self._recycle_after, self._start_timeout = timeout, recycle_after, start_timeout
         self._lock = threading.Lock()
-        self._attempts = (
-            1  # at first a worker that does not start is an error; in a long run it gets more tries
-        )
+        self._attempts = 1  # the first start must succeed; later in a run, starts are retried
         self._failed_starts = 0
         self._workers: list[WorkerProcess] = []
         self._job: Judging | None = None
@@ -131,30 +130,29 @@ class VerifierPool:
         self.close()
 
     def close(self) -> None:
-        """Ends all workers and waits for them. Calling it again does nothing."""
+        """End all workers and wait for them. Further calls do nothing."""
         self._close()
 
     @property
     def pids(self) -> list[int]:
-        """Process ids of the workers, for logs and tests."""
+        """The process ids of the workers, for logs and tests."""
         return [worker.process.pid for worker in self._workers]
 
     def verify(self, responses: Sequence[str], examples: Sequence[Mapping[str, Any]]) -> list[Verdict]:
-        """Judges responses, in parallel.
+        """Judge responses in parallel.
 
         Args:
-          responses: texts, without prompt and prefill.
-          examples: the data row of each.
+          responses: the texts, without prompt and prefill.
+          examples: the data row of each response.
 
         Returns:
-          Verdicts in the order of the responses, the same for any number of workers. One that could not be
-          reached (the verifier raised, hung, died, or returned no finite number) is `infrastructure` and
-          `masked`.
+          The verdicts in the order of the responses, the same for any number of workers. If the verifier raised, hung,
+          died or returned no finite number, the verdict is `infrastructure` and `masked`.
 
         Raises:
           ValueError: if the lengths differ.
           RuntimeError: if the pool is closed.
-          UserError: if workers die again and again while they start.
+          UserError: if replacement workers repeatedly fail to start.
         """
         if len(responses) != len(examples):
             raise ValueError(f"{len(responses)} responses but {len(examples)} examples")
@@ -166,13 +164,13 @@ class VerifierPool:
 
     @contextlib.contextmanager
     def judging(self) -> Iterator[Judging]:
-        """Judges what is submitted inside the `with` while its body goes on; leaving it waits for the rest.
+        """Judge responses while the body of the `with` statement submits them; leaving it waits for the rest.
 
-        The verdicts are those of `verify`, whose guarantees hold here too.
+        The verdicts and guarantees are those of `verify`.
 
         Raises:
           RuntimeError: if the pool is closed.
-          UserError: if workers die again and again while they start.
+          UserError: if replacement workers repeatedly fail to start.
         """
         job = Judging()
         with self._alone(job):
@@ -188,20 +186,20 @@ class VerifierPool:
                 raise
             finally:
                 job.wake()
-                thread.join()  # on an error at once: nobody else may touch the workers that are closed then
+                thread.join()  # also after an error: no other thread may use the workers once they are closed
             if job.error:
                 raise job.error
 
     @contextlib.contextmanager
     def _alone(self, job: Judging) -> Iterator[None]:
-        with self._lock, job.bell, job.ring:
+        with self._lock, job.wake_reader, job.wake_writer:
             if not self._close.alive:
                 raise RuntimeError("the verifier pool is closed")
             self._job = job
             try:
                 yield
             except BaseException:
-                self.close()  # items are still out: their replies would be taken for those of the next call
+                self.close()  # otherwise pending replies would be taken for those of the next call
                 raise
             finally:
                 self._job = None
@@ -213,25 +211,28 @@ class VerifierPool:
             job.error = job.error or error
 
     def _judge(self, job: Judging) -> None:
-        """Settles items until there are no more to come."""
-        given = 0
+        """Judge items until all that were submitted have a verdict and no more will come."""
+        started = 0
         if job.items or not job.complete:
-            self._step(wait=0)  # workers that died since the last call must not cost an item
+            self._step(wait=0)  # replaces workers that died since the last call
         while not job.error and not (job.complete and len(job.settled) == len(job.items)):
             for worker in self._workers:
-                if worker.idle and given < len(job.items):
-                    worker.item, given = given, given + 1
-                    worker.ask(self._timeout, *job.items[worker.item])
+                if worker.idle and started < len(job.items):
+                    worker.item, started = started, started + 1
+                    worker.request(self._timeout, *job.items[worker.item])
             job.settled.update(self._step())
 
     def _start(self) -> WorkerProcess:
         return WorkerProcess(self._spec, self._start_timeout, self._timeout)
 
     def _step(self, wait: float | None = None) -> list[tuple[int, Verdict]]:
-        """Waits until a worker replies, dies or is out of time, and deals with it; returns settled items.
+        """Wait until a worker replies, dies or exceeds its limit, and handle it.
 
         Args:
-          wait: seconds to wait at most; None: until the next deadline, or until the bell rings.
+          wait: longest wait in seconds; None: until the next deadline or wake-up.
+
+        Returns:
+          The items judged, as pairs of index and verdict.
         """
         if wait is None:
             deadlines = [worker.deadline for worker in self._workers if worker.deadline is not None]
@@ -240,13 +241,14 @@ class VerifierPool:
         with selectors.DefaultSelector() as selector:
             for worker in self._workers:
                 events = selectors.EVENT_READ | (selectors.EVENT_WRITE if worker.unsent else 0)
-                selector.register(worker.line, events, worker)
+                selector.register(worker.socket, events, worker)
             if self._job:
-                selector.register(self._job.bell, selectors.EVENT_READ)
+                selector.register(self._job.wake_reader, selectors.EVENT_READ)
             happened = {key.data: events for key, events in selector.select(wait)}
         if None in happened:
-            self._job.bell.recv(1 << 16)
-        # Ending one worker takes time in which others may reply: all are held against the clock of one look.
+            self._job.wake_reader.recv(1 << 16)
+        # Ending one worker takes time, in which others may reply: all deadlines are compared with one reading of the
+        # clock.
         now = time.monotonic()
         for slot, worker in enumerate(self._workers):
             events = happened.get(worker, 0)
@@ -256,12 +258,12 @@ class VerifierPool:
         return settled
 
     def _attend(self, slot: int, readable: bool, now: float) -> list[tuple[int, Verdict]]:
-        """Takes a worker's reply, and replaces the worker where that is due; returns what is settled by it."""
+        """Take a worker's reply and replace the worker if necessary; return the items that this settles."""
         worker = self._workers[slot]
         late = worker.deadline is not None and now >= worker.deadline
-        # A reply that has come counts, even if the pool is late to look (stopped by SIGSTOP, the machine busy): the
-        # selector may have returned without it, so the line is read once more before a worker is killed.
-        there = worker.receive() if readable or late else True
+        # A reply that has arrived counts, even if the pool reads it late (stopped by SIGSTOP, or the machine is busy).
+        # The selector may have returned without it, so the socket is read once more before a worker is killed.
+        connected = worker.receive() if readable or late else True
         settled = []
         try:
             if reply := worker.reply():
@@ -275,12 +277,12 @@ class VerifierPool:
                 self._spec.source,
             )
             self._replace(slot, "surplus replies")
-        elif not there:
+        elif not connected:
             settled += self._replace(slot, None)
         elif worker.idle and worker.judged >= self._recycle_after:
             worker.stop(wait=1.0)
             self._workers[slot] = self._start()
-        elif late and not worker.reprieve(now):
+        elif late and not worker.extend_deadline(now):
             limit = self._timeout if worker.ready else self._start_timeout
             settled += self._replace(slot, f"wall-clock limit of {limit:g} s")
         return settled
@@ -300,7 +302,12 @@ class VerifierPool:
         return [(item, content)]
 
     def _replace(self, slot: int, reason: str | None) -> list[tuple[int, Verdict]]:
-        """Puts a fresh worker in place of one that hangs (with its reason) or died (None)."""
+        """Replace a worker that hangs or died; return the items that this settles.
+
+        Args:
+          slot: the worker's index.
+          reason: why the worker is replaced; None if it died.
+        """
         worker = self._workers[slot]
         ended = worker.stop(wait=0.0 if reason else 1.0)
         reason = reason or f"worker died ({ended})"

@@ -1,16 +1,16 @@
 r"""Exact arithmetic on canonical LaTeX: `\frac{3}{4}`, `1\frac{1}{2}`, `2^{10}\cdot 5`, `4.5e33`, `0.\overline{3}`.
 
-This settles most answers in microseconds, with no tolerance. Letters, roots and functions are not its matter.
+Most answers are compared here, in microseconds and without tolerance. Letters, roots and functions are not supported.
 """
 
 import math
 import re
 from fractions import Fraction
 
-MAX_BITS = 32_768  # 2006! has 19,000; what is larger costs more than it can tell
-MAX_COUNT = 3_000  # of a factorial or a binomial
+MAX_BITS = 32_768  # 2006! has 19,000 bits; larger numbers are not worth their cost
+MAX_COUNT = 3_000  # largest argument of a factorial or binomial
 MAX_DEPTH = 50
-MAX_SERIES = 20_000  # terms of a sum or product, times the characters of each
+MAX_SERIES = 20_000  # terms of a sum or product, times the characters of the term
 
 _NUMBER = re.compile(
     r"(?P<digits>[0-9]+(?:\.[0-9]*)?|\.[0-9]+|\.(?=\\overline))(?:\\overline\{(?P<repeated>[0-9]+)\}|[eE](?P<exponent>[+-]?[0-9]+))?"
@@ -29,13 +29,13 @@ class _NotArithmetic(ValueError):
 
 
 def value(text: str) -> Fraction | None:
-    """The exact value; None for what is not arithmetic of rational numbers, or divides by zero.
+    """Return the exact value; None if the text is not arithmetic of rational numbers, or divides by zero.
 
     Args:
-      text: LaTeX as `latex.canonical` spells it.
+      text: LaTeX in the spelling of `latex.canonical`.
 
     Raises:
-      TooLarge: if a number on the way has more than 32,768 bits.
+      TooLarge: if an intermediate number has more than 32,768 bits.
     """
     try:
         series = _SERIES.fullmatch(text)
@@ -52,12 +52,12 @@ def _parsed(text: str) -> Fraction:
 
 
 def _series(kind: str, variable: str, first: str, last: str, term: str) -> Fraction:
-    """A sum or product over integers, of a term without a sum or a quotient of its own outside of brackets."""
+    """Evaluate a sum or product over integers, whose term has no sum or quotient outside brackets."""
     tokens, depth = _TOKEN.findall(term), 0
     for token in tokens:
         depth += (token in "({[") - (token in ")}]")
         if token == "/" or (depth == 0 and token in "+-"):
-            raise _NotArithmetic  # what belongs to the term is not sure
+            raise _NotArithmetic  # it is ambiguous what belongs to the term
     count = int(last) - int(first) + 1
     if not 0 < count * len(term) <= MAX_SERIES:
         raise _NotArithmetic
@@ -69,7 +69,7 @@ def _series(kind: str, variable: str, first: str, last: str, term: str) -> Fract
 
 
 class _Parser:
-    """Recursive descent; every number made on the way is bounded."""
+    """A recursive-descent parser that evaluates; the size of every intermediate number is bounded."""
 
     def __init__(self, text: str):
         self._text, self._at = text, 0
@@ -79,7 +79,7 @@ class _Parser:
             raise _NotArithmetic
 
     def _skip(self, *tokens: str) -> str | None:
-        """Goes over the token that comes next, if it is one of these."""
+        """Consume the next token if it is one of `tokens`, and return it; else return None."""
         while self._text.startswith(" ", self._at):
             self._at += 1
         for token in tokens:
@@ -186,7 +186,7 @@ def _count(number: Fraction) -> int:
 
 def _power(base: Fraction, exponent: Fraction) -> Fraction:
     if exponent.denominator != 1:
-        raise _NotArithmetic  # a root
+        raise _NotArithmetic  # the power is a root
     bits = max(base.numerator.bit_length(), base.denominator.bit_length())
     if abs(base) != 1 and base != 0 and bits * abs(exponent) > MAX_BITS:
         raise TooLarge(f"a power of more than {MAX_BITS:,} bits")

@@ -1,90 +1,75 @@
-"""Verifiers by name: built in, or a function in a user's file."""
+"""Look up verifiers by name: built-in ones, and functions in a user's file."""
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from lpo_jax.errors import UserError, nearest
-from lpo_jax.rewards import gym
-from lpo_jax.rewards import math as math_verifier
-from lpo_jax.rewards.arithmetic import arithmetic
-from lpo_jax.rewards.code import code
-from lpo_jax.rewards.countdown import countdown
-from lpo_jax.rewards.format import format_tags
-from lpo_jax.rewards.gsm8k import gsm8k
-from lpo_jax.rewards.gym import reasoning_gym
-from lpo_jax.rewards.math import math
+from lpo_jax.rewards import arithmetic, code, countdown, format, gsm8k, gym, math
+from lpo_jax.rewards.descriptor import Verifier, VerifierDescriptor
 from lpo_jax.rewards.user_code import load_function, split_reference
-from lpo_jax.rewards.verdict import Verdict
 
-Verifier = Callable[[str, Mapping[str, Any]], Verdict]
-
-# name: (builder, the fields an example must have)
-_BUILT_IN: dict[str, tuple[Callable[..., Verifier], tuple[str, ...]]] = {
-    "arithmetic": (arithmetic, ("answer",)),
-    "code": (code, ("tests",)),
-    "countdown": (countdown, ("numbers", "target")),
-    "format": (format_tags, ()),
-    "gsm8k": (gsm8k, ("answer",)),
-    "math": (math, ("answer",)),
-    "reasoning-gym": (reasoning_gym, ("question", "answer", "metadata")),
+_BUILT_IN = {
+    module.DESCRIPTOR.name: module.DESCRIPTOR
+    for module in (arithmetic, code, countdown, format, gsm8k, gym, math)
 }
-# What a worker does before it says that it is ready: slow imports, which no item's time should go into, and a
-# bound on its memory, in bytes.
-_SLOW_IMPORTS = {"math": ("lpo_jax.rewards.symbolic",)}
-_MEMORY = {"math": 2 << 30}
-# Seconds that the pool must give: twice a verifier's own limit of processor time, so that it comes first.
-_LEAST_TIMEOUT = {"math": 2 * 1.5 * math_verifier.CPU_SECONDS, "reasoning-gym": 2 * gym.CPU_SECONDS}
 
 
 def names() -> list[str]:
-    """Names of the built-in verifiers."""
+    """Return the names of the built-in verifiers, sorted."""
     return sorted(_BUILT_IN)
 
 
 def get(name: str, *, prefill: str = "", **options: Any) -> Verifier:
-    """A built-in verifier.
+    """Build a built-in verifier.
 
     Args:
       name: one of `names()`.
-      prefill: the text with which the prompt's template has already begun the answer (`<think>`, `<answer>`);
-        it is put before every response, for a verifier must see what the model continued.
-      **options: those of the verifier: see `countdown`, `arithmetic`, `format_tags`.
+      prefill: the text with which the prompt template already begins the answer, such as `<think>` or `<answer>`. It is
+        prepended to every response, so that the verifier sees the whole answer.
+      **options: the options of the verifier; see `countdown_verifier`, `math_verifier` and so on.
 
     Returns:
-      `(response, example) -> Verdict`; `example` is the dict of the data row.
+      A function `(response, example) -> Verdict`, where `example` is the data row as a dict.
 
     Raises:
-      UserError: if the name or an option is unknown, or an option's value makes no sense.
+      UserError: if the name or an option is unknown, or an option has an invalid value.
     """
     if name not in _BUILT_IN:
         raise UserError(
-            f"unknown verifier {name!r}{nearest(name, _BUILT_IN)}; built in are {', '.join(names())}, "
-            "and a function of your own is path/to/file.py:function"
+            f"unknown verifier {name!r}{nearest(name, _BUILT_IN)}; the built-in verifiers are {', '.join(names())}; "
+            "name a function of your own as path/to/file.py:function"
         )
-    build, _ = _BUILT_IN[name]
+    build = _BUILT_IN[name].build
     check_options(f"verifier {name}", build, options)
     return _after(prefill, build(**options))
 
 
 def check_options(what: str, build: Callable[..., Any], options: Mapping[str, Any]) -> None:
-    """Refuses options that a builder does not take or not of that type, and the lack of those it must have.
+    """Check options against the keyword arguments of a builder.
 
-    Types are checked where the builder says bool, int, float or str and no more; an int will do for a float.
+    Types are checked only for arguments annotated as exactly bool, int, float or str. An int is accepted for a float.
+
+    Args:
+      what: what the options belong to, for error messages, such as `"verifier countdown"`.
+      build: the function that takes the options.
+      options: the options to check.
 
     Raises:
-      UserError: naming the option, and the nearest right one.
+      UserError: if an option is unknown, missing or of the wrong type; the message names the option and, for an unknown
+        one, the most similar known option.
     """
     known = inspect.signature(build).parameters
     for option in options:
         if option not in known:
-            hint = nearest(option, known) or f"; it has {', '.join(known) or 'none'}"
+            hint = nearest(option, known) or f"; its options are {', '.join(known) or 'none'}"
             raise UserError(f"{what} has no option {option!r}{hint}")
         wanted, value = known[option].annotation, options[option]
         accepted = {bool: bool, int: int, float: int | float, str: str}.get(wanted, object)
         if not isinstance(value, accepted) or (isinstance(value, bool) and wanted in (int, float)):
-            raise UserError(f"{what}: {option} is {value!r}, but has to be of type {wanted.__name__}")
+            raise UserError(f"{what}: {option} is {value!r}, but must be of type {wanted.__name__}")
     for option, parameter in known.items():
         if parameter.default is parameter.empty and option not in options:
             raise UserError(f"{what} needs the option {option!r}")
@@ -98,12 +83,15 @@ def _after(prefill: str, verify: Verifier) -> Verifier:
 
 @dataclasses.dataclass(frozen=True)
 class VerifierSpec:
-    """How to make a verifier, in plain data: a worker process is sent this and imports the verifier itself.
+    """A verifier as plain data. The pool sends this to each worker process, which builds the verifier itself.
 
     Attributes:
-      source: a built-in name, or `"path/to/file.py:function"` (made absolute).
-      options: those of a built-in verifier.
-      prefill: text put before every response; see `get`.
+      source: a built-in name, or `"path/to/file.py:function"`, whose path is made absolute.
+      options: the options of a built-in verifier.
+      prefill: text prepended to every response; see `get`.
+
+    Raises:
+      UserError: if the name or an option is unknown, or an option has an invalid value.
     """
 
     source: str
@@ -119,31 +107,45 @@ class VerifierSpec:
             get(self.source, **self.options)  # a wrong name or option is an error here, not in a worker
 
     @property
-    def fields(self) -> tuple[str, ...]:
-        """Fields that every example must have; none are known for a user's function."""
-        return _BUILT_IN[self.source][1] if self.source in _BUILT_IN else ()
+    def descriptor(self) -> VerifierDescriptor:
+        """The verifier's descriptor. That of a user's function has no requirements."""
+        if self.source in _BUILT_IN:
+            return _BUILT_IN[self.source]
+        return VerifierDescriptor(self.source, functools.partial(load_function, self.source))
 
-    @property
-    def slow_imports(self) -> tuple[str, ...]:
-        """Modules that a worker imports before its first item."""
-        return _SLOW_IMPORTS.get(self.source, ())
+    def confined(self, *, allow_weak: bool, timeout: float) -> "tuple[VerifierSpec, str]":
+        """Check the time limit and, for a verifier that runs programs, choose the sandbox, before work begins.
 
-    @property
-    def memory(self) -> int | None:
-        """Bytes that a worker may allocate; None where that is not bounded."""
-        return _MEMORY.get(self.source)
+        Args:
+          allow_weak: whether the weak sandbox may be used where there is no better one.
+          timeout: seconds that the pool allows for one response. The time limit of programs stays below it, so that a
+            program that takes too long is scored and not masked.
 
-    @property
-    def least_timeout(self) -> float:
-        """Seconds that the pool must give a response; with fewer, an answer that takes long is masked, not scored."""
-        return _LEAST_TIMEOUT.get(self.source, 0.0)
+        Returns:
+          The spec with its sandbox and time limit set, and the kind of sandbox. The kind is empty, and the spec
+          unchanged, for verifiers that run no programs.
+
+        Raises:
+          UserError: if no permitted sandbox works here, or `timeout` is too short.
+        """
+        descriptor = self.descriptor
+        if timeout < descriptor.least_timeout:
+            raise UserError(
+                f"rewards.timeout = {timeout:g}: the {self.source} verifier needs at least "
+                f"{descriptor.least_timeout:g} seconds; with fewer, slow answers would be masked and not scored"
+            )
+        if descriptor.confine is None:
+            return self, ""
+        options, kind = descriptor.confine(self.options, allow_weak, timeout)
+        return dataclasses.replace(self, options=options), kind
 
     def load(self) -> Verifier:
-        """The verifier itself.
+        """Build the verifier.
+
+        Returns:
+          A function `(response, example) -> Verdict`.
 
         Raises:
           UserError: if a user's file or function cannot be loaded.
         """
-        if split_reference(self.source):
-            return _after(self.prefill, load_function(self.source))
-        return get(self.source, prefill=self.prefill, **self.options)
+        return _after(self.prefill, self.descriptor.build(**self.options))

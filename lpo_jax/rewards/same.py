@@ -1,11 +1,12 @@
-"""Whether what an untrusted program printed or returned is what was expected.
+"""Compare what an untrusted program printed or returned with what was expected.
 
-Both comparisons run outside the sandbox on plain text and parsed JSON, and take time in proportion to the text:
-nothing of the program's own making is built, hashed or called, so no `__eq__` of its own and no crafted set counts.
+Both comparisons run outside the sandbox, on plain text and parsed JSON, in time proportional to the length of the text.
+No object of the program is constructed, hashed or called, so its own `__eq__` or crafted hash collisions have no
+effect.
 
-Numbers: an expected decimal (it has a point or an exponent) is met within 1e-8 + 1e-5 of its size, PRIME's tolerance
-(`numpy.allclose`). An expected integer is met by that integer alone, in printed output also written as a decimal
-(`3.0` for `3`, as PRIME accepts): integers are counted, not measured.
+An expected decimal (with a point or an exponent) matches within 1e-8 + 1e-5 times its absolute value, which is PRIME's
+tolerance (`numpy.allclose`). An expected integer matches only that integer; in printed output it may also be written as
+a decimal (`3.0` for `3`), as in PRIME.
 """
 
 import json
@@ -16,18 +17,18 @@ from typing import Any
 
 _INTEGER = re.compile(r"[+-]?[0-9]++")
 _NUMBER = re.compile(r"[+-]?(?:[0-9]++(?:\.[0-9]*+)?|\.[0-9]++)(?:[eE][+-]?[0-9]{1,4})?")
-_MAX_INNER_SET = 1000  # elements; they may be made to collide
-_MAX_MARKUP = (
-    20  # characters of JSON for one of Python's: a sign beyond Unicode's first plane takes 12, 1j takes 11
-)
-_EXACT_DIGITS = 15  # integers of so many digits are exact as floats
+_MAX_INNER_SET = 1000  # elements; a program may choose ones whose hashes collide
+# Characters of JSON per character of `repr`: one beyond the Basic Multilingual Plane takes 12 per character, 1j takes
+# 11.
+_MAX_MARKUP = 20
+_EXACT_DIGITS = 15  # integers with up to this many digits are exact as floats
 
 
 def same_output(printed: str, expected: str) -> bool:
-    """Whether a program printed what was expected: the same lines of the same words.
+    """Return whether a program printed what was expected: the same lines with the same words.
 
-    Blank lines and the amount of whitespace do not count; the case of letters and the order of lines do. (PRIME also
-    takes lines in any order, which gives points for sorting nothing.)
+    Blank lines and the amount of whitespace are ignored; case and the order of lines matter. (PRIME also accepts lines
+    in any order, which rewards a program that should sort but does not.)
     """
     if printed == expected:
         return True
@@ -64,18 +65,18 @@ def _close(value: float, wanted: float) -> bool:
 
 
 def same_result(claim: bytes, expected: Any) -> bool:
-    """Whether a function's result, as the JSON that `sandbox_child.encode` made of it, is the expected value.
+    """Return whether a function's result, encoded by `sandbox_child.encode_result` as JSON, is the expected value.
 
-    As Python's `==` on builtin types, but that tuples are lists and floats have the tolerance above: so `1 == True`
-    and `3.0 == 3`, and a list is never a set.
+    The comparison is Python's `==` on builtin types, except that tuples equal lists, and floats have the tolerance
+    above. So `1 == True` and `3.0 == 3`, and a list never equals a set.
 
     Args:
-      claim: what came out of the sandbox; whatever is no such JSON is nobody's result.
+      claim: the bytes from the sandbox. Anything that is not such JSON equals no value.
       expected: a value of builtin types.
     """
     try:
         if len(claim) > _MAX_MARKUP * len(repr(expected)) + 1000:
-            return False  # much longer than the JSON of any value that is the same
+            return False  # much longer than the JSON of any equal value
         return _same(json.loads(claim), expected)
     except (ValueError, TypeError, KeyError, IndexError, RecursionError, OverflowError):
         return False
@@ -111,7 +112,7 @@ def _same(claim: Any, expected: Any) -> bool:
 
 
 def _tagged(claim: Any) -> tuple[str, Any]:
-    """What `encode` made an object with one key of, and the content; `""` and the claim for all else."""
+    """Return (key, content) of an object with one key, which `encode_result` makes; else `""` and the claim."""
     if not isinstance(claim, dict):
         return "", claim
     ((kind, held),) = claim.items()
@@ -119,7 +120,7 @@ def _tagged(claim: Any) -> tuple[str, Any]:
 
 
 def _found(claims: list[Any], expected: Set[Any] | Mapping[Any, Any]) -> set[Any]:
-    """The claims that are in a trusted set: looked up in that one, for elements of a claim may be made to collide."""
+    """Look up claims in a trusted set, because hashes in a set of claims may collide on purpose."""
     return {key for key in map(_key, claims) if key in expected}
 
 
@@ -130,7 +131,7 @@ def _number(kind: str, held: Any) -> int | float | None:
 
 
 def _key(claim: Any) -> Any:
-    """A hashable value of a claim: an element of a set, or a key."""
+    """Convert a claim to a hashable value, for an element of a set or a key."""
     if isinstance(claim, list):
         return tuple(map(_key, claim))
     kind, held = _tagged(claim)

@@ -1,25 +1,26 @@
-"""Running programs that nobody has read.
+"""Run untrusted programs in a sandbox.
 
-`Sandbox` holds one program and runs it on one test after another, each time as a fresh process. Two kinds:
+`Sandbox` holds one program and runs it on one test after another, each time in a fresh process. There are two kinds:
 
-bubblewrap: new namespaces for processes, network, IPC, host name, mounts (and users, unless root starts it): no
-  network, no other process in sight, a read-only file system that holds `/usr` and the interpreter and nothing
-  else, and 64 MB (10,000 files) of `/tmp` in memory. Started by root, the program is a user of its own that owns
-  nothing.
-weak: the machine as this user sees it, read-only. It is for machines that allow no namespaces, for programs that
-  are trusted to be no worse than clumsy: they can read this user's files, the verifier's memory among them.
+bubblewrap: new namespaces for processes, network, IPC, host name and mounts (and for users, unless root starts it). The
+  program has no network and sees no other process. Its file system is read-only and holds only `/usr` and the
+  interpreter, except for 64 MB (10,000 files) of `/tmp` in memory. If root starts the sandbox, the program runs as a
+  separate user that owns nothing.
+weak: the machine as this user sees it, read-only. It is meant for machines that do not allow namespaces, and for
+  programs that may be faulty but are not malicious: they can read this user's files and the verifier's memory.
 
-Both take the means from the program to become more than one process, to signal or trace another, to open a socket,
-and (weak) to change any file, by a filter of system calls (`seccomp.py`); both bound its address space, processor
-time, time on the clock, threads, open files, and output. A program ends with its test: its process is killed, in
-bubblewrap with all others of its namespace, before the next test begins; the namespace ends when the verifier hangs
-up or dies.
+In both kinds, a filter of system calls (`seccomp.py`) prevents the program from creating processes, signalling or
+tracing other processes, opening sockets and, in the weak kind, changing any file. Both limit address space, processor
+time, wall-clock time, threads, open files and output. When a test ends, the program's process is killed (in bubblewrap,
+together with all others in its namespace) before the next test begins. The namespace ends when the verifier closes the
+connection or dies.
 
-What a result is worth: the program shares its process with the few lines that call it and hand out what it
-returns, so it can find and forge whatever is there, the nonce that leads a function's result included. All that
-comes back is therefore a claim about an output, never a verdict. Expected outputs never enter the sandbox; they are
-compared with the claim outside, and to forge a right one takes what the task asked for. The nonce and the exit status
-only tell a result from a program that stopped on the way: leaving with exit 0 is not a pass.
+Trust: the program shares its process with the code that calls it and returns its result, so it can find and forge
+anything there, including the nonce that precedes a function's result. Everything that the sandbox returns is therefore
+a claim about an output, never a verdict. Expected outputs never enter the sandbox; they are compared with the claim
+outside, and forging a right claim requires solving the task. The nonce and the exit status only distinguish a result
+from a program that stopped
+early: exiting with status 0 is not a pass.
 """
 
 import contextlib
@@ -36,43 +37,41 @@ import sys
 import time
 
 from lpo_jax.errors import UserError
-from lpo_jax.rewards import packages as installed
 from lpo_jax.rewards import sandbox_child
+from lpo_jax.rewards.packages import explain, installed_paths
 from lpo_jax.rewards.seccomp import filter_program
 
 KINDS = ("bubblewrap", "weak")
-MAX_OUTPUT = 4 << 20  # bytes of one test
-PATIENCE = 3.0  # a test may take this many times its processor time on the clock: the machine may be busy
-GRACE = 1.0  # seconds that the sandbox itself may take over a test
-_PARTING = 1.0  # seconds in which the runner has to leave when the verifier hangs up
-_MAX_TASKS = 32  # threads of one program, with the runner
-_STACK = 120 << 20  # bytes, for recursion through C; the kernel leaves 128 MB of room below the stack
-_TEMPORARY = 64 << 20  # bytes of /tmp
-_TEMPORARY_FILES = (
-    10_000  # in /tmp: an empty one takes no byte of it, but more than 1 KB of the kernel's memory
-)
+MAX_OUTPUT = 4 << 20  # bytes of output of one test
+PATIENCE = 3.0  # wall-clock limit of a test, as a multiple of its processor time: the machine may be busy
+GRACE = 1.0  # seconds of overhead that the sandbox itself may add to a test
+_PARTING = 1.0  # seconds in which the runner must exit after the verifier closes the connection
+_MAX_TASKS = 32  # threads of one program, including the runner
+_STACK = 120 << 20  # bytes, for recursion through C; the kernel leaves a gap of 128 MB below the stack
+_TEMPORARY = 64 << 20  # bytes in /tmp
+_TEMPORARY_FILES = 10_000  # files in /tmp: an empty file takes more than 1 KB of the kernel's memory
 _CHILD = os.path.abspath(sandbox_child.__file__)
-_RUNNER = "/sandbox_child.py"  # where bubblewrap shows it, wherever it is installed
-_FLAGS = ("-P", "-s", "-S", "-B", "-X", "utf8")  # no path but the standard library's
-_ENVIRONMENT = {"PYTHONHASHSEED": "0"}  # all of it; a set's order must not decide a reward
-_PACKAGES = "/packages"  # where bubblewrap shows packages
-# With packages: a thread per core would take more address space, and more threads, than a program has.
+_RUNNER = "/sandbox_child.py"  # its path inside bubblewrap
+_FLAGS = ("-P", "-s", "-S", "-B", "-X", "utf8")  # import only from the standard library
+_ENVIRONMENT = {"PYTHONHASHSEED": "0"}  # the whole environment; the order of a set must not decide a reward
+_PACKAGES = "/packages"  # folder of the packages inside bubblewrap
+# Used with packages: one thread per core would exceed the limits on address space and threads.
 _ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
 
 
 class SandboxFailed(Exception):
-    """The sandbox did not come up, or broke, before the program could have had a hand in it."""
+    """The sandbox did not start, or broke for a reason that the program cannot have caused."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What a program did on one test.
+    """The result of a program on one test.
 
     Attributes:
-      status: `ok` (ended with exit 0), `error`, `timeout`, or `lost` (the sandbox ended without a word; so do all
-        tests after that).
-      detail: why, in one line.
-      output: what it printed; of a function, its result as JSON, empty if it returned none.
+      status: "ok" (exit status 0), "error", "timeout", or "lost" (the sandbox ended without a report, and so will all
+        later tests).
+      detail: the reason, in one line.
+      output: what the program printed; for a function, its result as JSON, empty if it did not return.
     """
 
     status: str
@@ -81,19 +80,19 @@ class Report:
 
 
 class Sandbox:
-    """One program in a sandbox. A context manager; leaving it ends every process in it.
+    """One program in a sandbox. A context manager; leaving it ends every process in the sandbox.
 
     Args:
-      kind: `bubblewrap` or `weak`.
-      program: Python source. It sees the standard library, and what judges usually import for it.
-      function: a function (or a method of its class `Solution`) to call; empty: the program reads stdin.
-      memory_mb: most address space.
-      packages: installed packages that it may import, with what they require. bubblewrap shows these alone; in the
-        weak sandbox, their neighbours can be imported too.
-      start_limit: seconds for the sandbox to come up.
+      kind: "bubblewrap" or "weak".
+      program: Python source. It can use the standard library, parts of which are already imported, as online judges do.
+      function: a function (or a method of the program's class `Solution`) to call; empty: the program reads stdin.
+      memory_mb: limit on the address space, in MB.
+      packages: installed packages that the program may import, together with their requirements. bubblewrap shows only
+        these; in the weak sandbox, other packages in the same folders can also be imported.
+      start_limit: seconds in which the sandbox must start.
 
     Raises:
-      SandboxFailed: it did not.
+      SandboxFailed: if the sandbox does not start.
     """
 
     def __init__(
@@ -108,10 +107,10 @@ class Sandbox:
     ):
         weak = kind == "weak"
         folders = (
-            sorted({os.path.dirname(path) for path in installed.find(*packages)}) if weak else [_PACKAGES]
+            sorted({os.path.dirname(path) for path in installed_paths(*packages)}) if weak else [_PACKAGES]
         )
         command = [
-            *([] if weak else _bubblewrap(*installed.find(*packages))),
+            *([] if weak else _bubblewrap(*installed_paths(*packages))),
             _interpreter(),
             *_FLAGS,
             _CHILD if weak else _RUNNER,
@@ -131,7 +130,7 @@ class Sandbox:
         self._function, self._nonce, self._packages = function, job["nonce"].encode(), packages
         self._files = contextlib.ExitStack()
         self._errors = self._files.enter_context(os.fdopen(os.memfd_create("errors"), "w+b"))
-        self._line, theirs = map(self._files.enter_context, socket.socketpair())
+        self._socket, theirs = map(self._files.enter_context, socket.socketpair())
         try:
             self._process = subprocess.Popen(
                 command,
@@ -140,7 +139,7 @@ class Sandbox:
                 stderr=self._errors,
                 cwd="/",
                 env=_ENVIRONMENT | (_ONE_THREAD if packages else {}),
-                start_new_session=True,  # and so a process group, which the program has no way to leave
+                start_new_session=True,  # this creates a process group, which the program cannot leave
             )
         except OSError as error:
             self._files.close()
@@ -151,7 +150,7 @@ class Sandbox:
         except (OSError, EOFError, ValueError):
             status, detail = "broken", ""
         if status != "ready":
-            reason = detail or self._said() or f"it does not start within {start_limit:g} s"
+            reason = detail or self._last_error() or f"it does not start within {start_limit:g} s"
             self.close()
             raise SandboxFailed(reason)
 
@@ -162,15 +161,15 @@ class Sandbox:
         self.close()
 
     def run(self, given: str | tuple, *, seconds: float, wall_seconds: float | None = None) -> Report:
-        """Runs the program once.
+        """Run the program on one test.
 
         Args:
-          given: its stdin; for a function, its arguments, of builtin types.
-          seconds: of processor time that it may take.
-          wall_seconds: time on the clock; by default `PATIENCE` times as much.
+          given: the program's stdin; for a function, its arguments, of builtin types.
+          seconds: limit on processor time, in seconds.
+          wall_seconds: limit on wall-clock time, in seconds; by default `PATIENCE` times `seconds`.
 
         Raises:
-          SandboxFailed: the sandbox broke through no doing of the program.
+          SandboxFailed: if the sandbox broke for a reason that the program cannot have caused.
         """
         wall = PATIENCE * seconds if wall_seconds is None else wall_seconds
         stdin, arguments = ("", given) if self._function else (given, ())
@@ -182,61 +181,62 @@ class Sandbox:
             self.close()
             return Report("timeout", "on the clock")
         except (OSError, EOFError, ValueError):
-            # What ends the runner without a word after the program began may be the program's work. A way to be
-            # masked is a way around a bad reward, so it counts against the program, unless the runner says why.
-            if said := self._said():
-                raise SandboxFailed(said) from None
+            # If the runner ends without a report after the program has started, the program may be the cause. A program
+            # that could get itself masked could avoid a bad reward, so this counts against it, unless the runner gives
+            # a reason.
+            if reason := self._last_error():
+                raise SandboxFailed(reason) from None
             self.close()
             return Report("lost", "the sandbox ended before its report")
         if status == "broken":
             raise SandboxFailed(detail)
         if self._function:
             output = output.removeprefix(self._nonce) if output.startswith(self._nonce) else b""
-        return Report(status, installed.explain(detail, self._packages), output)
+        return Report(status, explain(detail, self._packages), output)
 
     def close(self) -> None:
-        """Ends every process of the sandbox. Calling it again does nothing."""
-        if self._line.fileno() < 0:
+        """End every process of the sandbox. Further calls do nothing."""
+        if self._socket.fileno() < 0:
             return
-        self._line.close()  # at which the runner kills the program and leaves
+        self._socket.close()  # the runner then kills the program and exits
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(_PARTING)
-        with contextlib.suppress(ProcessLookupError):  # as it should be: nobody is left in the group
+        with contextlib.suppress(ProcessLookupError):  # the expected case: the group is empty
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         self._files.close()
 
     def _exchange(self, message: bytes, limit: float) -> tuple[str, str, bytes]:
-        """Sends a message; returns the status, detail and output of the report on it.
+        """Send a message and return the status, detail and output of the report on it.
 
         Raises:
-          TimeoutError: none came within so many seconds.
-          EOFError, OSError, ValueError: the other side is gone, or says nonsense.
+          TimeoutError: if no report arrives within `limit` seconds.
+          EOFError, OSError, ValueError: if the other side has ended, or its report is malformed.
         """
         deadline = time.monotonic() + limit
-        self._line.settimeout(limit)
-        self._line.sendall(sandbox_child.LENGTH.pack(len(message)) + message)
+        self._socket.settimeout(limit)
+        self._socket.sendall(sandbox_child.LENGTH.pack(len(message)) + message)
         (length,) = sandbox_child.LENGTH.unpack(self._receive(sandbox_child.LENGTH.size, deadline))
         if length > MAX_OUTPUT + 4096:
-            raise ValueError("a report too long")
+            raise ValueError("the report is too long")
         head, _, output = self._receive(length, deadline).partition(b"\n")
         nonce, status, detail = head.split(b" ", 2)
         if nonce != self._nonce:
-            raise ValueError("a report of somebody else's")
+            raise ValueError("the report has a wrong nonce")
         return status.decode(), detail.decode(errors="replace"), output
 
     def _receive(self, count: int, deadline: float) -> bytes:
         data = bytearray()
         while len(data) < count:
-            self._line.settimeout(max(deadline - time.monotonic(), 1e-3))
-            piece = self._line.recv(min(count - len(data), 1 << 20))
-            if not piece:
+            self._socket.settimeout(max(deadline - time.monotonic(), 1e-3))
+            received = self._socket.recv(min(count - len(data), 1 << 20))
+            if not received:
                 raise EOFError
-            data += piece
+            data += received
         return bytes(data)
 
-    def _said(self) -> str:
-        """The last line of what bubblewrap or the runner have written to stderr, which the program has not."""
+    def _last_error(self) -> str:
+        """Return the last line that bubblewrap or the runner wrote to stderr; the program cannot write to it."""
         if self._errors.closed:
             return ""
         self._errors.seek(0)
@@ -245,8 +245,8 @@ class Sandbox:
 
 
 def why_not(kind: str) -> str:
-    """Why programs cannot be run in this kind of sandbox here; empty when one just was."""
-    # On the way it sees that the filter is in force: a program that could fork would print twice.
+    """Run a program in a sandbox of this kind; return why it does not work here, or an empty text if it does."""
+    # This also checks that the filter is active: a program that can fork prints nothing.
     program = "import os\ntry:\n    os.fork()\nexcept PermissionError:\n    print(input())\n"
     try:
         with Sandbox(kind, program) as sandbox:
@@ -257,10 +257,10 @@ def why_not(kind: str) -> str:
 
 
 def check_packages(kind: str, packages: tuple[str, ...], memory_mb: int) -> None:
-    """Imports packages in a sandbox of that kind.
+    """Check that packages can be imported in a sandbox of this kind.
 
     Raises:
-      UserError: if one cannot be imported there.
+      UserError: if a package cannot be imported there.
     """
     for name in packages:
         try:
@@ -274,11 +274,18 @@ def check_packages(kind: str, packages: tuple[str, ...], memory_mb: int) -> None
             raise UserError(f"code: package {name} cannot be imported by programs: {report.detail}")
 
 
-def choose(kind: str, *, allow_weak: bool) -> str:
-    """The kind of sandbox to use, seen to work: the one asked for, or the weak one where that is allowed.
+def choose_kind(kind: str, *, allow_weak: bool) -> str:
+    """Choose the kind of sandbox, and check that it works.
+
+    Args:
+      kind: the preferred kind.
+      allow_weak: whether "weak" may be used, also if "bubblewrap" does not work.
+
+    Returns:
+      The kind to use.
 
     Raises:
-      UserError: if there is none, with the reason and the ways out.
+      UserError: if no permitted kind works here; the message gives the reason and what to do.
     """
     if kind == "bubblewrap":
         reason = why_not(kind)
@@ -299,21 +306,21 @@ def choose(kind: str, *, allow_weak: bool) -> str:
 
 
 def _interpreter() -> str:
-    """The interpreter itself, whatever virtual environment it was started from."""
+    """Return the path of the interpreter itself, outside any virtual environment."""
     return os.path.realpath(sys._base_executable)
 
 
 def _own_user() -> int:
-    """A user id that nobody has: its processes are counted by themselves, and it owns no file."""
+    """Return an unused user id: its processes are counted separately, and it owns no files."""
     return 2_000_000_000 + secrets.randbelow(1 << 24)
 
 
 @functools.cache
 def _bubblewrap(*packages: str) -> list[str]:
-    """The command that starts a program in new namespaces, up to the program.
+    """Return the command that starts a program in new namespaces, without the program itself.
 
     Args:
-      *packages: files and folders to show in `_PACKAGES`.
+      *packages: files and folders to mount in `_PACKAGES`.
     """
     found = shutil.which("bwrap")
     if found is None:
@@ -321,12 +328,8 @@ def _bubblewrap(*packages: str) -> list[str]:
     command = [found, "--die-with-parent", "--as-pid-1"]
     command += [f"--unshare-{name}" for name in ("ipc", "pid", "net", "uts", "cgroup-try")]
     if os.geteuid() == 0:
-        command += [
-            "--cap-add",
-            "CAP_SETUID",
-            "--cap-add",
-            "CAP_SETGID",
-        ]  # the runner changes user first of all
+        # The runner first changes its user.
+        command += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
     else:
         command += ["--unshare-user"]
     command += ["--ro-bind", "/usr", "/usr"]
@@ -335,13 +338,13 @@ def _bubblewrap(*packages: str) -> list[str]:
             command += ["--symlink", os.readlink(path), path]
         elif os.path.isdir(path):
             command += ["--ro-bind", path, path]
-    # Versions before 0.7 cannot bound a tmpfs, so there is none: programs find /tmp, but cannot write to it.
+    # bubblewrap before 0.7 cannot limit the size of a tmpfs, so there is none: /tmp exists but is read-only.
     usage = subprocess.run([found, "--help"], stdin=subprocess.DEVNULL, capture_output=True, text=True)
     if "--size" in usage.stdout + usage.stderr:
         command += ["--perms", "1777", "--size", str(_TEMPORARY), "--tmpfs", "/tmp"]
     else:
         command += ["--dir", "/tmp"]
-    # After these mounts, which would cover an interpreter below /tmp or /dev/shm.
+    # The interpreter is mounted after /tmp and /dev, which would hide an interpreter below /tmp or /dev/shm.
     command += ["--dev", "/dev", "--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache"]
     prefix = os.path.realpath(sys.base_prefix)
     if not f"{prefix}/".startswith("/usr/"):
@@ -355,7 +358,7 @@ def _bubblewrap(*packages: str) -> list[str]:
 
 
 def _open_parents(path: str) -> list[str]:
-    """Makes the folders above a path, for everybody: bubblewrap makes them for their owner alone."""
+    """Return the options that create the parent folders of a path readable for all, not only for their owner."""
     parents = []
     while (path := os.path.dirname(path)) != "/":
         parents = ["--perms", "0755", "--dir", path, *parents]

@@ -1,14 +1,15 @@
-"""The half of the sandbox that is inside it: runs an untrusted program, once a test, each time as a fresh process.
+"""The runner, which is the part inside the sandbox: it runs an untrusted program in a fresh process for each test.
 
-It is started by file name, in an interpreter that sees the standard library alone (and packages made available to
-programs, which it imports for them), so it imports nothing of ours.
-File descriptor 0 is the line to the verifier. The runner reads one job (program, limits, filter) from it, and then
-one test after another; for each it forks, the fork takes on the limits and falls out of `serve` to become the
-program, and the runner waits, kills and reports what was printed or returned. The runner itself never runs, parses
-or even prints a word of the program.
+It is started by file name, in an interpreter that can import only the standard library (and packages made available to
+programs, which it imports for them), so it imports nothing from lpo_jax.
 
-Messages to the runner are marshalled (they come from the verifier); its reports are a line of text and raw bytes,
-for nothing that the program had a hand in is unmarshalled.
+File descriptor 0 is the socket to the verifier. The runner reads one job (program, limits, filter) from it, and then
+one test after another. For each test it forks. The child process applies the limits and returns from `serve` to become
+the program; the runner waits for it, kills it, and reports what it printed or returned. The runner itself never runs,
+parses or prints any part of the program.
+
+Messages to the runner are marshalled, because they come from the verifier. Its reports are a line of text and raw
+bytes, because data that the program can influence must not be unmarshalled.
 """
 
 import atexit
@@ -27,18 +28,22 @@ import time
 import types
 
 LENGTH = struct.Struct("!Q")
-LINE = 3  # where the line to the verifier lies once the runner has started
-RESULT = 3  # where a function's result goes in the process that computes it, in which the line is closed
-STDERR_TAIL = 2000  # bytes
+SOCKET = 3  # file descriptor of the socket to the verifier, once the runner has started
+RESULT = (
+    3  # file descriptor for a function's result in the process that computes it, where the socket is closed
+)
+STDERR_TAIL = 2000  # bytes of stderr that are searched for the last line
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
 # prctl(2)
 _PDEATHSIG, _NO_NEW_PRIVS, _SECCOMP, _FILTER = 1, 38, 22, 2
 _SIGKILL = 9
-_LOOK = 0.01  # seconds between two looks at the number of files; a program makes a few thousand in it
+_CHECK_INTERVAL = (
+    0.01  # seconds between checks of the number of files; a program can create thousands in that time
+)
 
-# What programs for judges take for granted. The names of these are there without any import, except those of
-# builtins (math.pow would hide pow), and so are the modules themselves.
+# Modules that programs written for online judges use without importing them. The modules and their public names are
+# predefined, except for names of builtins (math.pow would hide pow).
 _STARRED = (
     "typing",
     "collections",
@@ -50,14 +55,14 @@ _STARRED = (
     "operator",
     "string",
 )
-# These modules are there where the program says their name and a dot.
+# These modules are predefined if the program contains their name followed by a dot.
 _NAMED = ("copy", "datetime", "io", "json", "os", "random", "re", "statistics", "time")
 
 
 def serve() -> dict:
-    """Serves the verifier. Returns only in the process of a test, with the job, and never in the runner."""
+    """Serve the verifier. Returns (the job) only in the process of a test, never in the runner."""
     job = marshal.loads(_receive(0))
-    os.dup2(0, LINE)
+    os.dup2(0, SOCKET)
     if user := job["user"]:
         os.setgroups([])
         os.setresgid(user, user, user)
@@ -65,27 +70,27 @@ def serve() -> dict:
     if job["count_processes"]:
         job["limits"]["NPROC"] += _own_tasks()
     for add in (site.setquit, site.setcopyright, site.sethelper):
-        add()  # exit, quit, license, help ...: the runner's interpreter leaves `site` out, which adds them
+        add()  # exit, quit, license, help ..., which `site` adds; the runner's interpreter starts without `site`
     sys.path += job["package_folders"]
     for package in job["packages"]:
-        if package in job["program"]:  # once here, and not in each test's time
-            with contextlib.suppress(Exception):  # the program's own import of it will tell
+        if package in job["program"]:  # imported once here, so that it does not count against each test
+            with contextlib.suppress(Exception):  # the program's own import will report the error
                 __import__(package)
     job["names"] = _names(job["program"])
     job["file"] = _write_script(job)
     _report(job, "ready", "")
     while True:
-        test = marshal.loads(_receive(LINE))
+        test = marshal.loads(_receive(SOCKET))
         try:
             if _run(job, test):
                 return job
-        except OSError as error:  # a fork that failed, no memory for a file: nothing the program has done
+        except OSError as error:  # fork failed, no memory for a file: not caused by the program
             _report(job, "broken", f"{type(error).__name__}: {error}")
             os._exit(1)
 
 
 def _run(job: dict, test: dict) -> bool:
-    """Runs one test and reports it. Returns whether this is the process that is to become the program."""
+    """Run one test and report it. Returns True only in the child process, which becomes the program."""
     given, output, errors = (os.memfd_create(name) for name in ("given", "output", "errors"))
     _write(given, test["stdin"].encode(errors="replace"))
     os.lseek(given, 0, os.SEEK_SET)
@@ -111,28 +116,29 @@ def _run(job: dict, test: dict) -> bool:
 
 
 def _wait(child: int, job: dict, test: dict) -> tuple[str, str]:
-    """Waits for a process to end; returns a status and its detail where that has to be enforced, else empty texts.
+    """Wait for a process to end or to exceed a limit. Exits if the verifier closes the connection.
 
-    Leaves when the verifier hangs up.
+    Returns:
+      The status and its detail if a limit was exceeded, else two empty texts.
     """
     clock = (~child << 3) | 2  # clock_getcpuclockid(3)
     deadline = time.monotonic() + test["wall_seconds"]
     ended = os.pidfd_open(child)
     poll = select.poll()
     poll.register(ended, select.POLLIN)
-    poll.register(LINE, select.POLLIN)  # nothing is due on it, so whatever happens there is its end
+    poll.register(SOCKET, select.POLLIN)  # no message is expected: any event means that it is closed
     files = job["temporary_files"]
     status, detail = "", ""
     while not status:
         left, wall_left = test["seconds"] - time.clock_gettime(clock), deadline - time.monotonic()
-        pause = max(0, min(left, wall_left, _LOOK if files else left))
+        pause = max(0, min(left, wall_left, _CHECK_INTERVAL if files else left))
         if left <= 0 or wall_left <= 0:
             status, detail = "timeout", "of processor time" if left <= 0 else "on the clock"
         elif files and _temporary_files() > files:
             status, detail = "error", f"more than {files} files in /tmp"
-        # Once more when a limit is reached, too: a runner that was stopped itself finds the process ended.
+        # Poll again when a limit is reached: if the runner itself was stopped, the process may have ended.
         happened = [file for file, _ in poll.poll(0 if status else int(1000 * pause) + 1)]
-        if LINE in happened:
+        if SOCKET in happened:
             _kill_all(child)
             os._exit(0)
         if ended in happened:
@@ -143,27 +149,27 @@ def _wait(child: int, job: dict, test: dict) -> tuple[str, str]:
 
 
 def _temporary_files() -> int:
-    """Files, folders and links of the file system of /tmp, deleted ones that are open included."""
+    """Return the number of files, folders and links in the file system of /tmp, including open deleted files."""
     usage = os.statvfs("/tmp")
     return usage.f_files - usage.f_ffree
 
 
 def _kill_all(child: int) -> None:
     os.kill(child, _SIGKILL)
-    if os.getpid() == 1:  # in a namespace of its own: everything else in it
+    if os.getpid() == 1:  # in its own namespace: kill everything else in it
         with contextlib.suppress(ProcessLookupError):
             os.kill(-1, _SIGKILL)
 
 
 def _reap() -> None:
-    """Waits for all that the namespace's first process has inherited: killed, but perhaps not gone yet."""
+    """Wait for the killed processes that the first process of the namespace has inherited."""
     with contextlib.suppress(ChildProcessError):
         while True:
             os.waitpid(-1, 0)
 
 
 def _become(job: dict, test: dict, given: int, output: int, errors: int) -> None:
-    """Makes this process that of the program: its files, its limits, its filter. There is no way back."""
+    """Give this process the files, limits and filter of the program. This cannot be undone."""
     nowhere = os.open("/dev/null", os.O_RDWR)
     os.dup2(given, 0)
     os.dup2(nowhere if job["function"] else output, 1)
@@ -175,11 +181,11 @@ def _become(job: dict, test: dict, given: int, output: int, errors: int) -> None
     limits = job["limits"] | {"CPU": int(test["seconds"]) + 1, "CORE": 0, "NOFILE": 64}
     for name, value in limits.items():
         _limit(getattr(resource, f"RLIMIT_{name}"), value)
-    sys.setrecursionlimit(600_000)  # as PRIME
+    sys.setrecursionlimit(600_000)  # as in PRIME
     sys.set_int_max_str_digits(0)
     _prctl(_PDEATHSIG, _SIGKILL)
     _prctl(_NO_NEW_PRIVS, 1)
-    _LIBC.capset(struct.pack("=Ii", 0x20080522, 0), bytes(24))  # root too is a user without privileges
+    _LIBC.capset(struct.pack("=Ii", 0x20080522, 0), bytes(24))  # drops all capabilities, also of root
     code = ctypes.create_string_buffer(job["filter"])
     program = ctypes.create_string_buffer(  # struct sock_fprog
         struct.pack("@HP", len(job["filter"]) // 8, ctypes.addressof(code))
@@ -200,17 +206,17 @@ def _limit(which: int, value: int) -> None:
 
 
 def _own_tasks() -> int:
-    """Threads of this user on the whole machine, which is what the limit on their number counts."""
+    """Return the number of this user's threads on the whole machine, which RLIMIT_NPROC counts."""
     count = 0
     for entry in os.scandir("/proc"):
-        with contextlib.suppress(OSError):  # it has ended
+        with contextlib.suppress(OSError):  # the process has ended
             if entry.name.isdigit() and entry.stat().st_uid == os.getuid():
                 count += len(os.listdir(f"/proc/{entry.name}/task"))
     return count
 
 
 def _names(program: str) -> dict:
-    """The names that a program finds defined."""
+    """Return the names that are predefined for a program."""
     builtins = vars(__import__("builtins"))
     modules = {name: __import__(name) for name in _STARRED}
     names = {
@@ -225,18 +231,18 @@ def _names(program: str) -> dict:
 
 
 def _write_script(job: dict) -> str:
-    """Writes the program to a file, where it may write files itself; returns the name of that file in any case."""
+    """Write the program to a file if it may write files itself; return the path of that file in any case."""
     path = os.path.abspath("solution.py")
     if job["temporary_files"]:
-        with contextlib.suppress(OSError), open(path, "wb") as file:  # /tmp cannot be written to everywhere
+        with contextlib.suppress(OSError), open(path, "wb") as file:  # /tmp is not writable everywhere
             file.write(job["program"].encode(errors="replace"))
     lines = job["program"].splitlines(keepends=True)
-    linecache.cache[path] = (len(job["program"]), None, lines, path)  # what `inspect` looks at
+    linecache.cache[path] = (len(job["program"]), None, lines, path)  # used by `inspect`
     return path
 
 
 def run(job: dict) -> None:
-    """Runs the program in this process and ends it, as the interpreter would but without taking it apart first."""
+    """Run the program in this process and end the process as the interpreter would, but without its finalisation."""
     name = "solution" if job["function"] else "__main__"
     module = sys.modules[name] = types.ModuleType(name)
     code = 1
@@ -245,7 +251,7 @@ def run(job: dict) -> None:
             _execute(job, module)
         finally:
             if "threading" in sys.modules:
-                sys.modules["threading"]._shutdown()  # waits for the threads that it started
+                sys.modules["threading"]._shutdown()  # waits for the program's threads
             atexit._run_exitfuncs()
         code = 0
     except SystemExit as error:
@@ -253,14 +259,14 @@ def run(job: dict) -> None:
     except BaseException:
         sys.excepthook(*sys.exc_info())
     flushed = _flush("stdout", "__stdout__", "stderr")
-    vars(module).clear()  # flushes files that it has left open, and ends its objects, which may print
+    vars(module).clear()  # flushes files that are still open, and finalises objects, which may print
     if not (_flush("__stdout__", "__stderr__") and flushed):
-        code = code or 120  # as the interpreter
+        code = code or 120  # as the interpreter does
     os._exit(code & 0xFF)
 
 
 def _exit_status(code: object) -> int:
-    """The status of a process that was left by `sys.exit(code)`."""
+    """Return the exit status for `sys.exit(code)`."""
     if code is None or isinstance(code, int):
         return int(code or 0)
     with contextlib.suppress(Exception):
@@ -269,7 +275,7 @@ def _exit_status(code: object) -> int:
 
 
 def _flush(*names: str) -> bool:
-    """Flushes standard streams, or what the program has made of them; returns whether none has failed."""
+    """Flush the standard streams, which the program may have replaced; return whether all succeeded."""
     failed = False
     for file in (getattr(sys, name, None) for name in names):
         try:
@@ -292,28 +298,31 @@ def _execute(job: dict, module: types.ModuleType) -> None:
     if job["function"]:
         owner = getattr(module, "Solution", None)
         owner = owner() if hasattr(owner, job["function"]) else module
-        value = encode(getattr(owner, job["function"])(*job["arguments"]))
+        value = encode_result(getattr(owner, job["function"])(*job["arguments"]))
         _write(RESULT, f"{job['nonce']}{json.dumps(value)}".encode())
 
 
-def encode(value: object) -> object:
-    """A value of builtin types as JSON: lists and tuples as arrays, other containers as an object with one key.
+def encode_result(value: object) -> object:
+    """Encode a value of builtin types for JSON.
+
+    Lists and tuples become arrays. Other containers, complex numbers, bytes and large integers become objects with one
+    key.
 
     Raises:
-      TypeError: if something else is in it.
+      TypeError: if the value contains any other type.
     """
     if value is None or isinstance(value, bool | str):
         return value
     if isinstance(value, int):
-        return int(value) if value.bit_length() < 1000 else {"int": hex(value)}  # digits take quadratic time
+        return int(value) if value.bit_length() < 1000 else {"int": hex(value)}  # decimal is quadratic
     if isinstance(value, float):
         return float(value)
     if isinstance(value, list | tuple):
-        return [encode(item) for item in value]
+        return [encode_result(item) for item in value]
     if isinstance(value, set | frozenset):
-        return {"set": [encode(item) for item in value]}
+        return {"set": [encode_result(item) for item in value]}
     if isinstance(value, dict):
-        return {"dict": [[encode(key), encode(item)] for key, item in value.items()]}
+        return {"dict": [[encode_result(key), encode_result(item)] for key, item in value.items()]}
     if isinstance(value, complex):
         return {"complex": [value.real, value.imag]}
     if isinstance(value, bytes | bytearray):
@@ -329,7 +338,7 @@ def _last_line(file: int) -> str:
 
 def _report(job: dict, status: str, detail: str, output: bytes = b"") -> None:
     report = f"{job['nonce']} {status} {detail}\n".encode() + output
-    _write(LINE, LENGTH.pack(len(report)) + report)
+    _write(SOCKET, LENGTH.pack(len(report)) + report)
 
 
 def _write(file: int, data: bytes) -> None:
@@ -346,10 +355,10 @@ def _receive(file: int) -> bytes:
 def _exactly(file: int, count: int) -> bytes:
     data = bytearray()
     while len(data) < count:
-        piece = os.read(file, count - len(data))
-        if not piece:
-            os._exit(0)  # the verifier has hung up
-        data += piece
+        received = os.read(file, count - len(data))
+        if not received:
+            os._exit(0)  # the verifier has closed the connection
+        data += received
     return bytes(data)
 
 

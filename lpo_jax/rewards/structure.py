@@ -1,8 +1,7 @@
-r"""What an answer is made of: lists, tuples, intervals, unions, matrices, equations, and scalars at the leaves.
+r"""The structure of answers: lists, tuples, intervals, unions, matrices, equations, and scalars at the leaves.
 
-`read` takes answers apart without evaluating anything; `same` says whether two are put together the same way
-and leaves the scalars to a function. So a list is never compared as one expression, where `n=2,3,4` might
-pass for `n=1,2,3`.
+`read_answer` parses answers without evaluating anything. `same_answer` compares the structure of two answers and leaves
+the scalars to a function. So a list is never compared as one expression, where `n=2,3,4` might pass for `n=1,2,3`.
 """
 
 import dataclasses
@@ -15,7 +14,7 @@ from lpo_jax.rewards.latex import MAX_DEPTH, Unreadable, canonical
 
 MAX_CHARS = 2000
 MAX_ITEMS = 100
-MAX_WORDS = 6  # more of them are prose
+MAX_WORDS = 6  # a text with more words is prose
 
 _OPEN, _CLOSE = ("(", "[", r"\{"), (")", "]", r"\}")
 _TOKEN = re.compile(r"\\text\{[^{}]*\}|\\[A-Za-z]+|\\.|.", re.DOTALL)
@@ -27,10 +26,10 @@ _WHOLE_TEXT = re.compile(r"\\(?:text|mbox|textbf|textrm|textit|mathrm)\s*\{([^{}
 _DEGREE = r"\^\{\\circ\}"
 _UNIT = r"%|\^\{\\text\{(?:st|nd|rd|th)\}\}|(?:/|\\cdot)?\\text\{[^{}]*\}(?:\^\{-?[0-9]\})?"
 _UNITS = re.compile(rf"(?:{_DEGREE}|{_UNIT})+$")
-_UNITS_OF_FUNCTION = re.compile(rf"(?:{_UNIT})+$")  # \cos 15^\circ is not \cos 15, in degrees
+_UNITS_OF_FUNCTION = re.compile(rf"(?:{_UNIT})+$")  # \cos 15^\circ is not the value \cos 15 in degrees
 _LETTER = r"(?:[A-Za-z]|\\(?!frac|sqrt|sin|cos|tan|log|ln|text|pi\b)[a-z]+)"
 _SCRIPTS = r"(?:_\{[^{}]*(?:\{[^{}]*\})?[^{}]*\}|'|\^\{(?:'+|-1)\})*"
-# What stands in front of = and only names the value.
+# Left sides of = that only name the value.
 _SYMBOL = rf"{_LETTER} ?{_SCRIPTS}"
 _NAME = re.compile(
     rf" ?(?:{_SYMBOL}(?:\([^()]*\))?"  # x, f(x)
@@ -45,15 +44,15 @@ _COMPARISONS = {"<": "<", ">": ">", r"\le": "<=", r"\ge": ">="}
 
 @dataclasses.dataclass(frozen=True)
 class Value:
-    """A node.
+    """A node of a parsed answer.
 
     Attributes:
-      kind: "scalar", "word", "equation" (its sides), "list" and "set" (in any order), "union", "matrix", "row", or
-        a pair of brackets such as "()" or "[)".
-      text: of a scalar: its canonical LaTeX; of a word: lower case; of anything else: as it was written.
-      parts: the nodes it is made of.
-      name: what the answer called it, as in `x = 5` or `x \\in (0, 1)`; empty when it had no name.
-      unit: of a scalar: what was written behind it (`%`, degrees, a text).
+      kind: "scalar", "word", "equation" (its parts are the sides), "list" and "set" (in any order), "union", "matrix",
+        "row", or a pair of brackets such as "()" or "[)".
+      text: the canonical LaTeX of a scalar; the lower-case text of a word; the original text of any other node.
+      parts: the child nodes.
+      name: the name of the value, as in `x = 5` or `x \\in (0, 1)`; empty if it has none.
+      unit: the unit after a scalar (`%`, degrees, or a text).
     """
 
     kind: str
@@ -63,8 +62,11 @@ class Value:
     unit: str = ""
 
 
-def read(text: str) -> tuple[Value, ...]:
-    """The ways to read an answer: one, or two where a comma may part thousands or items (`1,234`).
+def read_answer(text: str) -> tuple[Value, ...]:
+    """Parse an answer.
+
+    Returns:
+      The possible readings: one, or two if a comma may separate either thousands or items (`1,234`).
 
     Raises:
       Unreadable: if the text is empty, too long, prose, or not well-formed.
@@ -82,7 +84,7 @@ def read(text: str) -> tuple[Value, ...]:
     if not text:
         raise Unreadable("empty")
     if r"\begin{" in text and "matrix}" not in text:
-        return (Value("scalar", text),)  # cases and arrays are compared as they are written
+        return (Value("scalar", text),)  # cases and arrays are compared as text
     readings = [text]
     if _GROUPED.search(text):
         readings.append(_GROUPED.sub(lambda match: match[0].replace(",", ""), text))
@@ -94,10 +96,10 @@ def _strip(text: str) -> str:
 
 
 def _split(text: str, separators: tuple[str, ...]) -> list[tuple[str, str]]:
-    """Parts outside of all brackets, each with the separator in front of it.
+    """Split a text at separators outside brackets; return pairs of the separator before each part, and the part.
 
     Raises:
-      Unreadable: if brackets do not match in number.
+      Unreadable: if brackets are unbalanced or nested too deeply.
     """
     parts, start, depth, before = [], 0, 0, ""
     for match in _TOKEN.finditer(text):
@@ -139,10 +141,10 @@ def _named_intervals(items: Sequence[Value]) -> bool:
 
 
 def _flat(text: str, items: list[Value], kind: str = "list") -> Value:
-    """A list or set in which the two values of a plus-minus are two items."""
+    """Build a list or set in which the two values of a plus-minus are separate items."""
     flat = []
     for item in items:
-        inner = item.parts if item.kind == "list" else (item,)  # a set in a list stays one item
+        inner = item.parts if item.kind == "list" else (item,)  # a set in a list is one item
         flat += [dataclasses.replace(part, name=part.name or item.name) for part in inner]
     return Value(kind, text, tuple(flat))
 
@@ -163,7 +165,7 @@ def _item(text: str) -> Value:
 
 
 def _reals(text: str) -> Value | None:
-    """All real numbers, or all but some, as intervals; None for anything else."""
+    """Parse the set of all real numbers, or all except some, as intervals; return None for anything else."""
     written, name = [], ""
     if match := _WITHOUT_POINTS.fullmatch(text):
         written = [_strip(part) for _, part in _split(match[1], (",", ";"))]
@@ -176,7 +178,7 @@ def _reals(text: str) -> Value | None:
     points = [_item(point) for point in written]
     if any(point.kind != "scalar" or point.name for point in points):
         return None
-    if len(points) > 1:  # their order has to be known
+    if len(points) > 1:  # the order of the points must be known
         try:
             values = [rational.value(point.text) for point in points]
         except rational.TooLarge:
@@ -191,7 +193,7 @@ def _reals(text: str) -> Value | None:
 
 def _sides(text: str, sides: list[tuple[str, str]]) -> Value:
     parts = [_strip(side) for _, side in sides]
-    if sides[-1][0] == r"\approx":  # 20000/pi = ... ~ 6366.2: the exact value counts
+    if sides[-1][0] == r"\approx":  # 20000/pi = ... ~ 6366.2: use the exact value
         return _item(text[: text.rindex(r"\approx")])
     name = parts.pop(0) if _NAME.fullmatch(parts[0]) else ""
     if len(parts) == 1:
@@ -200,7 +202,7 @@ def _sides(text: str, sides: list[tuple[str, str]]) -> Value:
 
 
 def _inequality(text: str, sides: list[tuple[str, str]]) -> Value:
-    """`2 < x \\le 3` as the interval `(2,3]` by the name of x; anything else is compared as it is written."""
+    """Parse `2 < x \\le 3` as the interval `(2,3]` with the name x; other inequalities are compared as text."""
     operands, signs = [_strip(side) for _, side in sides], [_COMPARISONS[sign] for sign, _ in sides[1:]]
     if len({sign[0] for sign in signs}) == 1 and len(operands) in (2, 3):
         if signs[0][0] == ">":  # 3 >= x > 2
@@ -217,7 +219,7 @@ def _inequality(text: str, sides: list[tuple[str, str]]) -> Value:
 
 
 def _group(text: str) -> Value | None:
-    """A tuple, an interval, a set or a matrix; None for a scalar."""
+    """Parse a tuple, an interval, a set or a matrix; return None for anything else."""
     if matrix := _MATRIX.fullmatch(text):
         rows = [row for _, row in _split(matrix[2], ("\\\\",)) if row.strip()]
         cells = [[_item(_strip(cell)) for _, cell in _split(row, ("&",))] for row in rows]
@@ -232,17 +234,15 @@ def _group(text: str) -> Value | None:
     parts = [_strip(part) for _, part in _split(inside, (",", ";", r"\lor"))]
     if opening == r"\{" and closing == r"\}":
         items = [_item(part) for part in parts if part]
-        single = (
-            len(items) == 1 and items[0].kind != "set"
-        )  # {5} is 5, but the set of the empty set is not empty
+        single = len(items) == 1 and items[0].kind != "set"  # {5} is 5, but {{}} is not {}
         return items[0] if single else _flat(text, items, kind="set")
-    if len(parts) == 1:  # parentheses around one thing mean nothing
+    if len(parts) == 1:  # parentheses around a single item have no meaning
         return _item(parts[0])
     return Value(opening + closing, text, tuple(_item(part) for part in parts))
 
 
 def _encloses(tokens: list[str]) -> bool:
-    """Whether the first bracket is closed by the last one."""
+    """Return whether the last bracket closes the first."""
     depth = 0
     for index, token in enumerate(tokens):
         depth += (token in _OPEN) - (token in _CLOSE)
@@ -283,13 +283,13 @@ def _closes_at_end(text: str) -> bool:
     return False
 
 
-def same(gold: Value, answer: Value, equal: Callable[[Value, Value], bool]) -> bool:
-    """Whether two answers are the same.
+def same_answer(gold: Value, answer: Value, equal: Callable[[Value, Value], bool]) -> bool:
+    """Return whether two parsed answers are the same.
 
     Args:
       gold: the right answer.
-      answer: the one to judge.
-      equal: decides two scalars, or two equations.
+      answer: the answer to judge.
+      equal: compares two scalars or two equations.
     """
     if gold.name and answer.name and gold.name != answer.name:
         return False
@@ -316,17 +316,18 @@ def same(gold: Value, answer: Value, equal: Callable[[Value, Value], bool]) -> b
         return False
     if unordered:
         return _any_order(gold.parts, answer.parts, equal)
-    return all(same(g, a, equal) for g, a in zip(gold.parts, answer.parts))
+    return all(same_answer(g, a, equal) for g, a in zip(gold.parts, answer.parts))
 
 
 def _any_order(
     gold: tuple[Value, ...], answer: tuple[Value, ...], equal: Callable[[Value, Value], bool]
 ) -> bool:
     if len({item.name for item in gold}) > 1 and not any(item.name for item in answer):
-        return all(same(g, a, equal) for g, a in zip(gold, answer))  # which is which only the order can tell
+        # Only the order assigns the answer's values to the gold answer's names.
+        return all(same_answer(g, a, equal) for g, a in zip(gold, answer))
     left = list(answer)
     for item in gold:
-        found = next((index for index, other in enumerate(left) if same(item, other, equal)), None)
+        found = next((index for index, other in enumerate(left) if same_answer(item, other, equal)), None)
         if found is None:
             return False
         del left[found]
@@ -334,41 +335,43 @@ def _any_order(
 
 
 def _same_vector(gold: Value, answer: Value, equal: Callable[[Value, Value], bool]) -> bool:
-    """Whether a column of a matrix and a tuple hold the same coordinates."""
+    """Return whether a column matrix and a tuple have the same coordinates."""
     pairs = []
     for value in (gold, answer):
         column = value.kind == "matrix" and all(len(row.parts) == 1 for row in value.parts)
         pairs.append([row.parts[0] for row in value.parts] if column else value.parts)
     if any(part.kind == "row" for part in (*pairs[0], *pairs[1])) or len(pairs[0]) != len(pairs[1]):
         return False
-    return all(same(g, a, equal) for g, a in zip(*pairs))
+    return all(same_answer(g, a, equal) for g, a in zip(*pairs))
 
 
 def _same_with_repeats(
     gold: tuple[Value, ...], answer: tuple[Value, ...], equal: Callable[[Value, Value], bool]
 ) -> bool:
-    """Whether two sets are the same, of which the answer names elements twice. If the gold answer does it counts."""
-    if any(same(one, other, equal) for index, one in enumerate(gold) for other in gold[:index]):
+    """Compare two sets of which the answer repeats elements; repeats in the gold answer count."""
+    if any(same_answer(one, other, equal) for index, one in enumerate(gold) for other in gold[:index]):
         return False
     kept = [
-        item for index, item in enumerate(answer) if not any(same(item, a, equal) for a in answer[:index])
+        item
+        for index, item in enumerate(answer)
+        if not any(same_answer(item, a, equal) for a in answer[:index])
     ]
     return len(kept) == len(gold) and _any_order(gold, tuple(kept), equal)
 
 
 def _one_is_an_equation(gold: Value, answer: Value, equal: Callable[[Value, Value], bool]) -> bool:
-    """`2^3 = 8` is 8, for all its sides are; and `y = 2x` is `y - 2x = 0`, as an equation."""
+    """Compare an equation with a value: `2^3 = 8` equals 8, as all its sides do; `y = 2x` equals `y - 2x = 0`."""
     if "equation" not in (gold.kind, answer.kind):
         return False
     pair = tuple(value if value.kind == "equation" else _as_equation(value) for value in (gold, answer))
     if all(len(value.parts) == 2 for value in pair) and equal(*pair):
         return True
     if gold.kind == "equation":
-        return all(same(side, answer, equal) for side in gold.parts)
-    return all(same(gold, side, equal) for side in answer.parts)
+        return all(same_answer(side, answer, equal) for side in gold.parts)
+    return all(same_answer(gold, side, equal) for side in answer.parts)
 
 
 def _as_equation(value: Value) -> Value:
-    """`y = 2x`, which was read as 2x by the name of y; a value without a name has no sides."""
+    """Turn `y = 2x`, which is parsed as 2x with the name y, back into an equation; without a name it has no sides."""
     sides = (Value("scalar", value.name), value) if value.name and value.kind == "scalar" else ()
     return Value("equation", value.text, sides)

@@ -1,12 +1,12 @@
-r"""Expressions with roots, letters and functions: read by math-verify's LaTeX grammar, compared by value.
+r"""Comparison of expressions with roots, letters and functions, parsed by math-verify's LaTeX grammar.
 
-Importing this imports sympy and math-verify (about a second): the `math` verifier does so when it first meets
-such an answer, a pool's worker before it says that it is ready.
+Importing this module imports sympy and math-verify, which takes about a second. The `math` verifier imports it at the
+first such answer; a worker process imports it before it reports ready.
 
-math-verify's own comparison rounds: it lets 1/2004! pass for 1/2006! and 2^{-99} for 2^{-98} (its issue 14).
-Here two expressions are equal when their values agree to 40 digits, relative to their size, wherever they are
-looked at: constants once, expressions in letters at several points. Where no value can be had, math-verify
-decides. Sizes are bounded before anything is evaluated: `5^{5^{5^{5}}}` costs nothing.
+math-verify's own comparison rounds: it accepts 1/2004! for 1/2006! and 2^{-99} for 2^{-98} (its issue 14). Here two
+expressions are equal if their values agree to 40 digits, relative to their size, at every sampled point: constants are
+evaluated once, expressions in letters at several points. If no value can be computed, math-verify decides. Sizes are
+bounded before anything is evaluated, so `5^{5^{5^{5}}}` costs nothing.
 """
 
 import functools
@@ -25,17 +25,17 @@ from lpo_jax.rewards import rational
 from lpo_jax.rewards.rational import MAX_BITS, TooLarge
 
 MAX_CHARS = 400
-MAX_DEPTH = 10  # of braces and parentheses; the grammar's time grows with powers of it
-MAX_BARS = 8  # and of the bars of |x|
-DIGITS = 60  # that values are computed to
+MAX_DEPTH = 10  # nested braces and parentheses; the grammar's time grows as a power of the depth
+MAX_BARS = 8  # bars as in |x|, for the same reason
+DIGITS = 60  # precision of values
 AGREE = sympy.Float(10, DIGITS) ** -40
-TINY = sympy.Float(10, DIGITS) ** -30  # may be what is left of terms that cancel
+TINY = sympy.Float(10, DIGITS) ** -30  # a smaller value may be the rounding error of terms that cancel
 
-# It warns that its timeout is off. It is: that one works by signals of its own, and fails in threads.
+# Silences a warning that math-verify's timeout is off. It is off on purpose: it uses signals, and fails in threads.
 logging.getLogger("math_verify").setLevel(logging.ERROR)
 
-# Commands that only build expressions. Others compute while they are read (determinants, eigenvalues, sums) or
-# mean no number.
+# Commands that only build expressions. Others compute while they are parsed (determinants, eigenvalues, sums), or do
+# not mean a number.
 _ALLOWED = frozenset(
     re.findall(
         r"\\[a-z]+",
@@ -44,8 +44,8 @@ _ALLOWED = frozenset(
         \theta \vartheta \kappa \lambda \mu \nu \xi \rho \sigma \tau \phi \varphi \chi \psi \omega \hbar \ell""",
     )
 )
-# What the grammar takes for something else: the gamma function, the imaginary unit, the transpose of a matrix, a
-# differential (dx); and it writes Greek capitals small. Each has a letter of its own here.
+# Symbols that the grammar misreads: as the gamma function, the imaginary unit, the transpose of a matrix, or a
+# differential (dx). It also turns Greek capitals into lower case. Each is renamed to an unused letter.
 _RENAMED = {
     r"\gamma": r"\varpi ",
     r"\Delta": r"\varrho ",
@@ -55,8 +55,7 @@ _RENAMED = {
     "d": r"\Lambda ",
 }
 _TOKEN = re.compile(r"\\(?:[A-Za-z]+|.)|.", re.DOTALL)
-# Digits in a base (52_8), ratios and times of day (3:1), primes, derivatives, words: compared as they are written,
-# or not at all.
+# Digits in a base (52_8), ratios and times of day (3:1), primes, derivatives, words: compared as text, or not at all.
 _NO_NUMBER = re.compile(r"[0-9][A-Z]*_\{|\)_\{|[0-9] [0-9]|[:&;=<>#\"']|[A-Za-z]{5,}|\{d[^{}]*\}\{d")
 _DEGREES = re.compile(r"([0-9.]+|\\frac\{[0-9]+\}\{[0-9]+\})\^\{\\circ\}")
 _LOG = re.compile(r"\\log(?![A-Za-z_])")
@@ -70,14 +69,14 @@ _LARGEST = 20  # of the unknowns where exponents may grow with them
 
 
 def equal(gold: str, answer: str) -> bool:
-    """Whether two scalars in canonical LaTeX are equal; False where one of them cannot be read.
+    """Return whether two scalars in canonical LaTeX are equal; False if one of them cannot be parsed.
 
     Raises:
       TooLarge: if a number in one of them is out of bounds.
     """
     if r"\ln" in gold:
-        answer = _LOG.sub(r"\\ln", answer)  # where the question has natural logarithms a bare log is one
-    expressions = read(gold), read(answer)
+        answer = _LOG.sub(r"\\ln", answer)  # if the gold answer has natural logarithms, log means ln
+    expressions = read_expression(gold), read_expression(answer)
     if None in expressions:
         return False
     if expressions[0] == expressions[1]:
@@ -89,12 +88,14 @@ def equal(gold: str, answer: str) -> bool:
 
 
 def same_equation(gold: tuple[str, str], answer: tuple[str, str]) -> bool:
-    """Whether two equations, each as its two sides, say the same: their differences are in a fixed ratio.
+    """Return whether two equations, each given by its two sides, are equivalent.
+
+    They are if the differences of their sides have a constant ratio.
 
     Raises:
-      TooLarge: as `equal`.
+      TooLarge: if a number in one of them is out of bounds.
     """
-    sides = [read(side) for side in (*gold, *answer)]
+    sides = [read_expression(side) for side in (*gold, *answer)]
     if None in sides:
         return False
     pairs = _values((sides[0] - sides[1], sides[2] - sides[3]))
@@ -103,17 +104,17 @@ def same_equation(gold: tuple[str, str], answer: tuple[str, str]) -> bool:
 
 
 class _Grammar(_Latex2Sympy):
-    """math-verify's grammar, but for two rules."""
+    """math-verify's grammar with two rules changed."""
 
     def convert_func(self, func):
-        r"""A root of odd order of a negative number is real, as \sqrt[3]{-8} = -2; the original's is complex."""
+        r"""Make an odd root of a negative number real, such as \sqrt[3]{-8} = -2; the original makes it complex."""
         root = super().convert_func(func)
         if not (func.FUNC_SQRT() and func.root and isinstance(root, sympy.Pow)):
             return root
         base, exponent = root.args
         if not exponent.is_Rational or exponent.p != 1 or exponent.q % 2 == 0 or _unknowns(base):
             return root
-        _size(base)  # it is evaluated next
+        _size(base)  # checks the bound, because the base is evaluated next
         value = _value(base, {})
         if value is None or sympy.im(value) or not value < 0:
             return root
@@ -121,22 +122,22 @@ class _Grammar(_Latex2Sympy):
         return sympy.Mul(-1, sympy.Pow(positive, exponent, evaluate=False), evaluate=False)
 
     def convert_postfix_list(self, arr, i=0):
-        """Side by side is a product; the original takes 2(3) for the mixed number 5."""
+        """Make adjacent factors a product; the original reads 2(3) as the mixed number 5."""
         return sympy.Mul(*(self.convert_postfix(factor) for factor in arr[i:]), evaluate=False)
 
 
 @functools.lru_cache(maxsize=512)
-def read(text: str) -> sympy.Expr | None:
-    """The expression, unevaluated; None for what is no number, or what the grammar does not know.
+def read_expression(text: str) -> sympy.Expr | None:
+    """Parse canonical LaTeX to an unevaluated expression; return None if it is not a number, or not in the grammar.
 
     Raises:
-      TooLarge: for what would take too long to read or to evaluate.
+      TooLarge: if the text would take too long to parse or to evaluate.
     """
     if len(text) > MAX_CHARS:
         raise TooLarge(f"longer than {MAX_CHARS} characters")
     text = _REPEATING.sub(_as_fraction, _MIXED.sub(r"(\1+\2)", text))
     text = _BINOMIAL.sub(_as_number, text)
-    # Exact fractions, where the grammar would make floats of 15 digits.
+    # Decimals become exact fractions; the grammar would make them floats of 15 digits.
     text = _DECIMAL.sub(lambda match: rf"\frac{{{match[1]}{match[2]}}}{{1{'0' * len(match[2])}}}", text)
     text = _DEGREES.sub(r"(\1\\cdot\\frac{\\pi}{180})", text)
     tokens = _TOKEN.findall(text)
@@ -146,12 +147,12 @@ def read(text: str) -> sympy.Expr | None:
         return None
     if _depth(text) > MAX_DEPTH or text.count("|") > MAX_BARS:
         raise TooLarge(f"nested deeper than {MAX_DEPTH} levels, or more than {MAX_BARS} bars")
-    if r"\binom" in text and re.search(r"[0-9]{4}", text):  # evaluated while it is read
+    if r"\binom" in text and re.search(r"[0-9]{4}", text):  # binomials are evaluated while they are parsed
         raise TooLarge("a binomial of more than 999")
     text = "".join(_RENAMED.get(token, token) for token in tokens)
     try:
         expression = _Grammar(is_real=True, config=_CONFIG).parse(text)
-    except Exception:  # the grammar raises bare Exceptions, its conversion whatever sympy does
+    except Exception:  # the grammar raises Exception itself, and its conversion whatever sympy raises
         return None
     if not isinstance(expression, sympy.Expr) or expression.has(sympy.Derivative):
         return None
@@ -165,7 +166,7 @@ def _as_fraction(decimal: re.Match[str]) -> str:
 
 
 def _as_number(binomial: re.Match[str]) -> str:
-    """The value where it is short: the grammar works out others while it reads."""
+    """Replace a binomial by its value if that is cheap; the grammar evaluates the others while it parses."""
     top, bottom = int(binomial[1]), int(binomial[2])
     if min(bottom, top - bottom) > 12:
         return binomial[0]
@@ -177,12 +178,12 @@ def _depth(text: str) -> int:
 
 
 def _size(expression: sympy.Expr) -> float:
-    """An upper bound on the bits of the rational numbers that come up at the points where it is looked at.
+    """Return an upper bound on the bits of the rational numbers that an evaluation at the sampled points computes.
 
-    Parts come first, so an exponent is only evaluated once it is known to be small enough for that.
+    Parts are checked first, so an exponent is evaluated only if it is known to be small enough.
 
     Raises:
-      TooLarge: if it or a part of it has more than `MAX_BITS`.
+      TooLarge: if the expression or a part of it needs more than `MAX_BITS`.
     """
     sizes = [_size(part) for part in expression.args]
     if isinstance(expression, sympy.Rational):
@@ -202,7 +203,7 @@ def _size(expression: sympy.Expr) -> float:
 
 
 def _magnitude(expression: sympy.Expr) -> float:
-    """The absolute value where every unknown is at its largest; 1 where it has none."""
+    """Return the absolute value with every unknown at its largest; 1 if there is no value."""
     if expression.is_Rational:
         return abs(float(expression))
     value = _value(expression, {unknown: sympy.Integer(_LARGEST) for unknown in _unknowns(expression)})
@@ -210,18 +211,18 @@ def _magnitude(expression: sympy.Expr) -> float:
 
 
 def _unknowns(expression: sympy.Expr) -> set[sympy.Expr]:
-    """Letters, and functions of which nothing is known, such as f(4)."""
+    """Return the letters and the applications of unknown functions, such as f(4)."""
     return expression.free_symbols | expression.atoms(AppliedUndef)
 
 
 def _values(pair: tuple[sympy.Expr, sympy.Expr]) -> list[tuple[sympy.Expr, sympy.Expr]]:
-    """The values of two expressions wherever both have one."""
+    """Return the values of two expressions at each sampled point at which both have one."""
     unknowns = sorted(_unknowns(pair[0]) | _unknowns(pair[1]), key=str)
     real = unknowns and not any(expression.has(sympy.I) for expression in pair)
     found = []
     for point in _points(unknowns, pair):
         values = tuple(_value(expression, point) for expression in pair)
-        # x sqrt(x) at a negative x: the question was about the x for which there is a value.
+        # x sqrt(x) at a negative x: the question is about values of x for which the expression is real.
         if None not in values and not (real and sympy.im(values[0])):
             found.append(values)
     return found
@@ -230,7 +231,7 @@ def _values(pair: tuple[sympy.Expr, sympy.Expr]) -> list[tuple[sympy.Expr, sympy
 def _points(
     unknowns: list[sympy.Expr], pair: tuple[sympy.Expr, ...]
 ) -> list[dict[sympy.Expr, sympy.Rational]]:
-    """Where to look: once at constants; else at fractions of both signs, or at integers if it takes those."""
+    """Return the sample points: one for constants; else fractions of both signs, or integers if necessary."""
     if not unknowns:
         return [{}]
     rng = random.Random(0)
@@ -250,7 +251,7 @@ def _points(
 
 
 def _value(expression: sympy.Expr, point: dict[sympy.Expr, sympy.Rational]) -> sympy.Expr | None:
-    """A number to `DIGITS` digits, or an infinity; None where there is none."""
+    """Return the value at a point to `DIGITS` digits, or an infinity; None if there is no value."""
     try:
         number = expression.xreplace(point)
         value = number.evalf(DIGITS)
@@ -259,11 +260,11 @@ def _value(expression: sympy.Expr, point: dict[sympy.Expr, sympy.Rational]) -> s
         parts = value.as_real_imag()
         if not all(part.is_Rational or part.is_Float for part in parts):
             return None
-        # What more digits change is noise, and stands for zero: sqrt(2) sqrt(3) - sqrt(6).
+        # A part that changes with more digits is rounding error, and is zero: sqrt(2) sqrt(3) - sqrt(6).
         if any(0 < abs(part) < TINY for part in parts):
             again = number.evalf(2 * DIGITS).as_real_imag()
             parts = [part if _close(part, other) else sympy.Integer(0) for part, other in zip(parts, again)]
-    except Exception:  # sympy raises many kinds where a function has no value
+    except Exception:  # sympy raises many kinds of errors if a function has no value
         return None
     return parts[0] + sympy.I * parts[1]
 

@@ -1,18 +1,19 @@
-"""Countdown scored as TinyZero scores it, so that numbers can be compared with published ones.
+"""TinyZero's scoring of Countdown, for comparison with published numbers.
 
-The rule: take the last line of the text, in it the last `<answer>...</answer>`; no such pair scores 0. Runs
-of digits, sorted, must equal the given numbers, the characters must be digits, `+-*/().` or whitespace, and
-Python's value must be within 1e-5 of the target; whatever fails one of these scores 0.1. So `2**3`, `7//2`
-and `4.4*5` (for 4, 4, 5) can be right, any answer between tags earns 0.1, and an answer that spans lines or
-is followed by another line scores 0.
+The answer is the last `<answer>...</answer>` pair in the last line of the text; without one the score is 0. The runs of
+digits, sorted, must equal the given numbers; all characters must be digits, `+-*/().` or whitespace; and the value that
+Python computes must be within 1e-5 of the target. An answer that fails any of these scores 0.1. So `2**3`, `7//2` and
+`4.4*5` (for 4, 4, 5) can be right, any answer between tags earns 0.1, and an answer that spans lines or is followed by
+another line scores 0.
 
-Three deviations, none of which a sensible answer meets:
-- TinyZero scores prompt and response together and first cuts at the prompt's `Assistant:`. Its template has a
-  newline after that, so the last line is the same with the prompt, with the prefill, and without either; all
-  are accepted, and a text without `Assistant:` is not scored 0 for that.
-- Nothing is evaluated as code: the parsed expression is walked. Powers beyond 4,096 bits are refused (0.1),
-  so that `9**9**9**9`, which TinyZero would compute for ever, cannot hang.
-- Answers of more than 1,000 characters or 200 levels are refused (0.1).
+There are three deviations from the original, which affect no reasonable answer:
+
+- TinyZero scores prompt and response together, and first cuts the text at the prompt's `Assistant:`. Its template has a
+  newline after that, so the last line is the same with the prompt, with the prefill, and without either. All three are
+  accepted here, and a text without `Assistant:` is not scored 0 for that reason.
+- Nothing is evaluated as code; the parsed expression is walked instead. Powers beyond 4,096 bits are rejected (0.1), so
+  that `9**9**9**9`, on which TinyZero hangs, returns.
+- Answers of more than 1,000 characters or 200 levels are rejected (0.1).
 """
 
 import ast
@@ -30,16 +31,16 @@ _ALLOWED = re.compile(r"[\d+\-*/().\s]+")
 
 
 def grade(text: str, numbers: list[int], target: int) -> tuple[str, dict[str, float | str]]:
-    """Judges one text.
+    """Judge one response.
 
     Args:
-      text: the response, with or without prompt and prefill before it.
+      text: the response, optionally preceded by prompt and prefill.
       numbers: the given numbers, sorted.
       target: the value to reach.
 
     Returns:
-      `pass`, `wrong` (scores 0.1, well-formatted or not) or `malformed` (scores 0), and the parts of the
-      verdict.
+      The outcome and the parts of the verdict. The outcome is `pass`, `wrong` (0.1, well-formatted or not) or
+      `malformed` (0).
     """
     answer = _extract(text)
     if answer is None:
@@ -61,7 +62,7 @@ def grade(text: str, numbers: list[int], target: int) -> tuple[str, dict[str, fl
 
 def _extract(text: str) -> str | None:
     line = text[text.rfind("\n") + 1 :]
-    # What follows the last closing tag cannot match; without it the search is linear, on "<answer>" * 10**5.
+    # Text after the last closing tag cannot match. Without it, the search is linear even for "<answer>" * 10**5.
     pairs = _PAIR.findall(line[: line.rfind(_CLOSING) + len(_CLOSING)]) if _CLOSING in line else []
     return pairs[-1].strip() if pairs else None
 
@@ -85,7 +86,7 @@ _UNARY = {ast.USub: operator.neg, ast.UAdd: operator.pos}
 
 
 def _value(node: ast.expr, depth: int) -> Any:
-    """Python's own value: integers, floats, and complex where a power makes it so."""
+    """Return the value that Python computes: an integer, a float, or a complex number from a power."""
     if depth == 0:
         raise RecursionError
     if isinstance(node, ast.BinOp):

@@ -1,8 +1,8 @@
-"""Units behind a number: they may be left out, but not be other ones."""
+"""Units after a number. An answer may omit the unit, but must not have a different one."""
 
 import re
 
-# Spellings of one unit. What is not here (students, ways, square feet per minute) is never held against anyone.
+# One unit per line, with its spellings. Units that are not listed (students, ways, square feet per minute) are ignored.
 _SPELLINGS = """
 cm centimeter centimetre
 mm millimeter millimetre
@@ -43,7 +43,7 @@ _POWER = re.compile(r"\^\{(-?[0-9])\}")
 
 
 def clash(one: str, other: str) -> bool:
-    """Whether both texts name known units and not the same, or both a power and not the same (cm^2, cm^3)."""
+    """Return whether both texts name known units that differ, or powers that differ, as in cm^2 and cm^3."""
     names = _names(one), _names(other)
     powers = _powers(one), _powers(other)
     return (all(names) and names[0] != names[1]) or (all(powers) and powers[0] != powers[1])

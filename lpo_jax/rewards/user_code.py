@@ -1,4 +1,4 @@
-"""Python files that a user names in a config: a verifier, a data set."""
+"""Load Python files that a user names in a config, such as a verifier or a dataset."""
 
 import functools
 import hashlib
@@ -12,11 +12,12 @@ from types import ModuleType
 from typing import Any
 
 from lpo_jax.errors import UserError, nearest
+from lpo_jax.rewards.descriptor import Verifier
 from lpo_jax.rewards.verdict import Verdict, as_verdict, infrastructure
 
 
 def split_reference(reference: str) -> tuple[str, str] | None:
-    """`"path/to/file.py:function"` as (absolute path, function); None when the text has no such form."""
+    """Split `"path/to/file.py:function"` into (absolute path, function); return None for any other text."""
     path, colon, function = reference.rpartition(":")
     if not colon or not path.endswith(".py"):
         return None
@@ -24,7 +25,7 @@ def split_reference(reference: str) -> tuple[str, str] | None:
 
 
 def file_hash(path: str) -> str:
-    """SHA-256 of a file's content; "" where it cannot be read."""
+    """Return the SHA-256 of a file's content in hexadecimal; empty if it cannot be read."""
     try:
         with open(os.path.expanduser(path), "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -33,12 +34,12 @@ def file_hash(path: str) -> str:
 
 
 def load_module(path: str) -> ModuleType:
-    """Imports a Python file by its path.
+    """Import a Python file by its path.
 
-    Its folder is appended to `sys.path`, so that it may import its neighbours but shadows nothing.
+    Its folder is appended to `sys.path`, so that the file can import its neighbours, but these shadow no other module.
 
     Raises:
-      UserError: if the file is missing or its import fails, with the line that failed.
+      UserError: if the file is missing or its import fails; the message names the line that failed.
     """
     path = os.path.abspath(os.path.expanduser(path))
     if not os.path.isfile(path):
@@ -51,58 +52,65 @@ def load_module(path: str) -> ModuleType:
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
-        raise UserError(f"{path}: {describe(error, path)}") from error
+        raise UserError(f"{path}: {error_line(error, path)}") from error
     return module
 
 
-def describe(error: BaseException, path: str) -> str:
-    """One line on an error that came out of a user's file: its type, its text, and the line of the file."""
+def error_line(error: BaseException, path: str) -> str:
+    """Describe an error from a user's file in one line: its type, its text, and the line of the file."""
     text = f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
     lines = [line for file, line in _frames(error) if file == path]
     return f"{text} (line {lines[-1]})" if lines else text
 
 
-def place(error: BaseException, path: str | None) -> str:
-    """File and line of the innermost frame of an error that is in a user's file, or of the innermost one of all."""
+def innermost_frame(error: BaseException, path: str | None) -> str:
+    """Return file and line of an error's innermost frame in the file `path`, or of its innermost frame overall."""
     frames = _frames(error)
     file, line = ([frame for frame in frames if frame[0] == path] or frames)[-1]
     return f"{file}, line {line}"
 
 
 def _frames(error: BaseException) -> list[tuple[str, int]]:
-    """(file, line) of the frames of an error, the innermost last."""
+    """Return (file, line) of each frame of an error, the innermost last."""
     return [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
 
 
 def find_function(module: ModuleType, name: str, path: str) -> Callable[..., Any]:
-    """The function of that name in a module.
+    """Return the function `name` of a module.
+
+    Args:
+      module: the module of the file `path`.
+      name: the function's name.
+      path: the file, for error messages.
 
     Raises:
-      UserError: if there is none, or it is not callable.
+      UserError: if there is no such function, or it is not callable.
     """
     function = getattr(module, name, None)
     if callable(function):
         return function
     known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-    raise UserError(f"{path}: it has no function {name!r}{nearest(name, known)}")
+    raise UserError(f"{path}: the file has no function {name!r}{nearest(name, known)}")
 
 
-def load_function(reference: str) -> Callable[[str, Mapping[str, Any]], Verdict]:
-    """A user's own verifier: a plain Python function `(response, example) -> float | Verdict` in a file.
+def load_function(reference: str) -> Verifier:
+    """Load a user's own verifier: a plain Python function `(response, example) -> float | Verdict` in a file.
 
     Args:
       reference: `"path/to/file.py:function"`.
 
     Returns:
-      `(response, example) -> Verdict`. What the function raises comes through; what it returns becomes a
-      verdict with a finite reward (see `as_verdict`).
+      A function `(response, example) -> Verdict`. It propagates the exceptions of the user's function, and converts the
+      return value to a verdict with a finite reward (see `as_verdict`).
 
     Raises:
-      UserError: if the reference, the file or the function is not there, or the file cannot be imported.
+      UserError: if the reference is malformed, the file or the function is missing, or the file cannot be imported.
     """
     parts = split_reference(reference)
     if parts is None:
-        raise UserError(f"{reference!r} names no function in a file; write it as path/to/file.py:function")
+        raise UserError(
+            f"{reference!r} does not name a function in a file; write it as path/to/file.py:function"
+        )
     path, name = parts
     function = find_function(load_module(path), name, path)
 

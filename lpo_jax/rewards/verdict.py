@@ -1,4 +1,4 @@
-"""What a verifier says about one response."""
+"""The verdict of a verifier on one response."""
 
 import dataclasses
 import math
@@ -12,13 +12,21 @@ OUTCOMES = ("pass", "wrong", "malformed", "timeout", "infrastructure")
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """The reward of one response, and why.
+    """The reward of one response, and the reason for it.
 
-    Outcomes: `pass` and `wrong` are answers that could be judged; `malformed` holds no answer in the asked
-      form;
-    `timeout` is a response whose own program ran out of time, which is the response's fault and is scored;
-    `infrastructure` means that the verifier failed (hung, died, raised). That says nothing about the
-    response, so the sample is masked out of the simplex and counted, never scored 0 in silence.
+    Attributes:
+      reward: the reward, finite in float32.
+      outcome: one of `OUTCOMES`.
+        `pass`, `wrong`: the response has an answer, which was judged.
+        `malformed`: the response has no answer in the required form.
+        `timeout`: the response's own program or expression ran out of time. This is the response's fault, so it is
+          scored.
+        `infrastructure`: the verifier failed: it hung, died or raised an exception. This carries no information about
+          the response, so the sample is masked out of the simplex and counted; it is never silently scored 0.
+      parts: details for the rollout files, such as the extracted `answer` and the `reason`.
+
+    Raises:
+      ValueError: if the outcome is unknown.
     """
 
     reward: float
@@ -31,17 +39,17 @@ class Verdict:
 
     @property
     def masked(self) -> bool:
-        """Whether the sample must be left out of training: true exactly for `infrastructure`."""
+        """Whether the sample must be excluded from training: true exactly for the outcome `infrastructure`."""
         return self.outcome == "infrastructure"
 
 
 def infrastructure(reason: str) -> Verdict:
-    """The verdict on a sample that could not be judged."""
+    """Return the verdict on a sample that could not be judged, with the reason."""
     return Verdict(0.0, "infrastructure", {"reason": reason})
 
 
 def unusable(reward: float) -> str:
-    """Why a reward cannot be trained on; empty if it can. Training computes in float32."""
+    """Return why a reward cannot be used for training, which computes in float32; empty if it can."""
     if not math.isfinite(reward):
         return f"verifier returned the reward {reward}, which is not finite"
     try:
@@ -52,14 +60,15 @@ def unusable(reward: float) -> str:
 
 
 def as_verdict(value: Any) -> Verdict:
-    """Turns what a verifier returned into a verdict with a reward that is finite in float32.
+    """Convert the return value of a verifier to a verdict whose reward is finite in float32.
 
     Args:
-      value: a `Verdict`, or a real number. A number of 1 or more is a `pass`, a smaller one is `wrong`; a
-        verifier with other scores returns a `Verdict` and says so itself.
+      value: a `Verdict` or a real number. A number counts as `pass` if it is at least 1, else as `wrong`. A verifier
+        whose scores mean something else returns a `Verdict`.
 
     Returns:
-      The verdict; `infrastructure` with a reason when the reward is not a real number, or `unusable`.
+      The verdict. Its outcome is `infrastructure`, with a reason, if the reward is not a real number or not finite in
+      float32.
     """
     if isinstance(value, Verdict):
         reward, outcome, parts = value.reward, value.outcome, value.parts
@@ -77,5 +86,5 @@ def as_verdict(value: Any) -> Verdict:
 
 
 def _plain(parts: Mapping[str, Any]) -> dict[str, float | str]:
-    """Parts as text and floats, so that they go into a JSON line unchanged."""
+    """Convert parts to text and floats, so that JSON lines hold them unchanged."""
     return {str(k): float(v) if isinstance(v, numbers.Real) else str(v) for k, v in parts.items()}

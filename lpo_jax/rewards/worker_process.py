@@ -1,4 +1,4 @@
-"""The pool's half of a worker: its process, the socket to it, and what has come over that socket."""
+"""The pool's side of a worker: its process, the socket to it, and the replies received over that socket."""
 
 import contextlib
 import os
@@ -15,70 +15,79 @@ from lpo_jax.rewards.registry import VerifierSpec
 from lpo_jax.rewards.verdict import Verdict
 from lpo_jax.rewards.worker import HEADER, MAX_REPLY, frame, parse_reply
 
-# The worker sees the same modules as the parent; -P keeps the current folder from shadowing any before that.
+# The worker has the same module path as the parent. -P keeps the current folder from shadowing modules before it is
+# set.
 _PROGRAM = (
-    "import sys; sys.path[:] = sys.argv[2:]; from lpo_jax.rewards.worker import main; main(sys.argv[1])"
+    "import sys; sys.path[:] = sys.argv[2:]\n"
+    "from lpo_jax.rewards.worker import run_worker; run_worker(sys.argv[1])"
 )
-# A user's verifier may import jax or numpy: never on the accelerator, never a thread per core in each worker.
+# A user's verifier may import JAX or NumPy, but must not use the accelerator or start a thread per core in each worker.
 _ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 _GRACE = 0.2  # seconds between SIGTERM and SIGKILL
-_ASLEEP = 1.0  # a pool that finds a deadline this many seconds past was itself stopped (SIGSTOP) in between,
-_REPRIEVE = 1.0  # and then gives a worker this many more, for a reply that the pool had not read in time
+_STOPPED = 1.0  # if a deadline passed this many seconds ago, the pool itself must have been stopped (SIGSTOP)
+_EXTENSION = 1.0  # seconds that a worker then gets, for a reply that the pool has not read in time
 
 
 class BadReply(Exception):
-    """The line to a worker holds something that is not a reply to a request."""
+    """The socket to a worker holds something other than a reply to a request."""
 
 
 class WorkerProcess:
-    """One process, the line to it, and what it does: it starts, idles, or judges `item` until `deadline`."""
+    """One worker process and the socket to it. The worker is starting, idle, or judging `item` until `deadline`.
+
+    Args:
+      spec: the verifier to load.
+      start_limit: seconds in which the worker must be ready.
+      item_limit: seconds for one item.
+    """
 
     def __init__(self, spec: VerifierSpec, start_limit: float, item_limit: float):
-        self.line, theirs = socket.socketpair()
-        self.line.setblocking(False)
+        self.socket, theirs = socket.socketpair()
+        self.socket.setblocking(False)
         with theirs:
             self.process = subprocess.Popen(
                 [sys.executable, "-P", "-c", _PROGRAM, str(theirs.fileno()), *sys.path],
                 stdin=subprocess.DEVNULL,
-                stdout=2,  # a verifier's prints belong with the log, not in the program's output
+                stdout=2,  # output that a verifier prints goes to the log, not to the program's stdout
                 env=os.environ | _ENVIRONMENT,
                 pass_fds=[theirs.fileno()],
-                start_new_session=True,  # out of reach of the terminal's Ctrl-C, and a group to kill as one
+                start_new_session=True,  # not reached by the terminal's Ctrl-C, and can be killed as a group
             )
         self.ready = False
         self.item: int | None = None
         self.judged = 0
-        self.suspect = False  # it has said more than it was asked: replaced as soon as it is free
+        self.suspect = False  # True if it has sent more than its replies; it is replaced once it is idle
         self.unsent, self.unread = b"", bytearray()
         self._nonce, self._requests, self._open = secrets.token_hex(8), 0, False
-        self.ask(start_limit, spec, start_limit, item_limit)
+        self.request(start_limit, spec, start_limit, item_limit)
 
     @property
     def idle(self) -> bool:
+        """Whether the worker is ready and judges no item."""
         return self.ready and self.item is None
 
-    def ask(self, limit: float, *message: Any) -> None:
-        """Sends a request, whose reply is due within `limit` seconds."""
+    def request(self, limit: float, *message: Any) -> None:
+        """Send a request whose reply is due within `limit` seconds."""
         self._requests += 1
-        self._open, self._reprieved = True, False
+        self._open, self._extended = True, False
         self.deadline: float | None = time.monotonic() + limit
         self.unsent += frame(pickle.dumps((f"{self._nonce}:{self._requests}", *message)))
         self.flush()
 
     def flush(self) -> None:
-        """Writes what the line takes now: a worker that does not read must not stop the parent."""
+        """Send as much as possible without blocking: a worker that does not read must not block the parent."""
         try:
-            self.unsent = self.unsent[self.line.send(self.unsent) :]
+            self.unsent = self.unsent[self.socket.send(self.unsent) :]
         except BlockingIOError:
             pass
         except OSError:
-            self.unsent = b""  # the worker is dead, which the reading side reports
+            self.unsent = b""  # the worker has died, which `receive` reports
 
     def receive(self) -> bool:
-        """Reads what the line holds, without waiting for more; returns whether the worker still has its end."""
+        """Read what has arrived, without blocking; return whether the worker still has its end of the socket open."""
         while len(self.unread) <= MAX_REPLY + HEADER.size:
             try:
-                data = self.line.recv(1 << 20)
+                data = self.socket.recv(1 << 20)
             except BlockingIOError:
                 return True
             except OSError:
@@ -89,12 +98,12 @@ class WorkerProcess:
         return True
 
     def reply(self) -> tuple[Verdict | str | None] | None:
-        """What the worker has replied to the open request (see `parse_reply`), once that has come whole.
+        """Return the content of the reply to the open request (see `parse_reply`) as a 1-tuple.
 
-        A further reply to a request that has one already is dropped.
+        Return None until that reply has arrived completely. Surplus replies to earlier requests are dropped.
 
         Raises:
-          BadReply: if something else is on the line.
+          BadReply: if the socket holds anything else.
         """
         while (payload := self._payload()) is not None:
             try:
@@ -114,7 +123,7 @@ class WorkerProcess:
         return None
 
     def _payload(self) -> bytes | None:
-        """Takes the next whole message off what has been read."""
+        """Remove the next complete message from the bytes received, and return it."""
         if len(self.unread) < HEADER.size:
             return None
         (length,) = HEADER.unpack_from(self.unread)
@@ -127,29 +136,32 @@ class WorkerProcess:
         del self.unread[:end]
         return payload
 
-    def reprieve(self, now: float) -> bool:
-        """Moves the deadline, once, if the pool itself was stopped when it passed; returns whether it did."""
-        if self._reprieved or now - self.deadline < _ASLEEP:
+    def extend_deadline(self, now: float) -> bool:
+        """Extend the deadline once if the pool itself was stopped when it passed; return whether it was extended."""
+        if self._extended or now - self.deadline < _STOPPED:
             return False
-        self._reprieved, self.deadline = True, time.monotonic() + _REPRIEVE
+        self._extended, self.deadline = True, time.monotonic() + _EXTENSION
         return True
 
     def stop(self, wait: float) -> str:
-        """Ends the process and all it started; returns how it ended.
+        """End the process and all processes that it started.
 
         Args:
-          wait: seconds in which an idle worker may leave by itself, once the line is closed.
+          wait: seconds in which an idle worker may exit by itself after the socket is closed.
+
+        Returns:
+          How the process ended, such as `"exit -9"`.
         """
-        self.line.close()
+        self.socket.close()
         try:
             self.process.wait(wait)
         except subprocess.TimeoutExpired:
             self._kill_group(signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(_GRACE)
-        self._kill_group(signal.SIGKILL)  # itself if it is still there, and whatever it leaves behind
+        self._kill_group(signal.SIGKILL)  # the process, if it still runs, and any processes it leaves behind
         return f"exit {self.process.wait()}"
 
     def _kill_group(self, number: int) -> None:
-        with contextlib.suppress(ProcessLookupError, PermissionError):  # nobody left in the group
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # the group is empty
             os.killpg(self.process.pid, number)

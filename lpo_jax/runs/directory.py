@@ -16,13 +16,13 @@ from typing import Any
 import jax
 from etils import epath
 
-from lpo_jax import yaml_text
 from lpo_jax.config import Config, parse_config
 from lpo_jax.errors import UserError
 from lpo_jax.files import LOCK, lock_directory, write_file
 from lpo_jax.json_lines import read_object
-from lpo_jax.rewards.user_code import file_hash, split_reference
 from lpo_jax.parallel import hosts
+from lpo_jax.rewards.user_code import file_hash, split_reference
+from lpo_jax.yaml_text import dump_yaml, read_yaml
 
 PACKAGES = ("lpo_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
 
@@ -102,7 +102,7 @@ class RunDirectory:
         if self.resumed and SAVED in (noted := self._noted()):
             about[SAVED] = noted[SAVED]
         write_file(self.path / "run.json", json.dumps(about, indent=2) + "\n")
-        write_file(self.path / "config.yaml", yaml_text.dump(self.config.to_dict()))
+        write_file(self.path / "config.yaml", dump_yaml(self.config.to_dict()))
 
     def note(self, **facts: Any) -> None:
         """Adds to run.json what was only known once the run was under way."""
@@ -213,7 +213,7 @@ def read_config(run: str | Path) -> Config:
     path = Path(run) / "config.yaml"
     if not path.is_file():
         raise UserError(f"{run}: not a run directory (no config.yaml in it)")
-    values = yaml_text.read(path, "config")
+    values = read_yaml(path, "config")
     if not isinstance(values, dict):
         raise UserError(
             f"{path}: is damaged (it holds no settings); write it anew from the config that started the run"

@@ -1,6 +1,7 @@
-"""Tasks: rows with checkable answers, how they are asked, and how answers are judged.
+"""Tasks: rows with checkable answers, the prompts made from them, and the verifiers that judge the responses.
 
-Importing this imports neither jax nor grain nor tensorflow_datasets.
+`registry.py` looks tasks up by name; `benchmarks.py` lists the evaluation suites. Importing this package imports
+neither JAX nor grain nor tensorflow_datasets.
 """
 
 from lpo_jax.tasks.data import PromptIterator, content_hash

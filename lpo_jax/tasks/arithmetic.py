@@ -1,4 +1,4 @@
-"""Sums of integers, generated: the smallest task on which learning can be seen."""
+"""Generated sums of integers: the smallest task on which a model visibly learns."""
 
 import random
 from typing import Any
@@ -11,7 +11,7 @@ from lpo_jax.tasks.task import Task, with_prefill
 PREFILL = "<answer>"
 
 
-def arithmetic(
+def arithmetic_task(
     *,
     terms: int = 2,
     max_number: int = 99,
@@ -19,20 +19,21 @@ def arithmetic(
     heldout_size: int = 128,
     seed: int = 0,
 ) -> Task:
-    """Integer sums from a seed: rows `{"terms": [12, 7], "answer": 19}`, asked as `12 + 7 = ?`.
+    """Generate a task of integer sums: rows `{"terms": [12, 7], "answer": 19}` with prompts `12 + 7 = ?`.
 
     Args:
       terms: how many numbers are added.
-      max_number: numbers are 0 to this.
-      train_size, heldout_size: rows; no sum (terms in any order) occurs twice in either or both.
-      seed: of the problems.
+      max_number: the largest number; the smallest is 0.
+      train_size, heldout_size: number of rows. No sum (terms in any order) occurs twice, within a split or across.
+      seed: seed of the problems.
 
     Raises:
-      UserError: if an option makes no sense or there are too few different sums.
+      UserError: if an option has an invalid value, or there are too few different sums.
     """
     if terms < 2 or max_number < 1:
         raise UserError(
-            f"task arithmetic: terms {terms}, max_number {max_number}: need 2 terms or more, and 1 or more"
+            f"task arithmetic: terms {terms}, max_number {max_number}: need at least 2 terms, "
+            "and max_number of at least 1"
         )
 
     def draw(rng: random.Random) -> dict[str, Any]:

@@ -1,9 +1,9 @@
-"""Programming problems with tests, from files in the shapes that are about.
+"""The code task: programming problems with tests, from files in the formats of common datasets.
 
-PRIME's, LiveCodeBench's and their relatives' (see `lpo_jax.rewards.code_tests`), under `tests` or verl's
-`reward_model.ground_truth`; and tests that are programs: LeetCode's `{"functional": "def check(candidate): ..."}`,
-HumanEval's `test` with its `entry_point`, and MBPP's `test_list`. Their assertions are read as examples of input and
-output, never run.
+Tests are in the format of PRIME, LiveCodeBench or similar datasets (see `lpo_jax.rewards.code_tests`), in the field
+`tests` or in verl's `reward_model.ground_truth`. They may also be programs: LeetCode's
+`{"functional": "def check(candidate): ..."}`, HumanEval's `test` with its `entry_point`, and MBPP's `test_list`. The
+assertions of such programs are parsed as pairs of input and output, and never run.
 """
 
 import contextlib
@@ -16,16 +16,16 @@ from lpo_jax.rewards import VerifierSpec
 from lpo_jax.rewards.answers import last_program
 from lpo_jax.rewards.code_tests import as_columns, asserts_to_tests, read_tests
 from lpo_jax.tasks.prepared import Recipe, Unusable
-from lpo_jax.tasks.splits import check_fields, field, splits, squeezed, text
+from lpo_jax.tasks.splits import as_text, check_fields, field, splits, squeezed
 from lpo_jax.tasks.task import Row, Task
-from lpo_jax.tasks.templates import CODE, asker, bare
+from lpo_jax.tasks.templates import CODE, bare, prompt_function
 
 _PROBLEM = ("problem", "question", "text", "prompt")
 _TESTS = ("tests", "test_cases", "test_list", "test", "reward_model.ground_truth")
 _SOLUTION = ("solution", "solutions", "code", "canonical_solution")
 
 
-def code(
+def code_task(
     *,
     path: str = "",
     heldout: str = "",
@@ -37,27 +37,29 @@ def code(
     strict: bool = False,
     verifier_options: Mapping[str, Any] | None = None,
 ) -> Task:
-    """Programs to write: rows `{"problem": ..., "tests": {"inputs", "outputs", "fn_name"?}, "solution": ...}`.
+    """Build the code task: rows `{"problem": ..., "tests": {"inputs", "outputs", "fn_name"?}, "solution": ...}`.
 
     Args:
-      path, heldout, train_size, heldout_size, seed, strict: see `lpo_jax.tasks.splits.splits`. Problems are the same
-        when their text is, whitespace aside; rows whose tests cannot be used count as skipped.
-      template: `"prime"`, `"eurus"` (the same as a chat with Eurus-2's system message), or a text with `{problem}`.
-      fields: what the file calls `problem`, `tests` and `solution` (a Python program), where it is unusual.
-      verifier_options: of the verifier; see `lpo_jax.rewards.code`.
+      path, heldout, train_size, heldout_size, seed, strict: see `lpo_jax.tasks.splits.splits`. Two problems are the
+        same if their texts are equal except for whitespace. Rows whose tests cannot be used count as skipped.
+      template: "prime", "eurus" (the same as a chat with Eurus-2's system message), or a text with `{problem}`.
+      fields: the file's names for `problem`, `tests` and `solution` (a Python program), if they are unusual.
+      verifier_options: options of the verifier; see `lpo_jax.rewards.code`.
 
     Raises:
-      UserError: if an option makes no sense or the files are not as they must be.
+      UserError: if an option has an invalid value, or a file is missing or invalid.
     """
-    ask = asker("code", template, CODE, "problem")
+    ask = prompt_function("code", template, CODE, "problem")
     fields = check_fields("code", fields, ("problem", "tests", "solution"))
 
     def convert(row: Row) -> dict[str, Any] | None:
         if row.get("ability", "code") != "code":
-            return None  # PRIME's own file holds mathematics too
-        problem = text(bare(field(row, "problem", _PROBLEM, fields), CODE, "problem"), "problem")
+            return None  # PRIME's own file also has mathematics problems
+        problem = as_text(bare(field(row, "problem", _PROBLEM, fields), CODE, "problem"), "problem")
         tests, solution = field(row, "tests", _TESTS, fields), _solution(row, fields)
-        if "canonical_solution" in row:  # HumanEval's is the body of the function that the problem begins
+        if (
+            "canonical_solution" in row
+        ):  # HumanEval's solution is the body of the function that the problem begins
             solution = problem + solution
         if isinstance(tests, list) and tests and isinstance(tests[0], str):
             problem = (
@@ -77,10 +79,10 @@ def code(
 
 
 def _tests(stored: Any, entry_point: str | None, metadata: Any) -> dict[str, Any]:
-    """Tests as the verifier reads them without the rest of the row.
+    """Convert tests to the format that the verifier reads without the rest of the row.
 
     Raises:
-      Unusable: if it cannot, or an assertion is no example of input and output.
+      Unusable: if the tests cannot be read, or an assertion is not a pair of input and output.
     """
     program = None
     if isinstance(stored, Mapping) and isinstance(stored.get("functional"), str):
@@ -92,7 +94,7 @@ def _tests(stored: Any, entry_point: str | None, metadata: Any) -> dict[str, Any
     if program is not None:
         stored = asserts_to_tests(program)
         if stored is None:
-            raise Unusable("not every test is an example of input and output")
+            raise Unusable("not every test is a pair of input and output")
     try:
         columns = as_columns(stored, metadata)
         read_tests(columns)
@@ -102,7 +104,7 @@ def _tests(stored: Any, entry_point: str | None, metadata: Any) -> dict[str, Any
 
 
 def _solution(row: Row, fields: Mapping[str, str]) -> str:
-    """The row's program, the first where it has several; without the fences of a Markdown block."""
+    """Return the row's program, the first if there are several, without Markdown fences; empty if there is none."""
     try:
         solution = field(row, "solution", _SOLUTION, fields)
     except UserError:
@@ -111,14 +113,14 @@ def _solution(row: Row, fields: Mapping[str, str]) -> str:
         return ""
     if isinstance(solution, str) and solution.lstrip().startswith(
         "["
-    ):  # TACO's list of programs is a JSON text
+    ):  # TACO stores a list of programs as JSON
         with contextlib.suppress(ValueError, RecursionError):
             solution = json.loads(solution)
     if isinstance(solution, list) and solution:
         solution = solution[0]
     if not isinstance(solution, str) or not solution.strip():
         return ""
-    solution = text(solution, "solution")
+    solution = as_text(solution, "solution")
     return last_program(solution) or "" if "```" in solution else solution
 
 

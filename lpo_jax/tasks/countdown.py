@@ -1,4 +1,4 @@
-"""Countdown: generated problems, each with a solution for the supervised warm start; or problems from files."""
+"""The Countdown task: generated problems with solutions for the supervised warm start, or problems from files."""
 
 import random
 from collections.abc import Sequence
@@ -12,14 +12,14 @@ from lpo_jax.tasks.prepared import Recipe
 from lpo_jax.tasks.splits import Splits, field, splits
 from lpo_jax.tasks.task import Row, Task, with_prefill
 
-# name: (prompt, prefill, what the model would write after it)
+# name: (prompt, prefill, target response after the prefill)
 TEMPLATES = {
     "short": (
         "Using the numbers {numbers}, create an equation that equals {target}.\n",
         "<answer>",
         "{solution}</answer>",
     ),
-    # TinyZero's for base models, to the letter.
+    # TinyZero's template for base models, verbatim.
     "tinyzero": (
         "A conversation between User and Assistant. The user asks a question, and the Assistant solves it. "
         "The assistant first thinks about the reasoning process in the mind and then provides the user with "
@@ -34,10 +34,10 @@ TEMPLATES = {
     ),
 }
 
-_SUM, _PRODUCT, _ATOM = 1, 2, 3  # how tightly an expression holds together
+_SUM, _PRODUCT, _ATOM = 1, 2, 3  # binding strength of an expression
 
 
-def countdown(
+def countdown_task(
     *,
     path: str = "",
     heldout: str = "",
@@ -52,25 +52,28 @@ def countdown(
     strict: bool = False,
     scores: Sequence[float] = (1.0, 0.1, 0.0),
 ) -> Task:
-    """Countdown: rows `{"numbers": [3, 5, 2], "target": 16, "solution": "(3+5)*2"}`.
+    """Build the Countdown task: rows `{"numbers": [3, 5, 2], "target": 16, "solution": "(3+5)*2"}`.
 
-    Problems come from a seed, or from files with the columns `nums` (or `numbers`) and `target`, such as
-    `hf:Jiayi-Pan/Countdown-Tasks-3to4` (Countdown-34) and `hf:Jiayi-Pan/Countdown-Tasks-4` (Countdown-4). Those of
-    files have no solution. No problem (numbers in any order, target) occurs twice in a split or in both.
+    Problems are generated from a seed, or read from files with the columns `nums` (or `numbers`) and `target`, such as
+    `hf:Jiayi-Pan/Countdown-Tasks-3to4` (Countdown-34) and `hf:Jiayi-Pan/Countdown-Tasks-4` (Countdown-4). Problems from
+    files have no solution. No problem (numbers in any order, target) occurs twice, within a split or across.
 
     Args:
-      path, heldout: sources of problems (`lpo_jax.tasks.records`), used as in `lpo_jax.tasks.splits.splits`; both
-        empty: problems are generated.
-      numbers: how many numbers a problem has, or several such counts to draw from; other rows of files are dropped.
-      max_number, max_target: of generated problems: numbers and targets are 1 to this.
-      operators: of generated problems: those that solutions are built from, such as `"+-*"`.
-      train_size, heldout_size: rows; 0 in files: all, and for held-out ones as in `splits`.
-      seed: of the problems, or of the draw from files.
-      template: `"short"` or `"tinyzero"`; the first is raw and brief, for small models.
-      strict, scores: of the verifier; see `lpo_jax.rewards.countdown`.
+      path, heldout: sources of problems (`lpo_jax.tasks.records`), used as in `lpo_jax.tasks.splits.splits`. If both
+        are empty, problems are generated.
+      numbers: how many numbers a problem has, or a list of such counts to draw from. Rows of files with other counts
+        are dropped.
+      max_number, max_target: for generated problems, the largest number and target; the smallest is 1.
+      operators: for generated problems, the operators in solutions, such as `"+-*"`.
+      train_size, heldout_size: number of rows. For files, 0 means all training rows, and for held-out rows see
+        `splits`.
+      seed: seed of the problems, or of the draw from files.
+      template: "short", a brief prompt for small models, or "tinyzero".
+      strict, scores: options of the verifier; see `lpo_jax.rewards.countdown`.
 
     Raises:
-      UserError: if an option makes no sense, there are too few different problems, or files are not as they must be.
+      UserError: if an option has an invalid value, there are too few different problems, or a file is missing or
+        invalid.
     """
     counts = [numbers] if isinstance(numbers, int) else list(numbers)
     if not counts or not all(isinstance(count, int) and 2 <= count <= 8 for count in counts):
@@ -89,8 +92,8 @@ def countdown(
     if path or heldout:
         if (max_number, max_target, operators) != (99, 100, "+-*/"):
             raise UserError(
-                "task countdown: max_number, max_target and operators are of generated problems; leave out them or the "
-                "files"
+                "task countdown: max_number, max_target and operators apply only to generated problems; omit either "
+                "them or the files"
             )
         rows = splits(_recipe(counts), path, heldout, train_size, heldout_size, seed)
     else:
@@ -112,7 +115,7 @@ def _key(row: Row) -> tuple[tuple[int, ...], int]:
 
 
 def _recipe(counts: list[int]) -> Recipe:
-    """Rows of files with that many numbers."""
+    """Return the recipe for files, which keeps rows with these counts of numbers."""
 
     def convert(row: Row) -> dict[str, Any] | None:
         numbers = field(row, "numbers", ("nums", "numbers"), {})
@@ -154,11 +157,12 @@ def _generate(
 
 
 def _random_expression(rng: random.Random, given: list[int], operators: str) -> tuple[str, Fraction | None]:
-    """Joins two random parts by a random operator until one is left: text without needless parentheses, and
-    value.
+    """Join random pairs of parts with random operators until one expression is left.
 
-    The value is None where it would divide by zero. Parts are picked at random, so the order in which the
-    numbers are given says nothing about the solution.
+    Parts are drawn at random, so the order of the given numbers carries no information about the solution.
+
+    Returns:
+      The text, without unnecessary parentheses, and the value. The value is None if the expression divides by zero.
     """
     parts = [(str(number), _ATOM, Fraction(number)) for number in given]
     while len(parts) > 1:
@@ -172,7 +176,7 @@ def _random_expression(rng: random.Random, given: list[int], operators: str) -> 
 
 def _join(left: tuple[str, int, Fraction], operator: str, right: tuple[str, int, Fraction]):
     binding = _SUM if operator in "+-" else _PRODUCT
-    # a-(b+c) and a/(b*c) need their parentheses; a+(b-c) and a*(b/c) are the same without.
+    # a-(b+c) and a/(b*c) need their parentheses; a+(b-c) and a*(b/c) do not.
     needs = binding + (operator in "-/")
     text = _bracket(left, binding) + operator + _bracket(right, needs)
     a, b = left[2], right[2]

@@ -1,4 +1,4 @@
-"""The order in which rows are seen, and what the rows are: shuffled, repeated, resumable, fingerprinted."""
+"""Iteration over training rows (shuffled, repeated, resumable), and the content hash of rows."""
 
 import hashlib
 import json
@@ -9,7 +9,7 @@ from lpo_jax.errors import UserError
 
 
 def plain(value: Any) -> Any:
-    """A value as JSON types: arrays as lists, numpy scalars as numbers, bytes as text."""
+    """Convert a value to JSON types: arrays to lists, NumPy scalars to numbers, bytes to text."""
     if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, bytes):
@@ -22,9 +22,10 @@ def plain(value: Any) -> Any:
 
 
 def content_hash(*parts: Sequence[Mapping[str, Any]]) -> str:
-    """SHA-256 over the rows of each part as canonical JSON: same rows in the same order, same hash.
+    """Return the SHA-256 of the rows of each part as canonical JSON, in hexadecimal.
 
-    What JSON has no value for (a fraction, say) counts as its text.
+    The same rows in the same order have the same hash. A value that JSON cannot represent, such as a fraction, counts
+    as its text.
     """
     digest = hashlib.sha256()
     for rows in parts:
@@ -35,34 +36,34 @@ def content_hash(*parts: Sequence[Mapping[str, Any]]) -> str:
     return digest.hexdigest()
 
 
-# What a hash in the state of `PromptIterator` is of.
+# Explanations of the hashes in the state of `PromptIterator`.
 _HASHED = {
     "data_hash": " (the task's rows)",
-    "prompts_hash": " (the prompts: what the task, the chat template and the tokenizer make of the rows)",
+    "prompts_hash": " (the prompts, which depend on the task, the chat template and the tokenizer)",
 }
 
 
 class PromptIterator(Iterator[list[tuple[int, Mapping[str, Any]]]]):
-    """Endless batches of P training rows with their indices, through grain.
+    """An endless iterator over batches of P training rows with their indices, built on grain.
 
-    Every epoch is shuffled anew from the seed. A batch never straddles two epochs, so no row is twice in one
-    batch (two groups of one prompt would draw the same samples); the up to P - 1 rows left at the end of an
-    epoch sit that epoch out. The whole state is a number: `restore(state)` continues exactly where `state()`
-    was taken.
+    Every epoch is shuffled anew from the seed. A batch never spans two epochs, so no row occurs twice in one batch: two
+    groups of the same prompt would draw the same samples. The remaining rows at the end of an epoch, at most P - 1, are
+    skipped in that epoch. The position is a single number, and `restore(state)` continues exactly where `state()` was
+    taken.
 
-    Supervised learning before RL walks each epoch backward, so that the first prompts of RL are not the rows whose
-    solutions were just taught: of N rows, RL's first N - M prompts are none of the first M rows taught.
+    Supervised learning before RL reads each epoch backward, so that RL does not begin with the rows whose solutions
+    were just taught: of N rows, the first N - M prompts of RL include none of the first M rows taught.
 
     Args:
       rows: rows by index.
       prompts: P, the number of rows in a batch.
-      seed: of the order.
-      backward: walk the same shuffled order from the end of each epoch to its beginning.
-      data_hash: the task's `content_hash`; in the state, so that a resume over changed data is refused.
-      prompts_hash: of the token ids of the rows' prompts; likewise.
+      seed: seed of the order.
+      backward: whether to read each epoch's shuffled order from its end to its beginning.
+      data_hash: the task's `content_hash`. It is part of the state, so that a resume over changed data is refused.
+      prompts_hash: a hash of the token ids of the rows' prompts, used in the same way.
 
     Raises:
-      UserError: if there are fewer rows than P.
+      UserError: if there are fewer than P rows.
     """
 
     def __init__(
@@ -75,11 +76,11 @@ class PromptIterator(Iterator[list[tuple[int, Mapping[str, Any]]]]):
         prompts_hash: str = "",
         backward: bool = False,
     ):
-        import grain  # here, for it imports jax
+        import grain  # imported here, because it imports JAX
 
         if not 1 <= prompts <= len(rows):
             raise UserError(
-                f"data: {prompts} prompts a step from {len(rows)} training rows; need 1 to {len(rows)}"
+                f"data: {prompts} prompts per step from {len(rows)} training rows; need 1 to {len(rows)} prompts"
             )
         self._rows = rows
         self._about = {"prompts": prompts, "seed": seed, "rows": len(rows)}
@@ -98,21 +99,21 @@ class PromptIterator(Iterator[list[tuple[int, Mapping[str, Any]]]]):
 
     @property
     def epoch(self) -> float:
-        """Epochs seen so far, fractions included."""
+        """Epochs read so far, as a fraction."""
         return self._next / (self._about["rows"] // self._about["prompts"])
 
     def state(self) -> dict[str, int | str]:
-        """The position, and what it is a position in; JSON types."""
+        """Return the position and a description of the data, in JSON types."""
         return {"next": self._next, **self._about}
 
     def restore(self, state: Mapping[str, int | str]) -> None:
-        """Continues where `state()` was taken.
+        """Continue where `state()` was taken.
 
         Raises:
-          UserError: if the data, the seed or the batch size differ from those of the state, with the
+          UserError: if the data, the seed or the batch size differ from those in the state; the message lists the
             differences.
         """
-        # A checkpoint of an older version has no hash of the prompts.
+        # Checkpoints of older versions have no hash of the prompts.
         was = {"prompts_hash": self._about["prompts_hash"], **state}
         changed = [
             f"{k} was {was.get(k)!r}, is {v!r}{_HASHED.get(k, '')}"
@@ -121,6 +122,6 @@ class PromptIterator(Iterator[list[tuple[int, Mapping[str, Any]]]]):
         ]
         if changed:
             raise UserError(
-                f"data: cannot resume: {'; '.join(changed)}; use the same again, or start a new run"
+                f"data: cannot resume: {'; '.join(changed)}; restore the previous values, or start a new run"
             )
         self._next = int(state["next"])

@@ -1,4 +1,4 @@
-"""What a task's data is, for the eye before anything is trained on it: `lpo data`."""
+"""Summarise a task's data before training: `lpo data`."""
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
@@ -7,32 +7,33 @@ from typing import Any
 from lpo_jax.rewards import Verdict, VerifierPool
 from lpo_jax.tasks.task import Prompt, Row, Task
 
-_JUDGED = 256  # solutions that are judged together
-_NAMED = 5  # rows whose solution fails that are shown
+_JUDGED = 256  # solutions judged in one call
+_NAMED = 5  # rows with a failing solution that are shown
 
 
-def describe(
+def describe_task(
     task: Task,
     encode: Callable[[Prompt], list[int]] | None = None,
     decode: Callable[[list[int]], str] | None = None,
     written: Callable[[Row], str] | None = None,
     pool: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Counts, the content hash, and the first row as the model and the verifier see it.
+    """Summarise a task: counts, the content hash, and the first row as the model and the verifier see it.
 
     Args:
-      task: the task; all its rows are read, and every solution is judged.
-      encode, decode: a tokenizer's, chat template included. Without them lengths are in characters, and messages are
-        shown as they are.
-      written: the row's solution as the verifier sees it once a model has written it; by default the solution itself.
+      task: the task. All its rows are read, and every solution is judged.
+      encode, decode: functions of a tokenizer, including the chat template. Without them, lengths are in characters,
+        and messages are shown unchanged.
+      written: maps a row to its solution as the verifier would see it if a model had written it; by default the
+        solution itself.
       pool: options of the `VerifierPool` that judges the solutions.
 
     Returns:
-      JSON values. By split: `rows`, `different_prompts`, `longest_prompt` and `mean_prompt` (in `unit`),
-      `with_solution`, `solution_fails` (rows whose own solution the verifier does not pass) with the first ones and
-      the reasons in `first_failing`, and what became of the files' rows (`prepared.prepare`). For both:
-      `content_hash`, `overlap` (held-out prompts that are trained on too), `verifier` with its options, and of the
-      first row `prompt`, `row`, and `solution` with its `verdict`.
+      A dict of JSON values. For each split: `rows`, `different_prompts`, `longest_prompt` and `mean_prompt` (in
+      `unit`), `with_solution`, `solution_fails` (the number of rows whose own solution the verifier does not pass) with
+      the first ones and the reasons in `first_failing`, and the counts of `prepared.prepare_rows` for rows from files.
+      For both splits together: `content_hash`, `overlap` (the number of held-out prompts that are also trained on), and
+      `verifier` with its options. For the first row: `prompt`, `row`, and `solution` with its `verdict`.
 
     Raises:
       UserError: if the verifier cannot be started.
@@ -70,12 +71,12 @@ def describe(
 def _failing(
     task: Task, rows: Sequence[Row], written: Callable[[Row], str], judges: VerifierPool
 ) -> dict[str, Any]:
-    """How many rows have a solution that their verifier does not pass, and the first of them with the reason."""
+    """Count the rows whose solution the verifier does not pass; the first ones are listed with the reason."""
     failing, first = 0, []
     solved = ((index, row) for index, row in enumerate(rows) if task.solution(row) is not None)
-    while some := list(itertools.islice(solved, _JUDGED)):
-        verdicts = judges.verify([written(row) for _, row in some], [row for _, row in some])
-        for (index, _), verdict in zip(some, verdicts):
+    while batch := list(itertools.islice(solved, _JUDGED)):
+        verdicts = judges.verify([written(row) for _, row in batch], [row for _, row in batch])
+        for (index, _), verdict in zip(batch, verdicts):
             if verdict.outcome != "pass":
                 failing += 1
                 first.append(f"row {index}: {_why(verdict)}")
@@ -91,7 +92,7 @@ def _why(verdict: Verdict) -> str:
 def _split(
     task: Task, rows: Sequence[Row], encode: Callable[[Prompt], Any]
 ) -> tuple[dict[str, Any], set[int]]:
-    """One split's figures, and its prompts' hashes: rows may be many."""
+    """Return the figures of one split, and the hashes of its prompts, which may be too many to keep."""
     prompts, longest, total, solved = set(), 0, 0, 0
     for row in rows:
         prompt = task.prompt(row)
@@ -108,8 +109,8 @@ def _split(
     }, prompts
 
 
-def lines(summary: dict[str, Any]) -> list[str]:
-    """A description as text, a table of the splits first."""
+def description_lines(summary: dict[str, Any]) -> list[str]:
+    """Format a summary of `describe_task` as lines of text."""
     splits = [summary["train"], summary["heldout"]]
     named = ("first_skipped", "first_failing")
     names = [name for name in dict.fromkeys([*splits[0], *splits[1]]) if name not in named]
@@ -123,7 +124,7 @@ def lines(summary: dict[str, Any]) -> list[str]:
         f"content hash  {summary['content_hash']}",
         f"verifier      {verifier.pop('name')}"
         + "".join(f" {name}={value}" for name, value in verifier.items()),
-        f"overlap       {summary['overlap']} held-out prompts are trained on too",
+        f"overlap       {summary['overlap']} held-out prompts are also trained on",
         "",
         *(f"{name.replace('_', ' '):<20}{train:>12}{heldout:>12}" for name, train, heldout in table),
         *(f"skipped: {place}" for split in splits for place in split.get("first_skipped", ())),

@@ -1,6 +1,6 @@
-"""Tasks of the user's own: rows of files as they are, and TFDS builders on disk (array_record, without TensorFlow).
+"""Tasks from a user's own files: rows used as they are, and TFDS builders on disk (array_record, without TensorFlow).
 
-Every row is checked before work begins: a missing or empty field is an error that names file and line.
+Every row is checked before work begins. A missing or empty field is an error whose message names file and line.
 """
 
 import math
@@ -12,14 +12,14 @@ from typing import Any
 from lpo_jax.errors import UserError, nearest
 from lpo_jax.json_lines import lone_surrogate
 from lpo_jax.rewards import VerifierSpec
-from lpo_jax.tasks.prepared import Records, Unusable
-from lpo_jax.tasks.records import find_files, read_rows, unique_ids
+from lpo_jax.tasks.prepared import DiskRows, Unusable
+from lpo_jax.tasks.records import find_files, read_data_file, unique_ids
 from lpo_jax.tasks.splits import check_gold, refuse_or_warn
 from lpo_jax.tasks.task import Row, Task, warn_overlap, with_prefill
 from lpo_jax.tasks.templates import FIELD, fill
 
 
-def jsonl(
+def jsonl_task(
     *,
     prompt: str,
     verifier: str,
@@ -33,27 +33,28 @@ def jsonl(
     prefill: str = "",
     solution: str | None = None,
 ) -> Task:
-    """A task from JSON lines, or from any other source of rows (`lpo_jax.tasks.records`); they are held in memory.
+    """Build a task from JSON lines, or from any other source of rows (`lpo_jax.tasks.records`), held in memory.
 
     Args:
-      prompt: template with `{field}` for a row's field, such as `"{question}\\n"`.
+      prompt: a template with `{field}` for a field of the row, such as `"{question}\\n"`.
       verifier: a built-in name, or `"path/to/file.py:function"`.
-      path: the training rows; empty for a task that is only evaluated on.
-      heldout: a second source. Without it, `heldout_fraction` of the prompts of `path` are held out, drawn by
-        `seed`.
-      heldout_fraction: share of distinct prompts (rows with the same prompt stay together).
-      seed: of that split.
-      strict: refuse rows whose gold answer the verifier cannot read, instead of skipping them with a warning.
-      fields: what the verifier calls a field -> what the file calls it, such as `{"answer": "final_answer"}`.
+      path: the source of training rows; empty for a task that is used only for evaluation.
+      heldout: a second source, of held-out rows. Without it, `heldout_fraction` of the prompts of `path` are held out,
+        drawn by `seed`.
+      heldout_fraction: fraction of the distinct prompts; rows with the same prompt stay together.
+      seed: seed of that split.
+      strict: whether to refuse rows whose gold answer the verifier cannot read, instead of skipping them with a
+        warning.
+      fields: the verifier's name of a field -> the file's name, such as `{"answer": "final_answer"}`.
       verifier_options: options of a built-in verifier.
-      prefill: text that begins the model's answer; it is put at the prompt's end and before each response.
-      solution: template of a target response (what follows the prefill), for supervised warm start.
+      prefill: text that begins the model's answer. It is appended to the prompt and prepended to each response.
+      solution: a template of a target response (the text after the prefill), for the supervised warm start.
 
     Raises:
-      UserError: naming file and line, for what is missing, empty or not JSON.
+      UserError: if a field is missing or empty, or a line is not JSON; the message names file and line.
     """
     if not path and heldout is None:
-        raise UserError("task jsonl needs the option 'path', or 'heldout' for evaluation alone")
+        raise UserError("task jsonl needs the option 'path', or 'heldout' for evaluation only")
     form = _Form(prompt, verifier, fields, verifier_options, prefill, solution)
     train, about = (), {}
     if path:
@@ -65,7 +66,7 @@ def jsonl(
     return warn_overlap(form.task("jsonl", train, kept, about))
 
 
-def tfds(
+def tfds_task(
     *,
     path: str,
     prompt: str,
@@ -77,22 +78,22 @@ def tfds(
     prefill: str = "",
     solution: str | None = None,
 ) -> Task:
-    """A task from a prepared TFDS builder (the directory with `dataset_info.json`) in array_record files.
+    """Build a task from a prepared TFDS builder (the directory with `dataset_info.json`) in array_record files.
 
     Args:
       path: the directory, such as `data/my_task/1.0.0`.
-      train, heldout: names of splits; slices such as `"train[:90%]"` work.
-      prompt, verifier, fields, verifier_options, prefill, solution: as for `jsonl`.
+      train, heldout: names of splits; slices such as `"train[:90%]"` are allowed.
+      prompt, verifier, fields, verifier_options, prefill, solution: see `jsonl_task`.
 
     Raises:
-      UserError: if the directory or a split is not there, or a row lacks a field.
+      UserError: if the directory or a split does not exist, or a row lacks a field.
     """
-    import tensorflow_datasets  # here, for it is slow to import
+    import tensorflow_datasets  # imported here, because it is slow to import
 
     form = _Form(prompt, verifier, fields, verifier_options, prefill, solution)
     if not os.path.isfile(os.path.join(path, "dataset_info.json")):
         raise UserError(
-            f"{path}: no prepared TFDS builder, for it holds no dataset_info.json; give data_dir/name/version"
+            f"{path}: not a prepared TFDS builder, because it has no dataset_info.json; give data_dir/name/version"
         )
     builder = tensorflow_datasets.builder_from_directory(path)
 
@@ -112,38 +113,38 @@ def tfds(
             except Unusable as reason:
                 raise UserError(f"{where}: its gold answer cannot be used: {reason}") from None
 
-        rows = Records(source, convert)
+        rows = DiskRows(source, convert)
         if not len(rows):
             raise UserError(f"{path}: split {name!r} has no rows")
         return rows
 
-    # This reads, and so checks, every row.
+    # The check for overlap reads every row, and so validates it.
     return warn_overlap(form.task("tfds", split(train), split(heldout), {}))
 
 
 class _Form:
-    """How rows of a file become prompts and examples."""
+    """Converts rows of a file to prompts and to examples for the verifier."""
 
     def __init__(self, prompt, verifier, fields, verifier_options, prefill, solution):
         for name, value in (("fields", fields), ("verifier_options", verifier_options)):
             if not isinstance(value, Mapping | None):
-                raise UserError(f"task: {name} is {value!r}, but has to be a mapping")
+                raise UserError(f"task: {name} is {value!r}, but must be a mapping")
         self._template, self._solution, self._fields = prompt, solution, dict(fields or {})
         self._verifier = VerifierSpec(verifier, verifier_options or {}, prefill)
-        self._verify = self._verifier.load() if self._verifier.fields else None
+        self._verify = self._verifier.load() if self._verifier.descriptor.fields else None
         self._in_templates = set(FIELD.findall(prompt + (solution or "")))
-        self._wanted = sorted({*self._in_templates, *self._verifier.fields, *self._fields})
+        self._wanted = sorted({*self._in_templates, *self._verifier.descriptor.fields, *self._fields})
         if not FIELD.search(prompt):
             raise UserError(
                 f"task: the prompt template {prompt!r} has no {{field}}, so every prompt would be the same"
             )
 
     def row(self, where: str, row: Row) -> dict[str, Any]:
-        """A row of the file with the verifier's names added, once it has all it needs.
+        """Check a row of the file, and add its fields under the verifier's names.
 
         Raises:
-          UserError: if it lacks a field.
-          Unusable: if the verifier, which is shown every row, cannot read its gold answer.
+          UserError: if the row lacks a field.
+          Unusable: if the verifier cannot read the row's gold answer.
         """
         if not row:
             raise UserError(f"{where}: the row is empty")
@@ -158,7 +159,7 @@ class _Form:
             if field not in named:
                 raise UserError(
                     f"{where}: no field {field!r}{nearest(field, row)}; it has {', '.join(row)} "
-                    "(the option fields gives the file's name for one)"
+                    "(set the option fields if the file uses another name)"
                 )
             value = named[field]
             if value is None or value == [] or (isinstance(value, str) and not value.strip()):
@@ -168,16 +169,16 @@ class _Form:
             if isinstance(value, float) and not math.isfinite(value):
                 raise UserError(f"{where}: the field {field!r} is {value}, not a number")
             if half := lone_surrogate(value):
-                raise UserError(f"{where}: the field {field!r} holds {half}; a tokenizer cannot take it")
+                raise UserError(f"{where}: the field {field!r} holds {half}, which a tokenizer cannot encode")
         if self._verify:
             check_gold(self._verify, named)
         return named
 
     def rows(self, source: str, split: str, strict: bool) -> tuple[list[Row], dict[str, Any]]:
-        """The rows of a source, and what became of them (as `prepared.prepare` counts)."""
+        """Read the rows of a source; return them with the counts of `prepared.prepare_rows`."""
         kept, skips = [], []
         for path in find_files(source, split):
-            for where, row in unique_ids(read_rows(path)):
+            for where, row in unique_ids(read_data_file(path)):
                 try:
                     kept.append(self.row(where, row))
                 except Unusable as reason:
@@ -202,12 +203,12 @@ class _Form:
 def _split(
     rows: list[Row], prompt: Callable[[Row], str], fraction: float, seed: int, path: str
 ) -> tuple[list[Row], list[Row]]:
-    """Parts the prompts by seed; rows of one prompt go the same way, whatever the order in the file."""
+    """Split rows by their prompts, drawn by the seed; the order of the rows in the file has no effect."""
     prompts = sorted({prompt(row) for row in rows})
     if not 0 < fraction < 1 or len(prompts) < 2:
         raise UserError(
             f"{path}: cannot hold out {fraction} of {len(prompts)} different prompts; "
-            "need a heldout_fraction between 0 and 1 and two prompts, or a held-out file"
+            "need a heldout_fraction between 0 and 1 and at least two prompts, or a held-out file"
         )
     count = min(max(1, round(fraction * len(prompts))), len(prompts) - 1)
     kept = set(random.Random(seed).sample(prompts, count))

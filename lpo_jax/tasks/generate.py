@@ -1,4 +1,4 @@
-"""Seeded problems without repeats."""
+"""Generate problems from a seed, without repeats."""
 
 import random
 from collections.abc import Callable, Hashable
@@ -6,7 +6,7 @@ from typing import Any
 
 from lpo_jax.errors import UserError
 
-_PATIENCE = 20_000  # draws in a row that bring nothing new
+_PATIENCE = 20_000  # stop after this many draws in a row without a new problem
 
 
 def train_and_heldout(
@@ -18,21 +18,24 @@ def train_and_heldout(
     heldout_size: int,
     seed: int,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Draws two lists of rows in which no problem occurs twice, within or across.
+    """Draw a list of training rows and a list of held-out rows; no problem occurs twice, within a list or across.
 
-    The held-out rows come first and from a stream of their own: they stay the same when `train_size` changes,
-    and a larger training set begins with the smaller one.
+    The held-out rows are drawn first, from their own random stream. So they do not depend on `train_size`, and a larger
+    training set begins with the smaller one.
 
     Args:
-      draw: makes a row from random numbers (by `randrange` alone, which gives the same on every Python), or
-        None when the draw came to nothing.
-      key: what makes two rows the same problem.
-      name: of the task, for errors.
-      train_size, heldout_size: rows wanted.
+      draw: makes a row from random numbers, or returns None if the draw is rejected. It uses only `randrange`, which is
+        the same in every Python version.
+      key: maps a row to a key that identifies its problem.
+      name: the name of the task, for error messages and random streams.
+      train_size, heldout_size: number of rows.
       seed: any integer.
 
+    Returns:
+      The training rows and the held-out rows.
+
     Raises:
-      UserError: if a size makes no sense, or there are not that many different problems.
+      UserError: if a size is less than 1, or there are too few different problems.
     """
     if train_size < 1 or heldout_size < 1:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Any of reasoning-gym's generated tasks, by name (extra `[envs]`)."""
+"""The reasoning-gym task: any of its generated datasets, by name (extra `[envs]`)."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -7,12 +7,12 @@ from lpo_jax.errors import UserError
 from lpo_jax.rewards import VerifierSpec
 from lpo_jax.rewards.gym import open_dataset
 from lpo_jax.tasks.task import Row, Task
-from lpo_jax.tasks.templates import GYM, asker
+from lpo_jax.tasks.templates import GYM, prompt_function
 
-_PATIENCE = 1000  # entries in a row that bring no new question
+_PATIENCE = 1000  # stop after this many entries in a row without a new question
 
 
-def reasoning_gym(
+def reasoning_gym_task(
     *,
     dataset: str,
     config: Mapping[str, Any] | None = None,
@@ -21,26 +21,27 @@ def reasoning_gym(
     seed: int = 0,
     template: str = "tags",
 ) -> Task:
-    """A task of reasoning-gym: rows are its entries, `{"question": ..., "answer": ..., "metadata": {...}}`.
+    """Build a task from a dataset of reasoning-gym: rows `{"question": ..., "answer": ..., "metadata": {...}}`.
 
     Args:
-      dataset: its name, such as `"leg_counting"`.
-      config: its own options, such as `{"min_animals": 2}`.
-      train_size, heldout_size: rows; no question comes twice in either or both. Held-out rows are drawn first, so they
-        stay the same when `train_size` changes.
-      seed: of the entries.
-      template: `"tags"` (reasoning-gym's own words), `"short"`, or a text with `{question}` that asks for
+      dataset: the name of the dataset, such as `"leg_counting"`.
+      config: the dataset's own options, such as `{"min_animals": 2}`.
+      train_size, heldout_size: number of rows. No question occurs twice, within a split or across. Held-out rows are
+        drawn first, so they do not depend on `train_size`.
+      seed: seed of the entries.
+      template: "tags" (reasoning-gym's own wording), "short", or a text with `{question}` that asks for
         `<answer>...</answer>`.
 
     Raises:
-      UserError: if the package, the data set or an option is not there, or there are too few different questions.
+      UserError: if the package is not installed, the dataset or an option is unknown or invalid, or there are too few
+        different questions.
     """
     if train_size < 1 or heldout_size < 1:
         raise UserError(
             f"task reasoning-gym: train_size {train_size}, heldout_size {heldout_size}: need at least 1 of each"
         )
-    ask = asker("reasoning-gym", template, GYM, "question")
-    # Entries are made when they are asked for, each from (seed, index): the size only bounds the index.
+    ask = prompt_function("reasoning-gym", template, GYM, "question")
+    # Each entry is generated on access, from (seed, index); the size only bounds the index.
     data = open_dataset(dataset, config, seed=seed, size=(train_size + heldout_size) * _PATIENCE)
     entries = _different(dataset, data, train_size + heldout_size)
     heldout = [next(entries) for _ in range(heldout_size)]
@@ -50,7 +51,11 @@ def reasoning_gym(
 
 
 def _different(name: str, data: Any, wanted: int) -> Iterator[dict[str, Any]]:
-    """Entries whose questions differ; the one last asked for may end in an error."""
+    """Yield entries with different questions.
+
+    Raises:
+      UserError: if there are too few of them.
+    """
     seen: set[str] = set()
     misses = 0
     for index in range(len(data)):
@@ -61,11 +66,11 @@ def _different(name: str, data: Any, wanted: int) -> Iterator[dict[str, Any]]:
             continue
         seen.add(entry["question"])
         misses = 0
-        # As it is: the scorer tells tuples from lists.
+        # Unchanged, because the scorer distinguishes tuples from lists.
         yield {key: entry[key] for key in ("question", "answer", "metadata")}
     raise UserError(
         f"task reasoning-gym: {name} has only {len(seen)} different questions with these options, not {wanted}; ask "
-        "for fewer rows or set others in config"
+        "for fewer rows or change config"
     )
 
 

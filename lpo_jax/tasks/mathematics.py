@@ -1,7 +1,7 @@
-r"""Word problems and competition mathematics from files: GSM8K, MATH, AIME, AMC, OlympiadBench, Polaris and the like.
+r"""The tasks math and gsm8k: problems from files such as GSM8K, MATH, AIME, AMC, OlympiadBench and Polaris.
 
-A file may call the answer `answer`, `final_answer` or `expected_answer`, may hold it under verl's
-`reward_model.ground_truth`, or only in the last `\boxed{}` of a `solution`. The option `fields` names it otherwise.
+The answer may be in the field `answer`, `final_answer` or `expected_answer`, in verl's `reward_model.ground_truth`, or
+only in the last `\boxed{}` of a `solution`. For other names, set the option `fields`.
 """
 
 import re
@@ -12,15 +12,15 @@ from lpo_jax import rewards
 from lpo_jax.errors import UserError
 from lpo_jax.rewards.answers import last_boxed
 from lpo_jax.tasks.prepared import Recipe, Unusable
-from lpo_jax.tasks.splits import check_answer, check_fields, check_gold, field, splits, squeezed, text
+from lpo_jax.tasks.splits import as_text, check_answer, check_fields, check_gold, field, splits, squeezed
 from lpo_jax.tasks.task import Row, Task
-from lpo_jax.tasks.templates import GSM8K, MATH, asker, bare
+from lpo_jax.tasks.templates import GSM8K, MATH, bare, prompt_function
 
 _PROBLEM = ("problem", "question", "extra_info.question", "prompt")
 _ANSWER = ("answer", "final_answer", "expected_answer", "reward_model.ground_truth")
 
 
-def math(
+def math_task(
     *,
     path: str = "",
     heldout: str = "",
@@ -32,19 +32,19 @@ def math(
     strict: bool = False,
     verifier_options: Mapping[str, Any] | None = None,
 ) -> Task:
-    r"""Mathematics with a final answer: rows `{"problem": ..., "answer": "\\frac{1}{2}", "solution": ...}`.
+    r"""Build a task of mathematics problems: rows `{"problem": ..., "answer": "\\frac{1}{2}", "solution": ...}`.
 
     Args:
-      path, heldout, train_size, heldout_size, seed, strict: see `lpo_jax.tasks.splits.splits`. Problems are the same
-        when their text is, whitespace aside.
-      template: `"boxed"` (the LPO paper's), `"qwen"` (for chat), `"prime"`, or a text with `{problem}`.
-      fields: what the file calls `problem`, `answer` and `solution`, where it is unusual.
-      verifier_options: of the verifier; see `lpo_jax.rewards.math`.
+      path, heldout, train_size, heldout_size, seed, strict: see `lpo_jax.tasks.splits.splits`. Two problems are the
+        same if their texts are equal except for whitespace.
+      template: "boxed" (the LPO paper's), "qwen" (for chat), "prime", or a text with `{problem}`.
+      fields: the file's names for `problem`, `answer` and `solution`, if they are unusual.
+      verifier_options: options of the verifier; see `lpo_jax.rewards.math`.
 
     Raises:
-      UserError: if an option makes no sense or the files are not as they must be.
+      UserError: if an option has an invalid value, or a file is missing or invalid.
     """
-    ask, verify = asker("math", template, MATH, "problem"), rewards.get("math")
+    ask, verify = prompt_function("math", template, MATH, "problem"), rewards.get("math")
     fields = check_fields("math", fields, ("problem", "answer", "solution"))
 
     def convert(row: Row) -> dict[str, Any] | None:
@@ -63,7 +63,7 @@ def math(
     return Task("math", rows.train, rows.heldout, ask, verifier, _solve, rows.about)
 
 
-def gsm8k(
+def gsm8k_task(
     *,
     path: str = "",
     heldout: str = "",
@@ -75,21 +75,22 @@ def gsm8k(
     strict: bool = False,
     verifier_options: Mapping[str, Any] | None = None,
 ) -> Task:
-    """Grade-school word problems: rows `{"question": ..., "answer": "72", "solution": "...\\n#### 72"}`.
+    """Build a task of grade-school word problems: rows `{"question": ..., "answer": "72", "solution": "...\\n####
+    72"}`.
 
-    The file's answer is a number, alone or after `####` at the end of its derivation, which is then the solution
-    (without the calculator's `<<48/2=24>>`).
+    The file's answer is a number, alone or after `####` at the end of a derivation. The derivation is then the
+    solution, without calculator annotations such as `<<48/2=24>>`.
 
     Args:
-      path, heldout, train_size, heldout_size, seed, strict: as for `math`.
-      template: `"hashes"` (verl's), `"boxed"`, or a text with `{question}`.
-      fields: what the file calls `question` and `answer`, where it is unusual.
-      verifier_options: of the verifier; see `lpo_jax.rewards.gsm8k`.
+      path, heldout, train_size, heldout_size, seed, strict: see `math_task`.
+      template: "hashes" (verl's), "boxed", or a text with `{question}`.
+      fields: the file's names for `question` and `answer`, if they are unusual.
+      verifier_options: options of the verifier; see `lpo_jax.rewards.gsm8k`.
 
     Raises:
-      UserError: if an option makes no sense or the files are not as they must be.
+      UserError: if an option has an invalid value, or a file is missing or invalid.
     """
-    ask, verify = asker("gsm8k", template, GSM8K, "question"), rewards.get("gsm8k")
+    ask, verify = prompt_function("gsm8k", template, GSM8K, "question"), rewards.get("gsm8k")
     fields = check_fields("gsm8k", fields, ("question", "answer"))
 
     def convert(row: Row) -> dict[str, Any]:
@@ -112,15 +113,15 @@ def _columns(problem: str) -> dict[str, str]:
 
 
 def _problem(row: Row, name: str, known: Mapping, fields: Mapping[str, str]) -> str:
-    return text(bare(field(row, name, _PROBLEM, fields), known, name), name)
+    return as_text(bare(field(row, name, _PROBLEM, fields), known, name), name)
 
 
 def _solution(row: Row, fields: Mapping[str, str]) -> str:
-    """Where the row has one as text: OlympiadBench's are lists of proofs."""
+    """Return the row's solution if it is text, else an empty text: OlympiadBench's solutions are lists of proofs."""
     if "solution" not in fields and "solution" not in row:
         return ""
     solution = field(row, "solution", ("solution",), fields)
-    return text(solution, "solution") if isinstance(solution, str) and solution.strip() else ""
+    return as_text(solution, "solution") if isinstance(solution, str) and solution.strip() else ""
 
 
 def _gold(row: Row, solution: str, fields: Mapping[str, str]) -> str:
@@ -131,11 +132,11 @@ def _gold(row: Row, solution: str, fields: Mapping[str, str]) -> str:
             raise
         gold = last_boxed(solution)
     check_answer(gold)
-    if isinstance(gold, list):  # OlympiadBench's; where it has several answers, they are one text in the list
+    if isinstance(gold, list):  # OlympiadBench stores a list; several answers are one text in it
         gold = ", ".join(map(str, gold))
     if gold is None or not str(gold).strip():
         raise Unusable("the answer is empty")
-    return text(str(gold).strip(), "answer")
+    return as_text(str(gold).strip(), "answer")
 
 
 def _solve(row: Row) -> str | None:

@@ -1,9 +1,9 @@
-"""Rows on disk as a TFDS data set: checked and written once, then read when they are asked for.
+"""Prepare rows as a TFDS dataset on disk: they are checked and written once, then read on access.
 
-A source's rows are converted, freed of duplicates and written by a TFDS builder in array_record files, without
-TensorFlow, under the cache folder. The place is named by a hash of the source files' content, of what the task
-makes of them and of the code that does it: it is never stale, and a second start finds it. Rows have random access
-from disk, so a hundred thousand of them cost no memory.
+The rows of a source are converted, deduplicated, and written by a TFDS builder to array_record files under the cache
+folder, without TensorFlow. The folder is named by a hash of the content of the source files, the task's options, and
+the code that converts the rows, so it is never stale, and a later start reuses it. Rows have random access on disk, so
+a hundred thousand of them take no memory.
 """
 
 import contextlib
@@ -21,27 +21,28 @@ from typing import Any
 from lpo_jax.errors import UserError
 from lpo_jax.hub import cache_dir
 from lpo_jax.tasks.data import plain
-from lpo_jax.tasks.records import find_files, read_rows, unique_ids
+from lpo_jax.tasks.records import find_files, read_data_file, unique_ids
 from lpo_jax.tasks.task import Row
 
-_BLOCK = 1024  # rows read together: one at a time costs ten times as much
-_NAMED = 5  # skipped rows whose place and reason are kept
+_BLOCK = 1024  # rows read at once; reading one at a time takes ten times as long
+_NAMED = 5  # skipped rows whose location and reason are recorded
 
 
 class Unusable(Exception):
-    """A row whose gold answer cannot be used; the text says why. Such rows are skipped and counted, or refused."""
+    """A row's gold answer cannot be used, for the reason in the text. Such rows are skipped and counted, or refused."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """What a task makes of the rows of a file.
+    """How a task converts the rows of a file.
 
     Attributes:
-      name: of the task.
-      columns: of the rows made: name -> `"text"`, `"int"`, `"ints"` or `"json"` (any JSON value, stored as text).
-      convert: what the file holds -> a row; None where the row is of another kind than wanted. Raises `Unusable`,
-        and `UserError` for a row that lacks a field.
-      key: row -> what makes two rows the same problem.
+      name: the name of the task.
+      columns: the columns of the converted rows: name -> "text", "int", "ints" or "json" (any JSON value, stored as
+        text).
+      convert: maps a row of the file to a row of the task, or to None if the row is of another kind. It raises
+        `Unusable`, or `UserError` for a row that lacks a field.
+      key: maps a row to a key that identifies its problem.
       settings: all options that `convert` and `key` depend on, as JSON values.
     """
 
@@ -52,13 +53,13 @@ class Recipe:
     settings: Mapping[str, Any]
 
 
-class Records(Sequence):
-    """Rows read from disk when they are asked for; loops read them in blocks.
+class DiskRows(Sequence):
+    """A sequence of rows that are read from disk on access; iteration reads them in blocks.
 
     Args:
       source: a TFDS data source.
-      convert: (index, what is stored) -> row.
-      indices: which rows of the source these are, in order; default all.
+      convert: maps an index and the stored row to a row.
+      indices: the rows of the source that the sequence consists of, in order; by default all.
     """
 
     def __init__(self, source: Any, convert: Callable[[int, Row], Row], indices: Sequence[int] | None = None):
@@ -83,28 +84,28 @@ class Records(Sequence):
         stored = self._source.__getitems__(list(indices)) if indices else ()
         return (self._convert(index, plain(row)) for index, row in zip(indices, stored))
 
-    def select(self, indices: Sequence[int]) -> "Records":
-        """Some of these rows, in the order given."""
-        return Records(self._source, self._convert, [self._indices[index] for index in indices])
+    def select(self, indices: Sequence[int]) -> "DiskRows":
+        """Return the rows with the given indices, in that order."""
+        return DiskRows(self._source, self._convert, [self._indices[index] for index in indices])
 
 
-def prepare(
+def prepare_rows(
     recipe: Recipe, source: str, split: str, leave_out: Collection[Hashable] = ()
-) -> tuple[Records, dict[str, Any]]:
-    """The rows that a recipe makes of a source, in its order; from the cache, or written there now.
+) -> tuple[DiskRows, dict[str, Any]]:
+    """Return the converted rows of a source, in its order; they are written to the cache unless they are there already.
 
     Args:
-      recipe: what to make of them.
+      recipe: how to convert the rows.
       source, split: see `records.find_files`.
-      leave_out: keys of rows to leave out, because they are held out.
+      leave_out: keys of rows to exclude, because they are held out.
 
     Returns:
-      The rows, and what became of those of the source: how many were `read`, `kept`, `skipped` (unusable), of an
-      `other_kind`, `duplicates` and `held_out`, and `first_skipped`, the first ones with their reasons.
+      The rows, and counts of the rows of the source: how many were `read`, `kept`, `skipped` (unusable), of an
+      `other_kind`, `duplicates` and `held_out`; and `first_skipped`, the first skipped rows with their reasons.
 
     Raises:
-      UserError: if a file is not there or damaged, a row is not as it must be, an id comes twice, no row is left, or
-        the cache cannot be written.
+      UserError: if a file is missing or damaged, a row is invalid, an id occurs twice, no row is left, or the cache
+        cannot be written.
     """
     files, leave_out = find_files(source, split), {_digest(key) for key in leave_out}
     fingerprint = hashlib.sha256(_code_digest())
@@ -120,7 +121,7 @@ def prepare(
     if not folder.exists():
         _write(recipe, source, files, leave_out, folder)
 
-    import tensorflow_datasets  # here, for it is slow to import
+    import tensorflow_datasets  # imported here, because it is slow to import
 
     builder = tensorflow_datasets.builder_from_directory(folder / _VERSION)
     packed = [column for column, kind in recipe.columns.items() if kind == "json"]
@@ -128,10 +129,10 @@ def prepare(
     def unpack(index: int, row: Row) -> Row:
         return {**row, **{column: json.loads(row[column]) for column in packed}}
 
-    return Records(builder.as_data_source(_SPLIT), unpack), dict(builder.info.metadata)
+    return DiskRows(builder.as_data_source(_SPLIT), unpack), dict(builder.info.metadata)
 
 
-_SPLIT, _VERSION = "train", "1.0.0"  # of the builder: each holds the rows of one source
+_SPLIT, _VERSION = "train", "1.0.0"  # of every builder, which holds the rows of one source
 
 
 def _write(recipe: Recipe, source: str, files: list[Path], leave_out: set[str], folder: Path) -> None:
@@ -140,17 +141,17 @@ def _write(recipe: Recipe, source: str, files: list[Path], leave_out: set[str], 
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
             builder = _builder(recipe, source, files, leave_out, scratch)
-            with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces itself
+            with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints progress
                 builder.download_and_prepare()
-            os.rename(Path(builder.data_dir).parent, folder)  # whole or not at all
+            os.rename(Path(builder.data_dir).parent, folder)  # atomic
     except OSError as error:
         if folder.exists():
-            return  # another process was faster; its rows are the same
+            return  # another process has written the same rows
         raise UserError(f"{folder.parent} cannot be written ({error}); set LPO_CACHE") from None
 
 
 def _builder(recipe: Recipe, source: str, files: list[Path], leave_out: set[str], data_dir: str):
-    """The TFDS builder that writes the rows of these files."""
+    """Return the TFDS builder that writes the rows of these files."""
     import numpy as np
     import tensorflow_datasets as tfds
 
@@ -163,10 +164,10 @@ def _builder(recipe: Recipe, source: str, files: list[Path], leave_out: set[str]
         "ints": lambda: tfds.features.Sequence(np.int64),
     }
 
-    class Rows(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         name = recipe.name.replace("-", "_")
         VERSION = tfds.core.Version(_VERSION)
-        code_path = None  # no checksums and no citation lie beside this file for TFDS to find
+        code_path = None  # TFDS must not search for checksums and citations beside this file
 
         def _info(self):
             return tfds.core.DatasetInfo(
@@ -186,28 +187,28 @@ def _builder(recipe: Recipe, source: str, files: list[Path], leave_out: set[str]
                 }
                 yield index, packed
 
-    return Rows(data_dir=data_dir, file_format="array_record")
+    return Builder(data_dir=data_dir, file_format="array_record")
 
 
 def _converted(
     recipe: Recipe, source: str, files: list[Path], leave_out: set[str], about: dict[str, Any]
 ) -> Iterator[Row]:
-    """The rows to keep; what becomes of the others is counted in `about`."""
+    """Yield the rows to keep, and count all rows in `about`."""
     about |= dict.fromkeys(("read", "kept", "skipped", "other_kind", "duplicates", "held_out"), 0)
     about["first_skipped"] = []
     seen: set[str] = set()
     for path in files:
-        for place, stored in unique_ids(read_rows(path)):
+        for where, stored in unique_ids(read_data_file(path)):
             about["read"] += 1
             try:
                 row = recipe.convert(stored)
             except Unusable as reason:
                 about["skipped"] += 1
                 if len(about["first_skipped"]) < _NAMED:
-                    about["first_skipped"].append(f"{place}: {reason}")
+                    about["first_skipped"].append(f"{where}: {reason}")
                 continue
             except UserError as error:
-                raise UserError(f"{place}: {error}") from None
+                raise UserError(f"{where}: {error}") from None
             if row is None:
                 about["other_kind"] += 1
                 continue
@@ -231,7 +232,7 @@ def _digest(key: Hashable) -> str:
 
 
 def _code_digest() -> bytes:
-    """Of the code that converts rows and checks their answers: rows prepared by other code are made anew."""
+    """Hash the code that converts rows and checks answers, so that rows are prepared again after it has changed."""
     package = Path(__file__).parent.parent
     digest = hashlib.sha256()
     for path in sorted([*package.glob("tasks/*.py"), *package.glob("rewards/*.py")]):

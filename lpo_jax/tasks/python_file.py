@@ -1,4 +1,4 @@
-"""A user's own task: plain functions in one Python file.
+"""The task python: a user's own task, defined by functions in one Python file.
 
     def dataset(split):             # "train" or "heldout" -> list of dicts
         return [{"prompt": "2 + 2 = ", "answer": 4}]
@@ -6,10 +6,9 @@
     def verify(response, example):  # -> float (or lpo_jax.rewards.Verdict)
         return float(response.strip() == str(example["answer"]))
 
-Optional: `prompt(example)` -> text or chat messages (else the row's own `prompt` is used), and
-  `solution(example)` -> a
-target response for the supervised warm start. The file is imported by the trainer and by every verifier
-process: load large data inside `dataset`, not at the top.
+Optional functions: `prompt(example)` returns text or chat messages (by default the row's field `prompt` is used), and
+`solution(example)` returns a target response for the supervised warm start. The file is imported by the trainer and by
+every worker process, so load large data inside `dataset`, not at the top of the file.
 """
 
 import json
@@ -20,20 +19,20 @@ from typing import Any
 from lpo_jax.errors import UserError
 from lpo_jax.json_lines import MAX_DEPTH, deeper_than, lone_surrogate, too_deep
 from lpo_jax.rewards import VerifierSpec
-from lpo_jax.rewards.user_code import describe, find_function, load_module
+from lpo_jax.rewards.user_code import error_line, find_function, load_module
 from lpo_jax.tasks.data import plain
 from lpo_jax.tasks.task import Prompt, Row, Task, warn_overlap, with_prefill
 
 
-def python_file(*, file: str, prefill: str = "") -> Task:
-    """A task from a user's file.
+def python_task(*, file: str, prefill: str = "") -> Task:
+    """Build a task from a user's Python file.
 
     Args:
-      file: path of the Python file.
-      prefill: text that begins the model's answer; it is put at the prompt's end and before each response.
+      file: the path of the Python file.
+      prefill: text that begins the model's answer. It is appended to the prompt and prepended to each response.
 
     Raises:
-      UserError: if the file, a function, a row or a prompt is not as it must be, with the place.
+      UserError: if the file, a function, a row or a prompt is missing or invalid; the message names the location.
     """
     file = os.path.abspath(os.path.expanduser(file))
     module = load_module(file)
@@ -48,7 +47,7 @@ def python_file(*, file: str, prefill: str = "") -> Task:
     def split(name: str) -> list[dict[str, Any]]:
         rows = _call(file, f"dataset({name!r})", dataset, name)
         if not isinstance(rows, list | tuple) or not rows:
-            raise UserError(f"{file}: dataset({name!r}) returned no list of rows")
+            raise UserError(f"{file}: dataset({name!r}) did not return a list of rows")
         return [
             _check(f"{file}: dataset({name!r}), row {index}", file, row, ask)
             for index, row in enumerate(rows)
@@ -60,16 +59,16 @@ def python_file(*, file: str, prefill: str = "") -> Task:
 
 def _check(where: str, file: str, row: Any, ask: Callable[[Row], Prompt]) -> dict[str, Any]:
     if not isinstance(row, Mapping) or not row:
-        raise UserError(f"{where}: a row is a dict with at least one field, not {str(row)[:60]!r}")
+        raise UserError(f"{where}: a row must be a dict with at least one field, not {str(row)[:60]!r}")
     if deeper_than(row, MAX_DEPTH):
         raise UserError(f"{where}: {too_deep()}")
     row = plain(row)
     try:
         json.dumps(row, allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise UserError(f"{where}: rows hold JSON values alone: {error}") from None
+        raise UserError(f"{where}: rows may hold only JSON values: {error}") from None
     if half := lone_surrogate(row):
-        raise UserError(f"{where}: it holds {half}; a tokenizer cannot take it")
+        raise UserError(f"{where}: the row holds {half}, which a tokenizer cannot encode")
     text = _call(file, f"prompt of {where.rpartition(': ')[2]}", ask, row)
     if isinstance(text, str):
         good = bool(text.strip())
@@ -81,15 +80,15 @@ def _check(where: str, file: str, row: Any, ask: Callable[[Row], Prompt]) -> dic
         )
     if not good:
         raise UserError(
-            f"{where}: no prompt; give the row a field 'prompt', or the file a function prompt(example), "
-            "either text or a list of {role, content} messages"
+            f"{where}: no prompt; add a field 'prompt' to the row or a function prompt(example) to the file, "
+            "with text or a list of {role, content} messages"
         )
     return row
 
 
 def _call(file: str, what: str, function: Callable[..., Any], *arguments: Any) -> Any:
-    """Calls a user's function; what it raises is the user's to mend."""
+    """Call a user's function; convert the exceptions that it raises to `UserError`."""
     try:
         return function(*arguments)
     except Exception as error:
-        raise UserError(f"{file}: {what} raised {describe(error, file)}") from error
+        raise UserError(f"{file}: {what} raised {error_line(error, file)}") from error

@@ -1,13 +1,14 @@
-"""Where rows come from: files, folders and data sets of the Hugging Face hub; one dict a row.
+"""Read rows, as dicts, from files, folders and datasets of the Hugging Face hub.
 
 A source is one string:
 
-- a file: `.jsonl` (one JSON object a line), `.json` (a list of objects, or lines too), either of them `.gz`, or
-  `.parquet`;
+- a file: `.jsonl` (one JSON object per line), `.json` (a list of objects, or lines), either of them compressed as
+  `.gz`, or `.parquet`;
 - a pattern of such files: `data/part-*.parquet`;
-- a folder: those of its files whose path mentions the split wanted, or all where none mentions any split;
-- `hf:org/name[@revision][:pattern]`: a data set on the hub, chosen from in the same way and kept in the hub's own
-  cache, so that a second start needs no network.
+- a folder: the files in it whose path contains the name of the split, or all files if no path contains any split's
+  name;
+- `hf:org/name[@revision][:pattern]`: a dataset on the hub. Its files are selected in the same way and kept in the hub's
+  own cache, so that a second start needs no network.
 """
 
 import fnmatch
@@ -27,21 +28,21 @@ from lpo_jax.json_lines import MAX_DEPTH, deeper_than, loads, too_deep
 
 SUFFIXES = (".parquet", ".jsonl", ".json", ".jsonl.gz", ".json.gz")
 
-# What files call the splits, in order of preference.
+# Names of the splits in file paths, in order of preference.
 SPLIT_WORDS = {"train": ("train",), "heldout": ("heldout", "test", "validation", "valid", "val", "dev")}
 
 _HUB = re.compile(r"hf:([\w.-]+/[\w.-]+)(?:@([\w./-]+))?(?::(.+))?")
 
 
 def find_files(source: str, split: str) -> list[Path]:
-    """The local files that a source stands for, downloaded if need be.
+    """Return the local files of a source, which are downloaded if necessary.
 
     Args:
-      source: see the module.
-      split: `"train"` or `"heldout"`; chooses among the files of a folder or a hub data set.
+      source: see the module's docstring.
+      split: "train" or "heldout"; selects among the files of a folder or a hub dataset.
 
     Raises:
-      UserError: if there is none, or the download failed.
+      UserError: if there is no such file, or the download fails.
     """
     if source.startswith("hf:"):
         return _from_hub(source, split)
@@ -59,47 +60,47 @@ def find_files(source: str, split: str) -> list[Path]:
     return found
 
 
-def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """`(place, row)` for every row of a file, such as `("a.jsonl:7", {...})`, one after another.
+def read_data_file(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the location and content of every row of a file, such as `("a.jsonl:7", {...})`.
 
     Raises:
-      UserError: naming file and row, for what is empty, damaged or no row.
+      UserError: if the file is missing, empty or damaged, or a row is not an object; the message names file and row.
     """
     read = _parquet if path.suffix == ".parquet" else _json
-    place = None
+    where = None
     try:
-        for place, row in read(path):
+        for where, row in read(path):
             if not isinstance(row, dict):
                 raise UserError(
-                    f"{place}: a row is a JSON object with named fields, not {json.dumps(row)[:60]}"
+                    f"{where}: a row must be a JSON object with named fields, not {json.dumps(row)[:60]}"
                 )
-            yield place, row
+            yield where, row
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text after {place or 'its beginning'}: {error.reason}") from None
+        raise UserError(f"{path}: not UTF-8 text after {where or 'its beginning'}: {error.reason}") from None
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
-    if place is None:
+    if where is None:
         raise UserError(f"{path}: the file is empty")
 
 
 def unique_ids(rows: Iterable[tuple[str, dict[str, Any]]]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The same rows; an `id` that comes twice is an error.
+    """Yield rows unchanged, and check that no `id` occurs twice.
 
     Raises:
-      UserError: naming both rows.
+      UserError: if an id occurs twice; the message names both rows.
     """
     seen: dict[str, str] = {}
-    for place, row in rows:
-        if row.get("id") is not None and (first := seen.setdefault(repr(row["id"]), place)) != place:
+    for where, row in rows:
+        if row.get("id") is not None and (first := seen.setdefault(repr(row["id"]), where)) != where:
             raise UserError(
-                f"{place}: its id {row['id']!r} is that of {first} too; ids must differ (drop one of the rows)"
+                f"{where}: its id {row['id']!r} is also that of {first}; ids must be unique (remove one of the rows)"
             )
-        yield place, row
+        yield where, row
 
 
 def _json(path: Path) -> Iterator[tuple[str, Any]]:
     opener = gzip.open if path.suffix == ".gz" else open
-    # Lines end with newlines alone: a universal newline would part a row at a carriage return.
+    # Only newlines end a line: universal newlines would split a row at a carriage return.
     with opener(path, "rt", encoding="utf-8-sig", newline="\n") as file:
         if ".json" in path.suffixes[-2:] and _first_character(file) == "[":
             for index, row in enumerate(_array(path, file.read())):
@@ -118,11 +119,11 @@ def _json(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _array(path: Path, text: str) -> list[Any]:
-    """The rows of a JSON list, each within the depth that a row may have."""
+    """Return the rows of a JSON list, and check their depth of nesting."""
     try:
         rows = json.loads(text)
     except RecursionError:
-        raise UserError(f"{path}: it has a row that is {too_deep()}") from None
+        raise UserError(f"{path}: a row is {too_deep()}") from None
     except ValueError as error:
         raise UserError(f"{path}: not JSON: {error}") from None
     for index, row in enumerate(rows):
@@ -132,7 +133,7 @@ def _array(path: Path, text: str) -> list[Any]:
 
 
 def _first_character(file) -> str:
-    """The first that is no whitespace; the file is then back at its start."""
+    """Return the first character that is not whitespace, and rewind the file."""
     while (character := file.read(1)).isspace():
         pass
     file.seek(0)
@@ -140,7 +141,7 @@ def _first_character(file) -> str:
 
 
 def _parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    import pyarrow  # here, for it is slow to import
+    import pyarrow  # imported here, because it is slow to import
     import pyarrow.parquet
 
     try:
@@ -158,9 +159,9 @@ def _choose(source: str, folder: Path, split: str, pattern: str = "*") -> list[P
     inside = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.name.endswith(SUFFIXES)]
     inside = [path for path in inside if fnmatch.fnmatch(path.as_posix(), pattern)]
     if not inside:
-        raise UserError(f"{source}: no data file in it (looked for {', '.join(SUFFIXES)})")
+        raise UserError(f"{source}: no data file in it (expected {', '.join(SUFFIXES)})")
     every_word = [word for words in SPLIT_WORDS.values() for word in words]
-    # A pattern says which files are meant, whatever they are called.
+    # A pattern selects files explicitly, whatever their names.
     chosen = inside if pattern != "*" or not any(_named(inside, word) for word in every_word) else []
     chosen = next((named for word in SPLIT_WORDS[split] if (named := _named(inside, word))), chosen)
     if not chosen:
@@ -170,7 +171,7 @@ def _choose(source: str, folder: Path, split: str, pattern: str = "*") -> list[P
 
 
 def _named(paths: list[Path], word: str) -> list[Path]:
-    """Those whose path has the word in it, as a word."""
+    """Return the paths that contain the word as a whole word."""
     return [path for path in paths if re.search(rf"(?<![a-z]){word}(?![a-z])", path.as_posix().lower())]
 
 
@@ -194,7 +195,7 @@ def _from_hub(source: str, split: str) -> list[Path]:
 
     if pattern:
         return _choose(source, fetch([pattern]), split, pattern)
-    # First what the split may be called, for a training set can be large; then, if that is nothing, all.
+    # First download only files named for the split, because other splits may be large; if there are none, download all.
     folder = fetch([f"*{word}*{suffix}" for word in SPLIT_WORDS[split] for suffix in SUFFIXES])
     try:
         return _choose(source, folder, split)

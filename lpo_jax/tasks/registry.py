@@ -1,51 +1,53 @@
-"""Tasks by name."""
+"""Look up tasks by name."""
 
 from collections.abc import Callable
 from typing import Any
 
 from lpo_jax.errors import UserError, nearest
 from lpo_jax.rewards.registry import check_options
-from lpo_jax.tasks.arithmetic import arithmetic
-from lpo_jax.tasks.code import code
-from lpo_jax.tasks.countdown import countdown
-from lpo_jax.tasks.files import jsonl, tfds
-from lpo_jax.tasks.gym import reasoning_gym
-from lpo_jax.tasks.mathematics import gsm8k, math
-from lpo_jax.tasks.python_file import python_file
+from lpo_jax.tasks.arithmetic import arithmetic_task
+from lpo_jax.tasks.code import code_task
+from lpo_jax.tasks.countdown import countdown_task
+from lpo_jax.tasks.files import jsonl_task, tfds_task
+from lpo_jax.tasks.gym import reasoning_gym_task
+from lpo_jax.tasks.mathematics import gsm8k_task, math_task
+from lpo_jax.tasks.python_file import python_task
 from lpo_jax.tasks.task import Task, as_chat
 
 _BUILDERS: dict[str, Callable[..., Task]] = {
-    "arithmetic": arithmetic,
-    "code": code,
-    "countdown": countdown,
-    "gsm8k": gsm8k,
-    "jsonl": jsonl,
-    "math": math,
-    "python": python_file,
-    "reasoning-gym": reasoning_gym,
-    "tfds": tfds,
+    "arithmetic": arithmetic_task,
+    "code": code_task,
+    "countdown": countdown_task,
+    "gsm8k": gsm8k_task,
+    "jsonl": jsonl_task,
+    "math": math_task,
+    "python": python_task,
+    "reasoning-gym": reasoning_gym_task,
+    "tfds": tfds_task,
 }
 
 
 def names() -> list[str]:
-    """Names of the tasks."""
+    """Return the names of the tasks, sorted."""
     return sorted(_BUILDERS)
 
 
 def get(name: str, *, chat: bool = False, system: str = "", **options: Any) -> Task:
-    """A task, with all its rows checked.
+    """Build a task and check all its rows.
 
     Args:
       name: one of `names()`.
-      chat: ask through the model's chat template instead of as raw text.
-      system: the system message then.
-      **options: those of the task; see the function of its name (`python`: `python_file`).
+      chat: whether prompts are rendered with the model's chat template, instead of used as raw text.
+      system: the system message, if `chat` is true.
+      **options: the options of the task; see `arithmetic_task`, `math_task` and so on.
 
     Raises:
-      UserError: if the name or an option is unknown or makes no sense, or the data is not as it must be.
+      UserError: if the name or an option is unknown or invalid, or the data is missing or invalid.
     """
     if name not in _BUILDERS:
-        raise UserError(f"unknown task {name!r}{nearest(name, _BUILDERS)}; there are {', '.join(names())}")
+        raise UserError(
+            f"unknown task {name!r}{nearest(name, _BUILDERS)}; the tasks are {', '.join(names())}"
+        )
     if system and not chat:
         raise UserError("task: a system message needs chat: true")
     check_options(f"task {name}", _BUILDERS[name], options)

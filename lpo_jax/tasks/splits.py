@@ -1,4 +1,4 @@
-"""What the tasks from files share: which rows are trained on, which held out, and what their fields are called."""
+"""Shared by the tasks from files: the split into training and held-out rows, and access to fields."""
 
 import dataclasses
 import math
@@ -10,15 +10,15 @@ from typing import Any
 from lpo_jax.errors import UserError, nearest
 from lpo_jax.json_lines import lone_surrogate
 from lpo_jax.rewards import Verifier
-from lpo_jax.tasks.prepared import Recipe, Unusable, prepare
+from lpo_jax.tasks.prepared import Recipe, Unusable, prepare_rows
 from lpo_jax.tasks.task import Row
 
-MOST_HELD_OUT = 512  # where nothing says how many
+MOST_HELD_OUT = 512  # largest default number of held-out rows
 
 
 @dataclasses.dataclass(frozen=True)
 class Splits:
-    """Rows to train on and rows held out, and by split what became of the rows of the files (`prepare`)."""
+    """Training rows, held-out rows and, by split, the counts of `prepare_rows`."""
 
     train: Sequence[Row]
     heldout: Sequence[Row]
@@ -34,32 +34,32 @@ def splits(
     seed: int,
     strict: bool = True,
 ) -> Splits:
-    """Rows from files, drawn by a seed; no problem is in both splits or twice in one.
+    """Read the rows of files and draw the splits by a seed; no problem occurs twice, within a split or across.
 
     Args:
-      recipe: what to make of the rows.
-      path: the source of training rows (`records.find_files`); empty for a task that is only evaluated on.
-      heldout: the source of held-out rows. All its problems are kept out of training, drawn or not. Empty: rows are
-        held out of `path`, the same ones whatever `train_size` is.
-      train_size: training rows drawn; 0: all.
-      heldout_size: held-out rows drawn; 0: all of `heldout`, or without one a tenth of `path`, at most
-        `MOST_HELD_OUT`.
-      seed: of the draws.
-      strict: refuse rows whose gold answer cannot be used, instead of skipping them with a warning.
+      recipe: how to convert the rows.
+      path: the source of training rows (`records.find_files`); empty for a task that is used only for evaluation.
+      heldout: the source of held-out rows. All its problems are excluded from training, whether they are drawn or not.
+        If empty, rows are held out of `path`; the choice does not depend on `train_size`.
+      train_size: number of training rows to draw; 0 uses all.
+      heldout_size: number of held-out rows to draw; 0 uses all of `heldout` or, if that is empty, a tenth of `path`,
+        but at most `MOST_HELD_OUT`.
+      seed: seed of the draws.
+      strict: whether to refuse rows whose gold answer cannot be used, instead of skipping them with a warning.
 
     Raises:
-      UserError: if no source is given, a source has fewer rows than asked for, or `prepare` raises it.
+      UserError: if no source is given, a source has fewer rows than requested, or `prepare_rows` raises it.
     """
     if not path and not heldout:
-        raise UserError(f"task {recipe.name} needs the option 'path', or 'heldout' for evaluation alone")
+        raise UserError(f"task {recipe.name} needs the option 'path', or 'heldout' for evaluation only")
     if min(train_size, heldout_size) < 0:
         raise UserError(
-            f"task {recipe.name}: train_size {train_size}, heldout_size {heldout_size}: 0 or more"
+            f"task {recipe.name}: train_size {train_size}, heldout_size {heldout_size}: must be 0 or more"
         )
     about: dict[str, Any] = {}
 
     def load(source: str, split: str, leave_out=()):
-        rows, about[split] = prepare(recipe, source, split, leave_out)
+        rows, about[split] = prepare_rows(recipe, source, split, leave_out)
         refuse_or_warn(recipe.name, source, about[split], strict)
         return rows
 
@@ -90,10 +90,10 @@ def splits(
 
 
 def refuse_or_warn(task: str, source: str, about: Mapping[str, Any], strict: bool) -> None:
-    """Says what was skipped of a source, as `prepare` counts it.
+    """Warn if rows of a source were skipped, by the counts of `prepare_rows`.
 
     Raises:
-      UserError: if something was, and `strict`.
+      UserError: if rows were skipped and `strict` is true.
     """
     if not about["skipped"]:
         return
@@ -102,12 +102,16 @@ def refuse_or_warn(task: str, source: str, about: Mapping[str, Any], strict: boo
         f"(first: {about['first_skipped'][0]})"
     )
     if strict:
-        raise UserError(f"{what}; mend them, or set strict: false to skip them")
+        raise UserError(f"{what}; repair them, or set strict: false to skip them")
     warnings.warn(f"task {task}: {what}; they are skipped", stacklevel=4)
 
 
 def check_gold(verify: Verifier, row: Row) -> None:
-    """Raises `Unusable` where the verifier cannot read a row's gold answer: it would mask every response to it."""
+    """Check that the verifier can read a row's gold answer; otherwise it would mask every response to the row.
+
+    Raises:
+      Unusable: if it cannot.
+    """
     check_answer(row.get("answer"))
     try:
         verdict = verify("", row)
@@ -118,7 +122,11 @@ def check_gold(verify: Verifier, row: Row) -> None:
 
 
 def check_answer(gold: Any) -> None:
-    """Raises `Unusable` for a value that a verifier would turn into a text that nobody means, such as `nan`."""
+    """Check that a gold answer is a value whose text is meaningful, unlike `nan`.
+
+    Raises:
+      Unusable: if it is not.
+    """
     if isinstance(gold, bool | Mapping) or (isinstance(gold, float) and not math.isfinite(gold)):
         raise Unusable(f"the answer is {str(gold)[:60]}, not a text or a number")
     if isinstance(gold, str) and (half := lone_surrogate(gold)):
@@ -129,13 +137,13 @@ def check_answer(gold: Any) -> None:
 
 
 def field(row: Row, name: str, known: Sequence[str], fields: Mapping[str, str]) -> Any:
-    """The value of a field under the first of the names that files give it.
+    """Return the value of a field of a file's row, which may have one of several names.
 
     Args:
-      row: what the file holds.
-      name: ours.
-      known: names in files, the likeliest first; `"a.b"` is the field `b` of the mapping `a`.
-      fields: the user's own answer: our name -> the file's.
+      row: the row of the file.
+      name: the task's name of the field.
+      known: names of the field in common datasets, in order of preference; `"a.b"` is the field `b` of the mapping `a`.
+      fields: the option `fields`: the task's name -> the file's name.
 
     Raises:
       UserError: if there is no such field.
@@ -149,44 +157,44 @@ def field(row: Row, name: str, known: Sequence[str], fields: Mapping[str, str]) 
     wanted = fields.get(name, known[0])
     raise UserError(
         f"no field {wanted!r}{nearest(wanted, row)}; it has {', '.join(row) or 'none'} "
-        f"(the option fields says what the file calls {name!r})"
+        f"(set the option fields to the file's name of {name!r})"
     )
 
 
 _ABSENT = object()
 
 
-def text(value: Any, name: str) -> str:
-    """A field as text, for a prompt.
+def as_text(value: Any, name: str) -> str:
+    """Check that a field is text that can be used in a prompt, and return it.
 
     Raises:
-      UserError: if it is empty or no text.
+      UserError: if it is empty or not text.
     """
     if not isinstance(value, str):
         raise UserError(f"the field {name!r} is {str(value)[:60]!r}, not text")
     if not value.strip():
         raise UserError(f"the field {name!r} is empty")
-    return value.encode(errors="replace").decode()  # half a surrogate pair is no text
+    return value.encode(errors="replace").decode()  # replaces lone surrogates
 
 
 def check_fields(task: str, fields: Mapping[str, str] | None, known: Sequence[str]) -> dict[str, str]:
-    """The option `fields` of a task.
+    """Check the option `fields` of a task, and return it as a dict.
 
     Raises:
-      UserError: if it is no mapping of our names to the file's.
+      UserError: if it is not a mapping from the task's names to the file's names.
     """
     if not isinstance(fields, Mapping | None) or not all(
         isinstance(value, str) for value in (fields or {}).values()
     ):
-        raise UserError(f"task {task}: fields is {fields!r}, but has to be a mapping of names to names")
+        raise UserError(f"task {task}: fields is {fields!r}, but must be a mapping of names to names")
     for name in fields or {}:
         if name not in known:
             raise UserError(
-                f"task {task}: no field {name!r}{nearest(name, known)}; there are {', '.join(known)}"
+                f"task {task}: no field {name!r}{nearest(name, known)}; the fields are {', '.join(known)}"
             )
     return dict(fields or {})
 
 
 def squeezed(problem: str) -> str:
-    """A problem's text without whitespace: the same problem is often wrapped in another way."""
+    """Return a problem's text without whitespace, because copies of a problem are often wrapped differently."""
     return "".join(problem.split())

@@ -1,4 +1,4 @@
-"""What a task is: rows, how a row is asked, and how an answer is judged."""
+"""The task record: rows, their prompts, and the verifier that judges the responses."""
 
 import dataclasses
 import functools
@@ -19,14 +19,13 @@ class Task:
 
     Attributes:
       name: as in `tasks.names()`.
-      train, heldout: rows by index, plain dicts of JSON values; no row is in both.
-      prompt: row -> everything that the model continues. A text is used as it is; a list of chat messages
-        goes through the model's chat template, and where its last message is the assistant's, that one is
-        continued. Either way the prefill is already in it.
-      verifier: how to make the verifier, in plain data; it puts the prefill back before each response.
-      solution: row -> a response that the verifier passes, for supervised warm start; None where none is
-        known.
-      about: of tasks from files, by split: what became of the files' rows (see `prepared.prepare`).
+      train, heldout: rows by index, which are dicts of JSON values; no row is in both.
+      prompt: maps a row to the prompt, including the prefill. Text is used unchanged. A list of chat messages is
+        rendered with the model's chat template; if the last message is the assistant's, the model continues that
+        message.
+      verifier: the verifier as plain data. It prepends the prefill to each response.
+      solution: maps a row to a response that the verifier passes, for the supervised warm start; None if none is known.
+      about: for tasks from files, the counts of `prepared.prepare_rows` by split.
     """
 
     name: str
@@ -44,12 +43,12 @@ class Task:
 
     @functools.cached_property
     def content_hash(self) -> str:
-        """SHA-256 over all rows: a resume compares it to refuse changed data."""
+        """The SHA-256 of all rows, which a resume compares in order to refuse changed data."""
         return content_hash(self.train, self.heldout)
 
 
 def with_prefill(prompt: Prompt, prefill: str) -> Prompt:
-    """The prompt with the beginning of the model's answer at its end."""
+    """Append the prefill, which begins the model's answer, to a prompt."""
     if not prefill:
         return prompt
     if isinstance(prompt, str):
@@ -58,10 +57,10 @@ def with_prefill(prompt: Prompt, prefill: str) -> Prompt:
 
 
 def as_chat(task: Task, system: str = "") -> Task:
-    """The same task asked through the model's chat template.
+    """Return the task with prompts that are rendered with the model's chat template.
 
-    A raw prompt becomes the user's message and its prefill the beginning of the assistant's. Prompts that are
-    messages already only get the system message.
+    A text prompt becomes the user's message, and its prefill the beginning of the assistant's message. Prompts that are
+    already messages get only the system message.
     """
 
     def messages(row: Row) -> list[dict[str, str]]:
@@ -75,12 +74,12 @@ def as_chat(task: Task, system: str = "") -> Task:
 
 
 def warn_overlap(task: Task) -> Task:
-    """Warns when held-out prompts are also trained on; returns the task."""
-    trained = {hash(str(task.prompt(row))) for row in task.train}  # hashes, for training rows may be many
+    """Warn if held-out prompts are also trained on; return the task."""
+    trained = {hash(str(task.prompt(row))) for row in task.train}  # hashes, to save memory
     shared = sum(hash(str(task.prompt(row))) in trained for row in task.heldout)
     if shared:
         warnings.warn(
-            f"task {task.name}: {shared} of {len(task.heldout)} held-out prompts are trained on too, "
+            f"task {task.name}: {shared} of {len(task.heldout)} held-out prompts are also trained on, "
             "so held-out scores are not those of unseen problems",
             stacklevel=2,
         )

@@ -1,7 +1,7 @@
-"""How a row is asked: templates with `{field}` for a row's field, by name or written out; and their undoing.
+"""Prompt templates, with `{field}` for a field of the row, and their removal from prompts in files.
 
-Files made for other trainers hold their prompts with a template already around the problem; `bare` takes it off, so
-that a problem is not asked for an answer in two ways at once.
+Prompts in files made for other trainers already have a template around the problem. `bare` removes it, so that a prompt
+does not give two instructions for the form of the answer.
 """
 
 import re
@@ -11,7 +11,7 @@ from typing import Any
 from lpo_jax.errors import UserError, nearest
 from lpo_jax.tasks.task import Prompt, Row
 
-# {field} and nothing else: \boxed{} and other braces of a template stay what they are.
+# Matches only {field}: \boxed{} and other braces in a template are kept.
 FIELD = re.compile(r"\{(\w+)\}")
 
 Template = str | Sequence[Mapping[str, str]]  # text, or chat messages
@@ -69,21 +69,23 @@ GYM: Mapping[str, Template] = {
 
 
 def fill(template: str, row: Row) -> str:
-    """The template with each `{field}` replaced by the row's."""
+    """Replace each `{field}` in a template by the row's value."""
     return FIELD.sub(lambda match: str(row[match[1]]), template)
 
 
-def asker(task: str, template: str, known: Mapping[str, Template], field: str) -> Callable[[Row], Prompt]:
-    """The function from a row to its prompt.
+def prompt_function(
+    task: str, template: str, known: Mapping[str, Template], field: str
+) -> Callable[[Row], Prompt]:
+    """Return the function that maps a row to its prompt.
 
     Args:
-      task: whose option it is, for errors.
+      task: the name of the task, for error messages.
       template: a name in `known`, or a text with `{field}`.
-      known: the task's templates.
-      field: of the row; the one that a template asks with.
+      known: the task's templates by name.
+      field: the field of the row that the template contains.
 
     Raises:
-      UserError: if it is neither.
+      UserError: if the template is neither a known name nor a text with `{field}`.
     """
     slot = f"{{{field}}}"
     chosen = known.get(template, template)
@@ -100,9 +102,9 @@ def asker(task: str, template: str, known: Mapping[str, Template], field: str) -
 
 
 def bare(prompt: Any, known: Mapping[str, Template], field: str) -> Any:
-    """The problem inside a prompt: the last user message, without a known template or an R1-style conversation.
+    """Return the problem inside a prompt: the last user message, without a known template or an R1-style conversation.
 
-    What is no prompt comes back as it is.
+    A value that is not a prompt is returned unchanged.
     """
     if isinstance(prompt, list) and all(isinstance(message, Mapping) for message in prompt):
         prompt = next((m.get("content") for m in reversed(prompt) if m.get("role") == "user"), prompt)

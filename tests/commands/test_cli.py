@@ -12,7 +12,7 @@ import yaml
 
 from lpo_jax import objectives
 from lpo_jax.commands.main import main
-from lpo_jax.config import describe, load_config
+from lpo_jax.config import describe_options, load_config
 
 
 @pytest.fixture
@@ -217,7 +217,7 @@ def test_help(command, capsys):
     assert stop.value.code == 0
     printed = capsys.readouterr().out
     if command in ("train", "sft", "eval", "data"):
-        assert all(f"--{key}=" in printed for key, _, _ in describe())
+        assert all(f"--{key}=" in printed for key, _, _ in describe_options())
 
 
 def test_importing_starts_no_accelerator():

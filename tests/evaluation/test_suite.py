@@ -16,7 +16,7 @@ from lpo_jax.evaluation.responses import ResponseFile, ResponseSummary
 from lpo_jax.evaluation.votes import majority
 from lpo_jax.models.hf import save_hf
 from lpo_jax.models.load import load_model
-from lpo_jax.tasks.suites import Benchmark
+from lpo_jax.tasks.benchmarks import Benchmark
 
 NINE = [{"q": f"{n}+{n}=", "answer": 2 * n} for n in range(1, 10)]
 

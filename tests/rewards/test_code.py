@@ -1,4 +1,4 @@
-"""The code verifier: what it takes for a program, for tests, and for the right output."""
+"""The code verifier: extraction of programs, formats of tests, and comparison of outputs."""
 
 import json
 import math
@@ -12,7 +12,7 @@ from lpo_jax.errors import UserError
 from lpo_jax.rewards import code, sandbox
 from lpo_jax.rewards.code_tests import ProblemTests, asserts_to_tests, read_tests
 from lpo_jax.rewards.same import same_output, same_result
-from lpo_jax.rewards.sandbox_child import encode
+from lpo_jax.rewards.sandbox_child import encode_result
 
 WHY_NOT = sandbox.why_not("bubblewrap")
 confined = pytest.mark.skipif(bool(WHY_NOT), reason=f"no bubblewrap here: {WHY_NOT}")
@@ -138,9 +138,9 @@ threading.Thread(target=main).start()
         ("```python\ns = '''\n```python\nx\n```\n'''\n```", "s = '''\n```python\nx\n```\n'''\n"),
         ('```python\nr"""\\"""\n```\n"""\n```', 'r"""\\"""\n```\n"""\n'),
         ("```python\n# '''\na = \"'''\"\n```\n'''\n```", "# '''\na = \"'''\"\n"),
-        ('```python\nx = """a\n```\nSo:\n```python\ny = """b"""\n```', 'y = """b"""\n'),  # never closed there
+        ('```python\nx = """a\n```\nSo:\n```python\ny = """b"""\n```', 'y = """b"""\n'),  # x is not closed
         ('```python\nx = """a\n```\nSo:\n```python\ny\n```', "y\n"),
-        ("```python\na\n```python\nb\n```", "b\n"),  # the first was not closed
+        ("```python\na\n```python\nb\n```", "b\n"),  # the first block is not closed
         ("- so:\n  ```python\n  if a:\n      b\n  ```", "if a:\n    b\n"),
         ("print(1)", None),
     ],
@@ -170,18 +170,18 @@ def test_shapes_of_tests():
         "f", ((("a", [1, None]), {1: 2}), (((1, 2), {3}), "x"), ((), True))
     )
     raw = {"fn_name": "f", "inputs": [["1", 2]], "outputs": ["3"]}
-    assert read_tests(raw).cases == ((("1", 2), "3"),)  # the value itself, and no text of it
+    assert read_tests(raw).cases == ((("1", 2), "3"),)  # the value itself, not its text
 
 
 @confined
 @pytest.mark.parametrize(
     ("body", "outputs", "passed"),
     [
-        ("n % 2", [[1], [0], [1]], 3),  # PRIME's: each value in a list
-        ("[n % 2]", [[1], [0], [1]], 3),  # a function that returns lists looks the same
+        ("n % 2", [[1], [0], [1]], 3),  # PRIME wraps each value in a list
+        ("[n % 2]", [[1], [0], [1]], 3),  # a function that returns lists has the same tests
         ("1", [[1], [0], [1]], 2),
-        ("[n % 2] if n == 3 else n % 2", [[1], [0], [1]], 2),  # one convention in all tests
-        ("n % 2", [[1], [0], [1, 1]], 0),  # not a list of one in all tests
+        ("[n % 2] if n == 3 else n % 2", [[1], [0], [1]], 2),  # all tests use one convention
+        ("n % 2", [[1], [0], [1, 1]], 0),  # not every value is a list with one item
         ("[n % 2]", [1, 0, 1], 0),
         ("[[n]]", [[[3]], [[4]], [[5]]], 3),
         ("[n]", [[[3]], [[4]], [[5]]], 3),
@@ -222,7 +222,7 @@ def test_functional_tests_of_live_code_bench(where):
     ("tests", "message"),
     [
         ([{"input": "1", "output": "1", "testtype": "functional"}], "metadata.func_name does not name one"),
-        ([{"input": "1", "output": "1", "testtype": "other"}], "stdin or functional throughout, not other"),
+        ([{"input": "1", "output": "1", "testtype": "other"}], "functional in all tests, not other"),
         ({}, "no inputs and outputs"),
         ([], "0 inputs and 0 outputs"),
         ([{"input": "1"}], "objects with input and output"),
@@ -230,12 +230,12 @@ def test_functional_tests_of_live_code_bench(where):
         (3, "no inputs and outputs"),
         ({"inputs": [], "outputs": []}, "0 inputs"),
         ({"inputs": ["1"], "outputs": []}, "1 inputs and 0 outputs"),
-        ({"inputs": "1", "outputs": 1}, "have to be lists"),
-        ({"inputs": ["1"], "outputs": [2]}, "have to be text, not 2"),
-        ({"inputs": ["1"], "outputs": [" \n"]}, "no output is expected"),
-        ({"inputs": ["1"], "outputs": ["1"], "fn_name": "a.b"}, "names no function"),
+        ({"inputs": "1", "outputs": 1}, "must be lists"),
+        ({"inputs": ["1"], "outputs": [2]}, "must be text, not 2"),
+        ({"inputs": ["1"], "outputs": [" \n"]}, "no test expects any output"),
+        ({"inputs": ["1"], "outputs": ["1"], "fn_name": "a.b"}, "not the name of a function"),
         ({"inputs": ["x y"], "outputs": ["1"], "fn_name": "f"}, "neither JSON nor a Python literal: x y"),
-        ({"inputs": [5], "outputs": ["1"], "fn_name": "f"}, "arguments have to be a list"),
+        ({"inputs": [5], "outputs": ["1"], "fn_name": "f"}, "arguments must be a list"),
     ],
 )
 def test_tests_that_cannot_be_read_are_an_error_whatever_the_response(tests, message):
@@ -246,9 +246,9 @@ def test_tests_that_cannot_be_read_are_an_error_whatever_the_response(tests, mes
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"score": "all"}, "score 'all'; there are binary and fraction"),
+        ({"score": "all"}, "unknown score 'all'; known: binary and fraction"),
         ({"score": "binry"}, "did you mean 'binary'"),
-        ({"sandbox": "docker"}, "there are bubblewrap and weak"),
+        ({"sandbox": "docker"}, "known: bubblewrap and weak"),
         ({"time_limit": 0.0}, "must be positive"),
         ({"memory_mb": 10}, "64 MB"),
         ({"max_test": 1}, "did you mean 'max_tests'"),
@@ -265,7 +265,7 @@ def test_wrong_options(options, message):
         ("1 2\n3\n", "1 2\n3", True),
         ("  1   2 \r\n\n3", "1 2\n3\n", True),
         ("1\n2\n3", "1 2\n3", False),
-        ("3\n1 2", "1 2\n3", False),  # PRIME takes lines in any order
+        ("3\n1 2", "1 2\n3", False),  # PRIME accepts lines in any order
         ("yes", "YES", False),
         ("", "0", False),
         ("3.0", "3", True),
@@ -331,7 +331,7 @@ def test_same_output(printed, expected, same):
     ],
 )
 def test_same_result(value, expected, same):
-    assert same_result(json.dumps(encode(value)).encode(), expected) == same
+    assert same_result(json.dumps(encode_result(value)).encode(), expected) == same
 
 
 _JSON = st.recursive(
@@ -348,14 +348,14 @@ _JSON = st.recursive(
 
 @given(_JSON | st.binary(), st.sampled_from([1, 1.5, "a", None, [1], {1}, {1: [2]}, b"a", 1j, ({(1,)},)]))
 def test_no_claim_makes_the_comparison_fail(claim, expected):
-    """An exception would mask the sample, which is a way around its reward."""
+    """An exception would mask the sample, so that the program would avoid its reward."""
     data = claim if isinstance(claim, bytes) else json.dumps(claim).encode()
     assert same_result(data, expected) in (True, False)
 
 
 @given(_JSON.filter(lambda value: "\x00" not in repr(value)))
 def test_every_value_is_the_same_as_itself(value):
-    assert same_result(json.dumps(encode(value)).encode(), value)
+    assert same_result(json.dumps(encode_result(value)).encode(), value)
 
 
 def test_assertions_become_tests():
@@ -376,7 +376,7 @@ def test_assertions_become_tests():
     [
         "",
         "assert",
-        "assert f(1)",  # takes any true value
+        "assert f(1)",  # accepts any true value
         "assert not f(1)",
         "assert f(1) == g(2)",
         "assert f(x) == 2",

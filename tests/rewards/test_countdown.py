@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from lpo_jax import rewards
 from lpo_jax.errors import UserError
-from lpo_jax.rewards.expression import NotAllowed, integers, parse, value
+from lpo_jax.rewards.expression import NotAllowed, integers, parse_expression, value
 
 EXAMPLE = {"numbers": [3, 5, 2], "target": 16}
 robust = rewards.get("countdown")
@@ -18,7 +18,7 @@ def answer(text):
     return f"some thought</think>\n<answer>{text}</answer>"
 
 
-# answer, numbers, target, robust (reward, outcome), strict reward as TinyZero gives it
+# answer, numbers, target, robust (reward, outcome), strict reward (that of TinyZero)
 CASES = {
     "right": ("(3+5)*2", [3, 5, 2], 16, (1.0, "pass"), 1.0),
     "right with spaces": (" ( 3 + 5 ) * 2 ", [3, 5, 2], 16, (1.0, "pass"), 1.0),
@@ -73,7 +73,7 @@ TEXTS = {
     ),
     "only the prompt's own answer": (
         "User: for example <answer> (3+5)*2 </answer>.\nAssistant: Let me solve this.\n<think> I cannot.",
-        1.0,  # robust judges what it is given: the pool gives it responses, never prompts
+        1.0,  # robust mode judges the whole text: the pool passes responses without prompts
         0.0,
     ),
     "a second Assistant:": (answer("1+1") + "\nAssistant: <answer>(3+5)*2</answer>", 1.0, 1.0),
@@ -134,7 +134,7 @@ def test_attacks_are_quick_and_never_pass(case):
 
 
 def test_strict_bounds_powers_of_the_given_numbers():
-    # All numbers used once, so that only the bound stands between this and an endless computation.
+    # All numbers are used once, so that only the bound on powers prevents an endless computation.
     verdict = strict(answer("9**9**9**9"), {"numbers": [9, 9, 9, 9], "target": 1})
     assert (verdict.reward, verdict.outcome) == (0.1, "wrong")
     assert strict(answer("9**9//9**9"), {"numbers": [9, 9, 9, 9], "target": 1}).reward == 1.0
@@ -160,9 +160,9 @@ def test_each_at_most_once():
 
 
 def test_depth_guard():
-    assert value(parse("-" * 63 + "1")) == -1
+    assert value(parse_expression("-" * 63 + "1")) == -1
     with pytest.raises(NotAllowed, match="64 levels"):
-        parse("-" * 64 + "1")
+        parse_expression("-" * 64 + "1")
 
 
 def trees(leaf):
@@ -185,7 +185,7 @@ def test_value_is_python_s_and_numbers_are_those_of_the_text(tree):
         a, b = exact(node[0]), exact(node[2])
         return {"+": lambda: a + b, "-": lambda: a - b, "*": lambda: a * b, "/": lambda: a / b}[node[1]]()
 
-    parsed = parse(text(tree))
+    parsed = parse_expression(text(tree))
     try:
         expected = exact(tree)
     except ZeroDivisionError:

@@ -5,14 +5,14 @@ from hypothesis import strategies as st
 from lpo_jax import rewards
 from lpo_jax.errors import UserError
 
-LONG = "\n" + "and so on " * 40  # more than the 300 characters that verl looks at
+LONG = "\n" + "and so on " * 40  # more than the 300 characters that verl reads
 
 
 def grade(response, mode="robust", gold="18", **options):
     return rewards.get("gsm8k", mode=mode, **options)(response, {"answer": gold})
 
 
-# response, robust, strict, flexible; the last two as verl scores them
+# response, robust, strict, flexible; the last two are the scores of verl
 CASES = [
     ("#### 18", True, True, True),
     ("she has 18.\n#### 18", True, True, True),
@@ -145,7 +145,7 @@ def test_mixed_numbers_and_what_may_stand_around_a_number(answer, gold):
 def test_thousands():
     assert grade("#### 1,000", gold="1000").outcome == "pass"
     assert grade("#### 1,000", "strict", gold="1000").outcome == "pass"
-    assert grade("#### 1,000", "flexible", gold="1000").outcome == "wrong"  # verl forgets the comma here
+    assert grade("#### 1,000", "flexible", gold="1000").outcome == "wrong"  # verl keeps the comma here
     assert grade("#### 1,00", gold="100").outcome == "malformed"
     assert grade("#### -$5.50", gold="-5.5").outcome == "pass"
 

@@ -1,4 +1,4 @@
-"""Hostile texts, as of scripts/stress_verifiers.py but fewer: each is scored, none is masked, none takes long."""
+"""Hostile texts from scripts/stress_verifiers.py, but fewer: all are scored quickly, and none is masked."""
 
 import importlib.util
 import random
@@ -32,11 +32,11 @@ def test_hostile_texts_are_scored(name):
         pytest.skip(f"no bubblewrap here: {WHY_NOT}")
     judge = dict(STRESS.judges())[name]
     items = 20 if name in ("code", "math") else 100
-    # Processor time, so that a busy machine fails no test; on the clock it is scripts/stress_verifiers.py's to measure.
+    # Processor time, so that a busy machine fails no test; scripts/stress_verifiers.py measures wall-clock time.
     assert STRESS.judge_hostile(name, judge, items=items, seed=1, clock=time.process_time)
 
 
-# What took time in proportion to the square of the length, or would in a careless pattern: 256 KB each.
+# Texts of 256 KB that took quadratic time, or would with a careless pattern.
 SIZE = 1 << 18
 LONG = {
     "digits": "1" * SIZE + "x",
@@ -79,7 +79,7 @@ def test_a_long_text_takes_no_time(name):
 
 @pytest.mark.skipif(bool(WHY_NOT), reason=f"no bubblewrap here: {WHY_NOT}")
 def test_no_output_of_a_program_drives_the_comparison_over_the_limit():
-    """The sample would be masked, and the program would escape its 0."""
+    """Otherwise the sample would be masked, and the program would avoid its 0."""
     row = {"tests": {"inputs": ["1"], "outputs": ["1"]}}
     call = {"tests": {"fn_name": "f", "inputs": ["1"], "outputs": ["1.5"]}}
     with rewards.VerifierPool("code", workers=1, timeout=10.0) as pool:
@@ -99,7 +99,7 @@ def test_an_exception_of_the_comparison_is_the_answers_fault(monkeypatch):
     def fail(*arguments):
         raise ZeroDivisionError("in a library")
 
-    monkeypatch.setattr("lpo_jax.rewards.structure.same", fail)
+    monkeypatch.setattr("lpo_jax.rewards.structure.same_answer", fail)
     verdict = rewards.get("math")(r"\boxed{\sqrt{2}}", {"answer": "5"})
     assert verdict.outcome == "wrong"
     assert verdict.parts["reason"] == "the comparison raised ZeroDivisionError: in a library"

@@ -38,7 +38,7 @@ SAME = [
     ("58500", r"58\,500"),
     (27.0, "27"),
     (42, "42."),
-    # units, percent, what stands around
+    # units, percent signs, surrounding text
     (r"\$32,\!348", "32348"),
     (r"90^\circ", "90"),
     ("90", r"90^{\circ}"),
@@ -115,7 +115,7 @@ DIFFERENT = [
     (r"\frac{\sqrt3}{2}", "0.8660254037844386"),
     (r"\sqrt{2}", r"\sqrt{2} + 10^{-30}"),
     ("0", r"10^{-60}\sqrt2"),
-    # where math-verify's grammar reads something else
+    # misread by math-verify's grammar
     (r"\sqrt{2}+5", r"\sqrt{2}+2(3)"),
     ("x+8", r"x+2\binom{4}{2}"),
     ("x", "x^{T}"),
@@ -185,7 +185,7 @@ def test_what_the_gold_answer_tells_apart_counts(gold, answer):
     ("response", "expected"),
     [
         (r"\boxed{1} no, \boxed{2}", "pass"),
-        (r"\boxed{2} and then $\boxed{3", "pass"),  # cut off in the last one
+        (r"\boxed{2} and then $\boxed{3", "pass"),  # cut off in the last box
         (r"\fbox{2}", "pass"),
         (r"\boxed {2}", "pass"),
         (r"\boxed{x = \boxed{2}}", "pass"),
@@ -277,7 +277,7 @@ numbers = st.fractions(min_value=-(10**6), max_value=10**6, max_denominator=10**
 
 
 def decimal(value):
-    """As a decimal that ends, or None."""
+    """Return a terminating decimal, or None."""
     for places in range(9):
         if (value * 10**places).denominator == 1:
             digits = str(abs(value.numerator) * 10**places // value.denominator).rjust(places + 1, "0")
@@ -330,7 +330,7 @@ LEAVES = POSITIVE | POSITIVE.map(lambda p: (rf"\sqrt{{{p[0]}}}", p[1] ** 0.5)) |
 
 
 def combine(children):
-    """Expressions with their values: what is written in LaTeX beside what Python makes of it."""
+    """Generate expressions in LaTeX together with their values, computed by Python."""
     two, one = st.tuples(children, children), children
     return st.one_of(
         two.map(lambda p: (f"{p[0][0]}+{p[1][0]}", p[0][1] + p[1][1])),
@@ -351,8 +351,8 @@ def test_expressions_are_read_as_they_are_written(expression):
 
     text, expected = expression
     assume(expected == expected and abs(expected) < 1e12)
-    read = symbolic.read(canonical(text))
-    letters = {"varpi": "\\gamma", "Lambda": "d", "upsilon": "T", "iota": "I"}  # which stand in for these
+    read = symbolic.read_expression(canonical(text))
+    letters = {"varpi": "\\gamma", "Lambda": "d", "upsilon": "T", "iota": "I"}  # renamed symbols
     point = {symbol: VALUES[letters.get(symbol.name, symbol.name)] for symbol in read.free_symbols}
     error = abs(complex(read.subs(point).evalf(20)) - expected)
     np.testing.assert_array_less(error, 1e-6 * max(1, abs(expected)))

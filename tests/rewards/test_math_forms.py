@@ -1,4 +1,4 @@
-r"""Forms of mathematical answers, each with answers that are right and with neighbours that are not."""
+r"""Forms of mathematical answers, each with equal answers and with similar but different ones."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from lpo_jax import rewards
 
 verify = rewards.get("math")
 
-# form: pairs that are the same, whichever is the gold answer
+# form: pairs that are equal, whichever is the gold answer
 RIGHT = {
     "mixed numbers": [
         ("1.8", "1 4/5"),
@@ -109,7 +109,7 @@ RIGHT = {
         (r"1.\overline{3}+\sqrt2", r"\frac43+\sqrt2"),
     ],
 }
-# form: pairs that are not
+# form: pairs that differ
 WRONG = {
     "mixed numbers": [
         ("1.8", "4/5"),
@@ -261,7 +261,7 @@ def test_no_form_makes_a_wrong_answer_right(form):
 
 def test_an_answer_may_name_the_elements_of_a_set_twice():
     assert outcome(r"\{1,2\}", r"\{1,1,2\}") == "pass"
-    assert outcome(r"\{1,1,2\}", r"\{1,2\}") == "wrong"  # there it may count how often
+    assert outcome(r"\{1,1,2\}", r"\{1,2\}") == "wrong"  # repeats in the gold answer may matter
     assert outcome(r"\{1,2\}", r"\{1,1,3\}") == "wrong"
 
 

@@ -1,4 +1,4 @@
-"""What a model may write to hang, exhaust or crash the mathematics verifier."""
+"""Answers that try to hang, exhaust or crash the mathematics verifier."""
 
 import contextlib
 import pathlib

@@ -1,4 +1,4 @@
-"""Packages that programs may import: none by default, by name what is installed, and a word on how where one fails."""
+"""Packages that programs may import: none by default, installed ones by name, and the message if an import fails."""
 
 import os
 
@@ -28,8 +28,8 @@ def test_without_packages_the_reason_says_how_to_make_one_available(kind):
     verdict = judge(kind, SOLVE)
     assert (verdict.reward, verdict.outcome) == (0.0, "wrong")
     assert verdict.parts["reason"] == (
-        "test 1: ModuleNotFoundError: No module named 'numpy': programs see the standard library, and what "
-        "task.verifier_options.packages names, such as [numpy]"
+        "test 1: ModuleNotFoundError: No module named 'numpy': programs can import the standard library and the "
+        "packages in task.verifier_options.packages, such as [numpy]"
     )
 
 
@@ -43,7 +43,7 @@ def test_an_installed_package_is_there_by_name(kind):
     program = (
         "import numpy, os, threading\nprint(numpy.__version__, threading.active_count())\n"
         "print(numpy.random.default_rng(0).integers(10))\n"
-        "import yaml"  # installed too, but not named
+        "import yaml"  # also installed, but not named
     )
     with Sandbox(kind, program, packages=("numpy",)) as running:
         report = running.run("", seconds=20)
@@ -68,22 +68,23 @@ def test_bubblewrap_shows_packages_alone_and_read_only():
 
 
 def test_what_a_package_requires_comes_with_it():
-    names = {os.path.basename(path) for path in packages.find("jinja2")}
+    names = {os.path.basename(path) for path in packages.installed_paths("jinja2")}
     assert {"jinja2", "markupsafe"} <= names and not any(name.startswith(("numpy", "jax")) for name in names)
-    (path,) = [path for path in packages.find("yaml") if path.endswith("/yaml")]  # comes from PyYAML
+    found = packages.installed_paths("yaml")  # the distribution is PyYAML
+    (path,) = [path for path in found if path.endswith("/yaml")]
     assert os.path.isfile(f"{path}/__init__.py")
-    assert packages.find("math") == packages.find() == ()
+    assert packages.installed_paths("math") == packages.installed_paths() == ()
 
 
 @pytest.mark.parametrize(
     ("value", "message"),
     [
         (["no_such_package_here"], "packages names 'no_such_package_here', which is not installed"),
-        (["scikit-learn"], "name it as programs import it"),
-        (["numpy.linalg"], "name it as programs import it"),
-        ("numpy", "has to be a list of names"),
-        ([1], "has to be a list of names"),
-        (None, "has to be a list of names"),
+        (["scikit-learn"], "use its import name"),
+        (["numpy.linalg"], "use its import name"),
+        ("numpy", "must be a list of names"),
+        ([1], "must be a list of names"),
+        (None, "must be a list of names"),
     ],
 )
 def test_a_name_that_is_no_installed_package_is_refused_at_once(value, message):
@@ -96,8 +97,8 @@ def test_a_name_that_is_no_installed_package_is_refused_at_once(value, message):
 def test_a_package_that_cannot_be_imported_there_is_refused_before_the_run(kind, tmp_path, monkeypatch):
     (tmp_path / "broken_package.py").write_text("import no_such_module_here\n")
     monkeypatch.syspath_prepend(tmp_path)
-    packages.find.cache_clear()
+    packages.installed_paths.cache_clear()
     spec = rewards.VerifierSpec("code", {"packages": ["broken_package"], "sandbox": kind})
     with pytest.raises(UserError, match=r"package broken_package cannot be imported by .*no_such_module"):
         rewards.VerifierPool(spec, workers=1, timeout=10.0, allow_weak_sandbox=True)
-    packages.find.cache_clear()
+    packages.installed_paths.cache_clear()

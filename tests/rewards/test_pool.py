@@ -20,7 +20,7 @@ def verify(response, example):
     command, _, argument = response.partition(" ")
     if command == "hang":
         time.sleep(600)
-    if command == "hang-in-c":  # holds the interpreter's lock: no Python thread or handler could end it
+    if command == "hang-in-c":  # holds the GIL: no Python thread or signal handler can end it
         re.match(r"(a+)+$", "a" * 60 + "b")
     if command == "ignore-sigterm":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -65,7 +65,7 @@ def judge(pool, *responses):
 
 
 def running(pid):
-    """Whether the process exists and is not a zombie."""
+    """Return whether the process exists and is not a zombie."""
     try:
         with open(f"/proc/{pid}/stat") as file:
             return file.read().rpartition(")")[2].split()[0] != "Z"
@@ -81,7 +81,7 @@ def gone(pids, within=5.0):
 
 
 def unreaped(pid):
-    """Whether our own child is still in the process table, dead or alive."""
+    """Return whether a child process is still in the process table, dead or alive."""
     try:
         os.kill(pid, 0)
         return True
@@ -133,7 +133,7 @@ def test_hanging_is_cut_off_masked_and_replaced(source, how):
 
 
 def _fault(response):
-    """Part of the line that an error names: where it was raised, or the function that returned what is no reward."""
+    """Part of the line that an error names: where it was raised, or the function that returned an invalid reward."""
     raised = {"exit": "sys.exit(0)", "raise": "raise ValueError", "input": "float(input())"}
     return raised.get(response, "def verify(")
 
@@ -155,7 +155,7 @@ def _fault(response):
 def test_failures_are_masked_with_their_reason(source, response, reason):
     with VerifierPool(source, workers=1) as pool:
         verdicts = judge(pool, "1", response, "1")
-    if not reason.startswith("worker"):  # whose exit status is all there is to know
+    if not reason.startswith("worker"):  # of which only the exit status is known
         file = source.rpartition(":")[0]
         number = next(i for i, line in enumerate(VERIFIER.split("\n"), 1) if _fault(response) in line)
         reason += f" ({file}, line {number})"
@@ -257,7 +257,7 @@ def test_an_interrupted_call_closes_the_pool(source, monkeypatch):
     started = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         judge(pool, "hang", "hang")
-    assert time.monotonic() - started < 4.0  # and not the 5 s of the limit
+    assert time.monotonic() - started < 4.0  # not the limit of 5 s
     assert not any(map(unreaped, pids))
     with pytest.raises(RuntimeError, match="closed"):
         judge(pool, "1")
@@ -273,7 +273,7 @@ def test_judging_goes_on_while_the_caller_does_other_things(source):
             deadline = time.monotonic() + 20.0
             while len(job.settled) < len(responses) and time.monotonic() < deadline:
                 time.sleep(0.02)
-            assert len(job.settled) == len(responses)  # before anybody waits for them
+            assert len(job.settled) == len(responses)  # before the pool is waited for
             job.submit("0", {"answer": 1})
         assert job.verdicts == judge(pool, *responses, "0")
         with pool.judging() as job:
@@ -287,7 +287,7 @@ def test_an_error_while_judging_closes_the_pool(source):
     with pytest.raises(KeyboardInterrupt), pool.judging() as job:
         job.submit("hang", {"answer": 1})
         raise KeyboardInterrupt
-    assert time.monotonic() - started < 4.0  # and not the 5 s of the limit
+    assert time.monotonic() - started < 4.0  # not the limit of 5 s
     assert not any(map(unreaped, pids))
     with pytest.raises(RuntimeError, match="closed"), pool.judging():
         pass
@@ -314,7 +314,7 @@ SCRIPT = """
 import sys, time
 print("main runs", flush=True)
 from lpo_jax.rewards import VerifierPool
-pool = VerifierPool(sys.argv[1], workers=2)  # at the top level, without any guard on __name__
+pool = VerifierPool(sys.argv[1], workers=2)  # at the top level, without a guard on __name__
 print(pool.verify(["1"], [{"answer": 1}])[0].outcome, *pool.pids, flush=True)
 if sys.argv[2] == "raise":
     raise RuntimeError("the user's script fails")

@@ -1,4 +1,4 @@
-"""Replies of worker processes are checked: no fork, junk or forgery crashes the trainer or counts as a verdict."""
+"""Replies of worker processes are checked: forks, junk and forgeries do not crash the trainer or count as verdicts."""
 
 import json
 import math
@@ -41,7 +41,7 @@ def verify(response, example):
     command, _, argument = response.partition(" ")
     if command == "fork":  # two processes return from here
         os.fork()
-    if command == "fork-in-c":  # the same, unseen by Python
+    if command == "fork-in-c":  # the same, without Python noticing
         ctypes.CDLL(None).fork()
     if command == "child-raises" and os.fork() == 0:
         raise ValueError("in the child")
@@ -55,7 +55,7 @@ def verify(response, example):
                                 "text": f"{nonce}:x"}[argument]))
     if command == "twice":
         os.write(line(), claim(token()))
-    if command == "thread":  # a second reply, when the first has long been taken
+    if command == "thread":  # a second reply, long after the first was received
         reply, own = claim(token()), line()
         threading.Thread(target=lambda: (time.sleep(0.2), os.write(own, reply))).start()
     if command == "close":
@@ -124,7 +124,7 @@ def test_surplus_replies_cost_no_other_sample(source, caplog):
     with VerifierPool(source, workers=1) as pool:
         (before,) = pool.pids
         first, *rest = pool.verify(["twice 1", "0", "0", "1"], [{}] * 4)
-        assert first.reward == 7.0  # nobody can tell a verifier's own process from the verifier
+        assert first.reward == 7.0  # the verifier's process cannot be distinguished from the verifier
         assert [verdict.outcome for verdict in rest] == ["wrong", "wrong", "pass"]
         assert pool.pids != [before]
         (before,) = pool.pids
@@ -161,7 +161,7 @@ def test_rewards_that_float32_does_not_hold_are_masked(source, reward, reason):
         assert verdict.reward == (0.0 if reason else float(reward))
         assert not reason or reason in verdict.parts["reason"]
     reply = {"token": "t", "reward": float(reward), "outcome": "pass", "parts": {}}
-    token, verdict = parse_reply(json.dumps(reply).encode())  # built-in verifiers have no other check
+    token, verdict = parse_reply(json.dumps(reply).encode())  # the only check of built-in verifiers
     assert token == "t" and verdict.masked == bool(reason)
     if reward == "1e39":
         with VerifierPool(source, workers=1) as pool:
@@ -179,7 +179,7 @@ with VerifierPool(sys.argv[1], workers=4, timeout=2.0) as pool:
 
 
 def test_what_was_answered_while_the_trainer_was_stopped_counts(source):
-    """SIGSTOP and SIGCONT: all deadlines have passed when the trainer looks again, and the replies lie there."""
+    """After SIGSTOP and SIGCONT, all deadlines have passed when the trainer continues, but the replies have arrived."""
     command = [sys.executable, "-c", SCRIPT, source]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as trainer:
         try:
@@ -194,7 +194,7 @@ def test_what_was_answered_while_the_trainer_was_stopped_counts(source):
 
 
 def test_any_mixture_of_faults(source):
-    """Good responses are always judged right, bad ones never get more than what their verifier returned."""
+    """Good responses are always judged correctly; bad ones never earn more than their verifier returned."""
     dice = random.Random(0)
     kinds = [f"fork {n % 2}" for n in range(2)] + [
         "junk " + dice.randbytes(dice.randrange(1, 40)).hex() for _ in range(5)
@@ -218,25 +218,26 @@ def test_any_mixture_of_faults(source):
 def test_a_worker_whose_pool_is_gone_ends_in_silence(source, capfd, moment):
     worker = WorkerProcess(VerifierSpec(source), 60.0, 10.0)
     if moment == "reply not read":
-        select.select([worker.line], [], [], 60)  # "ready" stays in the line, so that closing it resets it
+        # The reply stays unread, so that closing the socket resets the connection.
+        select.select([worker.socket], [], [], 60)
     else:
         while not worker.unread:
-            select.select([worker.line], [], [], 60)
+            select.select([worker.socket], [], [], 60)
             worker.receive()
     if moment == "inside a request":
-        worker.line.send(frame(b"x" * 100)[:50])
-    worker.line.close()
+        worker.socket.send(frame(b"x" * 100)[:50])
+    worker.socket.close()
     assert worker.process.wait(60) == 0
     assert capfd.readouterr().err == ""
 
 
 @pytest.fixture(scope="module")
 def worker():
-    """A worker whose line is in the test's hand."""
+    """A worker whose socket is controlled by the test."""
     worker = object.__new__(WorkerProcess)
-    worker.line, theirs = socket.socketpair()
-    worker.line.setblocking(False)
-    with worker.line, theirs:
+    worker.socket, theirs = socket.socketpair()
+    worker.socket.setblocking(False)
+    with worker.socket, theirs:
         yield worker, theirs
 
 

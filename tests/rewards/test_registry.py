@@ -18,7 +18,7 @@ def test_names():
     [
         (lambda: rewards.get("countdwn"), "did you mean 'countdown'"),
         (lambda: rewards.get("countdown", strct=True), "did you mean 'strict'"),
-        (lambda: rewards.get("countdown", strict="yes"), "strict is 'yes', but has to be of type bool"),
+        (lambda: rewards.get("countdown", strict="yes"), "strict is 'yes', but must be of type bool"),
         (lambda: rewards.VerifierSpec("nothing-like-it"), "countdown"),
         (lambda: rewards.VerifierSpec("countdown", {"scores": [1]}), "three finite numbers"),
         (lambda: rewards.VerifierSpec("x.py:verify", {"a": 1}), "takes no options"),
@@ -87,8 +87,8 @@ def test_spec_is_plain_data_and_survives_a_change_of_folder(tmp_path, monkeypatc
     monkeypatch.chdir("/")
     monkeypatch.setattr(sys, "path", [*sys.path])
     assert pickle.loads(pickle.dumps(spec)).load()("b", {}).outcome == "pass"
-    assert spec.fields == ()
-    assert rewards.VerifierSpec("countdown").fields == ("numbers", "target")
+    assert spec.descriptor.fields == ()
+    assert rewards.VerifierSpec("countdown").descriptor.fields == ("numbers", "target")
 
 
 def test_import_is_light():

@@ -25,7 +25,7 @@ KINDS = [
 
 @pytest.fixture(scope="module")
 def attacks(tmp_path_factory):
-    """Results of all attacks in a kind of sandbox, several at a time, for most of them wait for a limit."""
+    """Results of all attacks in a kind of sandbox, several at a time, because most of them wait for a limit."""
     done = {}
 
     def run(kind):
@@ -78,7 +78,7 @@ def test_attacks_end_as_they_should_and_not_by_accident(attacks, kind):
     ],
 )
 def test_the_same_attacks_succeed_without_a_sandbox(tmp_path, monkeypatch, name, harm):
-    """Or else the tests above could not fail."""
+    """Otherwise the tests above could not fail."""
     monkeypatch.setattr(red_team, "HOME", str(tmp_path / "home"))
     (tmp_path / "home").mkdir()
     started = []
@@ -141,7 +141,7 @@ print(*os.listdir("/"))
 
 @pytest.fixture
 def fresh_command():
-    """The command of bubblewrap is kept between sandboxes; not here."""
+    """The command of bubblewrap is cached; these tests clear the cache."""
     sandbox._bubblewrap.cache_clear()
     yield
     sandbox._bubblewrap.cache_clear()
@@ -162,7 +162,7 @@ def test_bubblewrap_covers_no_runner_wherever_it_is_installed(monkeypatch, fresh
 
 
 def test_the_number_of_files_is_bounded():
-    """Empty files take no byte of a tmpfs, but a million of them more than 1 GB of the kernel's memory."""
+    """Empty files take no space in a tmpfs, but a million of them take more than 1 GB of the kernel's memory."""
     if MISSING["bubblewrap"]:
         pytest.skip(MISSING["bubblewrap"])
     program = """
@@ -202,7 +202,7 @@ if code:
 """
     with Sandbox(kind, program) as running:
         first, second, third = (running.run(given, seconds=5) for given in ("\n", "\n", "3\n"))
-    assert first == second  # the order of a set and a hash are those of the run before
+    assert first == second  # the order of a set and hashes are the same as in the previous run
     assert first.status == "ok" and first.output.startswith(b"thread\nleaving\n0 ")
     assert third.output == first.output
     assert (third.status, third.detail) == ("error", "exit 3")
@@ -214,9 +214,7 @@ def test_processor_time_and_the_clock_are_both_bounded(kind):
         assert running.run("60\n", seconds=5, wall_seconds=0.3).detail == "on the clock"
     with Sandbox(kind, "while True: pass") as running:
         assert running.run("", seconds=0.2, wall_seconds=60).detail == "of processor time"
-        assert (
-            running.run("", seconds=0.2, wall_seconds=60).status == "timeout"
-        )  # and the sandbox is still good
+        assert running.run("", seconds=0.2, wall_seconds=60).status == "timeout"  # the sandbox still works
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -249,7 +247,7 @@ def test_nothing_outlives_a_runner_that_dies_or_hangs(kind, number, monkeypatch)
             with open(f"/proc/{runner}/task/{runner}/children") as children:
                 runner = int(children.read())
         os.kill(runner, number)
-        status = future.result().status  # which counts against the program
+        status = future.result().status  # counts against the program
         assert status == ("lost" if number == signal.SIGKILL else "timeout")
         assert running.run("", seconds=1).status == "lost"
         assert vanishes(mark)
@@ -260,14 +258,14 @@ HERE = {"socket_file": "", "shared_memory": 0, "terminal": ""}
 
 
 def lingering():
-    """A mark, and a program that stays for ever under it, also when its parent is gone."""
+    """Return a mark, and a program that carries it and never ends, even if its parent dies."""
     mark = "m" + secrets.token_hex(5)
     prelude = red_team.PRELUDE.format(mark=mark, secret_file="", home="", port=0, **HERE)
     return mark, f"{prelude}\nlibc.prctl(1, 0)\n{red_team.LINGER}\nlinger()"
 
 
 def ended(pid):
-    """Whether a process is gone, or only waits to be collected."""
+    """Return whether a process has ended, or is a zombie."""
     try:
         with open(f"/proc/{pid}/stat") as file:
             return file.read().rpartition(")")[2].split()[0] == "Z"
@@ -300,32 +298,32 @@ def test_without_bubblewrap_programs_run_only_where_that_is_allowed(monkeypatch)
     assert "\n" not in str(error.value)
     with pytest.raises(UserError, match="bwrap is not installed"):
         rewards.get("code")("```python\nprint(1)\n```", {"tests": {"inputs": [""], "outputs": ["1"]}})
-    confined, kind = code.confine(spec, allow_weak=True, timeout=10.0)
+    confined, kind = spec.confined(allow_weak=True, timeout=10.0)
     assert kind == "weak" and confined.options["sandbox"] == "weak"
     monkeypatch.setattr(sandbox, "why_not", lambda kind: "no seccomp")
     with pytest.raises(UserError, match="not even weakly: no seccomp"):
-        code.confine(spec, allow_weak=True, timeout=10.0)
+        spec.confined(allow_weak=True, timeout=10.0)
 
 
 def test_the_weak_sandbox_is_not_to_be_had_by_a_task_alone(monkeypatch):
     monkeypatch.setattr(sandbox, "why_not", lambda kind: "")
     spec = rewards.VerifierSpec("code", {"sandbox": "weak"})
     with pytest.raises(UserError, match=r"rewards\.allow_weak_sandbox"):
-        code.confine(spec, allow_weak=False, timeout=10.0)
-    assert code.confine(rewards.VerifierSpec("code"), allow_weak=True, timeout=10.0)[1] == "bubblewrap"
+        spec.confined(allow_weak=False, timeout=10.0)
+    assert rewards.VerifierSpec("code").confined(allow_weak=True, timeout=10.0)[1] == "bubblewrap"
     other = rewards.VerifierSpec("countdown")
-    assert code.confine(other, allow_weak=False, timeout=1.0) == (other, "")
+    assert other.confined(allow_weak=False, timeout=1.0) == (other, "")
 
 
 def test_a_program_out_of_time_is_scored_before_the_pool_would_mask_it(monkeypatch):
     monkeypatch.setattr(sandbox, "why_not", lambda kind: "")
     spec = rewards.VerifierSpec("code")
-    assert code.confine(spec, allow_weak=False, timeout=30.0)[0].options["total_limit"] == 28.0
+    assert spec.confined(allow_weak=False, timeout=30.0)[0].options["total_limit"] == 28.0
     with pytest.raises(UserError, match=r"rewards.timeout = 2: .* at least 3 seconds"):
-        code.confine(spec, allow_weak=False, timeout=2.0)
+        spec.confined(allow_weak=False, timeout=2.0)
     long = rewards.VerifierSpec("code", {"total_limit": 20.0})
     with pytest.raises(UserError, match="at least 22 seconds"):
-        code.confine(long, allow_weak=False, timeout=10.0)
+        long.confined(allow_weak=False, timeout=10.0)
 
 
 @pytest.mark.parametrize("broken", ["not there", "fails"])
@@ -339,7 +337,7 @@ def test_a_sandbox_that_does_not_come_up_masks_the_sample(monkeypatch, tmp_path,
     assert reason == (
         "bwrap: no permission" if broken == "fails" else f"{program}: No such file or directory"
     )
-    monkeypatch.setattr(sandbox, "choose", lambda kind, allow_weak: kind)
+    monkeypatch.setattr(sandbox, "choose_kind", lambda kind, allow_weak: kind)
     verdict = rewards.get("code")("```python\nprint(1)\n```", {"tests": {"inputs": [""], "outputs": ["1"]}})
     assert verdict.masked and reason in verdict.parts["reason"]
 

@@ -1,4 +1,4 @@
-"""A program in the sandbox finds what a script finds that `python solution.py` runs, and ends as it would."""
+"""A program in the sandbox has the same environment and exit status as a script run by `python solution.py`."""
 
 import concurrent.futures
 import subprocess
@@ -15,7 +15,7 @@ KINDS = [
     for kind, reason in MISSING.items()
 ]
 
-# Each prints something, and ends in its own way; the text that follows `input` is on stdin.
+# Each script prints something and ends in its own way; the text after `input` is its stdin.
 SCRIPTS = {
     "exit": "print(1)\nexit()\nprint(2)",
     "quit": "print(1)\nquit()\nprint(2)",
@@ -99,7 +99,7 @@ def test_programs_run_as_scripts_do(kind, as_scripts):
         with Sandbox(kind, _whole(SCRIPTS[name])) as running:
             return running.run("first\nsecond", seconds=10)
 
-    # The runner is the same in both kinds; the weak one is tried on all where there is no other.
+    # The runner is the same in both kinds; the weak one runs all scripts only if bubblewrap is not available.
     names = (
         [*SCRIPTS]
         if kind == "bubblewrap" or MISSING["bubblewrap"]

@@ -1,4 +1,4 @@
-"""The filter, run by a small BPF machine on made-up system calls: what it lets through on either kind of processor."""
+"""The filter, run by a small BPF interpreter on made-up system calls, for both architectures."""
 
 import errno
 import re
@@ -16,7 +16,7 @@ ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 
 
 def decide(machine, number, *arguments, read_only=False, architecture=None):
-    """What becomes of a system call."""
+    """Return the filter's decision on a system call."""
     code = [*struct.iter_unpack("=HBBI", filter_program(read_only=read_only, machine=machine))]
     data = struct.pack(
         "=IIQ6Q", number, architecture or ARCHITECTURES[machine], 0, *(*arguments, *[0] * 6)[:6]
@@ -40,10 +40,10 @@ def decide(machine, number, *arguments, read_only=False, architecture=None):
     ("x86", "arm", "arguments", "decision"),
     [
         (0, 63, (), ALLOWED),  # read
-        (59, 221, (), ALLOWED),  # execve: it stays one process
+        (59, 221, (), ALLOWED),  # execve: it remains one process
         (57, None, (), REFUSED),  # fork
-        (56, 220, (17,), REFUSED),  # clone, as fork calls it
-        (56, 220, (0x3D0F00,), ALLOWED),  # clone, as pthread_create calls it
+        (56, 220, (17,), REFUSED),  # clone, as called by fork
+        (56, 220, (0x3D0F00,), ALLOWED),  # clone, as called by pthread_create
         (435, 435, (), ABSENT),  # clone3
         (62, 129, (1, 9), REFUSED),  # kill
         (112, 157, (), REFUSED),  # setsid
@@ -57,15 +57,15 @@ def decide(machine, number, *arguments, read_only=False, architecture=None):
         (72, 25, (1, 2, 1), ALLOWED),  # fcntl F_SETFD
         (16, 29, (1, 0x8902), REFUSED),  # ioctl SIOCSPGRP
         (16, 29, (1, 0x5401), ALLOWED),  # ioctl TCGETS
-        (302, 261, (0, 7), ALLOWED),  # prlimit64 of itself
-        (302, 261, (1, 7), REFUSED),  # prlimit64 of another
+        (302, 261, (0, 7), ALLOWED),  # prlimit64 of its own process
+        (302, 261, (1, 7), REFUSED),  # prlimit64 of another process
         (157, 167, (1, 0), REFUSED),  # prctl PR_SET_PDEATHSIG
         (157, 167, (15, 0), ALLOWED),  # prctl PR_SET_NAME
         (157, 167, (22, 2), REFUSED),  # prctl PR_SET_SECCOMP
         (157, 167, (62, 1), REFUSED),  # prctl PR_SCHED_CORE
-        (53, 199, (1, 0x80001), ALLOWED),  # socketpair, as asyncio calls it
+        (53, 199, (1, 0x80001), ALLOWED),  # socketpair, as called by asyncio
         *[(53, 199, pair, REFUSED) for pair in ((1, 2), (1, 5), (1, 0x80002), (1, 3), (2, 1), (16, 3))],
-        (44, 206, (3, 0x7000, 1, 0, 0, 0), ALLOWED),  # sendto, as send calls it
+        (44, 206, (3, 0x7000, 1, 0, 0, 0), ALLOWED),  # sendto, as called by send
         (44, 206, (3, 0x7000, 1, 0, 0x7F00, 110), REFUSED),  # sendto an address
         (44, 206, (3, 0x7000, 1, 0, 0x7F << 32, 110), REFUSED),
         (44, 206, (3, 0x7000, 1, 1, 0, 0), REFUSED),  # MSG_OOB
@@ -94,7 +94,7 @@ def decide(machine, number, *arguments, read_only=False, architecture=None):
         *[
             (463 + n, 463 + n, (), ABSENT) for n in (0, 3, 5, 6)
         ],  # setxattrat, removexattrat, file_getattr, file_setattr
-        (1023, 1023, (), ABSENT),  # what a later kernel may add
+        (1023, 1023, (), ABSENT),  # a call that a later kernel may add
         *[
             (x86, arm, (), REFUSED) for x86, arm in ((206, 0), (222, 107), (253, 26), (300, 262))
         ],  # AIO, timers, notify
@@ -115,14 +115,14 @@ def test_decisions(x86, arm, arguments, decision):
 @pytest.mark.parametrize(
     ("x86", "arm", "arguments", "decision"),
     [
-        (2, None, (0, 0o0), ALLOWED),  # open to read
-        (2, None, (0, 0o101), REFUSED),  # open to create
+        (2, None, (0, 0o0), ALLOWED),  # open for reading
+        (2, None, (0, 0o101), REFUSED),  # open for creating
         (257, 56, (0, 0, 0o2000000), ALLOWED),  # openat O_CLOEXEC
         *[(257, 56, (0, 0, flag), REFUSED) for flag in (0o1, 0o2, 0o100, 0o1000, 0o2000, 0o20200002)],
         (437, 437, (), ABSENT),  # openat2
         (263, 35, (), REFUSED),  # unlinkat
         (91, 52, (), REFUSED),  # fchmod
-        (73, 32, (), REFUSED),  # flock, which a file opened to read has too
+        (73, 32, (), REFUSED),  # flock, which also works on files opened for reading
         *[(72, 25, (1, command), REFUSED) for command in (6, 7, 37, 38)],  # fcntl F_SETLK ...
         (452, 452, (), ABSENT),  # fchmodat2
         (57, None, (), REFUSED),
@@ -149,7 +149,7 @@ def test_files_of_its_own_may_be_changed_and_locked():
 
 @pytest.mark.parametrize("column", [0, 1])
 def test_numbers_are_those_of_the_kernel(column):
-    """Where its headers are installed; and on every machine no number stands for two calls."""
+    """Compare with the kernel's headers if they are installed; on every machine, check that no number is used twice."""
     tables = (
         seccomp._FILES,
         seccomp._MEMORY,

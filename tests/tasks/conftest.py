@@ -6,7 +6,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def prepared_rows(tmp_path_factory):
-    """One cache for all tests: what one has prepared, the next finds."""
+    """One cache for all tests, so that later tests reuse prepared rows."""
     return tmp_path_factory.mktemp("cache")
 
 
@@ -17,7 +17,7 @@ def own_cache(prepared_rows, monkeypatch):
 
 @pytest.fixture
 def write(tmp_path):
-    """Writes rows to a file in the format that its name says; returns its path."""
+    """Write rows to a file in the format given by its name; return its path."""
 
     def write(name, rows):
         path = tmp_path / name

@@ -1,4 +1,4 @@
-"""Programming tasks: tests of every shape become examples that the verifier reads, or the row is skipped."""
+"""The code task: tests in every format become pairs that the verifier reads, or the row is skipped."""
 
 import json
 
@@ -78,13 +78,13 @@ def test_shapes(write, shape):
     (row,) = get(write, stored).heldout
     tests = read_tests(row["tests"])
     assert (tests.function, tests.cases) == (function, cases)
-    # MBPP's problem does not say what to call the function; its first test does.
+    # MBPP's problem does not name the function; its first test does.
     assert row["problem"] == ("Add.\nassert add(1, [2]) == 3" if shape == "MBPP" else "Add.")
 
 
 def test_prompts(write):
     task = get(write, SHAPES["PRIME"][0])
-    assert task.prompt(task.heldout[0]) == PROMPT[1]["content"]  # once, though the file had it already
+    assert task.prompt(task.heldout[0]) == PROMPT[1]["content"]  # once, although the file already contains it
     system, user = get(write, SHAPES["PRIME"][0], template="eurus", chat=True).prompt(task.heldout[0])
     assert "[SYNTHESIZE]" in system["content"] and user == {"role": "user", "content": PROMPT[1]["content"]}
     assert get(write, SHAPES["PRIME"][0], template="# {problem}\n").prompt(task.heldout[0]) == "# Add.\n"
@@ -134,9 +134,9 @@ def test_one_solution_of_many_without_its_fences(write, stored):
 @pytest.mark.parametrize(
     ("tests", "reason"),
     [
-        ({"functional": LEETCODE.replace("== 7", "in (7, 8)")}, "not every test is an example"),
-        ({"functional": LEETCODE.replace("[4]", "list_node([4])")}, "not every test is an example"),
-        ({"functional": "def check(candidate):"}, "not every test is an example"),
+        ({"functional": LEETCODE.replace("== 7", "in (7, 8)")}, "not every test is a pair"),
+        ({"functional": LEETCODE.replace("[4]", "list_node([4])")}, "not every test is a pair"),
+        ({"functional": "def check(candidate):"}, "not every test is a pair"),
         ({"inputs": ["1"], "outputs": []}, "1 inputs and 0 outputs"),
         ({"inputs": [], "outputs": []}, "0 inputs and 0 outputs"),
         ([], "0 inputs and 0 outputs"),

@@ -28,7 +28,7 @@ def test_two_batches_and_a_resume_equal_four():
 
 @pytest.mark.parametrize(("taught", "asked"), [(3, 3), (2, 4), (5, 2)])
 def test_backward_ends_where_forward_begins(taught, asked):
-    """Whatever the two batch sizes: RL's first prompts are none of the rows that were taught before it."""
+    """For any two batch sizes, the first prompts of RL include no rows that were taught before it."""
     rows = [{"n": n} for n in range(23)]
     for seed in range(5):
         supervised = tasks.PromptIterator(rows, prompts=taught, seed=seed, backward=True)
@@ -74,7 +74,7 @@ def test_order_depends_on_the_seed_alone():
 
 @pytest.mark.parametrize("prompts", [0, 11])
 def test_a_batch_larger_than_the_data_is_refused(prompts):
-    with pytest.raises(UserError, match=f"{prompts} prompts a step from 10 training rows"):
+    with pytest.raises(UserError, match=f"{prompts} prompts per step from 10 training rows"):
         tasks.PromptIterator(ROWS, prompts=prompts, seed=0)
 
 

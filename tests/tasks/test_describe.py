@@ -1,4 +1,4 @@
-"""What `lpo data` says of a task."""
+"""The summary that `lpo data` prints."""
 
 import dataclasses
 import json
@@ -12,7 +12,7 @@ from lpo_jax import tasks
 from lpo_jax.commands.main import main
 from lpo_jax.models.decoder import init_params
 from lpo_jax.rewards import sandbox
-from lpo_jax.tasks.describe import describe, lines
+from lpo_jax.tasks.describe import describe_task, description_lines
 
 WHY_NOT = sandbox.why_not("bubblewrap")
 
@@ -22,7 +22,7 @@ GSM8K = [{"question": f"{'x' * n} {n} + 1?", "answer": f"{n}+1\n#### {n + 1}"} f
 def test_describe(write):
     path, heldout = write("a.jsonl", [*GSM8K, GSM8K[0]]), write("b.jsonl", GSM8K[6:])
     task = tasks.get("gsm8k", path=path, heldout=heldout, template="{question}")
-    summary = describe(task)
+    summary = describe_task(task)
     assert summary["content_hash"] == task.content_hash and summary["overlap"] == 0
     assert (
         summary["train"]["rows"]
@@ -34,7 +34,7 @@ def test_describe(write):
     assert summary["train"]["duplicates"] == 1 and summary["train"]["held_out"] == 2
     assert (summary["prompt"], summary["row"]["answer"]) == (" 0 + 1?", "1")
     assert summary["verdict"]["outcome"] == "pass"
-    shown = "\n".join(lines(summary))
+    shown = "\n".join(description_lines(summary))
     assert task.content_hash in shown and "judged pass" in shown
     assert json.loads(json.dumps(summary)) == summary
 
@@ -42,16 +42,16 @@ def test_describe(write):
 def test_repeats_and_overlap_of_a_plain_file(write):
     path, heldout = write("a.jsonl", GSM8K * 2), write("b.jsonl", GSM8K[:3])
     options = {"prompt": "{question}", "verifier": "gsm8k"}
-    with pytest.warns(UserWarning, match="3 of 3 held-out prompts are trained on too"):
+    with pytest.warns(UserWarning, match="3 of 3 held-out prompts are also trained on"):
         task = tasks.get("jsonl", path=path, heldout=heldout, **options)
-    summary = describe(task)
+    summary = describe_task(task)
     assert (summary["train"]["rows"], summary["train"]["different_prompts"], summary["overlap"]) == (16, 8, 3)
     assert summary["solution"] is None and "verdict" not in summary
 
 
 def test_lengths_are_those_the_model_sees(write):
     task = tasks.get("gsm8k", heldout=write("a.jsonl", GSM8K[:2]), template="{question}")
-    summary = describe(
+    summary = describe_task(
         task, encode=lambda prompt: [1, *map(ord, prompt)], decode=lambda ids: f"{len(ids)} ids"
     )
     assert (summary["heldout"]["longest_prompt"], summary["unit"], summary["prompt"]) == (
@@ -89,7 +89,7 @@ def test_every_solution_is_judged_and_the_failing_ones_are_named(write):
             "    if row['answer'] == '5': raise ValueError('not this one')\n"
             "    return float(response == row['answer'])\n"
         )
-    summary = describe(tasks.get("python", file=file))
+    summary = describe_task(tasks.get("python", file=file))
     fails = [n for n in range(1, 40, 2) if n % 7 // 5 or n == 5]
     train = summary["train"]
     assert (train["with_solution"], train["solution_fails"]) == (15, sum(n < 30 for n in fails))
@@ -98,7 +98,7 @@ def test_every_solution_is_judged_and_the_failing_ones_are_named(write):
         f"row 5: infrastructure (verifier raised ValueError: not this one ({file}, line 5))",
         *(f"row {n}: wrong (reward 0)" for n in fails[1:5] if n < 30),
     ]
-    shown = "\n".join(lines(summary))
+    shown = "\n".join(description_lines(summary))
     assert f"solution fails: train row {fails[1]}: wrong (reward 0)" in shown
     assert f"solution fails: held-out row {next(n for n in fails if n >= 30) - 30}: wrong" in shown
     assert json.loads(json.dumps(summary)) == summary
@@ -109,7 +109,7 @@ def test_programs_that_rows_bring_are_run(write):
     tests = {"inputs": ["1\n", "2\n"], "outputs": ["2\n", "3\n"]}
     bodies = ["print(int(input()) + 1)", "print(int(input()) + 2)", "print(2)"]
     rows = [{"problem": f"{n}.", "tests": tests, "solution": body} for n, body in enumerate(bodies)]
-    summary = describe(tasks.get("code", heldout=write("a.json", rows)))
+    summary = describe_task(tasks.get("code", heldout=write("a.json", rows)))
     assert summary["heldout"]["solution_fails"] == 2
     assert summary["heldout"]["first_failing"] == [
         "row 1: wrong (test 1: wrong output)",
@@ -118,7 +118,7 @@ def test_programs_that_rows_bring_are_run(write):
 
 
 def test_what_is_judged_is_what_decoding_the_encoded_solution_gives(write, capsys, tmp_path, run_config):
-    """A tokenizer may have the tags among its special tokens, or lack a letter."""
+    """A tokenizer may have the tags as special tokens, or lack a letter."""
     from lpo_jax.models.hf import save_hf
 
     tokenizer = character_tokenizer()
@@ -138,7 +138,7 @@ def test_what_is_judged_is_what_decoding_the_encoded_solution_gives(write, capsy
     assert main(["data", str(tmp_path / "config.yaml"), "--json"]) == 0
     summary = json.loads(capsys.readouterr().out)
     assert (summary["solution"], summary["verdict"]["outcome"]) == ("<answer>7</answer>", "pass")
-    assert summary["train"]["first_failing"] == ["row 3: wrong (reward 0)"]  # it has no X
+    assert summary["train"]["first_failing"] == ["row 3: wrong (reward 0)"]  # the tokenizer has no X
 
 
 @pytest.mark.parametrize(

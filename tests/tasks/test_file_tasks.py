@@ -1,4 +1,4 @@
-"""Countdown, GSM8K and mathematics from files: what becomes a row, how it is asked, and what is refused."""
+"""Countdown, GSM8K and mathematics from files: conversion of rows, prompts, and refused rows."""
 
 import re
 import warnings
@@ -33,7 +33,7 @@ def test_countdown(write):
 
 
 def test_countdown_four(write):
-    """Countdown-4 out of a file with both; `numbers` is JSON's name for what others call `nums`."""
+    """Read Countdown-4 from a file with both tasks; JSON files say `numbers`, others `nums`."""
     path = write("a.jsonl", [{"numbers": row["nums"], "target": row["target"]} for row in COUNTDOWN])
     task = tasks.get("countdown", path=path, numbers=4, train_size=0, heldout_size=5)
     assert {len(row["numbers"]) for row in [*task.train, *task.heldout]} == {4}
@@ -45,7 +45,7 @@ def test_countdown_problems_are_the_same_in_any_order(write):
     path = write("a.jsonl", [*COUNTDOWN, *({**row, "nums": row["nums"][::-1]} for row in COUNTDOWN[:8])])
     heldout = write("b.jsonl", [{**row, "nums": row["nums"][1:] + row["nums"][:1]} for row in COUNTDOWN[30:]])
     task = tasks.get("countdown", path=path, heldout=heldout, train_size=0, heldout_size=4)
-    # All of the held-out file is kept from training, not only what is drawn of it.
+    # The whole held-out file is excluded from training, not only the rows drawn from it.
     assert (len(task.train), len(task.heldout)) == (30, 4)
     assert task.about["train"]["duplicates"] == 8 and task.about["train"]["held_out"] == 10
 
@@ -88,7 +88,7 @@ def test_countdown_bad_rows(write, row, message):
         ({"heldout_size": 20}, "train_size 2000 is more than its 20 different problems"),
         ({"heldout_size": 40, "train_size": 0}, "leaves none of its 40 rows to train on"),
         ({"heldout_size": -1}, "0 or more"),
-        ({"max_number": 9}, "are of generated problems"),
+        ({"max_number": 9}, "apply only to generated problems"),
         ({"numbers": 5}, "none of its 40 rows can be used: 0 skipped, 40 other kind"),
         ({"path": "none.parquet"}, "none.parquet: No such file"),
     ],
@@ -104,7 +104,7 @@ def test_math_as_the_paper_asks_it(write):
     assert task.prompt(row) == (
         f"{row['problem']} Let's think step by step and output the final answer within \\boxed{{}}."
     )
-    assert (len(task.train), len(task.heldout)) == (36, 4)  # a tenth
+    assert (len(task.train), len(task.heldout)) == (36, 4)  # a tenth is held out
     verify = task.verifier.load()
     for row in [*task.train, *task.heldout]:
         assert verify(f"So \\boxed{{{row['answer']}}}.", row).outcome == "pass"
@@ -169,7 +169,7 @@ def test_other_names_and_templates(write):
 
 
 def test_a_problem_with_braces_is_asked_as_it_is(write):
-    r"""`{problem}` in the row's own text is not a slot, and \boxed{} not a field."""
+    r"""`{problem}` in the row's own text is not replaced, and \boxed{} is not a field."""
     task = tasks.get(
         "math", heldout=write("a.jsonl", [{"problem": r"{problem} $\frac{a}{b}$", "answer": "1"}])
     )
@@ -247,18 +247,18 @@ def test_gsm8k_gold_that_is_no_number(write):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("math", {}, "task math needs the option 'path', or 'heldout' for evaluation alone"),
+        ("math", {}, "task math needs the option 'path', or 'heldout' for evaluation only"),
         ("math", {"path": "{file}", "template": "boxd"}, "unknown template 'boxd'; did you mean 'boxed'"),
         ("math", {"path": "{file}", "template": "{question}?"}, r"write one with \{problem\} in it once"),
         ("math", {"path": "{file}", "fields": {"anser": "a"}}, "no field 'anser'; did you mean 'answer'"),
-        ("math", {"path": "{file}", "fields": "answer"}, "has to be a mapping"),
+        ("math", {"path": "{file}", "fields": "answer"}, "must be a mapping"),
         (
             "math",
             {"path": "{file}", "fields": {"answer": "anwser"}},
             ":1: no field 'anwser'; did you mean 'answer'",
         ),
         ("math", {"path": "{file}", "verifier_options": {"mod": "strict"}}, "did you mean 'mode'"),
-        ("math", {"path": "{file}", "strict": "yes"}, "strict is 'yes', but has to be of type bool"),
+        ("math", {"path": "{file}", "strict": "yes"}, "strict is 'yes', but must be of type bool"),
         (
             "gsm8k",
             {"path": "{file}", "template": "boxed", "pth": "x"},
@@ -277,7 +277,7 @@ def test_bad_options(write, name, options, message):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"problem": "P"}, r"a.jsonl:41: no field 'answer'; it has problem \(the option fields"),
+        ({"problem": "P"}, r"a.jsonl:41: no field 'answer'; it has problem \(set the option fields"),
         ({"answer": "1"}, r"a.jsonl:41: no field 'problem'"),
         ({"problem": "", "answer": "1"}, r":41: the field 'problem' is empty"),
         ({"problem": 7, "answer": "1"}, r":41: the field 'problem' is '7', not text"),
@@ -294,7 +294,7 @@ def test_duplicate_ids_are_refused_in_every_file_task(write):
     )
     plain = {"path": path, "prompt": "{problem}", "verifier": "math"}
     for name, options in (("math", {"path": path}), ("jsonl", plain)):
-        with pytest.raises(UserError, match=re.escape(f"{path}:2: its id 1 is that of {path}:1 too")):
+        with pytest.raises(UserError, match=re.escape(f"{path}:2: its id 1 is also that of {path}:1")):
             tasks.get(name, **options)
 
 

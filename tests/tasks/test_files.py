@@ -45,7 +45,7 @@ def test_jsonl_split_by_seed(file, tmp_path):
     assert (len(train), len(heldout)) == (15, 5)
     assert sorted(train + heldout) == list(range(1, 21))
     assert split(0) == [train, heldout] and split(1)[1] != heldout
-    # Rows of one prompt stay together, and the order in the file does not matter.
+    # Rows with the same prompt stay together, and the order in the file does not matter.
     shuffled = write(tmp_path / "twice.jsonl", [question(n) for n in range(19, -1, -1)] * 2)
     again = split(0, shuffled)
     assert sorted(again[1]) == sorted(heldout * 2) and not set(again[0]) & set(again[1])
@@ -55,7 +55,7 @@ def test_jsonl_held_out_file(file, tmp_path):
     other = write(tmp_path / "test.jsonl", [question(n) for n in range(30, 33)])
     task = tasks.get("jsonl", path=file, heldout=other, **FORM)
     assert (len(task.train), len(task.heldout)) == (20, 3)
-    with pytest.warns(UserWarning, match="20 of 20 held-out prompts are trained on too"):
+    with pytest.warns(UserWarning, match="20 of 20 held-out prompts are also trained on"):
         tasks.get("jsonl", path=file, heldout=file, **FORM)
 
 
@@ -74,11 +74,11 @@ BAD = {
     ),
     "null": ([question(1), question(2), question(3) | {"final": None}], r":3: the field 'answer' is empty"),
     "blank": ([question(1) | {"question": "  "}], r":1: the field 'question' is empty"),
-    "an id twice": ([question(1) | {"id": 4}, question(2) | {"id": 4}], r":2: its id 4 is that of .*:1 too"),
+    "an id twice": ([question(1) | {"id": 4}, question(2) | {"id": 4}], r":2: its id 4 is also that of .*:1"),
     "empty line": ([question(1), "", question(2)], r":2: the line is empty"),
     "empty row": ([question(1), {}], r":2: the row is empty"),
     "not JSON": ([question(1), "{'a': 1}"], r":2: not JSON"),
-    "not an object": ([question(1), "[1, 2]"], r":2: a row is a JSON object"),
+    "not an object": ([question(1), "[1, 2]"], r":2: a row must be a JSON object"),
     "empty file": ([], r"train.jsonl: the file is empty"),
     "one row": ([question(1)], r"cannot hold out 0.1 of 1 different prompts"),
 }
@@ -121,7 +121,7 @@ def test_jsonl_takes_any_source(tmp_path):
         ({"verifier": "arithmetik"}, "did you mean 'arithmetic'"),
         ({"verifier": "countdown"}, "no field 'numbers'"),
         ({"verifier_options": {"score": 1}}, "did you mean 'scores'"),
-        ({"fields": "final"}, "has to be a mapping"),
+        ({"fields": "final"}, "must be a mapping"),
         ({"heldout_fraction": 1.0}, "cannot hold out 1.0"),
     ],
 )
@@ -204,7 +204,7 @@ def test_tfds_hash_is_that_of_the_rows(builder_dir, tmp_path):
     [
         ({"heldout": "validation"}, "split 'validation'.*it has train, test"),
         ({"fields": {"answer": "finl"}}, "split train, row 0: no field 'finl'; did you mean 'final'"),
-        ({"path": "nowhere"}, "nowhere: no prepared TFDS builder"),
+        ({"path": "nowhere"}, "nowhere: not a prepared TFDS builder"),
         ({"fields": {"answer": "question"}}, "split train, row 0: its gold answer cannot be used"),
     ],
 )

@@ -12,7 +12,7 @@ SMALL = {"train_size": 60, "heldout_size": 20}
 
 
 def solvable(numbers, target, operators):
-    """Brute force: joins every pair in every way, down to one number."""
+    """Solve by brute force: join every pair in every way until one number is left."""
     if len(numbers) == 1:
         return numbers[0] == target
     for a, b in itertools.permutations(range(len(numbers)), 2):
@@ -36,7 +36,7 @@ def test_countdown_rows_are_solvable_distinct_and_within_bounds(options):
     task = tasks.get("countdown", **options, **SMALL, max_target=50)
     rows = [*task.train, *task.heldout]
     assert (len(task.train), len(task.heldout)) == (60, 20)
-    assert len({problem(row) for row in rows}) == 80  # also: no held-out problem is trained on
+    assert len({problem(row) for row in rows}) == 80  # so no held-out problem is trained on
     counts = options["numbers"] if isinstance(options["numbers"], list) else [options["numbers"]]
     assert {len(row["numbers"]) for row in rows} == set(counts)
     for row in rows:
@@ -61,12 +61,12 @@ def test_countdown_solutions_pass_their_own_verifier(template, strict):
 
 
 def test_solutions_have_no_needless_parentheses():
-    from lpo_jax.rewards.expression import parse, value
+    from lpo_jax.rewards.expression import parse_expression, value
 
     primes = iter([101, 211, 307, 401] * 1000)
     seen = 0
     for row in tasks.get("countdown", **SMALL, numbers=4, max_number=20).train:
-        # Other numbers in the same places: a pair that matters changes the value.
+        # With other numbers, removing any necessary pair of parentheses changes the value.
         text = re.sub(r"\d+", lambda _: str(next(primes)), row["solution"])
         stack = []
         for i, character in enumerate(text):
@@ -75,7 +75,7 @@ def test_solutions_have_no_needless_parentheses():
             elif character == ")":
                 start = stack.pop()
                 bare = text[:start] + text[start + 1 : i] + text[i + 1 :]
-                assert value(parse(bare)) != value(parse(text))
+                assert value(parse_expression(bare)) != value(parse_expression(text))
                 seen += 1
     assert seen > 10
 
@@ -104,7 +104,7 @@ def test_countdown_depends_on_the_seed_alone():
     first, again, other = (tasks.get("countdown", **SHORT, **SMALL, seed=seed) for seed in (0, 0, 1))
     assert first.train == again.train and first.content_hash == again.content_hash
     assert first.content_hash != other.content_hash
-    # Pinned: the problems must be the same on every machine and Python, or runs cannot be compared.
+    # The problems must be the same on every machine and Python version, so that runs can be compared.
     assert first.train[0] == {"numbers": [5, 8, 1], "target": 14, "solution": "1+8+5"}
     assert first.content_hash.startswith("517ef812d87e5c97")
 
@@ -144,7 +144,7 @@ def test_chat():
     [
         ("countdwn", {}, "did you mean 'countdown'"),
         ("countdown", {"train_sise": 5}, "did you mean 'train_size'"),
-        ("countdown", {"train_size": "5"}, "has to be of type int"),
+        ("countdown", {"train_size": "5"}, "must be of type int"),
         ("countdown", {"train_size": 0}, "at least 1 of each"),
         ("countdown", {"numbers": 1}, "from 2 to 8"),
         ("countdown", {"numbers": []}, "from 2 to 8"),

@@ -1,4 +1,4 @@
-"""reasoning-gym's tasks: against a stand-in with its interface, and against the package itself where it is."""
+"""reasoning-gym's tasks, tested with a fake package and, if it is installed, with the real one."""
 
 import sys
 import time
@@ -11,7 +11,7 @@ from lpo_jax.rewards import VerifierPool
 
 STAND_IN = '''
 class Echo:
-    """Asks for a number; evaluates what it is given, as some of the real ones do."""
+    """A fake dataset that asks for a number and evaluates the answer, as some real ones do."""
 
     def __init__(self, seed, size, different=1000, wrong=0.01):
         assert different > 0, "different must be positive"
@@ -27,7 +27,7 @@ class Echo:
     def score_answer(self, answer, entry):
         if answer == entry["answer"]:
             return 1.0
-        assert entry["metadata"]["pair"] == (int(entry["answer"]), 1)  # a tuple still
+        assert entry["metadata"]["pair"] == (int(entry["answer"]), 1)  # still a tuple
         return 0.5 if eval(answer) == [int(entry["answer"])] else self.wrong
 
 class Plain(Echo):
@@ -79,7 +79,7 @@ def test_rows(stand_in):
 
 
 def test_scores_are_the_data_sets_own(stand_in):
-    """In a worker, which imports the package and makes the data set by itself."""
+    """Test in a worker, which imports the package and opens the dataset itself."""
     task = get(config={"wrong": 0.25})
     row = task.train[0]
     with VerifierPool(task.verifier, workers=1) as pool:
@@ -159,7 +159,7 @@ def test_an_answer_of_any_length_is_scored_and_a_very_long_one_is_wrong(stand_in
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dataset": "ecko"}, "no data set 'ecko'; did you mean 'echo'"),
+        ({"dataset": "ecko"}, "no dataset 'ecko'; did you mean 'echo'"),
         ({"config": {"different": 0}}, "different must be positive"),
         ({"config": {"diferent": 1}}, "unexpected keyword argument 'diferent'"),
         ({"config": {"seed": 1}}, "a mapping without seed and size"),

@@ -79,14 +79,20 @@ BAD = {
         replaced('"heldout": 100', '"test": 100'),
         r"dataset\('heldout'\) raised KeyError: .*line 5",
     ),
-    "no rows": (replaced("range(start, start + 5)", "[]"), r"dataset\('train'\) returned no list of rows"),
+    "no rows": (
+        replaced("range(start, start + 5)", "[]"),
+        r"dataset\('train'\) did not return a list of rows",
+    ),
     "row is no dict": (
         replaced('{"prompt": f"reverse {n} ", "text": str(n)}', "n"),
-        "row 0: a row is a dict",
+        "row 0: a row must be a dict",
     ),
-    "empty row": (replaced('{"prompt": f"reverse {n} ", "text": str(n)}', "{}"), "row 0: a row is a dict"),
+    "empty row": (
+        replaced('{"prompt": f"reverse {n} ", "text": str(n)}', "{}"),
+        "row 0: a row must be a dict",
+    ),
     "empty prompt": (replaced('f"reverse {n} "', '"x" * (n - 1)'), "row 1: no prompt|row 0: no prompt"),
-    "not JSON": (replaced("str(n)", "{n}"), "row 0: rows hold JSON values alone: .*set"),
+    "not JSON": (replaced("str(n)", "{n}"), "row 0: rows may hold only JSON values: .*set"),
     "prompt raises": (
         TASK + "def prompt(example):\n    return example['question']\n",
         "KeyError: 'question'",
@@ -110,14 +116,14 @@ def test_missing_file(tmp_path):
 
 
 def test_held_out_rows_that_are_trained_on_are_told(load):
-    with pytest.warns(UserWarning, match="task python: 5 of 5 held-out prompts are trained on too"):
+    with pytest.warns(UserWarning, match="task python: 5 of 5 held-out prompts are also trained on"):
         load(replaced('"heldout": 100', '"heldout": 0'))
 
 
 @pytest.mark.parametrize(
     "value, says",
     [
-        ("float('nan')", "rows hold JSON values alone"),
+        ("float('nan')", "rows may hold only JSON values"),
         ("'\\ud83d'", "half a character"),
         ("eval('[' * 150 + ']' * 150)", "nested more than 100 deep"),
         ("deep", "nested more than 100 deep"),

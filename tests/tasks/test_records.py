@@ -1,4 +1,4 @@
-"""Sources of rows: every format says the same, every mistake is one line."""
+"""Sources of rows: every format gives the same rows, and every mistake is a one-line error."""
 
 from pathlib import Path
 
@@ -6,13 +6,13 @@ import huggingface_hub
 import pytest
 
 from lpo_jax.errors import UserError
-from lpo_jax.tasks.records import find_files, read_rows, unique_ids
+from lpo_jax.tasks.records import find_files, read_data_file, unique_ids
 
 ROWS = [{"id": n, "q": f"é {n}", "tests": {"inputs": [[n]], "name": None}, "x": n / 2} for n in range(5)]
 
 
 def rows(source, split="train"):
-    return [row for path in find_files(source, split) for _, row in read_rows(path)]
+    return [row for path in find_files(source, split) for _, row in read_data_file(path)]
 
 
 def names(source, split):
@@ -32,7 +32,7 @@ def test_json_may_hold_lines(write, tmp_path):
 def test_places(write):
     for name, place in (("a.jsonl", ":3"), ("a.json", ": row 2"), ("a.parquet", ": row 2")):
         path = write(name, ROWS)
-        assert [where for where, _ in read_rows(Path(path))][2] == path + place
+        assert [where for where, _ in read_data_file(Path(path))][2] == path + place
 
 
 def test_patterns_and_folders(write, tmp_path):
@@ -43,14 +43,14 @@ def test_patterns_and_folders(write, tmp_path):
     folder = str(tmp_path / "set")
     assert names(folder, "train") == ["train-1.json", "train-0.jsonl"]
     assert names(folder, "heldout") == ["validation.jsonl"]
-    write("set/test.jsonl", ROWS[:1])  # preferred to validation, which is for tuning
+    write("set/test.jsonl", ROWS[:1])  # preferred to validation
     assert names(folder, "heldout") == ["test.jsonl"]
     assert names(folder + "/*.jsonl", "heldout") == ["test.jsonl", "train-0.jsonl", "validation.jsonl"]
 
 
 def test_a_folder_that_names_no_split_is_taken_whole(write, tmp_path):
     write("set/one.jsonl", ROWS[:2])
-    write("set/contested.jsonl", ROWS[2:])  # "test" inside a word says nothing
+    write("set/contested.jsonl", ROWS[2:])  # "test" inside a word is not a split
     for split in ("train", "heldout"):
         assert names(str(tmp_path / "set"), split) == ["contested.jsonl", "one.jsonl"]
 
@@ -60,9 +60,9 @@ def test_a_folder_that_names_no_split_is_taken_whole(write, tmp_path):
     [
         ("a.jsonl", b"", "a.jsonl: the file is empty"),
         ("a.json", b"[]", "a.json: the file is empty"),
-        ("a.json", b'[{"a": 1}, 2]', "a.json: row 1: a row is a JSON object"),
+        ("a.json", b'[{"a": 1}, 2]', "a.json: row 1: a row must be a JSON object"),
         ("a.json", b'[{"a": 1}', "a.json: not JSON"),
-        ("a.jsonl", b'{"a": 1}\n[2]\n', "a.jsonl:2: a row is a JSON object"),
+        ("a.jsonl", b'{"a": 1}\n[2]\n', "a.jsonl:2: a row must be a JSON object"),
         ("a.jsonl", b'{"a": 1}\n{"a":\n', "a.jsonl:2: not JSON"),
         ("a.jsonl", b'{"a": 1}\n\n', "a.jsonl:2: the line is empty"),
         ("a.jsonl.gz", b"not gzip", "a.jsonl.gz: Not a gzipped file"),
@@ -109,13 +109,13 @@ def test_ids_must_differ():
         return ((f"f:{n}", {"id": value}) for n, value in enumerate(ids, 1))
 
     assert len(list(unique_ids(places([1, "1", None, None, 2])))) == 5
-    with pytest.raises(UserError, match="f:3: its id 'a' is that of f:1 too; ids must differ"):
+    with pytest.raises(UserError, match="f:3: its id 'a' is also that of f:1; ids must be unique"):
         list(unique_ids(places(["a", "b", "a"])))
 
 
 @pytest.fixture
 def hub(monkeypatch, write, tmp_path):
-    """A data set on a pretended hub; records what is asked for."""
+    """A dataset on a fake hub, which records the requests."""
     write("hub/main/train-00000.parquet", ROWS[:3])
     write("hub/main/test-00000.parquet", ROWS[3:])
     write("hub/socratic/test-00000.parquet", ROWS[:1])
@@ -135,7 +135,7 @@ def test_hub(hub):
     assert len(rows("hf:org/name", "heldout")) == 3
     assert hub[0] == ("org/name", "dataset", None, ("main/*",))
     assert hub[1][2] == "v1"
-    # Without a pattern the training files, which may be large, are not even asked for.
+    # Without a pattern, the training files, which may be large, are not requested.
     assert "*test*.parquet" in hub[2][3] and not any("train" in pattern for pattern in hub[2][3])
 
 

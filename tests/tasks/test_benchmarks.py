@@ -1,26 +1,31 @@
-"""Suites: the paper's benchmarks and samples, found in a folder or named on the hub."""
+"""Suites: the paper's benchmarks and numbers of samples, from a folder or the hub."""
 
 import warnings
 
 import pytest
 
 from lpo_jax.errors import UserError
-from lpo_jax.tasks import suites
+from lpo_jax.tasks import benchmarks
 
 PAPER = {"aime24": 32, "aime25": 32, "amc23": 32, "minerva": 4, "math500": 1, "olympiadbench": 1}
 MATH = [{"problem": f"{n}?", "answer": n} for n in range(3)]
 
 
 def test_the_papers_samples():
-    assert {b.name: b.k for b in suites.get("math")} == PAPER
+    assert {b.name: b.k for b in benchmarks.get_suite("math")} == PAPER
     for name in ("countdown", "countdown-generated"):
-        assert [(b.name, b.k) for b in suites.get(name)] == [("cd34", 64), ("cd4", 64)]
-    assert [(b.name, b.k) for b in suites.get("code")] == [("prime", 8)]  # the others are not on the hub
-    assert suites.names() == ["code", "countdown", "countdown-generated", "math"]
+        assert [(b.name, b.k) for b in benchmarks.get_suite(name)] == [("cd34", 64), ("cd4", 64)]
+    (prime,) = benchmarks.get_suite("code")  # the others are not on the hub
+    assert (prime.name, prime.k) == ("prime", 8)
+    assert benchmarks.suite_names() == ["code", "countdown", "countdown-generated", "math"]
 
 
 def test_the_hubs_names():
-    places = {b.name: b.task["heldout"] for suite in ("math", "countdown", "code") for b in suites.get(suite)}
+    places = {
+        b.name: b.task["heldout"]
+        for suite in ("math", "countdown", "code")
+        for b in benchmarks.get_suite(suite)
+    }
     assert places["aime24"] == "hf:math-ai/aime24" and places["prime"] == "hf:PRIME-RL/Eurus-2-RL-Data"
     assert places["cd4"] == "hf:Jiayi-Pan/Countdown-Tasks-4:*.parquet"
 
@@ -28,8 +33,10 @@ def test_the_hubs_names():
 def test_a_folder(write, tmp_path):
     write("data/math_eval/aime24.jsonl", MATH)
     write("data/math_eval/aime25.parquet", MATH[:2])
-    with pytest.warns(UserWarning, match="has no file for amc23, minerva, math500, olympiadbench: left out"):
-        first, second = suites.get("math", str(tmp_path / "data"))
+    with pytest.warns(
+        UserWarning, match="has no file for amc23, minerva, math500, olympiadbench, which are omitted"
+    ):
+        first, second = benchmarks.get_suite("math", str(tmp_path / "data"))
     assert (first.name, first.k, second.name) == ("aime24", 32, "aime25")
     task = first.build(chat=True)
     assert [row["answer"] for row in task.heldout] == ["0", "1", "2"] and len(task.train) == 0
@@ -41,14 +48,14 @@ def test_countdown_from_a_folder(write, tmp_path):
     write("data/countdown/tinyzero_test_2001.parquet", rows)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        cd34, cd4 = (b.build() for b in suites.get("countdown", str(tmp_path / "data")))
+        cd34, cd4 = (b.build() for b in benchmarks.get_suite("countdown", str(tmp_path / "data")))
     assert (len(cd34.heldout), len(cd4.heldout)) == (512, 512)
     assert {len(row["numbers"]) for row in cd34.heldout} == {3, 4}
     assert {len(row["numbers"]) for row in cd4.heldout} == {4}
 
 
 def test_countdown_generated_needs_nothing():
-    cd34, cd4 = (b.build() for b in suites.get("countdown-generated"))
+    cd34, cd4 = (b.build() for b in benchmarks.get_suite("countdown-generated"))
     assert (len(cd34.heldout), len(cd4.heldout)) == (512, 512)
     assert {len(row["numbers"]) for row in cd4.heldout} == {4}
 
@@ -56,7 +63,7 @@ def test_countdown_generated_needs_nothing():
 def test_a_suite_of_ones_own(write, tmp_path):
     data = write("mine.jsonl", MATH)
     (tmp_path / "suite.yaml").write_text(f"- {{name: mine, k: 16, task: {{name: math, heldout: {data}}}}}\n")
-    (mine,) = suites.get(str(tmp_path / "suite.yaml"))
+    (mine,) = benchmarks.get_suite(str(tmp_path / "suite.yaml"))
     assert (mine.name, mine.k, len(mine.build().heldout)) == ("mine", 16, 3)
 
 
@@ -77,14 +84,14 @@ def test_a_suite_of_ones_own(write, tmp_path):
 def test_bad_yaml(tmp_path, text):
     (tmp_path / "suite.yaml").write_text(text)
     with pytest.raises(UserError, match=r"suite .*suite.yaml: ") as error:
-        suites.get(str(tmp_path / "suite.yaml"))
+        benchmarks.get_suite(str(tmp_path / "suite.yaml"))
     assert "\n" not in str(error.value)
 
 
 def test_unknown_suites(tmp_path):
     with pytest.raises(UserError, match="unknown suite 'maths'; did you mean 'math'"):
-        suites.get("maths")
+        benchmarks.get_suite("maths")
     with pytest.raises(UserError, match=r"none.yaml: no such file"):
-        suites.get("none.yaml")
+        benchmarks.get_suite("none.yaml")
     with pytest.raises(UserError, match=r"has none of its files: countdown/tinyzero_test_2001.parquet"):
-        suites.get("countdown", str(tmp_path))
+        benchmarks.get_suite("countdown", str(tmp_path))

@@ -9,14 +9,15 @@
 | countdown | cd34, cd4 (512 each) | 64 | `countdown/tinyzero_test_2001.parquet` | `Jiayi-Pan/Countdown-Tasks-...` |
 | countdown-generated | cd34, cd4 (512 each) | 64 | none: problems from a seed | |
 | code | prime (its validation rows) | 8 | `code/prime_validation.parquet` | `PRIME-RL/Eurus-2-RL-Data` |
-| code | codecontests, codeforces, leetcode | 8 | `code/code_contests_test_165.json`, ... | not there: left out |
+| code | codecontests, codeforces, leetcode | 8 | `code/code_contests_test_165.json`, ... | none: omitted |
 
-A training run on a file that holds such problems keeps them out of training with `heldout:` (the larger Countdown files
-hold TinyZero's test problems). A suite of one's own is a YAML file:
+To keep these problems out of training, a run on a file that contains them sets `heldout:` (the larger Countdown files
+contain TinyZero's test problems). A user's own suite is a YAML file:
 
     - {name: mine, k: 16, task: {name: math, heldout: mine.jsonl}}
 
-References: LPO, "Experiments": benchmarks and samples per problem.
+References:
+  LPO, "Experiments": benchmarks and samples per problem.
 """
 
 import dataclasses
@@ -25,19 +26,19 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from lpo_jax import yaml_text
 from lpo_jax.errors import UserError, nearest
 from lpo_jax.tasks.registry import get as get_task
 from lpo_jax.tasks.task import Task
+from lpo_jax.yaml_text import read_yaml
 
 
 @dataclasses.dataclass(frozen=True)
 class Benchmark:
-    """Problems with the number of samples that each gets.
+    """A set of problems with the number of samples per problem.
 
     Attributes:
-      name: unique in its suite.
-      k: samples per problem; pass@1 is their average.
+      name: the name, unique in its suite.
+      k: number of samples per problem; pass@1 is their average.
       task: name and options of the task whose held-out rows are the problems.
     """
 
@@ -46,15 +47,22 @@ class Benchmark:
     task: Mapping[str, Any]
 
     def build(self, **options: Any) -> Task:
-        """The task; options such as `chat=True` come on top of its own. Raises `UserError` as `tasks.get`."""
+        """Build the task.
+
+        Args:
+          **options: options such as `chat=True`, which override the task's own.
+
+        Raises:
+          UserError: see `tasks.get`.
+        """
         return get_task(**{**self.task, **options})
 
 
 @dataclasses.dataclass(frozen=True)
 class _Known:
-    """A benchmark of a built-in suite: its files in a data folder, likeliest first, and its hub data set.
+    """A benchmark of a built-in suite: its files in a data folder, in order of preference, and its hub dataset.
 
-    Neither: its problems are generated.
+    Without either, its problems are generated.
     """
 
     name: str
@@ -69,7 +77,8 @@ _TINYZERO = "countdown/tinyzero_test_2001.parquet"
 _CD34 = {"numbers": (3, 4), "heldout_size": 512}
 _CD4 = {"numbers": 4, "heldout_size": 512}
 
-# The hub's names are those of the paper, untried where this was written (no access to the hub); the files were.
+# The names on the hub are those of the paper; they could not be tested here (no access to the hub). The files were
+# tested.
 _SUITES: dict[str, tuple[_Known, ...]] = {
     "math": (
         _Known(
@@ -83,7 +92,7 @@ _SUITES: dict[str, tuple[_Known, ...]] = {
         _Known("math500", 1, "math", ("math/math500.jsonl", "math_eval/math500.jsonl"), "math-ai/math500"),
         _Known("olympiadbench", 1, "math", ("math_eval/olympiadbench.jsonl",), "math-ai/olympiadbench"),
     ),
-    # The hub's cd34 is what a training run on that data set holds out with the same seed.
+    # The hub's cd34 consists of the rows that a training run on that dataset holds out with the same seed.
     "countdown": (
         _Known("cd34", 64, "countdown", (_TINYZERO,), "Jiayi-Pan/Countdown-Tasks-3to4:*.parquet", _CD34),
         _Known("cd4", 64, "countdown", (_TINYZERO,), "Jiayi-Pan/Countdown-Tasks-4:*.parquet", _CD4),
@@ -101,52 +110,52 @@ _SUITES: dict[str, tuple[_Known, ...]] = {
 }
 
 
-def names() -> list[str]:
-    """Names of the built-in suites."""
+def suite_names() -> list[str]:
+    """Return the names of the built-in suites, sorted."""
     return sorted(_SUITES)
 
 
-def get(name: str, data_dir: str | None = None) -> list[Benchmark]:
-    """The benchmarks of a suite; nothing is read before one is built.
+def get_suite(name: str, data_dir: str | None = None) -> list[Benchmark]:
+    """Return the benchmarks of a suite. No data is read before a benchmark is built.
 
     Args:
-      name: one of `names()`, or a YAML file.
-      data_dir: a folder with the files named above; benchmarks whose file it lacks are left out with a warning. None:
-        the hub.
+      name: one of `suite_names()`, or a YAML file.
+      data_dir: a folder with the files named above. Benchmarks whose file is missing are omitted with a warning. None
+        uses the hub.
 
     Raises:
-      UserError: if there is no such suite, the folder has none of its files, or the YAML is not as it must be.
+      UserError: if there is no such suite, the folder has none of its files, or the YAML file is invalid.
     """
     if name.endswith((".yaml", ".yml")):
         return _from_yaml(name)
     if name not in _SUITES:
         raise UserError(
-            f"unknown suite {name!r}{nearest(name, _SUITES)}; there are {', '.join(names())}, and a YAML file of "
-            "your own"
+            f"unknown suite {name!r}{nearest(name, _SUITES)}; the suites are {', '.join(suite_names())}, or "
+            "a YAML file of your own"
         )
     suite = _SUITES[name]
-    places = [_place(known, data_dir) for known in suite]
-    missing = [known.name for known, place in zip(suite, places) if place is None]
+    sources = [_source(known, data_dir) for known in suite]
+    missing = [known.name for known, source in zip(suite, sources) if source is None]
     if len(missing) == len(suite):
         wanted = ", ".join(known.files[0] for known in suite)
         hub = ", ".join(f"hf:{known.hub}" for known in suite if known.hub)
         raise UserError(
-            f"suite {name}: {data_dir} has none of its files: {wanted}; put them there, or give no folder and they are "
-            f"downloaded from the hub ({hub})"
+            f"suite {name}: {data_dir} has none of its files: {wanted}; put them there, or omit the folder to "
+            f"download them from the hub ({hub})"
         )
     if missing and data_dir is not None:
         warnings.warn(
-            f"suite {name}: {data_dir} has no file for {', '.join(missing)}: left out", stacklevel=2
+            f"suite {name}: {data_dir} has no file for {', '.join(missing)}, which are omitted", stacklevel=2
         )
     return [
-        Benchmark(known.name, known.k, {"name": known.task, **place, **known.options})
-        for known, place in zip(suite, places)
-        if place is not None
+        Benchmark(known.name, known.k, {"name": known.task, **source, **known.options})
+        for known, source in zip(suite, sources)
+        if source is not None
     ]
 
 
-def _place(known: _Known, data_dir: str | None) -> dict[str, str] | None:
-    """The task's option that says where the problems are; None where they are nowhere."""
+def _source(known: _Known, data_dir: str | None) -> dict[str, str] | None:
+    """Return the task's option for the source of the problems; None if there is no source."""
     if not known.files:
         return {}  # generated
     if data_dir is None:
@@ -156,7 +165,7 @@ def _place(known: _Known, data_dir: str | None) -> dict[str, str] | None:
 
 
 def _from_yaml(path: str) -> list[Benchmark]:
-    entries = yaml_text.read(path, "suite")
+    entries = read_yaml(path, "suite")
     shape = "a list of {name: ..., k: ..., task: {name: ..., options}}"
     if not isinstance(entries, list) or not entries:
         raise UserError(f"suite {path}: expected {shape}")
