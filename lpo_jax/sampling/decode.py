@@ -17,6 +17,7 @@ from flax import struct
 
 from lpo_jax.models import decoder
 from lpo_jax.models.attention import Attention, Causal, Decode
+from lpo_jax.models.placement import constrain_params
 from lpo_jax.models.quantize import quantise_layer
 from lpo_jax.parallel import sharding
 
@@ -72,7 +73,7 @@ def decode_layer(config, stacked, layer, dtype, int8=False):
 @functools.partial(jax.jit, static_argnums=(0, 2))
 def _cast(config, weights, dtype):
     # On a mesh this is where weights move from the training layout: cast first, so that half the bytes travel.
-    return sharding.constrain_params(config, jax.tree.map(lambda p: p.astype(dtype), weights))
+    return constrain_params(config, jax.tree.map(lambda p: p.astype(dtype), weights))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

@@ -22,12 +22,13 @@ from lpo_jax.models.config import ModelConfig
 from lpo_jax.models.decoder import Params, abstract_params, init_params
 from lpo_jax.models.head import EXTRA_STATS
 from lpo_jax.models.load import load_config_and_tokenizer, load_weights
+from lpo_jax.models.placement import constrain_params, current_shardings, model_sizes, placed
 from lpo_jax.models.quantize import require_qwix
 from lpo_jax.models.runner import ModelRunner
 from lpo_jax.objectives.catalogue import with_response_budget
 from lpo_jax.objectives.hooks import problem as hook_problem
 from lpo_jax.parallel.mesh import STATE_BYTES, open_mesh
-from lpo_jax.parallel.sharding import constrain_params, current_shardings, decode_mesh, placed, using
+from lpo_jax.parallel.sharding import decode_mesh, using
 from lpo_jax.rollout.collect import Collector, within_limit
 from lpo_jax.sampling import Sampler, Sampling
 from lpo_jax.training.behaviour import choose
@@ -278,7 +279,7 @@ def open_session(config: Config) -> Iterator[Session]:
         raise UserError(f"{config.model.path}: has no tokenizer")
     if (adapters := lora.configured(config.model.lora)) is not None:
         adapters.check(model_config)
-    sizes, mesh = open_mesh(config, model_config)
+    sizes, mesh = open_mesh(config, model_sizes(model_config))
     if config.model.attention == "pallas" and jax.default_backend() != "tpu":
         raise UserError(
             "model.attention=pallas: there is no TPU here; auto takes the kernels where there is one"

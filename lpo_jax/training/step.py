@@ -25,9 +25,10 @@ from flax import struct
 
 from lpo_jax.models.decoder import Params
 from lpo_jax.models.lora import Frozen, join
+from lpo_jax.models.placement import constrain_params
 from lpo_jax.models.runner import Groups, ModelRunner, log_prob_gap
 from lpo_jax.objectives import Listwise, Objective, Scored, TokenStats
-from lpo_jax.parallel.sharding import constrain_params, whole
+from lpo_jax.parallel.sharding import whole
 from lpo_jax.training.optimizer import Optimizer
 
 

@@ -6,8 +6,8 @@ import pytest
 
 from lpo_jax.models import decoder, layout
 from lpo_jax.models.config import ModelConfig
+from lpo_jax.models.placement import param_shardings
 from lpo_jax.parallel.mesh import MeshSizes, build
-from lpo_jax.parallel.sharding import param_shardings
 
 CONFIG = ModelConfig("qwen2", 48, 16, 3, 4, 2, 8, 24, 64, qkv_bias=True)
 
