@@ -38,7 +38,7 @@ class LoraSection(_Strict):
     rank: NonNegative = _option(0, "of the adapters that are trained in place of the weights; 0: no adapters")
     alpha: Annotated[float, Field(gt=0)] = _option(32.0, "an adapter's output is multiplied by alpha / rank")
     targets: tuple[Word, ...] = _option(
-        ("wq", "wk", "wv", "wo", "w_gate", "w_up", "w_down"), "the layers that get one"
+        ("all",), "the matrices that get one, by name; all: every matrix of a layer"
     )
     base_dtype: Literal["compute", "float32", "bfloat16"] = _option(
         "compute", "storage of the frozen weights; compute: model.dtype"

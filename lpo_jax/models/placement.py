@@ -7,14 +7,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lpo_jax.models import decoder
 from lpo_jax.models.config import ModelConfig
+from lpo_jax.models.parameters import num_params, of_path
 from lpo_jax.parallel.mesh import ModelSizes
 from lpo_jax.parallel.sharding import current_mesh, spec
 
 
 def model_sizes(config: ModelConfig) -> ModelSizes:
     """The sizes of a model that the choice of a mesh depends on."""
-    num_params = sum(leaf.size for leaf in jax.tree.leaves(decoder.abstract_params(config)))
-    return ModelSizes(config.num_heads, config.num_kv_heads, num_params)
+    return ModelSizes(config.num_heads, config.num_kv_heads, num_params(config))
 
 
 def param_shardings(config: ModelConfig, mesh: Mesh, tree: Any = None) -> Any:
@@ -23,23 +23,16 @@ def param_shardings(config: ModelConfig, mesh: Mesh, tree: Any = None) -> Any:
     A leaf lies as the parameter that its path names and whose shape it has, with the layers' leading axis or
     without: so do gradients and the optimizer's moments. All others are whole on every device.
     """
-    shapes, axes = decoder.abstract_params(config), decoder.logical_axes(config)
-    tree = shapes if tree is None else tree
-    axes, shapes = axes | axes["layers"], shapes | shapes["layers"]
 
     def place(path, leaf):
-        name = next((key for key in reversed(_keys(path)) if key in axes), None)
-        if name is not None and leaf.shape == shapes[name].shape:
-            return NamedSharding(mesh, spec(mesh, axes[name], leaf.shape))
-        if name is not None and axes[name][0] == "layers" and leaf.shape == shapes[name].shape[1:]:
-            return NamedSharding(mesh, spec(mesh, axes[name][1:], leaf.shape))
+        if (parameter := of_path(path)) is not None:
+            for stacked in (True, False):
+                if leaf.shape == parameter.shape(config, stacked):
+                    return NamedSharding(mesh, spec(mesh, parameter.logical_axes(stacked), leaf.shape))
         return NamedSharding(mesh, PartitionSpec())
 
+    tree = decoder.abstract_params(config) if tree is None else tree
     return jax.tree_util.tree_map_with_path(place, tree)
-
-
-def _keys(path) -> list[str]:
-    return [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
 
 
 def constrain_params(config: ModelConfig, tree: Any) -> Any:

@@ -100,7 +100,6 @@ class ModelRunner:
             rows.prompt_size,
             rows.num_responses,
             rows.response_size,
-            self.config.sliding_window,
             self.attention,
         )
         return decoder.forward(

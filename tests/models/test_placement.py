@@ -4,7 +4,7 @@ import jax
 import optax
 from jax.sharding import AxisType, PartitionSpec
 
-from lpo_jax.models import decoder
+from lpo_jax.models import decoder, parameters
 from lpo_jax.models.placement import param_shardings
 from lpo_jax.parallel import sharding
 from lpo_jax.parallel.sharding import AXES, decode_mesh
@@ -59,5 +59,5 @@ def test_decoding_gathers_nothing(tiny_config):
 def test_every_logical_axis_of_a_parameter_is_known(tiny_config):
     """A misspelt name would silently keep an axis whole."""
     whole = {"layers", "head_width"}
-    axes = jax.tree.leaves(decoder.logical_axes(tiny_config), is_leaf=lambda x: isinstance(x, tuple))
-    assert {name for names in axes for name in names} <= sharding.RULES.keys() | whole
+    axes = {axis for parameter in parameters.declared(tiny_config) for axis in parameter.logical_axes()}
+    assert axes <= sharding.RULES.keys() | whole
