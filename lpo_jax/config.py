@@ -43,7 +43,7 @@ class LoraSection(_Strict):
     rank: NonNegative = _option(0, "Rank of the adapters. 0 trains the weights themselves.")
     alpha: PositiveFloat = _option(32.0, "The output of an adapter is multiplied by alpha / rank.")
     targets: tuple[Word, ...] = _option(
-        ("wq", "wk", "wv", "wo", "w_gate", "w_up", "w_down"), "Names of the matrices that get an adapter."
+        ("all",), "Names of the matrices that get an adapter; all means every matrix of a layer."
     )
     base_dtype: Literal["compute", "float32", "bfloat16"] = _option(
         "compute", "Data type in which the frozen weights are stored; compute is that of model.dtype."

@@ -5,12 +5,12 @@ Axes: P prompts · K responses · S prompt tokens · T response tokens · L D H 
 
 import dataclasses
 
-import jax
 import numpy as np
 
 from lpo_jax.bench.shapes import Shapes
 from lpo_jax.models.config import ModelConfig
 from lpo_jax.models.decoder import abstract_params, unembedding
+from lpo_jax.models.parameters import num_params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,16 +37,15 @@ class Work:
     @classmethod
     def forward(cls, config: ModelConfig, shapes: Shapes, lengths: np.ndarray, itemsize: int) -> "Work":
         """One forward pass over P prompts and their `lengths [P, K]` response tokens."""
-        params = abstract_params(config)
-        matrices = sum(leaf.size for name, leaf in params["layers"].items() if name.startswith("w"))
+        matrices, head = num_params(config, "matrix"), unembedding(abstract_params(config))
         S, T = shapes.prompt_tokens, lengths.astype(float)
         tokens = shapes.prompts * S + T.sum()
         pairs = shapes.prompts * S**2 / 2 + (S * T + T**2 / 2).sum()
         kept = 2 * config.num_layers * config.num_kv_heads * config.head_width
         return cls(
-            2.0 * (matrices * tokens + unembedding(params).size * T.sum()),
+            2.0 * (matrices * tokens + head.size * T.sum()),
             4.0 * config.num_layers * config.num_heads * config.head_width * pairs,
-            float(sum(leaf.size for leaf in jax.tree.leaves(params)) * itemsize),
+            float(num_params(config) * itemsize),
             float(kept * tokens * itemsize),
             int(lengths.max(initial=0)),
             float(kept * itemsize * (S * T.max(axis=1, initial=0).sum() + (T**2 / 2).sum())),

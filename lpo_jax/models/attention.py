@@ -59,6 +59,11 @@ def _within(window: int | None, query_position: jax.Array, key_position: jax.Arr
     return seen if window is None else seen & (distance < window)
 
 
+def _first_seen(window: int | None, query_position: jax.Array) -> jax.Array:
+    """The first key in the window of a query."""
+    return jnp.zeros_like(query_position) if window is None else jnp.maximum(query_position - window + 1, 0)
+
+
 def shared_prefix_attention(
     q: jax.Array,
     k: jax.Array,
@@ -118,18 +123,17 @@ class Causal:
 
     valid: jax.Array
     positions: jax.Array
-    window: int | None = struct.field(pytree_node=False, default=None)
     keep: bool = struct.field(pytree_node=False, default=False)
     attention: Attention = struct.field(pytree_node=False, default="auto")
 
-    def __call__(self, q, k, v, kv=None):
-        return self._attend(q, k, v), (k, v) if self.keep else None
+    def __call__(self, config, q, k, v, kv=None):
+        return self._attend(config.sliding_window, q, k, v), (k, v) if self.keep else None
 
-    def _attend(self, q, k, v):
+    def _attend(self, window, q, k, v):
         if uses_kernels(self.attention):
-            return splash.causal(q, k, v, self.valid, self.window, interpret=self.attention == "interpret")
+            return splash.causal(q, k, v, self.valid, window, interpret=self.attention == "interpret")
         X = q.shape[1]
-        mask = _within(self.window, self.positions, self.positions) & self.valid[:, None, :]
+        mask = _within(window, self.positions, self.positions) & self.valid[:, None, :]
         # Indices, not positions, order the padding: a padded query sees itself and so never an empty row.
         mask = (mask & jnp.tri(X, dtype=bool)) | jnp.eye(X, dtype=bool)
         return attend(q, k, v, mask, True)[0]
@@ -152,7 +156,6 @@ class SharedPrefix:
     prompt_size: int = struct.field(pytree_node=False)  # S
     num_responses: int = struct.field(pytree_node=False)  # K
     response_size: int = struct.field(pytree_node=False)  # T
-    window: int | None = struct.field(pytree_node=False, default=None)
     attention: Attention = struct.field(pytree_node=False, default="auto")
 
     def positions(self) -> jax.Array:
@@ -161,13 +164,13 @@ class SharedPrefix:
         positions = shared_prefix_positions(self.lengths.reshape(-1), S, K, T).reshape(len(self.lengths), -1)
         return positions if self.pack is None else _gather_rows(positions, self.pack)
 
-    def __call__(self, q, k, v, kv=None):
+    def __call__(self, config, q, k, v, kv=None):
         S, K, B = self.prompt_size, self.num_responses, len(self.lengths)
         lengths = self.lengths.reshape(-1)
         if self.unpack is not None:
             q, k, v = (rearrange(x, self.unpack, self.pack) for x in (q, k, v))
         q, k, v = (x.reshape(len(lengths), -1, *x.shape[2:]) for x in (q, k, v))
-        out = shared_prefix_attention(q, k, v, lengths, S, K, self.window, self.attention)
+        out = shared_prefix_attention(q, k, v, lengths, S, K, config.sliding_window, self.attention)
         out = out.reshape(B, -1, *out.shape[2:])
         return (out if self.pack is None else rearrange(out, self.pack, self.unpack)), None
 
@@ -209,13 +212,12 @@ class Decode:
     at: jax.Array
     members: jax.Array | None = None
     places: jax.Array | None = None
-    window: int | None = struct.field(pytree_node=False, default=None)
     attention: Attention = struct.field(pytree_node=False, default="auto")
 
-    def __call__(self, q, k, v, kv):
+    def __call__(self, config, q, k, v, kv):
         prompt_k, prompt_v, own_k, own_v = kv
         R, _, H, N = q.shape
-        G = k.shape[2]
+        G, window = k.shape[2], config.sliding_window
         own_k = jax.lax.dynamic_update_slice(
             own_k, k.reshape(R, G, N, 1).astype(own_k.dtype), (0, 0, 0, self.at)
         )
@@ -225,19 +227,15 @@ class Decode:
         q = q.reshape(R, G, H // G, N)
         with jax.named_scope("response_to_prompt"):
             queries = jnp.swapaxes(self._by_prompt(q), 1, 2)  # [U, G, C, H/G, N]
-            start = self._seen_from(self._by_prompt(self.positions))  # [U, C]
+            start = _first_seen(window, self._by_prompt(self.positions))  # [U, C]
             to_prompt = attend_stored(queries, prompt_k, prompt_v, start, self.prompt_lengths, self.attention)
             to_prompt = [self._by_row(jnp.swapaxes(x, 1, 2)) for x in to_prompt]
         with jax.named_scope("response_self"):
-            start = jnp.maximum(self.first, self._seen_from(self.at))[:, None]  # [R, 1]
+            start = jnp.maximum(self.first, _first_seen(window, self.at))[:, None]  # [R, 1]
             stop = jnp.broadcast_to(self.at + 1, R)
             out, lse = attend_stored(q[:, :, None], own_k, own_v, start, stop, self.attention)
         out = merge([to_prompt, (out[:, :, 0], lse[:, :, 0])])
         return out.reshape(R, 1, H, N), (own_k, own_v)
-
-    def _seen_from(self, position):
-        """The first key in the window of a query."""
-        return jnp.zeros_like(position) if self.window is None else jnp.maximum(position - self.window + 1, 0)
 
     def _by_prompt(self, x):
         """`[R, ...]` -> `[U, C, ...]`."""

@@ -12,6 +12,8 @@ from typing import Any
 from lpo_jax.errors import UserError
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+# Fields of `ModelConfig` that all models of a family share.
+FAMILY_SWITCHES: Mapping[str, Mapping[str, Any]] = {"qwen2": {"qkv_bias": True}, "qwen3": {"qk_norm": True}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,9 +94,8 @@ class ModelConfig:
             rope_scaling=scaling,
             norm_eps=fields.number("rms_norm_eps"),
             tie_embeddings=fields.boolean("tie_word_embeddings"),
-            qkv_bias=family == "qwen2",
-            qk_norm=family == "qwen3",
             sliding_window=_sliding_window(fields, family, num_layers),
+            **FAMILY_SWITCHES.get(family, {}),
         )
 
     def to_hf(self) -> dict[str, Any]:

@@ -19,69 +19,52 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from lpo_jax.models import parameters
 from lpo_jax.models.attend import KEPT, accumulator
 from lpo_jax.models.attention import Causal
 from lpo_jax.models.config import ModelConfig
+from lpo_jax.models.parameters import Parameter
 from lpo_jax.parallel.sharding import constrain, gathered, look_up
 
 Params = dict[str, Any]
 
 
 class Block(nnx.Module):
-    """Attention and SwiGLU feed-forward with pre-norms; all L layers at once when `stack` is L.
+    """Attention and SwiGLU feed-forward with pre-norms; all L layers at once when `stacked`.
 
-    Without `rngs` parameters are shapes.
+    Its parameters are shapes; `forward` merges it with arrays.
     """
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs | None, stack: int | None = None):
-        D, H, G, N, F = (
-            config.width,
-            config.num_heads,
-            config.num_kv_heads,
-            config.head_width,
-            config.ffn_width,
-        )
+    def __init__(self, config: ModelConfig, stacked: bool):
         self.config = config
-        param = functools.partial(_param, rngs, stack)
-        self.attn_norm = param((D,), ("embed",), fill=1.0)
-        self.wq = param((D, H, N), ("embed", "heads", "head_width"))
-        self.wk = param((D, G, N), ("embed", "kv_heads", "head_width"))
-        self.wv = param((D, G, N), ("embed", "kv_heads", "head_width"))
-        self.wo = param((H, N, D), ("heads", "head_width", "embed"))
-        if config.qkv_bias:
-            self.bq = param((H, N), ("heads", "head_width"), fill=0.0)
-            self.bk = param((G, N), ("kv_heads", "head_width"), fill=0.0)
-            self.bv = param((G, N), ("kv_heads", "head_width"), fill=0.0)
-        if config.qk_norm:
-            self.q_norm = param((N,), ("head_width",), fill=1.0)
-            self.k_norm = param((N,), ("head_width",), fill=1.0)
-        self.mlp_norm = param((D,), ("embed",), fill=1.0)
-        self.w_gate = param((D, F), ("embed", "ffn"))
-        self.w_up = param((D, F), ("embed", "ffn"))
-        self.w_down = param((F, D), ("ffn", "embed"))
+        for parameter in parameters.declared(config):
+            if parameter.in_layers:
+                setattr(self, parameter.name, _shape(config, parameter, stacked))
 
     def __call__(self, x, rope, context, kv=None):
         """`x [P, X, D]` -> `[P, X, D]` and what the context keeps of the keys and values."""
-        eps = self.config.norm_eps
         with jax.named_scope("attention"):
-            h = rms_norm(x, self.attn_norm[...], eps)
+            h = self._norm(x, "attn_norm")
             q = self._product("rd,dhn->rhn", h, "wq")
             k = self._product("rd,dgn->rgn", h, "wk")
             v = self._product("rd,dgn->rgn", h, "wv")
             if self.config.qkv_bias:
-                q, k, v = (y + b[...].astype(y.dtype) for y, b in ((q, self.bq), (k, self.bk), (v, self.bv)))
+                q, k, v = (y + _value(self, b).astype(y.dtype) for y, b in ((q, "bq"), (k, "bk"), (v, "bv")))
             if self.config.qk_norm:
-                q, k = rms_norm(q, self.q_norm[...], eps), rms_norm(k, self.k_norm[...], eps)
-            out, kv = context(rotate(q, rope), rotate(k, rope), v, kv)
+                q, k = self._norm(q, "q_norm"), self._norm(k, "k_norm")
+            out, kv = context(self.config, rotate(q, rope), rotate(k, rope), v, kv)
             x = constrain(x + self._product("rhn,hnd->rd", out, "wo"), "batch", None, None)
         with jax.named_scope("feed_forward"):
-            h = rms_norm(x, self.mlp_norm[...], eps)
+            h = self._norm(x, "mlp_norm")
             gate = self._product("rd,df->rf", h, "w_gate")
             up = self._product("rd,df->rf", h, "w_up")
             x = constrain(
                 x + self._product("rf,fd->rd", jax.nn.silu(gate) * up, "w_down"), "batch", None, None
             )
         return x, kv
+
+    def _norm(self, x: jax.Array, name: str) -> jax.Array:
+        return rms_norm(x, _value(self, name), self.config.norm_eps)
 
     def _product(self, axes: str, x: jax.Array, name: str) -> jax.Array:
         """`x [P, X, ...]` times the named weight, in x's dtype: where activations meet a layer's matrices.
@@ -102,23 +85,18 @@ class Block(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Token ids to final hidden states; the head is `lpo_jax.models.head`. Without `rngs` parameters are shapes."""
+    """Token ids to final hidden states; the head is `lpo_jax.models.head`. Parameters are shapes."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs | None, stacked: bool = True):
+    def __init__(self, config: ModelConfig, stacked: bool):
         self.config = config
-        V, D, L = config.vocab_size, config.width, config.num_layers
-        param = functools.partial(_param, rngs, None)
-        self.embed = param((V, D), ("vocab", "embed"))
-        if stacked:
-            self.layers = Block(config, rngs=rngs, stack=L)
-        else:
-            self.layers = nnx.List([Block(config, rngs=rngs) for _ in range(L)])
-        self.final_norm = param((D,), ("embed",), fill=1.0)
-        if not config.tie_embeddings:
-            self.unembed = param((V, D), ("vocab", "embed"))
+        for parameter in parameters.declared(config):
+            if not parameter.in_layers:
+                setattr(self, parameter.name, _shape(config, parameter, stacked))
+        layers = [Block(config, stacked) for _ in range(1 if stacked else config.num_layers)]
+        self.layers = layers[0] if stacked else nnx.List(layers)
 
     def __call__(self, tokens, positions, context, kv=None, *, dtype=jnp.float32, remat=False):
-        table = gathered(self.embed[...], dtype, "vocab", "embed")
+        table = gathered(_value(self, "embed"), dtype, "vocab", "embed")
         x = constrain(look_up(table, tokens).astype(dtype), "batch", None, None)  # [P, X, D]
         rope = positions if isinstance(positions, tuple) else rope_table(self.config, positions)
         if isinstance(self.layers, nnx.List):
@@ -143,7 +121,7 @@ class Decoder(nnx.Module):
             both = policies.save_from_both_policies(products, policies.save_only_these_names(KEPT))
             keep = None if remat else both
             x, kept = jax.lax.scan(jax.checkpoint(layer, policy=keep, prevent_cse=False), x, (stacked, kv))
-        return rms_norm(x, self.final_norm[...], self.config.norm_eps), kept
+        return rms_norm(x, _value(self, "final_norm"), self.config.norm_eps), kept
 
 
 def forward(
@@ -170,10 +148,10 @@ def forward(
     Returns:
       Normed hidden states `[P, X, D]`, and what the context kept of each layer.
     """
-    stacked = "wq" in params["layers"]
+    stacked = 0 not in params["layers"]  # else one dict for each layer, by its number
     # Accelerators multiply float32 in lower precision unless told not to, and log-probs would show it.
     with jax.default_matmul_precision("float32" if jnp.dtype(dtype) == jnp.float32 else "default"):
-        decoder = nnx.merge(_abstract(config, stacked)[0], nnx.State(params))
+        decoder = nnx.merge(_graph(config, stacked), nnx.State(params))
         return decoder(tokens, positions, context, kv, dtype=dtype, remat=remat)
 
 
@@ -193,7 +171,7 @@ def logits(
     """
     valid = jnp.ones(tokens.shape, bool) if mask is None else jnp.asarray(mask, bool)
     positions = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)
-    context = Causal(valid, positions, window=config.sliding_window)
+    context = Causal(valid, positions)
     hidden, _ = forward(config, params, tokens, positions, context, dtype=dtype)
     return project(hidden, unembedding(params))
 
@@ -264,14 +242,7 @@ def rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
 
 def abstract_params(config: ModelConfig, dtype: Any = jnp.float32) -> Params:
     """The parameter tree as `jax.ShapeDtypeStruct`s, layers stacked; allocates nothing."""
-    tree = _as_dict(_abstract(config, stacked=True)[1])
-    return jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.dtype(dtype)), tree)
-
-
-def logical_axes(config: ModelConfig) -> Params:
-    """The tree of logical axis names, one tuple per parameter, in the shape of `abstract_params`."""
-    state = _abstract(config, stacked=True)[1]
-    return _as_dict(state, lambda param: param.get_metadata()["axes"])
+    return parameters.tree_of(config, lambda p: jax.ShapeDtypeStruct(p.shape(config), jnp.dtype(dtype)))
 
 
 def init_params(
@@ -280,29 +251,23 @@ def init_params(
     """Fresh parameters: matrices normal with deviation 0.02, norms one, biases zero; made where they are to lie."""
 
     def make(key):
-        params = nnx.as_pure(nnx.split(Decoder(config, rngs=nnx.Rngs(key)))[1]).to_pure_dict()
-        return jax.tree.map(lambda p: p.astype(dtype), params)
+        next_key = nnx.Rngs(key).params
+        return parameters.tree_of(config, lambda p: p.initial(config, next_key).astype(dtype))
 
     return jax.jit(make, out_shardings=shardings)(key)
 
 
-def _param(rngs, stack, shape, axes, fill=None):
-    if stack is not None:
-        shape, axes = (stack, *shape), ("layers", *axes)
-    if rngs is None:
-        value = jax.ShapeDtypeStruct(shape, jnp.float32)
-    else:
-        value = jnp.full(shape, fill) if fill is not None else 0.02 * jax.random.normal(rngs.params(), shape)
-    return nnx.Param(value, axes=axes)
+def _shape(config: ModelConfig, parameter: Parameter, stacked: bool) -> nnx.Param:
+    shape = jax.ShapeDtypeStruct(parameter.shape(config, stacked), jnp.float32)
+    return nnx.Param(shape, axes=parameter.logical_axes(stacked))
+
+
+def _value(module: nnx.Module, name: str) -> jax.Array:
+    """The array of a declared parameter."""
+    return getattr(module, name)[...]
 
 
 @functools.cache
-def _abstract(config: ModelConfig, stacked: bool) -> tuple[nnx.GraphDef, nnx.State]:
-    """The decoder's structure and its parameters' shapes."""
-    return nnx.split(Decoder(config, rngs=None, stacked=stacked))
-
-
-def _as_dict(state, read=lambda param: param.get_value()):
-    if isinstance(state, nnx.Variable):
-        return read(state)
-    return {name: _as_dict(child, read) for name, child in state.items()}
+def _graph(config: ModelConfig, stacked: bool) -> nnx.GraphDef:
+    """The decoder's structure."""
+    return nnx.split(Decoder(config, stacked))[0]

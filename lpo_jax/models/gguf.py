@@ -17,7 +17,8 @@ import numpy as np
 
 from lpo_jax.errors import UserError
 from lpo_jax.models import layout
-from lpo_jax.models.config import ModelConfig, RopeScaling
+from lpo_jax.models.config import FAMILY_SWITCHES, ModelConfig, RopeScaling
+from lpo_jax.models.parameters import Parameter, named
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 # A GGUF file names one end token (or two); these are the others in the families' generation_config.json.
@@ -89,11 +90,12 @@ class GgufFile:
         window = get("attention.sliding_window", 0)
         if window and family != "llama":
             raise UserError(f"{self.path}: {family} with a sliding window is not supported")
-        if "token_embd.weight" not in self.stored:
-            raise UserError(f"{self.path}: tensor token_embd.weight is missing; is this a whole model?")
+        embedding, head = named("embed").gguf, named("unembed").gguf
+        if embedding not in self.stored:
+            raise UserError(f"{self.path}: tensor {embedding} is missing; is this a whole model?")
         return ModelConfig(
             family="mistral" if window else family,
-            vocab_size=self.stored["token_embd.weight"].shape[0],
+            vocab_size=self.stored[embedding].shape[0],
             width=width,
             num_layers=get("block_count"),
             num_heads=heads,
@@ -104,10 +106,9 @@ class GgufFile:
             rope_theta=float(get("rope.freq_base", 10000.0)),
             rope_scaling=self._rope_scaling(get),
             norm_eps=get("attention.layer_norm_rms_epsilon"),
-            tie_embeddings="output.weight" not in self.stored,
-            qkv_bias=family == "qwen2",
-            qk_norm=family == "qwen3",
+            tie_embeddings=head not in self.stored,
             sliding_window=window or None,
+            **FAMILY_SWITCHES.get(family, {}),
         )
 
     def tokenizer(self) -> Any:
@@ -134,13 +135,12 @@ class GgufFile:
         layout.check_names(str(self.path), layout.file_names(config, "gguf"), found)
         interleaved = self.metadata["general.architecture"] == "llama"
 
-        def read(tensor: layout.Tensor, layer: int, index: layout.Index) -> np.ndarray:
-            x = self.read(tensor.gguf.format(layer))
-            if interleaved and tensor.name in ("wq", "wk"):
+        def read(parameter: Parameter, layer: int, index: layout.Index) -> np.ndarray:
+            x = self.read(parameter.gguf.format(layer))
+            if interleaved and parameter.rotated:
                 # llama.cpp rotates neighbours: its rows alternate between the two halves of a head.
-                heads = config.num_heads if tensor.name == "wq" else config.num_kv_heads
-                x = x.reshape(heads, config.head_width // 2, 2, config.width).swapaxes(1, 2)
-            return x.reshape(tensor.file_shape)[index]
+                x = x.reshape(-1, config.head_width // 2, 2, config.width).swapaxes(1, 2)
+            return x.reshape(layout.file_shape(config, parameter))[index]
 
         return layout.read_params(config, read, dtype, shardings)
 

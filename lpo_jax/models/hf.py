@@ -18,10 +18,11 @@ import numpy as np
 from lpo_jax.errors import UserError
 from lpo_jax.models import layout
 from lpo_jax.models.config import ModelConfig
+from lpo_jax.models.parameters import Parameter, named
 
 SHARD_BYTES = 5_000_000_000
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_EMBEDDING, _HEAD = named("embed").hf, named("unembed").hf
 # Frequencies of the rotary embedding, which old versions of transformers saved. They follow from the config, and
 # newer versions ignore them too.
 _ROTARY_BUFFER = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
@@ -88,8 +89,8 @@ class HfDirectory:
                     raise UserError(f"{self.path}: {name} is stored as {stored}; only {have} are read")
             layout.check_names(str(self.path), expected, found)
 
-            def read(tensor: layout.Tensor, layer: int, index: layout.Index) -> np.ndarray:
-                name = tensor.hf.format(layer)
+            def read(parameter: Parameter, layer: int, index: layout.Index) -> np.ndarray:
+                name = parameter.hf.format(layer)
                 return files[name].get_slice(name)[index]
 
             return layout.read_params(self.config, read, dtype, shardings)

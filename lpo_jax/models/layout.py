@@ -1,10 +1,9 @@
-"""Where each parameter of the tree lives in a file: one table, read both ways.
+"""How the parameters of the tree are stored in a file, read and written by their declarations.
 
 A file stores matrices `[out, in]` with the heads folded into one axis, one tensor per layer. The tree keeps
 the axes apart, contracts from the left, and stacks the layers. Axes: L D H G N F V, as everywhere.
 """
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator
@@ -16,101 +15,57 @@ import numpy as np
 
 from lpo_jax.errors import UserError
 from lpo_jax.models.config import ModelConfig
+from lpo_jax.models.parameters import Parameter, axis_sizes, declared, tree_of
 
 Index = tuple[slice, ...]  # of a part of an array: start and stop of each axis, no steps
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
-# tree          axes   Hugging Face name                                     axes    GGUF name
-_TABLE = """
-embed           VD     model.embed_tokens.weight                             V,D     token_embd.weight
-attn_norm       D      model.layers.{}.input_layernorm.weight                D       blk.{}.attn_norm.weight
-wq              DHN    model.layers.{}.self_attn.q_proj.weight               HN,D    blk.{}.attn_q.weight
-wk              DGN    model.layers.{}.self_attn.k_proj.weight               GN,D    blk.{}.attn_k.weight
-wv              DGN    model.layers.{}.self_attn.v_proj.weight               GN,D    blk.{}.attn_v.weight
-wo              HND    model.layers.{}.self_attn.o_proj.weight               D,HN    blk.{}.attn_output.weight
-bq              HN     model.layers.{}.self_attn.q_proj.bias                 HN      blk.{}.attn_q.bias
-bk              GN     model.layers.{}.self_attn.k_proj.bias                 GN      blk.{}.attn_k.bias
-bv              GN     model.layers.{}.self_attn.v_proj.bias                 GN      blk.{}.attn_v.bias
-q_norm          N      model.layers.{}.self_attn.q_norm.weight               N       blk.{}.attn_q_norm.weight
-k_norm          N      model.layers.{}.self_attn.k_norm.weight               N       blk.{}.attn_k_norm.weight
-mlp_norm        D      model.layers.{}.post_attention_layernorm.weight       D       blk.{}.ffn_norm.weight
-w_gate          DF     model.layers.{}.mlp.gate_proj.weight                  F,D     blk.{}.ffn_gate.weight
-w_up            DF     model.layers.{}.mlp.up_proj.weight                    F,D     blk.{}.ffn_up.weight
-w_down          FD     model.layers.{}.mlp.down_proj.weight                  D,F     blk.{}.ffn_down.weight
-final_norm      D      model.norm.weight                                     D       output_norm.weight
-unembed         VD     lm_head.weight                                        V,D     output.weight
-"""
+
+def file_shape(config: ModelConfig, parameter: Parameter) -> tuple[int, ...]:
+    """The shape of a parameter's tensor in a file."""
+    sizes = axis_sizes(config)
+    return tuple(math.prod(sizes[a] for a in axes) for axes in parameter.file_axes.split(","))
 
 
-@dataclasses.dataclass(frozen=True)
-class Tensor:
-    """One parameter of the tree and its one (or, in layers, L) tensors in a file."""
+def from_file(
+    config: ModelConfig,
+    parameter: Parameter,
+    read: Callable[[tuple[slice, ...]], np.ndarray],
+    index: Index,
+) -> np.ndarray:
+    """A part of a tensor, with the axes of the tree.
 
-    name: str  # in the tree
-    axes: str  # in the tree, one letter each, without the leading L
-    hf: str  # "{}" stands for the layer
-    file_axes: str  # in a file; letters without a comma between them are folded into one axis
-    gguf: str
-    sizes: dict[str, int] = dataclasses.field(repr=False)  # axis letter -> size
-
-    @property
-    def in_layers(self) -> bool:
-        return "{}" in self.hf
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """In the tree, without the leading L."""
-        return tuple(self.sizes[a] for a in self.axes)
-
-    @property
-    def file_shape(self) -> tuple[int, ...]:
-        return tuple(int(np.prod([self.sizes[a] for a in axes])) for axes in self.file_axes.split(","))
-
-    def from_file(self, read: Callable[[tuple[slice, ...]], np.ndarray], index: Index) -> np.ndarray:
-        """A part of the tensor, with the axes of the tree.
-
-        Args:
-          read: gives a part of the file's tensor; it is asked for no more rows and columns than the part needs.
-          index: of the part, in the tree, without the leading L.
-        """
-        of = dict(zip(self.axes, index, strict=True))
-        rows, shape, cut = [], [], {}
-        for first, *inner in self.file_axes.split(","):
-            stride = math.prod(self.sizes[a] for a in inner)
-            rows.append(slice(of[first].start * stride, of[first].stop * stride))
-            shape += [of[first].stop - of[first].start, *(self.sizes[a] for a in inner)]
-            cut |= {first: slice(None)} | {a: of[a] for a in inner}  # folded axes behind the first come whole
-        stored = self.file_axes.replace(",", "")
-        part = read(tuple(rows)).reshape(shape).transpose([stored.index(a) for a in self.axes])
-        return part[tuple(cut[a] for a in self.axes)]
-
-    def to_file(self, x: np.ndarray) -> np.ndarray:
-        """The inverse of `from_file` for a whole tensor, contiguous."""
-        stored = self.file_axes.replace(",", "")
-        return np.ascontiguousarray(x.transpose([self.axes.index(a) for a in stored])).reshape(
-            self.file_shape
-        )
+    Args:
+      read: gives a part of the file's tensor; it is asked for no more rows and columns than the part needs.
+      index: of the part, in the tree, without the leading L.
+    """
+    sizes, axes = axis_sizes(config), parameter.axes()
+    of = dict(zip(axes, index, strict=True))
+    rows, shape, cut = [], [], {}
+    for first, *inner in parameter.file_axes.split(","):
+        stride = math.prod(sizes[a] for a in inner)
+        rows.append(slice(of[first].start * stride, of[first].stop * stride))
+        shape += [of[first].stop - of[first].start, *(sizes[a] for a in inner)]
+        cut |= {first: slice(None)} | {a: of[a] for a in inner}  # folded axes behind the first come whole
+    stored = parameter.file_axes.replace(",", "")
+    part = read(tuple(rows)).reshape(shape).transpose([stored.index(a) for a in axes])
+    return part[tuple(cut[a] for a in axes)]
 
 
-def tensors(config: ModelConfig) -> list[Tensor]:
-    """The parameters that a model of this config has, in the order of the table."""
-    c = config
-    sizes = {"D": c.width, "H": c.num_heads, "G": c.num_kv_heads, "N": c.head_width, "F": c.ffn_width}
-    sizes["V"] = c.vocab_size
-    absent = set() if c.qkv_bias else {"bq", "bk", "bv"}
-    absent |= set() if c.qk_norm else {"q_norm", "k_norm"}
-    absent |= {"unembed"} if c.tie_embeddings else set()
-    rows = [line.split() for line in _TABLE.strip().splitlines()]
-    return [Tensor(*row, sizes) for row in rows if row[0] not in absent]
+def to_file(config: ModelConfig, parameter: Parameter, x: np.ndarray) -> np.ndarray:
+    """The inverse of `from_file` for a whole tensor, contiguous."""
+    axes = parameter.axes()
+    moved = x.transpose([axes.index(a) for a in parameter.file_axes.replace(",", "")])
+    return np.ascontiguousarray(moved).reshape(file_shape(config, parameter))
 
 
 def file_names(config: ModelConfig, form: str) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the tensors that a file must hold; `form` is "hf" or "gguf"."""
     names = {}
-    for tensor in tensors(config):
-        for layer in range(config.num_layers if tensor.in_layers else 1):
-            names[getattr(tensor, form).format(layer)] = tensor.file_shape
+    for parameter in declared(config):
+        for layer in range(config.num_layers if parameter.in_layers else 1):
+            names[getattr(parameter, form).format(layer)] = file_shape(config, parameter)
     return names
 
 
@@ -133,7 +88,7 @@ def check_names(where: str, expected: dict[str, tuple[int, ...]], found: dict[st
 
 def read_params(
     config: ModelConfig,
-    read: Callable[[Tensor, int, Index], np.ndarray],
+    read: Callable[[Parameter, int, Index], np.ndarray],
     dtype: str = "float32",
     shardings: Any = None,
 ) -> dict[str, Any]:
@@ -144,49 +99,48 @@ def read_params(
     part once.
 
     Args:
-      read: `(tensor, layer, index)` to that part of the file's array of shape `tensor.file_shape`, any float
-        dtype; layer is 0 outside layers.
+      read: returns a part of the tensor of `(parameter, layer, index)`, an array of any float dtype; `index` refers to
+        the tensor's `file_shape`, and `layer` is 0 for parameters outside the layers.
       dtype: of the parameters, "float32" or "bfloat16".
       shardings: a tree of `jax.sharding.Sharding` shaped like the parameters; None: the default device.
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r} is not supported; have {', '.join(DTYPES)}")
-    params: dict[str, Any] = {"layers": {}}
-    for tensor in tensors(config):
-        part = functools.partial(_read_part, tensor, read, DTYPES[dtype])
-        shape = (config.num_layers, *tensor.shape) if tensor.in_layers else tensor.shape
-        place = (lambda tree: tree["layers"]) if tensor.in_layers else (lambda tree: tree)
-        place(params)[tensor.name] = _to_device(part, shape, shardings and place(shardings)[tensor.name])
-    return params
+
+    def leaf(parameter: Parameter) -> jax.Array:
+        part = functools.partial(_read_part, config, parameter, read, DTYPES[dtype])
+        where = shardings and (shardings["layers"] if parameter.in_layers else shardings)[parameter.name]
+        return _to_device(part, parameter.shape(config), where)
+
+    return tree_of(config, leaf)
 
 
-def _read_part(tensor: Tensor, read, dtype: np.dtype, index: Index) -> np.ndarray:
+def _read_part(config: ModelConfig, parameter: Parameter, read, dtype: np.dtype, index: Index) -> np.ndarray:
     """A part of a parameter, layers first where it has them."""
     part = _empty(tuple(s.stop - s.start for s in index), dtype)
-    if tensor.in_layers:
+    if parameter.in_layers:
         for layer in range(index[0].start, index[0].stop):
-            rows = functools.partial(read, tensor, layer)
-            part[layer - index[0].start] = tensor.from_file(rows, index[1:])
+            rows = functools.partial(read, parameter, layer)
+            part[layer - index[0].start] = from_file(config, parameter, rows, index[1:])
     else:
-        part[...] = tensor.from_file(functools.partial(read, tensor, 0), index)
+        part[...] = from_file(config, parameter, functools.partial(read, parameter, 0), index)
     return part
 
 
 def file_tensors(config: ModelConfig, params: dict[str, Any], dtype: np.dtype | None) -> Iterator:
     """Yields `(Hugging Face name, shape, dtype, fetch)`; `fetch()` brings that one tensor to the host."""
-    for tensor in tensors(config):
-        leaf = params["layers"][tensor.name] if tensor.in_layers else params[tensor.name]
-        expected = (config.num_layers, *tensor.shape) if tensor.in_layers else tensor.shape
-        if tuple(leaf.shape) != expected:
-            raise ValueError(f"parameter {tensor.name} has shape {tuple(leaf.shape)}, expected {expected}")
+    for parameter in declared(config):
+        leaf = (params["layers"] if parameter.in_layers else params)[parameter.name]
+        if tuple(leaf.shape) != (expected := parameter.shape(config)):
+            raise ValueError(f"parameter {parameter.name} has shape {tuple(leaf.shape)}, expected {expected}")
         target = dtype or np.dtype(leaf.dtype)
-        for layer in range(config.num_layers if tensor.in_layers else 1):
+        for layer in range(config.num_layers if parameter.in_layers else 1):
 
-            def fetch(tensor=tensor, leaf=leaf, layer=layer, target=target):
-                host = np.asarray(leaf[layer] if tensor.in_layers else leaf)
-                return tensor.to_file(host.astype(target, copy=False))
+            def fetch(parameter=parameter, leaf=leaf, layer=layer, target=target):
+                host = np.asarray(leaf[layer] if parameter.in_layers else leaf)
+                return to_file(config, parameter, host.astype(target, copy=False))
 
-            yield tensor.hf.format(layer), tensor.file_shape, target, fetch
+            yield parameter.hf.format(layer), file_shape(config, parameter), target, fetch
 
 
 def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

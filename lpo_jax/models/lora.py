@@ -25,11 +25,10 @@ from flax import struct
 from jax.ad_checkpoint import checkpoint_name
 
 from lpo_jax.errors import UserError, nearest
-from lpo_jax.models import decoder, layout
+from lpo_jax.models import decoder
 from lpo_jax.models.attend import KEPT
 from lpo_jax.models.config import ModelConfig
-
-LINEAR = ("wq", "wk", "wv", "wo", "w_gate", "w_up", "w_down")
+from lpo_jax.models.parameters import matrix_names, named
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,12 +38,12 @@ class Lora:
     Attributes:
       rank: r; the adapter of a layer has r (in + out) parameters.
       alpha: its output is multiplied by alpha / r.
-      targets: names of `LINEAR`.
+      targets: names of matrices; by default all of a layer.
     """
 
     rank: int
     alpha: float
-    targets: tuple[str, ...] = LINEAR
+    targets: tuple[str, ...] = dataclasses.field(default_factory=matrix_names)
 
     @property
     def scale(self) -> float:
@@ -53,10 +52,11 @@ class Lora:
 
     def check(self, config: ModelConfig) -> None:
         """Refuses what cannot be adapted. Raises `UserError`, one line."""
+        have = matrix_names()
         for name in self.targets:
-            if name not in LINEAR:
+            if name not in have:
                 raise UserError(
-                    f"model.lora.targets: no linear layer {name!r}{nearest(name, LINEAR)} (have {', '.join(LINEAR)})"
+                    f"model.lora.targets: no linear layer {name!r}{nearest(name, have)} (have {', '.join(have)})"
                 )
         if not self.targets:
             raise UserError(
@@ -156,17 +156,20 @@ _product.defvjp(_product_forward, _product_backward)
 
 def configured(section: Any) -> Lora | None:
     """The adapters that a config's section `model.lora` asks for; None at rank 0."""
-    return Lora(section.rank, section.alpha, tuple(section.targets)) if section.rank else None
+    if not section.rank:
+        return None
+    targets = tuple(section.targets)
+    return Lora(section.rank, section.alpha, matrix_names() if targets == ("all",) else targets)
 
 
 def init(config: ModelConfig, lora: Lora, key: jax.Array) -> decoder.Params:
     """Fresh adapters, float32: A normal with deviation 1 / sqrt(in), B zero."""
-    L, R = config.num_layers, lora.rank
+    L, R, order = config.num_layers, lora.rank, matrix_names()
 
     def adapter(name: str) -> dict[str, jax.Array]:
         into, out = _sides(config, name)
         # By name, so that a layer's adapter does not depend on which others are adapted.
-        a = jax.random.normal(jax.random.fold_in(key, LINEAR.index(name)), (L, *into, R))
+        a = jax.random.normal(jax.random.fold_in(key, order.index(name)), (L, *into, R))
         return {"a": a / math.sqrt(math.prod(into)), "b": jnp.zeros((L, R, *out))}
 
     return {"layers": {name: adapter(name) for name in lora.targets}}
@@ -194,6 +197,6 @@ def merge(params: Any) -> Any:
 
 def _sides(config: ModelConfig, name: str) -> tuple[Sequence[int], Sequence[int]]:
     """Sizes of a matrix's input axes and of its output axes."""
-    tensor = next(t for t in layout.tensors(config) if t.name == name)
-    _, into = tensor.file_axes.split(",")  # [out, in] in a file; in the tree the input axes come first
-    return tensor.shape[: len(into)], tensor.shape[len(into) :]
+    parameter = named(name)
+    shape, inputs = parameter.shape(config, stacked=False), len(parameter.inputs)
+    return shape[:inputs], shape[inputs:]

@@ -15,6 +15,7 @@ from flax import struct
 from lpo_jax.errors import UserError
 from lpo_jax.models.decoder import Params
 from lpo_jax.models.lora import Adapted
+from lpo_jax.models.parameters import named
 
 
 @struct.dataclass
@@ -43,10 +44,10 @@ def quantise_layer(layer: Params) -> Params:
     def quantise(name: str, x: Any) -> Any:
         if isinstance(x, Adapted):
             return x.replace(weight=quantise(name, x.weight))
-        if not name.startswith("w"):
+        parameter = named(name)
+        if parameter.kind != "matrix":
             return x
-        inputs = 2 if name == "wo" else 1  # input axes come first, and wo takes heads apart
-        outputs = tuple(range(inputs, x.ndim))
+        outputs = tuple(range(len(parameter.inputs), x.ndim))  # input axes come first
         return Int8(qwix.quantize(x.astype(jnp.float32), jnp.int8, channelwise_axes=outputs))
 
     return {name: quantise(name, x) for name, x in layer.items()}

@@ -23,8 +23,9 @@ from lpo_jax.models.attention import Attention, SharedPrefix
 from lpo_jax.models.config import ModelConfig
 from lpo_jax.models.head import token_log_probs, top_tokens, weighted_log_probs
 from lpo_jax.models.lora import Frozen, join
+from lpo_jax.models.placement import constrain_params
 from lpo_jax.objectives import Teacher, TokenStats
-from lpo_jax.parallel.sharding import batch_shards, constrain_params, summed, whole
+from lpo_jax.parallel.sharding import batch_shards, summed, whole
 
 
 @struct.dataclass
@@ -99,7 +100,6 @@ class ModelRunner:
             rows.prompt_size,
             rows.num_responses,
             rows.response_size,
-            self.config.sliding_window,
             self.attention,
         )
         return decoder.forward(

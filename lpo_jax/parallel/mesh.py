@@ -18,8 +18,6 @@ from jax.sharding import AxisType, Mesh
 
 from lpo_jax.config import Config, MeshSection
 from lpo_jax.errors import UserError
-from lpo_jax.models.config import ModelConfig
-from lpo_jax.models.decoder import abstract_params
 from lpo_jax.parallel.sharding import AXES
 
 # float32 parameter, gradient and the two moments of Adam.
@@ -27,6 +25,20 @@ STATE_BYTES = 16
 # Shares of a device's memory that the state, and the weights that decode, may take; the rest is for activations,
 # keys and values.
 STATE_SHARE, WEIGHTS_SHARE = 0.5, 0.4
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSizes:
+    """The sizes of a model that the choice of a mesh depends on."""
+
+    num_heads: int
+    num_kv_heads: int
+    num_params: int
+
+    @property
+    def common_heads(self) -> int:
+        """The greatest common divisor of the numbers of heads, which the tensor axis has to divide."""
+        return math.gcd(self.num_heads, self.num_kv_heads)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +58,7 @@ class MeshSizes:
 def choose(
     given: MeshSection,
     devices: int,
-    model: ModelConfig,
+    model: ModelSizes,
     prompts: int,
     memory: float | None,
     weight_bytes: int = 4,
@@ -101,7 +113,7 @@ def arrange(sizes: MeshSizes, devices: list) -> np.ndarray:
     )
 
 
-def open_mesh(config: Config, model: ModelConfig) -> tuple[MeshSizes, Mesh | None]:
+def open_mesh(config: Config, model: ModelSizes) -> tuple[MeshSizes, Mesh | None]:
     """The mesh of a run on this machine's devices, or pod's; None where it has a single one.
 
     Raises:
@@ -123,7 +135,7 @@ def open_mesh(config: Config, model: ModelConfig) -> tuple[MeshSizes, Mesh | Non
     return sizes, build(sizes) if sizes.devices > 1 else None
 
 
-def _complete(asked, devices: int, model: ModelConfig, prompts: int, memory) -> MeshSizes:
+def _complete(asked, devices: int, model: ModelSizes, prompts: int, memory) -> MeshSizes:
     """The axes that were given, and for the others what the devices leave: tensor 1, fsdp as memory asks."""
     data, fsdp, tensor = asked
     tensor = tensor or (devices // (data * fsdp) if data and fsdp else 1) or 1
@@ -134,7 +146,7 @@ def _complete(asked, devices: int, model: ModelConfig, prompts: int, memory) -> 
     return MeshSizes(data or left, fsdp or left, tensor)
 
 
-def _check(sizes: MeshSizes, devices: int, model: ModelConfig, prompts: int) -> None:
+def _check(sizes: MeshSizes, devices: int, model: ModelSizes, prompts: int) -> None:
     if sizes.devices != devices:
         product = f"{sizes.data} x {sizes.fsdp} x {sizes.tensor} = {sizes.devices}"
         raise UserError(
@@ -145,7 +157,7 @@ def _check(sizes: MeshSizes, devices: int, model: ModelConfig, prompts: int) -> 
         if heads % sizes.tensor:
             raise UserError(
                 f"mesh.tensor = {sizes.tensor}: does not divide the model's {heads} {what} heads; "
-                f"use {_largest_divisor(math.gcd(model.num_heads, model.num_kv_heads), sizes.tensor)} or less, and "
+                f"use {_largest_divisor(model.common_heads, sizes.tensor)} or less, and "
                 "more fsdp"
             )
     if prompts % (shards := sizes.data * sizes.fsdp):
@@ -155,35 +167,31 @@ def _check(sizes: MeshSizes, devices: int, model: ModelConfig, prompts: int) -> 
         )
 
 
-def _derive(devices: int, model: ModelConfig, prompts: int, memory: float | None) -> MeshSizes | None:
+def _derive(devices: int, model: ModelSizes, prompts: int, memory: float | None) -> MeshSizes | None:
     """The mesh of exactly this many devices by the rule above; None where there is none."""
-    heads = math.gcd(model.num_heads, model.num_kv_heads)
     for tensor in range(1, devices + 1):
         shards = devices // tensor
-        if devices % tensor == 0 and heads % tensor == 0 and prompts % shards == 0:
+        if devices % tensor == 0 and model.common_heads % tensor == 0 and prompts % shards == 0:
             fsdp = _fsdp(shards, tensor, model, memory)
             return MeshSizes(shards // fsdp, fsdp, tensor)
     return None
 
 
-def _fsdp(shards: int, tensor: int, model: ModelConfig, memory: float | None) -> int:
+def _fsdp(shards: int, tensor: int, model: ModelSizes, memory: float | None) -> int:
     """The fewest parts, of `shards`, whose share of parameters and optimizer fits; all where none does."""
-    state = STATE_BYTES * _num_params(model) / tensor
+    state = STATE_BYTES * model.num_params / tensor
     fits = lambda n: memory is None or state / n <= STATE_SHARE * memory  # noqa: E731
     return next((n for n in range(1, shards + 1) if shards % n == 0 and fits(n)), shards)
 
 
-def _decode_tensor(sizes: MeshSizes, model: ModelConfig, memory: float | None, weight_bytes: int) -> int:
+def _decode_tensor(sizes: MeshSizes, model: ModelSizes, memory: float | None, weight_bytes: int) -> int:
     """The fewest devices whose shares of the sampler's weights fit, dividing the heads; 1: whole weights."""
-    heads = math.gcd(model.num_heads, model.num_kv_heads)
-    allowed = [n for n in range(1, sizes.devices + 1) if sizes.devices % n == 0 and heads % n == 0]
-    weights = weight_bytes * _num_params(model)
+    allowed = [
+        n for n in range(1, sizes.devices + 1) if sizes.devices % n == 0 and model.common_heads % n == 0
+    ]
+    weights = weight_bytes * model.num_params
     fits = lambda n: memory is None or weights / n <= WEIGHTS_SHARE * memory  # noqa: E731
     return next((n for n in allowed if fits(n)), allowed[-1])
-
-
-def _num_params(model: ModelConfig) -> int:
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_params(model)))
 
 
 def _largest_divisor(n: int, limit: int) -> int:

@@ -17,9 +17,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
-
-from lpo_jax.models.config import ModelConfig
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor")
 
@@ -126,55 +124,6 @@ def whole(tree: Any) -> Any:
     if current_mesh() is None:
         return tree
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, PartitionSpec()), tree)
-
-
-def param_shardings(config: ModelConfig, mesh: Mesh, tree: Any = None) -> Any:
-    """The shardings of a tree that holds parameters, such as a train state; None: the parameters themselves.
-
-    A leaf lies as the parameter that its path names and whose shape it has, with the layers' leading axis or
-    without: so do gradients and the optimizer's moments. All others are whole on every device.
-    """
-    from lpo_jax.models import decoder  # it constrains its activations, so it imports this file
-
-    shapes, axes = decoder.abstract_params(config), decoder.logical_axes(config)
-    tree = shapes if tree is None else tree
-    axes, shapes = axes | axes["layers"], shapes | shapes["layers"]
-
-    def place(path, leaf):
-        name = next((key for key in reversed(_keys(path)) if key in axes), None)
-        if name is not None and leaf.shape == shapes[name].shape:
-            return NamedSharding(mesh, spec(mesh, axes[name], leaf.shape))
-        if name is not None and axes[name][0] == "layers" and leaf.shape == shapes[name].shape[1:]:
-            return NamedSharding(mesh, spec(mesh, axes[name][1:], leaf.shape))
-        return NamedSharding(mesh, PartitionSpec())
-
-    return jax.tree_util.tree_map_with_path(place, tree)
-
-
-def _keys(path) -> list[str]:
-    return [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
-
-
-def constrain_params(config: ModelConfig, tree: Any) -> Any:
-    """A tree that holds parameters, laid out as `param_shardings` says. Identity without a mesh."""
-    mesh = current_mesh()
-    return (
-        tree if mesh is None else jax.lax.with_sharding_constraint(tree, param_shardings(config, mesh, tree))
-    )
-
-
-def current_shardings(config: ModelConfig, tree: Any = None) -> Any:
-    """`param_shardings` on the mesh around this code; None without one."""
-    mesh = jax.sharding.get_mesh()
-    return None if mesh.empty else param_shardings(config, mesh, tree)
-
-
-def placed(config: ModelConfig, abstract: Any) -> Any:
-    """Abstract arrays of a tree that holds parameters, with their shardings; without a mesh as they are."""
-    shardings = current_shardings(config, abstract)
-    if shardings is None:
-        return abstract
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
 
 
 def using(mesh: Mesh | None) -> Any:

@@ -15,6 +15,7 @@ from typing import Any
 from lpo_jax.config import Config, override_config
 from lpo_jax.errors import UserError
 from lpo_jax.models.config import ModelConfig
+from lpo_jax.models.placement import model_sizes
 from lpo_jax.objectives import Objective
 from lpo_jax.parallel import mesh as meshes
 from lpo_jax.planner import roofline, topology
@@ -143,7 +144,12 @@ def setting_of(config: Config, work: Workload, target: Topology) -> Setting:
             f"mesh.devices = {devices}: {target.name} has {target.num_devices}; 0 uses all of them"
         )
     sizes = meshes.choose(
-        config.mesh, devices, work.model, work.P // work.updates, target.chip.memory, work.itemsize
+        config.mesh,
+        devices,
+        model_sizes(work.model),
+        work.P // work.updates,
+        target.chip.memory,
+        work.itemsize,
     )
     # remat=auto is decided where the memory is known; here it is taken to recompute, which is the safe side.
     training = config.training

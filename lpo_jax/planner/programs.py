@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from lpo_jax.config import Config
 from lpo_jax.models.attention import uses_kernels
 from lpo_jax.models.config import ModelConfig
+from lpo_jax.models.placement import placed
 from lpo_jax.models.runner import Groups, score
 from lpo_jax.objectives import Objective, TokenStats
 from lpo_jax.parallel import mesh as meshes
@@ -95,7 +96,7 @@ class Slice:
         """The sampler's weights on the decode mesh."""
         make = lambda params: sampler.decode_layout(model, params, self._dtype, self._int8)  # noqa: E731
         with sharding.using(self._decode_mesh):
-            return sharding.placed(model, jax.eval_shape(make, state.policy))
+            return placed(model, jax.eval_shape(make, state.policy))
 
     def _storage(self, model: ModelConfig, size: tuple[int, int]) -> sampler.Storage:
         """Keys and values of (sequences, tokens) on the decode mesh, where `empty_storage` puts them."""

@@ -16,6 +16,7 @@ from lpo_jax.config import Config
 from lpo_jax.models.config import ModelConfig
 from lpo_jax.models.head import chunk_size
 from lpo_jax.models.packing import full_pieces
+from lpo_jax.models.parameters import num_params
 from lpo_jax.parallel.mesh import MeshSizes
 from lpo_jax.planner.topology import Chip
 from lpo_jax.sampling.batching import Room
@@ -198,11 +199,9 @@ class Sizes:
 
     @classmethod
     def of(cls, m: ModelConfig) -> "Sizes":
-        D, H, G, N, F = m.width, m.num_heads, m.num_kv_heads, m.head_width, m.ffn_width
-        matrices = m.num_layers * (D * (H + 2 * G) * N + H * N * D + 3 * D * F)
-        other = D + m.num_layers * (2 * D + (H + 2 * G) * N * m.qkv_bias + 2 * N * m.qk_norm)
-        table = m.vocab_size * D
-        return cls(matrices, table, 0 if m.tie_embeddings else table, other)
+        head = m.vocab_size * m.width
+        tables, other = num_params(m, "embedding"), num_params(m, "norm", "bias")
+        return cls(num_params(m, "matrix"), head, tables - head, other)
 
     @property
     def total(self) -> int:

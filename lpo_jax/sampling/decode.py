@@ -17,6 +17,7 @@ from flax import struct
 
 from lpo_jax.models import decoder
 from lpo_jax.models.attention import Attention, Causal, Decode
+from lpo_jax.models.placement import constrain_params
 from lpo_jax.models.quantize import quantise_layer
 from lpo_jax.parallel import sharding
 
@@ -72,7 +73,7 @@ def decode_layer(config, stacked, layer, dtype, int8=False):
 @functools.partial(jax.jit, static_argnums=(0, 2))
 def _cast(config, weights, dtype):
     # On a mesh this is where weights move from the training layout: cast first, so that half the bytes travel.
-    return sharding.constrain_params(config, jax.tree.map(lambda p: p.astype(dtype), weights))
+    return constrain_params(config, jax.tree.map(lambda p: p.astype(dtype), weights))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -119,7 +120,7 @@ def prefill(config, dtype, weights, prompts, lengths, attention: Attention = "au
     U, S = prompts.shape
     valid = jnp.arange(S) < lengths[:, None]
     positions = jnp.broadcast_to(jnp.arange(S), (U, S))
-    context = Causal(valid, positions, config.sliding_window, keep=True, attention=attention)
+    context = Causal(valid, positions, keep=True, attention=attention)
     no_kv = [None] * config.num_layers
     _, kept = decoder.forward(config, weights, prompts, positions, context, no_kv, dtype=dtype)
     return [(jnp.transpose(k, (0, 2, 3, 1)), jnp.swapaxes(v, 1, 2)) for k, v in kept]
@@ -177,7 +178,6 @@ def decode(
             at + done.steps,
             rows.members,
             rows.places,
-            config.sliding_window,
             attention,
         )
         kv = [(*prompt, *own) for prompt, own in zip(prompt_kv, own_kv)]

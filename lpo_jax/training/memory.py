@@ -5,6 +5,7 @@ Axes: K responses · S prompt tokens · T response tokens.
 """
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 from lpo_jax.config import Config
 from lpo_jax.models.config import ModelConfig
 from lpo_jax.models.packing import full_pieces
+from lpo_jax.models.parameters import axis_sizes, declared
 from lpo_jax.parallel import hosts
 from lpo_jax.parallel.sharding import current_mesh
 
@@ -76,8 +78,9 @@ def most_update_tokens(config: Config) -> int:
 def kept_bytes(model: ModelConfig, tokens: int, dtype: Any) -> int:
     """Of the products' and attention's outputs (to the prompt and to the response itself), and of what enters a layer,
     for all layers."""
-    heads = (3 * model.num_heads + 2 * model.num_kv_heads) * model.head_width
-    width = 3 * model.width + heads + 2 * model.ffn_width
+    sizes = axis_sizes(model)
+    products = sum(math.prod(sizes[a] for a in p.outputs) for p in declared(model) if p.kind == "matrix")
+    width = products + 2 * model.num_heads * model.head_width + model.width
     return model.num_layers * tokens * width * jnp.dtype(dtype).itemsize
 
 

@@ -15,10 +15,10 @@ from lpo_jax.models.config import ModelConfig
 from lpo_jax.models.decoder import Params, abstract_params, init_params
 from lpo_jax.models.head import EXTRA_STATS
 from lpo_jax.models.load import load_weights
+from lpo_jax.models.placement import constrain_params, current_shardings, placed
 from lpo_jax.models.runner import ModelRunner
 from lpo_jax.objectives import Objective
 from lpo_jax.parallel.mesh import STATE_BYTES
-from lpo_jax.parallel.sharding import constrain_params, current_shardings, placed
 from lpo_jax.runs.state import TrainState
 from lpo_jax.training.memory import Microbatch, fit_microbatch
 from lpo_jax.training.optimizer import Optimizer

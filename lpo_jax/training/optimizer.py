@@ -9,6 +9,7 @@ import optax
 
 from lpo_jax.config import Config, OptimizerConfig
 from lpo_jax.models.decoder import Params
+from lpo_jax.models.parameters import of_path
 from lpo_jax.objectives import Objective
 
 
@@ -106,13 +107,13 @@ def skipped_updates(state: optax.ApplyIfFiniteState) -> tuple[int, int]:
 
 
 def _decayed(params):
-    """Norm weights and biases are not decayed (their arrays are stacked on L, so names tell, not ranks)."""
+    """A mask over the parameters: all but norms and biases are decayed."""
 
-    def is_matrix(path, _):
-        name = str(path[-1].key)
-        return not (name.endswith("norm") or name in ("bq", "bk", "bv"))
+    def decayed(path, _):
+        parameter = of_path(path)
+        return parameter is None or parameter.kind not in ("norm", "bias")
 
-    return jax.tree_util.tree_map_with_path(is_matrix, params)
+    return jax.tree_util.tree_map_with_path(decayed, params)
 
 
 def warm_start_config(config: Config) -> OptimizerConfig:

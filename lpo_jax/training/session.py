@@ -17,6 +17,7 @@ from lpo_jax.evaluation.heldout import Evaluation, evaluate
 from lpo_jax.models import lora
 from lpo_jax.models.decoder import Params
 from lpo_jax.models.load import load_config_and_tokenizer
+from lpo_jax.models.placement import model_sizes
 from lpo_jax.parallel.mesh import open_mesh
 from lpo_jax.parallel.sharding import decode_mesh, using
 from lpo_jax.rollout.environment import Environment, open_environment
@@ -65,7 +66,7 @@ def open_session(config: Config) -> Iterator[Session]:
         raise UserError(f"{config.model.path}: has no tokenizer")
     if (adapters := lora.configured(config.model.lora)) is not None:
         adapters.check(model)
-    sizes, mesh = open_mesh(config, model)
+    sizes, mesh = open_mesh(config, model_sizes(model))
     if config.model.attention == "pallas" and jax.default_backend() != "tpu":
         raise UserError(
             "model.attention=pallas: there is no TPU here; auto takes the kernels where there is one"

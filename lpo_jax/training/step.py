@@ -23,9 +23,10 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from lpo_jax.models.placement import constrain_params
 from lpo_jax.models.runner import Groups, ModelRunner, log_prob_gap
 from lpo_jax.objectives import Listwise, Objective, Scored, TokenStats
-from lpo_jax.parallel.sharding import constrain_params, whole
+from lpo_jax.parallel.sharding import whole
 from lpo_jax.runs.state import TrainState
 from lpo_jax.training.optimizer import Optimizer
 

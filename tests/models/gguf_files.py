@@ -4,8 +4,8 @@ import gguf
 import numpy as np
 from safetensors.numpy import load_file
 
-from lpo_jax.models import layout
 from lpo_jax.models.hf import HfDirectory
+from lpo_jax.models.parameters import declared
 
 
 def interleave(x: np.ndarray, heads: int) -> np.ndarray:
@@ -48,12 +48,12 @@ def write_gguf(path, directory, *, kind="F32", tokenizer=None, skip=(), extra=No
             writer.add_bool(key, value)
         else:
             (writer.add_string if isinstance(value, str) else writer.add_uint32)(key, value)
-    for tensor in layout.tensors(config):
-        for layer in range(config.num_layers if tensor.in_layers else 1):
-            name = tensor.gguf.format(layer)
-            x = weights[tensor.hf.format(layer)].astype(np.float32)
-            if arch == "llama" and tensor.name in ("wq", "wk"):
-                x = interleave(x, config.num_heads if tensor.name == "wq" else config.num_kv_heads)
+    for parameter in declared(config):
+        for layer in range(config.num_layers if parameter.in_layers else 1):
+            name = parameter.gguf.format(layer)
+            x = weights[parameter.hf.format(layer)].astype(np.float32)
+            if arch == "llama" and parameter.rotated:
+                x = interleave(x, len(x) // config.head_width)
             fits = x.ndim == 2 and x.shape[1] % 32 == 0
             to = gguf.GGMLQuantizationType[kind if fits else "F32"]
             if name not in skip:

@@ -1,5 +1,6 @@
 """Kernels for TPUs against their plain twins, run by Pallas' interpreter; and compiled for TPUs that are not here."""
 
+import dataclasses
 import functools
 
 import chex
@@ -50,16 +51,17 @@ slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize("heads, window", [((4, 2), 9), slow((4, 2), None), slow((3, 3), 9)])
-def test_causal(small_blocks, heads, window):
+def test_causal(small_blocks, tiny_config, heads, window):
     """Padding on either side, a row without any token, rows longer than a block."""
     (H, G), X = heads, 140
     q, k, v = normal(4, X, H, 16), normal(4, X, G, 16), normal(4, X, G, 16)
     index = jnp.arange(X)
     first, last = jnp.array([[0], [0], [131], [0]]), jnp.array([[X], [5], [X], [0]])
     valid = (first <= index) & (index < last)
-    rows = Causal(valid, jnp.maximum(index - first, 0), window)
+    rows = Causal(valid, jnp.maximum(index - first, 0))
+    config = dataclasses.replace(tiny_config, sliding_window=window)
     run = lambda choice: values_and_gradients(  # noqa: E731
-        lambda *qkv: rows.replace(attention=choice)(*qkv)[0], valid[..., None, None], q, k, v
+        lambda *qkv: rows.replace(attention=choice)(config, *qkv)[0], valid[..., None, None], q, k, v
     )
     chex.assert_trees_all_close(run("interpret"), run("plain"), atol=1e-5)
 

@@ -10,7 +10,8 @@ import pytest
 
 from lpo_jax.errors import UserError
 from lpo_jax.models import decoder, lora
-from lpo_jax.models.lora import LINEAR, Adapted, Frozen, Lora
+from lpo_jax.models.lora import Adapted, Frozen, Lora
+from lpo_jax.models.parameters import matrix_names
 from lpo_jax.sampling.decode import decode_layer
 
 LORA = Lora(rank=3, alpha=6.0)
@@ -45,7 +46,7 @@ def test_untrained_adapters_change_nothing(tiny_config, tiny_params, rows):
     assert lora.join(None, tiny_params) is tiny_params
 
 
-@pytest.mark.parametrize("targets", [LINEAR, ("wo",), ("wq", "w_down")])
+@pytest.mark.parametrize("targets", [matrix_names(), ("wo",), ("wq", "w_down")])
 def test_adapted_and_merged_models_agree(tiny_config, tiny_params, adapters, rows, targets):
     some = {"layers": {name: adapters["layers"][name] for name in targets}}
     joined = lora.join(Frozen(tiny_params, LORA.scale), some)
@@ -85,7 +86,7 @@ def test_backward_makes_no_gradient_of_the_base(tiny_config, tiny_params, adapte
     """No product in the whole program has the shape of a matrix of the base."""
     frozen = Frozen(tiny_params, LORA.scale)
     sizes = lambda shape: tuple(sorted(shape))  # noqa: E731  # a gradient may come out transposed
-    shapes = {sizes(x.shape[1:]) for name, x in tiny_params["layers"].items() if name in LINEAR}
+    shapes = {sizes(x.shape[1:]) for name, x in tiny_params["layers"].items() if name in matrix_names()}
     shapes.add(sizes(tiny_params["embed"].shape))
 
     def products(trained, join):

@@ -4,10 +4,10 @@ import jax
 import numpy as np
 import pytest
 
-from lpo_jax.models import decoder, layout
+from lpo_jax.models import decoder, layout, parameters
 from lpo_jax.models.config import ModelConfig
+from lpo_jax.models.placement import param_shardings
 from lpo_jax.parallel.mesh import MeshSizes, build
-from lpo_jax.parallel.sharding import param_shardings
 
 CONFIG = ModelConfig("qwen2", 48, 16, 3, 4, 2, 8, 24, 64, qkv_bias=True)
 
@@ -30,8 +30,8 @@ class Reader:
         self.files = {name: fetch() for name, _, _, fetch in layout.file_tensors(CONFIG, params, None)}
         self.bytes = 0
 
-    def __call__(self, tensor, layer, index):
-        part = self.files[tensor.hf.format(layer)][index]
+    def __call__(self, parameter, layer, index):
+        part = self.files[parameter.hf.format(layer)][index]
         self.bytes += part.nbytes
         return part
 
@@ -69,11 +69,11 @@ def test_a_host_reads_only_what_its_devices_get(saved, monkeypatch):
 
 def test_an_axis_folded_behind_another_is_cut_after_reading(saved):
     """Heads of a file are rows; parts of a head come with the whole head."""
-    tensor = next(t for t in layout.tensors(CONFIG) if t.name == "wq")
+    wq = parameters.named("wq")
     whole = np.asarray(saved[1]["layers"]["wq"][1])
     reader = Reader(saved[1])
     index = (slice(4, 8), slice(1, 3), slice(2, 5))
-    part = tensor.from_file(lambda rows: reader(tensor, 1, rows), index)
+    part = layout.from_file(CONFIG, wq, lambda rows: reader(wq, 1, rows), index)
     np.testing.assert_array_equal(part, whole[index])
     assert reader.bytes == 2 * CONFIG.head_width * 4 * 4  # two heads of eight rows, four columns
 

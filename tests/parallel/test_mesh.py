@@ -7,22 +7,10 @@ import pytest
 
 from lpo_jax.config import MeshSection
 from lpo_jax.errors import UserError
-from lpo_jax.models.config import ModelConfig
-from lpo_jax.parallel.mesh import MeshSizes, arrange, build, choose
+from lpo_jax.parallel.mesh import MeshSizes, ModelSizes, arrange, build, choose
 
 # 1.7B parameters: 27 GB of state, 7 GB of float32 weights.
-MODEL = ModelConfig(
-    family="qwen3",
-    vocab_size=151936,
-    width=2048,
-    num_layers=28,
-    num_heads=16,
-    num_kv_heads=8,
-    head_width=128,
-    ffn_width=6144,
-    max_positions=40960,
-    tie_embeddings=True,
-)
+MODEL = ModelSizes(num_heads=16, num_kv_heads=8, num_params=1_720_567_808)
 GB = 1e9
 
 

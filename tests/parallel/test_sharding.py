@@ -3,19 +3,14 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from lpo_jax.models import decoder
-from lpo_jax.parallel import sharding
 from lpo_jax.parallel.sharding import (
     AXES,
     batch_shards,
     constrain,
-    decode_mesh,
     on_each_shard,
-    param_shardings,
 )
 
 
@@ -58,52 +53,3 @@ def test_under_shard_map_only_the_other_axes_are_left():
         mapped = jax.shard_map(shard, axis_names={"data"}, in_specs=split, out_specs=split)
         np.testing.assert_array_equal(jax.jit(mapped)(np.ones(8, np.float32)), 2)
     assert seen == [2]
-
-
-def test_parameters_are_split_where_they_divide(tiny_config):
-    placed = param_shardings(tiny_config, mesh_of(2, 2, 2))
-    shapes = decoder.abstract_params(tiny_config)
-    assert jax.tree.structure(placed) == jax.tree.structure(shapes)
-    local = jax.tree.map(lambda s, x: s.shard_shape(x.shape), placed, shapes)
-    assert shapes["layers"]["wq"].shape == (2, 32, 4, 8) and local["layers"]["wq"] == (2, 16, 2, 8)
-    assert local["layers"]["wk"] == (2, 16, 1, 8) and local["layers"]["w_down"] == (2, 24, 16)
-    assert tiny_config.vocab_size % 2 and local["embed"] == (tiny_config.vocab_size, 16)
-    assert local["layers"]["q_norm"] == (2, 8)
-
-
-def test_an_optimizer_lies_as_its_parameters(tiny_config):
-    mesh, shapes = mesh_of(2, 2, 2), decoder.abstract_params(tiny_config)
-    moments = jax.eval_shape(optax.adam(1e-3).init, shapes)[0]
-    placed = param_shardings(tiny_config, mesh, moments)
-    of_params = param_shardings(tiny_config, mesh)
-    assert placed.mu == of_params and placed.nu == of_params and placed.count.is_fully_replicated
-    unstacked = {
-        **shapes,
-        "layers": {0: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), shapes["layers"])},
-    }
-    one_layer = param_shardings(tiny_config, mesh, unstacked)["layers"][0]["wq"]
-    assert one_layer.spec == PartitionSpec(("fsdp",), ("tensor",), None)
-
-
-def test_decoding_gathers_nothing(tiny_config):
-    mesh = mesh_of(2, 2, 2)
-    whole, split = decode_mesh(mesh), decode_mesh(mesh, tensor=2)
-    assert dict(whole.shape) == {"data": 8, "fsdp": 1, "tensor": 1}
-    assert dict(split.shape) == {"data": 4, "fsdp": 1, "tensor": 2}
-    assert list(split.devices.flat) == list(mesh.devices.flat)
-    shapes = decoder.abstract_params(tiny_config)
-    for placed in jax.tree.leaves(param_shardings(tiny_config, whole)):
-        assert placed.is_fully_replicated
-    assert param_shardings(tiny_config, split)["layers"]["wo"].shard_shape(shapes["layers"]["wo"].shape) == (
-        2,
-        2,
-        8,
-        32,
-    )
-
-
-def test_every_logical_axis_of_a_parameter_is_known(tiny_config):
-    """A misspelt name would silently keep an axis whole."""
-    whole = {"layers", "head_width"}
-    axes = jax.tree.leaves(decoder.logical_axes(tiny_config), is_leaf=lambda x: isinstance(x, tuple))
-    assert {name for names in axes for name in names} <= sharding.RULES.keys() | whole

@@ -8,10 +8,10 @@ import pytest
 
 from lpo_jax.config import OptimizerConfig
 from lpo_jax.models import decoder
+from lpo_jax.models.placement import param_shardings, placed
 from lpo_jax.models.runner import Groups, ModelRunner
 from lpo_jax.objectives import TokenStats
 from lpo_jax.parallel.mesh import MeshSizes, build
-from lpo_jax.parallel.sharding import param_shardings, placed
 from lpo_jax.planner.collectives import collectives
 from lpo_jax.planner.hlo import parse
 from lpo_jax.runs.state import TrainState

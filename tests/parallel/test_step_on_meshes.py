@@ -10,10 +10,10 @@ from precision import EXACT, GRADIENT_ROUNDING, in_float64
 
 from lpo_jax.config import parse_config
 from lpo_jax.models.load import load_model
+from lpo_jax.models.placement import param_shardings
 from lpo_jax.models.runner import Groups, ModelRunner
 from lpo_jax.objectives import TokenStats
 from lpo_jax.parallel.mesh import MeshSizes, build
-from lpo_jax.parallel.sharding import param_shardings
 from lpo_jax.reporting import metric_names, read_metrics
 from lpo_jax.runs.checkpoint import load_run
 from lpo_jax.training.loop import train
