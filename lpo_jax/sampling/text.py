@@ -38,7 +38,7 @@ def generate(
     seed: int = 0,
     template_arguments: Mapping[str, Any] | None = None,
 ) -> Generated:
-    """Samples responses; see `lpo_jax.models.load.Model.generate`."""
+    """Samples responses; see `lpo_jax.sampling.model.Model.generate`."""
     if isinstance(prompts, str) or not prompts:
         raise UserError("generate: prompts must be a list of at least one text or list of chat messages")
     if num_responses < 1 or max_tokens < 1:
