@@ -26,7 +26,7 @@ from lpo_jax.models.runner import Groups
 from lpo_jax.objectives import TokenStats
 from lpo_jax.rollout.hooks import open_hooks
 from lpo_jax.runs.directory import RunDirectory, Signals
-from lpo_jax.sampling import Sampling
+from lpo_jax.sampling import PromptBatch, SampleRequest
 from lpo_jax.sampling.text import encode
 from lpo_jax.training.loop import take_step
 from lpo_jax.training.position import Position, Recorder
@@ -88,12 +88,12 @@ def sampling(session: Session, shapes: Shapes) -> Callable[[], Any]:
     return functools.partial(
         sampler,
         jax.block_until_ready(session.prepare(session.load_params())),
-        shapes.prompt_ids(session.model_config.vocab_size),
-        np.full(shapes.prompts, shapes.prompt_tokens, np.int32),
-        np.arange(shapes.prompts, dtype=np.uint32),
-        num_responses=shapes.responses,
-        max_tokens=shapes.tokens,
-        sampling=Sampling(),
+        PromptBatch(
+            shapes.prompt_ids(session.model_config.vocab_size),
+            np.full(shapes.prompts, shapes.prompt_tokens, np.int32),
+            np.arange(shapes.prompts, dtype=np.uint32),
+        ),
+        SampleRequest(shapes.responses, shapes.tokens),
         budgets=shapes.lengths(),
     )
 

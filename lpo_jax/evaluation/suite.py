@@ -26,7 +26,7 @@ from lpo_jax.rewards.code import confine
 from lpo_jax.rewards.user_code import file_hash, split_reference
 from lpo_jax.rollout.collect import Collector, within_limit
 from lpo_jax.rollout.failures import Failures, require_judged, warning
-from lpo_jax.sampling import Sampler, Sampling
+from lpo_jax.sampling import Sampler, SampleRequest, Sampling
 from lpo_jax.tasks import Task
 from lpo_jax.tasks.data import content_hash
 from lpo_jax.tasks.suites import Benchmark
@@ -198,12 +198,8 @@ def run_exam(
                     Collector(exam.task, tokenizer, sampler, pool, exam.limit),
                     weights,
                     exam.rows,
-                    num_responses=K,
+                    SampleRequest(K, settings.max_tokens, settings.sampling, settings.stop, settings.seed),
                     prompts_per_batch=exam.batch,
-                    max_tokens=settings.max_tokens,
-                    sampling=settings.sampling,
-                    stop=settings.stop,
-                    seed=settings.seed,
                     start=responses.problems,
                 )
                 progress(exam.name, responses.problems, P)

@@ -2,5 +2,6 @@
 
 from lpo_jax.sampling.distribution import Sampling, row_keys
 from lpo_jax.sampling.generate import Responses, Sampler
+from lpo_jax.sampling.request import PromptBatch, SampleRequest
 
-__all__ = ["Responses", "Sampler", "Sampling", "row_keys"]
+__all__ = ["PromptBatch", "Responses", "SampleRequest", "Sampler", "Sampling", "row_keys"]

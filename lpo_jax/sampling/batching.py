@@ -27,6 +27,7 @@ from lpo_jax.models.attention import Attention, uses_kernels
 from lpo_jax.parallel import hosts, sharding
 from lpo_jax.sampling import decode as device
 from lpo_jax.sampling.decode import CHUNK, Rows
+from lpo_jax.sampling.request import PromptBatch
 
 FIRST_STORAGE = 64  # tokens that own storage starts with; it doubles as rows grow
 FEWEST_ROWS = 8  # a smaller batch takes as long: reading the weights is all there is to it
@@ -69,11 +70,11 @@ class Schedule:
 
     Args:
       programs: the static arguments of `decode`: config, eos_ids, sampling, dtype.
-      prompts: `[P, S]`, P a multiple of the shards; lengths: `[P]`; keys: `[P, K, 2]` uint32; budgets: `[P, K]` tokens
-        at most, 0: not sampled.
+      prompts: P of them, a multiple of the shards.
+      keys: `[P, K, 2]` uint32; budgets: `[P, K]` tokens at most, 0: not sampled.
       max_rows: on all shards together, at least one on each; 0: no limit.
       completes: the length at which a row's ids first hold a stop string, None: they do not.
-      on_end: called with a row's p, k and ids once it has ended, while the device goes on with others.
+      on_finished: called with a row's p, k and ids once it has ended, while the device goes on with others.
       attention: as `lpo_jax.models.attention` understands it.
     """
 
@@ -81,20 +82,19 @@ class Schedule:
         self,
         programs: tuple[Any, ...],
         weights: Any,
-        prompts: np.ndarray,
-        lengths: np.ndarray,
+        prompts: PromptBatch,
         keys: np.ndarray,
         budgets: np.ndarray,
         max_tokens: int,
         max_rows: int,
         completes: Callable[[Sequence[int], int], int | None] | None,
-        on_end: Callable[[int, int, list[int]], None] | None,
+        on_finished: Callable[[int, int, list[int]], None] | None,
         attention: Attention,
     ):
         self.config, self.eos_ids, _, self.dtype = self.programs = programs
-        self.weights, self.prompts, self.prompt_lengths = weights, prompts, lengths
+        self.weights, self.prompts, self.prompt_lengths = weights, prompts.tokens, prompts.lengths
         self.keys, self.budgets = keys.reshape(-1, 2), budgets.reshape(-1).astype(np.int32)
-        self.completes, self.on_end, self.attention = completes, on_end, attention
+        self.completes, self.on_finished, self.attention = completes, on_finished, attention
         P, self.K = budgets.shape
         rows = P * self.K
         self.tokens = np.zeros((rows, max_tokens), np.int32)
@@ -113,12 +113,13 @@ class Schedule:
         self.waiting: list[collections.deque[int]] = [collections.deque() for _ in range(self.shards)]
         if self.side_by_side:
             self.row_of, self.prompt_of = np.arange(rows), np.arange(P)
-            self.prompt_kv = device.prefill(self.config, self.dtype, weights, prompts, lengths, attention)
+            arrays = self.prompts, self.prompt_lengths
+            self.prompt_kv = device.prefill(self.config, self.dtype, weights, *arrays, attention)
         else:
             for row in np.flatnonzero(self.going).tolist():
                 self.waiting[row * self.shards // rows].append(row)
             self.row_of, self.prompt_of = np.full(self.room.rows, EMPTY), np.full(self.room.prompts, EMPTY)
-            shape = (self.room.prompts, prompts.shape[1])
+            shape = (self.room.prompts, self.prompts.shape[1])
             self.prompt_kv = device.empty_storage(self.config, shape, self.dtype)
         # Kernels read what a row has and no more, so one size, and one program to compile, does for all lengths.
         self.fixed = uses_kernels(attention)
@@ -332,9 +333,9 @@ class Schedule:
             self.lengths[row], self.going[row], self.finished[row] = end, False, True
 
     def _report(self, ended: Iterable[int]) -> None:
-        if self.on_end:
+        if self.on_finished:
             for row in ended:
-                self.on_end(*divmod(row, self.K), self.tokens[row, : self.lengths[row]].tolist())
+                self.on_finished(*divmod(row, self.K), self.tokens[row, : self.lengths[row]].tolist())
 
 
 def _power_of_two(n: int) -> int:

@@ -29,7 +29,7 @@ from lpo_jax.objectives.hooks import problem as hook_problem
 from lpo_jax.parallel.mesh import STATE_BYTES, open_mesh
 from lpo_jax.parallel.sharding import constrain_params, current_shardings, decode_mesh, placed, using
 from lpo_jax.rollout.collect import Collector, within_limit
-from lpo_jax.sampling import Sampler, Sampling
+from lpo_jax.sampling import Sampler, SampleRequest, Sampling
 from lpo_jax.training.behaviour import choose
 from lpo_jax.training.memory import Microbatch, fit_microbatch
 from lpo_jax.training.mirror_file import read_map
@@ -256,13 +256,15 @@ class Session:
             self.collect,
             self.collect.sampler.prepare(params),
             self.heldout_rows,
-            num_responses=config.evaluation.num_responses or config.sampling.num_responses,
+            SampleRequest(
+                config.evaluation.num_responses or config.sampling.num_responses,
+                config.sampling.max_tokens,
+                Sampling(config.evaluation.temperature, top_p=config.evaluation.top_p),
+                config.sampling.stop,
+                config.seed,
+            ),
             prompts_per_batch=min(config.training.prompts_per_step, len(self.heldout_rows)),
-            max_tokens=config.sampling.max_tokens,
-            sampling=Sampling(config.evaluation.temperature, top_p=config.evaluation.top_p),
-            stop=config.sampling.stop,
             ks=config.evaluation.ks,
-            seed=config.seed,
         )
 
 

@@ -366,9 +366,7 @@ def test_progress_is_the_gain_in_the_chance_of_the_solution(tiny_config, tiny_pa
 
     def chance(text, solution):
         ids, target = np.array([TOKENIZER.encode(text)]), np.array([[TOKENIZER.encode(solution)]])
-        return float(
-            np.exp(score(runner, tiny_params, Groups(ids, np.array([ids.size]), target)).logp.sum())
-        )
+        return float(np.exp(score(runner, tiny_params, Groups(ids, np.array([ids.size]), target)).logp.sum()))
 
     start, middle, end = (chance(f"p0{text}=", "0000") for text in ("", "abc", "abcdef"))
     want = [middle - start] * 3 + [end - middle] * 3

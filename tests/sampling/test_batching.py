@@ -10,7 +10,7 @@ from jax.sharding import AxisType, Mesh
 from precision import FORWARD_ROUNDING
 
 from lpo_jax.parallel.sharding import AXES
-from lpo_jax.sampling import Sampler
+from lpo_jax.sampling import PromptBatch, Sampler, SampleRequest
 from lpo_jax.sampling import batching as schedule
 from lpo_jax.sampling.padding import pad_prompts
 
@@ -33,11 +33,11 @@ def sample(tiny_config, tiny_params):
     meshes = {False: None, True: Mesh(devices, AXES, axis_types=(AxisType.Auto,) * 3)}
     prepared = {many: Sampler(config, EOS, mesh=mesh).prepare(params) for many, mesh in meshes.items()}
 
-    def run(max_rows, many=False, attention="plain", **options):
+    def run(max_rows, many=False, attention="plain", stop=(), **options):
         sampler = Sampler(config, EOS, np.float32, text, meshes[many], max_rows, attention)
         padded, lengths = pad_prompts(prompts, 16)
-        options = {"num_responses": K, "max_tokens": T, "seed": 5} | options
-        return sampler(prepared[many], padded, lengths, np.arange(P), **options)
+        request = SampleRequest(K, T, stop=stop, seed=5)
+        return sampler(prepared[many], PromptBatch(padded, lengths, np.arange(P)), request, **options)
 
     return run
 
@@ -53,8 +53,8 @@ BUDGETS = np.random.default_rng(0).integers(1, T + 10, (P, K))
 CASES = {
     "ends": {},
     "budgets": {"budgets": BUDGETS},
-    "stops": {"stop": ["q", "ab"]},
-    "inactive": {"active": np.array([True, False, True, True, False]), "budgets": BUDGETS},
+    "stops": {"stop": ("q", "ab")},
+    "not sampled": {"budgets": BUDGETS * np.array([[1], [0], [1], [1], [0]])},
 }
 
 
@@ -84,7 +84,7 @@ def test_budgets_bound_each_response(sample):
 def test_ended_responses_are_reported_once_and_whole(sample):
     for max_rows, many in ((0, False), (6, False), (6, True)):
         reported = []
-        got = sample(max_rows, many, stop=["q"], on_end=lambda *row, to=reported: to.append(row))
+        got = sample(max_rows, many, stop=("q",), on_finished=lambda *row, to=reported: to.append(row))
         assert sorted(reported) == [(p, k, got.ids(p, k)) for p in range(P) for k in range(K)]
 
 
@@ -156,12 +156,11 @@ def test_work_on_long_responses_of_uneven_length_is_mostly_useful(monkeypatch, s
         monkeypatch.setattr(schedule.device, name, fake)
     monkeypatch.setattr(schedule, "CHUNK", schedule.device.CHUNK)
     monkeypatch.setattr(schedule.sharding, "batch_shards", lambda: shards)
-    lengths, keys = np.ones(P, np.int32), np.zeros((P, K, 2), np.uint32)
+    keys = np.zeros((P, K, 2), np.uint32)
     run = schedule.Schedule(
         (None, (), None, None),
         None,
-        np.ones((P, 4), np.int32),
-        lengths,
+        PromptBatch(np.ones((P, 4), np.int32), np.ones(P, np.int32), np.arange(P)),
         keys,
         budgets,
         T,

@@ -161,9 +161,7 @@ def test_packed_scores_and_likeliest_equal_padded_ones(tiny_config, tiny_params,
     real = lambda tree: jax.tree.map(lambda x: x * mask.reshape(mask.shape + (1,) * (x.ndim - 3)), tree)  # noqa: E731
     want, got = (score(runner, tiny_params, some) for some in (groups, packed))
     chex.assert_trees_all_close(real(got), real(want), atol=2e-5)
-    want, got = (
-        top_k_teacher(runner, 3, tiny_params, some).replace(valid=None) for some in (groups, packed)
-    )
+    want, got = (top_k_teacher(runner, 3, tiny_params, some).replace(valid=None) for some in (groups, packed))
     chex.assert_trees_all_close(real(got), real(want), atol=2e-5)
 
 

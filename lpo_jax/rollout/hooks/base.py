@@ -26,7 +26,7 @@ from lpo_jax.models.runner import ModelRunner
 from lpo_jax.objectives.hooks import Hook
 from lpo_jax.objectives.method import Objective
 from lpo_jax.rollout.collect import Collected, join
-from lpo_jax.sampling import Sampling
+from lpo_jax.sampling import SampleRequest, Sampling
 from lpo_jax.training.batch import Rollouts
 from lpo_jax.training.session import Session
 
@@ -61,12 +61,14 @@ class Tools:
         return self.session.collect(
             self.weights,
             rows,
-            num_responses=num_responses or config.sampling.num_responses,
-            max_tokens=max_tokens or config.sampling.max_tokens,
-            sampling=Sampling(0.0 if greedy else config.sampling.temperature),
-            seed=config.seed + (stream << 24),
-            step=self.step,
-            stop=config.sampling.stop,
+            SampleRequest(
+                num_responses=num_responses or config.sampling.num_responses,
+                max_tokens=max_tokens or config.sampling.max_tokens,
+                distribution=Sampling(0.0 if greedy else config.sampling.temperature),
+                stop=config.sampling.stop,
+                seed=config.seed + (stream << 24),
+                step=self.step,
+            ),
             **options,
         )
 
