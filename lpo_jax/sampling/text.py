@@ -11,9 +11,9 @@ import numpy as np
 
 from lpo_jax.errors import UserError
 from lpo_jax.sampling.distribution import Sampling
-from lpo_jax.sampling.generate import Responses, Sampler
 from lpo_jax.sampling.padding import pad_prompts
 from lpo_jax.sampling.request import PromptBatch, SampleRequest
+from lpo_jax.sampling.sampler import Responses, Sampler
 
 Prompt = str | Sequence[dict[str, str]]
 

@@ -10,7 +10,7 @@ from jax.sharding import AxisType, Mesh
 from precision import FORWARD_ROUNDING
 
 from lpo_jax.parallel.sharding import AXES
-from lpo_jax.sampling import PromptBatch, Sampler, SampleRequest
+from lpo_jax.sampling import PromptBatch, Sampler, SampleRequest, kv_cache
 from lpo_jax.sampling import batching as schedule
 from lpo_jax.sampling.padding import pad_prompts
 
@@ -45,8 +45,9 @@ def sample(tiny_config, tiny_params):
 @pytest.fixture(autouse=True)
 def small_steps(monkeypatch):
     monkeypatch.setattr(schedule, "FEWEST_ROWS", 4)
-    monkeypatch.setattr(schedule, "CHUNK", 4)
-    monkeypatch.setattr(schedule, "FIRST_STORAGE", 16)
+    for module in (schedule, kv_cache):
+        monkeypatch.setattr(module, "CHUNK", 4)
+    monkeypatch.setattr(kv_cache, "FIRST_STORAGE", 16)
 
 
 BUDGETS = np.random.default_rng(0).integers(1, T + 10, (P, K))
@@ -145,16 +146,17 @@ def test_work_on_long_responses_of_uneven_length_is_mostly_useful(monkeypatch, s
         tokens = np.ones((len(drawn), schedule.device.CHUNK), np.int32)
         return schedule.device.Drawn(tokens, tokens.astype(np.float32), drawn, going, steps), storage
 
+    monkeypatch.setattr(schedule.device, "decode", decode)
     fakes = {
-        "decode": decode,
         "empty_storage": lambda config, shape, dtype: shape[1],
         "move": lambda storage, rows, shift, tokens: tokens,
         "prefill": lambda *arguments: None,
         "put_prompts": lambda storage, *rest: storage,
     }
     for name, fake in fakes.items():
-        monkeypatch.setattr(schedule.device, name, fake)
-    monkeypatch.setattr(schedule, "CHUNK", schedule.device.CHUNK)
+        monkeypatch.setattr(kv_cache, name, fake)
+    for module in (schedule, kv_cache):
+        monkeypatch.setattr(module, "CHUNK", schedule.device.CHUNK)
     monkeypatch.setattr(schedule.sharding, "batch_shards", lambda: shards)
     keys = np.zeros((P, K, 2), np.uint32)
     run = schedule.Schedule(

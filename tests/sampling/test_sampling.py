@@ -13,8 +13,7 @@ from tokenizers import processors
 from lpo_jax.errors import UserError
 from lpo_jax.models import decoder
 from lpo_jax.models.text import ModelTokenizer
-from lpo_jax.sampling import PromptBatch, Sampler, SampleRequest, Sampling
-from lpo_jax.sampling import batching as schedule
+from lpo_jax.sampling import PromptBatch, Sampler, SampleRequest, Sampling, kv_cache
 from lpo_jax.sampling.padding import bucket, pad_prompts
 from lpo_jax.sampling.text import encode, prompt_ids, response_text
 
@@ -94,7 +93,7 @@ def test_a_row_is_the_same_alone_and_in_any_batch(sample):
 
 def test_storage_growth_and_chunks_change_nothing(sample, monkeypatch):
     whole = sample()
-    monkeypatch.setattr(schedule, "FIRST_STORAGE", 2)
+    monkeypatch.setattr(kv_cache, "FIRST_STORAGE", 2)
     for other in (sample(), sample(stop=("never to be seen",))):
         np.testing.assert_array_equal(whole.tokens, other.tokens)
         np.testing.assert_allclose(whole.log_probs, other.log_probs, atol=2 * FORWARD_ROUNDING)

@@ -20,11 +20,12 @@ from lpo_jax.models import decoder
 from lpo_jax.models.attention import Attention
 from lpo_jax.models.config import ModelConfig
 from lpo_jax.parallel import sharding
-from lpo_jax.sampling.batching import Schedule, stopper
+from lpo_jax.sampling.batching import Schedule
 from lpo_jax.sampling.decode import decode_layout
 from lpo_jax.sampling.distribution import row_keys
 from lpo_jax.sampling.padding import pad_rows
 from lpo_jax.sampling.request import PromptBatch, SampleRequest
+from lpo_jax.sampling.stop_strings import stopper
 
 
 @dataclasses.dataclass(frozen=True)
