@@ -41,8 +41,7 @@ from lpo_jax.models.decoder import Params, init_params
 from lpo_jax.models.runner import Groups, ModelRunner, score
 from lpo_jax.objectives import Scored, TokenStats
 from lpo_jax.runs.state import TrainState
-from lpo_jax.sampling import Sampler, Sampling
-from lpo_jax.sampling.generate import Responses
+from lpo_jax.sampling import PromptBatch, Responses, Sampler, SampleRequest
 from lpo_jax.training.optimizer import make_optimizer
 from lpo_jax.training.step import signal, update
 
@@ -291,13 +290,13 @@ def draw(sampler: Sampler, weights: Params, shapes: Shapes, tokens: int | None =
     rows = shapes.prompts, shapes.responses
     return sampler(
         weights,
-        shapes.prompt_ids(sampler.config.vocab_size),
-        np.full(shapes.prompts, shapes.prompt_tokens, np.int32),
-        np.arange(shapes.prompts, dtype=np.uint32),
-        num_responses=shapes.responses,
-        max_tokens=shapes.tokens,
+        PromptBatch(
+            shapes.prompt_ids(sampler.config.vocab_size),
+            np.full(shapes.prompts, shapes.prompt_tokens, np.int32),
+            np.arange(shapes.prompts, dtype=np.uint32),
+        ),
+        SampleRequest(shapes.responses, shapes.tokens),
         budgets=np.full(rows, tokens or shapes.tokens),
-        sampling=Sampling(),
     )
 
 

@@ -16,7 +16,7 @@ __all__ = ["load_model"]
 
 def __getattr__(name: str) -> Any:
     if name == "load_model":
-        from lpo_jax.models.load import load_model
+        from lpo_jax.sampling.model import load_model
 
         return load_model
     raise AttributeError(f"module 'lpo_jax' has no attribute {name!r}")

@@ -29,7 +29,7 @@ from lpo_jax.runs.directory import RunDirectory
 from lpo_jax.runs.recorder import Recorder
 from lpo_jax.runs.signals import Signals
 from lpo_jax.runs.state import Position
-from lpo_jax.sampling import Sampling
+from lpo_jax.sampling import PromptBatch, SampleRequest
 from lpo_jax.sampling.text import encode
 from lpo_jax.training.check import check_config
 from lpo_jax.training.learner import Learner
@@ -93,12 +93,12 @@ def sampling(session: Session, shapes: Shapes) -> Callable[[], Any]:
     return functools.partial(
         sampler,
         jax.block_until_ready(session.environment.prepare(session.model.load_params())),
-        shapes.prompt_ids(session.model.architecture.vocab_size),
-        np.full(shapes.prompts, shapes.prompt_tokens, np.int32),
-        np.arange(shapes.prompts, dtype=np.uint32),
-        num_responses=shapes.responses,
-        max_tokens=shapes.tokens,
-        sampling=Sampling(),
+        PromptBatch(
+            shapes.prompt_ids(session.model.architecture.vocab_size),
+            np.full(shapes.prompts, shapes.prompt_tokens, np.int32),
+            np.arange(shapes.prompts, dtype=np.uint32),
+        ),
+        SampleRequest(shapes.responses, shapes.tokens),
         budgets=shapes.lengths(),
     )
 

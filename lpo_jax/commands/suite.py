@@ -22,11 +22,12 @@ from lpo_jax.errors import UserError
 from lpo_jax.evaluation.suite import Settings, mean_pass_at_1, prepare_benchmarks, run_benchmark
 from lpo_jax.files import LOCK, lock_directory, write_file
 from lpo_jax.json_lines import dump_line, print_line, read_object
-from lpo_jax.models.load import Model, load_config_and_tokenizer, load_model
+from lpo_jax.models.load import load_config_and_tokenizer
 from lpo_jax.reporting.tables import suite_table
 from lpo_jax.runs.checkpoint import load_run
 from lpo_jax.runs.directory import any_child, differences, read_config
 from lpo_jax.sampling import Sampler
+from lpo_jax.sampling.model import Model, load_model
 from lpo_jax.tasks import benchmarks
 from lpo_jax.tasks.benchmarks import Benchmark
 

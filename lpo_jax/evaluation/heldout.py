@@ -9,7 +9,7 @@ import numpy as np
 from lpo_jax.evaluation.metrics import summarise
 from lpo_jax.rollout.collect import Collector, Rollouts
 from lpo_jax.rollout.failures import Failures, failures, require_judged
-from lpo_jax.sampling import Sampling
+from lpo_jax.sampling import SampleRequest
 
 # Added to the run's seed: held-out samples never share random numbers with training.
 SEED_OFFSET = 0x5EED
@@ -43,26 +43,18 @@ def sample_rows(
     collect: Collector,
     weights: Any,
     rows: Sequence[dict],
+    request: SampleRequest,
     *,
-    num_responses: int,
     prompts_per_batch: int,
-    max_tokens: int,
-    sampling: Sampling,
-    stop: Sequence[str],
-    seed: int,
     start: int = 0,
 ) -> Iterator[Rollouts]:
-    """Samples `num_responses` to every row from `start` on, batch by batch. The last batch is padded, never dropped."""
+    """Samples every row from `start` on, batch by batch. The last batch is padded, never dropped."""
+    request = dataclasses.replace(request, seed=request.seed + SEED_OFFSET)
     for first in range(start, len(rows), prompts_per_batch):
         yield collect(
             weights,
             list(enumerate(rows[first : first + prompts_per_batch], first)),
-            num_responses=num_responses,
-            max_tokens=max_tokens,
-            sampling=sampling,
-            seed=seed + SEED_OFFSET,
-            step=0,
-            stop=stop,
+            request,
             at_least=prompts_per_batch,
         )
 
@@ -71,33 +63,17 @@ def evaluate(
     collect: Collector,
     weights: Any,
     rows: Sequence[dict],
+    request: SampleRequest,
     *,
-    num_responses: int,
     prompts_per_batch: int,
-    max_tokens: int,
-    sampling: Sampling,
-    stop: Sequence[str],
     ks: Sequence[int] = (),
-    seed: int = 0,
 ) -> Evaluation:
-    """Samples `num_responses` to every row, verifies them, and summarises pass@k with intervals.
+    """Samples `request.num_responses` to every row, verifies them, and summarises pass@k with intervals.
 
     Raises:
       VerifierFailed: not one response could be judged.
     """
-    batches = list(
-        sample_rows(
-            collect,
-            weights,
-            rows,
-            num_responses=num_responses,
-            prompts_per_batch=prompts_per_batch,
-            max_tokens=max_tokens,
-            sampling=sampling,
-            stop=stop,
-            seed=seed,
-        )
-    )
+    batches = list(sample_rows(collect, weights, rows, request, prompts_per_batch=prompts_per_batch))
     found = failures(verdict for batch in batches for group in batch.verdicts for verdict in group)
     require_judged(found, "held-out evaluation")
     join = lambda name: np.concatenate([getattr(batch, name) for batch in batches])  # noqa: E731
@@ -105,7 +81,7 @@ def evaluate(
     lengths = np.concatenate([batch.responses.lengths for batch in batches])
     finished = np.concatenate([batch.responses.finished for batch in batches])
     return Evaluation(
-        summary=summarise(passed, valid, ks=ks or powers_of_two(num_responses), seed=seed),
+        summary=summarise(passed, valid, ks=ks or powers_of_two(request.num_responses), seed=request.seed),
         passed=passed,
         valid=valid,
         records=[record for batch in batches for record in batch.records()],

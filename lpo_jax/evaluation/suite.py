@@ -25,7 +25,7 @@ from lpo_jax.rewards import VerifierPool, VerifierSpec
 from lpo_jax.rewards.user_code import file_hash, split_reference
 from lpo_jax.rollout.collect import Collector, within_limit
 from lpo_jax.rollout.failures import Failures, require_judged, warning
-from lpo_jax.sampling import Sampler, Sampling
+from lpo_jax.sampling import Sampler, SampleRequest, Sampling
 from lpo_jax.tasks import Task
 from lpo_jax.tasks.benchmarks import Benchmark
 from lpo_jax.tasks.data import content_hash
@@ -203,12 +203,8 @@ def run_benchmark(
                     Collector(benchmark.task, tokenizer, sampler, pool, benchmark.limit),
                     weights,
                     benchmark.rows,
-                    num_responses=K,
+                    SampleRequest(K, settings.max_tokens, settings.sampling, settings.stop, settings.seed),
                     prompts_per_batch=benchmark.batch,
-                    max_tokens=settings.max_tokens,
-                    sampling=settings.sampling,
-                    stop=settings.stop,
-                    seed=settings.seed,
                     start=responses.problems,
                 )
                 progress(benchmark.name, responses.problems, P)

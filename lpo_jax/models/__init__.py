@@ -1,6 +1,6 @@
 """Models: one decoder for several families, and how its weights come in and go out."""
 
 from lpo_jax.models.config import ModelConfig
-from lpo_jax.models.load import Model, load_config_and_tokenizer, load_model, load_weights
+from lpo_jax.models.load import load_config_and_tokenizer, load_weights
 
-__all__ = ["Model", "ModelConfig", "load_config_and_tokenizer", "load_model", "load_weights"]
+__all__ = ["ModelConfig", "load_config_and_tokenizer", "load_weights"]

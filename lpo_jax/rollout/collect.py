@@ -17,7 +17,7 @@ from lpo_jax.parallel import hosts
 from lpo_jax.rewards import Verdict, VerifierPool
 from lpo_jax.rollout.encode import encode_prompt
 from lpo_jax.rollout.failures import Failures, failures
-from lpo_jax.sampling import Responses, Sampler, Sampling
+from lpo_jax.sampling import PromptBatch, Responses, Sampler, SampleRequest
 from lpo_jax.sampling.padding import NO_LIMIT, pad_prompts, pad_to
 from lpo_jax.sampling.text import response_text
 from lpo_jax.tasks import Task
@@ -152,33 +152,26 @@ class Collector:
         self,
         weights: Any,
         rows: Sequence[tuple[int, dict]],
+        request: SampleRequest,
         *,
-        num_responses: int,
-        max_tokens: int,
-        sampling: Sampling,
-        seed: int,
-        step: int,
-        stop: Sequence[str] = (),
         prompts: Sequence[list[int]] | None = None,
         written: Sequence[str] | None = None,
         at_least: int = 0,
     ) -> Rollouts:
-        """Samples `num_responses` to each `(id, row)` and verifies them.
+        """Samples `request.num_responses` responses to each `(id, row)` and verifies them.
 
         Args:
           prompts: token ids to continue instead of the rows' own prompts.
           written: for each row, what of the response its prompt holds already: the verifier sees it in front.
-          at_least: at least this many prompts are given to the sampler (the rest are empty), so that a last,
-            smaller batch needs no program of its own.
+          at_least: see `Sampler`.
         """
         started = time.perf_counter()
         hosts.phase("sampling")
         ids = prompts or [encode_prompt(self.task, self.tokenizer, row) for _, row in rows]
-        missing = max(0, at_least - len(ids))
         # Prompts that were made longer go to the next power of two, not each to a size of its own.
         limit = self.max_prompt_tokens if max(map(len, ids)) <= self.max_prompt_tokens else NO_LIMIT
-        padded, lengths = pad_prompts(ids + [[0]] * missing, limit)
-        P, K = len(ids), num_responses
+        padded, lengths = pad_prompts(ids, limit)
+        P, K = len(ids), request.num_responses
         own = range(P)[hosts.share(P)]  # of many hosts each decodes and verifies its part
         texts = [[""] * K for _ in own]
         handed_in: list[tuple[int, int]] = []
@@ -195,17 +188,10 @@ class Collector:
 
             sampled = self.sampler(
                 weights,
-                padded,
-                lengths,
-                np.array([row_id for row_id, _ in rows] + [0] * missing, np.uint32),
-                num_responses=K,
-                max_tokens=max_tokens,
-                sampling=sampling,
-                seed=seed,
-                step=step,
-                stop=stop,
-                active=np.arange(len(padded)) < P,
-                on_end=hand_in,
+                PromptBatch(padded, lengths, np.array([row_id for row_id, _ in rows], np.uint32)),
+                request,
+                at_least=at_least,
+                on_finished=hand_in,
             )
             sampled_at = time.perf_counter()
             hosts.phase("verifying")
@@ -215,9 +201,9 @@ class Collector:
         return Rollouts(
             ids=[row_id for row_id, _ in rows],
             prompt_texts=[self.tokenizer.decode(row) for row in ids],
-            prompts=padded[:P],
-            prompt_lengths=lengths[:P],
-            responses=sampled.take(np.arange(P)),
+            prompts=padded,
+            prompt_lengths=lengths,
+            responses=sampled,
             texts=texts,
             verdicts=[verdicts[p * K : (p + 1) * K] for p in range(P)],
             seconds_sampling=sampled_at - started,

@@ -21,11 +21,12 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from lpo_jax.errors import RunStopped, UserError
-from lpo_jax.models import Model, decoder, load_config_and_tokenizer, load_model, load_weights, lora
+from lpo_jax.models import decoder, load_config_and_tokenizer, load_weights, lora
 from lpo_jax.models.placement import current_shardings, placed
 from lpo_jax.parallel import hosts
 from lpo_jax.runs import checksums
 from lpo_jax.runs.directory import checkpoint_directory, read_config
+from lpo_jax.sampling.model import Model, load_model
 
 SCORES = "scores.json"
 

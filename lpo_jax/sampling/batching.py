@@ -15,51 +15,22 @@ rows, places and prompts in storage lie shard by shard.
 """
 
 import collections
-import dataclasses
-import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
-from lpo_jax.errors import UserError
 from lpo_jax.models.attention import Attention, uses_kernels
 from lpo_jax.parallel import hosts, sharding
 from lpo_jax.sampling import decode as device
-from lpo_jax.sampling.decode import CHUNK, Rows
+from lpo_jax.sampling import kv_cache
+from lpo_jax.sampling.decode import Rows
+from lpo_jax.sampling.kv_cache import CHUNK, Room
+from lpo_jax.sampling.request import PromptBatch
 
-FIRST_STORAGE = 64  # tokens that own storage starts with; it doubles as rows grow
 FEWEST_ROWS = 8  # a smaller batch takes as long: reading the weights is all there is to it
 IDLE = 16  # one in so many places may be empty before the device stops for waiting rows to come in
 EMPTY = -1
-
-
-@dataclasses.dataclass(frozen=True)
-class Room:
-    """What is kept on the device, on all shards together.
-
-    Attributes:
-      rows: places (R); prompts: in storage (U); batch: prompts that are prefilled at once; tokens: own storage at most.
-      waits: whether rows have to wait for places.
-    """
-
-    rows: int
-    prompts: int
-    batch: int
-    tokens: int
-    waits: bool
-
-    @classmethod
-    def of(cls, P: int, K: int, max_tokens: int, max_rows: int, shards: int) -> "Room":
-        """For P prompts, as many on every shard; `max_rows` on all shards together, 0: no limit."""
-        if not 0 < max_rows < P * K:
-            return cls(P * K, P, P, max_tokens, False)
-        rows = max(1, max_rows // shards)
-        batch = max(1, rows // K)  # prompts that fill a shard
-        # Rows that come at different times lie behind each other's beginnings: room for a quarter more, so that
-        # dropping what nobody needs is rare.
-        tokens = max_tokens + max(CHUNK, max_tokens // 4)
-        return cls(shards * rows, shards * min(P // shards, 4 * batch), shards * batch, tokens, True)
 
 
 class Schedule:
@@ -69,11 +40,11 @@ class Schedule:
 
     Args:
       programs: the static arguments of `decode`: config, eos_ids, sampling, dtype.
-      prompts: `[P, S]`, P a multiple of the shards; lengths: `[P]`; keys: `[P, K, 2]` uint32; budgets: `[P, K]` tokens
-        at most, 0: not sampled.
+      prompts: P of them, a multiple of the shards.
+      keys: `[P, K, 2]` uint32; budgets: `[P, K]` tokens at most, 0: not sampled.
       max_rows: on all shards together, at least one on each; 0: no limit.
       completes: the length at which a row's ids first hold a stop string, None: they do not.
-      on_end: called with a row's p, k and ids once it has ended, while the device goes on with others.
+      on_finished: called with a row's p, k and ids once it has ended, while the device goes on with others.
       attention: as `lpo_jax.models.attention` understands it.
     """
 
@@ -81,20 +52,19 @@ class Schedule:
         self,
         programs: tuple[Any, ...],
         weights: Any,
-        prompts: np.ndarray,
-        lengths: np.ndarray,
+        prompts: PromptBatch,
         keys: np.ndarray,
         budgets: np.ndarray,
         max_tokens: int,
         max_rows: int,
         completes: Callable[[Sequence[int], int], int | None] | None,
-        on_end: Callable[[int, int, list[int]], None] | None,
+        on_finished: Callable[[int, int, list[int]], None] | None,
         attention: Attention,
     ):
         self.config, self.eos_ids, _, self.dtype = self.programs = programs
-        self.weights, self.prompts, self.prompt_lengths = weights, prompts, lengths
+        self.weights, self.prompts, self.prompt_lengths = weights, prompts.tokens, prompts.lengths
         self.keys, self.budgets = keys.reshape(-1, 2), budgets.reshape(-1).astype(np.int32)
-        self.completes, self.on_end, self.attention = completes, on_end, attention
+        self.completes, self.on_finished, self.attention = completes, on_finished, attention
         P, self.K = budgets.shape
         rows = P * self.K
         self.tokens = np.zeros((rows, max_tokens), np.int32)
@@ -108,22 +78,26 @@ class Schedule:
         self.room = Room.of(P, self.K, max_tokens, max_rows, self.shards)
         self.side_by_side = not self.room.waits
         # Prompts that wait to be put in place, and where among them each is, by its shard's indices.
-        self.kept: device.Storage | None = None
+        self.kept: kv_cache.Storage | None = None
         self.prefilled: dict[int, int] = {}
         self.waiting: list[collections.deque[int]] = [collections.deque() for _ in range(self.shards)]
         if self.side_by_side:
             self.row_of, self.prompt_of = np.arange(rows), np.arange(P)
-            self.prompt_kv = device.prefill(self.config, self.dtype, weights, prompts, lengths, attention)
+            arrays = self.prompts, self.prompt_lengths
+            self.prompt_kv = kv_cache.prefill(self.config, self.dtype, weights, *arrays, attention)
         else:
             for row in np.flatnonzero(self.going).tolist():
                 self.waiting[row * self.shards // rows].append(row)
             self.row_of, self.prompt_of = np.full(self.room.rows, EMPTY), np.full(self.room.prompts, EMPTY)
-            shape = (self.room.prompts, prompts.shape[1])
-            self.prompt_kv = device.empty_storage(self.config, shape, self.dtype)
+            shape = (self.room.prompts, self.prompts.shape[1])
+            self.prompt_kv = kv_cache.empty_storage(self.config, shape, self.dtype)
         # Kernels read what a row has and no more, so one size, and one program to compile, does for all lengths.
         self.fixed = uses_kernels(attention)
-        self.at, self.storage = 0, self.room.tokens if self.fixed else min(FIRST_STORAGE, self.room.tokens)
-        self.own_kv = device.empty_storage(self.config, (self.room.rows, self.storage), self.dtype)
+        self.at, self.storage = (
+            0,
+            self.room.tokens if self.fixed else min(kv_cache.FIRST_STORAGE, self.room.tokens),
+        )
+        self.own_kv = kv_cache.empty_storage(self.config, (self.room.rows, self.storage), self.dtype)
         self.widest = self.K  # C
 
     def run(self) -> list[np.ndarray]:
@@ -188,7 +162,7 @@ class Schedule:
         for shard, (p, u) in coming.items():
             source[shard], place[shard] = self.prefilled.pop(p), u
             self._by_shard(self.prompt_of)[shard, u] = p
-        self.prompt_kv = device.put_prompts(self.prompt_kv, self.kept, source, place)
+        self.prompt_kv = kv_cache.put_prompts(self.prompt_kv, self.kept, source, place)
 
     def _prefill(self) -> None:
         """The next prompts of every shard, anew where one has some left: they run together and take as long as one."""
@@ -201,7 +175,7 @@ class Schedule:
             self.prefilled |= {p: i for i, p in enumerate(coming)}
         self.kept = None  # never two of them
         arrays = self.prompts[batch.ravel()], self.prompt_lengths[batch.ravel()]
-        self.kept = device.prefill(self.config, self.dtype, self.weights, *arrays, self.attention)
+        self.kept = kv_cache.prefill(self.config, self.dtype, self.weights, *arrays, self.attention)
 
     def _shrink(self) -> None:
         """Moves the last rows into half the places or fewer, and their prompts with them."""
@@ -213,7 +187,7 @@ class Schedule:
         places = [np.flatnonzero(going) for going in live]
         rows = [row_of[at] for row_of, at in zip(self._by_shard(self.row_of), places)]
         index = np.concatenate([_padded(at, R) for at in places])
-        self.own_kv = device.move(self.own_kv, index, np.int32(0), self.storage)
+        self.own_kv = kv_cache.move(self.own_kv, index, np.int32(0), self.storage)
         self.row_of = np.concatenate([_padded(x, R, EMPTY) for x in rows])
         needed = [np.unique(x // self.K) for x in rows]
         U = _power_of_two(max(map(len, needed)))
@@ -221,7 +195,7 @@ class Schedule:
             there = self._by_shard(self.prompt_of)
             where = [np.flatnonzero(np.isin(prompts, p)) for prompts, p in zip(there, needed)]
             index = np.concatenate([_padded(at, U) for at in where])
-            self.prompt_kv = device.move(self.prompt_kv, index, np.int32(0), self.prompts.shape[1])
+            self.prompt_kv = kv_cache.move(self.prompt_kv, index, np.int32(0), self.prompts.shape[1])
             self.prompt_of = np.concatenate([_padded(x[at], U, EMPTY) for x, at in zip(there, where)])
         counts = np.bincount(np.concatenate(rows) // self.K)
         self.widest = min(self.K, _power_of_two(counts.max()))
@@ -235,7 +209,7 @@ class Schedule:
         storage = self.storage
         while storage < self.room.tokens and longest + max(CHUNK, storage // 4) > storage:
             storage = min(2 * storage, self.room.tokens)
-        self.own_kv = device.move(self.own_kv, None, np.int32(self.at - longest), storage)
+        self.own_kv = kv_cache.move(self.own_kv, None, np.int32(self.at - longest), storage)
         self.at, self.storage = longest, storage
 
     def _left(self) -> int:
@@ -332,9 +306,9 @@ class Schedule:
             self.lengths[row], self.going[row], self.finished[row] = end, False, True
 
     def _report(self, ended: Iterable[int]) -> None:
-        if self.on_end:
+        if self.on_finished:
             for row in ended:
-                self.on_end(*divmod(row, self.K), self.tokens[row, : self.lengths[row]].tolist())
+                self.on_finished(*divmod(row, self.K), self.tokens[row, : self.lengths[row]].tolist())
 
 
 def _power_of_two(n: int) -> int:
@@ -344,29 +318,3 @@ def _power_of_two(n: int) -> int:
 
 def _padded(x: np.ndarray, size: int, value: int = 0) -> np.ndarray:
     return np.pad(x, (0, size - len(x)), constant_values=value)
-
-
-def completes(
-    decode: Callable[[list[int]], str], stop: Sequence[str], ids: list[int], new: int
-) -> int | None:
-    """The fewest tokens whose text holds a stop string, None if all of them do not.
-
-    Args:
-      new: only the last so many tokens, and a token that they complete, can hold the first one.
-    """
-    holds = lambda n: any(s in decode(ids[:n]) for s in stop)  # noqa: E731
-    if not holds(len(ids)):
-        return None
-    n = max(1, len(ids) - 2 * new)
-    while not holds(n):
-        n += 1
-    while n > 1 and holds(n - 1):
-        n -= 1
-    return n
-
-
-def stopper(decode, stop: Sequence[str]):
-    """`completes` for one sampler and its stop strings; None where there are none."""
-    if "" in stop:
-        raise UserError("stop: an empty string would end every response at its first token; leave it out")
-    return functools.partial(completes, decode, stop) if stop else None

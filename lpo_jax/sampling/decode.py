@@ -16,14 +16,11 @@ import numpy as np
 from flax import struct
 
 from lpo_jax.models import decoder
-from lpo_jax.models.attention import Attention, Causal, Decode
+from lpo_jax.models.attention import Attention, Decode
 from lpo_jax.models.placement import constrain_params
 from lpo_jax.models.quantize import quantise_layer
 from lpo_jax.parallel import sharding
-
-CHUNK = 16  # tokens that `decode` draws at most before the host looks: then rows leave and arrive
-
-Storage = list[tuple[jax.Array, jax.Array]]  # per layer; the layout is that of `attention.Decode`
+from lpo_jax.sampling.kv_cache import CHUNK, Storage
 
 
 @struct.dataclass
@@ -74,56 +71,6 @@ def decode_layer(config, stacked, layer, dtype, int8=False):
 def _cast(config, weights, dtype):
     # On a mesh this is where weights move from the training layout: cast first, so that half the bytes travel.
     return constrain_params(config, jax.tree.map(lambda p: p.astype(dtype), weights))
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def empty_storage(config, shape, dtype) -> Storage:
-    """Zeros for `shape = (sequences, tokens)`."""
-    B, T = shape
-    G, N = config.num_kv_heads, config.head_width
-    keys = sharding.constrain(jnp.zeros((B, G, N, T), dtype), "batch", "kv_heads", None, None)
-    values = sharding.constrain(jnp.zeros((B, G, T, N), dtype), "batch", "kv_heads", None, None)
-    return [(keys, values) for _ in range(config.num_layers)]
-
-
-def move(storage: Storage, rows, shift: int, tokens: int) -> Storage:
-    """Storage of some rows (None: all; each shard by its own indices), `shift` tokens dropped in front and room for
-    `tokens` in all.
-
-    Layer by layer, each freed before the next: there are never two copies of all.
-    """
-    for layer, (keys, values) in enumerate(storage):
-        storage[layer] = None
-        storage[layer] = _move(keys, rows, shift, tokens, 3), _move(values, rows, shift, tokens, 2)
-    return storage
-
-
-@functools.partial(jax.jit, static_argnums=(3, 4))
-def _move(x, rows, shift, tokens, axis):
-    x = x if rows is None else sharding.on_each_shard(lambda x, rows: x[rows], x, rows)
-    x = jnp.roll(x, -shift, axis)[(slice(None),) * axis + (slice(tokens),)]
-    return jnp.pad(x, [(0, tokens - x.shape[axis] if i == axis else 0) for i in range(x.ndim)])
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def put_prompts(storage: Storage, prefilled: Storage, source, place) -> Storage:
-    """`storage` with a prompt of `prefilled` for each shard: `source` says which, `place` where; both `[shards]`, and
-    past the end where there is none."""
-    put = lambda x, new, source, place: x.at[place].set(new[source], mode="drop")  # noqa: E731
-    return jax.tree.map(lambda x, new: sharding.on_each_shard(put, x, new, source, place), storage, prefilled)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 5))
-def prefill(config, dtype, weights, prompts, lengths, attention: Attention = "auto") -> Storage:
-    """Keys and values of `prompts [U, S]`."""
-    prompts = sharding.constrain(prompts, "batch", None)
-    U, S = prompts.shape
-    valid = jnp.arange(S) < lengths[:, None]
-    positions = jnp.broadcast_to(jnp.arange(S), (U, S))
-    context = Causal(valid, positions, keep=True, attention=attention)
-    no_kv = [None] * config.num_layers
-    _, kept = decoder.forward(config, weights, prompts, positions, context, no_kv, dtype=dtype)
-    return [(jnp.transpose(k, (0, 2, 3, 1)), jnp.swapaxes(v, 1, 2)) for k, v in kept]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 12), donate_argnums=8)

@@ -11,8 +11,9 @@ import numpy as np
 
 from lpo_jax.errors import UserError
 from lpo_jax.sampling.distribution import Sampling
-from lpo_jax.sampling.generate import Responses, Sampler
 from lpo_jax.sampling.padding import pad_prompts
+from lpo_jax.sampling.request import PromptBatch, SampleRequest
+from lpo_jax.sampling.sampler import Responses, Sampler
 
 Prompt = str | Sequence[dict[str, str]]
 
@@ -38,7 +39,7 @@ def generate(
     seed: int = 0,
     template_arguments: Mapping[str, Any] | None = None,
 ) -> Generated:
-    """Samples responses; see `lpo_jax.models.load.Model.generate`."""
+    """Samples responses; see `lpo_jax.sampling.model.Model.generate`."""
     if isinstance(prompts, str) or not prompts:
         raise UserError("generate: prompts must be a list of at least one text or list of chat messages")
     if num_responses < 1 or max_tokens < 1:
@@ -57,18 +58,13 @@ def generate(
                 f"generate: prompt {index} has {len(row)} tokens; need 1 to {limit} (the model's "
                 f"{model.config.max_positions} positions less max_tokens)"
             )
-    padded, lengths = pad_prompts(ids, limit)
     sampler = Sampler(model.config, model.eos_ids, jnp.float32, decode=tokenizer.decode)
     responses = sampler(
         sampler.prepare(model.params),
-        padded,
-        lengths,
-        prompt_ids(ids),
-        num_responses=num_responses,
-        max_tokens=max_tokens,
-        sampling=Sampling(temperature, top_k, top_p, min_p),
-        seed=seed,
-        stop=stop,
+        PromptBatch(*pad_prompts(ids, limit), prompt_ids(ids)),
+        SampleRequest(
+            num_responses, max_tokens, Sampling(temperature, top_k, top_p, min_p), tuple(stop), seed
+        ),
     )
     texts = [
         [response_text(tokenizer, responses.ids(p, k), model.eos_ids) for k in range(num_responses)]

@@ -21,7 +21,7 @@ from lpo_jax.models.placement import model_sizes
 from lpo_jax.parallel.mesh import open_mesh
 from lpo_jax.parallel.sharding import decode_mesh, using
 from lpo_jax.rollout.environment import Environment, open_environment
-from lpo_jax.sampling import Sampling
+from lpo_jax.sampling import SampleRequest, Sampling
 from lpo_jax.training.model import TrainedModel
 
 
@@ -40,13 +40,15 @@ class Session:
             environment.collect,
             environment.collect.sampler.prepare(params),
             environment.heldout_rows,
-            num_responses=config.evaluation.num_responses or config.sampling.num_responses,
+            SampleRequest(
+                config.evaluation.num_responses or config.sampling.num_responses,
+                config.sampling.max_tokens,
+                Sampling(config.evaluation.temperature, top_p=config.evaluation.top_p),
+                config.sampling.stop,
+                config.seed,
+            ),
             prompts_per_batch=min(config.training.prompts_per_step, len(environment.heldout_rows)),
-            max_tokens=config.sampling.max_tokens,
-            sampling=Sampling(config.evaluation.temperature, top_p=config.evaluation.top_p),
-            stop=config.sampling.stop,
             ks=config.evaluation.ks,
-            seed=config.seed,
         )
 
 

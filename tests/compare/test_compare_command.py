@@ -14,7 +14,7 @@ import pytest
 import yaml
 from tiny import CONFIG, character_tokenizer
 
-from lpo_jax import rewards
+from lpo_jax import load_model, rewards
 from lpo_jax.commands.main import main
 from lpo_jax.compare import command, outcome, pool, worker
 from lpo_jax.compare.command import compare, load_outcomes
@@ -24,7 +24,6 @@ from lpo_jax.compare.table import make_table
 from lpo_jax.config import parse_config
 from lpo_jax.errors import RunStopped, UserError
 from lpo_jax.models.hf import write_configs
-from lpo_jax.models.load import load_model
 from lpo_jax.models.tokenizer import save_tokenizer
 from lpo_jax.runs.signals import Interrupted
 from lpo_jax.training import loop

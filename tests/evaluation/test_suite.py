@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from tiny import CONFIG, character_tokenizer
 
+from lpo_jax import load_model
 from lpo_jax.commands import suite as command
 from lpo_jax.commands.main import main
 from lpo_jax.errors import UserError
@@ -15,7 +16,6 @@ from lpo_jax.evaluation import suite as S
 from lpo_jax.evaluation.responses import ResponseFile, ResponseSummary
 from lpo_jax.evaluation.votes import majority
 from lpo_jax.models.hf import save_hf
-from lpo_jax.models.load import load_model
 from lpo_jax.tasks.benchmarks import Benchmark
 
 NINE = [{"q": f"{n}+{n}=", "answer": 2 * n} for n in range(1, 10)]

@@ -9,8 +9,8 @@ import pytest
 from gguf_files import interleave, write_gguf
 from safetensors.numpy import load_file
 
+from lpo_jax import load_model
 from lpo_jax.errors import UserError
-from lpo_jax.models import load_model
 from lpo_jax.models.config import RopeScaling
 from lpo_jax.models.gguf import GgufFile
 from lpo_jax.models.hf import HfDirectory

@@ -6,8 +6,8 @@ import json
 import numpy as np
 import pytest
 
+from lpo_jax import load_model
 from lpo_jax.errors import UserError
-from lpo_jax.models import load_model
 
 FAMILIES = ["llama", "llama3", "qwen2", "qwen3", "mistral"]
 

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from lpo_jax import load_model
 from lpo_jax.errors import UserError
-from lpo_jax.models import ModelConfig, layout, load_config_and_tokenizer, load_model
+from lpo_jax.models import ModelConfig, layout, load_config_and_tokenizer
 from lpo_jax.models.decoder import abstract_params, init_params
 from lpo_jax.models.hf import save_hf
 

@@ -17,7 +17,7 @@ from lpo_jax.models.kernels import decode, splash
 from lpo_jax.models.runner import Groups, ModelRunner, score
 from lpo_jax.parallel import sharding
 from lpo_jax.planner.topology import parse, tpu_devices
-from lpo_jax.sampling import Sampler
+from lpo_jax.sampling import PromptBatch, Sampler, SampleRequest
 from lpo_jax.training.session import open_session
 
 rng = np.random.default_rng(0)
@@ -171,9 +171,8 @@ def test_the_model_with_kernels_is_the_model(tiny_config, tiny_params):
 
     def run(choice):
         sampler = Sampler(tiny_config, (1,), attention=choice)
-        drawn = sampler(
-            sampler.prepare(tiny_params), prompts, lengths, np.arange(2), num_responses=2, max_tokens=5
-        )
+        batch = PromptBatch(prompts, lengths, np.arange(2))
+        drawn = sampler(sampler.prepare(tiny_params), batch, SampleRequest(2, max_tokens=5))
         groups = Groups(jnp.asarray(prompts), jnp.asarray(lengths), jnp.asarray(drawn.tokens))
         stats = score(ModelRunner(tiny_config, attention=choice), tiny_params, groups)
         return drawn, np.where(drawn.mask, stats.logp, 0.0)

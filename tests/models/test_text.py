@@ -10,8 +10,9 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from lpo_jax import load_model
 from lpo_jax.errors import UserError
-from lpo_jax.models import load_config_and_tokenizer, load_model
+from lpo_jax.models import load_config_and_tokenizer
 from lpo_jax.models.hf import save_hf
 from lpo_jax.models.text import ModelTokenizer
 from lpo_jax.rollout.encode import encode_solution

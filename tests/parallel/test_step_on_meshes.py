@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from precision import EXACT, GRADIENT_ROUNDING, in_float64
 
+from lpo_jax import load_model
 from lpo_jax.config import parse_config
-from lpo_jax.models.load import load_model
 from lpo_jax.models.placement import param_shardings
 from lpo_jax.models.runner import Groups, ModelRunner
 from lpo_jax.objectives import TokenStats

@@ -9,7 +9,7 @@ import pytest
 
 from lpo_jax.rewards import VerifierPool
 from lpo_jax.rollout.collect import Collector
-from lpo_jax.sampling import Responses, Sampling
+from lpo_jax.sampling import Responses, SampleRequest
 
 VERIFIER = """
 import time
@@ -30,10 +30,10 @@ class Endings:
     seconds: float
     eos_ids: tuple[int, ...] = ()
 
-    def __call__(self, weights, prompts, lengths, ids, *, on_end, **options):
-        tokens = 10 * np.arange(len(prompts))[:, None] + np.arange(K)
+    def __call__(self, weights, prompts, request, *, at_least, on_finished):
+        tokens = 10 * np.arange(len(prompts.ids))[:, None] + np.arange(K)
         for p, k in self.order:
-            on_end(p, k, [tokens[p, k]])
+            on_finished(p, k, [tokens[p, k]])
         time.sleep(self.seconds)
         ones = np.ones(tokens.shape, np.int32)
         return Responses(tokens[..., None], -1.0 * ones[..., None], ones, ones > 0, ones)
@@ -59,11 +59,7 @@ def test_verdicts_belong_to_their_responses_and_are_made_meanwhile(pool, backwar
     got = collect(
         None,
         [(p, {"n": 100 * p}) for p in range(P)],
-        num_responses=K,
-        max_tokens=1,
-        sampling=Sampling(),
-        seed=0,
-        step=0,
+        SampleRequest(K, max_tokens=1),
         written=["0", "00", "000"],
         at_least=P + 1,
     )

@@ -10,7 +10,7 @@ from jax.sharding import AxisType, Mesh
 from precision import FORWARD_ROUNDING
 
 from lpo_jax.parallel.sharding import AXES
-from lpo_jax.sampling import Sampler
+from lpo_jax.sampling import PromptBatch, Sampler, SampleRequest, kv_cache
 from lpo_jax.sampling import batching as schedule
 from lpo_jax.sampling.padding import pad_prompts
 
@@ -33,11 +33,11 @@ def sample(tiny_config, tiny_params):
     meshes = {False: None, True: Mesh(devices, AXES, axis_types=(AxisType.Auto,) * 3)}
     prepared = {many: Sampler(config, EOS, mesh=mesh).prepare(params) for many, mesh in meshes.items()}
 
-    def run(max_rows, many=False, attention="plain", **options):
+    def run(max_rows, many=False, attention="plain", stop=(), **options):
         sampler = Sampler(config, EOS, np.float32, text, meshes[many], max_rows, attention)
         padded, lengths = pad_prompts(prompts, 16)
-        options = {"num_responses": K, "max_tokens": T, "seed": 5} | options
-        return sampler(prepared[many], padded, lengths, np.arange(P), **options)
+        request = SampleRequest(K, T, stop=stop, seed=5)
+        return sampler(prepared[many], PromptBatch(padded, lengths, np.arange(P)), request, **options)
 
     return run
 
@@ -45,16 +45,17 @@ def sample(tiny_config, tiny_params):
 @pytest.fixture(autouse=True)
 def small_steps(monkeypatch):
     monkeypatch.setattr(schedule, "FEWEST_ROWS", 4)
-    monkeypatch.setattr(schedule, "CHUNK", 4)
-    monkeypatch.setattr(schedule, "FIRST_STORAGE", 16)
+    for module in (schedule, kv_cache):
+        monkeypatch.setattr(module, "CHUNK", 4)
+    monkeypatch.setattr(kv_cache, "FIRST_STORAGE", 16)
 
 
 BUDGETS = np.random.default_rng(0).integers(1, T + 10, (P, K))
 CASES = {
     "ends": {},
     "budgets": {"budgets": BUDGETS},
-    "stops": {"stop": ["q", "ab"]},
-    "inactive": {"active": np.array([True, False, True, True, False]), "budgets": BUDGETS},
+    "stops": {"stop": ("q", "ab")},
+    "not sampled": {"budgets": BUDGETS * np.array([[1], [0], [1], [1], [0]])},
 }
 
 
@@ -84,7 +85,7 @@ def test_budgets_bound_each_response(sample):
 def test_ended_responses_are_reported_once_and_whole(sample):
     for max_rows, many in ((0, False), (6, False), (6, True)):
         reported = []
-        got = sample(max_rows, many, stop=["q"], on_end=lambda *row, to=reported: to.append(row))
+        got = sample(max_rows, many, stop=("q",), on_finished=lambda *row, to=reported: to.append(row))
         assert sorted(reported) == [(p, k, got.ids(p, k)) for p in range(P) for k in range(K)]
 
 
@@ -145,23 +146,23 @@ def test_work_on_long_responses_of_uneven_length_is_mostly_useful(monkeypatch, s
         tokens = np.ones((len(drawn), schedule.device.CHUNK), np.int32)
         return schedule.device.Drawn(tokens, tokens.astype(np.float32), drawn, going, steps), storage
 
+    monkeypatch.setattr(schedule.device, "decode", decode)
     fakes = {
-        "decode": decode,
         "empty_storage": lambda config, shape, dtype: shape[1],
         "move": lambda storage, rows, shift, tokens: tokens,
         "prefill": lambda *arguments: None,
         "put_prompts": lambda storage, *rest: storage,
     }
     for name, fake in fakes.items():
-        monkeypatch.setattr(schedule.device, name, fake)
-    monkeypatch.setattr(schedule, "CHUNK", schedule.device.CHUNK)
+        monkeypatch.setattr(kv_cache, name, fake)
+    for module in (schedule, kv_cache):
+        monkeypatch.setattr(module, "CHUNK", schedule.device.CHUNK)
     monkeypatch.setattr(schedule.sharding, "batch_shards", lambda: shards)
-    lengths, keys = np.ones(P, np.int32), np.zeros((P, K, 2), np.uint32)
+    keys = np.zeros((P, K, 2), np.uint32)
     run = schedule.Schedule(
         (None, (), None, None),
         None,
-        np.ones((P, 4), np.int32),
-        lengths,
+        PromptBatch(np.ones((P, 4), np.int32), np.ones(P, np.int32), np.arange(P)),
         keys,
         budgets,
         T,

@@ -13,8 +13,7 @@ from tokenizers import processors
 from lpo_jax.errors import UserError
 from lpo_jax.models import decoder
 from lpo_jax.models.text import ModelTokenizer
-from lpo_jax.sampling import Sampler, Sampling
-from lpo_jax.sampling import batching as schedule
+from lpo_jax.sampling import PromptBatch, Sampler, SampleRequest, Sampling, kv_cache
 from lpo_jax.sampling.padding import bucket, pad_prompts
 from lpo_jax.sampling.text import encode, prompt_ids, response_text
 
@@ -28,11 +27,11 @@ def sample(tiny_config, tiny_params):
     sampler = Sampler(tiny_config, EOS, decode=lambda ids: "".join(chr(97 + i % 26) for i in ids))
     weights = sampler.prepare(tiny_params)
 
-    def run(prompts=PROMPTS, ids=None, **options):
-        padded, lengths = pad_prompts(prompts, 64)
-        options = {"num_responses": K, "max_tokens": T, "seed": 3, "step": 2} | options
+    def run(prompts=PROMPTS, ids=None, budgets=None, at_least=0, **options):
         ids = np.arange(len(prompts)) if ids is None else ids
-        return sampler(weights, padded, lengths, np.array(ids), **options)
+        batch = PromptBatch(*pad_prompts(prompts, 64), np.array(ids))
+        request = SampleRequest(**{"num_responses": K, "max_tokens": T, "seed": 3, "step": 2} | options)
+        return sampler(weights, batch, request, budgets=budgets, at_least=at_least)
 
     return run
 
@@ -59,7 +58,7 @@ def test_response_text_keeps_special_tokens_but_ends_and_padding_at_its_end():
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_log_probs_equal_teacher_forced_ones(sample, tiny_config, tiny_params, temperature):
-    got = sample(sampling=Sampling(temperature))
+    got = sample(distribution=Sampling(temperature))
     for p, prompt in enumerate(PROMPTS):
         for k in range(K):
             want = teacher_forced(tiny_config, tiny_params, prompt, got.ids(p, k), temperature)
@@ -68,7 +67,7 @@ def test_log_probs_equal_teacher_forced_ones(sample, tiny_config, tiny_params, t
 
 @pytest.mark.parametrize("sampling", [Sampling(top_k=3), Sampling(0.8, top_p=0.5), Sampling(min_p=0.2)])
 def test_truncated_log_probs_are_those_of_what_was_sampled_from(sample, tiny_config, tiny_params, sampling):
-    got = sample(sampling=sampling)
+    got = sample(distribution=sampling)
     for p, prompt in enumerate(PROMPTS):
         ids = got.ids(p, 0)
         logits = decoder.logits(tiny_config, tiny_params, jnp.array([prompt + ids]))[0, len(prompt) - 1 : -1]
@@ -94,8 +93,8 @@ def test_a_row_is_the_same_alone_and_in_any_batch(sample):
 
 def test_storage_growth_and_chunks_change_nothing(sample, monkeypatch):
     whole = sample()
-    monkeypatch.setattr(schedule, "FIRST_STORAGE", 2)
-    for other in (sample(), sample(stop=["never to be seen"])):
+    monkeypatch.setattr(kv_cache, "FIRST_STORAGE", 2)
+    for other in (sample(), sample(stop=("never to be seen",))):
         np.testing.assert_array_equal(whole.tokens, other.tokens)
         np.testing.assert_allclose(whole.log_probs, other.log_probs, atol=2 * FORWARD_ROUNDING)
 
@@ -122,7 +121,7 @@ def test_every_end_token_ends_and_is_kept(sample):
 
 def test_stop_string_keeps_the_token_that_completes_it(sample, monkeypatch):
     text = lambda ids: "".join(chr(97 + i % 26) for i in ids)  # noqa: E731
-    free, stopped = sample(num_responses=16), sample(num_responses=16, stop=["q", "ab"])
+    free, stopped = sample(num_responses=16), sample(num_responses=16, stop=("q", "ab"))
     hits = 0
     for p in range(P):
         for k in range(16):
@@ -135,13 +134,18 @@ def test_stop_string_keeps_the_token_that_completes_it(sample, monkeypatch):
     assert hits > 5
 
 
-def test_inactive_prompts_are_not_sampled(sample):
-    got = sample(active=np.array([True, False, True, False]))
+def test_empty_and_padding_rows_are_not_sampled(sample):
+    whole = sample()
+    got = sample(budgets=np.array([[T], [0], [T], [0]]) * np.ones((1, K), int), at_least=7)
+    assert got.tokens.shape[:2] == (P, K)
+    assert [got.ids(p, k) for p in (0, 2) for k in range(K)] == [
+        whole.ids(p, k) for p in (0, 2) for k in range(K)
+    ]
     assert (got.lengths[[1, 3]] == 0).all() and (got.lengths[[0, 2]] > 0).all() and not got.finished[1].any()
 
 
 def test_greedy_takes_the_likeliest_token(sample, tiny_config, tiny_params):
-    got = sample(sampling=Sampling(0.0), num_responses=1)
+    got = sample(distribution=Sampling(0.0), num_responses=1)
     ids = got.ids(1, 0)
     logits = decoder.logits(tiny_config, tiny_params, jnp.array([PROMPTS[1] + ids]))[
         0, len(PROMPTS[1]) - 1 : -1

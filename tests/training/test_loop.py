@@ -25,6 +25,7 @@ from lpo_jax.reporting import RunWriter, is_timing, read_metrics
 from lpo_jax.runs.checkpoint import load_run
 from lpo_jax.runs.signals import Interrupted
 from lpo_jax.sampling import decode as sampling
+from lpo_jax.sampling import kv_cache
 from lpo_jax.training import learner, loop, optimizer, step
 from lpo_jax.training import sft as training_sft
 from lpo_jax.training.loop import train
@@ -450,7 +451,7 @@ def test_ragged_prompts_compile_a_stated_number_of_programs(run_config, monkeypa
     for module, name, static, donated, most in (
         (step, "update", (0, 1), (2,), 6),
         (runner, "score", (0,), (), 6),
-        (sampling, "prefill", (0, 1, 5), (), 1),
+        (kv_cache, "prefill", (0, 1, 5), (), 1),
         (sampling, "decode", (0, 1, 2, 3, 12), (8,), 1),
     ):
         counted = chex.assert_max_traces(getattr(module, name).__wrapped__, n=most)

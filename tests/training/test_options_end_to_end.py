@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from lpo_jax import load_model
 from lpo_jax.config import parse_config
-from lpo_jax.models import load_model
 from lpo_jax.runs.checkpoint import load_run
 from lpo_jax.training.loop import train
 

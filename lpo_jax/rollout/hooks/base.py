@@ -28,7 +28,7 @@ from lpo_jax.objectives.method import Objective
 from lpo_jax.rollout.batch import Batch
 from lpo_jax.rollout.collect import Rollouts
 from lpo_jax.rollout.environment import Environment
-from lpo_jax.sampling import Sampling
+from lpo_jax.sampling import SampleRequest, Sampling
 
 Rows = list[tuple[int, tasks.Row]]
 
@@ -75,12 +75,14 @@ class Tools:
         return self.environment.collect(
             self.weights,
             rows,
-            num_responses=num_responses or config.sampling.num_responses,
-            max_tokens=max_tokens or config.sampling.max_tokens,
-            sampling=Sampling(0.0 if greedy else config.sampling.temperature),
-            seed=config.seed + (stream << 24),
-            step=self.step,
-            stop=config.sampling.stop,
+            SampleRequest(
+                num_responses=num_responses or config.sampling.num_responses,
+                max_tokens=max_tokens or config.sampling.max_tokens,
+                distribution=Sampling(0.0 if greedy else config.sampling.temperature),
+                stop=config.sampling.stop,
+                seed=config.seed + (stream << 24),
+                step=self.step,
+            ),
             **options,
         )
 

@@ -8,7 +8,7 @@ Axes: P prompts · K responses · S prompt tokens (padded) · T response tokens 
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,10 +20,12 @@ from lpo_jax.models import decoder
 from lpo_jax.models.attention import Attention
 from lpo_jax.models.config import ModelConfig
 from lpo_jax.parallel import sharding
-from lpo_jax.sampling.batching import Schedule, stopper
+from lpo_jax.sampling.batching import Schedule
 from lpo_jax.sampling.decode import decode_layout
-from lpo_jax.sampling.distribution import Sampling, row_keys
+from lpo_jax.sampling.distribution import row_keys
 from lpo_jax.sampling.padding import pad_rows
+from lpo_jax.sampling.request import PromptBatch, SampleRequest
+from lpo_jax.sampling.stop_strings import stopper
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,56 +85,49 @@ class Sampler:
     def __call__(
         self,
         weights: decoder.Params,
-        prompts: np.ndarray,
-        lengths: np.ndarray,
-        prompt_ids: np.ndarray,
+        prompts: PromptBatch,
+        request: SampleRequest,
         *,
-        num_responses: int,
-        max_tokens: int,
-        sampling: Sampling = Sampling(),
-        seed: int = 0,
-        step: int = 0,
-        stop: Sequence[str] = (),
-        active: np.ndarray | None = None,
         budgets: np.ndarray | None = None,
-        on_end: Callable[[int, int, list[int]], None] | None = None,
+        at_least: int = 0,
+        on_finished: Callable[[int, int, list[int]], None] | None = None,
     ) -> Responses:
-        """Samples `num_responses` responses to each prompt.
+        """Samples `request.num_responses` responses to each prompt.
 
         Args:
           weights: from `prepare`.
-          prompts: `[P, S]` ids, left-aligned; lengths: `[P]` real tokens, at least 1.
-          prompt_ids: `[P]` uint32 identities for the random numbers.
-          max_tokens: response tokens at most.
-          stop: a row ends with the token that completes one of these strings; that token is kept.
-          active: `[P]` bool; rows of inactive (padding) prompts are never sampled and have length 0.
-          budgets: `[P, K]` tokens at most for each response, where it is fewer than `max_tokens`.
-          on_end: called with p, k and the ids of each response that has ended, in whatever order they end, while
-            the device goes on with others.
+          budgets: `[P, K]` maximum tokens of each response, where that is fewer than `request.max_tokens`; 0: the
+            response is not sampled and has length 0.
+          at_least: a batch of fewer prompts is padded to this number with empty prompts, which are not sampled. A
+            last, smaller batch then needs no program of its own.
+          on_finished: called with p, k and the token ids of each finished response, in any order, while the device
+            continues with the others.
         """
-        P, K = len(prompts), num_responses
-        active = np.ones(P, bool) if active is None else active
-        budgets = np.full((P, K), max_tokens) if budgets is None else np.minimum(budgets, max_tokens)
-        budgets = np.where(np.asarray(active)[:, None], budgets, 0)
+        P, K = len(prompts.tokens), request.num_responses
+        limit = request.max_tokens
+        budgets = np.full((P, K), limit) if budgets is None else np.minimum(budgets, limit)
         with sharding.using(self.mesh):
-            # Every device has as many prompts: what is missing are empty ones, which are never sampled.
-            more = -P % sharding.batch_shards()
-            prompts, prompt_ids, budgets = (pad_rows(x, more) for x in (prompts, prompt_ids, budgets))
-            lengths = pad_rows(np.asarray(lengths, np.int32), more, 1)
+            # Every device has the same number of prompts.
+            size = max(P, at_least)
+            more = size + -size % sharding.batch_shards() - P
+            prompts = PromptBatch(
+                pad_rows(np.asarray(prompts.tokens, np.int32), more),
+                pad_rows(np.asarray(prompts.lengths, np.int32), more, 1),
+                pad_rows(np.asarray(prompts.ids, np.uint32), more),
+            )
             # K is the shape of `keys`; everything that changes without a new program is a traced argument.
-            seeds = np.uint32(seed % 2**32), np.uint32(step)
-            keys = jax.random.key_data(row_keys(*seeds, np.asarray(prompt_ids, np.uint32), K))
+            seeds = np.uint32(request.seed % 2**32), np.uint32(request.step)
+            keys = jax.random.key_data(row_keys(*seeds, prompts.ids, K))
             schedule = Schedule(
-                (self.config, self.eos_ids, sampling, jnp.dtype(self.dtype)),
+                (self.config, self.eos_ids, request.distribution, jnp.dtype(self.dtype)),
                 weights,
-                np.asarray(prompts, np.int32),
-                lengths,
+                prompts,
                 np.asarray(keys),
-                budgets,
-                max_tokens,
+                pad_rows(budgets, more),
+                limit,
                 self.max_rows,
-                stopper(self.decode, stop),
-                on_end,
+                stopper(self.decode, request.stop),
+                on_finished,
                 self.attention,
             )
             tokens, log_probs, *others = (x[:P] for x in schedule.run())
