@@ -12,10 +12,10 @@ import numpy as np
 class Shapes:
     """P prompts of S tokens, K responses to each of at most T tokens; `uneven`: geometric, T / 8 on average."""
 
-    prompts: int = 8
-    responses: int = 8
-    prompt_tokens: int = 64
-    tokens: int = 64
+    prompts: int
+    responses: int
+    prompt_tokens: int
+    tokens: int
     uneven: bool = False
 
     def lengths(self, seed: int = 0) -> np.ndarray:

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from lpo_jax import objectives
-from lpo_jax.commands.main import main
+from lpo_jax.commands.main import COMMANDS, main
 from lpo_jax.config import describe_options, load_config
 
 
@@ -210,14 +210,24 @@ def test_methods(capsys):
     assert all(name in printed for name in objectives.names())
 
 
-@pytest.mark.parametrize("command", ["train", "sft", "eval", "sample", "export", "methods", "data"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
     assert stop.value.code == 0
     printed = capsys.readouterr().out
-    if command in ("train", "sft", "eval", "data"):
-        assert all(f"--{key}=" in printed for key, _, _ in describe_options())
+    assert printed.startswith(f"usage: lpo {command} ")
+    lists_config_keys = all(f"--{key}=" in printed for key, _, _ in describe_options())
+    assert lists_config_keys == (command not in ("sample", "export", "methods", "simplex"))
+
+
+def test_starting_imports_only_the_command_that_runs():
+    heavy = {"jax", "numpy", "pydantic", "rich", "transformers", "yaml"}
+    code = (
+        "import sys; from lpo_jax.commands.main import make_parser; make_parser().format_help(); "
+        f"print(*{heavy} & sys.modules.keys())"
+    )
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).split() == []
 
 
 def test_importing_starts_no_accelerator():

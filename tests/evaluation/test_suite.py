@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tiny import CONFIG, character_tokenizer
 
-from lpo_jax.commands import suite as command
+from lpo_jax.commands.evaluation_files import weights_hash
 from lpo_jax.commands.main import main
 from lpo_jax.errors import UserError
 from lpo_jax.evaluation import suite as S
@@ -205,14 +205,14 @@ def test_benchmarks_are_files(data):
 
 def test_other_weights_have_another_hash(tiny_model):
     model = load_model(str(tiny_model))
-    before = command.weights_hash(model)
-    assert command.weights_hash(load_model(str(tiny_model))) == before
+    before = weights_hash(model)
+    assert weights_hash(load_model(str(tiny_model))) == before
     model.params = jax.tree.map(lambda p: p + 1e-3, model.params)
-    assert command.weights_hash(model) != before
+    assert weights_hash(model) != before
 
 
 def test_without_a_suite_shared_names_are_config_keys(monkeypatch):
     said = []
-    monkeypatch.setattr("lpo_jax.commands.evaluate.evaluate_command", lambda *a, **k: said.append(a))
+    monkeypatch.setattr("lpo_jax.commands.evaluate.evaluate_heldout", lambda *a, **k: said.append(a))
     assert main(["eval", "c.yaml", "--task.n=1", "--seed=3", "--task=math"]) == 0
     assert said == [("c.yaml", ["--task=math", "--seed=3", "--task.n=1"])]

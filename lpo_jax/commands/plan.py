@@ -1,16 +1,43 @@
-"""The command `lpo plan`."""
+"""`lpo plan`: compile a config for an accelerator that is not here."""
 
 import argparse
 import json
 import sys
 
+from lpo_jax.commands.parsers import Subparsers, add_command
 from lpo_jax.errors import UserError
 from lpo_jax.planner import topology
 
 DOES_NOT_FIT = 3  # exit status
 
 
-def plan_command(arguments: argparse.Namespace) -> int:
+def add_parser(subparsers: Subparsers) -> None:
+    """Adds the parser of `lpo plan`."""
+    command = add_command(
+        subparsers,
+        "plan",
+        "compile a config for a slice that is not here: what fits, how long a step takes, what would be better",
+        configurable=True,
+    )
+    command.add_argument("config", metavar="CONFIG", help="YAML file; of its model only config.json is read")
+    command.add_argument(
+        "--topology",
+        required=True,
+        metavar="CHIP:SHAPE",
+        help=f"such as v5p:4x4x4 or h100:8; chips: {', '.join(topology.CHIPS)} (GPUs by arithmetic alone)",
+    )
+    command.add_argument(
+        "--no-suggest", dest="suggest", action="store_false", help="only what the config says, nothing better"
+    )
+    command.add_argument(
+        "--whole",
+        action="store_true",
+        help="compile the sampler's unrolled programs at full depth, not at two small ones carried on (minutes)",
+    )
+    command.add_argument("--json", action="store_true", help="as JSON")
+
+
+def run(arguments: argparse.Namespace) -> int:
     """Runs `lpo plan`. Returns the exit status: 3 where the config does not fit.
 
     Raises:
@@ -53,23 +80,3 @@ def plan_command(arguments: argparse.Namespace) -> int:
     else:
         show(made, config.model.path)
     return 0 if made.spare(made.asked) >= 0 else DOES_NOT_FIT
-
-
-def add_options(command: argparse.ArgumentParser) -> None:
-    """The arguments of `lpo plan`."""
-    command.add_argument("config", metavar="CONFIG", help="YAML file; of its model only config.json is read")
-    command.add_argument(
-        "--topology",
-        required=True,
-        metavar="CHIP:SHAPE",
-        help=f"such as v5p:4x4x4 or h100:8; chips: {', '.join(topology.CHIPS)} (GPUs by arithmetic alone)",
-    )
-    command.add_argument(
-        "--no-suggest", dest="suggest", action="store_false", help="only what the config says, nothing better"
-    )
-    command.add_argument(
-        "--whole",
-        action="store_true",
-        help="compile the sampler's unrolled programs at full depth, not at two small ones carried on (minutes)",
-    )
-    command.add_argument("--json", action="store_true", help="as JSON")

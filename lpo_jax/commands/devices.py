@@ -1,0 +1,26 @@
+"""Devices and the cache of compiled programs."""
+
+import os
+
+
+def open_devices() -> None:
+    """Sets up the compile cache and opens the devices.
+
+    Raises:
+      UserError: the platform that JAX_PLATFORMS names is not here.
+    """
+    from lpo_jax.parallel import hosts
+
+    use_compile_cache()
+    hosts.require_devices()
+
+
+def use_compile_cache() -> None:
+    """Compiled programs are kept on disk, so that a second start does not compile again."""
+    import jax
+
+    from lpo_jax.hub import cache_dir
+
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

@@ -1,0 +1,66 @@
+"""The directory of one `lpo eval --suite`: which evaluation it holds, its responses, and its summary."""
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from lpo_jax.errors import UserError
+from lpo_jax.files import LOCK, lock_directory, write_file
+from lpo_jax.json_lines import dump_line, read_object
+from lpo_jax.models.load import Model
+from lpo_jax.runs.directory import any_child, differences
+
+
+def weights_hash(model: Model) -> str:
+    """SHA-256 over the sizes and some values of every parameter: another checkpoint has another one."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(model.params):
+        values = np.asarray(leaf).reshape(-1)
+        digest.update(f"{jax.tree_util.keystr(path)} {leaf.shape}".encode())
+        digest.update(values[:: max(1, values.size // 4096)].tobytes())
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def opened(directory: Path, identity: Mapping[str, Any]) -> Iterator[None]:
+    """The directory of one evaluation, written to by this process alone.
+
+    Raises:
+      UserError: it holds another evaluation, or something else; or it cannot be written to.
+    """
+    record = directory / "evaluation.json"
+    if any_child(directory) and not record.exists() and {x.name for x in directory.iterdir()} != {LOCK}:
+        raise UserError(f"{directory}: is not empty and holds no evaluation; set another --out")
+    with lock_directory(directory, "evaluation"):
+        (directory / "responses").mkdir(exist_ok=True)
+        if any(path.stat().st_size for path in (directory / "responses").iterdir()):
+            held = read_object(record, "set another --out, or remove the directory to ask anew")
+            for key, was, now in differences("", held, identity):
+                raise UserError(
+                    f"{directory}: holds another evaluation, with {key[1:]} = {was!r} and not {now!r}; "
+                    "set another --out, or the same settings to go on with it"
+                )
+        else:
+            write_file(record, json.dumps(identity, indent=2) + "\n")
+        yield
+
+
+def responses_file(directory: Path, name: str) -> Path:
+    """The file of a benchmark's responses."""
+    return directory / "responses" / f"{name}.jsonl"
+
+
+def write_summary(directory: Path, summary: Mapping[str, Any]) -> None:
+    """Writes summary.json.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    text = json.dumps(json.loads(dump_line(summary)), indent=2, ensure_ascii=False)
+    write_file(directory / "summary.json", text + "\n")

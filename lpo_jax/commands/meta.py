@@ -1,0 +1,22 @@
+"""`lpo meta`: learn the mirror map of gbmpo-mirror."""
+
+import argparse
+
+from lpo_jax.commands.parsers import Subparsers
+from lpo_jax.commands.resumable import add_run_parser, run_config
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Adds the parser of `lpo meta`."""
+    add_run_parser(
+        subparsers,
+        "meta",
+        "learn the mirror map of gbmpo-mirror by evolution; every candidate is a run of the config",
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Runs `lpo meta`."""
+    from lpo_jax.training.meta import meta
+
+    run_config(meta, arguments)

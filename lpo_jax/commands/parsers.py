@@ -1,0 +1,96 @@
+"""Argument parsers: the parser of a command, options that several commands have, and types of arguments."""
+
+import argparse
+import math
+from typing import Any, TypeAlias
+
+Subparsers: TypeAlias = "argparse._SubParsersAction[CommandParser]"
+
+
+class CommandParser(argparse.ArgumentParser):
+    """The parser of one command, whose help lists the config keys if the command takes them."""
+
+    def format_help(self) -> str:
+        if self.get_default("overrides") is not None:
+            from lpo_jax.config import describe_options
+
+            rows = [f"  --{key}=...  {meaning} [{default}]" for key, default, meaning in describe_options()]
+            self.epilog = "every config key can be overridden:\n" + "\n".join(rows)
+        return super().format_help()
+
+
+def add_command(subparsers: Subparsers, name: str, text: str, configurable: bool = False) -> CommandParser:
+    """Adds the parser of a command.
+
+    Args:
+      name: the command.
+      text: one line of help, without a full stop.
+      configurable: whether it takes config keys; `overrides` then holds what the parser does not know.
+    """
+    command = subparsers.add_parser(
+        name,
+        help=text,
+        description=text[0].upper() + text[1:] + ".",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    if configurable:
+        command.set_defaults(overrides=[])
+    return command
+
+
+def add_checkpoint_option(command: CommandParser) -> None:
+    """Adds --checkpoint."""
+    command.add_argument(
+        "--checkpoint", default="best", help="best (by held-out pass@1), latest, or a step (best)"
+    )
+
+
+def finite(text: str) -> float:
+    """A finite number."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number")
+    return value
+
+
+def positive(text: str) -> int:
+    """A positive whole number."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not positive")
+    return value
+
+
+def some_text(text: str) -> str:
+    """A text that is not blank."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("the text is empty")
+    return text
+
+
+def stop_string(text: str) -> str:
+    """A text that is not empty; blanks are allowed."""
+    if not text:
+        raise argparse.ArgumentTypeError("an empty text would end every response at its first token")
+    return text
+
+
+def _mapping(text: str) -> dict[str, Any]:
+    import yaml
+
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"expected {{name: value, ...}}, got {text!r}")
+    return value
+
+
+# Keyword arguments of `add_argument` for --template-arguments.
+TEMPLATE_ARGUMENTS: dict[str, Any] = {
+    "type": _mapping,
+    "metavar": "{NAME: VALUE}",
+    "help": "for the chat template, such as '{enable_thinking: false}' (a run's own)",
+}

@@ -1,0 +1,46 @@
+"""The commands that are resumable runs of a config: `lpo train`, `sft`, `meta` and `compare`."""
+
+import argparse
+from collections.abc import Callable
+
+from lpo_jax.commands.devices import use_compile_cache
+from lpo_jax.commands.parsers import Subparsers, add_command
+
+
+def add_run_parser(subparsers: Subparsers, name: str, text: str) -> None:
+    """Adds the parser of a command that runs a config."""
+    command = add_command(subparsers, name, text, configurable=True)
+    command.add_argument("config", metavar="CONFIG", help="YAML file")
+    command.add_argument(
+        "--resume", action="store_true", help="continue the run in the config's output directory"
+    )
+
+
+def run_config(run: Callable[..., None], arguments: argparse.Namespace, *, open_devices: bool = True) -> None:
+    """Runs a config; where a signal ends it, prints the command that goes on.
+
+    Args:
+      run: takes the config and `resume`.
+      arguments: of `add_run_parser`.
+      open_devices: whether this process computes.
+    """
+    from lpo_jax.config import load_config
+    from lpo_jax.parallel import hosts
+    from lpo_jax.reporting.text import console
+    from lpo_jax.runs.signals import Interrupted
+
+    config = load_config(arguments.config, arguments.overrides)
+    use_compile_cache()
+    hosts.start()
+    if open_devices:
+        hosts.require_devices()
+    try:
+        with hosts.together():
+            run(config, resume=arguments.resume)
+    except Interrupted:
+        again = " ".join(["lpo", arguments.command, arguments.config, *arguments.overrides, "--resume"])
+        # The terminal may be what has gone.
+        line = (
+            f"lpo: stopped by a signal; everything up to the last finished step is saved. Go on with: {again}"
+        )
+        console().print(line, markup=False, highlight=False, soft_wrap=True)
