@@ -267,7 +267,7 @@ def kill_once(campaign: Campaign, config: pathlib.Path, log: pathlib.Path, chanc
     if process.exitcode is None:
         wrong = "it does not end"
         process.kill()
-    elif process.exitcode not in (0, -how) or "Traceback" in text:
+    elif process.exitcode not in (0, 130, -how) or "Traceback" in text:
         wrong = f"exit status {process.exitcode}: {text[-2000:]}"
     killed = alive and "lpo export" not in text
     return ((phase, how.name) if killed else None), wrong

@@ -15,8 +15,8 @@ def add_parser(subparsers: Subparsers) -> None:
     )
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Runs `lpo compare`."""
+def run(arguments: argparse.Namespace) -> int | None:
+    """Run `lpo compare` and return the exit status."""
     from lpo_jax.compare.command import compare
 
-    run_config(compare, arguments, open_devices=False)  # the devices belong to its workers
+    return run_config(compare, arguments, open_devices=False)  # the devices belong to its workers

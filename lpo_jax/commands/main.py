@@ -26,6 +26,7 @@ from lpo_jax.commands import (
     simplex,
     train,
 )
+from lpo_jax.commands.resumable import STOPPED
 from lpo_jax.errors import RunStopped, UserError
 
 # Each command's parser and function, in the order of `lpo --help`.
@@ -67,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RunStopped as error:
         return _fail(error, 1)
     except KeyboardInterrupt:
-        return 130
+        return STOPPED
     except BrokenPipeError:  # `lpo methods | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -15,8 +15,8 @@ def add_parser(subparsers: Subparsers) -> None:
     )
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Runs `lpo meta`."""
+def run(arguments: argparse.Namespace) -> int | None:
+    """Run `lpo meta` and return the exit status."""
     from lpo_jax.training.meta import meta
 
-    run_config(meta, arguments)
+    return run_config(meta, arguments)

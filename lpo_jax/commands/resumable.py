@@ -6,6 +6,10 @@ from collections.abc import Callable
 from lpo_jax.commands.devices import use_compile_cache
 from lpo_jax.commands.parsers import Subparsers, add_command
 
+# Exit status of a run that a signal has stopped. It is not 0 because the run is not finished: deploy/worker.sh,
+# launch_tpu.sh and the JobSet take 0 for a finished job and would not start it again.
+STOPPED = 130
+
 
 def add_run_parser(subparsers: Subparsers, name: str, text: str) -> None:
     """Adds the parser of a command that runs a config."""
@@ -16,13 +20,18 @@ def add_run_parser(subparsers: Subparsers, name: str, text: str) -> None:
     )
 
 
-def run_config(run: Callable[..., None], arguments: argparse.Namespace, *, open_devices: bool = True) -> None:
-    """Runs a config; where a signal ends it, prints the command that goes on.
+def run_config(
+    run: Callable[..., None], arguments: argparse.Namespace, *, open_devices: bool = True
+) -> int | None:
+    """Run a config; if a signal stops the run, print the command that resumes it.
 
     Args:
-      run: takes the config and `resume`.
-      arguments: of `add_run_parser`.
+      run: function that takes the config and `resume`.
+      arguments: parsed by the parser of `add_run_parser`.
       open_devices: whether this process computes.
+
+    Returns:
+      The exit status: `STOPPED` after a signal.
     """
     from lpo_jax.config import load_config
     from lpo_jax.parallel import hosts
@@ -44,3 +53,5 @@ def run_config(run: Callable[..., None], arguments: argparse.Namespace, *, open_
             f"lpo: stopped by a signal; everything up to the last finished step is saved. Go on with: {again}"
         )
         console().print(line, markup=False, highlight=False, soft_wrap=True)
+        return STOPPED
+    return None

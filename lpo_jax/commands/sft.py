@@ -15,8 +15,8 @@ def add_parser(subparsers: Subparsers) -> None:
     )
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Runs `lpo sft`."""
+def run(arguments: argparse.Namespace) -> int | None:
+    """Run `lpo sft` and return the exit status."""
     from lpo_jax.training.sft import sft
 
-    run_config(sft, arguments)
+    return run_config(sft, arguments)

@@ -14,6 +14,7 @@ from lpo_jax import __version__
 from lpo_jax.commands import parsers
 from lpo_jax.commands.devices import open_devices
 from lpo_jax.commands.parsers import CommandParser
+from lpo_jax.commands.resumable import STOPPED
 from lpo_jax.errors import UserError
 from lpo_jax.json_lines import print_line
 
@@ -121,7 +122,7 @@ def run(arguments: argparse.Namespace) -> int | None:
             _evaluate(arguments, given_options(arguments))
     except Interrupted:
         print("lpo: stopped by a signal; the same command goes on where it stopped", file=sys.stderr)
-        return 130
+        return STOPPED
     return None
 
 

@@ -15,8 +15,8 @@ def add_parser(subparsers: Subparsers) -> None:
     )
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Runs `lpo train`."""
+def run(arguments: argparse.Namespace) -> int | None:
+    """Run `lpo train` and return the exit status."""
     from lpo_jax.training.loop import train
 
-    run_config(train, arguments)
+    return run_config(train, arguments)

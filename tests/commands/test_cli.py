@@ -13,6 +13,7 @@ import yaml
 from lpo_jax import objectives
 from lpo_jax.commands.main import COMMANDS, main
 from lpo_jax.config import describe_options, load_config
+from lpo_jax.runs.directory import Interrupted
 
 
 @pytest.fixture
@@ -73,6 +74,20 @@ def test_mistakes_in_a_config(config_file, fails, tmp_path, override, says):
     else:
         assert says in fails("train", path, override)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("command", ["train", "sft", "meta", "compare"])
+def test_a_run_stopped_by_a_signal_is_not_a_finished_one(config_file, capsys, monkeypatch, command):
+    def stopped(config, *, resume):
+        raise Interrupted
+
+    module = (
+        "compare.command" if command == "compare" else f"training.{'loop' if command == 'train' else command}"
+    )
+    monkeypatch.setattr(f"lpo_jax.{module}.{command}", stopped)
+    path = config_file()
+    assert main([command, path, "--seed=1"]) == 130  # launchers take 0 for a finished job
+    assert f"lpo {command} {path} --seed=1 --resume" in capsys.readouterr().out
 
 
 def test_mistakes_in_a_config_file(fails, tmp_path):
