@@ -282,7 +282,7 @@ def test_nothing_is_done_where_gcloud_cannot_see(launch):
         status, _, err, calls = launch(
             *command, queued=["error: You do not currently have an active account"]
         )
-        assert status == 1 and "active account" in err and "cannot tell" in err
+        assert status == 1 and "active account" in err and "cannot read the state" in err
         assert verbs(calls) == ["describe"]
 
 
@@ -304,7 +304,7 @@ def test_status_logs_stop_and_down(launch):
     _, _, _, calls = launch("down", *WHERE, queued=["SUSPENDED"])
     assert verbs(calls) == ["describe", "delete"]
     status, _, err, calls = launch("down", *WHERE, queued=[ABSENT])
-    assert status == 0 and "is not there" in err and verbs(calls) == ["describe"]
+    assert status == 0 and "does not exist" in err and verbs(calls) == ["describe"]
 
 
 @pytest.mark.parametrize("command", ["up", "run", "watch", "logs", "status", "stop", "down"])
@@ -326,7 +326,7 @@ def test_dry_run_prints_what_can_be_pasted_and_calls_nothing(launch, tmp_path, c
 
 
 MISTAKES = {
-    "no command": ([], "say what to do"),
+    "no command": ([], "expected a command"),
     "unknown command": (["uo", *POD], "unknown command 'uo'"),
     "no name": (["stop", *WHERE[2:]], "needs --name"),
     "no zone": (["up", *POD[:4], *POD[6:]], "needs --zone"),
@@ -334,15 +334,15 @@ MISTAKES = {
     "no type": (["up", *WHERE], "needs --tpu"),
     "bad name": (["up", *POD, "--name", "My_TPU"], "use a-z"),
     "unknown type": (["up", *WHERE, "--tpu", "h100:2x2"], "unknown type"),
-    "flat v5p": (["up", *WHERE, "--tpu", "v5p:4x4"], "those of v5p are 2x2x1,"),
+    "flat v5p": (["up", *WHERE, "--tpu", "v5p:4x4"], "the slices of v5p are 2x2x1,"),
     "solid v6e": (["up", *WHERE, "--tpu", "v6e:4x4x4"], "no such slice"),
     "no value": (["up", *WHERE, "--tpu"], "--tpu needs a value"),
-    "unknown option": (["run", *POD, "--training.steps=3", CONFIG], "come after CONFIG"),
+    "unknown option": (["run", *POD, "--training.steps=3", CONFIG], "follow CONFIG"),
     "slices of a vm": (["up", *POD, "--vm", "--slices", "2"], "queued resource"),
-    "slices": (["up", *POD, "--slices", "two"], "whole number"),
+    "slices": (["up", *POD, "--slices", "two"], "is not an integer"),
     "no config": (["run", *POD], "needs a CONFIG"),
     "no such config": (["run", *COPIED, "configs/nothing.yaml"], "no such file"),
-    "config from elsewhere": (["run", *COPIED, "/tmp/x.yaml"], "inside this repository"),
+    "config from elsewhere": (["run", *COPIED, "/tmp/x.yaml"], "relative to this repository"),
     "config for down": (["down", *WHERE, CONFIG], "takes no"),
     "local output": (["run", *POD, "--output", "/tmp/run", CONFIG], "must be gs://"),
     "no output on a pod": (["run", *WHERE, "--tpu", "v6e:4x4", CONFIG], "several workers"),
