@@ -69,7 +69,7 @@ def test_every_benchmark_prints_one_json_line(what, tiny_model, capsys, monkeypa
     ("arguments", "message"),
     [
         (["sample", "--tokens=0"], "at least 1"),
-        (["step", "--uneven"], "goes with sample or train"),
+        (["step", "--uneven"], "requires sample or train"),
         (["train", "--training.tokens=3"], "unknown key"),
     ],
 )
