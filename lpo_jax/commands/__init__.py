@@ -1,5 +1,5 @@
-"""The command line: one file a command, each with `add_parser` (its arguments) and `run` (its work).
+"""The command line: one file per command, each with `add_parser` (its arguments) and `run` (its implementation).
 
-`main` has the table of commands and turns errors into one line; `parsers`, `devices` and `resumable` hold what
-several commands share. Heavy imports are made in `run`, so that `lpo --help` stays fast.
+`main` holds the table of commands and prints errors as one line; `parsers`, `devices` and `resumable` hold code that
+several commands share. Heavy imports are inside `run`, so `lpo --help` stays fast.
 """

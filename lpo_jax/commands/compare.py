@@ -1,4 +1,4 @@
-"""`lpo compare`: run a config under many methods."""
+"""`lpo compare`: run a config with many methods and report their differences."""
 
 import argparse
 
@@ -7,11 +7,11 @@ from lpo_jax.commands.resumable import add_run_parser, run_config
 
 
 def add_parser(subparsers: Subparsers) -> None:
-    """Adds the parser of `lpo compare`."""
+    """Add the parser of `lpo compare`."""
     add_run_parser(
         subparsers,
         "compare",
-        "run the config under many methods, paired by seed, and report what they differ by",
+        "run the config with many methods, paired by seed, and report their differences",
     )
 
 
@@ -19,4 +19,4 @@ def run(arguments: argparse.Namespace) -> int | None:
     """Run `lpo compare` and return the exit status."""
     from lpo_jax.compare.command import compare
 
-    return run_config(compare, arguments, open_devices=False)  # the devices belong to its workers
+    return run_config(compare, arguments, open_devices=False)  # the workers use the devices

@@ -1,4 +1,4 @@
-"""`lpo data`: show a task's rows, prompts and hash, and judge its solutions."""
+"""`lpo data`: show a task's rows, prompts and content hash, and verify its solutions."""
 
 import argparse
 import functools
@@ -10,34 +10,32 @@ from lpo_jax.json_lines import print_line
 
 
 def add_parser(subparsers: Subparsers) -> None:
-    """Adds the parser of `lpo data`."""
+    """Add the parser of `lpo data`."""
     command = add_command(
         subparsers,
         "data",
-        "read a task's data, judge its solutions, and show its rows, prompts and hash",
+        "read a task's data, verify its solutions, and show its rows, prompts and content hash",
         configurable=True,
     )
     command.add_argument(
         "target", metavar="CONFIG|TASK", help="YAML file, or a task's name with --task.option=value"
     )
-    command.add_argument("--json", action="store_true", help="as JSON")
+    command.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Runs `lpo data`."""
+    """Run `lpo data`."""
     from lpo_jax import tasks
     from lpo_jax.config import load_config, override_config, parse_config
     from lpo_jax.reporting.text import sanitise
     from lpo_jax.tasks.describe import describe_task, description_lines
 
-    if (
-        arguments.target in tasks.names()
-    ):  # a task by name, its options as --task.option=value; it needs no model
+    if arguments.target in tasks.names():  # a task's name needs no model
         config = parse_config({"output": "-", "model": {"path": "-"}, "task": arguments.target})
         config = override_config(config, arguments.overrides)
     elif not os.path.exists(arguments.target):
         raise UserError(
-            f"{arguments.target}: no such config file, and no task; tasks are {', '.join(tasks.names())}"
+            f"{arguments.target}: neither a config file nor a task; the tasks are {', '.join(tasks.names())}"
         )
     else:
         config = load_config(arguments.target, arguments.overrides)

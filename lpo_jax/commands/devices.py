@@ -1,13 +1,13 @@
-"""Devices and the cache of compiled programs."""
+"""Set-up of devices and of the cache of compiled programs."""
 
 import os
 
 
 def open_devices() -> None:
-    """Sets up the compile cache and opens the devices.
+    """Set up the compile cache and open the devices.
 
     Raises:
-      UserError: the platform that JAX_PLATFORMS names is not here.
+      UserError: the platform named by JAX_PLATFORMS is not available.
     """
     from lpo_jax.parallel import hosts
 
@@ -16,7 +16,7 @@ def open_devices() -> None:
 
 
 def use_compile_cache() -> None:
-    """Compiled programs are kept on disk, so that a second start does not compile again."""
+    """Keep compiled programs on disk, so that a second start does not compile them again."""
     import jax
 
     from lpo_jax.hub import cache_dir

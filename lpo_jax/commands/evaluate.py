@@ -1,4 +1,4 @@
-"""`lpo eval`: held-out pass@k of a run's checkpoint, or of the model that a config starts from."""
+"""`lpo eval`: held-out pass@k of a run's checkpoint, or of the initial model of a config."""
 
 import argparse
 import sys
@@ -13,17 +13,17 @@ from lpo_jax.json_lines import print_line
 
 
 def add_parser(subparsers: Subparsers) -> None:
-    """Adds the parser of `lpo eval`."""
+    """Add the parser of `lpo eval`."""
     command = add_command(
         subparsers,
         "eval",
-        "held-out pass@k of a run or of a config's model; with --suite, benchmarks put to any model",
+        "held-out pass@k of a run or of a config's model; with --suite, evaluate any model on benchmarks",
         configurable=True,
     )
     command.add_argument(
         "target",
         metavar="CONFIG|RUN|MODEL",
-        help="YAML file, or a run directory; with --suite a run or a model",
+        help="YAML file or run directory; with --suite, a run directory or a model",
     )
     add_checkpoint_option(command)
     command.add_argument("--json", action="store_true", help="print the summary as JSON")
@@ -31,14 +31,14 @@ def add_parser(subparsers: Subparsers) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int | None:
-    """Runs `lpo eval`. Returns the exit status."""
+    """Run `lpo eval` and return the exit status."""
     if arguments.suite is not None:
         return suite.run(arguments)
     given = suite.given_options(arguments)
-    # Two of these are keys of a config as well, and mean that here.
+    # Without --suite these two are config keys.
     config_keys = [f"--{name}={given.pop(name)}" for name in ("task", "seed") if name in given]
     for name in given:
-        raise UserError(f"--{name.replace('_', '-')} goes with --suite; a config has keys for it (--help)")
+        raise UserError(f"--{name.replace('_', '-')} requires --suite; without it, set config keys (--help)")
     open_devices()
     overrides = [*config_keys, *arguments.overrides]
     evaluate_heldout(arguments.target, overrides, arguments.checkpoint, arguments.json)
@@ -46,13 +46,17 @@ def run(arguments: argparse.Namespace) -> int | None:
 
 
 def evaluate_heldout(target: str, overrides: Sequence[str], checkpoint: str, as_json: bool) -> None:
-    """Evaluates and prints a table, or JSON.
+    """Evaluate a model on the held-out rows of its config and print a table or JSON.
 
     Args:
-      target: a run directory (its resolved config and a checkpoint of it), or a config file (its model as it is).
-      overrides: `--a.b=value`, on either's config.
-      checkpoint: of a run.
-      as_json: print JSON.
+      target: a run directory, which gives the resolved config and a checkpoint, or a config file, which gives the
+        initial model.
+      overrides: `--a.b=value`, applied to the config.
+      checkpoint: which checkpoint of a run to evaluate.
+      as_json: whether to print JSON instead of a table.
+
+    Raises:
+      UserError: a wrong target, override or checkpoint.
     """
     from lpo_jax import reporting
     from lpo_jax.config import load_config, override_config

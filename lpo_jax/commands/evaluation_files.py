@@ -1,4 +1,4 @@
-"""The directory of one `lpo eval --suite`: which evaluation it holds, its responses, and its summary."""
+"""The directory of one `lpo eval --suite`: its identity, responses and summary."""
 
 import contextlib
 import hashlib
@@ -18,7 +18,7 @@ from lpo_jax.runs.directory import any_child, differences
 
 
 def weights_hash(model: Model) -> str:
-    """SHA-256 over the sizes and some values of every parameter: another checkpoint has another one."""
+    """Return a SHA-256 over the shape and a sample of the values of every parameter, which identifies a checkpoint."""
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(model.params):
         values = np.asarray(leaf).reshape(-1)
@@ -29,10 +29,15 @@ def weights_hash(model: Model) -> str:
 
 @contextlib.contextmanager
 def opened(directory: Path, identity: Mapping[str, Any]) -> Iterator[None]:
-    """The directory of one evaluation, written to by this process alone.
+    """Create or continue the directory of one evaluation, locked against other processes.
+
+    Args:
+      directory: the directory.
+      identity: JSON values that determine the responses. A directory with other values is another evaluation.
 
     Raises:
-      UserError: it holds another evaluation, or something else; or it cannot be written to.
+      UserError: the directory holds another evaluation or other files, another process uses it, or it cannot be
+        written.
     """
     record = directory / "evaluation.json"
     if any_child(directory) and not record.exists() and {x.name for x in directory.iterdir()} != {LOCK}:
@@ -40,11 +45,11 @@ def opened(directory: Path, identity: Mapping[str, Any]) -> Iterator[None]:
     with lock_directory(directory, "evaluation"):
         (directory / "responses").mkdir(exist_ok=True)
         if any(path.stat().st_size for path in (directory / "responses").iterdir()):
-            held = read_object(record, "set another --out, or remove the directory to ask anew")
+            held = read_object(record, "set another --out, or remove the directory to start again")
             for key, was, now in differences("", held, identity):
                 raise UserError(
                     f"{directory}: holds another evaluation, with {key[1:]} = {was!r} and not {now!r}; "
-                    "set another --out, or the same settings to go on with it"
+                    "set another --out, or use the same settings to continue it"
                 )
         else:
             write_file(record, json.dumps(identity, indent=2) + "\n")
@@ -52,15 +57,15 @@ def opened(directory: Path, identity: Mapping[str, Any]) -> Iterator[None]:
 
 
 def responses_file(directory: Path, name: str) -> Path:
-    """The file of a benchmark's responses."""
+    """Return the path of a benchmark's responses."""
     return directory / "responses" / f"{name}.jsonl"
 
 
 def write_summary(directory: Path, summary: Mapping[str, Any]) -> None:
-    """Writes summary.json.
+    """Write summary.json.
 
     Raises:
-      UserError: it cannot be written.
+      UserError: the file cannot be written.
     """
     text = json.dumps(json.loads(dump_line(summary)), indent=2, ensure_ascii=False)
     write_file(directory / "summary.json", text + "\n")

@@ -7,18 +7,21 @@ from lpo_jax.commands.parsers import Subparsers, add_checkpoint_option, add_comm
 
 
 def add_parser(subparsers: Subparsers) -> None:
-    """Adds the parser of `lpo export`."""
+    """Add the parser of `lpo export`."""
     command = add_command(subparsers, "export", "write a run's model as a Hugging Face directory")
     command.add_argument("source", metavar="RUN", help="run directory")
-    command.add_argument("out", metavar="OUT", help="directory to make")
+    command.add_argument("out", metavar="OUT", help="directory to create")
     add_checkpoint_option(command)
     command.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the file (float32)"
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="dtype of the saved weights (float32)",
     )
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Runs `lpo export`."""
+    """Run `lpo export`."""
     from lpo_jax.runs.checkpoint import load_run
 
     open_devices()

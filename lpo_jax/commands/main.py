@@ -1,6 +1,7 @@
-"""The command `lpo`: `lpo train | sft | meta | compare | eval | sample | export | methods | simplex | data`.
+"""The command `lpo`: parse the command line, run one command, and turn its errors into one line.
 
-A user's mistake ends in one line on stderr and exit status 2; a run that had to stop, in one line and status 1.
+A user error prints one line on stderr and exits with status 2; a run that cannot continue prints one line and exits
+with status 1; a run that a signal has stopped exits with status 130.
 """
 
 import argparse
@@ -47,12 +48,12 @@ COMMANDS: dict[
     "data": (data.add_parser, data.run),
 }
 
-# A full, read-only or failing disk, wherever it was met; what has a better message raises its own error.
+# A full, read-only or failing disk, wherever the error occurs. Code that has a better message raises its own error.
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit status."""
+    """Run one command and return the exit status."""
     keep_freed_memory()
     parser = make_parser()
     arguments, rest = parser.parse_known_args(argv)
@@ -76,11 +77,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.errno not in _DISK:
             raise
         where = f"{error.filename}: " if error.filename else ""
-        return _fail(f"{where}{error.strerror}; mend the disk or free space on it, and start again", 1)
+        return _fail(f"{where}{error.strerror}; repair the disk or free space on it, then start again", 1)
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The parser of the command line."""
+    """Return the parser of the whole command line."""
     parser = argparse.ArgumentParser(
         prog="lpo", description="Reinforcement learning with verifiable rewards in JAX.", allow_abbrev=False
     )

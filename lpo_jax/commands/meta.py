@@ -7,11 +7,11 @@ from lpo_jax.commands.resumable import add_run_parser, run_config
 
 
 def add_parser(subparsers: Subparsers) -> None:
-    """Adds the parser of `lpo meta`."""
+    """Add the parser of `lpo meta`."""
     add_run_parser(
         subparsers,
         "meta",
-        "learn the mirror map of gbmpo-mirror by evolution; every candidate is a run of the config",
+        "learn the mirror map of gbmpo-mirror by evolution; every candidate is one run of the config",
     )
 
 

@@ -8,15 +8,15 @@ from lpo_jax.errors import UserError
 
 
 def add_parser(subparsers: Subparsers) -> None:
-    """Adds the parser of `lpo methods`."""
+    """Add the parser of `lpo methods`."""
     command = add_command(subparsers, "methods", "list the methods with their formulas and options")
-    command.add_argument("names", nargs="*", metavar="NAME", help="of the methods to show (all)")
-    command.add_argument("--json", action="store_true", help="as JSON")
-    command.add_argument("--markdown", action="store_true", help="the text of docs/methods.md")
+    command.add_argument("names", nargs="*", metavar="NAME", help="methods to show (all)")
+    command.add_argument("--json", action="store_true", help="print JSON")
+    command.add_argument("--markdown", action="store_true", help="print the text of docs/methods.md")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Runs `lpo methods`."""
+    """Run `lpo methods`."""
     from lpo_jax import objectives
     from lpo_jax.reporting.tables import method_table
     from lpo_jax.reporting.text import console
@@ -28,7 +28,7 @@ def run(arguments: argparse.Namespace) -> None:
         return
     known = objectives.names()
     for name in arguments.names:
-        build_objective(name)  # refuses what is not known
+        build_objective(name)  # raises for an unknown method
     methods = [known[name] for name in arguments.names or known]
     if arguments.json:
         print(json.dumps(methods, indent=2))
@@ -37,10 +37,10 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def build_objective(spec: str):
-    """The objective of "name" or "name:option=value:option=value".
+    """Return the objective named by "name" or "name:option=value:option=value".
 
     Raises:
-      UserError: no such method or option, or a value that is not YAML.
+      UserError: the method or option does not exist, or a value is not valid YAML.
     """
     from lpo_jax import objectives
     from lpo_jax.yaml_text import parse_yaml

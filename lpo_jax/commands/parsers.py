@@ -1,4 +1,4 @@
-"""Argument parsers: the parser of a command, options that several commands have, and types of arguments."""
+"""Shared parts of the argument parsers: the parser class, options of several commands, and argument types."""
 
 import argparse
 import math
@@ -8,7 +8,7 @@ Subparsers: TypeAlias = "argparse._SubParsersAction[CommandParser]"
 
 
 class CommandParser(argparse.ArgumentParser):
-    """The parser of one command, whose help lists the config keys if the command takes them."""
+    """The parser of one command. Its help lists the config keys if the command accepts them."""
 
     def format_help(self) -> str:
         if self.get_default("overrides") is not None:
@@ -20,12 +20,17 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def add_command(subparsers: Subparsers, name: str, text: str, configurable: bool = False) -> CommandParser:
-    """Adds the parser of a command.
+    """Add the parser of a command.
 
     Args:
-      name: the command.
+      subparsers: parsers of all commands.
+      name: name of the command.
       text: one line of help, without a full stop.
-      configurable: whether it takes config keys; `overrides` then holds what the parser does not know.
+      configurable: whether the command accepts config keys. If so, `main` stores all arguments that the parser does
+        not know in `overrides`.
+
+    Returns:
+      The parser, to which the caller adds arguments.
     """
     command = subparsers.add_parser(
         name,
@@ -40,14 +45,16 @@ def add_command(subparsers: Subparsers, name: str, text: str, configurable: bool
 
 
 def add_checkpoint_option(command: CommandParser) -> None:
-    """Adds --checkpoint."""
+    """Add the option --checkpoint."""
     command.add_argument(
-        "--checkpoint", default="best", help="best (by held-out pass@1), latest, or a step (best)"
+        "--checkpoint",
+        default="best",
+        help="best (by held-out pass@1), latest, or the number of a step (best)",
     )
 
 
 def finite(text: str) -> float:
-    """A finite number."""
+    """Parse a finite number."""
     value = float(text)
     if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"{text} is not a finite number")
@@ -55,7 +62,7 @@ def finite(text: str) -> float:
 
 
 def positive(text: str) -> int:
-    """A positive whole number."""
+    """Parse a positive integer."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not positive")
@@ -63,16 +70,16 @@ def positive(text: str) -> int:
 
 
 def some_text(text: str) -> str:
-    """A text that is not blank."""
+    """Check that a text is not blank."""
     if not text.strip():
         raise argparse.ArgumentTypeError("the text is empty")
     return text
 
 
 def stop_string(text: str) -> str:
-    """A text that is not empty; blanks are allowed."""
+    """Check that a text is not empty; it may consist of blanks."""
     if not text:
-        raise argparse.ArgumentTypeError("an empty text would end every response at its first token")
+        raise argparse.ArgumentTypeError("an empty stop string would end every response at its first token")
     return text
 
 
@@ -92,5 +99,5 @@ def _mapping(text: str) -> dict[str, Any]:
 TEMPLATE_ARGUMENTS: dict[str, Any] = {
     "type": _mapping,
     "metavar": "{NAME: VALUE}",
-    "help": "for the chat template, such as '{enable_thinking: false}' (a run's own)",
+    "help": "variables of the chat template, such as '{enable_thinking: false}' (default for a run: its own)",
 }

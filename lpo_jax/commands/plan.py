@@ -1,4 +1,4 @@
-"""`lpo plan`: compile a config for an accelerator that is not here."""
+"""`lpo plan`: compile a config for accelerators that this machine does not have."""
 
 import argparse
 import json
@@ -12,41 +12,44 @@ DOES_NOT_FIT = 3  # exit status
 
 
 def add_parser(subparsers: Subparsers) -> None:
-    """Adds the parser of `lpo plan`."""
+    """Add the parser of `lpo plan`."""
     command = add_command(
         subparsers,
         "plan",
-        "compile a config for a slice that is not here: what fits, how long a step takes, what would be better",
+        "compile a config for a slice without having one: what fits, how long a step takes, better settings",
         configurable=True,
     )
-    command.add_argument("config", metavar="CONFIG", help="YAML file; of its model only config.json is read")
+    command.add_argument("config", metavar="CONFIG", help="YAML file; only config.json of its model is read")
     command.add_argument(
         "--topology",
         required=True,
         metavar="CHIP:SHAPE",
-        help=f"such as v5p:4x4x4 or h100:8; chips: {', '.join(topology.CHIPS)} (GPUs by arithmetic alone)",
+        help=f"such as v5p:4x4x4 or h100:8; chips: {', '.join(topology.CHIPS)} (GPUs are estimated without compiling)",
     )
     command.add_argument(
-        "--no-suggest", dest="suggest", action="store_false", help="only what the config says, nothing better"
+        "--no-suggest",
+        dest="suggest",
+        action="store_false",
+        help="plan only the config; suggest no better settings",
     )
     command.add_argument(
         "--whole",
         action="store_true",
-        help="compile the sampler's unrolled programs at full depth, not at two small ones carried on (minutes)",
+        help="compile the sampler's unrolled programs at full depth (minutes) instead of extrapolating from two depths",
     )
-    command.add_argument("--json", action="store_true", help="as JSON")
+    command.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Runs `lpo plan`. Returns the exit status: 3 where the config does not fit.
+    """Run `lpo plan` and return the exit status, which is `DOES_NOT_FIT` if the config does not fit.
 
     Raises:
-      UserError: an unknown topology, a config or mesh that cannot be, or libtpu missing.
+      UserError: the topology is unknown, the config or mesh is invalid, or libtpu is missing.
     """
     target = topology.parse(arguments.topology)
     import jax
 
-    jax.config.update("jax_platforms", "cpu")  # planning opens no accelerator, not even one that is here
+    jax.config.update("jax_platforms", "cpu")  # planning opens no accelerator, even if there is one
     from lpo_jax.config import load_config
     from lpo_jax.models.load import load_config_and_tokenizer
     from lpo_jax.planner.plan import plan, to_json
@@ -56,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.overrides)
     objective = check_config(config)
     if target.chip.kind == "tpu":
-        topology.tpu_devices(target)  # what is missing is said before a model is looked for
+        topology.tpu_devices(target)  # report a missing libtpu before loading a model
     model, _, eos_ids = load_config_and_tokenizer(config.model.path)
     longest = config.sampling.max_prompt_tokens + config.sampling.max_tokens
     if longest > model.max_positions:

@@ -1,4 +1,4 @@
-"""The commands that are resumable runs of a config: `lpo train`, `sft`, `meta` and `compare`."""
+"""Shared implementation of the commands that run a config and can be resumed: `lpo train`, `sft`, `meta`, `compare`."""
 
 import argparse
 from collections.abc import Callable
@@ -12,7 +12,7 @@ STOPPED = 130
 
 
 def add_run_parser(subparsers: Subparsers, name: str, text: str) -> None:
-    """Adds the parser of a command that runs a config."""
+    """Add the parser of a command that runs a config."""
     command = add_command(subparsers, name, text, configurable=True)
     command.add_argument("config", metavar="CONFIG", help="YAML file")
     command.add_argument(
@@ -48,10 +48,8 @@ def run_config(
             run(config, resume=arguments.resume)
     except Interrupted:
         again = " ".join(["lpo", arguments.command, arguments.config, *arguments.overrides, "--resume"])
-        # The terminal may be what has gone.
-        line = (
-            f"lpo: stopped by a signal; everything up to the last finished step is saved. Go on with: {again}"
-        )
+        # The signal may be a hangup; `console` ignores a terminal that no longer exists.
+        line = f"lpo: stopped by a signal; everything up to the last finished step is saved. Resume with: {again}"
         console().print(line, markup=False, highlight=False, soft_wrap=True)
         return STOPPED
     return None

@@ -1,4 +1,4 @@
-"""`lpo sft`: the supervised warm start as a run of its own."""
+"""`lpo sft`: run the supervised warm start by itself."""
 
 import argparse
 
@@ -7,11 +7,11 @@ from lpo_jax.commands.resumable import add_run_parser, run_config
 
 
 def add_parser(subparsers: Subparsers) -> None:
-    """Adds the parser of `lpo sft`."""
+    """Add the parser of `lpo sft`."""
     add_run_parser(
         subparsers,
         "sft",
-        "the config's supervised warm start as a run of its own",
+        "run the config's supervised warm start by itself",
     )
 
 

@@ -1,4 +1,4 @@
-"""`lpo simplex`: draw targets and updates of methods for three responses."""
+"""`lpo simplex`: draw the targets and updates of methods for three responses."""
 
 import argparse
 import os
@@ -9,21 +9,21 @@ from lpo_jax.errors import UserError
 
 
 def add_parser(subparsers: Subparsers) -> None:
-    """Adds the parser of `lpo simplex`."""
+    """Add the parser of `lpo simplex`."""
     command = add_command(
-        subparsers, "simplex", "draw targets and updates of methods for three responses, as a PNG file"
+        subparsers, "simplex", "draw the targets and updates of methods for three responses as a PNG file"
     )
-    command.add_argument("--rewards", default="1,0,0", help="of the three responses (1,0,0)")
+    command.add_argument("--rewards", default="1,0,0", help="rewards of the three responses (1,0,0)")
     command.add_argument(
         "--methods",
         default="lpo-forward,lpo-reverse,grpo",
-        help="names, each with options if wanted: lpo-forward:divergence=js (lpo-forward,lpo-reverse,grpo)",
+        help="names, optionally with options such as lpo-forward:divergence=js (lpo-forward,lpo-reverse,grpo)",
     )
     command.add_argument("--out", default="simplex.png", help="file to write (simplex.png)")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Runs `lpo simplex`."""
+    """Run `lpo simplex`."""
     from lpo_jax.parallel import hosts
     from lpo_jax.reporting.simplex import draw
 

@@ -1,4 +1,4 @@
-"""`lpo eval MODEL --suite`: benchmarks put to any model, or to a run's checkpoint."""
+"""`lpo eval MODEL --suite`: evaluate any model, or a run's checkpoint, on benchmarks."""
 
 import argparse
 import dataclasses
@@ -22,48 +22,52 @@ if TYPE_CHECKING:
     from lpo_jax.evaluation.suite import Settings
     from lpo_jax.tasks.benchmarks import Benchmark
 
-# The paper's response lengths; Countdown's for what is not in it.
+# Default response lengths: those of the LPO paper, and the one for Countdown (1024) for all other suites.
 _MAX_TOKENS = {"math": 4096, "code": 4096}
 _DATA = (".jsonl", ".json", ".parquet", ".jsonl.gz", ".json.gz", ".csv", ".arrow")
 _SECONDS_BETWEEN_LINES = 15.0
-# What `lpo eval` takes beside --suite, under the names of `evaluation.suite.Settings` and `suite_command`.
+# Options that require --suite. Except for data_dir, task and out they are fields of `evaluation.suite.Settings`.
 _OPTIONS: dict[str, dict[str, Any]] = {
     "data_dir": {
         "type": parsers.some_text,
         "metavar": "DIR",
-        "help": "folder with the suite's files (default: from the hub)",
+        "help": "folder with the suite's files (default: download from the hub)",
     },
     "task": {
         "type": parsers.some_text,
         "metavar": "NAME",
-        "help": "of a data FILE: math, gsm8k, code, ...; its options as --task.option=value",
+        "help": "task of a data FILE: math, gsm8k, code, ...; set its options with --task.option=value",
     },
     "out": {
         "type": parsers.some_text,
         "metavar": "DIR",
-        "help": "where figures and responses go (runs/eval-MODEL-SUITE)",
+        "help": "directory for results and responses (runs/eval-MODEL-SUITE)",
     },
     "num_responses": {
         "type": parsers.positive,
         "metavar": "K",
-        "help": "samples per problem (each benchmark's own; of a data FILE 1)",
+        "help": "samples per problem (set by each benchmark; 1 for a data FILE)",
     },
-    "problems": {"type": parsers.positive, "metavar": "N", "help": "the first N of each benchmark (all)"},
-    "temperature": {"type": parsers.finite, "metavar": "T", "help": "0 is greedy (0.6, the paper's)"},
-    "top_p": {"type": parsers.finite, "metavar": "P", "help": "nucleus (1.0: off)"},
+    "problems": {
+        "type": parsers.positive,
+        "metavar": "N",
+        "help": "use the first N problems of each benchmark (all)",
+    },
+    "temperature": {"type": parsers.finite, "metavar": "T", "help": "0 is greedy (0.6, as in the paper)"},
+    "top_p": {"type": parsers.finite, "metavar": "P", "help": "nucleus sampling (1.0: off)"},
     "max_tokens": {
         "type": parsers.positive,
         "metavar": "N",
-        "help": "response tokens at most (4096 for math and code, else 1024)",
+        "help": "maximum tokens per response (4096 for math and code, else 1024)",
     },
     "max_prompt_tokens": {
         "type": parsers.positive,
         "metavar": "N",
-        "help": "at most (what the model's positions leave)",
+        "help": "maximum tokens per prompt (the model's positions less --max-tokens)",
     },
     "overlong_prompts": {
         "choices": ("error", "drop"),
-        "help": "refuse longer ones, or leave them out (error)",
+        "help": "refuse longer prompts, or drop them (error)",
     },
     "stop": {
         "type": parsers.stop_string,
@@ -72,48 +76,51 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     },
     "chat": {
         "action": argparse.BooleanOptionalAction,
-        "help": "ask through the chat template (as the benchmark says)",
+        "help": "format prompts with the chat template (set by the benchmark)",
     },
     "template_arguments": parsers.TEMPLATE_ARGUMENTS,
     "batch": {
         "type": parsers.positive,
         "metavar": "N",
-        "help": "prompts sampled together (as many as make 64 responses)",
+        "help": "prompts sampled together (as many as give 64 responses)",
     },
-    "dtype": {"choices": ("float32", "bfloat16"), "help": "of activations and products (float32)"},
-    "seed": {"type": int, "metavar": "N", "help": "of the samples and the bootstrap (0)"},
-    "allow_weak_sandbox": {"action": "store_true", "help": "run programs without bubblewrap; recorded"},
+    "dtype": {"choices": ("float32", "bfloat16"), "help": "dtype of activations and products (float32)"},
+    "seed": {"type": int, "metavar": "N", "help": "seed of the samples and the bootstrap (0)"},
+    "allow_weak_sandbox": {
+        "action": "store_true",
+        "help": "run programs without bubblewrap; this is recorded",
+    },
 }
 
 
 def add_options(command: CommandParser) -> None:
-    """Adds --suite and the options that go with it."""
+    """Add --suite and the options that require it."""
     group = command.add_argument_group(
         "suites",
-        "Every response is kept, and the same command goes on where it was stopped. A FILE is data (jsonl, json,\n  "
+        "All responses are kept; the same command continues a stopped evaluation. FILE is a data file (jsonl, json,\n  "
         "parquet) with --task, or YAML: a list of {name: mine, k: 16, task: {name: math, heldout: mine.jsonl}}.",
     )
     group.add_argument(
         "--suite",
         metavar="NAME|FILE",
-        help="math, countdown, countdown-generated, code, or a file of your own",
+        help="math, countdown, countdown-generated, code, or your own file",
     )
     for name, option in _OPTIONS.items():
         dashes = f"--{name.replace('_', '-')}"
         group.add_argument(dashes, dest=name, default=argparse.SUPPRESS, **option)
-        if "_" in name:  # as config keys are written
+        if "_" in name:  # the spelling of config keys
             hidden = {**option, "help": argparse.SUPPRESS}
             group.add_argument(f"--{name}", dest=name, default=argparse.SUPPRESS, **hidden)
 
 
 def given_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The options that go with --suite and were given."""
+    """Return the options that require --suite and are on the command line, by name."""
     values = vars(arguments)
     return {name: values[name] for name in _OPTIONS if name in values}
 
 
 def run(arguments: argparse.Namespace) -> int | None:
-    """Runs `lpo eval --suite`. Returns the exit status."""
+    """Run `lpo eval --suite` and return the exit status."""
     from lpo_jax.runs.signals import Interrupted, Signals
 
     open_devices()
@@ -121,13 +128,13 @@ def run(arguments: argparse.Namespace) -> int | None:
         with Signals():
             _evaluate(arguments, given_options(arguments))
     except Interrupted:
-        print("lpo: stopped by a signal; the same command goes on where it stopped", file=sys.stderr)
+        print("lpo: stopped by a signal; the same command continues the evaluation", file=sys.stderr)
         return STOPPED
     return None
 
 
 def _evaluate(arguments: argparse.Namespace, given: dict[str, Any]) -> None:
-    """Evaluates, writes and prints; `given` are the options of `given_options`."""
+    """Evaluate, write and print; `given` is the result of `given_options`."""
     import jax.numpy as jnp
 
     from lpo_jax import reporting
@@ -149,12 +156,12 @@ def _evaluate(arguments: argparse.Namespace, given: dict[str, Any]) -> None:
         raise UserError(f"--checkpoint {checkpoint}: {target} is not a run directory")
     if target.endswith((".yaml", ".yml")):
         raise UserError(
-            f"{target}: --suite evaluates a model or a run directory; give the config's model.path"
+            f"{target}: --suite evaluates a model or a run directory; pass the config's model.path"
         )
     name = model_of_run.path if model_of_run else target
     config, tokenizer, _ = load_config_and_tokenizer(name, template_arguments=settings.template_arguments)
     if tokenizer is None:
-        raise UserError(f"{name}: has no tokenizer, so it cannot be asked")
+        raise UserError(f"{name}: has no tokenizer, so it cannot be evaluated")
     prepared = prepare_benchmarks(benchmarks, settings, tokenizer, config.max_positions)
     model, step = load_run(target, checkpoint) if is_run else (load_model(target), None)
     label = f"{target}, step {step}" if is_run else target
@@ -169,7 +176,7 @@ def _evaluate(arguments: argparse.Namespace, given: dict[str, Any]) -> None:
     sampler = Sampler(model.config, model.eos_ids, jnp.dtype(settings.dtype), decode=tokenizer.decode)
     with files.opened(directory, identity):
         weights = sampler.prepare(model.params)
-        del model  # its memory is better spent on longer responses
+        del model  # frees memory for longer responses
         results, show = {}, _Progress()
         for benchmark in prepared:
             path = files.responses_file(directory, benchmark.name)
@@ -189,7 +196,7 @@ def _evaluate(arguments: argparse.Namespace, given: dict[str, Any]) -> None:
         print_line(summary)
     else:
         reporting.console().print(suite_table(results, summary["pass@1"], f"{suite}: {label}"))
-        print(f"figures in {directory}/summary.json, every response in {directory}/responses")
+        print(f"results in {directory}/summary.json, all responses in {directory}/responses")
 
 
 def _settings(suite: str, template_arguments: Mapping[str, Any], given: Mapping[str, Any]) -> "Settings":
@@ -197,47 +204,59 @@ def _settings(suite: str, template_arguments: Mapping[str, Any], given: Mapping[
 
     values = {"max_tokens": _MAX_TOKENS.get(suite, 1024), "template_arguments": template_arguments, **given}
     settings = Settings(**{**values, "stop": tuple(values.get("stop", ()))})
-    settings.sampling  # noqa: B018 - refuses what makes no sense
+    settings.sampling  # noqa: B018 - raises for invalid values
     return settings
 
 
 def find_benchmarks(
     suite: str, data_dir: str | None, task: str | None, overrides: Sequence[str]
 ) -> "list[Benchmark]":
-    """The benchmarks of a suite, or the one that a data file is.
+    """Return the benchmarks of a suite, or a data file as one benchmark.
+
+    Args:
+      suite: a built-in name, a YAML file of benchmarks, or a data file.
+      data_dir: folder with the files of a built-in suite; None: download them from the hub.
+      task: task of a data file.
+      overrides: `--task.option=value`, options of that task.
 
     Raises:
-      UserError: no such suite or file, or options that do not go with it.
+      UserError: the suite or file does not exist, or an option does not apply to it.
     """
     from lpo_jax.config import override_config, parse_config
     from lpo_jax.tasks.benchmarks import Benchmark, get_suite, suite_names
 
     is_data = suite.endswith(_DATA)
     if (task or overrides) and not is_data:
-        said = f"--task {task}" if task else overrides[0]
+        option = f"--task {task}" if task else overrides[0]
         raise UserError(
-            f"{said}: --suite {suite} has its own tasks; --task goes with a data file such as mine.jsonl"
+            f"{option}: --suite {suite} has its own tasks; --task requires a data file such as mine.jsonl"
         )
     if not is_data:
         if data_dir is not None and suite not in suite_names() and suite.endswith((".yaml", ".yml")):
-            raise UserError(f"--data-dir: the suite {suite} says itself where its files are")
+            raise UserError(f"--data-dir: the suite {suite} names its own files")
         if data_dir is not None and not os.path.isdir(data_dir):
-            raise UserError(f"--data-dir {data_dir}: no such folder; without it the files come from the hub")
+            raise UserError(
+                f"--data-dir {data_dir}: no such folder; without it the files are downloaded from the hub"
+            )
         return get_suite(suite, data_dir)
     if data_dir is not None:
-        raise UserError(f"--data-dir: goes with a suite ({', '.join(suite_names())}), not with a data file")
+        raise UserError(
+            f"--data-dir: requires a built-in suite ({', '.join(suite_names())}), not a data file"
+        )
     if not task:
-        raise UserError(f"--suite {suite}: say how its rows are asked: --task math, gsm8k, code, ...")
+        raise UserError(f"--suite {suite}: a data file needs a task: --task math, gsm8k, code, ...")
     for override in overrides:
         if not override.startswith("--task."):
-            raise UserError(f"{override}: no option of `lpo eval --suite`; a task's are --task.option=value")
+            raise UserError(
+                f"{override}: not an option of `lpo eval --suite`; task options are --task.option=value"
+            )
     config = parse_config({"output": "-", "model": {"path": "-"}, "task": {"name": task, "heldout": suite}})
     options = override_config(config, overrides).task
     return [Benchmark(_slug(Path(suite).name.partition(".")[0]), 1, options)]
 
 
 class _Progress:
-    """A line on stderr now and then: an evaluation takes hours, and its output may be a pipe."""
+    """Print progress lines on stderr at intervals: an evaluation takes hours, and stdout may be a pipe."""
 
     def __init__(self) -> None:
         self._name, self._shown = "", 0.0
@@ -257,5 +276,5 @@ class _Progress:
 
 
 def _slug(text: str) -> str:
-    """A text as part of a file name."""
+    """Turn a text into a part of a file name."""
     return re.sub(r"[^\w.]+", "-", text).strip("-.") or "model"

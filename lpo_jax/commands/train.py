@@ -7,11 +7,11 @@ from lpo_jax.commands.resumable import add_run_parser, run_config
 
 
 def add_parser(subparsers: Subparsers) -> None:
-    """Adds the parser of `lpo train`."""
+    """Add the parser of `lpo train`."""
     add_run_parser(
         subparsers,
         "train",
-        "train a model on a task with Listwise Policy Optimization or a relative",
+        "train a model on a task with Listwise Policy Optimization or a related method",
     )
 
 

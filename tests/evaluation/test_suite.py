@@ -180,10 +180,10 @@ def test_mistakes(tiny_model, tiny_params, data, arguments, tmp_path, capsys):
     assert "math_eval/aime24.jsonl" in missing and "hf:math-ai/aime24" in missing
     assert "no such folder" in fails(model, "--suite", "math", "--data-dir", empty + "/x")
     assert "--task math" in fails(model, "--suite", data)
-    assert "goes with a data file" in fails(model, "--suite", "math", "--task", "gsm8k")
+    assert "requires a data file" in fails(model, "--suite", "math", "--task", "gsm8k")
     assert "--sampling.top_p=1" in fails(model, "--suite", data, "--task=math", "--sampling.top_p=1")
     assert "temperature -1" in fails(model, "--suite", "math", "--temperature=-1")
-    assert "--top-p goes with --suite" in fails(model, "--top-p=0.9")
+    assert "--top-p requires --suite" in fails(model, "--top-p=0.9")
     assert "more than the 128 positions" in fails(*arguments("x", "--max-prompt-tokens=125")[1:])
     assert "row 0: its prompt has 4 tokens, more than --max-prompt-tokens = 2 (9 such rows)" in fails(
         *arguments("x", "--max-prompt-tokens=2")[1:]
