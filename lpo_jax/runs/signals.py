@@ -20,9 +20,10 @@ class Interrupted(BaseException):
 class Signals:
     """Turns SIGTERM, SIGINT and SIGHUP into `Interrupted`.
 
-    It is raised at once in phases that change no state (sampling, verifying, evaluating), and at the end of a `deferred`
-    block in those that do. With many hosts it is raised only in `agree`, which all of them call together, because a host
-    that stopped alone would leave the others waiting. A second signal ends the process at once, except a second SIGHUP.
+    It is raised at once in phases that change no state (sampling, verifying, evaluating), and at the end of a
+    `deferred` block in those that do. With many hosts it is raised only in `agree`, which all of them call together,
+    because a host that stopped alone would leave the others waiting. A second signal ends the process at once, except a
+    second SIGHUP.
     """
 
     def __init__(self):
