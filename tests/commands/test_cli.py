@@ -13,7 +13,7 @@ import yaml
 from lpo_jax import objectives
 from lpo_jax.commands.main import COMMANDS, main
 from lpo_jax.config import describe_options, load_config
-from lpo_jax.runs.directory import Interrupted
+from lpo_jax.runs.signals import Interrupted
 
 
 @pytest.fixture
