@@ -1,4 +1,4 @@
-"""The command line: every user's mistake is one line and exit status 2, before work begins."""
+"""Test the command line: every user error prints one line and exits with status 2 before work begins."""
 
 import json
 import shutil
@@ -28,7 +28,7 @@ def config_file(tmp_path, run_config):
 
 @pytest.fixture
 def fails(capsys):
-    """Runs a command that must fail as a user's mistake; returns its one line."""
+    """Return a function that runs a command, checks that it ends with a user error, and returns the error line."""
 
     def run(*arguments):
         assert main(list(arguments)) == 2
@@ -77,7 +77,7 @@ def test_mistakes_in_a_config(config_file, fails, tmp_path, override, says):
 
 
 @pytest.mark.parametrize("command", ["train", "sft", "meta", "compare"])
-def test_a_run_stopped_by_a_signal_is_not_a_finished_one(config_file, capsys, monkeypatch, command):
+def test_run_stopped_by_a_signal_exits_with_130(config_file, capsys, monkeypatch, command):
     def stopped(config, *, resume):
         raise Interrupted
 
@@ -86,7 +86,7 @@ def test_a_run_stopped_by_a_signal_is_not_a_finished_one(config_file, capsys, mo
     )
     monkeypatch.setattr(f"lpo_jax.{module}.{command}", stopped)
     path = config_file()
-    assert main([command, path, "--seed=1"]) == 130  # launchers take 0 for a finished job
+    assert main([command, path, "--seed=1"]) == 130  # launchers interpret 0 as a finished job
     assert f"lpo {command} {path} --seed=1 --resume" in capsys.readouterr().out
 
 
@@ -178,7 +178,7 @@ def test_train_then_eval_export_and_sample(config_file, capsys, tmp_path, fails)
     summary = json.loads(capsys.readouterr().out)
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     during = [row["val-core/python/acc/pass@1"] for row in rows if "val-core/python/acc/pass@1" in row]
-    assert summary["pass@1"]["mean"] == during[-1]  # the same problems with the same random numbers
+    assert summary["pass@1"]["mean"] == during[-1]  # same problems and same random numbers
     assert main(["eval", path, "--evaluation.problems=2"]) == 0
     assert "pass@1" in capsys.readouterr().out
     suite = tmp_path / "suite.yaml"
@@ -211,7 +211,7 @@ def test_exported_model_has_the_trained_weights(config_file, tmp_path):
     np.testing.assert_array_equal(trained["layers"]["wq"], exported["layers"]["wq"])
 
 
-def test_mistakes_about_runs(fails, tmp_path):
+def test_mistakes_in_a_run_directory(fails, tmp_path):
     assert "not a run directory" in fails("export", str(tmp_path), str(tmp_path / "out"))
     assert "not a run directory" in fails("eval", str(tmp_path))
 
@@ -236,7 +236,7 @@ def test_help(command, capsys):
     assert lists_config_keys == (command not in ("sample", "export", "methods", "simplex"))
 
 
-def test_starting_imports_only_the_command_that_runs():
+def test_parsing_imports_no_heavy_package():
     heavy = {"jax", "numpy", "pydantic", "rich", "transformers", "yaml"}
     code = (
         "import sys; from lpo_jax.commands.main import make_parser; make_parser().format_help(); "
@@ -263,7 +263,7 @@ def test_shipped_configs_are_valid(path):
     config = load_config(path)
     check_config(config)
     options = dict(config.task)
-    if not str(options.get("path")).startswith("hf:"):  # those are in tests/launch/test_paper_configs.py
+    if not str(options.get("path")).startswith("hf:"):  # tested in tests/launch/test_paper_configs.py
         assert tasks.get(options.pop("name"), **options).train
 
 
