@@ -350,34 +350,34 @@ class Disk:
     """A small ext4 file system in a file, mounted in the private mount namespace of this process."""
 
     def __init__(self, folder: pathlib.Path):
-        self.image, self.place = folder / "disk.img", folder / "disk"
-        self.place.mkdir()
+        self.image, self.root = folder / "disk.img", folder / "disk"
+        self.root.mkdir()
         with open(self.image, "wb") as file:
             file.truncate(64 << 20)
         subprocess.run(["mkfs.ext4", "-q", "-m", "0", self.image], check=True)
         self.mount()
 
     def mount(self) -> None:
-        subprocess.run(["mount", "-o", "loop", self.image, self.place], check=True)
+        subprocess.run(["mount", "-o", "loop", self.image, self.root], check=True)
 
     def strike(self, kind: str) -> None:
         if kind == "read-only":  # as after a file system error
-            subprocess.run(["mount", "-o", "remount,abort", self.place], check=False, capture_output=True)
+            subprocess.run(["mount", "-o", "remount,abort", self.root], check=False, capture_output=True)
         elif kind == "dead":
-            opened = os.open(self.place, os.O_RDONLY)
+            opened = os.open(self.root, os.O_RDONLY)
             fcntl.ioctl(opened, EXT4_SHUTDOWN, NO_FLUSH)
         else:
-            with open(self.place / "ballast", "wb", buffering=0) as file, contextlib.suppress(OSError):
+            with open(self.root / "ballast", "wb", buffering=0) as file, contextlib.suppress(OSError):
                 while True:
                     file.write(b"\0" * 512)
         (self.image.parent / "struck").write_text(str(time.monotonic()))
 
     def repair(self, kind: str) -> None:
         if kind == "full":
-            (self.place / "ballast").unlink()
+            (self.root / "ballast").unlink()
             return
         for _ in range(50):  # a verifier process may still be running
-            if subprocess.run(["umount", self.place], capture_output=True).returncode == 0:
+            if subprocess.run(["umount", self.root], capture_output=True).returncode == 0:
                 break
             time.sleep(0.2)
         self.mount()
@@ -390,7 +390,7 @@ def disk(campaign: Campaign, writes: list[str]) -> bool:
     numbers = {write: (1,) if write == "plots" else (1, 4) for write in writes}
     cases = [(write, number, kind) for write in writes for number in numbers[write] for kind in FAULTS]
     for case, (write, number, kind) in enumerate(cases):
-        output, log = disk.place / f"run{case}", campaign.folder / f"run{case}.log"
+        output, log = disk.root / f"run{case}", campaign.folder / f"run{case}.log"
         config = campaign.folder / f"run{case}.yaml"
         write_config(campaign.folder, campaign.folder / f"run{case}", True)
         arguments, struck = ["train", str(config), f"--output={output}"], campaign.folder / "struck"

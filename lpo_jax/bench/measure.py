@@ -1,4 +1,4 @@
-"""The three benchmarks. They use the components of a real run: its session, sampler, programs and `take_step`.
+"""The three benchmarks. They use the components of a real run: its session, sampler, programs and training step.
 
 `sampling_call`, `gradient_call` and `step_call` return the call to time, and `time_call` times it. Every timed call
 waits for its results (`block_until_ready`), and compile time is reported separately.

@@ -76,8 +76,8 @@ def evaluate_heldout(target: str, overrides: Sequence[str], checkpoint: str, as_
         else:
             params, label = session.model.load_params(), config.model.path
         evaluation = session.evaluate(params)
-    if told := warning(evaluation.failures, "held-out evaluation"):
-        print(f"lpo: {told}", file=sys.stderr)
+    if message := warning(evaluation.failures, "held-out evaluation"):
+        print(f"lpo: {message}", file=sys.stderr)
     result = evaluation.summary | {
         "model": label,
         "task": session.environment.task.name,

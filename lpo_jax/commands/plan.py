@@ -67,8 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
             f"sampling.max_prompt_tokens + max_tokens = {longest} is more than the {model.max_positions} positions of "
             f"{config.model.path}"
         )
-    say = lambda line: print(f"lpo: {line}", file=sys.stderr, flush=True)  # noqa: E731
-    made = plan(
+    result = plan(
         config,
         target,
         model,
@@ -76,10 +75,10 @@ def run(arguments: argparse.Namespace) -> int:
         objective,
         suggest=arguments.suggest,
         whole=arguments.whole,
-        report=say,
+        report=lambda line: print(f"lpo: {line}", file=sys.stderr, flush=True),
     )
     if arguments.json:
-        print(json.dumps(to_json(made), indent=2))
+        print(json.dumps(to_json(result), indent=2))
     else:
-        show(made, config.model.path)
-    return 0 if made.spare(made.asked) >= 0 else DOES_NOT_FIT
+        show(result, config.model.path)
+    return 0 if result.spare(result.asked) >= 0 else DOES_NOT_FIT

@@ -152,12 +152,8 @@ def _evaluate(arguments: argparse.Namespace, given: dict[str, Any]) -> None:
     model_of_run = read_config(target).model if is_run else None
     settings = _settings(suite, model_of_run.template_arguments if model_of_run else {}, given)
     benchmarks = find_benchmarks(suite, data_dir, task, arguments.overrides)
-    if not is_run and checkpoint != "best":
-        raise UserError(f"--checkpoint {checkpoint}: {target} is not a run directory")
-    if target.endswith((".yaml", ".yml")):
-        raise UserError(
-            f"{target}: --suite evaluates a model or a run directory; pass the config's model.path"
-        )
+    if not is_run:
+        _check_model(target, checkpoint)
     name = model_of_run.path if model_of_run else target
     config, tokenizer, _ = load_config_and_tokenizer(name, template_arguments=settings.template_arguments)
     if tokenizer is None:
@@ -206,6 +202,15 @@ def _settings(suite: str, template_arguments: Mapping[str, Any], given: Mapping[
     settings = Settings(**{**values, "stop": tuple(values.get("stop", ()))})
     settings.sampling  # noqa: B018 - raises for invalid values
     return settings
+
+
+def _check_model(target: str, checkpoint: str) -> None:
+    if checkpoint != "best":
+        raise UserError(f"--checkpoint {checkpoint}: {target} is not a run directory")
+    if target.endswith((".yaml", ".yml")):
+        raise UserError(
+            f"{target}: --suite evaluates a model or a run directory; pass the config's model.path"
+        )
 
 
 def find_benchmarks(
