@@ -1,41 +1,42 @@
 #!/usr/bin/env bash
-# Runs `lpo train` on Cloud TPUs: one VM, a slice of many hosts, or several slices.
+# Run `lpo train` on Cloud TPUs: one VM, a slice of many hosts, or several slices.
 #
 #   ./launch_tpu.sh COMMAND [OPTION...] [CONFIG [--a.b=value...]]
 #
-#   up      create the TPU, or reuse the one of that name; then code and packages on every worker
-#   run     start `lpo train CONFIG --resume` on every worker, as a service that outlives this connection
-#   watch   up, run, and stay: after a preemption create the TPU again and resume; ends when the job does
+#   up      create the TPU, or reuse the one with that name, and install code and packages on every worker
+#   run     start `lpo train CONFIG --resume` on every worker, as a service that does not depend on this connection
+#   watch   up and run, then keep watching: create the TPU again after a preemption and resume, until the job ends
 #   logs    follow the log of the first worker
-#   status  state of the TPU and of the job
-#   stop    end the job; it saves its position first
-#   down    stop, then delete the TPU
+#   status  print the states of the TPU and the job
+#   stop    stop the job; it saves its position first
+#   down    stop the job and delete the TPU
 #
-#   --name NAME        of the TPU and of the run                        [$TPU_NAME]
+#   --name NAME        name of the TPU and of the run                   [$TPU_NAME]
 #   --project ID       Google Cloud project                             [$TPU_PROJECT]
 #   --zone ZONE        such as us-east5-a                               [$TPU_ZONE]
 #   --tpu TYPE         v5p:4x4x4, v5e:4x4, v6e:4x4, as for `lpo plan`    [$TPU_TYPE]
-#   --output gs://...  of checkpoints and files; a must for several workers  [$TPU_OUTPUT]
-#   --slices N         slices of that type, joined over the data centre network (1)
-#   --spot             cheaper, may be preempted at any time; use `watch`
-#   --vm               create a TPU VM at once or fail; without it a queued resource waits for capacity
-#   --runtime VERSION  image of the VMs (by type)
-#   --repo URL         clone instead of copying this working tree; --ref REF is what to check out (HEAD)
-#   --max-restarts N   of a job that failed, under `watch` (5); preemptions do not count
-#   --poll SECONDS     between two looks at the TPU (30)
+#   --output gs://...  bucket path for checkpoints and files; required for several workers  [$TPU_OUTPUT]
+#   --slices N         number of slices of that type, connected by the data-centre network (1)
+#   --spot             use cheaper capacity that may be preempted at any time; use it with `watch`
+#   --vm               create a TPU VM immediately or fail; without it a queued resource waits for capacity
+#   --runtime VERSION  image of the VMs (default: by type)
+#   --repo URL         clone this repository instead of copying the working tree; --ref REF is checked out (HEAD)
+#   --max-restarts N   restarts of a failed job by `watch` (5); preemptions do not count
+#   --poll SECONDS     seconds between two checks of the TPU (30)
 #   --dry-run          print every command, ready to paste, and run none
 #
 #   ./launch_tpu.sh watch --name qwen8b --project me --zone us-east5-a --tpu v6e:4x4 --spot \
 #     --output gs://bucket/qwen8b configs/math_8b.yaml --training.steps=200
 #
-# Whatever follows CONFIG goes to `lpo train`. The run's files are in runs/NAME on the first worker and are copied to
-# OUTPUT/files every five minutes and at the end; checkpoints go straight to OUTPUT/checkpoints. docs/scale.md.
+# All arguments after CONFIG are passed to `lpo train`. The run's files are in runs/NAME on the first worker and are copied
+# to OUTPUT/files every five minutes and at the end; checkpoints are written directly to OUTPUT/checkpoints. See
+# docs/scale.md.
 #
-# Exit status: 0, 1 if the job or a command failed, 2 for a mistake in how this was called.
+# Exit status: 0; 1 if the job or a command failed; 2 for a usage error.
 set -euo pipefail
 
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-WORKER="bash lpo_jax/deploy/worker.sh" # from the home directory of a worker
+WORKER="bash lpo_jax/deploy/worker.sh" # run in the home directory of a worker
 
 main() {
   ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 404)) || die "needs bash 4.4 or newer, this is $BASH_VERSION"
@@ -45,8 +46,8 @@ main() {
     sed -n '2,/^set -/{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"
     return
     ;;
-  '') die "say what to do: up, run, watch, logs, status, stop or down; --help explains" ;;
-  *) die "unknown command '$1'; there are up, run, watch, logs, status, stop and down" ;;
+  '') die "expected a command: up, run, watch, logs, status, stop or down; see --help" ;;
+  *) die "unknown command '$1'; the commands are up, run, watch, logs, status, stop and down" ;;
   esac
   local command=$1
   shift
@@ -61,7 +62,7 @@ say() { echo "launch_tpu.sh: $*" >&2; }
 die() { say "$*" && exit 2; }
 fail() { say "$*" && exit 1; }
 
-# ---- what was asked for ------------------------------------------------------------------------------------------
+# ---- arguments ---------------------------------------------------------------------------------------------------
 
 parse() {
   local command=$1
@@ -80,7 +81,7 @@ parse() {
     --spot) spot=yes ;;
     --vm) kind='tpu-vm' nodes=() ;;
     --dry-run) dry_run=yes ;;
-    -*) die "unknown option '$1'; those of \`lpo train\` come after CONFIG (--help lists mine)" ;;
+    -*) die "unknown option '$1'; options of \`lpo train\` follow CONFIG; --help lists the options of this script" ;;
     *)
       job=("$@")
       break
@@ -92,12 +93,12 @@ parse() {
   for what in name project zone; do
     [[ ${!what} ]] || die "$command needs --$what (or TPU_${what^^} in the environment)"
   done
-  [[ $name =~ ^[a-z]([a-z0-9-]*[a-z0-9])?$ ]] || die "--name $name: use a-z, 0-9 and -, a letter first"
+  [[ $name =~ ^[a-z]([a-z0-9-]*[a-z0-9])?$ ]] || die "--name $name: use a-z, 0-9 and -, starting with a letter"
   for what in slices max_restarts poll; do
-    [[ ${!what} =~ ^[0-9]+$ ]] || die "--${what//_/-} ${!what}: is not a whole number"
+    [[ ${!what} =~ ^[0-9]+$ ]] || die "--${what//_/-} ${!what}: is not an integer"
   done
-  ((slices > 0)) || die "--slices 0: need at least one"
-  [[ $slices == 1 || $kind == queued-resources ]] || die "--slices $slices: not with --vm; needs a queued resource"
+  ((slices > 0)) || die "--slices 0: must be at least 1"
+  [[ $slices == 1 || $kind == queued-resources ]] || die "--slices $slices: needs a queued resource, so --vm is not possible"
   case $command in up | watch)
     [[ $tpu ]] || die "$command needs --tpu (or TPU_TYPE in the environment), such as v5p:4x4x4"
     ;;
@@ -105,21 +106,21 @@ parse() {
   [[ ! $tpu ]] || parse_type
   case $command in
   run | watch) check_job "$command" ;;
-  *) ((${#job[@]} == 0)) || die "$command takes no '${job[0]}'; a CONFIG goes with run and watch" ;;
+  *) ((${#job[@]} == 0)) || die "$command takes no argument '${job[0]}'; only run and watch take a CONFIG" ;;
   esac
 }
 
-# What `lpo plan` calls v5p:4x4x4 gcloud calls v5p-128: cores of a v5p, chips of v5e and v6e, in the shape that it has
-# for that number.
+# Translates v5p:4x4x4, as for `lpo plan`, into gcloud's v5p-128. The number counts cores for v5p, and chips for v5e and
+# v6e; gcloud offers one shape for each number.
 parse_type() {
   local generation=${tpu%%:*} shape=${tpu#*:} chips=1 host=8 known image size sizes
   case $generation in
   v5p) known="2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8 8x8x8" host=4 image=v2-alpha-tpuv5 ;;
   v5e) known="1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16" image=v2-alpha-tpuv5-lite ;;
   v6e) known="1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16" image=v2-alpha-tpuv6e ;;
-  *) die "--tpu $tpu: unknown type; there are v5p, v5e and v6e, each with a shape, such as v5p:4x4x4 or v6e:4x4" ;;
+  *) die "--tpu $tpu: unknown type; the types are v5p, v5e and v6e with a shape, such as v5p:4x4x4 or v6e:4x4" ;;
   esac
-  [[ " $known " == *" $shape "* ]] || die "--tpu $tpu: no such slice; those of $generation are ${known// /, }"
+  [[ " $known " == *" $shape "* ]] || die "--tpu $tpu: no such slice; the slices of $generation are ${known// /, }"
   IFS=x read -ra sizes <<<"$shape"
   for size in "${sizes[@]}"; do chips=$((chips * size)); done
   many_workers=$((chips > host || slices > 1))
@@ -135,28 +136,28 @@ check_job() {
   ((${#job[@]})) || die "$1 needs a CONFIG, such as configs/math_8b.yaml"
   local config=${job[0]}
   if [[ ! $repo ]]; then
-    [[ $config != /* ]] || die "$config: give the path inside this repository, which is what is copied to the workers"
+    [[ $config != /* ]] || die "$config: use a path relative to this repository, which is copied to the workers"
     [[ -f $HERE/$config ]] || die "$config: no such file in $HERE"
   fi
   if [[ $output ]]; then
-    [[ $output == gs://?* ]] || die "--output $output: must be gs://bucket/path, where every worker can write"
+    [[ $output == gs://?* ]] || die "--output $output: must be gs://bucket/path, which every worker can write to"
     output=${output%/}
   else
-    [[ $tpu ]] || die "$1 without --output needs --tpu, to know that there is one worker alone (else --output gs://...)"
-    ((!many_workers)) || die "$1: $tpu x $slices has several workers; checkpoints need --output gs://bucket/path"
-    [[ ! $spot ]] || say "without --output gs://... a preemption loses the run with the VM's disk"
+    [[ $tpu ]] || die "$1 without --output needs --tpu, to check that there is only one worker; otherwise set --output gs://..."
+    ((!many_workers)) || die "$1: $tpu x $slices has several workers, so checkpoints need --output gs://bucket/path"
+    [[ ! $spot ]] || say "without --output gs://... a preemption deletes the run together with the VM's disk"
   fi
 }
 
 # ---- gcloud ------------------------------------------------------------------------------------------------------
 
-# A TPU command on the resource: tpus KIND VERB ARGUMENT...
+# Runs a TPU command in the project and zone: tpus KIND VERB ARGUMENT...
 tpus() { perform gcloud compute tpus "$@" --zone="$zone" --project="$project"; }
 
-# Runs a command, or prints it so that it can be pasted.
+# Runs a command, or prints it for pasting in a dry run.
 perform() { if [[ $dry_run ]]; then quote "$@"; else "$@"; fi; }
 
-# The words as a shell reads them, quoted where they have to be.
+# Prints the words on one line, quoted for a shell where necessary.
 quote() {
   local word line=''
   for word in "$@"; do
@@ -166,12 +167,12 @@ quote() {
   echo "${line% }"
 }
 
-# A shell command on every worker of every slice.
+# Runs a shell command on every worker of every slice.
 everywhere() {
   tpus "$kind" ssh "$name" "${nodes[@]}" --worker=all --command="$1"
 }
 
-# One word: the service's own, NOT_FOUND, or UNKNOWN where gcloud could not say (no network, no permission).
+# Prints the state as one word: the service's own, NOT_FOUND, or UNKNOWN if gcloud fails (no network, no permission).
 described() {
   local field=$1 state errors
   shift
@@ -187,15 +188,14 @@ described() {
   rm -f "$errors"
 }
 
-# Sets `state` to the word shown, and `condition` to what follows from it: ready, waiting, lost, absent or unknown.
+# Sets `state` to the state printed to the user, and `condition` to ready, waiting, lost, absent or unknown.
 look() {
-  local node
   local node fields='state.state,tpu.nodeSpec[0].multisliceParams.nodeCount'
-  there=1 # slices that it has
+  there=1 # number of slices of the resource
   if [[ $kind == queued-resources ]]; then
     read -r state there <<<"$(described "$fields" queued-resources describe "$name") 1"
     there=${there%% *}
-    # A preempted slice shows in its node first, and in the request only later.
+    # A preemption appears in the state of the node first, and only later in the state of the request.
     if [[ $state == ACTIVE ]]; then
       for ((node = 0; node < there; node++)); do
         state=$(described state tpu-vm describe "$(if ((there > 1)); then echo "$name-$node"; else echo "$name"; fi)")
@@ -215,7 +215,7 @@ look() {
   esac
 }
 
-# What is there is reused, or deleted when it is dead: only if it is what was asked for.
+# Like `look`, but checks that an existing resource is the requested one, because the caller reuses or deletes it.
 look_for_mine() {
   look
   case $condition in
@@ -224,15 +224,15 @@ look_for_mine() {
   esac
 }
 
-# Before anything was done: gcloud is not logged in, or may not look.
-cannot_see() { fail "$name: gcloud cannot tell what is there; it says why above"; }
+# Called before any change: gcloud is not logged in, or has no permission.
+cannot_see() { fail "$name: gcloud cannot read the state of the TPU; see its error above"; }
 
 create() {
   local flags=(--accelerator-type="$accelerator")
   [[ ! $spot ]] || flags+=(--spot)
   if [[ $kind == tpu-vm ]]; then
     tpus tpu-vm create "$name" "${flags[@]}" --version="$runtime"
-  elif ((slices > 1)); then # this is what gives the hosts the MEGASCALE_* settings that join the slices
+  elif ((slices > 1)); then # these flags give the hosts the MEGASCALE_* settings that connect the slices
     tpus queued-resources create "$name" "${flags[@]}" --runtime-version="$runtime" --node-count="$slices" \
       --node-prefix="$name"
   else
@@ -248,7 +248,7 @@ delete() {
   fi
 }
 
-# Code and packages on every worker. Not over a running job: its processes still read the files.
+# Installs code and packages on every worker. Not while a job runs, because its processes still read the files.
 install() {
   if [[ $repo ]]; then
     local git="git -C lpo_jax"
@@ -259,11 +259,11 @@ $git fetch --quiet origin $(quote "$ref") && $git checkout --quiet --force FETCH
   fi && everywhere "$WORKER install"
 }
 
-# The working tree as git sees it, changes and new files included; what an earlier copy left is taken away first.
+# Copies the working tree as git sees it, including changed and new files. Files of an earlier copy are removed first.
 copy() {
   local archive=${TMPDIR:-/tmp}/$name.tgz existing pack clear
-  # shellcheck disable=SC2016 # expanded by the shell that packs
-  existing='while IFS= read -rd "" file; do [ ! -e "$file" ] || printf "%s\0" "$file"; done' # deleted, not yet in git
+  # shellcheck disable=SC2016 # expanded by the shell that creates the archive
+  existing='while IFS= read -rd "" file; do [ ! -e "$file" ] || printf "%s\0" "$file"; done' # skips deleted files that git still lists
   pack="cd $(quote "$HERE") && git ls-files -coz --exclude-standard | $existing"
   pack+=" | tar --null -T - -czf $(quote "$archive")"
   clear="mkdir -p lpo_jax && find lpo_jax -mindepth 1 -maxdepth 1 ! -name .venv ! -name runs -exec rm -rf {} +"
@@ -277,7 +277,7 @@ copy() {
 
 up() {
   local tries=0
-  if [[ $dry_run ]]; then # as if there were nothing yet
+  if [[ $dry_run ]]; then # assume that the TPU does not exist
     create
     install
     return
@@ -285,11 +285,11 @@ up() {
   look_for_mine
   case $condition in
   ready)
-    say "$name: reusing it"
-    [[ $(job_state) != running ]] || fail "$name: a job is running on it; stop it before its code is replaced"
+    say "$name: reusing the TPU"
+    [[ $(job_state) != running ]] || fail "$name: a job is running; stop it first, because its code would be replaced"
     ;;
   lost)
-    say "$name: is $state; deleting it to create it again"
+    say "$name: is $state; deleting it and creating it again"
     delete
     create
     ;;
@@ -301,15 +301,15 @@ up() {
     say "$name: $state"
     sleep "$poll"
   done
-  until install; do # a VM that has just started may not let anyone in yet
-    ((++tries < 5)) || fail "$name: cannot be set up; gcloud says why above"
+  until install; do # a VM that has just started may refuse connections
+    ((++tries < 5)) || fail "$name: cannot be set up; see the error of gcloud above"
     sleep "$poll"
   done
 }
 
 run() {
   everywhere "$WORKER start $(quote "$name" "${output:--}" "${job[@]}")"
-  say "$name: started; ./launch_tpu.sh logs follows it"
+  say "$name: started; ./launch_tpu.sh logs follows the log"
 }
 
 logs() {
@@ -318,7 +318,8 @@ logs() {
   tpus "$kind" ssh "$name" "${node[@]}" --worker=0 --command="$WORKER logs"
 }
 
-# Of all workers together: failed:STATUS once one failed, running while one runs, none where one has never started.
+# Prints the state of the job over all workers: failed:STATUS if one has failed, running if one runs, none if one has
+# never started.
 job_state() {
   local printed found
   printed=$(everywhere "if [ -e lpo_jax/deploy/worker.sh ]; then $WORKER state; else echo job=none; fi") || return 1
@@ -343,8 +344,8 @@ status() {
   [[ $condition != ready ]] || echo "job: $(job_state || echo unknown)"
 }
 
-# One look, one answer to it, a pause. Once it has started, an error of gcloud's is no reason to give up: the next look
-# finds out what became of it.
+# Repeats: check the state, react, wait. After the job has started, an error of gcloud does not end the loop, because the
+# next check reads the state again.
 watch() {
   if [[ $dry_run ]]; then
     up
@@ -357,25 +358,25 @@ watch() {
     case $condition in
     absent | lost)
       say "$name: $state; creating it"
-      if [[ $condition == lost ]]; then delete || say "$name: could not be deleted yet"; fi
-      create || [[ $started ]] || fail "$name: cannot be created; gcloud says why above"
+      if [[ $condition == lost ]]; then delete || say "$name: could not be deleted; trying again"; fi
+      create || [[ $started ]] || fail "$name: cannot be created; see the error of gcloud above"
       ;;
     waiting) say "$name: $state" ;;
     unknown) [[ $started ]] || cannot_see ;;
     ready)
       now=$(job_state) || now=unknown
-      [[ $started || $now == running || $now == unknown ]] || now=none # what is left of an earlier job
+      [[ $started || $now == running || $now == unknown ]] || now=none # the state of an earlier job
       case $now in
       none) { install && run; } || say "$name: not started yet" ;;
       done)
-        say "$name: the job is done; ./launch_tpu.sh down ends the bill"
+        say "$name: the job is done; ./launch_tpu.sh down deletes the TPU and ends the costs"
         return
         ;;
       stopped)
-        say "$name: the job was stopped; run or watch resumes it"
+        say "$name: the job was stopped; use run or watch to resume it"
         return
         ;;
-      failed:2) fail "$name: lpo refused its settings; ./launch_tpu.sh logs says why" ;;
+      failed:2) fail "$name: lpo refused its settings; see ./launch_tpu.sh logs" ;;
       failed:*)
         ((restarts++ < max_restarts)) || fail "$name: the job failed after $max_restarts restarts; see its logs"
         say "$name: the job ended with status ${now#failed:}; restart $restarts of $max_restarts"
@@ -395,10 +396,10 @@ down() {
   condition=ready
   [[ $dry_run ]] || look
   case $condition in
-  absent) say "$name: is not there" ;;
+  absent) say "$name: does not exist" ;;
   unknown) cannot_see ;;
   ready)
-    stop || say "$name: its job could not be stopped; deleting it nevertheless"
+    stop || say "$name: the job could not be stopped; deleting the TPU anyway"
     delete
     ;;
   *) delete ;;

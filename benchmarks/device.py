@@ -1,14 +1,14 @@
-"""What one accelerator does with this runner: one JSON line for each measurement, and a table at the end.
+"""Measure one accelerator: print one JSON line per measurement and a table at the end.
 
-Models have the shapes of `configs/models` and random weights, so that nothing is downloaded. Every time is the median
-of several calls after one that compiles, with results awaited. Rates stand beside what the same device reached in the
-same run: its large matrix products and its copies.
+Models have the shapes of `configs/models` and random weights, so nothing is downloaded. Every time is the median of
+several calls after one that compiles; each call waits for its results. Rates are compared with the rates of large
+matrix products and copies that the same device reached in the same run.
 
-    python benchmarks/device.py                    # about seven minutes on one H200, most of it compiling
-    python benchmarks/device.py --dry-run          # tiny shapes on any device, to test the script itself
+    python benchmarks/device.py                    # about seven minutes on one H200, mostly compiling
+    python benchmarks/device.py --dry-run          # tiny shapes on any device, to test this script
     python benchmarks/device.py --only parity decode --out results/
 
-`device.sh` beside this file also installs what is missing.
+`device.sh` in the same folder also installs missing packages.
 
 Axes: P prompts · K responses · S prompt tokens · T response tokens.
 """
@@ -51,7 +51,7 @@ REPEATS = 3
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """The shapes of each measurement; `decode` has one for each number of rows."""
+    """The shapes of each measurement; `decode` has one entry per number of rows."""
 
     models: tuple[str, ...] = ("qwen3-0.6b", "qwen3-4b")
     decode: tuple[Shapes, ...] = (Shapes(8, 8, 1024, 64), Shapes(32, 8, 1024, 64))
@@ -59,8 +59,8 @@ class Sizes:
     token_budget: int = 4096
     step: Shapes = Shapes(16, 8, 256, 64)
     parity: Shapes = Shapes(2, 4, 64, 32)
-    layers: int | None = None  # of the models; None: all
-    vocab_size: int | None = None  # of the models; None: their own
+    layers: int | None = None  # number of layers of the models; None: all of them
+    vocab_size: int | None = None  # vocabulary size of the models; None: unchanged
 
 
 TINY = Sizes(
@@ -82,7 +82,7 @@ def main() -> int:
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes, on any device")
     parser.add_argument("--only", nargs="+", choices=tuple(MEASUREMENTS), default=tuple(MEASUREMENTS))
     parser.add_argument("--models", nargs="+", help="names in configs/models")
-    parser.add_argument("--out", type=Path, help="folder for device.jsonl, appended to")
+    parser.add_argument("--out", type=Path, help="folder of device.jsonl, to which the lines are appended")
     arguments = parser.parse_args()
     sizes = TINY if arguments.dry_run else Sizes()
     if arguments.models:
@@ -99,9 +99,7 @@ def main() -> int:
                     arguments.out.mkdir(parents=True, exist_ok=True)
                     with open(arguments.out / "device.jsonl", "a") as file:
                         file.write(json.dumps(row) + "\n")
-        except (
-            Exception
-        ):  # the other measurements are still worth having; the exit status says that one failed
+        except Exception:  # continue with the other measurements; the exit status reports the failure
             traceback.print_exc()
             failed += 1
     print(table(rows))
@@ -109,7 +107,7 @@ def main() -> int:
 
 
 def machine(sizes: Sizes) -> Iterator[dict[str, Any]]:
-    """The device and its own rates."""
+    """Yield the device and its peak rates."""
     rates = device_rates()
     yield {
         "device": jax.devices()[0].device_kind,
@@ -122,9 +120,9 @@ def machine(sizes: Sizes) -> Iterator[dict[str, Any]]:
 
 
 def parity(sizes: Sizes) -> Iterator[dict[str, Any]]:
-    """The largest differences of the device from this machine's CPU, and of the sampler from the trainer."""
+    """Yield the largest differences between the device and this machine's CPU, and between sampler and trainer."""
     shapes = sizes.parity
-    # Two layers and a small vocabulary: the CPU computes the same, and is slow.
+    # Two layers and a small vocabulary, because the slow CPU computes the same program.
     config = dataclasses.replace(model_config(sizes.models[0], sizes), num_layers=2, vocab_size=4096)
     cpu = jax.devices("cpu")[0]
     with jax.default_device(cpu):
@@ -157,7 +155,7 @@ def parity(sizes: Sizes) -> Iterator[dict[str, Any]]:
 
 
 def decode(sizes: Sizes) -> Iterator[dict[str, Any]]:
-    """Sampling in bfloat16: tokens per second, and the bytes that it must read over the device's copy bandwidth."""
+    """Yield the speed of sampling in bfloat16, and its share of the device's copy bandwidth."""
     for name in sizes.models:
         config, rates = model_config(name, sizes), device_rates()
         sampler = Sampler(config, (-1,), jnp.bfloat16)
@@ -167,7 +165,7 @@ def decode(sizes: Sizes) -> Iterator[dict[str, Any]]:
             first = seconds(run)
             prefill = statistics.median(seconds(lambda: run(1)) for _ in range(REPEATS))  # noqa: B023
             middle = statistics.median(seconds(run) for _ in range(REPEATS))
-            steps = shapes.tokens - 1  # the first token's is in `prefill`
+            steps = shapes.tokens - 1  # `prefill` includes the first token
             work = Work.forward(config, shapes, shapes.lengths(), 2)
             least = (work.weight_bytes * steps + work.cache_reads) / rates.copy_bytes
             yield {
@@ -183,7 +181,7 @@ def decode(sizes: Sizes) -> Iterator[dict[str, Any]]:
 
 
 def gradient(sizes: Sizes) -> Iterator[dict[str, Any]]:
-    """The gradient in bfloat16 with float32 parameters: the model's FLOPs over the device's matrix rate."""
+    """Yield the speed of the gradient in bfloat16 with float32 parameters, and its share of the matrix rate."""
     shapes = sizes.gradient
     for name in sizes.models:
         config, rates = model_config(name, sizes), device_rates()
@@ -211,7 +209,7 @@ def gradient(sizes: Sizes) -> Iterator[dict[str, Any]]:
 
 
 def step(sizes: Sizes) -> Iterator[dict[str, Any]]:
-    """Sampling, coefficients, gradient and optimizer of one LPO-forward step, without verification."""
+    """Yield the times of LPO-forward steps: sampling, coefficients, gradient and optimizer, without verification."""
     name, shapes = sizes.models[0], sizes.step
     config = model_config(name, sizes)
     runner = ModelRunner(config, token_budget=sizes.token_budget, dtype=jnp.bfloat16, remat=False)
@@ -231,7 +229,7 @@ def step(sizes: Sizes) -> Iterator[dict[str, Any]]:
         learned = signal(objective, TokenStats(sampled.log_probs), scored)
         state, _, norm = update(runner, optimizer, state, groups, learned.cotangent)
         if not np.isfinite(jax.device_get(norm)):
-            raise FloatingPointError(f"the gradient's norm is {norm}")
+            raise FloatingPointError(f"the gradient norm is {norm}")
         times["sampling"].append(between - started)
         times["update"].append(time.perf_counter() - between)
     middle = {f"{part}_s": statistics.median(of[1:]) for part, of in times.items()}
@@ -256,37 +254,37 @@ MEASUREMENTS: dict[str, Callable[[Sizes], Iterator[dict[str, Any]]]] = {
 
 
 def device_rates() -> Machine:
-    """Of bfloat16 products and copies, measured anew: clocks change while a device works."""
+    """Measure the rates of bfloat16 products and copies. They change because a busy device changes its clocks."""
     return Machine.measure(jnp.bfloat16)
 
 
 def model_config(name: str, sizes: Sizes) -> ModelConfig:
-    """A model of `configs/models`, cut down where the sizes say so."""
+    """Return a model of `configs/models`, with the layers and vocabulary of `sizes` if set."""
     config = ModelConfig.from_hf(json.loads((MODELS / name / "config.json").read_text()), name)
     layers, vocab_size = sizes.layers or config.num_layers, sizes.vocab_size or config.vocab_size
     return dataclasses.replace(config, num_layers=layers, vocab_size=vocab_size)
 
 
 def batch(config: ModelConfig, shapes: Shapes) -> tuple[Groups, np.ndarray]:
-    """Random prompts and responses, and the mask `[P, K, T]` of response tokens."""
+    """Return random prompts and responses, and the mask `[P, K, T]` of response tokens."""
     lengths = np.full(shapes.prompts, shapes.prompt_tokens, np.int32)
     groups = Groups(shapes.prompt_ids(config.vocab_size), lengths, shapes.response_ids(config.vocab_size))
     return groups, shapes.mask()
 
 
 def cotangents(mask: np.ndarray) -> TokenStats:
-    """Of the mean log-prob."""
+    """Return the cotangents of the mean log-prob."""
     return TokenStats(np.where(mask, 1 / mask.sum(), 0.0).astype(np.float32))
 
 
 def sample(config: ModelConfig, params: Params, shapes: Shapes, dtype: Any) -> Responses:
-    """Responses drawn with the parameters as they are, as a round does."""
+    """Prepare the parameters and sample responses, as a training step does."""
     sampler = Sampler(config, (-1,), dtype)
     return draw(sampler, sampler.prepare(params), shapes)
 
 
 def draw(sampler: Sampler, weights: Params, shapes: Shapes, tokens: int | None = None) -> Responses:
-    """Samples from prepared weights; a response has `tokens` tokens, by default as many as the shapes say."""
+    """Sample from prepared weights; responses have `tokens` tokens, by default those of `shapes`."""
     rows = shapes.prompts, shapes.responses
     return sampler(
         weights,
@@ -301,7 +299,7 @@ def draw(sampler: Sampler, weights: Params, shapes: Shapes, tokens: int | None =
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as text, one line each."""
+    """Format the rows as text, one line per row."""
     show = lambda x: f"{x:.4g}" if isinstance(x, float) else str(x)  # noqa: E731
     lines = []
     for row in rows:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Measures this machine's accelerator with device.py: parity, decoding, gradient, a full step, memory.
-# Uses the Python that PYTHON names if it can already import what is needed, else the repository's own .venv.
+# Measure this machine's accelerator with device.py: parity, decoding, the gradient, a full step, memory.
+# Uses the interpreter in PYTHON if it can import the required packages, otherwise the repository's .venv.
 #
 #   benchmarks/device.sh --out results          # all measurements, at most eight minutes
 #   benchmarks/device.sh --dry-run              # tiny shapes on any device

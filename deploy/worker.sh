@@ -1,42 +1,43 @@
 #!/usr/bin/env bash
-# What happens on one TPU host: installation and the training job. launch_tpu.sh calls it on every worker over ssh,
-# deploy/jobset.yaml in every pod, so both run the same thing. It works in the directory of its own checkout.
+# Installation and the training job on one TPU host. launch_tpu.sh calls this script on every worker over ssh, and
+# deploy/jobset.yaml in every pod, so both run the same commands. It works in the directory of its own checkout.
 #
-#   worker.sh install                         Python, the pinned packages, the sandbox for code tasks
-#   worker.sh start NAME REMOTE CONFIG ...    `supervise` as a service that outlives the connection
-#   worker.sh supervise NAME REMOTE CONFIG ...  lpo train in the foreground, its files kept in REMOTE
-#   worker.sh stop                            SIGTERM; returns when the position is saved
-#   worker.sh state                           prints job=running, =done, =stopped, =failed:STATUS, or =none
-#   worker.sh logs                            the log, and what is added to it
+#   worker.sh install                           install Python, the pinned packages, and the sandbox for code tasks
+#   worker.sh start NAME REMOTE CONFIG ...      run `supervise` as a service that does not depend on the connection
+#   worker.sh supervise NAME REMOTE CONFIG ...  run lpo train in the foreground and copy its files to REMOTE
+#   worker.sh stop                              send SIGTERM; return when the position is saved
+#   worker.sh state                             print job=running, =done, =stopped, =failed:STATUS, or =none
+#   worker.sh logs                              print the log and follow it
 #
-# NAME is the run: its files are in runs/NAME. REMOTE is gs://bucket/path or "-": checkpoints go to REMOTE/checkpoints,
-# written by all hosts; the small files of runs/NAME are copied to REMOTE/files by the one host that writes them.
+# NAME is the name of the run, whose files are in runs/NAME. REMOTE is gs://bucket/path or "-". All hosts write
+# checkpoints to REMOTE/checkpoints; the host that writes the small files in runs/NAME also copies them to REMOTE/files.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 UNIT=lpo
 LOG=runs/lpo.log
-ENDED=runs/lpo.exit # the last job's status; missing while one runs, and after a reboot that cut one short
-STOPPED=runs/lpo.stopped # it was told to end: nobody should start it again unasked
-PULLED=runs/lpo.pulled
+ENDED=runs/lpo.exit # exit status of the last job; missing while a job runs, and after a reboot that ended one
+STOPPED=runs/lpo.stopped # exists if the user stopped the job, so it must not be restarted automatically
+PULLED=runs/lpo.pulled # its time is that of the last copy from REMOTE
 
 as_root() {
   if ((EUID)); then sudo "$@"; else "$@"; fi
 }
 
 install() {
-  # The TPU images are Ubuntu 22.04 with Python 3.10; uv brings the one that constraints.txt was made with.
+  # The TPU images are Ubuntu 22.04 with Python 3.10; uv installs the version that constraints.txt was made with.
   command -v uv >/dev/null || python3 -m pip install --quiet --user uv
   export PATH="$HOME/.local/bin:$PATH"
   [[ -x .venv/bin/python ]] || uv venv --quiet --python 3.11 .venv
   uv pip install --quiet --python .venv/bin/python -c constraints.txt -e '.[tpu]'
-  # A fresh VM updates itself and holds dpkg's lock for a while.
+  # A new VM updates itself first and holds the lock of dpkg for some time.
   command -v bwrap >/dev/null || as_root apt-get -o DPkg::Lock::Timeout=300 install -y -qq bubblewrap >/dev/null
   .venv/bin/lpo --version
 }
 
-# systemd, not tmux or nohup: the service belongs to no login session, there can be only one, its log needs no terminal,
-# and when the machine is shut down (a preemption gives 30 seconds) it gets the SIGTERM on which `lpo train` saves.
+# A systemd service instead of tmux or nohup: it does not belong to a login session, only one can run, its log needs no
+# terminal, and when the machine is shut down (30 seconds after a preemption notice) it receives SIGTERM, so `lpo train`
+# saves its position.
 start() {
   stop
   rm -f "$ENDED" "$STOPPED"
@@ -50,44 +51,44 @@ start() {
 supervise() {
   local name=$1 remote=$2 config=$3
   shift 3
-  local output=runs/$name where=() status=0 trainer='' copier terminated='' told=''
+  local output=runs/$name where=() status=0 trainer='' copier terminated='' forwarded=''
   mkdir -p runs
-  trap tell TERM INT # before there is anyone to tell: the signal may come at any time
+  trap forward_signal TERM INT # before the trainer starts, because the signal may arrive at any time
   if [[ $remote != - ]]; then
     where=(--checkpoint.directory="$remote/checkpoints")
     pull "$output" "$remote"
   fi
-  if [[ $terminated ]]; then # nothing runs that would have to save
+  if [[ $terminated ]]; then # no trainer is running, so there is nothing to save
     echo 143 >"$ENDED"
     return 143
   fi
   .venv/bin/lpo train "$config" --resume --output="$output" "${where[@]}" "$@" &
   trainer=$!
-  if [[ $terminated ]]; then tell; fi
+  if [[ $terminated ]]; then forward_signal; fi
   while [[ $remote != - ]] && sleep "${LPO_COPY_SECONDS:-300}"; do push "$output" "$remote"; done &
   copier=$!
   wait "$trainer" || status=$?
-  if [[ $terminated ]]; then # the signal ended the wait, not the trainer, which is saving
+  if [[ $terminated ]]; then # the signal interrupted the wait; the trainer is still saving
     status=0
     wait "$trainer" || status=$?
   fi
-  while kill "$copier" 2>/dev/null; do sleep 0.1; done # a signal to a process just forked may be lost
+  while kill "$copier" 2>/dev/null; do sleep 0.1; done # a signal to a process that was just forked may be lost
   if [[ $remote != - ]]; then push "$output" "$remote"; fi
   echo "$status" >"$ENDED"
   return "$status"
 }
 
-# In `supervise`: passes the signal on, once: on a second one the trainer would not wait for its saving.
-tell() {
+# Used in `supervise`: forwards the signal once, because the trainer would exit on a second one without saving.
+forward_signal() {
   terminated=yes
-  if [[ $trainer && ! $told ]]; then
-    told=yes
+  if [[ $trainer && ! $forwarded ]]; then
+    forwarded=yes
     kill -TERM "$trainer" 2>/dev/null || true
   fi
 }
 
-# A replaced VM has an empty disk: metrics so far come back, and the trainer cuts them at its checkpoint. The responses
-# of earlier steps, which nothing here reads, stay in the bucket.
+# A replaced VM has an empty disk: this copies the earlier metrics back, and the trainer truncates them at its checkpoint.
+# The responses of earlier steps are not needed here and stay in the bucket.
 pull() {
   if [[ -d $1 ]] || ! gcloud storage ls "$2/files/config.yaml" >/dev/null 2>&1; then return; fi
   mkdir -p "$1"
@@ -95,14 +96,14 @@ pull() {
   touch "$PULLED"
 }
 
-# Every host has pulled the files, only the coordinator writes them: a host that has not written leaves them alone.
+# All hosts have pulled the files, but only the coordinator writes them, so a host that has not written copies nothing.
 push() {
   local rows=$1/metrics.jsonl
   if [[ ! -s $rows || ( -e $PULLED && ! $rows -nt $PULLED ) ]]; then return; fi
-  gcloud storage rsync --recursive "$1" "$2/files" || echo "worker.sh: $2/files: not copied this time" >&2
+  gcloud storage rsync --recursive "$1" "$2/files" || echo "worker.sh: $2/files: this copy failed" >&2
 }
 
-# Also while it is saving on its way out.
+# Whether the service runs, which includes the time in which it saves before it exits.
 running() {
   [[ $(systemctl show --property=ActiveState --value "$UNIT") =~ ^(active|activating|deactivating)$ ]]
 }

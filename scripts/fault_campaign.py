@@ -1,20 +1,20 @@
-"""Faults put to whole runs on a tiny model: is what they leave equal to the undisturbed run, bit for bit?
+"""Inject faults into whole runs of a tiny model and check that the results equal an undisturbed run bit for bit.
 
     python scripts/fault_campaign.py kill [--kills 100] [--seed 0]
     python scripts/fault_campaign.py flip [--flips 1000]
     sudo python scripts/fault_campaign.py disk
 
-kill  runs with a warm start are ended by SIGKILL or SIGTERM at a random moment of a random phase (warm start,
-      sampling, learning, evaluation, and each kind of file being written) and resumed, several times each. Compared
-      are metrics, responses, the train state of the latest checkpoint, the parameters of the best one, and the table
+kill  Runs with a warm start are ended by SIGKILL or SIGTERM at a random moment of a random phase (warm start,
+      sampling, learning, evaluation, or writing one kind of file) and resumed, several times each. The comparison
+      covers metrics, responses, the train state of the latest checkpoint, the parameters of the best one, and the table
       of evaluations.
-flip  single bits of every file of a checkpoint are flipped, files are cut and removed; each must be refused in one
-      line that names the intact checkpoint.
-disk  runs on a small ext4 file system, which becomes full, read-only or dead (every access fails; what was not synced
-      is lost) as each kind of file is about to be written. The run must end within 10 s with one line that begins
-      with "lpo:", and resume when the disk is mended. Needs root, and loop devices.
+flip  Single bits of every file of a checkpoint are flipped, and files are truncated and removed. Each damage must cause
+      a one-line error that names the intact checkpoint.
+disk  Runs write to a small ext4 file system, which becomes full, read-only or dead (every access fails and unsynced
+      data is lost) just before one kind of file is written. The run must end within 10 s with one line that begins
+      with "lpo:", and must resume when the disk is repaired. Needs root and loop devices.
 
-Exit status 1 if anything was not as it must be. `tests/training/test_faults.py` runs a small part of each.
+The exit status is 1 if any case fails. `tests/training/test_faults.py` runs a small part of each.
 """
 
 import argparse
@@ -36,7 +36,7 @@ import time
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))  # for tiny.py
 
-# Where a process announces that it is about to do something: (module, attribute).
+# The functions that mark the start of a phase or of a write: (module, attribute).
 PHASES = {
     "warm start": ("lpo_jax.training.sft", "supervised_step"),
     "sampling": ("lpo_jax.training.loop", "sample_round"),
@@ -53,13 +53,13 @@ WRITES = {
     "sealing": ("lpo_jax.runs.checksums", "seal"),
     "plots": ("lpo_jax.reporting.plots", "learning_curves"),
 }
-LONGEST = 0.5  # seconds from a phase's beginning to the signal, at most
+LONGEST = 0.5  # maximum seconds from the start of a phase to the signal
 FAULTS = ("full", "read-only", "dead")
 EXT4_SHUTDOWN, NO_FLUSH = 0x8004587D, (2).to_bytes(4, "little")
 
 
 def make_model(folder: pathlib.Path) -> None:
-    """A tiny model and a task, in a process of its own, because this one must not start jax before it forks."""
+    """Write a tiny model and a task; run in a child process, because the parent must not start jax before it forks."""
     import jax
     from tiny import CONFIG, VERIFIER, character_tokenizer
 
@@ -72,7 +72,7 @@ def make_model(folder: pathlib.Path) -> None:
 
 
 def write_config(folder: pathlib.Path, output: pathlib.Path, plots: bool) -> pathlib.Path:
-    """A run of six steps after a warm start, whose best step is not its last."""
+    """Write the config of a run with a warm start and six steps, whose best step is not the last."""
     import yaml
     from tiny import run_values
 
@@ -88,7 +88,7 @@ def write_config(folder: pathlib.Path, output: pathlib.Path, plots: bool) -> pat
 
 
 def at_start_of(phase: str, call) -> None:
-    """Has `call(phase)` run whenever the phase begins in this process."""
+    """Run `call(phase)` in this process whenever the phase begins."""
     import importlib
 
     module, name = (PHASES | WRITES)[phase]
@@ -108,19 +108,19 @@ def at_start_of(phase: str, call) -> None:
 def run_lpo(
     arguments: list[str], log: pathlib.Path, announce: pathlib.Path | None = None, fault=None
 ) -> None:
-    """The body of a child: `lpo` with its output in a file; phases are announced, or one brings a fault."""
+    """Run `lpo` in a child process with its output in a file. It announces its phases, or injects a fault in one."""
     with open(log, "wb") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     if announce is not None:
         pipe = os.open(announce, os.O_WRONLY)
 
-        def tell(phase: str) -> None:
-            with contextlib.suppress(BrokenPipeError):  # nobody listens once the moment is chosen
+        def announce_phase(phase: str) -> None:
+            with contextlib.suppress(BrokenPipeError):  # the reader stops after the chosen phase
                 os.write(pipe, f"{phase}\n".encode())
 
         for phase in PHASES | WRITES:
-            at_start_of(phase, tell)
+            at_start_of(phase, announce_phase)
     if fault is not None:
         phase, number, kind, disk = fault
         left = [number]
@@ -137,7 +137,7 @@ def run_lpo(
 
 
 def digest(output: pathlib.Path, log: pathlib.Path, found) -> None:
-    """The body of a child that sends what of a finished run must not depend on how it came about."""
+    """Send, from a child process, the results of a finished run that faults must not change."""
     import jax
     import orbax.checkpoint as ocp
 
@@ -181,7 +181,7 @@ def digest(output: pathlib.Path, log: pathlib.Path, found) -> None:
 
 
 class Campaign:
-    """A folder with a model, and processes started from one that has imported everything already."""
+    """A folder with a model, and child processes forked from a server that has already imported all modules."""
 
     def __init__(self, folder: pathlib.Path):
         self.folder = folder
@@ -193,7 +193,7 @@ class Campaign:
         self.call(make_model, folder)
 
     def call(self, function, *arguments, **keywords) -> int:
-        """Runs a function in a process of its own; returns its exit status."""
+        """Run a function in a child process and return the exit status."""
         process = self.start(function, *arguments, **keywords)
         process.join()
         return process.exitcode
@@ -215,7 +215,7 @@ class Campaign:
             process.join()
 
     def reference(self, plots: bool = False) -> dict:
-        """The undisturbed run."""
+        """Run without faults and return the results."""
         output = self.folder / "reference"
         config, log = write_config(self.folder, output, plots), self.folder / "reference.log"
         if self.call(run_lpo, ["train", str(config)], log):
@@ -227,14 +227,14 @@ class Campaign:
 
 
 def differences(found: dict | None, expected: dict) -> list[str]:
-    """What of a run is not as in the undisturbed one."""
+    """Return the names of the results that differ from those of the undisturbed run."""
     if found is None:
-        return ["it cannot be read"]
+        return ["the run cannot be read"]
     return [name for name in expected if found[name] != expected[name]]
 
 
 def wait_for(pipe: pathlib.Path, phase: str, number: int) -> bool:
-    """Reads announcements until the phase has begun so often; false if the process ended before."""
+    """Wait until the phase has begun `number` times; return False if the process ends before."""
     with open(pipe) as lines:
         for line in lines:
             number -= line.strip() == phase
@@ -244,7 +244,7 @@ def wait_for(pipe: pathlib.Path, phase: str, number: int) -> bool:
 
 
 def kill_once(campaign: Campaign, config: pathlib.Path, log: pathlib.Path, chance: random.Random):
-    """One start and its end at a random moment: (phase, signal) or None if it finished first; and what was wrong."""
+    """Kill a run at a random moment; return (phase, signal), or None if it finished before, and any problem."""
     phase = chance.choice([*PHASES, *WRITES])
     number = 1 if phase in ("settings", "plots") else chance.randint(1, 4)
     how = chance.choice([signal.SIGKILL, signal.SIGTERM])
@@ -259,22 +259,22 @@ def kill_once(campaign: Campaign, config: pathlib.Path, log: pathlib.Path, chanc
     alive = process.is_alive()
     try:
         os.kill(process.pid, how)
-    except ProcessLookupError:  # it has finished meanwhile
+    except ProcessLookupError:  # the process has already finished
         alive = False
     process.join(120)
     text = log.read_text()
     wrong = None
     if process.exitcode is None:
-        wrong = "it does not end"
+        wrong = "the process does not end"
         process.kill()
-    elif process.exitcode not in (0, -how) or "Traceback" in text:
+    elif process.exitcode not in (0, 130, -how) or "Traceback" in text:
         wrong = f"exit status {process.exitcode}: {text[-2000:]}"
     killed = alive and "lpo export" not in text
     return ((phase, how.name) if killed else None), wrong
 
 
 def kill(campaign: Campaign, kills: int, seed: int) -> bool:
-    """Kills until there were so many; each run is killed one to four times, then resumed to its end and compared."""
+    """Kill runs `kills` times in total; each is killed one to four times, then resumed to its end and compared."""
     expected, chance = campaign.reference(), random.Random(seed)
     done, bad, runs = collections.Counter(), 0, 0
     while sum(done.values()) < kills:
@@ -291,8 +291,8 @@ def kill(campaign: Campaign, kills: int, seed: int) -> bool:
         if campaign.call(run_lpo, ["train", str(config), *resume(output)], log):
             problems.append(f"cannot be resumed: {log.read_text()[-2000:]}")
         problems += differences(campaign.digest(output, log), expected)
-        told = ", ".join(" ".join(moment) for moment in moments) or "finished"
-        print(f"run {runs}: {told}: {problems or 'equal'}", flush=True)
+        summary = ", ".join(" ".join(moment) for moment in moments) or "finished"
+        print(f"run {runs}: {summary}: {problems or 'equal'}", flush=True)
         bad, runs = bad + bool(problems), runs + 1
         if not problems:
             shutil.rmtree(output)
@@ -303,20 +303,20 @@ def kill(campaign: Campaign, kills: int, seed: int) -> bool:
 
 
 def resume(output: pathlib.Path) -> list[str]:
-    """--resume, where the directory would be refused without it."""
+    """Return --resume if a start without it would refuse the directory."""
     rows, checkpoints = output / "metrics.jsonl", output / "checkpoints"
     begun = rows.exists() and rows.stat().st_size > 0
     return ["--resume"] if begun or (checkpoints.exists() and any(checkpoints.iterdir())) else []
 
 
 def flip(campaign: Campaign, flips: int, seed: int) -> bool:
-    """Damages each file of the newest checkpoint in many ways, one at a time."""
+    """Damage each file of the newest checkpoint in many ways, one at a time."""
     campaign.reference()
     return campaign.call(flip_in, campaign.folder / "reference", flips, seed) == 0
 
 
 def flip_in(run: pathlib.Path, flips: int, seed: int) -> None:
-    """The body of a child: damages a finished run's newest checkpoint, whose best one is another."""
+    """Damage the newest checkpoint of a finished run in a child process; the best checkpoint is a different one."""
     from lpo_jax.errors import UserError
     from lpo_jax.runs.checkpoint import Checkpoints, load_run
 
@@ -336,61 +336,61 @@ def flip_in(run: pathlib.Path, flips: int, seed: int) -> None:
                 load_run(run, "latest")
             except UserError as error:
                 if f"the checkpoint of step {before} is intact" not in str(error) or "\n" in str(error):
-                    silent.append(f"{path}: says only {error}")
+                    silent.append(f"{path}: the error is {error}")
             else:
-                silent.append(f"{path}: restored")
+                silent.append(f"{path}: was restored")
         path.write_bytes(held)
     load_run(run, "latest")
-    print(f"{count} damages of {len(files)} files, of which {len(silent)} were not refused in one line")
+    print(f"{count} damages of {len(files)} files; {len(silent)} did not cause the expected error")
     print("\n".join(silent[:20]))
     sys.exit(bool(silent))
 
 
 class Disk:
-    """A small ext4 file system in a file, mounted in this process's own namespace."""
+    """A small ext4 file system in a file, mounted in the private mount namespace of this process."""
 
     def __init__(self, folder: pathlib.Path):
-        self.image, self.place = folder / "disk.img", folder / "disk"
-        self.place.mkdir()
+        self.image, self.root = folder / "disk.img", folder / "disk"
+        self.root.mkdir()
         with open(self.image, "wb") as file:
             file.truncate(64 << 20)
         subprocess.run(["mkfs.ext4", "-q", "-m", "0", self.image], check=True)
         self.mount()
 
     def mount(self) -> None:
-        subprocess.run(["mount", "-o", "loop", self.image, self.place], check=True)
+        subprocess.run(["mount", "-o", "loop", self.image, self.root], check=True)
 
     def strike(self, kind: str) -> None:
-        if kind == "read-only":  # as the kernel does after an error of the file system
-            subprocess.run(["mount", "-o", "remount,abort", self.place], check=False, capture_output=True)
+        if kind == "read-only":  # as after a file system error
+            subprocess.run(["mount", "-o", "remount,abort", self.root], check=False, capture_output=True)
         elif kind == "dead":
-            opened = os.open(self.place, os.O_RDONLY)
+            opened = os.open(self.root, os.O_RDONLY)
             fcntl.ioctl(opened, EXT4_SHUTDOWN, NO_FLUSH)
         else:
-            with open(self.place / "ballast", "wb", buffering=0) as file, contextlib.suppress(OSError):
+            with open(self.root / "ballast", "wb", buffering=0) as file, contextlib.suppress(OSError):
                 while True:
                     file.write(b"\0" * 512)
         (self.image.parent / "struck").write_text(str(time.monotonic()))
 
-    def mend(self, kind: str) -> None:
+    def repair(self, kind: str) -> None:
         if kind == "full":
-            (self.place / "ballast").unlink()
+            (self.root / "ballast").unlink()
             return
-        for _ in range(50):  # a verifier may still be ending
-            if subprocess.run(["umount", self.place], capture_output=True).returncode == 0:
+        for _ in range(50):  # a verifier process may still be running
+            if subprocess.run(["umount", self.root], capture_output=True).returncode == 0:
                 break
             time.sleep(0.2)
         self.mount()
 
 
 def disk(campaign: Campaign, writes: list[str]) -> bool:
-    """Each fault before each kind of write, at its first call and a later one."""
+    """Test each fault before each kind of write, at the first call and at a later one."""
     disk, bad = Disk(campaign.folder), 0
     expected = campaign.reference(plots=True)
     numbers = {write: (1,) if write == "plots" else (1, 4) for write in writes}
     cases = [(write, number, kind) for write in writes for number in numbers[write] for kind in FAULTS]
     for case, (write, number, kind) in enumerate(cases):
-        output, log = disk.place / f"run{case}", campaign.folder / f"run{case}.log"
+        output, log = disk.root / f"run{case}", campaign.folder / f"run{case}.log"
         config = campaign.folder / f"run{case}.yaml"
         write_config(campaign.folder, campaign.folder / f"run{case}", True)
         arguments, struck = ["train", str(config), f"--output={output}"], campaign.folder / "struck"
@@ -398,26 +398,26 @@ def disk(campaign: Campaign, writes: list[str]) -> bool:
         status = campaign.call(run_lpo, arguments, log, fault=(write, number, kind, disk))
         seconds = time.monotonic() - float(struck.read_text()) if struck.exists() else None
         text = log.read_text()
-        told = [line for line in text.splitlines() if line.startswith("lpo: ")]
+        errors = [line for line in text.splitlines() if line.startswith("lpo: ")]
         problems = []
         if seconds is None:
             problems.append("the disk never failed")
         elif seconds > 10:
             problems.append(f"ended after {seconds:.0f} s")
-        if status not in (1, 2) or len(told) != 1 or "Traceback" in text or "Error:" in text:
-            problems.append(f"exit status {status}, says {text[-3000:]}")
+        if status not in (1, 2) or len(errors) != 1 or "Traceback" in text or "Error:" in text:
+            problems.append(f"exit status {status}: {text[-3000:]}")
         if seconds is not None:
-            disk.mend(kind)
+            disk.repair(kind)
         if campaign.call(run_lpo, [*arguments, *resume(output)], log):
             problems.append(f"cannot be resumed: {log.read_text()[-2000:]}")
         problems += differences(campaign.digest(output, log), expected)
         print(
-            f"{kind}, {write} {number}: {seconds or 0:.1f} s, {told[:1]}: {problems or 'resumed, equal'}",
+            f"{kind}, {write} {number}: {seconds or 0:.1f} s, {errors[:1]}: {problems or 'resumed, equal'}",
             flush=True,
         )
         bad += bool(problems)
         shutil.rmtree(output)
-    print(f"{len(cases)} cases, of which {bad} were not as they must be")
+    print(f"{len(cases)} cases, {bad} failed")
     return not bad
 
 
@@ -426,10 +426,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("what", choices=("kill", "flip", "disk"))
-    parser.add_argument("--kills", type=int, default=100, help="in all (100)")
-    parser.add_argument("--flips", type=int, default=1000, help="in all files together (1000)")
-    parser.add_argument("--writes", nargs="+", choices=WRITES, default=list(WRITES), help="which (all)")
-    parser.add_argument("--seed", type=int, default=0, help="of the random moments and bits (0)")
+    parser.add_argument("--kills", type=int, default=100, help="number of kills in total (100)")
+    parser.add_argument("--flips", type=int, default=1000, help="number of flipped bits in total (1000)")
+    parser.add_argument("--writes", nargs="+", choices=WRITES, default=list(WRITES), help="kinds (all)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random moments and bits (0)")
     options = parser.parse_args()
     if options.what == "disk" and os.environ.get("LPO_OWN_MOUNTS") != "1":
         os.environ["LPO_OWN_MOUNTS"] = "1"

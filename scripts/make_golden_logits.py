@@ -1,12 +1,12 @@
-"""Remakes tests/models/golden/<family>/: tiny random models of every family, saved and run by transformers.
+"""Regenerate tests/models/golden/<family>/: tiny random models of every family, saved and run by transformers.
 
-Needs torch (`pip install -e .[oracle]`). A few seconds:
+Requires torch (`pip install -e .[oracle]`). Takes a few seconds:
 
     python scripts/make_golden_logits.py
 
-Each directory holds what `save_pretrained` writes and `logits.npz`: tokens [B, T], mask [B, T] (rows padded
-on the right) and logits [B, T, V], computed by transformers in float32. Norms and biases are random too, so
-that a forgotten one shows.
+Each directory holds the files of `save_pretrained` and `logits.npz`: tokens [B, T], mask [B, T] (rows are padded on the
+right) and logits [B, T, V], computed by transformers in float32. Norms and biases are random too, so that a test fails
+if one is ignored.
 """
 
 import argparse
@@ -37,7 +37,7 @@ LLAMA3 = dict(
     high_freq_factor=4.0,
     original_max_position_embeddings=32,
 )
-# name: (config, dtype that the file is saved in)
+# name: (config, dtype of the saved file)
 MODELS = {
     "llama": (transformers.LlamaConfig(**SIZES, rms_norm_eps=1e-5), torch.float32),
     "llama3": (
@@ -66,7 +66,9 @@ def make(name: str, out: Path) -> None:
     with torch.no_grad():
         result = model(torch.tensor(tokens, dtype=torch.long), attention_mask=torch.tensor(mask).long())
 
-    if name == "qwen3":  # as the published ones: two ids end a response, the config knows one
+    if (
+        name == "qwen3"
+    ):  # as in the published models: two ids end a response, and the config has only one of them
         model.generation_config.eos_token_id = [2, 3]
     shutil.rmtree(out, ignore_errors=True)
     model.to(dtype).save_pretrained(out)
@@ -77,7 +79,7 @@ def make(name: str, out: Path) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=GOLDEN, help="directory of the golden files")
-    parser.add_argument("names", nargs="*", default=list(MODELS), help="models to remake; default: all")
+    parser.add_argument("names", nargs="*", default=list(MODELS), help="models to regenerate; default: all")
     args = parser.parse_args()
     for name in args.names:
         make(name, args.out / name)

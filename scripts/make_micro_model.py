@@ -1,10 +1,10 @@
-"""Makes `configs/micro/`: the shape and the tokenizer of a small transformer that is trained from scratch.
+"""Generate `configs/micro/`: the config and the tokenizer of a small transformer that is trained from scratch.
 
     python scripts/make_micro_model.py configs/micro
 
-A Llama of two layers, 0.2 million parameters, for Countdown problems asked by the `short` template. A token is a
-number below 100, one of the template's phrases, or a single character, so that a problem of three numbers is
-asked in about fifteen tokens and answered in about nine. There are no weights: `model.init: random` makes them.
+A Llama model with two layers and 0.2 million parameters for Countdown problems in the `short` template. A token is a
+number below 100, one of the template's phrases, or a single character, so the prompt of a problem with three numbers
+has about fifteen tokens and its answer about nine. There are no weights, because `model.init: random` draws them.
 """
 
 import sys
@@ -38,7 +38,7 @@ CONFIG = ModelConfig(
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """0 pads, 1 ends, 2 is unknown; then phrases, characters and numbers."""
+    """Return the tokenizer. Ids: 0 padding, 1 end, 2 unknown, then phrases, characters and numbers."""
     backend = Tokenizer(models.WordLevel({token: i for i, token in enumerate(VOCABULARY)}, unk_token="<unk>"))
     phrases = "|".join(phrase.replace("[", r"\[").replace(".", r"\.") for phrase in PHRASES)
     number = r"[1-9]?[0-9]"

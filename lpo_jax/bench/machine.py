@@ -1,4 +1,4 @@
-"""What this machine can do, measured in the same run as what is held against it."""
+"""Peak rates of this machine, measured in the same run as the benchmark that is compared with them."""
 
 import dataclasses
 import resource
@@ -11,19 +11,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-# Width of the square matrix product and elements copied, large enough for full speed: on an accelerator a smaller
-# product or copy takes not much longer than its launch.
+# Width of the square matrix product, and number of elements copied. Both are large enough for full speed; on an
+# accelerator a smaller product or copy takes little longer than its launch.
 WIDTH, COPIED = 4096, 1 << 26
 ACCELERATOR_WIDTH, ACCELERATOR_COPIED = 8192, 1 << 29
 
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """Rates of one device.
+    """Peak rates of one device.
 
     Attributes:
-      matrix_flops: FLOP/s of a large matrix product in the dtype that is benchmarked.
-      copy_bytes: bytes/s of a large copy, reads and writes counted.
+      matrix_flops: FLOP/s of a large matrix product in the dtype of the benchmark.
+      copy_bytes: bytes/s of a large copy, counting reads and writes.
     """
 
     matrix_flops: float
@@ -31,9 +31,9 @@ class Machine:
 
     @classmethod
     def measure(cls, dtype: Any, repeats: int = 5) -> "Machine":
-        """Medians of `repeats` timed calls after one that is not timed.
+        """Measure the rates: the medians of `repeats` timed calls after one untimed call.
 
-        Operands are random: accelerators multiply constants faster than real data.
+        The operands are random, because accelerators multiply constants faster than real data.
         """
         on_cpu = jax.default_backend() == "cpu"
         width, copied = (WIDTH, COPIED) if on_cpu else (ACCELERATOR_WIDTH, ACCELERATOR_COPIED)
@@ -49,21 +49,26 @@ class Machine:
 
 
 def seconds(function: Callable[[], Any]) -> float:
-    """Wall-clock seconds until what `function` returns is computed."""
+    """Return the wall-clock seconds that a call of `function` takes, including the computation of its result."""
     started = time.perf_counter()
     jax.block_until_ready(function())
     return time.perf_counter() - started
 
 
 def median(function: Callable[[], Any], repeats: int) -> float:
-    """Median seconds of `repeats` calls, after one that is not counted."""
+    """Return the median seconds of `repeats` calls, after one uncounted call."""
     seconds(function)
     return statistics.median(seconds(function) for _ in range(repeats))
 
 
-def taking_turns(function: Callable[[], Any], repeats: int, dtype: Any) -> tuple[list[float], Machine]:
-    """Seconds of each of `repeats` calls, and the medians of what the machine could do before, between and after them:
-    that changes from minute to minute where others share it."""
+def alternate(function: Callable[[], Any], repeats: int, dtype: Any) -> tuple[list[float], Machine]:
+    """Time calls of a function and measure the machine before, between and after them.
+
+    The rates of a shared machine change from minute to minute, so the measurements alternate.
+
+    Returns:
+      The seconds of each of `repeats` calls, and the median rates of the machine.
+    """
     machines, times = [Machine.measure(dtype)], []
     for _ in range(repeats):
         times.append(seconds(function))
@@ -73,7 +78,7 @@ def taking_turns(function: Callable[[], Any], repeats: int, dtype: Any) -> tuple
 
 
 def peak_memory() -> int:
-    """Bytes: of the device where it counts them, else the largest this process has been."""
+    """Return the peak memory in bytes: of the device if it counts them, otherwise of this process."""
     stats = jax.devices()[0].memory_stats()
     if stats and "peak_bytes_in_use" in stats:
         return stats["peak_bytes_in_use"]

@@ -1,7 +1,7 @@
-"""The three benchmarks, on the parts that a run is made of: its session, sampler, programs and `take_step`.
+"""The three benchmarks. They use the components of a real run: its session, sampler, programs and training step.
 
-`sampling`, `gradient` and `stepping` give the call that is timed, `report` times it: what is computed is computed to
-its end (`block_until_ready`), and compiling is timed apart.
+`sampling_call`, `gradient_call` and `step_call` return the call to time, and `time_call` times it. Every timed call
+waits for its results (`block_until_ready`), and compile time is reported separately.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lpo_jax.bench.machine import peak_memory, seconds, taking_turns
+from lpo_jax.bench.machine import alternate, peak_memory, seconds
 from lpo_jax.bench.shapes import Shapes
 from lpo_jax.bench.work import Work
 from lpo_jax.config import override_config, parse_config
@@ -36,10 +36,11 @@ from lpo_jax.training.learner import Learner
 from lpo_jax.training.loop import run_step
 from lpo_jax.training.session import Session, open_session
 
-# Words that are one token each, however often they are repeated: byte-pair tokenizers, and those of characters.
+# Words that stay one token each when repeated: the first pair for byte-pair tokenizers, the second for character
+# tokenizers.
 _WORDS = ((" the", " of"), ("a", "b"))
 
-# Rewards differ within a group.
+# A task whose rewards differ within a group.
 _TASK = """
 import zlib
 
@@ -54,12 +55,18 @@ def verify(response, example):
 
 @contextlib.contextmanager
 def bench_session(model: str, shapes: Shapes, repeats: int, overrides: Sequence[str]) -> Iterator[Session]:
-    """A session whose model never ends a response by itself, in a run directory that is removed afterwards."""
+    """Open a session whose model never ends a response by itself, with a temporary run directory.
+
+    Raises:
+      UserError: a config key is invalid, or no prompt of exactly S tokens can be made with the model's tokenizer.
+    """
     _, tokenizer, _ = load_config_and_tokenizer(model)
     S = shapes.prompt_tokens
     fitting = [words for words in _WORDS if all(len(encode(tokenizer, w * S)) == S for w in words)]
     if not fitting:
-        raise UserError(f"{model}: its tokenizer makes no prompt of exactly {S} tokens out of repeated words")
+        raise UserError(
+            f"{model}: cannot make a prompt of exactly {S} tokens by repeating a word with its tokenizer"
+        )
     with tempfile.TemporaryDirectory() as folder:
         task = Path(folder) / "task.py"
         task.write_text(_TASK.format(words=fitting[0], prompt_tokens=S, rows=shapes.prompts))
@@ -87,8 +94,8 @@ def bench_session(model: str, shapes: Shapes, repeats: int, overrides: Sequence[
             yield dataclasses.replace(session, environment=environment)
 
 
-def sampling(session: Session, shapes: Shapes) -> Callable[[], Any]:
-    """A call that samples: weights in decode layout, every row to the length that it is given."""
+def sampling_call(session: Session, shapes: Shapes) -> Callable[[], Any]:
+    """Return a call that samples with prepared weights, every row to its given length."""
     sampler = session.environment.collect.sampler
     return functools.partial(
         sampler,
@@ -103,8 +110,8 @@ def sampling(session: Session, shapes: Shapes) -> Callable[[], Any]:
     )
 
 
-def gradient(session: Session, shapes: Shapes) -> Callable[[], Any]:
-    """A call that gives the gradient of all parameters, and the statistics on the way."""
+def gradient_call(session: Session, shapes: Shapes) -> Callable[[], Any]:
+    """Return a call that computes the gradient of all parameters and the token statistics."""
     params, mask, runner = session.model.load_params(), shapes.mask(), session.model.runner(1.0)
     groups = Groups(
         shapes.prompt_ids(session.model.architecture.vocab_size),
@@ -118,8 +125,8 @@ def gradient(session: Session, shapes: Shapes) -> Callable[[], Any]:
 
 
 @contextlib.contextmanager
-def stepping(session: Session) -> Iterator[Callable[[], Any]]:
-    """A call that takes the run's next step, as `lpo train` takes it: sampled, verified, learned, written down."""
+def step_call(session: Session) -> Iterator[Callable[[], Any]]:
+    """Return a call that takes the next training step as `lpo train` does: sampling, verification, updates, records."""
     config, objective = session.config, check_config(session.config)
     with open_hooks(objective, session.environment) as hooks:
         learner = Learner.of(session.model, objective, hooks, config.training.steps)
@@ -130,18 +137,25 @@ def stepping(session: Session) -> Iterator[Callable[[], Any]]:
             yield lambda: run_step(session, learner, position, data, recorder)
 
 
-def report(
+def time_call(
     what: str, session: Session, shapes: Shapes, run: Callable[[], Any], repeats: int
 ) -> dict[str, Any]:
-    """Times a call of one of the above and holds it against the machine, the two taking turns.
+    """Time a call of one of the functions above and compare it with the machine's rates.
+
+    Args:
+      what: "sample", "train" or "step".
+      session: the session of the call.
+      shapes: the shapes of the batch.
+      run: the call.
+      repeats: number of timed calls; measurements of the machine alternate with them.
 
     Returns:
-      Shapes, "tokens_per_s" (of responses; the gradient counts the prompts' too), seconds (median and all),
-      "compile_s", peak memory in bytes, what the work takes at least, and "of_floor": the seconds of the
-      matrix products alone at the machine's rate, over those measured.
+      The shapes, "tokens_per_s" (response tokens; the gradient also counts prompt tokens), "seconds" (median) and
+      "all_seconds", "compile_s", the peak memory in bytes, the FLOPs and bytes that the model needs, and "of_floor":
+      the time of the matrix products alone at the machine's rate, divided by the measured time.
     """
     first = seconds(run)
-    times, machine = taking_turns(run, repeats, session.model.dtype)
+    times, machine = alternate(run, repeats, session.model.dtype)
     middle = statistics.median(times)
     lengths, dtype = shapes.lengths(), session.model.dtype
     work = Work.forward(session.model.architecture, shapes, lengths, dtype.itemsize)

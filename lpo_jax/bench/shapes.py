@@ -1,4 +1,4 @@
-"""What a benchmark asks of the model.
+"""The shapes and token ids of a benchmark's batch.
 
 Axes: P prompts · K responses · S prompt tokens · T response tokens.
 """
@@ -10,16 +10,24 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Shapes:
-    """P prompts of S tokens, K responses to each of at most T tokens; `uneven`: geometric, T / 8 on average."""
+    """The shapes of a batch.
 
-    prompts: int = 8
-    responses: int = 8
-    prompt_tokens: int = 64
-    tokens: int = 64
+    Attributes:
+      prompts: P.
+      responses: K, responses per prompt.
+      prompt_tokens: S, the length of every prompt.
+      tokens: T, the length of every response, or the maximum length if they are uneven.
+      uneven: whether response lengths are geometric with a mean of T / 8.
+    """
+
+    prompts: int
+    responses: int
+    prompt_tokens: int
+    tokens: int
     uneven: bool = False
 
     def lengths(self, seed: int = 0) -> np.ndarray:
-        """`[P, K]` int32 response tokens."""
+        """Return the response lengths, `[P, K]` int32."""
         size = (self.prompts, self.responses)
         if not self.uneven:
             return np.full(size, self.tokens, np.int32)
@@ -27,17 +35,17 @@ class Shapes:
         return np.minimum(drawn, self.tokens).astype(np.int32)
 
     def mask(self) -> np.ndarray:
-        """`[P, K, T]`, true at response tokens."""
+        """Return the mask of response tokens, `[P, K, T]` bool."""
         return np.arange(self.tokens) < self.lengths()[..., None]
 
     def response_ids(self, vocab_size: int, seed: int = 1) -> np.ndarray:
-        """`[P, K, T]` int32 ids, any; 0 past a response's length."""
+        """Return random response ids, `[P, K, T]` int32; 0 beyond the length of a response."""
         mask = self.mask()
         return np.where(mask, np.random.default_rng(seed).integers(0, vocab_size, mask.shape), 0).astype(
             np.int32
         )
 
     def prompt_ids(self, vocab_size: int, seed: int = 0) -> np.ndarray:
-        """`[P, S]` int32 ids, any."""
+        """Return random prompt ids, `[P, S]` int32."""
         size = (self.prompts, self.prompt_tokens)
         return np.random.default_rng(seed).integers(0, vocab_size, size).astype(np.int32)

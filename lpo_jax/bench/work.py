@@ -1,4 +1,4 @@
-"""The arithmetic and the traffic that a batch takes at least.
+"""The FLOPs and the memory traffic that a batch needs at least.
 
 Axes: P prompts · K responses · S prompt tokens · T response tokens · L D H G N F V.
 """
@@ -15,16 +15,16 @@ from lpo_jax.models.parameters import num_params
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What one pass takes, with every prompt computed once: nothing recomputed, nothing padded.
+    """The work of one forward pass that computes every prompt once, without recomputation or padding.
 
     Attributes:
-      product_flops: two for each weight that a token meets; the matrix-product floor counts these alone.
-      attention_flops: four H N for each query and the key it sees.
-      weight_bytes: all weights read once, in the dtype they are used in.
-      cache_bytes: keys and values of all tokens, in that dtype.
-      steps: of sampling, as many as the longest response has tokens.
-      cache_reads: bytes of keys and values that sampling reads: a prompt's once a step for its whole group, a row's
-        own once a step.
+      product_flops: FLOPs of the matrix products, 2 per token and weight. The floor counts only these.
+      attention_flops: FLOPs of attention, 4 H N per query and visible key.
+      weight_bytes: bytes of all weights in the compute dtype.
+      cache_bytes: bytes of the keys and values of all tokens in the compute dtype.
+      steps: number of sampling steps, the number of tokens of the longest response.
+      cache_reads: bytes of the KV cache that sampling reads. In each step the prompt's part is read once per group and
+        the part of the response once per row.
     """
 
     product_flops: float
@@ -36,7 +36,7 @@ class Work:
 
     @classmethod
     def forward(cls, config: ModelConfig, shapes: Shapes, lengths: np.ndarray, itemsize: int) -> "Work":
-        """One forward pass over P prompts and their `lengths [P, K]` response tokens."""
+        """Return the work of one forward pass over P prompts and response lengths `lengths [P, K]`."""
         matrices, head = num_params(config, "matrix"), unembedding(abstract_params(config))
         S, T = shapes.prompt_tokens, lengths.astype(float)
         tokens = shapes.prompts * S + T.sum()
@@ -53,10 +53,10 @@ class Work:
 
     @property
     def sampling_bytes(self) -> float:
-        """Read while sampling one token at a time: all weights and what is kept, once a step."""
+        """Bytes read while sampling: all weights and the valid part of the KV cache, once per step."""
         return self.weight_bytes * self.steps + self.cache_reads
 
     @property
     def flops(self) -> float:
-        """All of them."""
+        """FLOPs of matrix products and attention."""
         return self.product_flops + self.attention_flops

@@ -1,27 +1,70 @@
-"""`lpo eval`: held-out pass@k of a run's checkpoint, or of the model that a config starts from."""
+"""`lpo eval`: held-out pass@k of a run's checkpoint, or of the initial model of a config."""
 
+import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lpo_jax import reporting
-from lpo_jax.config import load_config, override_config
+from lpo_jax.commands import suite
+from lpo_jax.commands.devices import open_devices
+from lpo_jax.commands.parsers import Subparsers, add_checkpoint_option, add_command
 from lpo_jax.errors import UserError
-from lpo_jax.evaluation.heldout import Evaluation
 from lpo_jax.json_lines import print_line
-from lpo_jax.rollout.failures import warning
-from lpo_jax.runs.checkpoint import load_run
-from lpo_jax.runs.directory import read_config
-from lpo_jax.training.session import open_session
 
 
-def evaluate_command(target: str, overrides: Sequence[str], checkpoint: str, as_json: bool) -> Evaluation:
-    """Evaluates and prints a table, or JSON.
+def add_parser(subparsers: Subparsers) -> None:
+    """Add the parser of `lpo eval`."""
+    command = add_command(
+        subparsers,
+        "eval",
+        "held-out pass@k of a run or of a config's model; with --suite, evaluate any model on benchmarks",
+        configurable=True,
+    )
+    command.add_argument(
+        "target",
+        metavar="CONFIG|RUN|MODEL",
+        help="YAML file or run directory; with --suite, a run directory or a model",
+    )
+    add_checkpoint_option(command)
+    command.add_argument("--json", action="store_true", help="print the summary as JSON")
+    suite.add_options(command)
+
+
+def run(arguments: argparse.Namespace) -> int | None:
+    """Run `lpo eval` and return the exit status."""
+    if arguments.suite is not None:
+        return suite.run(arguments)
+    given = suite.given_options(arguments)
+    # Without --suite these two are config keys.
+    config_keys = [f"--{name}={given.pop(name)}" for name in ("task", "seed") if name in given]
+    for name in given:
+        raise UserError(f"--{name.replace('_', '-')} requires --suite; without it, set config keys (--help)")
+    open_devices()
+    overrides = [*config_keys, *arguments.overrides]
+    evaluate_heldout(arguments.target, overrides, arguments.checkpoint, arguments.json)
+    return None
+
+
+def evaluate_heldout(target: str, overrides: Sequence[str], checkpoint: str, as_json: bool) -> None:
+    """Evaluate a model on the held-out rows of its config and print a table or JSON.
 
     Args:
-      target: a run directory (its resolved config and a checkpoint of it), or a config file (its model as it is).
-      overrides: `--a.b=value`, on either's config.
+      target: a run directory, which gives the resolved config and a checkpoint, or a config file, which gives the
+        initial model.
+      overrides: `--a.b=value`, applied to the config.
+      checkpoint: which checkpoint of a run to evaluate.
+      as_json: whether to print JSON instead of a table.
+
+    Raises:
+      UserError: a wrong target, override or checkpoint.
     """
+    from lpo_jax import reporting
+    from lpo_jax.config import load_config, override_config
+    from lpo_jax.rollout.failures import warning
+    from lpo_jax.runs.checkpoint import load_run
+    from lpo_jax.runs.directory import read_config
+    from lpo_jax.training.session import open_session
+
     is_run = Path(target).is_dir()
     config = override_config(read_config(target), overrides) if is_run else load_config(target, overrides)
     with open_session(config) as session:
@@ -33,8 +76,8 @@ def evaluate_command(target: str, overrides: Sequence[str], checkpoint: str, as_
         else:
             params, label = session.model.load_params(), config.model.path
         evaluation = session.evaluate(params)
-    if told := warning(evaluation.failures, "held-out evaluation"):
-        print(f"lpo: {told}", file=sys.stderr)
+    if message := warning(evaluation.failures, "held-out evaluation"):
+        print(f"lpo: {message}", file=sys.stderr)
     result = evaluation.summary | {
         "model": label,
         "task": session.environment.task.name,
@@ -44,12 +87,11 @@ def evaluate_command(target: str, overrides: Sequence[str], checkpoint: str, as_
     }
     if as_json:
         print_line(result)
-    else:
-        title = f"Held-out {session.environment.task.name}"
-        console = reporting.console()
-        console.print(reporting.before_after_table([(label, evaluation.summary, None)], title))
-        console.print(
-            f"mean reward {evaluation.mean_reward:.3f} · mean length {evaluation.mean_length:.1f} tokens · "
-            f"{evaluation.truncated:.1%} cut at sampling.max_tokens = {config.sampling.max_tokens}"
-        )
-    return evaluation
+        return
+    title = f"Held-out {session.environment.task.name}"
+    console = reporting.console()
+    console.print(reporting.before_after_table([(label, evaluation.summary, None)], title))
+    console.print(
+        f"mean reward {evaluation.mean_reward:.3f} · mean length {evaluation.mean_length:.1f} tokens · "
+        f"{evaluation.truncated:.1%} cut at sampling.max_tokens = {config.sampling.max_tokens}"
+    )

@@ -1,105 +1,185 @@
-"""`lpo eval MODEL --suite`: benchmarks put to any model, or to a run's checkpoint."""
+"""`lpo eval MODEL --suite`: evaluate any model, or a run's checkpoint, on benchmarks."""
 
-import contextlib
+import argparse
 import dataclasses
-import hashlib
-import json
 import os
 import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
-from lpo_jax import __version__, reporting
-from lpo_jax.config import override_config, parse_config
+from lpo_jax import __version__
+from lpo_jax.commands import parsers
+from lpo_jax.commands.devices import open_devices
+from lpo_jax.commands.parsers import CommandParser
+from lpo_jax.commands.resumable import STOPPED
 from lpo_jax.errors import UserError
-from lpo_jax.evaluation.suite import Settings, mean_pass_at_1, prepare_benchmarks, run_benchmark
-from lpo_jax.files import LOCK, lock_directory, write_file
-from lpo_jax.json_lines import dump_line, print_line, read_object
-from lpo_jax.models.load import load_config_and_tokenizer
-from lpo_jax.reporting.tables import suite_table
-from lpo_jax.runs.checkpoint import load_run
-from lpo_jax.runs.directory import any_child, differences, read_config
-from lpo_jax.sampling import Sampler
-from lpo_jax.sampling.model import Model, load_model
-from lpo_jax.tasks import benchmarks
-from lpo_jax.tasks.benchmarks import Benchmark
+from lpo_jax.json_lines import print_line
 
-# The paper's response lengths; Countdown's for what is not in it.
+if TYPE_CHECKING:
+    from lpo_jax.evaluation.suite import Settings
+    from lpo_jax.tasks.benchmarks import Benchmark
+
+# Default response lengths: those of the LPO paper, and the one for Countdown (1024) for all other suites.
 _MAX_TOKENS = {"math": 4096, "code": 4096}
 _DATA = (".jsonl", ".json", ".parquet", ".jsonl.gz", ".json.gz", ".csv", ".arrow")
 _SECONDS_BETWEEN_LINES = 15.0
+# Options that require --suite. Except for data_dir, task and out they are fields of `evaluation.suite.Settings`.
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "data_dir": {
+        "type": parsers.some_text,
+        "metavar": "DIR",
+        "help": "folder with the suite's files (default: download from the hub)",
+    },
+    "task": {
+        "type": parsers.some_text,
+        "metavar": "NAME",
+        "help": "task of a data FILE: math, gsm8k, code, ...; set its options with --task.option=value",
+    },
+    "out": {
+        "type": parsers.some_text,
+        "metavar": "DIR",
+        "help": "directory for results and responses (runs/eval-MODEL-SUITE)",
+    },
+    "num_responses": {
+        "type": parsers.positive,
+        "metavar": "K",
+        "help": "samples per problem (set by each benchmark; 1 for a data FILE)",
+    },
+    "problems": {
+        "type": parsers.positive,
+        "metavar": "N",
+        "help": "use the first N problems of each benchmark (all)",
+    },
+    "temperature": {"type": parsers.finite, "metavar": "T", "help": "0 is greedy (0.6, as in the paper)"},
+    "top_p": {"type": parsers.finite, "metavar": "P", "help": "nucleus sampling (1.0: off)"},
+    "max_tokens": {
+        "type": parsers.positive,
+        "metavar": "N",
+        "help": "maximum tokens per response (4096 for math and code, else 1024)",
+    },
+    "max_prompt_tokens": {
+        "type": parsers.positive,
+        "metavar": "N",
+        "help": "maximum tokens per prompt (the model's positions less --max-tokens)",
+    },
+    "overlong_prompts": {
+        "choices": ("error", "drop"),
+        "help": "refuse longer prompts, or drop them (error)",
+    },
+    "stop": {
+        "type": parsers.stop_string,
+        "action": "append",
+        "help": "a string that ends a response; may be repeated",
+    },
+    "chat": {
+        "action": argparse.BooleanOptionalAction,
+        "help": "format prompts with the chat template (set by the benchmark)",
+    },
+    "template_arguments": parsers.TEMPLATE_ARGUMENTS,
+    "batch": {
+        "type": parsers.positive,
+        "metavar": "N",
+        "help": "prompts sampled together (as many as give 64 responses)",
+    },
+    "dtype": {"choices": ("float32", "bfloat16"), "help": "dtype of activations and products (float32)"},
+    "seed": {"type": int, "metavar": "N", "help": "seed of the samples and the bootstrap (0)"},
+    "allow_weak_sandbox": {
+        "action": "store_true",
+        "help": "run programs without bubblewrap; this is recorded",
+    },
+}
 
 
-def suite_command(
-    target: str,
-    suite: str,
-    given: Mapping[str, Any],
-    *,
-    data_dir: str | None = None,
-    task: str | None = None,
-    overrides: Sequence[str] = (),
-    out: str | None = None,
-    checkpoint: str = "best",
-    as_json: bool = False,
-) -> dict[str, Any]:
-    """Evaluates, writes and prints. Returns what `summary.json` holds.
+def add_options(command: CommandParser) -> None:
+    """Add --suite and the options that require it."""
+    group = command.add_argument_group(
+        "suites",
+        "All responses are kept; the same command continues a stopped evaluation. FILE is a data file (jsonl, json,\n  "
+        "parquet) with --task, or YAML: a list of {name: mine, k: 16, task: {name: math, heldout: mine.jsonl}}.",
+    )
+    group.add_argument(
+        "--suite",
+        metavar="NAME|FILE",
+        help="math, countdown, countdown-generated, code, or your own file",
+    )
+    for name, option in _OPTIONS.items():
+        dashes = f"--{name.replace('_', '-')}"
+        group.add_argument(dashes, dest=name, default=argparse.SUPPRESS, **option)
+        if "_" in name:  # the spelling of config keys
+            hidden = {**option, "help": argparse.SUPPRESS}
+            group.add_argument(f"--{name}", dest=name, default=argparse.SUPPRESS, **hidden)
 
-    Args:
-      target: a model as `load_model` names it, or a run directory.
-      suite: a built-in name, a YAML file of benchmarks, or a data file.
-      given: values for `Settings`; `max_tokens` depends on the suite unless it is there.
-      data_dir: the folder of a built-in suite's files; None: the hub.
-      task, overrides: of a data file: the task's name, and `--task.option=value`.
-      out: directory of the results; default `runs/eval-MODEL-SUITE`.
-      checkpoint: of a run.
-    """
+
+def given_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the options that require --suite and are on the command line, by name."""
+    values = vars(arguments)
+    return {name: values[name] for name in _OPTIONS if name in values}
+
+
+def run(arguments: argparse.Namespace) -> int | None:
+    """Run `lpo eval --suite` and return the exit status."""
+    from lpo_jax.runs.signals import Interrupted, Signals
+
+    open_devices()
+    try:
+        with Signals():
+            _evaluate(arguments, given_options(arguments))
+    except Interrupted:
+        print("lpo: stopped by a signal; the same command continues the evaluation", file=sys.stderr)
+        return STOPPED
+    return None
+
+
+def _evaluate(arguments: argparse.Namespace, given: dict[str, Any]) -> None:
+    """Evaluate, write and print; `given` is the result of `given_options`."""
+    import jax.numpy as jnp
+
+    from lpo_jax import reporting
+    from lpo_jax.commands import evaluation_files as files
+    from lpo_jax.evaluation.suite import mean_pass_at_1, prepare_benchmarks, run_benchmark
+    from lpo_jax.models.load import load_config_and_tokenizer
+    from lpo_jax.reporting.tables import suite_table
+    from lpo_jax.runs.checkpoint import load_run
+    from lpo_jax.runs.directory import read_config
+    from lpo_jax.sampling import Sampler
+    from lpo_jax.sampling.model import load_model
+
+    target, suite, checkpoint = arguments.target, arguments.suite, arguments.checkpoint
+    data_dir, task, out = (given.pop(name, None) for name in ("data_dir", "task", "out"))
     is_run = (Path(target) / "run.json").is_file()
     model_of_run = read_config(target).model if is_run else None
-    defaults = {"max_tokens": _MAX_TOKENS.get(suite, 1024)}
-    if model_of_run:
-        defaults["template_arguments"] = model_of_run.template_arguments
-    settings = Settings(**{**defaults, **given})
-    settings.sampling  # noqa: B018 - refuses what makes no sense
-    benchmarks = find_benchmarks(suite, data_dir, task, overrides)
-    if not is_run and checkpoint != "best":
-        raise UserError(f"--checkpoint {checkpoint}: {target} is not a run directory")
-    if target.endswith((".yaml", ".yml")):
-        raise UserError(
-            f"{target}: --suite evaluates a model or a run directory; give the config's model.path"
-        )
+    settings = _settings(suite, model_of_run.template_arguments if model_of_run else {}, given)
+    benchmarks = find_benchmarks(suite, data_dir, task, arguments.overrides)
+    if not is_run:
+        _check_model(target, checkpoint)
     name = model_of_run.path if model_of_run else target
     config, tokenizer, _ = load_config_and_tokenizer(name, template_arguments=settings.template_arguments)
     if tokenizer is None:
-        raise UserError(f"{name}: has no tokenizer, so it cannot be asked")
+        raise UserError(f"{name}: has no tokenizer, so it cannot be evaluated")
     prepared = prepare_benchmarks(benchmarks, settings, tokenizer, config.max_positions)
     model, step = load_run(target, checkpoint) if is_run else (load_model(target), None)
     label = f"{target}, step {step}" if is_run else target
     plain = dataclasses.asdict(settings) | {"stop": list(settings.stop)}
     identity = {
-        "model": {"name": label, "weights": weights_hash(model)},
+        "model": {"name": label, "weights": files.weights_hash(model)},
         "suite": suite,
         "settings": plain,
         "benchmarks": {benchmark.name: benchmark.identity() for benchmark in prepared},
     }
     directory = Path(out or f"runs/eval-{_slug(target)}-{_slug(suite)}")
     sampler = Sampler(model.config, model.eos_ids, jnp.dtype(settings.dtype), decode=tokenizer.decode)
-    with _opened(directory, identity):
+    with files.opened(directory, identity):
         weights = sampler.prepare(model.params)
-        del model  # its memory is better spent on longer responses
-        show = _Progress()
-        results = {
-            benchmark.name: run_benchmark(
-                benchmark, settings, sampler, weights, tokenizer, _responses(directory, benchmark.name), show
+        del model  # frees memory for longer responses
+        results, show = {}, _Progress()
+        for benchmark in prepared:
+            path = files.responses_file(directory, benchmark.name)
+            results[benchmark.name] = run_benchmark(
+                benchmark, settings, sampler, weights, tokenizer, path, show
             )
-            for benchmark in prepared
-        }
         summary = {
             "model": label,
             "suite": suite,
@@ -108,95 +188,88 @@ def suite_command(
             "pass@1": mean_pass_at_1(results),
             "benchmarks": results,
         }
-        text = json.dumps(json.loads(dump_line(summary)), indent=2, ensure_ascii=False)
-        write_file(directory / "summary.json", text + "\n")
-    if as_json:
+        files.write_summary(directory, summary)
+    if arguments.json:
         print_line(summary)
     else:
         reporting.console().print(suite_table(results, summary["pass@1"], f"{suite}: {label}"))
-        print(f"figures in {directory}/summary.json, every response in {directory}/responses")
-    return summary
+        print(f"results in {directory}/summary.json, all responses in {directory}/responses")
+
+
+def _settings(suite: str, template_arguments: Mapping[str, Any], given: Mapping[str, Any]) -> "Settings":
+    from lpo_jax.evaluation.suite import Settings
+
+    values = {"max_tokens": _MAX_TOKENS.get(suite, 1024), "template_arguments": template_arguments, **given}
+    settings = Settings(**{**values, "stop": tuple(values.get("stop", ()))})
+    settings.sampling  # noqa: B018 - raises for invalid values
+    return settings
+
+
+def _check_model(target: str, checkpoint: str) -> None:
+    if checkpoint != "best":
+        raise UserError(f"--checkpoint {checkpoint}: {target} is not a run directory")
+    if target.endswith((".yaml", ".yml")):
+        raise UserError(
+            f"{target}: --suite evaluates a model or a run directory; pass the config's model.path"
+        )
 
 
 def find_benchmarks(
     suite: str, data_dir: str | None, task: str | None, overrides: Sequence[str]
-) -> list[Benchmark]:
-    """The benchmarks of a suite, or the one that a data file is.
+) -> "list[Benchmark]":
+    """Return the benchmarks of a suite, or a data file as one benchmark.
+
+    Args:
+      suite: a built-in name, a YAML file of benchmarks, or a data file.
+      data_dir: folder with the files of a built-in suite; None: download them from the hub.
+      task: task of a data file.
+      overrides: `--task.option=value`, options of that task.
 
     Raises:
-      UserError: no such suite or file, or options that do not go with it.
+      UserError: the suite or file does not exist, or an option does not apply to it.
     """
+    from lpo_jax.config import override_config, parse_config
+    from lpo_jax.tasks.benchmarks import Benchmark, get_suite, suite_names
+
     is_data = suite.endswith(_DATA)
     if (task or overrides) and not is_data:
-        said = f"--task {task}" if task else overrides[0]
+        option = f"--task {task}" if task else overrides[0]
         raise UserError(
-            f"{said}: --suite {suite} has its own tasks; --task goes with a data file such as mine.jsonl"
+            f"{option}: --suite {suite} has its own tasks; --task requires a data file such as mine.jsonl"
         )
     if not is_data:
-        if (
-            data_dir is not None
-            and suite not in benchmarks.suite_names()
-            and suite.endswith((".yaml", ".yml"))
-        ):
-            raise UserError(f"--data-dir: the suite {suite} says itself where its files are")
+        if data_dir is not None and suite not in suite_names() and suite.endswith((".yaml", ".yml")):
+            raise UserError(f"--data-dir: the suite {suite} names its own files")
         if data_dir is not None and not os.path.isdir(data_dir):
-            raise UserError(f"--data-dir {data_dir}: no such folder; without it the files come from the hub")
-        return benchmarks.get_suite(suite, data_dir)
+            raise UserError(
+                f"--data-dir {data_dir}: no such folder; without it the files are downloaded from the hub"
+            )
+        return get_suite(suite, data_dir)
     if data_dir is not None:
         raise UserError(
-            f"--data-dir: goes with a suite ({', '.join(benchmarks.suite_names())}), not with a data file"
+            f"--data-dir: requires a built-in suite ({', '.join(suite_names())}), not a data file"
         )
     if not task:
-        raise UserError(f"--suite {suite}: say how its rows are asked: --task math, gsm8k, code, ...")
+        raise UserError(f"--suite {suite}: a data file needs a task: --task math, gsm8k, code, ...")
     for override in overrides:
         if not override.startswith("--task."):
-            raise UserError(f"{override}: no option of `lpo eval --suite`; a task's are --task.option=value")
+            raise UserError(
+                f"{override}: not an option of `lpo eval --suite`; task options are --task.option=value"
+            )
     config = parse_config({"output": "-", "model": {"path": "-"}, "task": {"name": task, "heldout": suite}})
     options = override_config(config, overrides).task
     return [Benchmark(_slug(Path(suite).name.partition(".")[0]), 1, options)]
 
 
-def weights_hash(model: Model) -> str:
-    """SHA-256 over the sizes and some values of every parameter: another checkpoint has another one."""
-    digest = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(model.params):
-        values = np.asarray(leaf).reshape(-1)
-        digest.update(f"{jax.tree_util.keystr(path)} {leaf.shape}".encode())
-        digest.update(values[:: max(1, values.size // 4096)].tobytes())
-    return digest.hexdigest()
-
-
-@contextlib.contextmanager
-def _opened(directory: Path, identity: Mapping[str, Any]):
-    """The directory of one evaluation, written to by this process alone.
-
-    Raises:
-      UserError: it holds another evaluation, or something else; or it cannot be written to.
-    """
-    record = directory / "evaluation.json"
-    if any_child(directory) and not record.exists() and {x.name for x in directory.iterdir()} != {LOCK}:
-        raise UserError(f"{directory}: is not empty and holds no evaluation; set another --out")
-    with lock_directory(directory, "evaluation"):
-        (directory / "responses").mkdir(exist_ok=True)
-        if any(path.stat().st_size for path in (directory / "responses").iterdir()):
-            held = read_object(record, "set another --out, or remove the directory to ask anew")
-            for key, was, now in differences("", held, identity):
-                raise UserError(
-                    f"{directory}: holds another evaluation, with {key[1:]} = {was!r} and not {now!r}; "
-                    "set another --out, or the same settings to go on with it"
-                )
-        else:
-            write_file(record, json.dumps(identity, indent=2) + "\n")
-        yield
-
-
 class _Progress:
-    """A line on stderr now and then: an evaluation takes hours, and its output may be a pipe."""
+    """Print progress lines on stderr at intervals: an evaluation takes hours, and stdout may be a pipe."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._name, self._shown = "", 0.0
 
     def __call__(self, name: str, done: int, total: int) -> None:
+        from lpo_jax.reporting.text import duration
+
         now = time.monotonic()
         if name != self._name:
             self._name, self._since, self._first = name, now, done
@@ -204,14 +277,10 @@ class _Progress:
             return
         self._shown = now
         rate = (now - self._since) / (done - self._first) if done > self._first else float("nan")
-        left = f", {reporting.duration(rate * (total - done))} left" if done < total else ""
+        left = f", {duration(rate * (total - done))} left" if done < total else ""
         print(f"{name}: {done} of {total} problems{left}", file=sys.stderr, flush=True)
 
 
-def _responses(directory: Path, name: str) -> Path:
-    return directory / "responses" / f"{name}.jsonl"
-
-
 def _slug(text: str) -> str:
-    """A text as part of a file name."""
+    """Turn a text into a part of a file name."""
     return re.sub(r"[^\w.]+", "-", text).strip("-.") or "model"

@@ -1,4 +1,4 @@
-"""`lpo bench`: its arithmetic against hand counts, and every benchmark end to end on the tiny model."""
+"""Test `lpo bench`: its FLOP and byte counts against manual counts, and every benchmark on the tiny model."""
 
 import json
 
@@ -24,7 +24,7 @@ def test_work_counts_every_weight_once_for_each_token():
     pairs = P * (S * S / 2 + K * (S * T + T * T / 2))
     assert work.attention_flops == 4 * L * H * N * pairs
     assert work.cache_bytes == 2 * L * G * N * P * (S + K * T) * 4
-    reads = sum(P * (S + K * (t + 0.5)) for t in range(T))  # a step each; half of the new token
+    reads = sum(P * (S + K * (t + 0.5)) for t in range(T))  # one term per step; half of the new token
     assert work.sampling_bytes == T * work.weight_bytes + 2 * L * G * N * reads * 4
 
     params = init_params(CONFIG, jax.random.key(0))
@@ -69,7 +69,7 @@ def test_every_benchmark_prints_one_json_line(what, tiny_model, capsys, monkeypa
     ("arguments", "message"),
     [
         (["sample", "--tokens=0"], "at least 1"),
-        (["step", "--uneven"], "goes with sample or train"),
+        (["step", "--uneven"], "requires sample or train"),
         (["train", "--training.tokens=3"], "unknown key"),
     ],
 )

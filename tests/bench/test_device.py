@@ -1,4 +1,4 @@
-"""The benchmark of one accelerator, on tiny shapes and this machine's CPU."""
+"""Test benchmarks/device.py with tiny shapes on this machine's CPU."""
 
 import importlib.util
 import sys
@@ -15,7 +15,7 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "device.py"
 def device(monkeypatch):
     spec = importlib.util.spec_from_file_location("device", SCRIPT)
     module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "device", module)  # where its dataclasses look up annotations
+    monkeypatch.setitem(sys.modules, "device", module)  # its dataclasses resolve annotations there
     spec.loader.exec_module(module)
     monkeypatch.setattr(module.Machine, "measure", lambda dtype: module.Machine(1e12, 1e10))
     return module
@@ -40,7 +40,7 @@ def test_every_measurement_gives_finite_rates(device, name):
         assert all(np.isfinite(x) for x in row.values() if isinstance(x, float))
 
 
-def test_the_table_has_a_line_for_each_row(device):
+def test_table_has_a_line_per_row(device):
     text = device.table(
         [{"measurement": "step", "model": "m", "seconds": jnp.float32(0.5).item(), "at_s": 1}]
     )

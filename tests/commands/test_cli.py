@@ -1,4 +1,4 @@
-"""The command line: every user's mistake is one line and exit status 2, before work begins."""
+"""Test the command line: every user error prints one line and exits with status 2 before work begins."""
 
 import json
 import shutil
@@ -11,8 +11,9 @@ import pytest
 import yaml
 
 from lpo_jax import objectives
-from lpo_jax.commands.main import main
+from lpo_jax.commands.main import COMMANDS, main
 from lpo_jax.config import describe_options, load_config
+from lpo_jax.runs.signals import Interrupted
 
 
 @pytest.fixture
@@ -27,7 +28,7 @@ def config_file(tmp_path, run_config):
 
 @pytest.fixture
 def fails(capsys):
-    """Runs a command that must fail as a user's mistake; returns its one line."""
+    """Return a function that runs a command, checks that it ends with a user error, and returns the error line."""
 
     def run(*arguments):
         assert main(list(arguments)) == 2
@@ -73,6 +74,20 @@ def test_mistakes_in_a_config(config_file, fails, tmp_path, override, says):
     else:
         assert says in fails("train", path, override)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("command", ["train", "sft", "meta", "compare"])
+def test_run_stopped_by_a_signal_exits_with_130(config_file, capsys, monkeypatch, command):
+    def stopped(config, *, resume):
+        raise Interrupted
+
+    module = (
+        "compare.command" if command == "compare" else f"training.{'loop' if command == 'train' else command}"
+    )
+    monkeypatch.setattr(f"lpo_jax.{module}.{command}", stopped)
+    path = config_file()
+    assert main([command, path, "--seed=1"]) == 130  # launchers interpret 0 as a finished job
+    assert f"lpo {command} {path} --seed=1 --resume" in capsys.readouterr().out
 
 
 def test_mistakes_in_a_config_file(fails, tmp_path):
@@ -163,7 +178,7 @@ def test_train_then_eval_export_and_sample(config_file, capsys, tmp_path, fails)
     summary = json.loads(capsys.readouterr().out)
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     during = [row["val-core/python/acc/pass@1"] for row in rows if "val-core/python/acc/pass@1" in row]
-    assert summary["pass@1"]["mean"] == during[-1]  # the same problems with the same random numbers
+    assert summary["pass@1"]["mean"] == during[-1]  # same problems and same random numbers
     assert main(["eval", path, "--evaluation.problems=2"]) == 0
     assert "pass@1" in capsys.readouterr().out
     suite = tmp_path / "suite.yaml"
@@ -196,7 +211,7 @@ def test_exported_model_has_the_trained_weights(config_file, tmp_path):
     np.testing.assert_array_equal(trained["layers"]["wq"], exported["layers"]["wq"])
 
 
-def test_mistakes_about_runs(fails, tmp_path):
+def test_mistakes_in_a_run_directory(fails, tmp_path):
     assert "not a run directory" in fails("export", str(tmp_path), str(tmp_path / "out"))
     assert "not a run directory" in fails("eval", str(tmp_path))
 
@@ -210,14 +225,24 @@ def test_methods(capsys):
     assert all(name in printed for name in objectives.names())
 
 
-@pytest.mark.parametrize("command", ["train", "sft", "eval", "sample", "export", "methods", "data"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
     assert stop.value.code == 0
     printed = capsys.readouterr().out
-    if command in ("train", "sft", "eval", "data"):
-        assert all(f"--{key}=" in printed for key, _, _ in describe_options())
+    assert printed.startswith(f"usage: lpo {command} ")
+    lists_config_keys = all(f"--{key}=" in printed for key, _, _ in describe_options())
+    assert lists_config_keys == (command not in ("sample", "export", "methods", "simplex"))
+
+
+def test_parsing_imports_no_heavy_package():
+    heavy = {"jax", "numpy", "pydantic", "rich", "transformers", "yaml"}
+    code = (
+        "import sys; from lpo_jax.commands.main import make_parser; make_parser().format_help(); "
+        f"print(*{heavy} & sys.modules.keys())"
+    )
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).split() == []
 
 
 def test_importing_starts_no_accelerator():
@@ -238,7 +263,7 @@ def test_shipped_configs_are_valid(path):
     config = load_config(path)
     check_config(config)
     options = dict(config.task)
-    if not str(options.get("path")).startswith("hf:"):  # those are in tests/launch/test_paper_configs.py
+    if not str(options.get("path")).startswith("hf:"):  # tested in tests/launch/test_paper_configs.py
         assert tasks.get(options.pop("name"), **options).train
 
 

@@ -1,4 +1,4 @@
-"""`lpo methods` and `lpo simplex`: what they print and write, and one line for every mistake."""
+"""Test `lpo methods` and `lpo simplex`: their output, and one line for every user error."""
 
 import json
 
@@ -10,7 +10,7 @@ from lpo_jax.commands.main import main
 
 @pytest.fixture
 def fails(capsys):
-    """Runs a command that must fail as a user's mistake; returns its one line."""
+    """Return a function that runs a command, checks that it ends with a user error, and returns the error line."""
 
     def run(*arguments):
         assert main(list(arguments)) == 2

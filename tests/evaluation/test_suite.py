@@ -9,7 +9,7 @@ import pytest
 from tiny import CONFIG, character_tokenizer
 
 from lpo_jax import load_model
-from lpo_jax.commands import suite as command
+from lpo_jax.commands.evaluation_files import weights_hash
 from lpo_jax.commands.main import main
 from lpo_jax.errors import UserError
 from lpo_jax.evaluation import suite as S
@@ -180,10 +180,10 @@ def test_mistakes(tiny_model, tiny_params, data, arguments, tmp_path, capsys):
     assert "math_eval/aime24.jsonl" in missing and "hf:math-ai/aime24" in missing
     assert "no such folder" in fails(model, "--suite", "math", "--data-dir", empty + "/x")
     assert "--task math" in fails(model, "--suite", data)
-    assert "goes with a data file" in fails(model, "--suite", "math", "--task", "gsm8k")
+    assert "requires a data file" in fails(model, "--suite", "math", "--task", "gsm8k")
     assert "--sampling.top_p=1" in fails(model, "--suite", data, "--task=math", "--sampling.top_p=1")
     assert "temperature -1" in fails(model, "--suite", "math", "--temperature=-1")
-    assert "--top-p goes with --suite" in fails(model, "--top-p=0.9")
+    assert "--top-p requires --suite" in fails(model, "--top-p=0.9")
     assert "more than the 128 positions" in fails(*arguments("x", "--max-prompt-tokens=125")[1:])
     assert "row 0: its prompt has 4 tokens, more than --max-prompt-tokens = 2 (9 such rows)" in fails(
         *arguments("x", "--max-prompt-tokens=2")[1:]
@@ -205,14 +205,14 @@ def test_benchmarks_are_files(data):
 
 def test_other_weights_have_another_hash(tiny_model):
     model = load_model(str(tiny_model))
-    before = command.weights_hash(model)
-    assert command.weights_hash(load_model(str(tiny_model))) == before
+    before = weights_hash(model)
+    assert weights_hash(load_model(str(tiny_model))) == before
     model.params = jax.tree.map(lambda p: p + 1e-3, model.params)
-    assert command.weights_hash(model) != before
+    assert weights_hash(model) != before
 
 
 def test_without_a_suite_shared_names_are_config_keys(monkeypatch):
     said = []
-    monkeypatch.setattr("lpo_jax.commands.evaluate.evaluate_command", lambda *a, **k: said.append(a))
+    monkeypatch.setattr("lpo_jax.commands.evaluate.evaluate_heldout", lambda *a, **k: said.append(a))
     assert main(["eval", "c.yaml", "--task.n=1", "--seed=3", "--task=math"]) == 0
     assert said == [("c.yaml", ["--task=math", "--seed=3", "--task.n=1"])]

@@ -1,10 +1,10 @@
 #!/usr/bin/env -S python3 -IS
-"""A stand-in for gcloud: writes down how it was called, and answers from a script.
+"""A mock of gcloud that records its calls and replies from a script.
 
-$STAND_IN is a folder with `answers.json`: for `describe` the states one after another (the last one stays), and for
-each shell command on the workers whose text contains a key, what it prints one after another. "error: TEXT" goes to
-stderr with status 1. Calls are appended to `calls.jsonl`; of an archive that is copied to the workers, the names of
-its files are in `copied.txt`.
+$STAND_IN is a folder with `answers.json`. Its keys are verbs, such as `tpu-vm describe`, and parts of shell commands
+for the workers; its values are lists of replies, printed one per call, of which the last is repeated. "error: TEXT" is
+printed to stderr with exit status 1. Calls are appended to `calls.jsonl`. If an archive is copied to the workers, the
+names of its files are written to `copied.txt`.
 """
 
 import json
@@ -17,7 +17,7 @@ with open(folder / "calls.jsonl", "a") as file:
     file.write(json.dumps(argv) + "\n")
 
 if "scp" in argv:
-    import tarfile  # here, for it is slow to import
+    import tarfile  # imported here because the import is slow
 
     with tarfile.open(argv[4]) as archive:
         (folder / "copied.txt").write_text("\n".join(archive.getnames()))

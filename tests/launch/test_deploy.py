@@ -1,4 +1,4 @@
-"""The JobSet and every shell script: what can be said of them without a cluster."""
+"""Test the JobSet and the shell scripts as far as possible without a cluster."""
 
 import math
 import re
@@ -26,7 +26,7 @@ def container_of(jobset):
     return job, pod, container
 
 
-def test_every_chip_of_the_slice_is_asked_for(jobset):
+def test_job_requests_every_chip_of_the_slice(jobset):
     job, pod, container = container_of(jobset)
     hosts = job["template"]["spec"]["parallelism"]
     topology = pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"]
@@ -36,7 +36,7 @@ def test_every_chip_of_the_slice_is_asked_for(jobset):
     assert resources["limits"] == resources["requests"]
 
 
-def test_the_table_of_slices_in_its_comment():
+def test_table_of_slices_in_the_comment():
     text = (ROOT / "deploy" / "jobset.yaml").read_text()
     rows = re.findall(r"^#   tpu-\S+ +(\S+) +(\d+) +(\d+)", text, re.M)
     assert len(rows) == 3
@@ -44,18 +44,17 @@ def test_the_table_of_slices_in_its_comment():
         assert int(hosts) * int(chips) == math.prod(map(int, topology.split("x")))
 
 
-def test_it_runs_what_the_launcher_runs(jobset):
+def test_pods_run_the_command_of_the_launcher(jobset):
     _, _, container = container_of(jobset)
     shell, script, verb, name, remote, config, *_ = container["command"]
     assert (shell, script, verb) == ("bash", "deploy/worker.sh", "supervise")
-    assert (
-        '/deploy/worker.sh" supervise "$@"' in (ROOT / script).read_text()
-    )  # what `start` makes a service of
+    # `start` runs the same command as a service.
+    assert '/deploy/worker.sh" supervise "$@"' in (ROOT / script).read_text()
     assert remote == f"gs://BUCKET/{name}"
     load_config(ROOT / config)
 
 
-def test_a_lost_host_restarts_all_and_a_mistake_does_not(jobset):
+def test_lost_host_restarts_all_and_wrong_settings_do_not(jobset):
     job, pod, container = container_of(jobset)
     assert jobset["spec"]["failurePolicy"]["maxRestarts"] > 0
     assert job["replicas"] == 1 and job["template"]["spec"]["backoffLimit"] == 0

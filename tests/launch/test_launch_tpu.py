@@ -1,4 +1,4 @@
-"""launch_tpu.sh against a stand-in for gcloud: which calls it makes, in which order, and how mistakes end."""
+"""Test launch_tpu.sh with a mock of gcloud: the calls it makes, their order, and its user errors."""
 
 import json
 import os
@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 WHERE = ["--name", "demo", "--project", "my-project", "--zone", "us-east5-a", "--poll", "0"]
 COPIED = [*WHERE, "--tpu", "v6e:4x4", "--output", "gs://bucket/demo"]
-POD = [*COPIED, "--repo", "https://host/me/lpo.git"]  # faster here than an archive of the working tree
+POD = [*COPIED, "--repo", "https://host/me/lpo.git"]  # faster than an archive of the working tree
 CONFIG = "configs/quickstart.yaml"
 TWO = "ACTIVE\t2"  # slices
 ABSENT = "error: ERROR: (gcloud) NOT_FOUND: no such resource"
@@ -21,7 +21,7 @@ ABSENT = "error: ERROR: (gcloud) NOT_FOUND: no such resource"
 
 @pytest.fixture
 def launch(tmp_path):
-    """Runs the script; returns status, stdout, stderr and the calls, each without `gcloud compute` in front."""
+    """Return a function that runs the script and returns status, stdout, stderr and the arguments of each call."""
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "gcloud").symlink_to(Path(__file__).with_name("gcloud_stand_in.py"))
 
@@ -54,7 +54,7 @@ def launch(tmp_path):
 
 
 def verbs(calls):
-    """What was done, in short: the verb, or the command that the workers were given."""
+    """Return one word per call: the verb, or the command of worker.sh that it runs on the workers."""
     short = []
     for call in calls:
         command = next((flag.partition("=")[2] for flag in call if flag.startswith("--command=")), None)
@@ -64,7 +64,7 @@ def verbs(calls):
 
 
 def of(calls, verb):
-    """The one call with this verb."""
+    """Return the only call with this verb."""
     (found,) = [call for call, name in zip(calls, verbs(calls)) if name == verb]
     return found
 
@@ -118,17 +118,17 @@ def test_spot_slices_and_image(launch):
     assert described == ["demo-0", "demo-1"]
 
 
-def test_other_slices_than_asked_for_are_left_alone(launch):
+def test_other_number_of_slices_is_left_alone(launch):
     for command in (["up", *POD], ["watch", *POD, CONFIG]):
         status, _, err, calls = launch(*command, queued=[TWO], node=["READY", "PREEMPTED"])
         assert status == 1 and "has 2 slices, not 1" in err
         assert set(verbs(calls)) == {"describe"}
-    # The others take what there is.
+    # The other commands work with any number of slices.
     status, out, _, _ = launch("status", *WHERE, queued=[TWO], node=["READY"], state=["job=running"])
     assert (status, out) == (0, "tpu: READY\njob: running\n")
 
 
-def test_a_vm_of_its_own(launch):
+def test_up_with_a_single_vm(launch):
     status, _, err, calls = launch(
         "up", *WHERE, "--vm", "--tpu", "v5e:2x4", "--spot", node=[ABSENT, "CREATING", "READY"]
     )
@@ -139,7 +139,7 @@ def test_a_vm_of_its_own(launch):
     )
 
 
-def test_up_reuses_what_is_there(launch):
+def test_up_reuses_a_ready_tpu(launch):
     status, _, err, calls = launch("up", *POD, queued=["ACTIVE"], node=["READY"], state=["job=none"])
     assert status == 0 and "reusing" in err
     assert "create" not in verbs(calls) and verbs(calls)[-2:] == SET_UP
@@ -153,19 +153,19 @@ def test_up_does_not_replace_the_code_of_a_running_job(launch):
     assert "unpack" not in verbs(calls)
 
 
-def test_up_deletes_what_is_dead_first(launch):
+def test_up_deletes_a_lost_tpu_first(launch):
     status, _, err, calls = launch("up", *POD, queued=["SUSPENDED", "ACTIVE"], node=["READY"])
     assert status == 0, err
     assert verbs(calls)[:3] == ["describe", "delete", "create"]
     assert {"--force", "--quiet"} <= set(of(calls, "delete"))
 
 
-def test_up_says_when_there_is_no_capacity(launch):
+def test_up_reports_missing_capacity(launch):
     status, _, err, _ = launch("up", *POD, queued=[ABSENT, "FAILED"])
     assert status == 1 and "became FAILED" in err
 
 
-def test_up_tries_again_where_a_new_vm_lets_nobody_in_yet(launch):
+def test_up_retries_while_a_new_vm_refuses_connections(launch):
     status, _, err, calls = launch(
         "up", *POD, queued=[ABSENT, "ACTIVE"], node=["READY"], install=["error: Connection refused", "fine"]
     )
@@ -191,7 +191,7 @@ def test_up_copies_the_working_tree(launch, tmp_path):
     assert not any(name.startswith((".git/", ".venv/", "runs/")) or ".egg-info" in name for name in copied)
 
 
-def test_up_clones_instead(launch):
+def test_up_clones_a_repository(launch):
     _, _, _, calls = launch("up", *POD, "--ref", "v1", queued=["ACTIVE"], node=["READY"])
     assert "scp" not in verbs(calls)
     clone = " ".join(of(calls, "unpack"))
@@ -204,7 +204,7 @@ def test_run_starts_the_job_on_every_worker(launch):
     (call,) = calls
     assert {"--node=all", "--worker=all"} <= set(call)
     command = next(flag.partition("=")[2] for flag in call if flag.startswith("--command="))
-    # What the shell of the worker makes of it.
+    # The words after parsing by the shell of the worker.
     words = ["start", "demo", "gs://bucket/demo", CONFIG, "--task.template=a 'b' $c", "--training.steps=3"]
     assert shlex.split(command) == ["bash", "lpo_jax/deploy/worker.sh", *words]
 
@@ -221,7 +221,7 @@ def test_watch_resumes_after_a_preemption(launch):
         *POD,
         "--spot",
         CONFIG,
-        # One look each: not there; there (not yet started); running; preempted; gone from the queue; there again; done.
+        # One state per check: absent; ready, not started; running; preempted; waiting; ready again; done.
         queued=[ABSENT, "ACTIVE", "ACTIVE", "ACTIVE", "WAITING_FOR_RESOURCES", "ACTIVE"],
         node=["READY", "READY", "PREEMPTED", "READY"],
         state=["job=none", "job=running\njob=running", "job=none", "job=done\njob=done"],
@@ -245,7 +245,7 @@ def test_watch_restarts_a_failed_job_a_few_times(launch):
     assert "create" not in verbs(calls) and "delete" not in verbs(calls)
 
 
-def test_watch_gives_up_on_a_users_mistake_and_on_a_job_that_was_stopped(launch):
+def test_watch_ends_on_wrong_settings_and_on_a_stopped_job(launch):
     there = {"queued": ["ACTIVE"], "node": ["READY"]}
     status, _, err, calls = launch("watch", *POD, CONFIG, **there, state=["job=running", "job=failed:2"])
     assert status == 1 and "refused its settings" in err and "start" not in verbs(calls)
@@ -253,7 +253,7 @@ def test_watch_gives_up_on_a_users_mistake_and_on_a_job_that_was_stopped(launch)
     assert status == 0 and "was stopped" in err and "start" not in verbs(calls)
 
 
-def test_watch_starts_anew_what_an_earlier_job_left(launch):
+def test_watch_ignores_the_state_of_an_earlier_job(launch):
     status, _, err, calls = launch(
         "watch", *POD, CONFIG, queued=["ACTIVE"], node=["READY"], state=["job=stopped", "job=done"]
     )
@@ -261,7 +261,7 @@ def test_watch_starts_anew_what_an_earlier_job_left(launch):
     assert verbs(calls).count("start") == 1 and verbs(calls).count("install") == 1
 
 
-def test_watch_deletes_nothing_because_gcloud_cannot_be_reached(launch):
+def test_watch_deletes_nothing_if_gcloud_fails(launch):
     offline = "error: could not reach the server"
     status, _, err, calls = launch(
         "watch",
@@ -277,16 +277,16 @@ def test_watch_deletes_nothing_because_gcloud_cannot_be_reached(launch):
     assert not {"delete", "create", "start"} & set(verbs(calls))
 
 
-def test_nothing_is_done_where_gcloud_cannot_see(launch):
+def test_commands_end_if_gcloud_cannot_read_the_state(launch):
     for command in (["up", *POD], ["watch", *POD, CONFIG], ["down", *WHERE]):
         status, _, err, calls = launch(
             *command, queued=["error: You do not currently have an active account"]
         )
-        assert status == 1 and "active account" in err and "cannot tell" in err
+        assert status == 1 and "active account" in err and "cannot read the state" in err
         assert verbs(calls) == ["describe"]
 
 
-def test_watch_ends_when_nothing_can_be_created(launch):
+def test_watch_ends_if_creation_fails(launch):
     status, _, err, calls = launch("watch", *POD, CONFIG, queued=[ABSENT], create=["error: no quota"])
     assert status == 1 and "cannot be created" in err and "no quota" in err
     assert verbs(calls) == ["describe", "create"]
@@ -304,11 +304,11 @@ def test_status_logs_stop_and_down(launch):
     _, _, _, calls = launch("down", *WHERE, queued=["SUSPENDED"])
     assert verbs(calls) == ["describe", "delete"]
     status, _, err, calls = launch("down", *WHERE, queued=[ABSENT])
-    assert status == 0 and "is not there" in err and verbs(calls) == ["describe"]
+    assert status == 0 and "does not exist" in err and verbs(calls) == ["describe"]
 
 
 @pytest.mark.parametrize("command", ["up", "run", "watch", "logs", "status", "stop", "down"])
-def test_dry_run_prints_what_can_be_pasted_and_calls_nothing(launch, tmp_path, command):
+def test_dry_run_prints_commands_and_calls_nothing(launch, tmp_path, command):
     config = [CONFIG, "--task.template=it's $5"] if command in ("run", "watch") else []
     status, out, err, calls = launch(command, *COPIED, "--dry-run", *config)
     assert status == 0 and calls == [], err
@@ -326,7 +326,7 @@ def test_dry_run_prints_what_can_be_pasted_and_calls_nothing(launch, tmp_path, c
 
 
 MISTAKES = {
-    "no command": ([], "say what to do"),
+    "no command": ([], "expected a command"),
     "unknown command": (["uo", *POD], "unknown command 'uo'"),
     "no name": (["stop", *WHERE[2:]], "needs --name"),
     "no zone": (["up", *POD[:4], *POD[6:]], "needs --zone"),
@@ -334,15 +334,15 @@ MISTAKES = {
     "no type": (["up", *WHERE], "needs --tpu"),
     "bad name": (["up", *POD, "--name", "My_TPU"], "use a-z"),
     "unknown type": (["up", *WHERE, "--tpu", "h100:2x2"], "unknown type"),
-    "flat v5p": (["up", *WHERE, "--tpu", "v5p:4x4"], "those of v5p are 2x2x1,"),
+    "flat v5p": (["up", *WHERE, "--tpu", "v5p:4x4"], "the slices of v5p are 2x2x1,"),
     "solid v6e": (["up", *WHERE, "--tpu", "v6e:4x4x4"], "no such slice"),
     "no value": (["up", *WHERE, "--tpu"], "--tpu needs a value"),
-    "unknown option": (["run", *POD, "--training.steps=3", CONFIG], "come after CONFIG"),
+    "unknown option": (["run", *POD, "--training.steps=3", CONFIG], "follow CONFIG"),
     "slices of a vm": (["up", *POD, "--vm", "--slices", "2"], "queued resource"),
-    "slices": (["up", *POD, "--slices", "two"], "whole number"),
+    "slices": (["up", *POD, "--slices", "two"], "is not an integer"),
     "no config": (["run", *POD], "needs a CONFIG"),
     "no such config": (["run", *COPIED, "configs/nothing.yaml"], "no such file"),
-    "config from elsewhere": (["run", *COPIED, "/tmp/x.yaml"], "inside this repository"),
+    "config from elsewhere": (["run", *COPIED, "/tmp/x.yaml"], "relative to this repository"),
     "config for down": (["down", *WHERE, CONFIG], "takes no"),
     "local output": (["run", *POD, "--output", "/tmp/run", CONFIG], "must be gs://"),
     "no output on a pod": (["run", *WHERE, "--tpu", "v6e:4x4", CONFIG], "several workers"),

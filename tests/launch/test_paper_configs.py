@@ -1,4 +1,4 @@
-"""The paper's settings: every file loads, can train, and finds its rows in data of the shape that the hub has."""
+"""Test the paper's configs: each one loads, can train, and reads data in the format of the hub."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ from lpo_jax.training.check import check_config
 
 ROOT = Path(__file__).parents[2]
 
-# model, prompts in a round and in a minibatch, response tokens, steps, task: METHODS, and the paper's appendix D.3.
+# Model, prompts per round and per minibatch, response tokens, steps, task: from the paper's appendix D.3.
 PAPER = {
     "countdown_4b": ("Qwen/Qwen3-4B-Base", 128, 64, 1024, 130, "countdown"),
     "math_1p7b": ("Qwen/Qwen3-1.7B-Base", 256, 128, 4096, 800, "math"),
@@ -80,7 +80,7 @@ def test_data(name, tmp_path, monkeypatch):
 
     def from_hub(source, split):
         asked.append(source)
-        first = 0 if split == "train" else 3000  # of other problems
+        first = 0 if split == "train" else 3000  # problems of the other split
         path = tmp_path / f"{split}.jsonl"
         path.write_text("\n".join(json.dumps(ROWS[kind](first + index)) for index in range(rows)))
         return [path]

@@ -1,4 +1,4 @@
-"""deploy/worker.sh on a host of its own making: stand-ins for systemd, gcloud's storage and `lpo`."""
+"""Test deploy/worker.sh with mocks of systemd, gcloud storage and `lpo`."""
 
 import os
 import shutil
@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 
-# A bucket is a folder: gs://x is $BUCKETS/x.
+# Mock of gcloud storage: a bucket is a folder, gs://x is $BUCKETS/x.
 GCLOUD = """
 [[ $1 == storage ]] || exit 9
 place() { echo "${1/#gs:\\/\\//$BUCKETS/}"; }
@@ -28,7 +28,7 @@ rsync)
   ;;
 esac
 """
-# Starts the command as a child of nobody, and remembers it until it ends.
+# Starts the command in the background and records its process id.
 SYSTEMD_RUN = """
 while [[ $1 == --* ]]; do
   [[ $1 == --property=StandardOutput=append:* ]] && log=${1#--property=StandardOutput=append:}
@@ -67,7 +67,7 @@ esac
 
 @pytest.fixture
 def host(tmp_path):
-    """A checkout on a worker, with `call(*arguments, behaviour=)` to run the script there."""
+    """Create a checkout on a worker and return `call(*arguments, behaviour=)`, which runs the script there."""
     home = tmp_path / "lpo_jax"
     (home / "deploy").mkdir(parents=True)
     shutil.copy(ROOT / "deploy" / "worker.sh", home / "deploy")
@@ -134,9 +134,9 @@ def test_a_job_from_start_to_end(host):
     host("start", *JOB, behaviour="runs")
     assert host("state") == (0, "job=running")
     rows = host.files / "metrics.jsonl"
-    eventually(rows.exists)  # copied while it runs
+    eventually(rows.exists)  # copied during the run
     assert host("stop")[0] == 0
-    assert rows.read_text() == "row\nsaved\n"  # and once more after the trainer has saved
+    assert rows.read_text() == "row\nsaved\n"  # and again after the trainer has saved
     assert host("state") == (0, "job=stopped")
     host("start", *JOB)
     eventually(lambda: host("state") == (0, "job=done"))
@@ -144,7 +144,7 @@ def test_a_job_from_start_to_end(host):
     eventually(lambda: host("state") == (0, "job=failed:1"))
 
 
-def test_a_job_that_is_saving_on_its_way_out_still_runs(host):
+def test_job_that_saves_before_its_exit_counts_as_running(host):
     host("start", *JOB, behaviour="runs")
     eventually((host.home / "runs/demo/metrics.jsonl").exists)
     hold = host.home.parent / "hold"
@@ -166,7 +166,7 @@ def test_a_second_start_replaces_the_first(host):
 
 
 def test_the_shutdown_of_a_host_saves_and_counts_as_a_failure(host):
-    """Not as stopped: `watch` has to start it again."""
+    """The state is not `stopped`, because `watch` must start the job again."""
     host("start", *JOB, behaviour="runs")
     eventually((host.home / "runs/demo/metrics.jsonl").exists)
     os.kill(int((host.home.parent / "unit").read_text()), signal.SIGTERM)
@@ -175,7 +175,7 @@ def test_the_shutdown_of_a_host_saves_and_counts_as_a_failure(host):
 
 
 def test_a_shutdown_before_the_trainer_runs(host):
-    """While the files of a run come back."""
+    """The signal arrives while the files of the run are copied back."""
     hold = host.home.parent / "hold"
     hold.touch()
     host("start", *JOB, behaviour="runs")
@@ -183,21 +183,23 @@ def test_a_shutdown_before_the_trainer_runs(host):
     os.kill(int((host.home.parent / "unit").read_text()), signal.SIGTERM)
     hold.unlink()
     eventually(lambda: host("state") == (0, "job=failed:143"))
-    assert not host.arguments.exists()  # it was not started for nothing
+    assert not host.arguments.exists()  # the trainer did not start
 
 
-def test_a_new_disk_gets_the_files_back(host):
+def test_files_are_copied_back_to_a_new_disk(host):
     host("supervise", *JOB)
     shutil.rmtree(host.home / "runs")
     host("supervise", *JOB)
     assert (host.files / "metrics.jsonl").read_text() == "row\nrow\n"
     in_bucket, here = host.files / "rollouts", host.home / "runs/demo/rollouts"
-    assert [path.name for path in here.iterdir()] == ["2.jsonl"]  # the old ones are not fetched, and not lost
+    assert [path.name for path in here.iterdir()] == [
+        "2.jsonl"
+    ]  # old rollouts are not copied back, and not lost
     assert sorted(path.name for path in in_bucket.iterdir()) == ["1.jsonl", "2.jsonl"]
 
 
 def test_a_host_that_writes_nothing_leaves_the_files_alone(host):
-    """It has pulled them as all hosts do, but its copy is old by the time it ends."""
+    """It has copied the files as all hosts do, but its copy is outdated when the job ends."""
     host("supervise", *JOB)
     shutil.rmtree(host.home / "runs")
     rows = host.files / "metrics.jsonl"

@@ -20,7 +20,7 @@ from lpo_jax.models.quantize import quantise_layer
 from lpo_jax.models.runner import Groups, ModelRunner, score
 from lpo_jax.parallel.mesh import MeshSizes, build
 from lpo_jax.planner.roofline import Sizes
-from lpo_jax.sampling import Sampler
+from lpo_jax.sampling import PromptBatch, Sampler, SampleRequest
 from lpo_jax.training.memory import kept_bytes
 from lpo_jax.training.optimizer import make_optimizer
 
@@ -63,7 +63,8 @@ def test_training_and_sampling_use_the_additions(extended):
     config, params = extended
     prompts, lengths = np.array([[5, 6, 7, 8], [9, 4, 0, 0]], np.int32), np.array([4, 2])
     sampler = Sampler(config, eos_ids=(1,))
-    got = sampler(sampler.prepare(params), prompts, lengths, np.arange(2), num_responses=3, max_tokens=6)
+    batch = PromptBatch(prompts, lengths, np.arange(2, dtype=np.uint32))
+    got = sampler(sampler.prepare(params), batch, SampleRequest(3, max_tokens=6))
     logp = {}
     for scale in (3.0, 1.0):
         runner = ModelRunner(dataclasses.replace(config, query_scale=scale))

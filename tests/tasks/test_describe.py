@@ -144,7 +144,7 @@ def test_what_is_judged_is_what_decoding_the_encoded_solution_gives(write, capsy
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["mth"], "mth: no such config file, and no task; tasks are arithmetic"),
+        (["mth"], "mth: neither a config file nor a task; the tasks are arithmetic"),
         (["math"], "task math needs the option 'path'"),
         (["math", "--task.path=none.json"], "none.json: No such file"),
         (["math", "--task.pth=a.json"], "no option 'pth'; did you mean 'path'"),

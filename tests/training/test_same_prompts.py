@@ -82,7 +82,7 @@ def test_template_arguments_reach_every_prompt(
         assert main(["sample", str(run), "say 7", "--chat", "--max-tokens", "2", *more]) == 0
         assert tokenizer.decode(seen.pop()) == end
     assert main(["sample", str(run), "say 7", "--template-arguments", "{}"]) == 2
-    assert "goes with --chat" in capsys.readouterr().err
+    assert "requires --chat" in capsys.readouterr().err
 
 
 def test_template_arguments_without_a_template_in_use_are_refused(chat_model, short_run, tiny_task):

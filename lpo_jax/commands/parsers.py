@@ -1,0 +1,103 @@
+"""Shared parts of the argument parsers: the parser class, options of several commands, and argument types."""
+
+import argparse
+import math
+from typing import Any, TypeAlias
+
+Subparsers: TypeAlias = "argparse._SubParsersAction[CommandParser]"
+
+
+class CommandParser(argparse.ArgumentParser):
+    """The parser of one command. Its help lists the config keys if the command accepts them."""
+
+    def format_help(self) -> str:
+        if self.get_default("overrides") is not None:
+            from lpo_jax.config import describe_options
+
+            rows = [f"  --{key}=...  {meaning} [{default}]" for key, default, meaning in describe_options()]
+            self.epilog = "every config key can be overridden:\n" + "\n".join(rows)
+        return super().format_help()
+
+
+def add_command(subparsers: Subparsers, name: str, text: str, configurable: bool = False) -> CommandParser:
+    """Add the parser of a command.
+
+    Args:
+      subparsers: parsers of all commands.
+      name: name of the command.
+      text: one line of help, without a full stop.
+      configurable: whether the command accepts config keys. If so, `main` stores all arguments that the parser does
+        not know in `overrides`.
+
+    Returns:
+      The parser, to which the caller adds arguments.
+    """
+    command = subparsers.add_parser(
+        name,
+        help=text,
+        description=text[0].upper() + text[1:] + ".",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    if configurable:
+        command.set_defaults(overrides=[])
+    return command
+
+
+def add_checkpoint_option(command: CommandParser) -> None:
+    """Add the option --checkpoint."""
+    command.add_argument(
+        "--checkpoint",
+        default="best",
+        help="best (by held-out pass@1), latest, or the number of a step (best)",
+    )
+
+
+def finite(text: str) -> float:
+    """Parse a finite number."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number")
+    return value
+
+
+def positive(text: str) -> int:
+    """Parse a positive integer."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not positive")
+    return value
+
+
+def some_text(text: str) -> str:
+    """Check that a text is not blank."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("the text is empty")
+    return text
+
+
+def stop_string(text: str) -> str:
+    """Check that a text is not empty; it may consist of blanks."""
+    if not text:
+        raise argparse.ArgumentTypeError("an empty stop string would end every response at its first token")
+    return text
+
+
+def _mapping(text: str) -> dict[str, Any]:
+    import yaml
+
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"expected {{name: value, ...}}, got {text!r}")
+    return value
+
+
+# Keyword arguments of `add_argument` for --template-arguments.
+TEMPLATE_ARGUMENTS: dict[str, Any] = {
+    "type": _mapping,
+    "metavar": "{NAME: VALUE}",
+    "help": "variables of the chat template, such as '{enable_thinking: false}' (default for a run: its own)",
+}

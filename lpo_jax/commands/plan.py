@@ -1,0 +1,84 @@
+"""`lpo plan`: compile a config for accelerators that this machine does not have."""
+
+import argparse
+import json
+import sys
+
+from lpo_jax.commands.parsers import Subparsers, add_command
+from lpo_jax.errors import UserError
+from lpo_jax.planner import topology
+
+DOES_NOT_FIT = 3  # exit status
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Add the parser of `lpo plan`."""
+    command = add_command(
+        subparsers,
+        "plan",
+        "compile a config for a slice without having one: what fits, how long a step takes, better settings",
+        configurable=True,
+    )
+    command.add_argument("config", metavar="CONFIG", help="YAML file; only config.json of its model is read")
+    command.add_argument(
+        "--topology",
+        required=True,
+        metavar="CHIP:SHAPE",
+        help=f"such as v5p:4x4x4 or h100:8; chips: {', '.join(topology.CHIPS)} (GPUs are estimated without compiling)",
+    )
+    command.add_argument(
+        "--no-suggest",
+        dest="suggest",
+        action="store_false",
+        help="plan only the config; suggest no better settings",
+    )
+    command.add_argument(
+        "--whole",
+        action="store_true",
+        help="compile the sampler's unrolled programs at full depth (minutes) instead of extrapolating from two depths",
+    )
+    command.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run `lpo plan` and return the exit status, which is `DOES_NOT_FIT` if the config does not fit.
+
+    Raises:
+      UserError: the topology is unknown, the config or mesh is invalid, or libtpu is missing.
+    """
+    target = topology.parse(arguments.topology)
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")  # planning opens no accelerator, even if there is one
+    from lpo_jax.config import load_config
+    from lpo_jax.models.load import load_config_and_tokenizer
+    from lpo_jax.planner.plan import plan, to_json
+    from lpo_jax.planner.plan_text import show
+    from lpo_jax.training.check import check_config
+
+    config = load_config(arguments.config, arguments.overrides)
+    objective = check_config(config)
+    if target.chip.kind == "tpu":
+        topology.tpu_devices(target)  # report a missing libtpu before loading a model
+    model, _, eos_ids = load_config_and_tokenizer(config.model.path)
+    longest = config.sampling.max_prompt_tokens + config.sampling.max_tokens
+    if longest > model.max_positions:
+        raise UserError(
+            f"sampling.max_prompt_tokens + max_tokens = {longest} is more than the {model.max_positions} positions of "
+            f"{config.model.path}"
+        )
+    result = plan(
+        config,
+        target,
+        model,
+        eos_ids,
+        objective,
+        suggest=arguments.suggest,
+        whole=arguments.whole,
+        report=lambda line: print(f"lpo: {line}", file=sys.stderr, flush=True),
+    )
+    if arguments.json:
+        print(json.dumps(to_json(result), indent=2))
+    else:
+        show(result, config.model.path)
+    return 0 if result.spare(result.asked) >= 0 else DOES_NOT_FIT
