@@ -1,4 +1,4 @@
-"""Options whose effect is only seen in a whole run."""
+"""Options whose effect is visible only in a whole run."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ from lpo_jax.config import parse_config
 from lpo_jax.runs.checkpoint import load_run
 from lpo_jax.training.loop import train
 
-# Adam at its usual eps makes a sign of a gradient that is all rounding.
+# With its usual eps, Adam amplifies a gradient that is only rounding error to its sign.
 SMOOTH = {"learning_rate": 1e-2, "eps": 1.0, "weight_decay": 0.0}
 
 
