@@ -1,4 +1,4 @@
-"""Makes scripts/house_figures.py importable for the tests in this directory."""
+"""Makes the scripts importable for the tests in this directory."""
 
 import sys
 from pathlib import Path
