@@ -291,8 +291,8 @@ def kill(campaign: Campaign, kills: int, seed: int) -> bool:
         if campaign.call(run_lpo, ["train", str(config), *resume(output)], log):
             problems.append(f"cannot be resumed: {log.read_text()[-2000:]}")
         problems += differences(campaign.digest(output, log), expected)
-        told = ", ".join(" ".join(moment) for moment in moments) or "finished"
-        print(f"run {runs}: {told}: {problems or 'equal'}", flush=True)
+        ended = ", ".join(" ".join(moment) for moment in moments) or "finished"
+        print(f"run {runs}: {ended}: {problems or 'equal'}", flush=True)
         bad, runs = bad + bool(problems), runs + 1
         if not problems:
             shutil.rmtree(output)
@@ -398,13 +398,13 @@ def disk(campaign: Campaign, writes: list[str]) -> bool:
         status = campaign.call(run_lpo, arguments, log, fault=(write, number, kind, disk))
         seconds = time.monotonic() - float(struck.read_text()) if struck.exists() else None
         text = log.read_text()
-        told = [line for line in text.splitlines() if line.startswith("lpo: ")]
+        messages = [line for line in text.splitlines() if line.startswith("lpo: ")]
         problems = []
         if seconds is None:
             problems.append("the disk never failed")
         elif seconds > 10:
             problems.append(f"ended after {seconds:.0f} s")
-        if status not in (1, 2) or len(told) != 1 or "Traceback" in text or "Error:" in text:
+        if status not in (1, 2) or len(messages) != 1 or "Traceback" in text or "Error:" in text:
             problems.append(f"exit status {status}, says {text[-3000:]}")
         if seconds is not None:
             disk.mend(kind)
@@ -412,7 +412,7 @@ def disk(campaign: Campaign, writes: list[str]) -> bool:
             problems.append(f"cannot be resumed: {log.read_text()[-2000:]}")
         problems += differences(campaign.digest(output, log), expected)
         print(
-            f"{kind}, {write} {number}: {seconds or 0:.1f} s, {told[:1]}: {problems or 'resumed, equal'}",
+            f"{kind}, {write} {number}: {seconds or 0:.1f} s, {messages[:1]}: {problems or 'resumed, equal'}",
             flush=True,
         )
         bad += bool(problems)

@@ -1,10 +1,10 @@
-"""Makes `configs/micro/`: the shape and the tokenizer of a small transformer that is trained from scratch.
+"""Make `configs/micro/`: the config and the tokenizer of a small transformer that is trained from scratch.
 
     python scripts/make_micro_model.py configs/micro
 
-A Llama of two layers, 0.2 million parameters, for Countdown problems asked by the `short` template. A token is a
-number below 100, one of the template's phrases, or a single character, so that a problem of three numbers is
-asked in about fifteen tokens and answered in about nine. There are no weights: `model.init: random` makes them.
+It is a Llama of two layers and 0.2 million parameters for Countdown problems in the `short` template. A token is a
+number below 100, one of the template's phrases, or a single character: a problem of three numbers takes about fifteen
+tokens, its solution about nine. There are no weights; `model.init: random` draws them.
 """
 
 import sys

@@ -91,8 +91,8 @@ def test_a_disk_that_fails_anywhere_else_is_one_line(run_config, tmp_path, monke
     monkeypatch.setattr(loop, "train", fail)
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(run_config()))
     assert main(["train", str(tmp_path / "config.yaml")]) == 1
-    told = capsys.readouterr().err
-    assert told.startswith(f"lpo: /some/file: {os.strerror(number)}; ") and told.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"lpo: /some/file: {os.strerror(number)}; ") and printed.count("\n") == 1
 
 
 def test_an_os_error_that_is_not_the_disks_stays_an_error(run_config, tmp_path, monkeypatch):
