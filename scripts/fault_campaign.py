@@ -1,20 +1,20 @@
-"""Faults put to whole runs on a tiny model: is what they leave equal to the undisturbed run, bit for bit?
+"""Inject faults into whole runs on a tiny model and compare the results with an undisturbed run, bit for bit.
 
     python scripts/fault_campaign.py kill [--kills 100] [--seed 0]
     python scripts/fault_campaign.py flip [--flips 1000]
     sudo python scripts/fault_campaign.py disk
 
-kill  runs with a warm start are ended by SIGKILL or SIGTERM at a random moment of a random phase (warm start,
-      sampling, learning, evaluation, and each kind of file being written) and resumed, several times each. Compared
-      are metrics, responses, the train state of the latest checkpoint, the parameters of the best one, and the table
-      of evaluations.
-flip  single bits of every file of a checkpoint are flipped, files are cut and removed; each must be refused in one
-      line that names the intact checkpoint.
-disk  runs on a small ext4 file system, which becomes full, read-only or dead (every access fails; what was not synced
-      is lost) as each kind of file is about to be written. The run must end within 10 s with one line that begins
-      with "lpo:", and resume when the disk is mended. Needs root, and loop devices.
+kill  Runs with a warm start are ended by SIGKILL or SIGTERM at a random moment of a random phase (warm start,
+      sampling, learning, evaluation, and the writing of each kind of file) and resumed, several times each. The script
+      compares metrics, responses, the train state of the latest checkpoint, the parameters of the best one, and the
+      table of evaluations.
+flip  Single bits of every file of a checkpoint are flipped, and files are truncated and removed. Each damage must be
+      refused with a one-line error that names the intact checkpoint.
+disk  Runs on a small ext4 file system, which becomes full, read-only or dead (every access fails, and unsynced data is
+      lost) just before each kind of file is written. The run must end within 10 s with one line that starts with
+      "lpo:", and must resume once the disk is repaired. Needs root and loop devices.
 
-Exit status 1 if anything was not as it must be. `tests/training/test_faults.py` runs a small part of each.
+The exit status is 1 if any check fails. `tests/training/test_faults.py` runs a small part of each.
 """
 
 import argparse
@@ -36,7 +36,7 @@ import time
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))  # for tiny.py
 
-# Where a process announces that it is about to do something: (module, attribute).
+# Functions whose calls a process announces: (module, attribute).
 PHASES = {
     "warm start": ("lpo_jax.training.sft", "supervised_step"),
     "sampling": ("lpo_jax.training.loop", "sample_round"),
@@ -53,13 +53,13 @@ WRITES = {
     "sealing": ("lpo_jax.runs.checksums", "seal"),
     "plots": ("lpo_jax.reporting.plots", "learning_curves"),
 }
-LONGEST = 0.5  # seconds from a phase's beginning to the signal, at most
+LONGEST = 0.5  # longest time from the start of a phase to the signal, in seconds
 FAULTS = ("full", "read-only", "dead")
 EXT4_SHUTDOWN, NO_FLUSH = 0x8004587D, (2).to_bytes(4, "little")
 
 
 def make_model(folder: pathlib.Path) -> None:
-    """A tiny model and a task, in a process of its own, because this one must not start jax before it forks."""
+    """Make a tiny model and a task in a new process, because this one must not start jax before it forks."""
     import jax
     from tiny import CONFIG, VERIFIER, character_tokenizer
 
@@ -72,7 +72,7 @@ def make_model(folder: pathlib.Path) -> None:
 
 
 def write_config(folder: pathlib.Path, output: pathlib.Path, plots: bool) -> pathlib.Path:
-    """A run of six steps after a warm start, whose best step is not its last."""
+    """The config of a run of six steps after a warm start, whose best step is not its last."""
     import yaml
     from tiny import run_values
 
@@ -88,7 +88,7 @@ def write_config(folder: pathlib.Path, output: pathlib.Path, plots: bool) -> pat
 
 
 def at_start_of(phase: str, call) -> None:
-    """Has `call(phase)` run whenever the phase begins in this process."""
+    """Call `call(phase)` whenever the phase begins in this process."""
     import importlib
 
     module, name = (PHASES | WRITES)[phase]
@@ -108,7 +108,7 @@ def at_start_of(phase: str, call) -> None:
 def run_lpo(
     arguments: list[str], log: pathlib.Path, announce: pathlib.Path | None = None, fault=None
 ) -> None:
-    """The body of a child: `lpo` with its output in a file; phases are announced, or one brings a fault."""
+    """The body of a child: run `lpo` with its output in a file; phases are announced, or one triggers a fault."""
     with open(log, "wb") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -137,7 +137,7 @@ def run_lpo(
 
 
 def digest(output: pathlib.Path, log: pathlib.Path, found) -> None:
-    """The body of a child that sends what of a finished run must not depend on how it came about."""
+    """The body of a child: send the results of a finished run that must not depend on interruptions."""
     import jax
     import orbax.checkpoint as ocp
 
@@ -181,7 +181,7 @@ def digest(output: pathlib.Path, log: pathlib.Path, found) -> None:
 
 
 class Campaign:
-    """A folder with a model, and processes started from one that has imported everything already."""
+    """A directory with a model, and processes forked from one that has already imported everything."""
 
     def __init__(self, folder: pathlib.Path):
         self.folder = folder
@@ -193,7 +193,7 @@ class Campaign:
         self.call(make_model, folder)
 
     def call(self, function, *arguments, **keywords) -> int:
-        """Runs a function in a process of its own; returns its exit status."""
+        """Run a function in a forked process; returns its exit status."""
         process = self.start(function, *arguments, **keywords)
         process.join()
         return process.exitcode
@@ -215,7 +215,7 @@ class Campaign:
             process.join()
 
     def reference(self, plots: bool = False) -> dict:
-        """The undisturbed run."""
+        """The results of the undisturbed run."""
         output = self.folder / "reference"
         config, log = write_config(self.folder, output, plots), self.folder / "reference.log"
         if self.call(run_lpo, ["train", str(config)], log):
@@ -227,14 +227,14 @@ class Campaign:
 
 
 def differences(found: dict | None, expected: dict) -> list[str]:
-    """What of a run is not as in the undisturbed one."""
+    """List the results of a run that differ from the undisturbed one."""
     if found is None:
         return ["it cannot be read"]
     return [name for name in expected if found[name] != expected[name]]
 
 
 def wait_for(pipe: pathlib.Path, phase: str, number: int) -> bool:
-    """Reads announcements until the phase has begun so often; false if the process ended before."""
+    """Read announcements until the phase has begun `number` times; returns False if the process ends before."""
     with open(pipe) as lines:
         for line in lines:
             number -= line.strip() == phase
@@ -244,7 +244,7 @@ def wait_for(pipe: pathlib.Path, phase: str, number: int) -> bool:
 
 
 def kill_once(campaign: Campaign, config: pathlib.Path, log: pathlib.Path, chance: random.Random):
-    """One start and its end at a random moment: (phase, signal) or None if it finished first; and what was wrong."""
+    """Start a run and end it at a random moment; returns (phase, signal) or None if it finished, and problems."""
     phase = chance.choice([*PHASES, *WRITES])
     number = 1 if phase in ("settings", "plots") else chance.randint(1, 4)
     how = chance.choice([signal.SIGKILL, signal.SIGTERM])
@@ -274,7 +274,7 @@ def kill_once(campaign: Campaign, config: pathlib.Path, log: pathlib.Path, chanc
 
 
 def kill(campaign: Campaign, kills: int, seed: int) -> bool:
-    """Kills until there were so many; each run is killed one to four times, then resumed to its end and compared."""
+    """Kill runs until the given number is reached; each is killed one to four times, finished and compared."""
     expected, chance = campaign.reference(), random.Random(seed)
     done, bad, runs = collections.Counter(), 0, 0
     while sum(done.values()) < kills:
@@ -303,20 +303,20 @@ def kill(campaign: Campaign, kills: int, seed: int) -> bool:
 
 
 def resume(output: pathlib.Path) -> list[str]:
-    """--resume, where the directory would be refused without it."""
+    """Return --resume if the directory would be refused without it."""
     rows, checkpoints = output / "metrics.jsonl", output / "checkpoints"
     begun = rows.exists() and rows.stat().st_size > 0
     return ["--resume"] if begun or (checkpoints.exists() and any(checkpoints.iterdir())) else []
 
 
 def flip(campaign: Campaign, flips: int, seed: int) -> bool:
-    """Damages each file of the newest checkpoint in many ways, one at a time."""
+    """Damage each file of the newest checkpoint in many ways, one at a time."""
     campaign.reference()
     return campaign.call(flip_in, campaign.folder / "reference", flips, seed) == 0
 
 
 def flip_in(run: pathlib.Path, flips: int, seed: int) -> None:
-    """The body of a child: damages a finished run's newest checkpoint, whose best one is another."""
+    """The body of a child: damage the newest checkpoint of a finished run, which is not its best one."""
     from lpo_jax.errors import UserError
     from lpo_jax.runs.checkpoint import Checkpoints, load_run
 
@@ -347,7 +347,7 @@ def flip_in(run: pathlib.Path, flips: int, seed: int) -> None:
 
 
 class Disk:
-    """A small ext4 file system in a file, mounted in this process's own namespace."""
+    """A small ext4 file system in a file, mounted in the mount namespace of this process."""
 
     def __init__(self, folder: pathlib.Path):
         self.image, self.place = folder / "disk.img", folder / "disk"
@@ -384,7 +384,7 @@ class Disk:
 
 
 def disk(campaign: Campaign, writes: list[str]) -> bool:
-    """Each fault before each kind of write, at its first call and a later one."""
+    """Trigger each fault before each kind of write, at its first and at a later call."""
     disk, bad = Disk(campaign.folder), 0
     expected = campaign.reference(plots=True)
     numbers = {write: (1,) if write == "plots" else (1, 4) for write in writes}

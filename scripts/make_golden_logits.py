@@ -1,12 +1,12 @@
-"""Remakes tests/models/golden/<family>/: tiny random models of every family, saved and run by transformers.
+"""Remake tests/models/golden/<family>/: tiny random models of every family, saved and run by transformers.
 
-Needs torch (`pip install -e .[oracle]`). A few seconds:
+Needs torch (`pip install -e .[oracle]`). Takes a few seconds:
 
     python scripts/make_golden_logits.py
 
-Each directory holds what `save_pretrained` writes and `logits.npz`: tokens [B, T], mask [B, T] (rows padded
-on the right) and logits [B, T, V], computed by transformers in float32. Norms and biases are random too, so
-that a forgotten one shows.
+Each directory holds the files of `save_pretrained` and `logits.npz`: tokens [B, T], mask [B, T] (rows are padded on the
+right) and logits [B, T, V], computed by transformers in float32. Norms and biases are random too, so that a test
+notices if one is not applied.
 """
 
 import argparse

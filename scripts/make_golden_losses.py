@@ -1,14 +1,14 @@
-"""Remakes tests/objectives/golden/losses.npz and losses.json: losses and gradients by verl's and TRL's own code.
+"""Remake tests/objectives/golden/losses.npz and losses.json: losses and gradients by verl's and TRL's own code.
 
-Needs torch, TRL and what verl's losses import (`pip install -e .[oracle]`), and verl itself without the rest of
-its dependencies, whose bounds exclude our transformers. Half a minute:
+Needs torch, TRL and the packages that verl's losses import (`pip install -e .[oracle]`), and verl without its other
+dependencies, whose version bounds exclude our transformers. Takes half a minute:
 
     pip install --no-deps verl==0.9.1
     python scripts/make_golden_losses.py
 
-Nothing of either is replaced but where the numbers come from. verl: its registered advantage, then its registered
-policy loss, on tensors. TRL: a real trainer with a tiny model, whose generation, rewards and token log-probs are
-those of the batch; its own code makes the advantages and the loss.
+Only the inputs are replaced. For verl, its registered advantage and then its registered policy loss run on tensors. For
+TRL, a real trainer with a tiny model gets generations, rewards and token log-probs from the batch; its own code
+computes the advantages and the loss.
 
 losses.npz holds, with P prompts, K responses, T tokens, in float64:
   <batch>/logp, behaviour_logp, mask [P,K,T], rewards [P,K]: what went in; log-probs are 0 on padding
@@ -111,7 +111,7 @@ CASES = {
 
 
 def batch(seed: int, T: int, spread: float, rewards: list[list[float]]) -> dict[str, np.ndarray]:
-    """A ragged batch; `spread` is the standard deviation of the log-ratio, in nats."""
+    """Make a batch of uneven lengths; `spread` is the standard deviation of the log-ratio, in nats."""
     rng = np.random.default_rng(seed)
     rewards = np.array(rewards)
     shape = (*rewards.shape, T)
@@ -140,7 +140,7 @@ BATCHES = {
 
 
 def by_verl(case: dict, given: dict[str, torch.Tensor], logp: torch.Tensor) -> torch.Tensor:
-    """The loss of log-probs [B,T], rows of a group together."""
+    """Compute the loss of log-probs [B,T]; the rows of a group are contiguous."""
     P, K, T = given["mask"].shape
     mask = given["mask"].reshape(-1, T)
     last = mask * (mask.cumsum(-1) == mask.sum(-1, keepdim=True))
@@ -167,7 +167,7 @@ def by_verl(case: dict, given: dict[str, torch.Tensor], logp: torch.Tensor) -> t
 
 
 class Given:
-    """What a TRL trainer would get by sampling, verifying and scoring comes from `given` and `logp` instead."""
+    """A TRL trainer that takes generations, rewards and log-probs from `given` and `logp`."""
 
     def _generate(self, prompts):
         ids = [[0] * int(n) for n in self.given["mask"].sum(-1).flatten()]
@@ -196,7 +196,7 @@ class GivenRLOO(Given, trl.RLOOTrainer):
 
 @functools.cache
 def tiny() -> tuple:
-    """A model and a tokenizer, which no number depends on."""
+    """Make a model and a tokenizer; the results do not depend on them."""
     vocabulary = tokenizers.models.WordLevel({"a": 0, "b": 1}, unk_token="a")
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizers.Tokenizer(vocabulary), pad_token="a", eos_token="b"
@@ -206,7 +206,7 @@ def tiny() -> tuple:
 
 
 def by_trl(case: dict, given: dict[str, torch.Tensor], logp: torch.Tensor) -> torch.Tensor:
-    """The loss of log-probs [B,T], rows of a group together."""
+    """Compute the loss of log-probs [B,T]; the rows of a group are contiguous."""
     model, tokenizer = tiny()
     P, K, _ = given["mask"].shape
     trainer_class, config_class = {

@@ -1,11 +1,11 @@
-"""Remakes tests/models/golden/sentencepiece.json: a small SentencePiece BPE vocabulary, and ids of texts.
+"""Remake tests/models/golden/sentencepiece.json: a small SentencePiece BPE vocabulary, and ids of texts.
 
-Needs `pip install sentencepiece`. One second:
+Needs `pip install sentencepiece`. Takes one second:
 
     python scripts/make_golden_sentencepiece.py
 
-The vocabulary stands there as a GGUF file holds it (tokens, scores, token types), trained as Llama 2's: BPE,
-digits apart, bytes for what it does not know, no normalisation.
+The file holds the vocabulary in the format of GGUF (tokens, scores, token types). It is trained like that of Llama 2:
+BPE, split digits, byte fallback for unknown characters, no normalisation.
 """
 
 import io

