@@ -11,7 +11,7 @@ COMMA := ,
 # Instruction sets that XLA may use stand for other CPUs: sums are rounded in another order, with or without FMA.
 # Compiled programs are not shared between them: the key of jax's compilation cache contains XLA_FLAGS.
 ISAS ?= SSE4_2 AVX AVX2 AVX512
-NUMERIC ?= tests/objectives tests/models tests/sampling tests/scale tests/training tests/evaluation tests/reporting
+NUMERIC ?= tests/objectives tests/models tests/sampling tests/parallel tests/planner tests/rollout tests/training tests/evaluation tests/reporting
 # The part that every `make test` runs a second time: the step against autodiff, the model against transformers.
 NUMERIC_CORE := tests/training/test_step.py tests/models/test_golden.py
 
