@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # so that tests can import tiny.
 from tiny import CONFIG, VERIFIER, character_tokenizer, run_values
 
 from lpo_jax.models.decoder import init_params
+from lpo_jax.models.runner import ModelRunner
 
 pytest_plugins = ["margins"]
 
@@ -82,6 +83,12 @@ def run_config(tmp_path, tiny_model, tiny_task):
 def no_plots(monkeypatch):
     """Skip the plots at the end of a run: drawing them takes longer than a short run."""
     monkeypatch.setattr("lpo_jax.reporting.save_plots", lambda run: [])
+
+
+@pytest.fixture
+def one_layout(monkeypatch):
+    """Run padded groups: the shapes of packed rows depend on sampled lengths, and each needs another program."""
+    monkeypatch.setattr(ModelRunner, "pack", lambda self, groups, mask: groups)
 
 
 @pytest.fixture(autouse=True)

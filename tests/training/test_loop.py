@@ -150,7 +150,7 @@ def test_finished_run_resumes_to_its_report(reference, run_config, capsys):
     assert "lpo export" in capsys.readouterr().out
 
 
-def test_best_checkpoint_is_kept(run_config):
+def test_best_checkpoint_is_kept(run_config, one_layout):
     config = run_config(training={"steps": 4}, checkpoint={"every": 1, "keep": 1}, evaluation={"every": 1})
     train(parse_config(config))
     scores = {
@@ -171,7 +171,7 @@ def best(config):
 
 
 @pytest.mark.parametrize("moment", ["while it samples", "as its row is written"])
-def test_best_checkpoint_survives_sigterm_in_its_evaluation(run_config, monkeypatch, moment):
+def test_best_checkpoint_survives_sigterm_in_its_evaluation(run_config, one_layout, monkeypatch, moment):
     """The step is saved before or after its evaluation; in both cases its score is kept."""
     sections = {"training": {"steps": 3}, "checkpoint": {"every": 0, "keep": 1}, "evaluation": {"every": 1}}
     whole, parts = (run_config(name, **sections) for name in ("whole", "parts"))
@@ -207,7 +207,7 @@ class Killed(BaseException):
     """Ends a run like kill -9: nothing is saved."""
 
 
-def test_a_kill_after_the_warm_start_keeps_the_cold_model(run_config, monkeypatch, capsys):
+def test_a_kill_after_the_warm_start_keeps_the_cold_model(run_config, one_layout, monkeypatch, capsys):
     """The resumed run repeats the evaluation at step 0, but keeps that of the cold model, which is also at step 0."""
     sections = {"warm_start": {"steps": 2, "batch_size": 8, "only_below": 0.9}, "training": {"steps": 1}}
     whole, parts = (run_config(name, **sections, evaluation={"problems": 2}) for name in ("whole", "parts"))
@@ -322,7 +322,7 @@ def method_config(run_config, tiny_task):
 
 
 @pytest.mark.parametrize("name", by_weight(objectives.names()))
-def test_every_method_trains_resumes_and_reports(method_config, tiny_params, name):
+def test_every_method_trains_resumes_and_reports(method_config, one_layout, tiny_params, name):
     """Methods with a state are resumed after two steps; `test_resume_is_exact` covers the others."""
     method, config = objectives.get(name), method_config(name, "run", 3)
     if method.control or method.hooks or "ref_logp" in method.needs:
@@ -338,7 +338,7 @@ def test_every_method_trains_resumes_and_reports(method_config, tiny_params, nam
 
 
 @pytest.mark.parametrize("name", by_weight(STATEFUL))
-def test_state_of_a_method_survives_a_resume(method_config, name):
+def test_state_of_a_method_survives_a_resume(method_config, one_layout, name):
     constant = {"optimizer": {"learning_rate": 1e-2, "weight_decay": 0.0, "schedule": "constant"}}
     whole = method_config(name, "whole", 4) | constant
     train(parse_config(whole))
@@ -390,7 +390,7 @@ def rates_of(config):
 DECAYING = {"schedule": "linear", "learning_rate": 1e-2, "final_fraction": 0.1, "weight_decay": 0.0}
 
 
-def test_replayed_updates_count_in_the_schedule(method_config, monkeypatch):
+def test_replayed_updates_count_in_the_schedule(method_config, one_layout, monkeypatch):
     """The learning rate falls with every update, including replayed ones, until the last step of the run."""
     config = method_config("pipo", "run", 4)
     config["optimizer"] = DECAYING
@@ -408,7 +408,7 @@ def test_replayed_updates_count_in_the_schedule(method_config, monkeypatch):
     np.testing.assert_allclose(rates, expected, rtol=1e-5)
 
 
-def test_an_extended_run_keeps_its_schedule(method_config, monkeypatch):
+def test_an_extended_run_keeps_its_schedule(method_config, one_layout, monkeypatch):
     """After the end of the schedule the learning rate stays at its final value, and `progress` at 1."""
     first, longer = (method_config("lpo-forward", "run", steps) for steps in (2, 4))
     first["optimizer"] = longer["optimizer"] = DECAYING
@@ -470,7 +470,7 @@ class NotFinite(objectives.get("grpo").__class__):
         return loss * float("nan"), metrics
 
 
-def test_stops_after_several_gradients_that_are_not_finite(run_config, tiny_params, monkeypatch):
+def test_stops_after_several_gradients_that_are_not_finite(run_config, one_layout, tiny_params, monkeypatch):
     broken = NotFinite(**vars(objectives.get("grpo")))
     monkeypatch.setattr(loop, "check_config", lambda config: broken)
     config = run_config(training={"max_skipped_updates": 4}, checkpoint={"every": 1})
@@ -532,7 +532,7 @@ def test_warm_start_then_rl(run_config, capsys):
     assert "cold model" in output and "before" in output and "after 1 steps" in output
 
 
-def test_rl_does_not_begin_with_the_rows_just_taught(run_config, monkeypatch):
+def test_rl_does_not_begin_with_the_rows_just_taught(run_config, one_layout, monkeypatch):
     """Of 24 rows, two supervised updates of 4 use 8, and the first four steps of 4 prompts sample the other 16."""
     taught, asked = [], []
     batch, record = training_sft.supervised_batch, loop.make_batch
