@@ -141,7 +141,7 @@ def test_half_written_checkpoint_is_not_resumed_from(reference, run_config):
     assert_same_run(learned(config), reference)
 
 
-def test_finished_run_resumes_to_its_report(reference, run_config, capsys):
+def test_finished_run_resumes_to_its_report(run_config, one_layout, capsys):
     config = run_config(training={"steps": 1}, evaluation={"problems": 2})
     train(parse_config(config))
     before = learned(config)
@@ -481,7 +481,7 @@ def test_stops_after_several_gradients_that_are_not_finite(run_config, one_layou
     chex.assert_trees_all_equal(load_run(config["output"], "latest")[0].params, tiny_params)
 
 
-def test_failing_verifier_masks_its_sample(run_config, tmp_path, tiny_task):
+def test_failing_verifier_masks_its_sample(run_config, one_layout, tmp_path, tiny_task):
     """Responses whose verifier hangs, dies or raises are masked and counted; they are not scored 0."""
     task = tmp_path / "failing.py"
     failing = """
@@ -557,7 +557,7 @@ def test_no_warm_start_where_the_cold_model_succeeds(run_config, capsys):
     assert "no warm start" in capsys.readouterr().out
 
 
-def test_sft_learns_and_resumes_exactly(run_config):
+def test_sft_learns_and_resumes_exactly(run_config, one_layout):
     def config(output, steps):
         warm = {"steps": steps, "batch_size": 8, "learning_rate": 1e-2}
         return run_config(output=output, warm_start=warm, evaluation={"every": 0, "problems": 2})

@@ -20,7 +20,7 @@ INT8 = {"weights": "int8"}
 TRUNCATED = {"name": "dr-grpo", "token_weight": "truncated-importance"}
 
 
-def test_gap_of_sampling_in_8_bits_is_reported(run_config, no_plots):
+def test_gap_of_sampling_in_8_bits_is_reported(run_config, one_layout, no_plots):
     pytest.importorskip("qwix")
     values = run_config(
         sampling=INT8,
@@ -90,7 +90,9 @@ def test_log_probs_are_the_trainer_s_where_the_gap_can_matter(run_config, dtype,
 @pytest.mark.parametrize(
     "name", ["gspo", *(pytest.param(name, marks=pytest.mark.slow) for name in ("dhpo", "gmpo"))]
 )
-def test_a_policy_at_rest_is_not_clipped_in_bfloat16(run_config, no_plots, monkeypatch, capsys, name):
+def test_a_policy_at_rest_is_not_clipped_in_bfloat16(
+    run_config, one_layout, no_plots, monkeypatch, capsys, name
+):
     """At learning rate 0 both updates of a round have log-ratios of exactly 0, whatever the sampler's rounding.
 
     The choice is printed and recorded, and a resume with another choice is refused.

@@ -59,7 +59,9 @@ def test_the_cold_evaluation_stops(run_config, broken_task, tmp_path, capsys, ca
         assert f"{says} {place}" in error
 
 
-def test_a_step_that_stops_is_not_done_and_is_done_later(run_config, broken_task, tmp_path, capsys):
+def test_a_step_that_stops_is_not_done_and_is_done_later(
+    run_config, one_layout, broken_task, tmp_path, capsys
+):
     place = broken_task("return [][0]")
     task = {"name": "python", "file": str(tmp_path / "task.py")}
     same = {"evaluation": {"every": 0}, "checkpoint": {"every": 0}, "task": task}
@@ -88,7 +90,7 @@ def test_a_step_that_stops_is_not_done_and_is_done_later(run_config, broken_task
         assert rollouts[0] == rollouts[1]
 
 
-def test_some_failures_are_warned_of_and_masked(run_config, broken_task, tmp_path, capsys):
+def test_some_failures_are_warned_of_and_masked(run_config, one_layout, broken_task, tmp_path, capsys):
     place = broken_task("raise OSError('gone')", when="len(response) % 3 == 0")
     config = run_config(task={"name": "python", "file": str(tmp_path / "task.py")}, training={"steps": 2})
     status, _, out = lpo(capsys, tmp_path, config, "train")
