@@ -1,4 +1,7 @@
-"""Tiny models for every test, and one compile cache for all of them; set before jax starts."""
+"""Fixtures that all tests share: tiny models and tasks, and a common compilation cache.
+
+The environment variables are set before jax is imported.
+"""
 
 import gc
 import os
@@ -7,12 +10,12 @@ import tempfile
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Added to what the caller sets, such as --xla_cpu_max_isa (`make test-isa`).
+# Keep the flags of the caller, such as --xla_cpu_max_isa (`make test-isa`).
 if "--xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = (
         f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
     )
-# Many tests compile the same tiny programs: the second one, or another worker's, finds them on disk.
+# Many tests compile the same tiny programs; later tests and other workers read them from disk.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / "lpo_jax_test_programs"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
@@ -20,11 +23,12 @@ import jax
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))  # for tiny.py
+sys.path.insert(0, str(Path(__file__).parent))  # so that tests can import tiny.py
 
 from tiny import CONFIG, VERIFIER, character_tokenizer, run_values
 
 from lpo_jax.models.decoder import init_params
+from lpo_jax.models.runner import ModelRunner
 
 pytest_plugins = ["margins"]
 
@@ -36,7 +40,7 @@ def tiny_config():
 
 @pytest.fixture(scope="session")
 def tiny_params():
-    # Large enough weights that logits differ by nats: a flat distribution would hide mistakes.
+    # Scale the weights so that logits differ by nats: a nearly uniform distribution would hide mistakes.
     return jax.tree.map(lambda p: 3 * p, init_params(CONFIG, jax.random.key(0)))
 
 
@@ -52,7 +56,7 @@ def tiny_model(tmp_path_factory, tiny_params):
 
 @pytest.fixture(scope="session")
 def tiny_task(tmp_path_factory):
-    """A user's task file whose rewards differ between the responses of a random model."""
+    """A task file whose rewards differ between the responses of a random model."""
     path = tmp_path_factory.mktemp("task") / "parity.py"
     path.write_text(VERIFIER)
     return path
@@ -60,8 +64,10 @@ def tiny_task(tmp_path_factory):
 
 @pytest.fixture
 def run_config(tmp_path, tiny_model, tiny_task):
-    """The plain values of a config that trains in seconds; keyword arguments change keys of its sections, or
-    replace `model`, `task` and `objective` whole."""
+    """Return a function that makes the plain values of a config that trains in seconds.
+
+    Its keyword arguments name sections: they update the keys of a section, but replace `model`, `task` and `objective`.
+    """
 
     def make(output="run", **sections):
         values = run_values(tmp_path / output, tiny_model, tiny_task)
@@ -75,20 +81,26 @@ def run_config(tmp_path, tiny_model, tiny_task):
 
 @pytest.fixture
 def no_plots(monkeypatch):
-    """Drawing takes longer than a short run; runs whose plots are not looked at go without."""
+    """Skip the plots at the end of a run: drawing them takes longer than a short run."""
     monkeypatch.setattr("lpo_jax.reporting.save_plots", lambda run: [])
+
+
+@pytest.fixture
+def one_layout(monkeypatch):
+    """Run padded groups: the shapes of packed rows depend on sampled lengths, and each needs another program."""
+    monkeypatch.setattr(ModelRunner, "pack", lambda self, groups, mask: groups)
 
 
 @pytest.fixture(autouse=True)
 def same_numbers(request):
-    """A test draws the same numbers from its module's `rng`, whichever tests ran before it in this process."""
+    """Reset the `rng` of the test's module, so that its numbers do not depend on the tests that ran before."""
     if hasattr(request.module, "rng"):
         request.module.rng = np.random.default_rng(0)
 
 
 @pytest.fixture(autouse=True)
 def few_programs():
-    """Compiled programs are memory maps, of which Linux gives a process 65,530; jax crashes where they run out."""
+    """Drop compiled programs before they exhaust the 65,530 memory maps of a process, at which jax crashes."""
     yield
     maps = Path("/proc/self/maps")
     if maps.exists() and maps.read_bytes().count(b"\n") > 45_000:

@@ -1,13 +1,13 @@
-"""How far each numeric comparison of a test stays from its bound.
+"""A pytest plugin that measures how far each numeric comparison is from its bound.
 
-A comparison that just passes tests the compiler as much as the program: another CPU rounds differently, and the test
-fails there. This plugin therefore records, for every comparison that passes, its margin: the allowed difference
-divided by the actual one, at the array element where that is smallest. Equal values have an infinite margin. A test
-with a margin below `--margin` fails, and the smallest margins are listed at the end of the run.
+A comparison that only just passes is fragile: another CPU rounds differently, and the test fails there. For every
+comparison that passes, this plugin therefore records a margin: the allowed difference divided by the actual one, at the
+array element where this quotient is smallest. Equal values have an infinite margin. A test with a margin below
+`--margin` fails, and the smallest margins are listed at the end of the run.
 
-Observed are np.testing.assert_allclose (chex.assert_trees_all_close calls it), np.testing.assert_array_less where the
-left side is a difference and the right side its bound, np.allclose, jnp.allclose and pytest.approx. A statistical
-test compares a p value with assert_array_less, the bound on the left side.
+The plugin observes np.testing.assert_allclose (which chex.assert_trees_all_close calls), np.testing.assert_array_less
+(the left side is a difference, the right side its bound), np.allclose, jnp.allclose and pytest.approx. A statistical
+test compares a p value by assert_array_less, with the bound on the left side.
 """
 
 import functools
@@ -23,7 +23,7 @@ SHOWN = 10
 
 
 class Comparison(NamedTuple):
-    """One passed comparison, at its closest element."""
+    """One passed comparison, at the element that is closest to its bound."""
 
     margin: float
     allowed: float
@@ -38,7 +38,7 @@ _of_session = pytest.StashKey[list[Comparison]]()
 
 
 def _observe(difference, allowed):
-    """Record the closest element of a comparison that has passed, unless all elements are equal."""
+    """Record the element closest to its bound, for a comparison that has passed, unless all elements are equal."""
     difference, allowed = np.broadcast_arrays(np.abs(difference), allowed)
     apart = np.isfinite(difference) & np.isfinite(allowed) & (difference > 0)
     if not apart.any():
@@ -51,7 +51,7 @@ def _observe(difference, allowed):
     ):
         frame = frame.f_back
     if frame is None:
-        return  # not a comparison of the test, but of a library inside the program
+        return  # the comparison was made inside a library, not by the test
     place = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
     allowed, difference = float(allowed[closest]), float(difference[closest])
     found = (allowed / difference, allowed, difference)
@@ -106,7 +106,7 @@ def pytest_addoption(parser):
         "--margin",
         type=float,
         default=3.0,
-        help="a test that stands closer to one of its bounds fails (3; 0: none)",
+        help="fail tests with a smaller margin (default 3; 0 disables the check)",
     )
 
 
@@ -116,7 +116,7 @@ def pytest_configure(config):
     np.testing.assert_array_less = _observing_less(np.testing.assert_array_less)
     np.allclose = _observing_close(np.allclose, 1e-5, 1e-8)
     jnp.allclose = _observing_close(jnp.allclose, 1e-5, 1e-8)
-    scalar = type(pytest.approx(1.0))  # sequences, mappings and arrays compare by it too
+    scalar = type(pytest.approx(1.0))  # sequences, mappings and arrays use it for their elements
     scalar.__eq__ = _observing_approx(scalar.__eq__)
 
 
@@ -130,7 +130,7 @@ def pytest_runtest_setup(item):
 def pytest_runtest_call(item):
     result = yield
     found = sorted((*values, place) for place, values in _of_test.items())
-    # On the report, because reports reach the controller of pytest-xdist.
+    # Stored on the report, because reports are sent to the controller of pytest-xdist.
     item.user_properties.extend(("margin", values) for values in found)
     if found and found[0][0] < item.config.getoption("margin"):
         margin, allowed, difference, place = found[0]

@@ -1,8 +1,8 @@
-"""Float64 for exactness, and how far float32 may be from it.
+"""Run tests in float64, and bounds on the rounding error of float32.
 
-An identity is tested in float64, to 1e-10: a mistake is far larger, rounding far smaller. Float32 is compared with the
-float64 result, within a bound that follows from its rounding: a dot product of n terms is off by at most n / 2 eps of
-the sum of their sizes, and to first order the errors of products in a chain add up.
+Identities are tested in float64 to 1e-10: a mistake gives a far larger error, rounding a far smaller one. Float32
+results are compared with float64 results, within a bound on the rounding error: that of a dot product of n terms is at
+most n / 2 eps times the sum of their absolute values, and to first order the errors of consecutive products add up.
 """
 
 import functools
@@ -15,14 +15,14 @@ from tiny import CONFIG
 EXACT = 1e-10
 EPS = float(np.finfo(np.float32).eps)
 
-# The tiny model in float32: 7 products in each layer and the head, of about as many terms as the model is wide. A
-# gradient goes back through the same products.
+# The tiny model in float32: 7 matrix products in each layer and one in the head, each of about CONFIG.width terms. The
+# backward pass goes through the same products again.
 FORWARD_ROUNDING = (7 * CONFIG.num_layers + 1) * CONFIG.width / 2 * EPS  # 2.9e-5
 GRADIENT_ROUNDING = 2 * FORWARD_ROUNDING
 
 
 def in_float64(test):
-    """Run a test with 64-bit floats; its argument `tiny_params` in float64."""
+    """Run a test with 64-bit floats enabled, and with its argument `tiny_params` cast to float64."""
 
     @functools.wraps(test)
     def wrapped(*args, **kwargs):
@@ -35,7 +35,7 @@ def in_float64(test):
 
 
 def astype(tree, dtype):
-    """`tree` with its floats in `dtype`, on the host."""
+    """Copy `tree` to the host, with its floating-point arrays cast to `dtype`."""
     return jax.tree.map(
         lambda x: np.asarray(x, dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, jax.device_get(tree)
     )

@@ -57,7 +57,7 @@ def linger():
 
 @dataclasses.dataclass(frozen=True)
 class Exploit:
-    """A program, and the test that it must not pass.
+    """A program and the test that it must not pass.
 
     Attributes:
       program: the code that runs after `PRELUDE`.
@@ -160,7 +160,7 @@ EXPLOITS = {
     "sleep for ever": Exploit("time.sleep(600)"),
     "hang while leaving": Exploit("import atexit\natexit.register(time.sleep, 600)"),
     "a thread that stays": Exploit("threading.Thread(target=time.sleep, args=(600,)).start()"),
-    # Masked instead of scored.
+    # Getting masked instead of scored.
     "crash the interpreter": Exploit("ctypes.string_at(0)"),
     "close every file": Exploit("os.closerange(0, 4096)"),
     "kill everything in reach": Exploit(
@@ -312,9 +312,9 @@ def marked_processes(mark: str) -> list[str]:
     found = []
     for pid in filter(str.isdigit, os.listdir("/proc")):
         with contextlib.suppress(OSError):
-            told = Path(f"/proc/{pid}/comm").read_bytes() + Path(f"/proc/{pid}/cmdline").read_bytes()
-            if mark.encode() in told:
-                found.append(f"{pid}: {told.decode(errors='replace')}")
+            names = Path(f"/proc/{pid}/comm").read_bytes() + Path(f"/proc/{pid}/cmdline").read_bytes()
+            if mark.encode() in names:
+                found.append(f"{pid}: {names.decode(errors='replace')}")
     return found
 
 

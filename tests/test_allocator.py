@@ -1,4 +1,7 @@
-"""Freed memory stays with the process: a process of its own, for the allocator is set before threads start."""
+"""Freed memory stays with the process.
+
+Each test starts a process, because the allocator must be configured before threads start.
+"""
 
 import json
 import os
@@ -24,7 +27,7 @@ for _ in range(5):
 print(json.dumps([kept, faults() - before]))
 """
 
-# Whether the parts of the heap are to lie in huge pages.
+# Prints for each part of the heap whether it is marked for huge pages.
 MARKED = """
 import json
 from lpo_jax import allocator
@@ -38,20 +41,20 @@ print(json.dumps([" hg" in flags.splitlines()[0] for flags in heap]))
 
 
 def run(program=PROGRAM, **environment):
-    """What a program prints; PROGRAM: whether memory is kept, and the page faults of taking 64 MB five times over."""
+    """Run a program and parse its output; PROGRAM prints whether memory is kept, and page faults of 5 allocations."""
     clean = {name: x for name, x in os.environ.items() if name != "GLIBC_TUNABLES" and "MALLOC_" not in name}
     clean |= {"JAX_PLATFORMS": "cpu"} | environment
     return json.loads(subprocess.check_output([sys.executable, "-c", program], env=clean, text=True))
 
 
-def test_blocks_are_used_again():
+def test_freed_blocks_are_reused():
     kept, faults = run()
     assert kept
     assert faults < 100
 
 
 @pytest.mark.parametrize("by_hand", [{"GLIBC_TUNABLES": "glibc.malloc.hugetlb=0"}, {"MALLOC_ARENA_MAX": "4"}])
-def test_the_environment_has_its_way(by_hand):
+def test_settings_of_the_environment_are_respected(by_hand):
     kept, faults = run(**by_hand)
     assert not kept
     assert faults > 100
@@ -65,7 +68,7 @@ def test_the_heap_grows_by_huge_pages(tmp_path):
     assert any(run(MARKED.format(before=f"allocator._OVERCOMMIT = allocator.Path('{tmp_path}/freely')")))
 
 
-def test_no_address_space_is_taken_where_it_counts(tmp_path):
+def test_no_address_space_is_reserved_where_it_is_limited(tmp_path):
     (tmp_path / "strictly").write_text("2\n")
     assert not any(
         run(MARKED.format(before=f"allocator._OVERCOMMIT = allocator.Path('{tmp_path}/strictly')"))

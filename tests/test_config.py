@@ -1,4 +1,4 @@
-"""What a config may say: every key refuses what cannot be meant, and a file says a thing once."""
+"""Validation of configs: values out of range, non-finite numbers, duplicate keys and files that are not YAML."""
 
 import pytest
 import yaml
@@ -24,7 +24,7 @@ def write(tmp_path, text):
 
 
 @pytest.mark.parametrize("value", [".nan", ".inf", "-.inf", "nan", "Infinity", "-inf", "1e999", "''", "'  '"])
-def test_no_key_takes_what_is_no_number_or_an_empty_text(value):
+def test_no_key_accepts_a_non_finite_number_or_an_empty_string(value):
     config = parse_config(PLAIN)
     taken = []
     for key in KEYS:
@@ -34,7 +34,7 @@ def test_no_key_takes_what_is_no_number_or_an_empty_text(value):
             assert key.rpartition(".")[2] in str(error) and "\n" not in str(error)
         else:
             taken.append(key)
-    # What is text may be called nan; a directory or model of that name is looked for later.
+    # String-valued keys accept "nan": it may be the name of a directory or a model.
     texts = {"output", "model.path", "checkpoint.directory"}
     assert set(taken) <= (texts if value not in ("''", "'  '") else set())
 
@@ -42,7 +42,7 @@ def test_no_key_takes_what_is_no_number_or_an_empty_text(value):
 @pytest.mark.parametrize(
     "key", ["sampling.stop", "model.lora.targets", "compare.rules", "compare.methods", "compare.against"]
 )
-def test_no_list_of_texts_holds_an_empty_one(key):
+def test_no_list_of_strings_accepts_an_empty_string(key):
     assert key in refusal(override_config, parse_config(PLAIN), [f"--{key}=[a, '']"])
 
 
@@ -60,7 +60,7 @@ def test_options_of_tasks_and_methods_are_finite(override, key):
 
 
 @pytest.mark.parametrize("section", FREE_FORM)
-def test_a_blank_name_is_none(section):
+def test_a_blank_name_is_missing(section):
     assert f"{section}.name is missing" in refusal(
         override_config, parse_config(PLAIN), [f"--{section}.name=' '"]
     )
@@ -85,19 +85,19 @@ DUPLICATES = {
 
 
 @pytest.mark.parametrize("case", DUPLICATES)
-def test_a_key_that_stands_twice_is_refused_with_both_lines(tmp_path, case):
+def test_a_duplicate_key_is_refused_with_both_lines(tmp_path, case):
     text, key, second, first = DUPLICATES[case]
     error = refusal(load_config, write(tmp_path, text))
     assert f"line {second}: the key {key!r} is already set in line {first}" in error
 
 
-def test_a_key_may_stand_in_two_sections_and_replace_a_merged_one(tmp_path):
+def test_a_key_may_occur_in_two_sections_and_override_a_merged_one(tmp_path):
     text = "a: &a {x: 1, y: 2}\nb: {<<: *a, x: 3}\nc: {<<: *a}\n"
     assert parse_yaml(text) == {"a": {"x": 1, "y": 2}, "b": {"x": 3, "y": 2}, "c": {"x": 1, "y": 2}}
 
 
 NOT_YAML = {
-    "a date that is none": "output: 2024-13-45\n",
+    "an impossible date": "output: 2024-13-45\n",
     "a key that is a list": "? [a]\n: 1\n",
     "an unknown tag": "output: !!python/object:os.system x\n",
     "a control character": "output: \x07\n",
@@ -110,16 +110,16 @@ NOT_YAML = {
 
 
 @pytest.mark.parametrize("case", NOT_YAML)
-def test_a_file_that_is_no_config_is_one_line(tmp_path, case):
+def test_a_file_that_is_no_config_gives_a_one_line_error(tmp_path, case):
     assert str(tmp_path / "c.yaml") in refusal(load_config, write(tmp_path, NOT_YAML[case]))
 
 
 @pytest.mark.parametrize("value", ["2024-13-45", "[1", "{a: 1, b: 2"])
-def test_an_override_that_is_no_yaml_is_one_line(value):
+def test_an_override_that_is_not_yaml_gives_a_one_line_error(value):
     assert "not valid YAML" in refusal(override_config, parse_config(PLAIN), [f"--seed={value}"])
 
 
-def test_a_resolved_config_is_read_back_as_it_was():
+def test_a_resolved_config_survives_a_round_trip():
     values = parse_config(PLAIN | {"sampling": {"stop": ["1e5", "nan", "2024-01-01", "\u2028"]}}).to_dict()
     assert parse_yaml(dump_yaml(values)) == values
     assert yaml.safe_load(dump_yaml(values)) == values

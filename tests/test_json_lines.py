@@ -1,4 +1,4 @@
-"""One reader and one writer: what splits a text elsewhere does not split a row here."""
+"""Reading and writing JSON lines: only a newline ends a row, whatever characters its strings contain."""
 
 import json
 import math
@@ -16,12 +16,12 @@ ROOT = Path(__file__).parents[1]
 HOSTILE = "".join(map(chr, (*range(0x20), 0x7F, 0x85, 0x2028, 0x2029, 0xFEFF, 0x202E))) + "\ud83d \\u2028"
 
 
-def test_rows_come_back_whatever_they_hold(tmp_path):
+def test_rows_survive_a_round_trip(tmp_path):
     rows = [{"text": HOSTILE, HOSTILE: [HOSTILE]}, {"n": [1, 2.5, None, True]}]
     data = b"".join(map(json_lines.dump_line, rows))
     (tmp_path / "a.jsonl").write_bytes(data)
     assert json_lines.read_rows(tmp_path / "a.jsonl") == rows
-    # Readers of others, which split as they please, see the same rows.
+    # Other readers, which may split at other characters, get the same rows.
     assert [json.loads(line) for line in data.decode().splitlines()] == rows
 
 
@@ -32,7 +32,7 @@ def test_rows_of_other_writers_are_split_at_newlines_alone(tmp_path):
     assert json_lines.read_rows(tmp_path / "a.jsonl") == rows
 
 
-def test_what_json_has_no_value_for(capsys):
+def test_values_that_json_cannot_represent(capsys):
     row = {"a": math.nan, "b": [np.float32(math.inf), np.arange(2)], "c": Path("x"), 4: "\ud800\u2028"}
     expected = {"a": None, "b": [None, [0, 1]], "c": "x", "4": "\ud800\u2028"}
     assert json.loads(json_lines.dump_line(row)) == expected
@@ -44,7 +44,7 @@ def test_what_json_has_no_value_for(capsys):
 @pytest.mark.parametrize(
     "text", ["[" * 5000 + "]" * 5000, '{"a":' * 5000 + "1" + "}" * 5000, "[" * 101 + "]" * 101]
 )
-def test_deep_nesting_is_an_error_of_the_line(tmp_path, text):
+def test_deep_nesting_is_an_error_with_its_line(tmp_path, text):
     with pytest.raises(ValueError, match="nested more than 100 deep"):
         json_lines.loads(text)
     (tmp_path / "a.jsonl").write_text('{"a": 1}\n{"a": ' + text + "}\n")
@@ -52,13 +52,13 @@ def test_deep_nesting_is_an_error_of_the_line(tmp_path, text):
         json_lines.read_rows(tmp_path / "a.jsonl")
 
 
-def test_nesting_that_is_deep_enough_for_anyone():
+def test_nesting_up_to_the_limit_is_read():
     text = "[" * 99 + "[1], [2]" + "]" * 99
     assert json_lines.loads(text) == json.loads(text)
 
 
 @pytest.mark.parametrize("torn", [b'{"a": 1', b"{", b"\0\0\0", b"\xff\xfe", b'"' + b"[" * 5000])
-def test_only_a_last_line_may_be_torn(tmp_path, torn):
+def test_only_the_last_line_may_be_truncated(tmp_path, torn):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"a": 1}\n' + torn)
     assert json_lines.read_rows(path, may_be_torn=True) == [{"a": 1}]

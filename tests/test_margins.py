@@ -1,4 +1,4 @@
-"""The plugin that measures margins, and the flags that the other tests run with."""
+"""Tests of the plugin tests/margins.py, and of the XLA flags that conftest.py sets."""
 
 import os
 import subprocess
@@ -72,5 +72,5 @@ def test_workers_report_their_margins(tmp_path):
 
 
 def test_flags_of_the_caller_are_kept():
-    """Eight devices also under `XLA_FLAGS=--xla_cpu_max_isa=...`."""
+    """There are eight devices even if the caller sets `XLA_FLAGS=--xla_cpu_max_isa=...`."""
     assert jax.device_count() == 8 or "device_count" in os.environ.get("XLA_FLAGS", "")

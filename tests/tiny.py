@@ -1,4 +1,4 @@
-"""A tiny model, its tokenizer, and a task that gives it something to learn."""
+"""A tiny model, its tokenizer, and a task that it can learn."""
 
 from lpo_jax.models.config import ModelConfig
 
@@ -18,7 +18,7 @@ CONFIG = ModelConfig(
     tie_embeddings=True,
 )
 
-# Prompts of ragged length; the reward is the share of digits in the response, so that it varies and can be learned.
+# Prompts differ in length. The reward is the fraction of digits in the response: it varies, and it can be learned.
 VERIFIER = """
 from lpo_jax.rewards import Verdict
 
@@ -45,7 +45,7 @@ def wrong_steps(response, row):
 
 
 def character_tokenizer():
-    """One token a character; 0 pads, 1 ends, 2 is unknown."""
+    """A tokenizer with one token per character; id 0 is padding, 1 ends a response, 2 is unknown."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -72,5 +72,5 @@ def run_values(output, model, task):
         "evaluation": {"every": 2, "problems": 6},
         "checkpoint": {"every": 1},
         "rewards": {"workers": 1},
-        "mesh": {"devices": 1},  # of the eight: tests/scale is where there are more
+        "mesh": {"devices": 1},  # of the eight CPU devices; tests/parallel uses more
     }

@@ -1,4 +1,4 @@
-"""Responses that have ended are verified while others are sampled; when they end changes nothing."""
+"""Finished responses are verified while others are still sampled; the order in which they finish changes nothing."""
 
 import dataclasses
 import time
@@ -24,7 +24,7 @@ P, K = 3, 4
 
 @dataclasses.dataclass
 class Endings:
-    """A sampler whose responses (p, k) are the token 10 p + k, and end in the order it is given."""
+    """A fake sampler whose response (p, k) is the token 10 p + k; responses finish in the given order."""
 
     order: list[tuple[int, int]]
     seconds: float
@@ -65,4 +65,5 @@ def test_verdicts_belong_to_their_responses_and_are_made_meanwhile(pool, backwar
     )
     np.testing.assert_array_equal(got.rewards, 110 * np.arange(P)[:, None] + np.arange(K))
     assert got.texts[2] == ["20", "21", "22", "23"]
-    assert got.seconds_sampling > 3.0 and got.seconds_verifying < 0.3  # and not the 0.05 s of twelve
+    # Verifying goes on during sampling, so that almost none is left after it.
+    assert got.seconds_sampling > 3.0 and got.seconds_verifying < 0.3

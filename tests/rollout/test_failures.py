@@ -1,4 +1,4 @@
-"""Verdicts that say nothing: counted, explained, warned of, and where there are no others the end of a run."""
+"""Failures of the verifier are counted and explained, cause a warning, and stop a run that has no other verdicts."""
 
 import pytest
 
@@ -28,19 +28,19 @@ def test_a_run_stops_where_nothing_was_judged():
 
 @pytest.mark.parametrize("masked, warned", [(0, False), (5, False), (6, True), (99, True)])
 def test_a_warning_above_five_percent(masked, warned):
-    told = warning(failures([infrastructure("why")] * masked + [WRONG] * (100 - masked)), "step 3")
-    assert (told is not None) == warned
+    message = warning(failures([infrastructure("why")] * masked + [WRONG] * (100 - masked)), "step 3")
+    assert (message is not None) == warned
     if warned:
-        assert told == (
+        assert message == (
             f"warning: step 3: the verifier failed on {masked} of 100 responses, which are masked; most often: why"
         )
 
 
 def test_a_warning_is_not_repeated_at_every_step():
     watch, bad = Watch(), failures([infrastructure("why"), WRONG])
-    told = [watch.check(bad, f"step {i}") for i in range(2 * QUIET + 1)]
-    assert [i for i, line in enumerate(told) if line] == [0, QUIET, 2 * QUIET]
-    assert watch.check(failures([infrastructure("another"), WRONG]), "step 4")  # another reason is news
+    lines = [watch.check(bad, f"step {i}") for i in range(2 * QUIET + 1)]
+    assert [i for i, line in enumerate(lines) if line] == [0, QUIET, 2 * QUIET]
+    assert watch.check(failures([infrastructure("another"), WRONG]), "step 4")  # a new reason
     assert watch.check(failures([WRONG]), "step 5") is None
     with pytest.raises(VerifierFailed):
         watch.check(failures([infrastructure("why")]), "step 6")

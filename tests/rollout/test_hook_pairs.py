@@ -1,7 +1,7 @@
-"""Every pair of hooks in the real loop: four steps in which each has its effect, or a refusal before the run begins.
+"""Every pair of hooks in the real loop: both have their effect within four steps, or the pair is refused at the start.
 
-A run is watched from outside: what was sampled, what came out of it, and what the objective was given. Each hook's
-effect is then computed a second time from what was sampled.
+The test records what was sampled, the resulting rollouts, and the inputs of the objective. From the samples it computes
+the expected effect of each hook.
 """
 
 import itertools
@@ -23,7 +23,7 @@ from lpo_jax.training import learner, loop
 from lpo_jax.training.check import check_config
 from lpo_jax.training.loop import train
 
-# Passes are common enough for mixed groups and rare enough for groups in which everything fails.
+# The pass rate gives both mixed groups and groups in which every response fails.
 TASK = """
 from lpo_jax.rewards import Verdict
 
@@ -46,7 +46,7 @@ def judge(response, row):
     return Verdict(float(wrong), "wrong", {"wrong": "0:2" if wrong else ""})
 """
 
-# What a method with the hook holds beside it.
+# The options that a method with the hook needs in addition.
 BESIDE = {
     "budgets": {"credit": "anytime-returns", "budgets": 2, "summaries": 2, "summary_tokens": 4},
     "dynamic-sampling": {"max_rounds": 8},
@@ -71,14 +71,14 @@ REFUSED = {
     ("prefix-values", "step-judge"): "both give credit",
 }
 PAIRS = [pair for pair in itertools.combinations(sorted(BESIDE), 2) if pair not in REFUSED]
-FAST = [  # in minutes all of them
+FAST = [  # run by default; all pairs take minutes
     ("dynamic-sampling", "learnability-sampling"),
     ("dynamic-sampling", "solution-hints"),
 ]
 
 
 def options(*names, judge=""):
-    """The `objective` section of a method with these hooks and what they need beside them."""
+    """The `objective` section of a method with the given hooks and the options that they need."""
     values = {"name": "grpo", "hooks": list(names)}
     for name in names:
         values |= BESIDE[name]
@@ -96,7 +96,7 @@ def task_file(tmp_path_factory):
 
 @pytest.fixture
 def config_of(run_config, task_file):
-    """A run of four steps of four prompts with two hooks, two updates a step."""
+    """Make the config of a run with the given hooks: four steps of four prompts, two updates per step."""
 
     def make(*names):
         return run_config(
@@ -112,9 +112,9 @@ def config_of(run_config, task_file):
 
 @pytest.fixture
 def watched(monkeypatch):
-    """The steps of the run to come: the calls of the sampler, the round, its rollouts, and what updates were given.
+    """A list that gets a record of every step: calls of the sampler, the round, its rollouts, and update inputs.
 
-    Rows are not packed by their real lengths, so that all runs share a few compiled programs.
+    Rows are not packed by their actual lengths, so that all runs share a few compiled programs.
     """
     steps = []
     monkeypatch.setattr(ModelRunner, "pack", lambda self, groups, mask: groups)
@@ -150,7 +150,7 @@ def watched(monkeypatch):
 
 
 def plain(step):
-    """What the step sampled from prompts as they come."""
+    """The batches that the step sampled from unchanged prompts."""
     return [batch for batch, options in step.calls if options.keys() == {"at_least"}]
 
 
@@ -163,7 +163,7 @@ def hook_of(step, name):
 
 
 def check_curriculum(steps, name, momentum, share):
-    """Rates are those of everything that was sampled, and prompts are drawn by them, each once a step."""
+    """Pass rates include all samples; prompts are drawn by them, each at most once per step."""
     environment, rates = steps[0].environment, {}
     data = PromptIterator(environment.train_rows, prompts=4, seed=environment.config.seed)
     drawn_otherwise = 0
@@ -175,7 +175,7 @@ def check_curriculum(steps, name, momentum, share):
             kept = [row for row in offered[: round(4 * share)] if row in batch.ids]
             assert batch.ids[: len(kept)] == kept
             drawn_otherwise += batch.ids[len(kept) :] != offered[len(kept) :]
-            if name == "learnability-sampling":  # a solved or a hopeless prompt has nothing to teach
+            if name == "learnability-sampling":  # always or never solved prompts carry no signal
                 assert all(rates.get(row, 0.5) not in (0, 1) for row in batch.ids[len(kept) :])
         for batch in plain(step):
             for row, passed in zip(batch.ids, batch.passed):
@@ -185,12 +185,12 @@ def check_curriculum(steps, name, momentum, share):
 
 
 def check_hints(steps, name):
-    """Each group of which every response failed is asked again with a hint, and is replaced where that passed."""
+    """Every group whose responses all failed is sampled again with a hint, and is replaced if that passes."""
     replaced = 0
     for step in steps:
-        for (batch, options), (again, asked) in itertools.pairwise(step.calls):
+        for (batch, options), (again, hinted) in itertools.pairwise(step.calls):
             if "prompts" not in options and not batch.passed.any(-1).all():
-                assert len(asked["prompts"]) == len(again.ids) and again.ids == [
+                assert len(hinted["prompts"]) == len(again.ids) and again.ids == [
                     row for row, passed in zip(batch.ids, batch.passed) if not passed.any()
                 ]
         helped = {
@@ -214,7 +214,7 @@ def check_hints(steps, name):
 
 
 def check_dynamic(steps):
-    """The batch is full of groups whose rewards differ, out of more rounds than one."""
+    """The batch consists of groups with different rewards; some step needs more than one round."""
     mixed = lambda rewards: np.ptp(rewards, axis=-1) > 0  # noqa: E731
     for step in steps:
         kept = step.rollouts
@@ -268,8 +268,8 @@ def check_budgets(steps):
     for step in steps:
         batch, credit = step.rollouts, np.asarray(step.scored.credit)
         np.testing.assert_array_equal(credit[..., 3:6], np.broadcast_to(batch.rewards[..., None], (4, 4, 3)))
-        asked = [sampled for sampled, options in step.calls if "written" in options]
-        assert sum(len(sampled.ids) for sampled in asked) == (batch.responses.lengths > 3).sum()
+        answers = [sampled for sampled, options in step.calls if "written" in options]
+        assert sum(len(sampled.ids) for sampled in answers) == (batch.responses.lengths > 3).sum()
         cut += (credit[..., 0] != batch.rewards).sum()
     return cut
 
@@ -278,7 +278,7 @@ def check_previous(steps):
     for step in steps:
         assert np.asarray(step.scored.teacher.valid).all()
         first, second = (learned.metrics["lpo/previous_kl"] for _, learned in step.updates[:2])
-        assert abs(first) < 1e-5 < second  # the policy has left the one that sampled
+        assert abs(first) < 1e-5 < second  # the policy has moved away from the behaviour policy
     return True
 
 
@@ -296,7 +296,7 @@ def check_sibling(steps):
 
 
 def check_replay(steps):
-    """The batch before comes once more, weighed by how what was sampled compares with the steps before."""
+    """The previous batch is replayed, with a weight that compares the rewards with those of earlier steps."""
     means, replayed = [], 0
     for before, step in zip([None, *steps], steps):
         everything = np.concatenate([batch.rewards.ravel() for batch in plain(step)])
@@ -315,7 +315,7 @@ def check_replay(steps):
     return replayed
 
 
-# Each raises where an effect is not the stated one, and returns whether there was an occasion for it.
+# Each check raises if the effect differs from the expected one, and returns whether the effect occurred.
 CHECKS = {
     "budgets": check_budgets,
     "dynamic-sampling": check_dynamic,
@@ -383,12 +383,12 @@ def test_a_hook_named_twice_is_refused(config_of, name):
         ({"hooks": ["budgets"]}, "uses the credit that budgets gives; set objective.credit=anytime-returns"),
         ({"hooks": ["previous-policy"]}, "uses the teacher that previous-policy gives; set objective.regular=prev"),
         ({"hooks": ["sibling-teacher"]}, "uses the teacher that sibling-teacher gives; set objective.regular=distil"),
-        # A part that reads the same field in another sense.
+        # A part that uses the same field with another meaning.
         ({"hooks": ["sibling-teacher"], "token_weight": "untaught"}, "uses the teacher that sibling-teacher gives"),
         ({"hooks": ["step-judge"], "credit": "progress"}, "progress cannot use the credit that step-judge gives"),
         ({"hooks": ["previous-policy"], "regular": "distil"}, "distil cannot use the teacher that previous-p"),
         ({"hooks": ["budgets"], "credit": "step-penalty"}, "step-penalty cannot use the credit that budgets gives"),
-        # And a part without its hook.
+        # A part without its hook.
         ({"prompt_weight": "hook-weight"}, "hook-weight does nothing: no hook of the method gives weight"),
     ],
 )  # fmt: skip

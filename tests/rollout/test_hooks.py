@@ -1,4 +1,4 @@
-"""Hooks at work on rounds made by hand: what they sample again, put in place, and tell the objective."""
+"""Hooks on rounds made by hand: what they sample, which groups they replace, and what they give the objective."""
 
 import dataclasses
 import json
@@ -27,14 +27,14 @@ TOKENIZER = character_tokenizer()
 
 
 def verdict(reward):
-    """A pass at 1; None is a verifier that failed."""
+    """A verdict that passes at reward 1; None stands for a failed verifier."""
     if reward is None:
         return Verdict(0.0, "infrastructure")
     return Verdict(reward, "pass" if reward >= 1 else "wrong", {"answer": f"{reward:g}"})
 
 
 def collected(ids, rewards, texts=None, T=6):
-    """A batch whose prompts say "p<id>" and whose responses are given, or "r" and k."""
+    """A batch with the prompts "p<id>" and the given responses (by default "r<k>")."""
     texts = texts or [[f"r{k}"[:T] for k in range(len(group))] for group in rewards]
     P, K = len(rewards), len(rewards[0])
     tokens, lengths = np.zeros((P, K, T), np.int32), np.zeros((P, K), np.int32)
@@ -58,7 +58,7 @@ def collected(ids, rewards, texts=None, T=6):
 
 
 def environment(rows, updates=1, **options):
-    """The parts of an environment that hooks read."""
+    """A stand-in for an environment, with the attributes that hooks use."""
     task = Task("made", rows, [], lambda row: f"p{row['n']}", None, lambda row: row.get("solution"))
     task = dataclasses.replace(task, verifier=types.SimpleNamespace(prefill=""))
     config = types.SimpleNamespace(
@@ -78,12 +78,12 @@ def environment(rows, updates=1, **options):
 
 
 def written(ids):
-    """Text of token ids, "|" for what the tokenizer does not know (line ends, colons, capitals)."""
+    """Decode token ids; "|" stands for unknown characters (line ends, colons, capitals)."""
     return TOKENIZER.decode(ids).replace("<unk>", "|")
 
 
 class Tools:
-    """Answers each call of `sample` with the next of the given batches, and keeps what was asked."""
+    """Return the given batches from successive calls of `sample`, and record the arguments of the calls."""
 
     def __init__(self, environment, *answers, step=100):
         self.environment, self.answers, self.calls, self.step = environment, list(answers), [], step
@@ -119,7 +119,7 @@ def test_clusters_number_equal_answers():
 
 
 def dynamic(first, *further, max_rounds=3, updates=1):
-    """The groups that dynamic sampling keeps of a first and further batches (None: no new prompt), and the hook."""
+    """Run dynamic sampling on batches (None: no new prompt is left); returns the kept groups and the hook."""
     hook = prompts.Dynamic(hooks.DynamicSampling(max_rounds), environment(ROWS, updates=updates), None)
     offered = iter(further)
     return hook.select(first, lambda: next(offered)), hook
@@ -143,10 +143,10 @@ def test_dynamic_sampling_ends_and_fills_up_with_what_there_is():
 @pytest.mark.parametrize(
     ("updates", "mixed", "kept"),
     [
-        (2, [4, 5], [4, 0, 2, 5, 1, 3]),  # one with signal in each half, not both in the first
-        (3, [4, 5], [4, 0, 5, 1, 4, 2]),  # fewer than updates: repeated
+        (2, [4, 5], [4, 0, 2, 5, 1, 3]),  # each half gets one group with a signal
+        (3, [4, 5], [4, 0, 5, 1, 4, 2]),  # fewer groups with a signal than updates: they are repeated
         (2, [1, 3, 5], [1, 5, 2, 3, 0, 4]),
-        (2, [], [0, 1, 2, 3, 4, 5]),  # nothing has signal
+        (2, [], [0, 1, 2, 3, 4, 5]),  # no group has a signal
     ],
 )
 def test_what_dynamic_sampling_could_not_fill_is_spread_over_the_updates(updates, mixed, kept):
@@ -191,12 +191,12 @@ def test_a_prompt_that_could_not_be_judged_keeps_its_pass_rate(make, spec):
     hook.observe(collected([0, 1, 2], [[1, 0], [1, 1], [0, None]]))
     before = dict(hook.rates)
     hook.observe(collected([0, 3], [[None, None], [None, None]]))
-    assert hook.rates == before  # neither a new rate nor one for a prompt that nothing is known of
-    assert before[2] == pytest.approx(spec.rate_momentum * 0.5)  # of its one judged response
+    assert hook.rates == before  # no rate is changed, and none added for a prompt without verdicts
+    assert before[2] == pytest.approx(spec.rate_momentum * 0.5)  # from its one judged response
 
 
 def test_prompts_are_drawn_by_their_pass_rates():
-    """METHODS 4.4, item 20: learnability prefers p = 1/2, keeps its share of the data's order, never repeats."""
+    """Learnability sampling prefers p = 1/2, takes a share of prompts in data order, and never repeats a prompt."""
     rows = [{"n": n} for n in range(12)]
     hook = prompts.Learnability(hooks.LearnabilitySampling(uniform_share=0.5), environment(rows), None)
     rates = [0, 1, 0.5, 0.5, *[0.01] * 8]
@@ -276,7 +276,7 @@ def test_ladder_hints_put_one_response_under_the_plain_prompt():
     [(hints.Solutions, hooks.SolutionHints((0.25, 0.75))), (hints.Ladder, hooks.LadderHints(0))],
 )
 def test_hints_are_for_groups_that_were_judged_to_fail(make, spec):
-    """Nothing is known of group 0; group 2 could not be judged with a hint, so that no greater one is earned."""
+    """Group 0 has no verdicts. Group 2 could not be judged with a hint, so it does not get a longer hint."""
     answers = collected([1, 2], [[0, 0], [None, None]]), collected([1], [[None, 1]])
     tools = Tools(environment(ROWS), *answers)
     hook = make(spec, tools.environment, None)
@@ -286,7 +286,7 @@ def test_hints_are_for_groups_that_were_judged_to_fail(make, spec):
     assert [[i for i, _ in rows] for rows, _ in tools.calls] == [[1, 2], [1]]
     assert hook.metrics() == {"lpo/hinted_groups": 1}
     assert not rollouts.valid[0].any() and rollouts.rewards[2].tolist() == [0, 0]
-    # The ladder's response takes the place of the one that could not be judged, not of the one that failed.
+    # The hinted response replaces the one that could not be judged, not the one that failed.
     assert rollouts.passed[1].tolist() == [False, True]
 
 
@@ -319,7 +319,7 @@ def test_greedy_baseline_is_the_greedy_reward_or_the_groups_mean():
     assert out["baseline"].tolist() == [
         [0],
         [0],
-    ]  # of nothing known a masked group's, and of one known failure
+    ]  # a masked group without verdicts, and one with a single failure
 
 
 @pytest.fixture
@@ -373,12 +373,12 @@ def test_progress_is_the_gain_in_the_chance_of_the_solution(tiny_config, tiny_pa
 def test_cuts_hold_the_mean_reward_of_their_answers():
     batch = collected([0, 3], [[1, 0], [0, 1]], [["abcdef", "a"], ["abcd", "xy"]])
     rollouts = make_batch(batch, 6, 0.0)
-    first = collected([0 + (1 << 24), 3 + (1 << 24)], [[1, 0], [None, None]])  # both longer than 3 tokens
+    first = collected([0 + (1 << 24), 3 + (1 << 24)], [[1, 0], [None, None]])  # those longer than 3 tokens
     tools = Tools(environment(ROWS), first)
     got = credits.Cuts(hooks.Budgets(budgets=2, summaries=2, cue="="), tools.environment, None).annotate(
         rollouts, batch, tools
     )["credit"]
-    assert got[0, 0, :6].tolist() == [0.5] * 3 + [1] * 3  # the answers' mean, then its own reward
+    assert got[0, 0, :6].tolist() == [0.5] * 3 + [1] * 3  # the answers' mean, then the reward
     assert got[0, 1, :6].tolist() == [0] * 6 and got[1, 1, :6].tolist() == [1] * 6
     assert got[1, 0, :6].tolist() == [0] * 6  # its answers could not be judged
     rows, options = tools.calls[0]
@@ -421,7 +421,7 @@ def test_replay_weighs_the_batch_before_and_survives_a_resume():
     past = np.array(means[1:4])
     assert weights[4] == pytest.approx(
         0.1 * (0 - past.mean()) / past.std(), rel=1e-5
-    )  # a fall weighs a tenth
+    )  # a fall gets a tenth of the weight
     assert weights[3] == pytest.approx((1 - 0.25) / np.array(means[:3]).std(), rel=1e-5)
 
 
@@ -430,15 +430,15 @@ def test_replay_weight_does_not_explode_where_the_window_is_constant():
     for _ in range(3):
         hook.observe(collected([0], [[1, 0, 0, 0]]))
         assert hook.weight == 0
-    hook.observe(collected([0], [[1, 1, 0, 0]]))  # a quarter more, known to within 0.25
+    hook.observe(collected([0], [[1, 1, 0, 0]]))  # an increase of 0.25, with an uncertainty of 0.25
     assert hook.weight == pytest.approx(1.0)
     hook.rewards = [0.0] * 8
-    hook.observe(collected([0], [[1, 1, 1, 1]]))  # neither the window nor the batch has a scale
+    hook.observe(collected([0], [[1, 1, 1, 1]]))  # neither the window nor the batch has any spread
     assert hook.weight == 0
 
 
 def test_replayed_batch_survives_a_resume_whole():
-    """Rescored and with a teacher: what an objective needs of a batch, it needs of the replayed one."""
+    """A replayed batch keeps its rescored log-probs and its teacher."""
     rollouts = make_batch(collected([0, 1], [[1, 0], [0, 0]]), 6, 0.5)
     scored = rollouts.scored
     teacher = O.Teacher(
@@ -462,8 +462,8 @@ def test_a_step_that_could_not_be_judged_is_no_regress():
     for batch in steps:
         hook.observe(batch)
         replayed.append(hook.replay(make_batch(batch, 6, 0.0)) is not None)
-    assert hook.rewards == [1, 1, 0.5]  # of the judged responses alone; the third step left no trace
-    assert replayed == [False, False, False, False, True]  # and is not replayed either
+    assert hook.rewards == [1, 1, 0.5]  # only judged responses count; the third step is not recorded
+    assert replayed == [False, False, False, False, True]  # nor replayed
 
 
 def test_a_judge_that_always_fails_stops_the_run(tmp_path):

@@ -1,4 +1,4 @@
-"""Checkpoints on arrays alone: what is damaged is refused, what cannot be saved is said, the best one is kept."""
+"""Checkpoints of plain arrays: damage is detected, failed saves are reported, and the best one is kept."""
 
 import errno
 import os
@@ -34,7 +34,7 @@ def save(directory, *steps, scores=(), keep=2):
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    """Checkpoints of steps 1 and 2."""
+    """A directory with checkpoints of steps 1 and 2."""
     directory = tmp_path_factory.mktemp("two") / "checkpoints"
     save(directory, 1, 2)
     return directory
@@ -142,7 +142,7 @@ def test_the_list_is_in_the_format_of_sha256sum(two):
 
 
 def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
-    """Each file, the list and each folder are synced before the rename, and the folder that holds it after that."""
+    """All files, the checksums and all folders are synced before the rename; the parent folder is synced after it."""
     events = []
     sync, rename = checksums._sync, os.rename
     monkeypatch.setattr(checksums, "_sync", lambda path: (events.append(str(path)), sync(path)))
@@ -156,7 +156,7 @@ def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatc
 
 
 def test_object_stores_get_their_mark_last(tmp_path, monkeypatch):
-    """Where nothing can be renamed a checkpoint is complete when its commit file is there; sealed before."""
+    """Object stores cannot rename: a commit file marks a complete checkpoint, and the checksums are written before it."""
     monkeypatch.setattr(checksums, "temporary_path", lambda directory: checksums.SealedObjects)
     directory = tmp_path / "checkpoints"
     save(directory, 1, 2)
@@ -196,7 +196,7 @@ def test_a_save_that_fails_is_one_line_at_once(tmp_path, monkeypatch, capfd, whe
             save(directory, 2, scores={2: 0.5})
     said = str(stopped.value)
     assert os.strerror(number) in said and "the one of step 1 is intact" in said and "\n" not in said
-    # The process would wait for Orbax's threads when it exits; idle ones of asyncio's executors end at once.
+    # At exit the process waits for Orbax's threads; idle threads of asyncio's executors end at once.
     while any(not thread.name.startswith(("MainThread", "asyncio_")) for thread in threading.enumerate()):
         assert time.monotonic() - started < 10, threading.enumerate()
         time.sleep(0.01)
@@ -242,7 +242,7 @@ def test_a_directory_that_cannot_be_made_is_one_line(tmp_path):
 
 
 def test_the_best_is_kept_though_scored_after_it_was_saved(tmp_path):
-    """SIGTERM in an evaluation saves the step without its score, which comes when the run is resumed."""
+    """SIGTERM during an evaluation saves the step without its score; the resumed run adds the score."""
     directory = tmp_path / "checkpoints"
     save(directory, 1, scores={1: 0.1}, keep=1)
     save(directory, 2, keep=1)
@@ -253,7 +253,7 @@ def test_the_best_is_kept_though_scored_after_it_was_saved(tmp_path):
     save(directory, 3, 4, scores={3: 0.5, 4: 0.7}, keep=1)
     with Checkpoints(directory, read_only=True) as checkpoints:
         assert checkpoints.steps() == [2, 4]
-        assert checkpoints.best() == 2  # the earliest of equals, however often the run was interrupted
+        assert checkpoints.best() == 2  # of equal scores the earliest wins, even in an interrupted run
         assert checkpoints.record(2) == {"step": 2}
 
 
@@ -304,7 +304,7 @@ with Checkpoints(directory) as checkpoints:
 
 @pytest.mark.slow
 def test_two_processes_save_and_check_together(tmp_path):
-    """The first process lists what both wrote; each reads its share of the files, and both hear of the damage."""
+    """The first process lists the files of both; each checks its share of them, and both report the damage."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"

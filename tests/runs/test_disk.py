@@ -1,4 +1,4 @@
-"""A disk that is full, read-only or dead, wherever it is met: one line, and the directory can be used again."""
+"""A full, read-only or failing disk gives a one-line error, and the run directory can be used again."""
 
 import errno
 import json
@@ -40,7 +40,7 @@ def test_a_start_whose_first_files_did_not_fit_can_be_started_again(run_config, 
             RunDirectory(config, "train", False),
         ):
             pass
-    for resume in (True, False):  # the folder is neither a run nor somebody else's
+    for resume in (True, False):  # the folder counts neither as a run nor as a foreign directory
         with RunDirectory(config, "train", resume) as run:
             assert not run.resumed
     assert yaml.safe_load((run.path / "config.yaml").read_text())["output"] == config.output
@@ -91,8 +91,8 @@ def test_a_disk_that_fails_anywhere_else_is_one_line(run_config, tmp_path, monke
     monkeypatch.setattr(loop, "train", fail)
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(run_config()))
     assert main(["train", str(tmp_path / "config.yaml")]) == 1
-    told = capsys.readouterr().err
-    assert told.startswith(f"lpo: /some/file: {os.strerror(number)}; ") and told.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"lpo: /some/file: {os.strerror(number)}; ") and printed.count("\n") == 1
 
 
 def test_an_os_error_that_is_not_the_disks_stays_an_error(run_config, tmp_path, monkeypatch):

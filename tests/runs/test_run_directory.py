@@ -1,4 +1,4 @@
-"""A run directory that is changed, damaged, moved or wanted twice: one line, and nothing saved is lost."""
+"""A changed, damaged, moved or contended run directory gives a one-line error, and no saved data is lost."""
 
 import os
 import shutil
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("no_plots")
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, tiny_model, tiny_task):
-    """Three steps, with checkpoints."""
+    """The directory of a run of three steps, with checkpoints."""
     values = run_values(tmp_path_factory.mktemp("finished") / "run", tiny_model, tiny_task)
     values["training"] |= {"steps": 3, "save_plots": False}
     values["evaluation"] |= {"every": 0}
@@ -34,13 +34,13 @@ def finished(tmp_path_factory, tiny_model, tiny_task):
 
 @pytest.fixture
 def run(finished, tmp_path):
-    """A copy of it, and its resolved config."""
+    """A copy of the finished run, and its resolved config."""
     shutil.copytree(finished["output"], tmp_path / "run")
     return tmp_path / "run", read_config(finished["output"]).to_dict() | {"output": str(tmp_path / "run")}
 
 
 def files(path):
-    """Everything in a run directory but its lock, byte for byte."""
+    """Read all files of a run directory except its lock."""
     return {p: p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file() and p.name != ".lock"}
 
 
@@ -69,7 +69,7 @@ def test_a_resume_without_a_checkpoint_in_sight_is_refused(run, tmp_path, how):
         f"{path}: there is no checkpoint in {looked_in}, but this run has saved step 1 in "
     )
     assert "checkpoint.directory" in error and files(path) == before and not (tmp_path / "elsewhere").exists()
-    if how == "moved":  # what the message says helps
+    if how == "moved":  # following the message repairs the run
         RunDirectory(
             parse_config(config | {"checkpoint": {"directory": str(tmp_path / "moved")}}), "train", True
         )
@@ -105,7 +105,9 @@ def test_a_run_that_ends_before_its_first_checkpoint_begins_again(run_config, mo
 
 def test_of_two_starts_in_a_race_one_begins(run_config):
     config = parse_config(run_config())
-    one, other = (RunDirectory(config, "train", resume=False) for _ in range(2))  # both found the place free
+    one, other = (
+        RunDirectory(config, "train", resume=False) for _ in range(2)
+    )  # both found the directory free
     with one:
         with pytest.raises(UserError, match="another process is writing"), other:
             pass
@@ -114,7 +116,7 @@ def test_of_two_starts_in_a_race_one_begins(run_config):
     with pytest.raises(UserError, match="holds a run already; continue it with --resume"), other:
         pass
     assert files(one.path) == before
-    with RunDirectory(config, "train", resume=True) as resumed:  # and the refused one holds no lock
+    with RunDirectory(config, "train", resume=True) as resumed:  # the refused one holds no lock
         assert resumed.resumed
 
 
@@ -139,7 +141,7 @@ def test_damaged_settings_are_one_line(run, name, text):
     if name == "config.yaml":
         with pytest.raises(UserError, match=r"config\.yaml"):
             read_config(path)
-    else:  # what the message advises helps
+    else:  # following the message repairs the run
         (path / name).unlink()
         RunDirectory(parse_config(config), "train", True)
 
@@ -189,7 +191,7 @@ def test_a_signal_inside_a_finaliser_is_obeyed_later_without_a_traceback(monkeyp
 
     with pytest.raises(Interrupted), Signals() as signals:
         finalised = Finalised()
-        del finalised  # Python drops what its finaliser raises
+        del finalised  # Python drops exceptions that a finaliser raises
         with signals.deferred():
             reached = True
     assert reached and not shown
@@ -211,7 +213,9 @@ def test_a_second_hangup_and_one_that_is_ignored_end_nothing():
         try:
             os.kill(os.getpid(), signal.SIGHUP)
         finally:
-            os.kill(os.getpid(), signal.SIGHUP)  # the system's, after the shell's: the run is saving now
+            os.kill(
+                os.getpid(), signal.SIGHUP
+            )  # the kernel's, which follows the shell's, while the run is saving
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
     try:
         with Signals():

@@ -1,4 +1,4 @@
-"""A small part of scripts/fault_campaign.py: real kills, flipped bits and failing disks of whole runs."""
+"""A small part of scripts/fault_campaign.py: whole runs with real kills, flipped bits and failing disks."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Whole runs on a tiny model: resume, kills, equivalences, failures. Every run is the real loop."""
+"""Whole runs of the real training loop on a tiny model: resumes, kills, equivalences and failures."""
 
 import dataclasses
 import json
@@ -32,14 +32,14 @@ from lpo_jax.training.loop import train
 from lpo_jax.training.session import Session
 from lpo_jax.training.sft import sft
 
-pytestmark = pytest.mark.usefixtures("no_plots")  # but the reference run, made before any test, draws its own
+pytestmark = pytest.mark.usefixtures("no_plots")  # except in the reference run, which is made before any test
 
-# A large epsilon makes Adam smooth in the gradient, so that rounding stays rounding over several steps.
+# A large epsilon makes Adam smooth in the gradient, so that rounding errors do not grow over several steps.
 SMOOTH = {"learning_rate": 1e-2, "eps": 1e-1}
 
 
 def learned(config):
-    """What a run leaves that must not depend on how it was interrupted: parameters, metrics, rollouts."""
+    """Read the results that must not depend on interruptions: parameters, metrics and rollouts."""
     run = Path(config["output"])
     rows = [{k: v for k, v in row.items() if not is_timing(k)} for row in read_metrics(run)]
     rollouts = {
@@ -57,7 +57,7 @@ def assert_same_run(one, other):
 
 
 def start(config, path, *arguments):
-    """`lpo train` in a process of its own."""
+    """Start `lpo train` in a new process."""
     path.write_text(yaml.safe_dump(config))
     command = [sys.executable, "-m", "lpo_jax.commands.main", "train", str(path), *arguments]
     return subprocess.Popen(
@@ -76,7 +76,7 @@ def wait_for_step(config, number, process):
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory, tiny_model, tiny_task):
-    """Four steps that nothing interrupted."""
+    """The results and plots of an uninterrupted run of four steps."""
     values = run_values(tmp_path_factory.mktemp("reference") / "run", tiny_model, tiny_task)
     train(parse_config(values))
     return *learned(values), sorted(path.name for path in Path(values["output"], "plots").iterdir())
@@ -141,7 +141,7 @@ def test_half_written_checkpoint_is_not_resumed_from(reference, run_config):
     assert_same_run(learned(config), reference)
 
 
-def test_finished_run_resumes_to_its_report(reference, run_config, capsys):
+def test_finished_run_resumes_to_its_report(run_config, one_layout, capsys):
     config = run_config(training={"steps": 1}, evaluation={"problems": 2})
     train(parse_config(config))
     before = learned(config)
@@ -150,7 +150,7 @@ def test_finished_run_resumes_to_its_report(reference, run_config, capsys):
     assert "lpo export" in capsys.readouterr().out
 
 
-def test_best_checkpoint_is_kept(run_config):
+def test_best_checkpoint_is_kept(run_config, one_layout):
     config = run_config(training={"steps": 4}, checkpoint={"every": 1, "keep": 1}, evaluation={"every": 1})
     train(parse_config(config))
     scores = {
@@ -165,14 +165,14 @@ def test_best_checkpoint_is_kept(run_config):
 
 
 def best(config):
-    """Step and parameters of a run's best checkpoint."""
+    """Load a run's best checkpoint; returns its step and parameters."""
     model, step = load_run(config["output"], "best")
     return step, model.params
 
 
 @pytest.mark.parametrize("moment", ["while it samples", "as its row is written"])
-def test_best_checkpoint_survives_sigterm_in_its_evaluation(run_config, monkeypatch, moment):
-    """The step is saved, before or after its evaluation, and its score is not lost either way."""
+def test_best_checkpoint_survives_sigterm_in_its_evaluation(run_config, one_layout, monkeypatch, moment):
+    """The step is saved before or after its evaluation; in both cases its score is kept."""
     sections = {"training": {"steps": 3}, "checkpoint": {"every": 0, "keep": 1}, "evaluation": {"every": 1}}
     whole, parts = (run_config(name, **sections) for name in ("whole", "parts"))
     evaluate, write, signals = Session.evaluate, RunWriter.write, []
@@ -204,11 +204,11 @@ def test_best_checkpoint_survives_sigterm_in_its_evaluation(run_config, monkeypa
 
 
 class Killed(BaseException):
-    """Ends a run as kill -9 does: nothing is saved on the way out."""
+    """Ends a run like kill -9: nothing is saved."""
 
 
-def test_a_kill_after_the_warm_start_keeps_the_cold_model(run_config, monkeypatch, capsys):
-    """The evaluation of step 0 is done again; the one of the cold model, at step 0 too, is not, and stays."""
+def test_a_kill_after_the_warm_start_keeps_the_cold_model(run_config, one_layout, monkeypatch, capsys):
+    """The resumed run repeats the evaluation at step 0, but keeps that of the cold model, which is also at step 0."""
     sections = {"warm_start": {"steps": 2, "batch_size": 8, "only_below": 0.9}, "training": {"steps": 1}}
     whole, parts = (run_config(name, **sections, evaluation={"problems": 2}) for name in ("whole", "parts"))
     train(parse_config(whole))
@@ -230,7 +230,7 @@ def test_a_kill_after_the_warm_start_keeps_the_cold_model(run_config, monkeypatc
 
 
 def evaluations(capsys):
-    """The rows of the table at the end of a run."""
+    """Return the printed rows of the table of evaluations at the end of a run."""
     starts = ("cold model", "before", "after")
     return [line for line in capsys.readouterr().out.splitlines() if line.strip().startswith(starts)]
 
@@ -251,7 +251,7 @@ def test_no_drift_at_learning_rate_zero(run_config, tiny_params):
 
 @pytest.mark.slow
 def test_lpo_reverse_on_policy_is_grpo(run_config):
-    """The paper's E.4 with one update per round: one learning curve, to rounding."""
+    """With one update per round both methods have the same learning curve up to rounding (the LPO paper, E.4)."""
     curves = {}
     for name in ("lpo-reverse", "grpo"):
         config = run_config(
@@ -264,7 +264,7 @@ def test_lpo_reverse_on_policy_is_grpo(run_config):
     chex.assert_trees_all_close(curves["grpo"][0], curves["lpo-reverse"][0], rtol=1e-4, atol=1e-6)
 
 
-# What a method cannot do without, and settings that keep its extra programs few and small.
+# Required options of methods, and settings that keep their additional programs few and small.
 SETTINGS = {
     "fapo": {"judge": "flawed"},
     "capo-credit": {"judge": "wrong_steps"},
@@ -273,14 +273,14 @@ SETTINGS = {
     "grpo-vps": {"segments": 2, "cue": "="},
     "brpo": {"budgets": 2, "summaries": 2, "summary_tokens": 2, "cue": "="},
     "srpo": {"reprompt": "{solution}"},
-    # The random model is far less sure than a trained one: with the papers' limits nothing would be learnt from it.
+    # A random model is much less confident than a trained one: with the papers' limits there is no signal.
     "gtpo": {"entropy_limit": 10.0},
     "empo": {"entropy_threshold": 10.0},
     "capo-calibration": {"ppl_correct_max": 1e6},
 }
-# Methods that keep a state, mend rounds or ask for more of the model, and one of each family, run in every test run.
-# The others, which differ in arrays alone, and those with large programs of their own (longer prompts, a teacher) are
-# minutes in all: `pytest -m slow`.
+# Every test run includes methods with a state, with hooks or with further model outputs, and one method of each family.
+# The others, which differ only in array operations or compile large programs (longer prompts, a teacher), take minutes
+# in all: `pytest -m slow`.
 ALWAYS = [
     "lpo-forward",
     "grpo",
@@ -298,13 +298,13 @@ def by_weight(names):
     return [name if name in ALWAYS else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
-# Methods whose control or hooks carry a state from step to step that does not depend on the run's length.
+# Methods whose control or hooks have a state that does not depend on the length of the run.
 STATEFUL = ["riskpo", "poise", "flowrl", "r2vpo", "pipo", "vas", "fg-expo"]
 
 
 @pytest.fixture
 def method_config(run_config, tiny_task):
-    """A short run of a method: no held-out problems but one, no checkpoint but the last."""
+    """Make the config of a short run of a method, with one held-out problem and a checkpoint at the end only."""
 
     def make(name, output, steps):
         options = {"name": name, **SETTINGS.get(name, {})}
@@ -322,8 +322,8 @@ def method_config(run_config, tiny_task):
 
 
 @pytest.mark.parametrize("name", by_weight(objectives.names()))
-def test_every_method_trains_resumes_and_reports(method_config, tiny_params, name):
-    """Resumed where the method keeps a state from step to step; the others' resume is `test_resume_is_exact`."""
+def test_every_method_trains_resumes_and_reports(method_config, one_layout, tiny_params, name):
+    """Methods with a state are resumed after two steps; `test_resume_is_exact` covers the others."""
     method, config = objectives.get(name), method_config(name, "run", 3)
     if method.control or method.hooks or "ref_logp" in method.needs:
         train(parse_config(method_config(name, "run", 2)))
@@ -338,7 +338,7 @@ def test_every_method_trains_resumes_and_reports(method_config, tiny_params, nam
 
 
 @pytest.mark.parametrize("name", by_weight(STATEFUL))
-def test_state_of_a_method_survives_a_resume(method_config, name):
+def test_state_of_a_method_survives_a_resume(method_config, one_layout, name):
     constant = {"optimizer": {"learning_rate": 1e-2, "weight_decay": 0.0, "schedule": "constant"}}
     whole = method_config(name, "whole", 4) | constant
     train(parse_config(whole))
@@ -351,7 +351,7 @@ def test_state_of_a_method_survives_a_resume(method_config, name):
 
 @pytest.mark.slow
 def test_reference_stays_where_the_run_began(method_config):
-    """The penalty is 0 at the first update, whose policy is the reference, and more once it has moved."""
+    """The penalty is 0 at the first update, when the policy is the reference, and positive later."""
     for coefficient in (0.0, 0.1):
         config = method_config("grpo", f"kl{coefficient}", 3)
         config["objective"]["kl_coef"] = coefficient
@@ -360,7 +360,7 @@ def test_reference_stays_where_the_run_began(method_config):
         rows = [row for row in read_metrics(config["output"]) if "actor/pg_loss" in row]
         assert ("actor/kl_loss" in rows[-1]) == (coefficient > 0)
         if coefficient:
-            assert rows[0]["actor/kl_loss"] == pytest.approx(0, abs=1e-6)  # the reference is the start itself
+            assert rows[0]["actor/kl_loss"] == pytest.approx(0, abs=1e-6)  # the initial policy
             assert rows[-1]["actor/kl_loss"] > 0
 
 
@@ -390,8 +390,8 @@ def rates_of(config):
 DECAYING = {"schedule": "linear", "learning_rate": 1e-2, "final_fraction": 0.1, "weight_decay": 0.0}
 
 
-def test_replayed_updates_count_in_the_schedule(method_config, monkeypatch):
-    """The rate falls with every update that is made, the replayed ones included, down to the run's last step."""
+def test_replayed_updates_count_in_the_schedule(method_config, one_layout, monkeypatch):
+    """The learning rate falls with every update, including replayed ones, until the last step of the run."""
     config = method_config("pipo", "run", 4)
     config["optimizer"] = DECAYING
     counts = []
@@ -408,8 +408,8 @@ def test_replayed_updates_count_in_the_schedule(method_config, monkeypatch):
     np.testing.assert_allclose(rates, expected, rtol=1e-5)
 
 
-def test_an_extended_run_keeps_its_schedule(method_config, monkeypatch):
-    """The rate stays at its end, and `progress` at 1."""
+def test_an_extended_run_keeps_its_schedule(method_config, one_layout, monkeypatch):
+    """After the end of the schedule the learning rate stays at its final value, and `progress` at 1."""
     first, longer = (method_config("lpo-forward", "run", steps) for steps in (2, 4))
     first["optimizer"] = longer["optimizer"] = DECAYING
     train(parse_config(first))
@@ -447,7 +447,7 @@ def test_bfloat16_trains(run_config):
 
 
 def test_ragged_prompts_compile_a_stated_number_of_programs(run_config, monkeypatch):
-    """One program for each padded size: prompts pad to one size and responses to one, packed rows to a few."""
+    """There is one program per padded size: one for prompts, one for responses and a few for packed rows."""
     for module, name, static, donated, most in (
         (step, "update", (0, 1), (2,), 6),
         (runner, "score", (0,), (), 6),
@@ -463,14 +463,14 @@ def test_ragged_prompts_compile_a_stated_number_of_programs(run_config, monkeypa
 
 
 class NotFinite(objectives.get("grpo").__class__):
-    """A method whose gradient is NaN from the start."""
+    """A method whose gradient is always NaN."""
 
     def __call__(self, stats, scored):
         loss, metrics = super().__call__(stats, scored)
         return loss * float("nan"), metrics
 
 
-def test_stops_after_several_gradients_that_are_not_finite(run_config, tiny_params, monkeypatch):
+def test_stops_after_several_gradients_that_are_not_finite(run_config, one_layout, tiny_params, monkeypatch):
     broken = NotFinite(**vars(objectives.get("grpo")))
     monkeypatch.setattr(loop, "check_config", lambda config: broken)
     config = run_config(training={"max_skipped_updates": 4}, checkpoint={"every": 1})
@@ -481,8 +481,8 @@ def test_stops_after_several_gradients_that_are_not_finite(run_config, tiny_para
     chex.assert_trees_all_equal(load_run(config["output"], "latest")[0].params, tiny_params)
 
 
-def test_failing_verifier_masks_its_sample(run_config, tmp_path, tiny_task):
-    """Responses whose verifier hangs, dies or raises are left out of the simplex, counted, never scored 0."""
+def test_failing_verifier_masks_its_sample(run_config, one_layout, tmp_path, tiny_task):
+    """Responses whose verifier hangs, dies or raises are masked and counted; they are not scored 0."""
     task = tmp_path / "failing.py"
     failing = """
 import os, time
@@ -517,7 +517,7 @@ def verify(response, row):
     row = next(row for row in metrics if "actor/pg_loss" in row)
     assert row["reward/outcome/infrastructure"] == pytest.approx(len(masked) / len(rows))
     assert row["lpo/masked_response_frac"] == pytest.approx(len(masked) / len(rows))
-    assert row["critic/score/min"] > 0  # the masked ones are no zeros
+    assert row["critic/score/min"] > 0  # masked responses do not count as 0
 
 
 @pytest.mark.slow
@@ -532,8 +532,8 @@ def test_warm_start_then_rl(run_config, capsys):
     assert "cold model" in output and "before" in output and "after 1 steps" in output
 
 
-def test_rl_does_not_begin_with_the_rows_just_taught(run_config, monkeypatch):
-    """24 rows: two supervised updates of 4 teach 8 of them, the first four steps of 4 prompts ask the other 16."""
+def test_rl_does_not_begin_with_the_rows_just_taught(run_config, one_layout, monkeypatch):
+    """Of 24 rows, two supervised updates of 4 use 8, and the first four steps of 4 prompts sample the other 16."""
     taught, asked = [], []
     batch, record = training_sft.supervised_batch, loop.make_batch
     monkeypatch.setattr(
@@ -557,7 +557,7 @@ def test_no_warm_start_where_the_cold_model_succeeds(run_config, capsys):
     assert "no warm start" in capsys.readouterr().out
 
 
-def test_sft_learns_and_resumes_exactly(run_config):
+def test_sft_learns_and_resumes_exactly(run_config, one_layout):
     def config(output, steps):
         warm = {"steps": steps, "batch_size": 8, "learning_rate": 1e-2}
         return run_config(output=output, warm_start=warm, evaluation={"every": 0, "problems": 2})
@@ -598,7 +598,7 @@ def test_another_run_is_not_overwritten(run_config):
 
 @pytest.mark.slow
 def test_full_disk_keeps_the_checkpoint_before(run_config, tmp_path):
-    """A save that hits the file-size limit stops the run; the step before it can be resumed from."""
+    """A save that exceeds the file-size limit stops the run; the previous checkpoint is intact."""
     config = run_config(training={"steps": 2}, evaluation={"every": 0, "problems": 1})
     train(parse_config(config))
     good = learned(config)[0]

@@ -1,4 +1,4 @@
-"""Adapters in the training step and in whole runs: only they move, and what is exported has them merged."""
+"""LoRA in the training step and in whole runs: only the adapters change, and exported weights are merged."""
 
 from pathlib import Path
 
@@ -40,7 +40,7 @@ def batch(tiny_config):
 
 
 def trained(config, params, batch, optimizer, steps, dtype=jnp.float32):
-    """A state of adapters after some updates of constant coefficients, in microbatches, and the last statistics."""
+    """Run updates of constant coefficients in microbatches; returns the adapters' state and last statistics."""
     frozen = Frozen(jax.tree.map(jnp.copy, params), LORA.scale)
     adapters = lora.init(config, LORA, jax.random.key(0))
     state = TrainState(adapters, optimizer.init(adapters), frozen=frozen)
@@ -64,7 +64,7 @@ def test_updates_move_the_adapters_alone(tiny_config, tiny_params, batch):
 
 
 def test_an_update_is_the_gradient_of_the_whole_batch(tiny_config, tiny_params, batch):
-    """One step of SGD, microbatch by microbatch, against autodiff of everything at once."""
+    """One step of SGD in microbatches equals autodiff of the whole batch."""
     state, _ = trained(tiny_config, tiny_params, batch, Optimizer(optax.sgd(1.0)), steps=1)
     start, (groups, coefficients) = lora.init(tiny_config, LORA, jax.random.key(0)), batch
 
@@ -96,11 +96,11 @@ def test_bfloat16_keeps_what_is_trained_in_float32(tiny_config, tiny_params, bat
     exact = score(ModelRunner(tiny_config), tiny_params, batch[0]).logp
     gap = jnp.abs(stats.logp - exact)
     assert gap.max() > 1e-4
-    np.testing.assert_array_less(jnp.sqrt(jnp.square(gap).mean()), 0.15)  # as bfloat16 rounds, and no worse
+    np.testing.assert_array_less(jnp.sqrt(jnp.square(gap).mean()), 0.15)  # the rounding of bfloat16
 
 
 def config_for(run_config, output, steps):
-    """GRPO with a penalty to the reference, after a warm start."""
+    """The config of a GRPO run with a KL penalty to the reference, after a warm start."""
     model = run_config()["model"]["path"]
     return run_config(
         output,
@@ -117,7 +117,7 @@ def test_run_learns_resumes_and_is_exported_merged(run_config, tiny_params, tmp_
     config, run = config_for(run_config, "whole", 2), tmp_path / "whole"
     train(parse_config(config))
     rows = [row for row in read_metrics(run) if "actor/kl_loss" in row]
-    # The reference is the warm-started policy: at distance 0 in the first update, and left behind.
+    # The reference is the warm-started policy: the KL is 0 at the first update, and positive later.
     assert len(rows) == 2 and 0 < rows[0]["actor/kl_loss"] < rows[1]["actor/kl_loss"]
 
     for steps in (1, 2):
@@ -161,7 +161,7 @@ def test_adapters_that_cannot_be_are_refused(run_config, model, message):
 
 @pytest.mark.slow
 def test_a_model_of_1p7b_is_trained_in_24_gb():
-    """The compiled update of Qwen3-1.7B in bfloat16, rank 16, four microbatches; nothing is allocated here."""
+    """Compile the update of Qwen3-1.7B in bfloat16 with rank 16 and four microbatches; nothing is allocated."""
     sizes = {"vocab_size": 151936, "width": 2048, "num_layers": 28, "num_heads": 16, "num_kv_heads": 8}
     sizes |= {"head_width": 128, "ffn_width": 6144, "max_positions": 40960}
     config = ModelConfig("qwen3", **sizes, qk_norm=True, tie_embeddings=True)

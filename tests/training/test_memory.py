@@ -1,4 +1,4 @@
-"""What `training.remat: auto` decides."""
+"""Decisions of `training.remat: auto`."""
 
 import dataclasses
 
@@ -14,7 +14,7 @@ from lpo_jax.training.memory import Microbatch, fit_microbatch, kept_bytes
 from lpo_jax.training.session import open_session
 
 STATE = 16 * 1000
-# Groups of 64 + 8 x 1000 tokens, two of them in an update.
+# Groups of 64 + 8 x 1000 tokens; an update has two of them.
 SIZES = [
     *("--training.prompts_per_step=4", "--training.updates_per_step=2", "--training.token_budget=20000"),
     *("--sampling.num_responses=8", "--sampling.max_prompt_tokens=64", "--sampling.max_tokens=1000"),
@@ -29,7 +29,7 @@ def fit(run_config, model, monkeypatch, free, *more):
 
 
 def free_for(model, tokens):
-    """What has to be free so that a row of so many tokens may be kept: twice its bytes beside the state."""
+    """Free bytes needed to keep the activations of a row of `tokens` tokens: twice their size plus the state."""
     return 2 * kept_bytes(model, tokens, "float32") + STATE
 
 
@@ -56,9 +56,9 @@ def test_auto_keeps_layers_in_shorter_rows(run_config, tiny_config, monkeypatch,
     "more, shortest",
     [
         ((), 2500),
-        (("--sampling.max_tokens=4000",), 5000),  # one response with its prompt has to fit
-        (("--training.prompts_per_step=2", "--sampling.num_responses=2"), 2064),  # the whole update
-        (("--training.token_budget=500",), 1064),  # longer than asked for, and the least there is
+        (("--sampling.max_tokens=4000",), 5000),  # a row must hold at least one response with its prompt
+        (("--training.prompts_per_step=2", "--sampling.num_responses=2"), 2064),  # all tokens of an update
+        (("--training.token_budget=500",), 1064),  # the least possible, although the budget is smaller
     ],
 )
 def test_auto_recomputes_where_the_shortest_row_does_not_fit(
@@ -94,7 +94,7 @@ def test_a_run_goes_by_it_and_says_so(run_config, monkeypatch, rank):
     config = override_config(parse_config(run_config()), [*SIZES, *sizes, f"--model.lora.rank={rank}"])
     with open_session(config) as session:
         trained = sum(leaf.size for leaf in jax.tree.leaves(session.model.trainable))
-        state = 16 * trained + (4 * session.model.num_params if rank else 0)  # beside adapters, their base
+        state = 16 * trained + (4 * session.model.num_params if rank else 0)  # LoRA: and the base
         free = 2 * kept_bytes(session.model.architecture, 5000, "float32") + state
         monkeypatch.setattr(memory, "free_memory", lambda: free)
         runner = session.model.runner(1.0)
@@ -107,7 +107,7 @@ def test_a_run_goes_by_it_and_says_so(run_config, monkeypatch, rank):
         assert said["tokens per row"][0] <= 5000
 
         monkeypatch.setattr(memory, "free_memory", lambda: free - 1)
-        fresh = dataclasses.replace(session.model)  # decided once for a run
+        fresh = dataclasses.replace(session.model)  # the decision is made once per run
         assert session.model.microbatch.token_budget == 5000 and fresh.microbatch.token_budget == 2500
 
 

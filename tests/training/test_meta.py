@@ -1,4 +1,4 @@
-"""The search for a mirror map: the evolution on arrays, its file, and `lpo meta` around runs real and pretended."""
+"""The search for a mirror map: the evolution strategy on arrays, its file, and `lpo meta` on real and fake runs."""
 
 import dataclasses
 import json
@@ -19,7 +19,7 @@ from lpo_jax.runs.signals import Interrupted
 from lpo_jax.training import meta as command
 from lpo_jax.training.mirror_file import read_map, write_map
 
-# The evolution on arrays
+# The evolution strategy on arrays
 
 
 def quadratic(phi, peak):
@@ -27,7 +27,7 @@ def quadratic(phi, peak):
 
 
 def play(rounds, *, population=8, sigma=0.05, alpha=0.02, seed=0, D=6):
-    """The states of a search for the peak of a quadratic, from 0."""
+    """Maximise a quadratic, starting from 0; returns the states of the search."""
     peak = np.random.default_rng(1).uniform(0.3, 0.5, D)
     states = [evolution.start(np.zeros(D))]
     for _ in range(rounds):
@@ -55,14 +55,14 @@ def test_a_quadratic_is_climbed():
 
 
 def test_an_accepted_round_moves_along_the_noise():
-    """phi + alpha / (N sigma) sum f eps, of those that did not fail; the failed count in the mean."""
+    """phi + alpha / (N sigma) sum f eps over candidates that did not fail; failed ones count in the mean fitness."""
     state = evolution.start([1.0, 2.0])
     noise = np.array([[1.0, 0], [-1, 0], [0, 1], [0, -1]])
     after = evolution.advance(state, noise, [0.4, 0.2, 0.0, 0.6], sigma=0.1, alpha=0.05)
     np.testing.assert_allclose(after.phi, [1 + 0.05 * 0.2 / 0.3, 2 - 0.05 * 0.6 / 0.3])
     assert after.history == (pytest.approx(0.3),) and after.best == pytest.approx(0.3)
     assert len(after.carried_noise) == 0
-    # All failed: the first round is still the best so far, and nothing moves.
+    # If all fail, the first round is still the best so far, and the map does not move.
     np.testing.assert_array_equal(evolution.advance(state, noise, [0, 0, 0, 0], 0.1, 0.05).phi, state.phi)
 
 
@@ -75,13 +75,13 @@ def test_a_rejected_round_stays_and_carries_its_best():
     np.testing.assert_array_equal(after.carried_fitness, np.sort(fitness)[-2:])  # a quarter of 12, made even
     np.testing.assert_array_equal(after.carried_noise, noise[[1, 0]])
     assert after.best == 0.5
-    # They are part of the next round, and are not run again.
+    # They are part of the next round without being run again.
     new = evolution.new_noise(after, 12, 0)
     assert len(new) == 10
     final = evolution.advance(after, new, np.zeros(10), 0.1, 0.05)
     np.testing.assert_allclose(final.history[-1], np.sort(fitness)[-2:].sum() / 12)
     np.testing.assert_array_equal(final.carried_fitness, np.sort(fitness)[-2:])
-    # An equal mean is no better; two candidates are always new.
+    # An equal mean is no improvement; at least two candidates are always new.
     assert evolution.advance(state, noise[:2], [0.5, 0.5], 0.1, 0.05).carried_noise.shape == (0, 3)
     assert evolution.advance(state, noise[:4], [0.1, 0.5, 0, 0], 0.1, 0.05).carried_noise.shape == (2, 3)
 
@@ -142,7 +142,7 @@ def config(run_config):
 
 
 def pretend(config):
-    """A run whose score grows with its map's parameters, with what a run leaves behind."""
+    """A fake run whose score grows with the parameters of its map; it writes the files of a run."""
     (Path(config.output) / "checkpoints").mkdir(parents=True)
     return sum(read_map(config.objective["mirror"])) / 20
 
@@ -167,7 +167,7 @@ def test_the_search_improves_and_leaves_its_record(config):
 
 
 def test_killed_and_resumed_is_the_same_search(config, tmp_path):
-    """Stopped in every candidate of the second round, one after another, before its fitness is known."""
+    """The search is stopped in every candidate of the second round in turn, before its fitness is known."""
     whole = config()
     command.meta(whole, fitness=pretend)
     broken = dataclasses.replace(whole, output=str(tmp_path / "broken"))
@@ -183,13 +183,13 @@ def test_killed_and_resumed_is_the_same_search(config, tmp_path):
             command.meta(broken, resume=True, fitness=worth)
     command.meta(broken, resume=True, fitness=pretend)
     assert left_behind(broken) == left_behind(whole)
-    # Finished is finished; a longer search goes on from there.
+    # Resuming a finished search changes nothing; a longer search continues from it.
     command.meta(broken, resume=True, fitness=None)
     assert left_behind(broken) == left_behind(whole)
 
 
 def test_a_damaged_search_is_refused(config):
-    """A digit of a fitness that changes would be a different search in silence."""
+    """A changed digit of a fitness would silently change the search."""
     search = config(iterations=1)
     command.meta(search, fitness=pretend)
     path = Path(search.output) / "checkpoints" / "search.json"
@@ -231,7 +231,7 @@ def test_a_candidate_that_diverges_is_worth_nothing(config, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.usefixtures("no_plots")
 def test_lpo_meta_with_real_runs(run_config, tmp_path, capsys):
-    """Two candidates, one round: every candidate is a run like any other, and its last evaluation is its worth."""
+    """Two candidates, one round: every candidate is an ordinary run, and its last evaluation is its fitness."""
     values = run_config(
         objective={"name": "gbmpo-mirror"}, training={"steps": 1}, evaluation={"every": 0}
     ) | {"meta": {"population": 2, "iterations": 1}}

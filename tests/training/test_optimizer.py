@@ -1,4 +1,4 @@
-"""Schedule, decay mask, and the guard against gradients that are not finite."""
+"""Learning-rate schedules, the weight-decay mask, and the guard against non-finite gradients."""
 
 import functools
 
@@ -34,7 +34,7 @@ def test_norms_and_biases_are_not_decayed(tiny_params):
 
 @pytest.mark.parametrize("clip_norm", [0.0, 1.0, 1e3])
 def test_clipped_updates_are_those_of_optax(tiny_params, clip_norm):
-    """Three updates by the chain that optax has for it; the first two gradients are longer than 1."""
+    """Three updates equal those of the optax chain; the norms of the first two gradients exceed 1."""
     config = OptimizerConfig(learning_rate=0.1, clip_norm=clip_norm, weight_decay=0.1)
     optimizer = make_optimizer(config, 10)
     clip = optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity()
@@ -76,7 +76,7 @@ def test_a_bad_gradient_changes_nothing_and_is_counted():
 
 
 def test_updates_are_never_in_memory():
-    """One tree beside the donated ones: the gradient. Parameters and moments are written in place."""
+    """The gradient is the only tree beside the donated ones; parameters and moments are updated in place."""
     optimizer, params = make_optimizer(OptimizerConfig(), 10), {"w": jnp.ones((256, 256))}
 
     @functools.partial(jax.jit, donate_argnums=0)
@@ -89,7 +89,7 @@ def test_updates_are_never_in_memory():
 
 
 def test_the_rate_reported_is_the_rate_used():
-    """Plain Adam moves a constant gradient's parameter by the rate; a skipped update uses none and is not counted."""
+    """With a constant gradient, Adam moves a parameter by the learning rate; a skipped update does not count."""
     settings = {
         "learning_rate": 1.0,
         "schedule": "linear",

@@ -1,4 +1,4 @@
-"""Options whose effect is only seen in a whole run."""
+"""Options whose effect is visible only in a whole run."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ from lpo_jax.config import parse_config
 from lpo_jax.runs.checkpoint import load_run
 from lpo_jax.training.loop import train
 
-# Adam at its usual eps makes a sign of a gradient that is all rounding.
+# With its usual eps, Adam amplifies a gradient that is only rounding error to its sign.
 SMOOTH = {"learning_rate": 1e-2, "eps": 1.0, "weight_decay": 0.0}
 
 
@@ -27,7 +27,9 @@ def texts(run):
     }
 
 
-def test_checkpoints_elsewhere_are_found_by_resume_and_by_load_run(run_config, tmp_path, no_plots):
+def test_checkpoints_elsewhere_are_found_by_resume_and_by_load_run(
+    run_config, one_layout, tmp_path, no_plots
+):
     elsewhere = {"checkpoint": {"every": 1, "directory": str(tmp_path / "elsewhere")}}
     ends = []
     for output, sections, stops in (("whole", {}, (3,)), ("parts", elsewhere, (1, 3))):
@@ -55,7 +57,7 @@ def test_fewer_rows_at_once_sample_the_same(run_config, no_plots):
 
 @pytest.mark.parametrize("lora", [{}, {"rank": 2, "targets": ["wq"]}])
 def test_a_head_that_the_config_denies_is_trained_and_exported(
-    lora, run_config, tiny_model, tmp_path, no_plots
+    lora, run_config, tiny_model, tmp_path, no_plots, one_layout
 ):
     path = shutil.copytree(tiny_model, tmp_path / "model")
     weights = load_file(path / "model.safetensors")
@@ -79,7 +81,7 @@ def test_a_head_that_the_config_denies_is_trained_and_exported(
 
 
 @pytest.mark.parametrize("wanted", [False, True])
-def test_plots_are_drawn_where_they_are_wanted(run_config, wanted, monkeypatch):
+def test_plots_are_drawn_where_they_are_wanted(run_config, one_layout, wanted, monkeypatch):
     drawn = []
     monkeypatch.setattr("lpo_jax.reporting.save_plots", lambda run: drawn.append(run) or [])
     train(parse_config(run_config(training={"steps": 1, "save_plots": wanted})))

@@ -1,4 +1,4 @@
-"""Runs that sample in other arithmetic than they train in: the gap is reported, and the method must know of it."""
+"""Runs that sample in another precision than they train in: the gap is reported, and the method must correct it."""
 
 import dataclasses
 import json
@@ -20,7 +20,7 @@ INT8 = {"weights": "int8"}
 TRUNCATED = {"name": "dr-grpo", "token_weight": "truncated-importance"}
 
 
-def test_gap_of_sampling_in_8_bits_is_reported(run_config, no_plots):
+def test_gap_of_sampling_in_8_bits_is_reported(run_config, one_layout, no_plots):
     pytest.importorskip("qwix")
     values = run_config(
         sampling=INT8,
@@ -80,20 +80,22 @@ def chosen(run_config, dtype="float32", **sections):
 )
 def test_log_probs_are_the_trainer_s_where_the_gap_can_matter(run_config, dtype, updates, objective, choice):
     assert chosen(run_config, dtype, objective=objective, training={"updates_per_step": updates}) == choice
-    for asked in ("sampled", "rescored"):
+    for behaviour in ("sampled", "rescored"):
         if objective is not TRUNCATED:
-            training = {"updates_per_step": updates, "behaviour": asked}
-            assert chosen(run_config, dtype, objective=objective, training=training) == asked
+            training = {"updates_per_step": updates, "behaviour": behaviour}
+            assert chosen(run_config, dtype, objective=objective, training=training) == behaviour
     assert chosen(run_config, dtype, objective=TRUNCATED) == "rescored"
 
 
 @pytest.mark.parametrize(
     "name", ["gspo", *(pytest.param(name, marks=pytest.mark.slow) for name in ("dhpo", "gmpo"))]
 )
-def test_a_policy_at_rest_is_not_clipped_in_bfloat16(run_config, no_plots, monkeypatch, capsys, name):
+def test_a_policy_at_rest_is_not_clipped_in_bfloat16(
+    run_config, one_layout, no_plots, monkeypatch, capsys, name
+):
     """At learning rate 0 both updates of a round have log-ratios of exactly 0, whatever the sampler's rounding.
 
-    What was chosen is printed, recorded, and what a resume is compared with.
+    The choice is printed and recorded, and a resume with another choice is refused.
     """
     updates, over_updates = [], measure.over_updates
     monkeypatch.setattr(
@@ -108,7 +110,7 @@ def test_a_policy_at_rest_is_not_clipped_in_bfloat16(run_config, no_plots, monke
     values["model"] |= {"dtype": "bfloat16"}
     train(parse_config(values))
     (row,) = (row for row in read_metrics(values["output"]) if "lpo/logp_gap_max" in row)
-    assert row["lpo/logp_gap_max"] > 1e-3  # what the sampler's log-probs are off by
+    assert row["lpo/logp_gap_max"] > 1e-3  # the error of the sampler's log-probs
     assert [float(update["actor/pg_clipfrac"]) for update in updates] == [0, 0]
     assert [float(update["lpo/score_abs_max"]) for update in updates] == [0, 0]
     assert max(float(update["actor/grad_norm"]) for update in updates) > 0

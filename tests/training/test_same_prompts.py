@@ -1,4 +1,4 @@
-"""What a run asks: template arguments everywhere, and a resume that would ask or judge otherwise is refused."""
+"""Template arguments reach every prompt, and a resume with other prompts or another verifier is refused."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ JSONL = {"name": "jsonl", "prompt": "{q}", "verifier": "gsm8k", "heldout_fractio
 
 @pytest.fixture
 def chat_model(tmp_path, tiny_params):
-    """A model with a chat template that takes an argument."""
+    """A model whose chat template takes an argument."""
     tokenizer = character_tokenizer()
     tokenizer.chat_template = TEMPLATE
     save_hf(tmp_path / "chat", CONFIG, tiny_params, tokenizer)
@@ -31,7 +31,7 @@ def chat_model(tmp_path, tiny_params):
 
 
 @pytest.fixture
-def short_run(run_config, no_plots):
+def short_run(run_config, one_layout, no_plots):
     def make(**sections):
         return run_config(**{"training": {"steps": 1}, "evaluation": {"every": 0, "problems": 1}} | sections)
 

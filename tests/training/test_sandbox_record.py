@@ -1,4 +1,4 @@
-"""Code tasks in a run: refused, recorded or announced, by the sandbox that is there."""
+"""Code tasks in a run are refused, or the sandbox is recorded and announced, depending on what is available."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ from lpo_jax.training.loop import train
 
 @pytest.fixture
 def values(tmp_path, tiny_model, monkeypatch):
-    """A run of a code task, held-out evaluation alone, where bubblewrap does not work."""
+    """The config of a code task with held-out evaluation only, on a machine where bubblewrap does not work."""
     monkeypatch.setattr(sandbox, "why_not", lambda kind: "no namespaces" if kind == "bubblewrap" else "")
     tests = {"inputs": ["1"], "outputs": ["1"]}
     rows = [{"question": f"say {n}", "tests": tests} for n in range(8)]

@@ -47,7 +47,7 @@ def rollouts(tiny_config):
 
 
 def program_for(config, budget=10**6, remat=False, **options):
-    """In the precision in which the test runs."""
+    """Make a runner of the given budget, in the precision of the test."""
     options = {"dtype": jnp.float64 if jax.config.jax_enable_x64 else jnp.float32} | options
     return ModelRunner(config, 0.7, budget, remat=remat, **options)
 
@@ -61,7 +61,7 @@ pull_back = jax.jit(ModelRunner.pull_back, static_argnums=0)
 
 
 def one_update(runner, params, rollouts, objective):
-    """An update right after sampling: the state and its metrics."""
+    """Run the first update after sampling; returns the state and the metrics."""
     optimizer = Optimizer(optax.sgd(1.0))
     state = TrainState(jax.tree.map(jnp.copy, params), optimizer.init(params))
     used = TokenStats(rollouts.scored.behaviour_logp)
@@ -72,7 +72,7 @@ def one_update(runner, params, rollouts, objective):
 
 
 def plain_log_probs(config, params, groups, temperature):
-    """Every response in a row of its own behind its own copy of the prompt, through plain causal attention."""
+    """Compute log-probs with one response per row, behind a copy of its prompt, by plain causal attention."""
     lengths = np.repeat(groups.lengths, K)  # [P K]
     rows = np.zeros((P * K, S + T), np.int32)
     for r, n in enumerate(lengths):
@@ -90,7 +90,7 @@ PLAIN: dict[str, object] = {}
 
 
 def plain_gradient(name, config, params, rollouts):
-    """Autodiff of the whole batch's loss in float64, nothing cut; once per method."""
+    """The gradient of the whole batch's loss by autodiff in float64, without microbatches; cached for each method."""
     objective = O.get(name)
 
     def loss(params):
@@ -103,13 +103,13 @@ def plain_gradient(name, config, params, rollouts):
 
 
 def relative_error(got, want):
-    """|got - want| / |want| over the whole gradient; single small entries round far worse than that."""
+    """Return |got - want| / |want| over the whole gradient; the relative error of small entries is much larger."""
     got, want = astype(got, np.float64), astype(want, np.float64)
     return float(optax.global_norm(jax.tree.map(np.subtract, got, want)) / optax.global_norm(want))
 
 
 def behaviour(config, params, rollouts, noise):
-    """Batch whose behaviour log-probs are the model's own plus noise, as after an update."""
+    """A batch whose behaviour log-probs are those of the model plus noise, as after an update."""
     logp = plain_log_probs(config, params, rollouts.groups, 0.7)
     logp = logp + noise * np.random.default_rng(1).normal(size=logp.shape)
     return rollouts.replace(scored=rollouts.scored.replace(behaviour_logp=logp))
@@ -127,7 +127,7 @@ def test_scores_equal_those_of_each_response_alone(tiny_config, tiny_params, rol
 @pytest.mark.parametrize("budget, packed", [(10**6, False), (10**6, True), (2 * T + S, True), (1, True)])
 @in_float64
 def test_three_parts_equal_plain_autodiff(tiny_config, tiny_params, rollouts, name, budget, packed):
-    """Whole groups, padded or packed, several prompts a row, groups cut in parts and into single responses."""
+    """Rows are padded or packed, with several groups, whole groups, parts of groups and single responses."""
     rollouts = behaviour(tiny_config, tiny_params, rollouts, noise=0.1)
     runner = program_for(tiny_config, budget, remat=budget == 1)
 
@@ -168,7 +168,7 @@ def test_packed_scores_and_likeliest_equal_padded_ones(tiny_config, tiny_params,
 
 @pytest.mark.parametrize("packed", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_features_are_those_of_each_response_alone(tiny_config, tiny_params, rollouts, packed):
-    """Whatever the rows; of one prompt token there is nothing to be unsure of."""
+    """Features do not depend on the rows; a prompt of one token has no uncertainty."""
     groups, mask = rollouts.groups, rollouts.scored.mask
     runner = program_for(tiny_config, 30 if packed else 10**6)
     got = round_features(runner, tiny_params, runner.pack(groups, mask) if packed else groups, mask)
@@ -205,7 +205,7 @@ def test_split_and_unsplit_gradients_agree(tiny_config, tiny_params, rollouts):
 
 @in_float64
 def test_padding_changes_nothing(tiny_config, tiny_params, rollouts):
-    """More padding behind prompts and responses, with garbage in it, leaves the gradient alone."""
+    """Additional padding of prompts and responses with arbitrary tokens does not change the gradient."""
     rollouts = behaviour(tiny_config, tiny_params, rollouts, noise=0.1)
     g, s = rollouts.groups, rollouts.scored
     junk = lambda x, n: jnp.concatenate([x, jnp.full((*x.shape[:-1], n), 7, x.dtype)], axis=-1)  # noqa: E731
@@ -219,7 +219,7 @@ def test_padding_changes_nothing(tiny_config, tiny_params, rollouts):
 
 
 def test_first_update_reports_no_gap_and_clips_nothing(tiny_config, tiny_params, rollouts):
-    """Sampled log-probs stand in for part 1; the ratio is 1 whatever the microbatches."""
+    """Sampled log-probs replace part 1; the ratio is 1 for all sizes of microbatches."""
     rollouts = behaviour(tiny_config, tiny_params, rollouts, noise=0.0)
     _, metrics = one_update(program_for(tiny_config, S + T), tiny_params, rollouts, O.get("lpo-forward"))
     np.testing.assert_array_less(metrics["lpo/logp_gap_max"], 2 * FORWARD_ROUNDING)  # two ways to compute it

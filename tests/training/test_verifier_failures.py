@@ -12,7 +12,7 @@ from lpo_jax.reporting import read_metrics
 
 pytestmark = pytest.mark.usefixtures("no_plots")
 
-# What a broken verifier does, and what is said of it. The line is that of the tiny task's file.
+# Faults of a verifier, and the reported reasons, with the line in the file of the tiny task.
 BROKEN = {
     "raises": ("return [][0]", "verifier raised IndexError: list index out of range"),
     "returns a dict": ("return {'reward': 1.0}", "verifier returned dict, not a number or a Verdict"),
@@ -23,7 +23,7 @@ BROKEN = {
 
 @pytest.fixture
 def broken_task(tmp_path):
-    """A task whose verifier does `fault` while the file `broken` is there, to responses for which `when` holds."""
+    """A task whose verifier runs `fault` on responses that satisfy `when`, as long as the file `broken` exists."""
 
     def make(fault, when="True"):
         lines = VERIFIER.split("\n")
@@ -40,7 +40,7 @@ def broken_task(tmp_path):
 
 
 def lpo(capsys, tmp_path, config, command, *arguments):
-    """Exit status, and the last line on stderr."""
+    """Run the command; returns the exit status and the last line on stderr."""
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
     status = main([command, str(tmp_path / "c.yaml"), *arguments])
     captured = capsys.readouterr()
@@ -59,7 +59,9 @@ def test_the_cold_evaluation_stops(run_config, broken_task, tmp_path, capsys, ca
         assert f"{says} {place}" in error
 
 
-def test_a_step_that_stops_is_not_done_and_is_done_later(run_config, broken_task, tmp_path, capsys):
+def test_a_step_that_stops_is_not_done_and_is_done_later(
+    run_config, one_layout, broken_task, tmp_path, capsys
+):
     place = broken_task("return [][0]")
     task = {"name": "python", "file": str(tmp_path / "task.py")}
     same = {"evaluation": {"every": 0}, "checkpoint": {"every": 0}, "task": task}
@@ -88,7 +90,7 @@ def test_a_step_that_stops_is_not_done_and_is_done_later(run_config, broken_task
         assert rollouts[0] == rollouts[1]
 
 
-def test_some_failures_are_warned_of_and_masked(run_config, broken_task, tmp_path, capsys):
+def test_some_failures_are_warned_of_and_masked(run_config, one_layout, broken_task, tmp_path, capsys):
     place = broken_task("raise OSError('gone')", when="len(response) % 3 == 0")
     config = run_config(task={"name": "python", "file": str(tmp_path / "task.py")}, training={"steps": 2})
     status, _, out = lpo(capsys, tmp_path, config, "train")
@@ -108,7 +110,7 @@ def test_a_suite_stops_and_asks_anew(tiny_model, broken_task, tmp_path, capsys):
     command = ["eval", str(tiny_model), *data, *task, "--num-responses", "1", "--max-tokens", "4"]
     assert main(command) == 1
     error = capsys.readouterr().err.strip().split("\n")[-1]
-    # After 8 of 12 problems: then it is not a row that is at fault.
+    # It stops after 8 of 12 problems, when a single bad row can be ruled out.
     assert error.startswith("lpo: benchmark rows: the verifier failed on all 8 responses") and place in error
     assert (out / "responses" / "rows.jsonl").read_bytes() == b"" and not (out / "summary.json").exists()
     (tmp_path / "broken").unlink()
