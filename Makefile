@@ -1,6 +1,7 @@
 # Needs only Python >= 3.11, make and a reachable package index.
 #   make run     the quickstart: a 135M model learns a task with checkable answers (ARGS="--training.steps=20" ...)
 #   make test    lint and tests (ARGS='-m slow': every method end to end, and others that take minutes)
+#   make docs    the documentation site, in build/site; a warning is an error
 #   make test-isa  the numeric tests as on other CPUs, limited to each of ISAS (25 minutes each with empty caches)
 PYTHON ?= python3
 BIN := .venv/bin
@@ -15,7 +16,7 @@ NUMERIC ?= tests/objectives tests/models tests/sampling tests/scale tests/traini
 # The part that every `make test` runs a second time: the step against autodiff, the model against transformers.
 NUMERIC_CORE := tests/training/test_step.py tests/models/test_golden.py
 
-.PHONY: run test test-isa lint clean
+.PHONY: run test test-isa lint docs clean
 
 run: .venv/installed
 	$(BIN)/lpo train configs/quickstart.yaml --resume $(ARGS)
@@ -37,6 +38,13 @@ test-isa: .venv/installed
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+docs: .venv/docs-installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+.venv/docs-installed: .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	@touch $@
 
 .venv/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lpo_jax needs Python 3.11 or newer; this is " + sys.version.split()[0] + " (set PYTHON=...)")'
