@@ -1,14 +1,11 @@
 """A run directory: who may write to it, what it was started with, and how a signal ends it."""
 
-import contextlib
 import importlib.metadata
 import importlib.util
 import json
 import logging
 import os
 import platform
-import signal
-import sys
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any

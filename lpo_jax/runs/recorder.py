@@ -20,8 +20,8 @@ from lpo_jax.rollout.collect import Rollouts
 from lpo_jax.rollout.failures import Failures, Watch
 from lpo_jax.runs.checkpoint import Checkpoints
 from lpo_jax.runs.directory import RunDirectory
-from lpo_jax.runs.state import Position
 from lpo_jax.runs.signals import Signals
+from lpo_jax.runs.state import Position
 
 
 class Recorder:

@@ -11,8 +11,8 @@ from lpo_jax import files, reporting
 from lpo_jax.commands.main import main
 from lpo_jax.config import parse_config
 from lpo_jax.errors import UserError
-from lpo_jax.training import loop
 from lpo_jax.runs.directory import RunDirectory
+from lpo_jax.training import loop
 
 FAULTS = [errno.ENOSPC, errno.EROFS, errno.EIO]
 

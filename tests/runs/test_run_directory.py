@@ -12,12 +12,12 @@ from tiny import run_values
 from lpo_jax.config import parse_config
 from lpo_jax.errors import UserError
 from lpo_jax.reporting import read_metrics
-from lpo_jax.training import loop
 from lpo_jax.runs.checkpoint import load_run
-from lpo_jax.training.loop import train
-from lpo_jax.runs.recorder import missing_steps
 from lpo_jax.runs.directory import RunDirectory, read_config
+from lpo_jax.runs.recorder import missing_steps
 from lpo_jax.runs.signals import Interrupted, Signals
+from lpo_jax.training import loop
+from lpo_jax.training.loop import train
 
 pytestmark = pytest.mark.usefixtures("no_plots")
 

@@ -1,0 +1,89 @@
+"""The state of a run between two steps: what a checkpoint holds."""
+
+import dataclasses
+import math
+from typing import Any
+
+from flax import struct
+
+from lpo_jax.evaluation.heldout import Evaluation
+from lpo_jax.models.decoder import Params
+from lpo_jax.models.lora import Frozen, join
+
+
+@struct.dataclass
+class TrainState:
+    """The arrays that an update changes, and those that belong to them.
+
+    Attributes:
+      params: what the optimizer updates: all parameters, or the adapters of a frozen base.
+      opt_state: of the optimizer; it also counts the updates and the skipped ones.
+      control: state of the method's controller; None for a method without one.
+      reference: the reference policy that a penalty is measured from, as `params`; None without a penalty.
+      frozen: the base of adapters, shared by policy and reference; None if all parameters are trained.
+    """
+
+    params: Params
+    opt_state: Any
+    control: Any = None
+    reference: Params | None = None
+    frozen: Frozen | None = None
+
+    @property
+    def policy(self) -> Params:
+        """The parameters that the model runs with, adapters joined with their base."""
+        return join(self.frozen, self.params)
+
+
+@dataclasses.dataclass
+class Position:
+    """The state of a run between two steps.
+
+    Attributes:
+      data: state of the prompt iterator after `step` batches; None before the first.
+      evaluated: whether the held-out evaluation of `step` is done.
+      evaluations: number of evaluations at `step`; two if the cold model was evaluated before a warm start.
+      score: held-out pass@1 of `step`, by which checkpoints are compared; None if not evaluated.
+      best: best held-out pass@1 so far.
+      best_step: the first step with that score.
+      skipped: number of non-finite gradients so far.
+      hooks: states of the method's hooks; None before the first step.
+      schedule_steps: steps of the learning rate's schedule: the number that the run was started with; 0 if unknown.
+      milestones: label -> per-problem outcomes of the evaluations shown at the end.
+    """
+
+    state: TrainState
+    step: int = 0
+    data: Any = None
+    evaluated: bool = False
+    evaluations: int = 0
+    score: float | None = None
+    best: float | None = None
+    best_step: int | None = None
+    skipped: int = 0
+    hooks: list[Any] | None = None
+    schedule_steps: int = 0
+    milestones: dict[str, dict] = dataclasses.field(default_factory=dict)
+
+    def advance(self, state: TrainState, data: Any, hooks: list[Any] | None = None) -> None:
+        """Moves the position one step on."""
+        self.state, self.data, self.hooks = state, data, hooks
+        self.step, self.evaluated, self.evaluations, self.score = self.step + 1, False, 0, None
+
+    def record(self) -> dict[str, Any]:
+        """Everything but the arrays, as JSON."""
+        names = [field.name for field in dataclasses.fields(self) if field.name != "state"]
+        return {name: getattr(self, name) for name in names}
+
+    def add_evaluation(self, evaluation: Evaluation, label: str | None) -> None:
+        """Records the held-out evaluation of `step`; one with a label is shown at the end of the run."""
+        self.evaluated, self.evaluations = True, self.evaluations + 1
+        if self.step > 0 and math.isfinite(evaluation.score):
+            self.score = evaluation.score
+            if self.best is None or self.score > self.best:
+                self.best, self.best_step = self.score, self.step
+        if label:
+            self.milestones[label] = {
+                "passed": evaluation.passed.astype(int).tolist(),
+                "valid": evaluation.valid.astype(int).tolist(),
+            }
