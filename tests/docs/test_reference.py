@@ -4,13 +4,13 @@ These checks read the source. `make docs` also compares the public names to the 
 """
 
 import ast
-import importlib.util
 import inspect
 import re
 import typing
 from pathlib import Path
 
 import pytest
+import reference_pages as reference
 
 import lpo_jax
 from lpo_jax import objectives as O
@@ -18,16 +18,6 @@ from lpo_jax import rewards
 
 ROOT = Path(__file__).parents[2]
 Model = typing.get_type_hints(lpo_jax.load_model)["return"]
-
-
-def _reference():
-    spec = importlib.util.spec_from_file_location("reference_pages", ROOT / "scripts" / "reference_pages.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-reference = _reference()
 
 
 def test_every_public_module_is_on_one_page():
@@ -62,8 +52,7 @@ def test_the_definitions_of_a_module_are_found(tmp_path):
 
 
 def _parameters(function) -> list[str]:
-    names = [name for name in inspect.signature(function).parameters if name not in ("self", "cls")]
-    return names
+    return [name for name in inspect.signature(function).parameters if name != "self"]
 
 
 # The public API that other projects build on: function -> sections that its docstring must have.
