@@ -1,4 +1,4 @@
-"""The code of docs/extending.md and docs/index.md runs as it stands on the page.
+"""The code of docs/extending.md, docs/index.md and the README runs as it stands on the page.
 
 Each recipe runs in a process of its own, because it adds to the package's tables.
 """
@@ -24,7 +24,8 @@ def recipes() -> dict[str, str]:
     }
 
 
-def run(code: str, folder: Path) -> None:
+def run(code: str, folder: Path) -> str:
+    """Run a script in `folder`, where configs/ is at hand; returns what it printed."""
     file = folder / "recipe.py"
     file.write_text(code)
     (folder / "configs").symlink_to(ROOT / "configs")
@@ -33,6 +34,7 @@ def run(code: str, folder: Path) -> None:
         [sys.executable, file.name], cwd=folder, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 @pytest.mark.parametrize("recipe", recipes())
@@ -40,9 +42,12 @@ def test_recipe(recipe, tmp_path):
     run(recipes()[recipe], tmp_path)
 
 
-def test_home_page(tmp_path):
-    text = (ROOT / "docs" / "index.md").read_text()
-    run("\n".join(re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)), tmp_path)
+@pytest.mark.parametrize("page", ["docs/index.md", "README.md"])
+def test_objectives_as_a_library(page, tmp_path):
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.M | re.S)
+    (code,) = [block for block in blocks if "from lpo_jax import objectives" in block]
+    printed = re.findall(r"^print\(.*\)  # (.*)$", code, re.M)
+    assert run(code, tmp_path).split("\n") == [*printed, ""]
 
 
 def test_the_table_lists_every_recipe_and_its_files_exist():
