@@ -16,38 +16,43 @@ EXTENDING = (ROOT / "docs" / "extending.md").read_text()
 
 
 def recipes() -> dict[str, str]:
-    """The Python code of each section of the page, by heading."""
-    sections = re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", EXTENDING, re.M | re.S)
-    return {
-        heading: "\n".join(re.findall(r"^```python\n(.*?)^```", text, re.M | re.S))
-        for heading, text in sections
-    }
+    """The sections of the page, by heading."""
+    return dict(re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", EXTENDING, re.M | re.S))
 
 
-def run(code: str, folder: Path) -> str:
-    """Run a script in `folder`, where configs/ is at hand; returns what it printed."""
-    file = folder / "recipe.py"
-    file.write_text(code)
+def blocks(text: str) -> list[str]:
+    """The Python code of a text."""
+    return re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
+
+
+def run(parts: list[str], folder: Path) -> str:
+    """Run code in `folder`, where configs/ is at hand: parts that begin with the name of a file are written to it.
+
+    Returns:
+      What was printed.
+    """
+    script = folder / "script.py"
+    for code in parts:
+        name = re.match(r"# ([\w/]+\.py)\n", code)
+        (folder / name[1] if name else script).open("a").write(code)
     (folder / "configs").symlink_to(ROOT / "configs")
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, file.name], cwd=folder, env=environment, capture_output=True, text=True
-    )
+    command = [sys.executable, script.name]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 @pytest.mark.parametrize("recipe", recipes())
 def test_recipe(recipe, tmp_path):
-    run(recipes()[recipe], tmp_path)
+    run(blocks(recipes()[recipe]), tmp_path)
 
 
 @pytest.mark.parametrize("page", ["docs/index.md", "README.md"])
 def test_objectives_as_a_library(page, tmp_path):
-    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.M | re.S)
-    (code,) = [block for block in blocks if "from lpo_jax import objectives" in block]
+    (code,) = [x for x in blocks((ROOT / page).read_text()) if "from lpo_jax import objectives" in x]
     printed = re.findall(r"^print\(.*\)  # (.*)$", code, re.M)
-    assert run(code, tmp_path).split("\n") == [*printed, ""]
+    assert run([code], tmp_path).split("\n") == [*printed, ""]
 
 
 def test_the_table_lists_every_recipe_and_its_files_exist():
