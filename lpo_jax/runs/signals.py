@@ -22,8 +22,8 @@ class Signals:
 
     It is raised at once in phases that change no state (sampling, verifying, evaluating), and at the end of a
     `deferred` block in those that do. With many hosts it is raised only in `agree`, which all of them call together,
-    because a host that stopped alone would leave the others waiting. A second signal ends the process at once, except a
-    second SIGHUP.
+    because a host that stopped alone would leave the others waiting. A second signal ends the process at once, except
+    a second SIGHUP.
     """
 
     def __init__(self):

@@ -156,7 +156,7 @@ def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatc
 
 
 def test_object_stores_get_their_mark_last(tmp_path, monkeypatch):
-    """Object stores cannot rename: a commit file marks a complete checkpoint, and the checksums are written before it."""
+    """Object stores cannot rename: a commit file marks a complete checkpoint, and checksums are written before it."""
     monkeypatch.setattr(checksums, "temporary_path", lambda directory: checksums.SealedObjects)
     directory = tmp_path / "checkpoints"
     save(directory, 1, 2)

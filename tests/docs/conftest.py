@@ -1,0 +1,6 @@
+"""Makes the scripts importable for the tests in this directory."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))

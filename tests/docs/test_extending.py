@@ -1,0 +1,63 @@
+"""The code of docs/extending.md, docs/index.md and the README runs as it stands on the page.
+
+Each recipe runs in a process of its own, because it adds to the package's tables.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+EXTENDING = (ROOT / "docs" / "extending.md").read_text()
+
+
+def recipes() -> dict[str, str]:
+    """The sections of the page, by heading."""
+    return dict(re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", EXTENDING, re.M | re.S))
+
+
+def blocks(text: str) -> list[str]:
+    """The Python code of a text."""
+    return re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
+
+
+def run(parts: list[str], folder: Path) -> str:
+    """Run code in `folder`, where configs/ is at hand: parts that begin with the name of a file are written to it.
+
+    Returns:
+      What was printed.
+    """
+    script = folder / "script.py"
+    for code in parts:
+        name = re.match(r"# ([\w/]+\.py)\n", code)
+        (folder / name[1] if name else script).open("a").write(code)
+    (folder / "configs").symlink_to(ROOT / "configs")
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, script.name]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("recipe", recipes())
+def test_recipe(recipe, tmp_path):
+    run(blocks(recipes()[recipe]), tmp_path)
+
+
+@pytest.mark.parametrize("page", ["docs/index.md", "README.md"])
+def test_objectives_as_a_library(page, tmp_path):
+    (code,) = [x for x in blocks((ROOT / page).read_text()) if "from lpo_jax import objectives" in x]
+    printed = re.findall(r"^print\(.*\)  # (.*)$", code, re.M)
+    assert run([code], tmp_path).split("\n") == [*printed, ""]
+
+
+def test_the_table_lists_every_recipe_and_its_files_exist():
+    rows = dict(re.findall(r"^\| \[(.*?)\]\(#.*?\) \| .* \| (.*) \|$", EXTENDING, re.M))
+    assert list(rows) == [heading[0].lower() + heading[1:] for heading in recipes()]
+    for files in rows.values():
+        for name in re.findall(r"`([\w/]+(?:\.py|/))`", files):
+            assert (ROOT / "lpo_jax" / name).exists(), name
