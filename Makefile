@@ -37,6 +37,7 @@ test-isa: .venv/installed
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 .venv/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lpo_jax needs Python 3.11 or newer; this is " + sys.version.split()[0] + " (set PYTHON=...)")'

@@ -57,7 +57,7 @@ class ClipCov(RatioClip):
         count = jnp.maximum(jnp.floor(self.cov_fraction * context.tokens.sum()), 1)
         return first(count, _hash(context.stats.logp), candidates)
 
-    def __call__(self, delta, c, context):
+    def __call__(self, delta: jax.Array, c: jax.Array, context: Context) -> jax.Array:
         return jnp.where(self.silent(delta, c, context), 0, super().__call__(delta, c, context))
 
 
@@ -73,7 +73,7 @@ class KLCov(Gate):
     cov_fraction: float = 2e-4
     cov_kl_coef: float = 1.0
 
-    def __call__(self, delta, c, context):
+    def __call__(self, delta: jax.Array, c: jax.Array, context: Context) -> jax.Array:
         count = jnp.maximum(jnp.floor(self.cov_fraction * context.tokens.sum()), 1)
         held = first(count, -covariance(c, context), context.tokens)
         price = self.cov_kl_coef * magnitude(delta) / context.size[..., None]
@@ -83,4 +83,7 @@ class KLCov(Gate):
 def _hash(x: jax.Array) -> jax.Array:
     """Numbers in an order that has nothing to do with that of `x`: the same for the same float32."""
     bits = jax.lax.bitcast_convert_type(jnp.asarray(x, jnp.float32), jnp.uint32)
-    return ((bits * jnp.uint32(2654435761)) >> 8).astype(jnp.float32)  # Knuth's multiplicative hash
+    order: jax.Array = ((bits * jnp.uint32(2654435761)) >> 8).astype(
+        jnp.float32
+    )  # Knuth's multiplicative hash
+    return order

@@ -287,7 +287,7 @@ class Judge(Hook):
 
     phase = Phase.ANNOTATE
     gives = ("flawed",)
-    readers = (FlawPenalty,)
+    readers: ClassVar[tuple[type[Part], ...]] = (FlawPenalty,)
     setting = "objective.shape=flaw-penalty"
 
     judge: str = ""

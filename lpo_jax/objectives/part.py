@@ -28,12 +28,17 @@ class Part:
     """The base of all kinds.
 
     Attributes:
-      needs: names of fields of `TokenStats` or `Scored` that may not be None.
+      reads: names of fields of `TokenStats` or `Scored` that the part computes with.
       uses: names of fields that the part reads where they are not None, and without which it does nothing.
     """
 
-    needs: ClassVar[tuple[str, ...]] = ()
+    reads: ClassVar[tuple[str, ...]] = ()
     uses: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The fields that may not be None with these options: `reads`, unless an option switches the part off."""
+        return self.reads
 
 
 def word(part: Part) -> str:

@@ -32,7 +32,7 @@ class SignalShare(PromptWeight):
       GPG, arXiv 2504.02546, the factor alpha.
     """
 
-    def __call__(self, context):
+    def __call__(self, context: Context) -> jax.Array:
         count = context.valid.any(-1).sum() / jnp.maximum(_mixed(context).sum(), 1)
         return jnp.broadcast_to(count, context.rewards[:, :1].shape)
 
@@ -53,7 +53,7 @@ class Difficulty(PromptWeight):
 
     difficulty_temperature: float = 2.0
 
-    def __call__(self, context):
+    def __call__(self, context: Context) -> jax.Array:
         mixed = _mixed(context)
         p = jnp.where(context.pass_rate > 0, context.pass_rate, 1)
         # A softmax over nothing is NaN: without a mixed group it is taken over all, and hidden.
@@ -76,7 +76,7 @@ class LongerSuccess(PromptWeight):
 
     short_weight: float = 0.1
 
-    def __call__(self, context):
+    def __call__(self, context: Context) -> jax.Array:
         truncated = context.scored.truncated
         failed = context.valid & ~context.passed
         ended = failed if truncated is None else failed & (truncated == 0)
@@ -98,7 +98,7 @@ class NftWeight(PromptWeight):
 
     nft_weight: str = "dr-grpo"
 
-    def __call__(self, context):
+    def __call__(self, context: Context) -> jax.Array:
         p = context.pass_rate.clip(0.02, 0.98)
         return 1 - p if self.nft_weight == "dr-grpo" else jnp.sqrt((1 - p) / p)
 
@@ -114,6 +114,6 @@ class HookWeight(PromptWeight):
 
     uses = ("weight",)
 
-    def __call__(self, context):
+    def __call__(self, context: Context) -> jax.Array:
         weight = context.scored.weight
         return jnp.ones_like(context.rewards[:, :1]) if weight is None else weight[:, None]

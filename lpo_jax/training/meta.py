@@ -18,8 +18,8 @@ from etils import epath
 from lpo_jax import reporting
 from lpo_jax.config import Config, MetaSection
 from lpo_jax.errors import Diverged, RunStopped, UserError
-from lpo_jax.objectives import meta as evolution
-from lpo_jax.objectives.meta import Evolution
+from lpo_jax.objectives import evolution
+from lpo_jax.objectives.evolution import Evolution
 from lpo_jax.objectives.mirror import NeuralMirror, initial_map
 from lpo_jax.parallel import hosts
 from lpo_jax.reporting.writers import METRICS_FILE

@@ -12,7 +12,7 @@ from lpo_jax import objectives
 from lpo_jax.commands.main import main
 from lpo_jax.config import parse_config
 from lpo_jax.errors import Diverged, UserError
-from lpo_jax.objectives import meta as evolution
+from lpo_jax.objectives import evolution
 from lpo_jax.objectives.mirror import SIZE, initial_map
 from lpo_jax.reporting import read_metrics
 from lpo_jax.runs.directory import Interrupted

@@ -31,7 +31,7 @@ from lpo_jax.objectives.trust import (
 )
 
 FIBER_PAPER = "Fibration Policy Optimization, arXiv 2603.08239"
-VERDICT = {"shape": (Sign(),), "advantage": Advantage(temperature="dr-grpo", centre="none")}
+VERDICT: dict[str, Any] = {"shape": (Sign(),), "advantage": Advantage(temperature="dr-grpo", centre="none")}
 
 
 def _bounded(name: str, formula: str, paper: str, fidelity: str, note: str = "", **parts: Any) -> Method:
