@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from lpo_jax.objectives.batch import Context, required
+from lpo_jax.objectives.fields import Field
 from lpo_jax.objectives.part import Part
 from lpo_jax.objectives.simplex import as_float, centred, masked_median
 from lpo_jax.objectives.targets import HUGE, TEMPERATURE_FLOOR, temperature
@@ -68,8 +69,8 @@ class Advantage(Utility):
     centre: str = "mean"
 
     @property
-    def needs(self) -> tuple[str, ...]:
-        return ("baseline",) if self.centre == "baseline" else ()
+    def needs(self) -> tuple[Field, ...]:
+        return (Field.BASELINE,) if self.centre == "baseline" else ()
 
     def difference(self, context: Context) -> jax.Array:
         return CENTRES[self.centre](context)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from lpo_jax.objectives.batch import Context, required
+from lpo_jax.objectives.fields import Field
 from lpo_jax.objectives.part import Part
 from lpo_jax.objectives.shaping import agreement
 from lpo_jax.objectives.simplex import as_float, masked_mean, masked_std
@@ -37,7 +38,7 @@ class ConfidenceGap(Bias):
 
     confidence_weight: float = 0.3
     unlikely_share: float = 0.2
-    reads = ("prompt_confidence",)
+    reads = (Field.PROMPT_CONFIDENCE,)
 
     def __call__(self, context: Context, u: jax.Array) -> jax.Array:
         logp = as_float(context.scored.behaviour_logp)
@@ -66,7 +67,7 @@ class GlobalMix(Bias):
 
     mix_slope: float = 3.0
     mix_entropy: float = 1.0
-    reads = ("clusters",)
+    reads = (Field.CLUSTERS,)
 
     def __call__(self, context: Context, u: jax.Array) -> jax.Array:
         mu = masked_mean(context.rewards, context.valid, -1, keepdims=True).T  # [1,P]

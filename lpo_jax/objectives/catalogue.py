@@ -45,7 +45,7 @@ def names() -> dict[str, MethodRecord]:
                 k: list(v) if isinstance(v, tuple) else v for k, v in options(method.objective).items()
             },
             "parts": _parts(method.objective),
-            "needs": [f"K >= {method.objective.min_group_size}", *sorted(method.objective.needs)],
+            "needs": [f"K >= {method.objective.min_group_size}", *sorted(map(str, method.objective.needs))],
         }
         for name, method in CATALOGUE.items()
     }

@@ -7,6 +7,7 @@ the one after; the parts of the method read it there, and never see the data of 
 import dataclasses
 
 from lpo_jax.objectives.batch import Context, ControlState, Listwise
+from lpo_jax.objectives.fields import Field
 from lpo_jax.objectives.part import Part
 
 
@@ -14,7 +15,7 @@ from lpo_jax.objectives.part import Part
 class Control(Part):
     """The base: a state, and what an update makes of it."""
 
-    reads = ("control",)
+    reads = (Field.CONTROL,)
 
     def init(self) -> ControlState:
         """The state at the start of a run, a pytree of arrays of fixed shape."""

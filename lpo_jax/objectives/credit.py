@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from lpo_jax.objectives.advantage import scaled
 from lpo_jax.objectives.aggregate import RESPONSE_BUDGET
 from lpo_jax.objectives.batch import Context, required
+from lpo_jax.objectives.fields import Field
 from lpo_jax.objectives.part import Part
 from lpo_jax.objectives.simplex import as_float, centred, masked_mean, masked_std
 from lpo_jax.objectives.targets import TEMPERATURE_FLOOR
@@ -44,7 +45,7 @@ class EntropyCost(Credit):
 
     entropy_cost: float = 0.1
     entropy_limit: float = 0.7
-    reads = ("entropy",)
+    reads = (Field.ENTROPY,)
 
     def __call__(self, context: Context, u: jax.Array, tau: jax.Array) -> jax.Array:
         entropy = masked_mean(required(context.stats.entropy), context.tokens, -1)
@@ -66,7 +67,7 @@ class Progress(Credit):
     """
 
     progress_weight: float = 1.0
-    reads = ("credit",)
+    reads = (Field.CREDIT,)
 
     def __call__(self, context: Context, u: jax.Array, tau: jax.Array) -> jax.Array:
         return u[..., None] + self.progress_weight * _standardised(
@@ -86,7 +87,7 @@ class StepPenalty(Credit):
     """
 
     step_penalty: float = 1.0
-    reads = ("credit",)
+    reads = (Field.CREDIT,)
 
     def __call__(self, context: Context, u: jax.Array, tau: jax.Array) -> jax.Array:
         return _standardised(
@@ -119,7 +120,7 @@ class AnytimeReturns(Credit):
     budgets: int = 4
     budget_weights: str = "linear"
     max_tokens: int = RESPONSE_BUDGET
-    reads = ("credit",)
+    reads = (Field.CREDIT,)
 
     def weights(self) -> jax.Array:
         """w [S], of sum 1."""

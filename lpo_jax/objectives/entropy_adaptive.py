@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from lpo_jax.objectives.advantage import Utility, scaled
 from lpo_jax.objectives.batch import Context, required
+from lpo_jax.objectives.fields import Field
 from lpo_jax.objectives.simplex import as_float
 from lpo_jax.objectives.token_weight import TokenWeight
 from lpo_jax.objectives.trust import RatioClip, ratio
@@ -76,7 +77,7 @@ class EntropyClip(RatioClip):
 
     entropy_pivot: float = 0.8
     clip_growth: float = 1.0
-    reads = ("entropy",)
+    reads = (Field.ENTROPY,)
 
     def __call__(self, delta: jax.Array, c: jax.Array, context: Context) -> jax.Array:
         low, high = _widths(relative_entropy(context, self.entropy_pivot), self.clip_growth)
@@ -101,7 +102,7 @@ class EntropyWeight(TokenWeight):
     entropy_pivot: float = 0.8
     clip_growth: float = 1.0
     weight_growth: float = 1.0
-    reads = ("entropy",)
+    reads = (Field.ENTROPY,)
 
     def __call__(self, context: Context, u: jax.Array) -> jax.Array:
         h = relative_entropy(context, self.entropy_pivot)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from lpo_jax.objectives.batch import Context, ControlState, Listwise, required
 from lpo_jax.objectives.bias import Bias
 from lpo_jax.objectives.control import Control
+from lpo_jax.objectives.fields import Field
 from lpo_jax.objectives.probe import folded
 from lpo_jax.objectives.projection import ScoreLoss, reference_scores
 from lpo_jax.objectives.simplex import masked_mean
@@ -48,7 +49,7 @@ class FlowBalance(ScoreLoss):
       FlowRL, arXiv 2509.15207; public code Xuekai-Zhu/FlowRL.
     """
 
-    reads = ("ref_logp", "features", "control")
+    reads = (Field.REF_LOGP, Field.FEATURES, Field.CONTROL)
 
     def scores(self, logp: jax.Array, delta: jax.Array, context: Context) -> jax.Array:
         return reference_scores(logp, context)

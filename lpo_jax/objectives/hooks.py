@@ -22,6 +22,7 @@ from typing import ClassVar
 
 from lpo_jax.objectives.advantage import Utility
 from lpo_jax.objectives.credit import AnytimeReturns, Progress, StepPenalty
+from lpo_jax.objectives.fields import Field
 from lpo_jax.objectives.part import Part, word
 from lpo_jax.objectives.prompt_weight import HookWeight
 from lpo_jax.objectives.proximal import PreviousKL
@@ -53,7 +54,7 @@ class Hook(Part):
     """
 
     phase: ClassVar[Phase]
-    gives: ClassVar[tuple[str, ...]] = ()
+    gives: ClassVar[tuple[Field, ...]] = ()
     readers: ClassVar[tuple[type[Part], ...]] = ()
     setting: ClassVar[str] = ""
 
@@ -214,7 +215,7 @@ class Replay(Hook):
     """
 
     phase = Phase.REPLAY
-    gives = ("weight",)
+    gives = (Field.WEIGHT,)
     readers = (HookWeight,)
     setting = "objective.prompt_weight=hook-weight"
 
@@ -235,7 +236,7 @@ class SiblingTeacher(Hook):
     """
 
     phase = Phase.ANNOTATE
-    gives = ("teacher",)
+    gives = (Field.TEACHER,)
     readers = (Distil, Untaught)
     setting = "objective.regular=distil"
 
@@ -252,7 +253,7 @@ class PreviousPolicy(Hook):
     """
 
     phase = Phase.ANNOTATE
-    gives = ("teacher",)
+    gives = (Field.TEACHER,)
     readers = (PreviousKL,)
     setting = "objective.regular=previous-kl"
 
@@ -268,7 +269,7 @@ class GreedyBaseline(Hook):
     """
 
     phase = Phase.ANNOTATE
-    gives = ("baseline",)
+    gives = (Field.BASELINE,)
     readers = (Utility,)
     setting = "objective.centre=baseline"
 
@@ -286,7 +287,7 @@ class Judge(Hook):
     """
 
     phase = Phase.ANNOTATE
-    gives = ("flawed",)
+    gives = (Field.FLAWED,)
     readers: ClassVar[tuple[type[Part], ...]] = (FlawPenalty,)
     setting = "objective.shape=flaw-penalty"
 
@@ -306,7 +307,7 @@ class StepJudge(Judge):
     """
 
     phase = Phase.ANNOTATE
-    gives = ("credit",)
+    gives = (Field.CREDIT,)
     readers = (StepPenalty,)
     setting = "objective.credit=step-penalty"
 
@@ -328,7 +329,7 @@ class PrefixValues(Hook):
     """
 
     phase = Phase.ANNOTATE
-    gives = ("credit",)
+    gives = (Field.CREDIT,)
     readers = (Progress,)
     setting = "objective.credit=progress"
 
@@ -355,7 +356,7 @@ class Budgets(Hook):
     """
 
     phase = Phase.ANNOTATE
-    gives = ("credit",)
+    gives = (Field.CREDIT,)
     readers = (AnytimeReturns,)
     setting = "objective.credit=anytime-returns"
 

@@ -24,6 +24,7 @@ from lpo_jax.objectives.bias import Bias
 from lpo_jax.objectives.control import Control
 from lpo_jax.objectives.credit import Credit
 from lpo_jax.objectives.divergences import DIVERGENCES
+from lpo_jax.objectives.fields import Field
 from lpo_jax.objectives.hooks import Hook, Phase
 from lpo_jax.objectives.part import Part
 from lpo_jax.objectives.projection import Projection
@@ -84,15 +85,15 @@ class Objective:
         return tuple(x for x in flat if isinstance(x, Part))
 
     @property
-    def needs(self) -> frozenset[str]:
+    def needs(self) -> frozenset[Field]:
         """Fields of `TokenStats` and `Scored` that may not be None, beside those that never may."""
         return frozenset(name for part in self.parts for name in part.needs)
 
     @property
-    def differentiates(self) -> frozenset[str]:
+    def differentiates(self) -> frozenset[Field]:
         """Fields of `TokenStats` that the loss has a gradient in; `logp` always is one."""
         penalties = (part for part in self.regular if part.coefficient)
-        return frozenset({"logp"}.union(*(part.differentiates for part in penalties)))
+        return frozenset({Field.LOGP}.union(*(part.differentiates for part in penalties)))
 
     @property
     def extra_updates(self) -> int:

@@ -26,6 +26,7 @@ import numpy as np
 
 from lpo_jax.objectives.batch import Context, TokenStats, required
 from lpo_jax.objectives.checks import is_number
+from lpo_jax.objectives.fields import Field
 from lpo_jax.objectives.regular import Regular, reference_log_ratio
 from lpo_jax.objectives.simplex import as_float
 
@@ -45,7 +46,7 @@ class Bregman(Regular):
 
     mirror_coef: float = 1e-4
     metric = "lpo/bregman"
-    reads = ("ref_logp",)
+    reads = (Field.REF_LOGP,)
 
     @property
     def coefficient(self) -> float:

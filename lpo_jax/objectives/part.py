@@ -22,21 +22,23 @@ import dataclasses
 import re
 from typing import ClassVar
 
+from lpo_jax.objectives.fields import Field
+
 
 @dataclasses.dataclass(frozen=True)
 class Part:
     """The base of all kinds.
 
     Attributes:
-      reads: names of fields of `TokenStats` or `Scored` that the part computes with.
-      uses: names of fields that the part reads where they are not None, and without which it does nothing.
+      reads: the fields that the part computes with.
+      uses: the fields that the part computes with where they are not None, and without which it does nothing.
     """
 
-    reads: ClassVar[tuple[str, ...]] = ()
-    uses: ClassVar[tuple[str, ...]] = ()
+    reads: ClassVar[tuple[Field, ...]] = ()
+    uses: ClassVar[tuple[Field, ...]] = ()
 
     @property
-    def needs(self) -> tuple[str, ...]:
+    def needs(self) -> tuple[Field, ...]:
         """The fields that may not be None with these options: `reads`, unless an option switches the part off."""
         return self.reads
 

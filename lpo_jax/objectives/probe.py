@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from lpo_jax.objectives.advantage import CENTRES, Utility
 from lpo_jax.objectives.batch import Context, ControlState, Listwise, required
 from lpo_jax.objectives.control import Control
+from lpo_jax.objectives.fields import Field
 from lpo_jax.objectives.simplex import as_float, masked_mean
 
 
@@ -74,7 +75,7 @@ class ProbeAdvantage(Utility):
     """
 
     temperature: str | float = "dr-grpo"
-    reads = ("features", "control")
+    reads = (Field.FEATURES, Field.CONTROL)
 
     def difference(self, context: Context) -> jax.Array:
         state = required(context.scored.control)

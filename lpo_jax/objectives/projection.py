@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from lpo_jax.objectives.aggregate import token_weights
 from lpo_jax.objectives.batch import Context, required
 from lpo_jax.objectives.divergences import ALPHA, Divergence, alpha_divergence, divergence
+from lpo_jax.objectives.fields import Field
 from lpo_jax.objectives.part import Part
 from lpo_jax.objectives.simplex import as_float, listwise_log_probs, sequence_scores
 from lpo_jax.objectives.sparse import ENTMAX_ALPHA, TARGETS, entmax_log_probs
@@ -137,7 +138,7 @@ class ReferenceSimplex(Simplex):
     So every update has the same optimum, pi_ref exp(R / tau), whichever policy sampled.
     """
 
-    reads = ("ref_logp",)
+    reads = (Field.REF_LOGP,)
 
     def scores(self, logp: jax.Array, delta: jax.Array, context: Context) -> jax.Array:
         return reference_scores(logp, context, self.score)

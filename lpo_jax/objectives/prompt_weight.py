@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from lpo_jax.objectives.batch import Context
+from lpo_jax.objectives.fields import Field
 from lpo_jax.objectives.part import Part
 from lpo_jax.objectives.simplex import centred, masked_mean
 
@@ -112,7 +113,7 @@ def _mixed(context: Context) -> jax.Array:
 class HookWeight(PromptWeight):
     """What a hook of the run gives as `Scored.weight`; 1 where it gives none."""
 
-    uses = ("weight",)
+    uses = (Field.WEIGHT,)
 
     def __call__(self, context: Context) -> jax.Array:
         weight = context.scored.weight

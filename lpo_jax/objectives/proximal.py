@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from lpo_jax.objectives.batch import Context, ControlState, Listwise, TokenStats, required
 from lpo_jax.objectives.control import Control
+from lpo_jax.objectives.fields import Field
 from lpo_jax.objectives.regular import Regular, with_rest
 from lpo_jax.objectives.simplex import masked_mean
 from lpo_jax.objectives.trust import ratio
@@ -30,8 +31,8 @@ class PreviousKL(Regular):
     step_size: float = 1.0
     step_floor: float = 0.05
     metric = "lpo/previous_kl"
-    reads = ("top_logp", "teacher", "progress")
-    differentiates = ("top_logp",)
+    reads = (Field.TOP_LOGP, Field.TEACHER, Field.PROGRESS)
+    differentiates = (Field.TOP_LOGP,)
 
     @property
     def coefficient(self) -> float:

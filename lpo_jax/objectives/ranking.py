@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from lpo_jax.objectives.advantage import AdvantageRule
 from lpo_jax.objectives.batch import Context, TokenStats
 from lpo_jax.objectives.bias import Bias
+from lpo_jax.objectives.fields import Field
 from lpo_jax.objectives.projection import ScoreLoss, reference_scores
 from lpo_jax.objectives.regular import KL
 from lpo_jax.objectives.simplex import as_float, centred, masked_mean, sequence_scores
@@ -79,7 +80,7 @@ class Preferences(ScoreLoss):
 
     preference_beta: float = 0.1
     anisotropy: float = 2.5
-    reads = ("ref_logp",)
+    reads = (Field.REF_LOGP,)
 
     def scores(self, logp: jax.Array, delta: jax.Array, context: Context) -> jax.Array:
         return reference_scores(logp, context)
@@ -104,7 +105,7 @@ class SamplerKL(KL):
     """`KL` from the policy that sampled, not from the reference: a trust region."""
 
     kl_coef: float = 0.001
-    reads: ClassVar[tuple[str, ...]] = ()
+    reads: ClassVar[tuple[Field, ...]] = ()
 
     def __call__(self, stats: TokenStats, context: Context) -> jax.Array:
         return super().__call__(stats.replace(ref_logp=context.scored.behaviour_logp), context)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from lpo_jax.objectives.batch import Context, TokenStats, required
+from lpo_jax.objectives.fields import Field
 from lpo_jax.objectives.part import Part
 from lpo_jax.objectives.simplex import as_float, masked_mean
 from lpo_jax.objectives.trust import MAX_LOG_RATIO, magnitude
@@ -30,7 +31,7 @@ class Regular(Part):
     """
 
     metric: ClassVar[str]
-    differentiates: ClassVar[tuple[str, ...]] = ("logp",)
+    differentiates: ClassVar[tuple[Field, ...]] = (Field.LOGP,)
 
     @property
     def coefficient(self) -> float:
@@ -38,7 +39,7 @@ class Regular(Part):
         raise NotImplementedError
 
     @property
-    def needs(self) -> tuple[str, ...]:
+    def needs(self) -> tuple[Field, ...]:
         return self.reads if self.coefficient else ()
 
     def weight(self, context: Context) -> float | jax.Array:
@@ -77,7 +78,7 @@ class KL(Regular):
     kl_coef: float = 0.0
     kl: str = "k3"
     metric = "actor/kl_loss"
-    reads: ClassVar[tuple[str, ...]] = ("ref_logp",)
+    reads: ClassVar[tuple[Field, ...]] = (Field.REF_LOGP,)
 
     @property
     def coefficient(self) -> float:
@@ -121,8 +122,8 @@ class Entropy(Regular):
 
     entropy_coef: float = 0.0
     metric = "actor/entropy_loss"
-    reads = ("entropy",)
-    differentiates = ("entropy",)
+    reads = (Field.ENTROPY,)
+    differentiates = (Field.ENTROPY,)
 
     @property
     def coefficient(self) -> float:
@@ -153,8 +154,8 @@ class Distil(Regular):
     distil_share: float = 0.5
     distil_decay: float = 1.0
     metric = "lpo/distil_jsd"
-    reads = ("top_logp", "teacher")
-    differentiates = ("top_logp",)
+    reads = (Field.TOP_LOGP, Field.TEACHER)
+    differentiates = (Field.TOP_LOGP,)
 
     @property
     def coefficient(self) -> float:

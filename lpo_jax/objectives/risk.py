@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from lpo_jax.objectives.advantage import AdvantageRule, scaled
 from lpo_jax.objectives.batch import Context, ControlState, Listwise, required
 from lpo_jax.objectives.control import Control
+from lpo_jax.objectives.fields import Field
 from lpo_jax.objectives.part import Part
 from lpo_jax.objectives.simplex import masked_mean, masked_std
 from lpo_jax.objectives.targets import HUGE
@@ -108,7 +109,7 @@ class RiskAdvantage(Bundles, AdvantageRule):
     """
 
     tail_weight: float = 1.5
-    reads = ("control",)
+    reads = (Field.CONTROL,)
 
     def __call__(self, context: Context) -> tuple[jax.Array, jax.Array]:
         scores, there = self.scores(context)

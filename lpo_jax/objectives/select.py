@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from lpo_jax.objectives.batch import Context, required
+from lpo_jax.objectives.fields import Field
 from lpo_jax.objectives.part import Part
 from lpo_jax.objectives.simplex import as_float, masked_median, sequence_scores
 
@@ -72,7 +73,7 @@ class MaxVariance(Select):
 
     responses_initial: float = 0.25
     responses_final: float = 0.75
-    reads = ("progress",)
+    reads = (Field.PROGRESS,)
 
     def __call__(self, context: Context, u: jax.Array) -> jax.Array:
         valid = context.valid.ravel()
@@ -108,7 +109,7 @@ class PerplexityMask(Select):
 
     ppl_correct_max: float = 2.5
     ppl_wrong_min: float = 1.05
-    reads = ("ref_logp",)
+    reads = (Field.REF_LOGP,)
 
     def __call__(self, context: Context, u: jax.Array) -> jax.Array:
         perplexity = jnp.exp(-sequence_scores(as_float(required(context.stats.ref_logp)), context.tokens))

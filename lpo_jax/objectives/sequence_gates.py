@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from lpo_jax.objectives.batch import Context, required
+from lpo_jax.objectives.fields import Field
 from lpo_jax.objectives.simplex import as_float, sequence_scores
 from lpo_jax.objectives.trust import Gate, RatioClip, WeightClip, magnitude, ratio
 
@@ -87,8 +88,8 @@ class HybridClip(RatioClip):
     sequence_epsilon_high: float = 4e-4
 
     @property
-    def needs(self) -> tuple[str, ...]:
-        return ("entropy",) if self.token_share == "entropy" else ()
+    def needs(self) -> tuple[Field, ...]:
+        return (Field.ENTROPY,) if self.token_share == "entropy" else ()
 
     def share(self, context: Context) -> float | jax.Array:
         """a, a number or [P,K,T] in [0, 1]."""

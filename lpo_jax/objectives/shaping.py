@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from lpo_jax.objectives.aggregate import RESPONSE_BUDGET
 from lpo_jax.objectives.batch import Context, required
+from lpo_jax.objectives.fields import Field
 from lpo_jax.objectives.part import Part
 
 
@@ -40,7 +41,7 @@ class FlawPenalty(Shape):
     """
 
     flaw_penalty: float = 1.0
-    reads = ("flawed",)
+    reads = (Field.FLAWED,)
 
     def __call__(self, context: Context) -> jax.Array:
         flawed = context.passed & (required(context.scored.flawed) != 0)
@@ -80,7 +81,7 @@ class ClusterFrequency(Shape):
     """
 
     entropy_threshold: float = 1.0
-    reads = ("clusters",)
+    reads = (Field.CLUSTERS,)
 
     def __call__(self, context: Context) -> jax.Array:
         share, entropy = agreement(context)

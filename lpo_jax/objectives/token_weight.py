@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from lpo_jax.objectives.batch import Context, required
+from lpo_jax.objectives.fields import Field
 from lpo_jax.objectives.part import Part
 from lpo_jax.objectives.simplex import as_float, centred
 
@@ -32,7 +33,7 @@ class TokenWeight(Part):
 class Untaught(TokenWeight):
     """0 on the responses that learn from a teacher instead, 1 on the others."""
 
-    reads = ("teacher",)
+    reads = (Field.TEACHER,)
 
     def __call__(self, context: Context, u: jax.Array) -> jax.Array:
         return (context.tokens & ~required(context.scored.teacher).valid[..., None]).astype(u.dtype)
@@ -50,7 +51,7 @@ class TopEntropy(TokenWeight):
     """
 
     top_tokens: float = 0.2
-    reads = ("entropy",)
+    reads = (Field.ENTROPY,)
 
     def __call__(self, context: Context, u: jax.Array) -> jax.Array:
         entropy = as_float(required(context.stats.entropy))
@@ -72,7 +73,7 @@ class TopImpact(TokenWeight):
 
     tokens_initial: float = 0.25
     tokens_final: float = 0.75
-    reads = ("entropy", "progress")
+    reads = (Field.ENTROPY, Field.PROGRESS)
 
     def __call__(self, context: Context, u: jax.Array) -> jax.Array:
         share = self.tokens_initial + required(context.scored.progress) * (
@@ -98,7 +99,7 @@ class CurvatureMask(TokenWeight):
     """
 
     reject_tokens: float = 0.08
-    reads = ("collision", "hidden_norm")
+    reads = (Field.COLLISION, Field.HIDDEN_NORM)
 
     def __call__(self, context: Context, u: jax.Array) -> jax.Array:
         stats = context.stats
@@ -128,7 +129,7 @@ class Conflicts(TokenWeight):
     """
 
     conflict_weight: float = 2.0
-    reads = ("token_ids",)
+    reads = (Field.TOKEN_IDS,)
 
     def __call__(self, context: Context, u: jax.Array) -> jax.Array:
         tokens, ids = context.tokens, required(context.scored.token_ids)
@@ -164,7 +165,7 @@ class TruncatedImportance(TokenWeight):
     """
 
     importance_cap: float = 2.0
-    reads = ("sampler_logp",)
+    reads = (Field.SAMPLER_LOGP,)
 
     def __call__(self, context: Context, u: jax.Array) -> jax.Array:
         scored = context.scored

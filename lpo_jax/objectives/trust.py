@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from lpo_jax.objectives.batch import Context, required
+from lpo_jax.objectives.fields import Field
 from lpo_jax.objectives.part import Part
 from lpo_jax.objectives.simplex import masked_median, masked_std
 
@@ -218,7 +219,7 @@ class RatioVariance(Gate):
       R2VPO, arXiv 2601.03320.
     """
 
-    reads = ("control",)
+    reads = (Field.CONTROL,)
 
     def __call__(self, delta: jax.Array, c: jax.Array, context: Context) -> jax.Array:
         rho = ratio(delta)

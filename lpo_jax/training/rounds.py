@@ -13,9 +13,9 @@ import numpy as np
 
 from lpo_jax import tasks
 from lpo_jax.models.decoder import Params
-from lpo_jax.models.head import EXTRA_STATS
 from lpo_jax.models.lora import join
 from lpo_jax.objectives import Scored, TokenStats
+from lpo_jax.objectives.fields import Field, Source, fields_from
 from lpo_jax.objectives.method import Objective
 from lpo_jax.rollout.collect import Collected
 from lpo_jax.rollout.collect import join as join_batches
@@ -80,8 +80,8 @@ class Learner:
 
 
 def scores_first(objective: Objective) -> bool:
-    """Whether an objective needs more of the tokens than the sampler can say."""
-    return bool(objective.needs & {"entropy", "top_logp", *EXTRA_STATS})
+    """Whether an objective needs statistics that only a forward pass gives, and not the sampler."""
+    return bool(objective.needs & fields_from(Source.POLICY, Source.POLICY_EXTRA))
 
 
 def sample_round(
@@ -158,7 +158,7 @@ def complete(
             gaps = {name: float(value) for name, value in found.items()}
         scored = scored.replace(behaviour_logp=by_trainer, sampler_logp=scored.behaviour_logp)
     rollouts = packed(learner, rollouts)
-    wanted = learner.objective.needs & {"features", "prompt_confidence"}
+    wanted = learner.objective.needs & fields_from(Source.OBSERVATION)
     if wanted:
         seen = observed(learner.program, tools.params, rollouts.groups, scored.mask)
         scored = scored.replace(**{name: seen[name] for name in wanted})
@@ -197,7 +197,7 @@ def current_stats(learner: Learner, state: TrainState, rollouts: Rollouts, first
     if scores_first(learner.objective) or not first:
         scored = score(learner.program, state.policy, rollouts.groups)
         used = scored.replace(logp=used.logp) if first else scored
-    if "ref_logp" in learner.objective.needs:
+    if Field.REF_LOGP in learner.objective.needs:
         reference = join(state.frozen, state.reference)
         used = used.replace(ref_logp=score(learner.program, reference, rollouts.groups).logp)
     return used

@@ -20,10 +20,10 @@ from lpo_jax.evaluation.heldout import Evaluation, evaluate
 from lpo_jax.models import lora
 from lpo_jax.models.config import ModelConfig
 from lpo_jax.models.decoder import Params, abstract_params, init_params
-from lpo_jax.models.head import EXTRA_STATS
 from lpo_jax.models.load import load_config_and_tokenizer, load_weights
 from lpo_jax.models.quantize import require_qwix
 from lpo_jax.objectives.catalogue import with_response_budget
+from lpo_jax.objectives.fields import Field, Source, fields_from
 from lpo_jax.objectives.hooks import problem as hook_problem
 from lpo_jax.parallel.mesh import STATE_BYTES, open_mesh
 from lpo_jax.parallel.sharding import constrain_params, current_shardings, decode_mesh, placed, using
@@ -34,23 +34,6 @@ from lpo_jax.training.memory import Microbatch, fit_microbatch
 from lpo_jax.training.mirror_file import read_map
 from lpo_jax.training.optimizer import Optimizer
 from lpo_jax.training.step import Program, TrainState
-
-# What every round has for an objective, or can have from one more pass of the model; hooks give the rest.
-GIVEN = frozenset(
-    {
-        "entropy",
-        "ref_logp",
-        "passed",
-        "malformed",
-        "truncated",
-        "token_ids",
-        "clusters",
-        "progress",
-        "control",
-        "sampler_logp",
-    }
-    | {"features", "prompt_confidence", *EXTRA_STATS}
-)
 
 
 def check_config(config: Config) -> objectives.Objective:
@@ -83,7 +66,7 @@ def check_config(config: Config) -> objectives.Objective:
                 "sampling.weights = int8 samples from another model than the one that is trained: set "
                 "training.behaviour=rescored (objective.token_weight=truncated-importance corrects the rest)"
             )
-    if "sampler_logp" in objective.needs and not rescored:
+    if Field.SAMPLER_LOGP in objective.needs and not rescored:
         raise UserError(
             f"objective {objective.name}: truncated-importance compares the trainer's log-probs with the sampler's; "
             "set training.behaviour=rescored"
@@ -93,10 +76,8 @@ def check_config(config: Config) -> objectives.Objective:
             f"sampling.num_responses = {sampling.num_responses}: {config.objective['name']} compares the responses "
             f"to one prompt and needs at least {objective.min_group_size}"
         )
-    given = GIVEN.union(*(hook.gives for hook in objective.hooks))
-    if "teacher" in given:
-        given |= {"top_logp"}
-    if lacking := sorted(objective.needs - given):
+    given = {field for hook in objective.hooks for field in hook.gives}
+    if lacking := sorted(objective.needs & fields_from(Source.HOOK, Source.CALLER) - given):
         raise UserError(
             f"objective {objective.name}: with these options it needs {', '.join(lacking)} of every response, which "
             "nothing in it provides; use a method that has the hook for it (lpo methods)"
@@ -198,7 +179,7 @@ class Session:
             self.microbatch.token_budget,
             self.dtype,
             self.microbatch.remat,
-            tuple(name for name in EXTRA_STATS if name in needs),
+            tuple(sorted(fields_from(Source.POLICY_EXTRA).intersection(needs))),
             self.config.model.attention,
         )
 
@@ -211,7 +192,7 @@ class Session:
         """A state's parameters with a fresh optimizer, and what the objective keeps beside them."""
         params = state.params
         control, referred = (
-            (objective.init_control(), "ref_logp" in objective.needs) if objective else (None, False)
+            (objective.init_control(), Field.REF_LOGP in objective.needs) if objective else (None, False)
         )
         # A copy: the parameters themselves are donated to the update.
         reference = jax.tree.map(jnp.copy, params) if referred else None

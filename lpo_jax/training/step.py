@@ -32,6 +32,7 @@ from lpo_jax.models.config import ModelConfig
 from lpo_jax.models.head import token_log_probs, top_tokens, weighted_log_probs
 from lpo_jax.models.lora import Frozen, join
 from lpo_jax.objectives import Listwise, Objective, Scored, Teacher, TokenStats
+from lpo_jax.objectives.fields import Field
 from lpo_jax.parallel.sharding import batch_shards, constrain_params, summed, whole
 from lpo_jax.training.batch import Groups
 from lpo_jax.training.optimizer import Optimizer
@@ -70,7 +71,7 @@ class Program:
       token_budget: most tokens, padding included, in one row of a microbatch; there is a row for each shard of the
         batch.
       remat: recompute layers in the backward pass.
-      extra: which of `EXTRA_STATS` to compute.
+      extra: which statistics of `Source.POLICY_EXTRA` to compute.
       attention: kernels for TPUs, or plain products (`lpo_jax.models.attention`).
     """
 
@@ -79,7 +80,7 @@ class Program:
     token_budget: int = 8192
     dtype: Any = jnp.float32
     remat: bool = True
-    extra: tuple[str, ...] = ()
+    extra: tuple[Field, ...] = ()
     attention: Attention = "auto"
 
     def pack(self, groups: Groups, mask: np.ndarray) -> Groups:
