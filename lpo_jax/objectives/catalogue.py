@@ -12,7 +12,7 @@ from lpo_jax.objectives.options import OPTIONS
 from lpo_jax.objectives.part import Part, word
 from lpo_jax.objectives.projection import Simplex
 from lpo_jax.objectives.trust import Gate
-from lpo_jax.objectives.vocabulary import ONE, SEVERAL, parse
+from lpo_jax.objectives.vocabulary import ONE, SEVERAL, parts_named
 
 CATALOGUE = {
     row.objective.name: row for family in (listwise, shaped, ratio, tokens, guided) for row in family.METHODS
@@ -93,7 +93,7 @@ def get(name: str, **chosen: object) -> Objective:
     parts = {key: value for key, value in chosen.items() if key in ONE | SEVERAL}
     for key, value in parts.items():
         try:
-            objective = dataclasses.replace(objective, **{key: parse(key, value)})
+            objective = dataclasses.replace(objective, **{key: parts_named(key, value)})
         except ValueError as error:
             raise ValueError(f"{name}: {key} {error}") from None
     chosen = {key: value for key, value in chosen.items() if key not in parts}

@@ -40,7 +40,7 @@ class Evolution:
         return max(self.history, default=-math.inf)
 
 
-def start(phi: Sequence[float]) -> Evolution:
+def start_search(phi: Sequence[float]) -> Evolution:
     """The search from `phi` [D]."""
     return Evolution(np.asarray(phi, float), np.zeros((0, len(phi))), np.zeros(0))
 

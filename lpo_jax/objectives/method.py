@@ -25,7 +25,7 @@ from lpo_jax.objectives.control import Control
 from lpo_jax.objectives.credit import Credit
 from lpo_jax.objectives.divergences import DIVERGENCES
 from lpo_jax.objectives.fields import Field
-from lpo_jax.objectives.hooks import Hook, Phase
+from lpo_jax.objectives.hook_specs import HookPhase, HookSpec
 from lpo_jax.objectives.part import Part
 from lpo_jax.objectives.projection import Projection
 from lpo_jax.objectives.prompt_weight import PromptWeight
@@ -68,7 +68,7 @@ class Objective:
     aggregate: Aggregate | None = Aggregate()
     regular: tuple[Regular, ...] = ()
     control: Control | None = None
-    hooks: tuple[Hook, ...] = ()
+    hooks: tuple[HookSpec, ...] = ()
     prompt_weight_inside: bool = False
     degenerate: str = "keep"
     min_group_size: int = 2
@@ -98,7 +98,7 @@ class Objective:
     @property
     def extra_updates(self) -> int:
         """Most updates that the hooks add to those of a step."""
-        return sum(hook.phase is Phase.REPLAY for hook in self.hooks)
+        return sum(hook.phase is HookPhase.REPLAY for hook in self.hooks)
 
     def __call__(self, stats: TokenStats, scored: Scored) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The loss of a minibatch of whole groups, to be minimised, and its metrics.

@@ -79,7 +79,7 @@ def flag(value: object) -> str | None:
     return None if isinstance(value, bool) else f"must be true or false, got {value!r}"
 
 
-def text(value: object) -> str | None:
+def string(value: object) -> str | None:
     """Any text."""
     return None if isinstance(value, str) else f"must be a text, got {value!r}"
 
@@ -144,7 +144,7 @@ OPTIONS: Mapping[str, Check] = {
     "probe_buffer": count("responses"),
     "probe_width": count("features"),
     "probe_ridge": between(0, math.inf),
-    # hooks.py: Judge
+    # hook_specs.py: Judge
     "judge": function_path,
     # projection.py
     "score": one_of(*SCORES),
@@ -196,7 +196,7 @@ OPTIONS: Mapping[str, Check] = {
     "dual_start": within(0, math.inf),
     "dual_rate": within(0, math.inf),
     "variance_limit": within(0, math.inf),
-    # hooks.py
+    # hook_specs.py
     "top": count("tokens"),
     "max_rounds": count("sampling rounds"),
     "uniform_share": within(0, 1),
@@ -237,9 +237,9 @@ OPTIONS: Mapping[str, Check] = {
     "mirror_coef": within(0, math.inf),
     "mirror": map_problem,
     "mirror_seed": count("a seed", 0),
-    # hooks.py: PrefixValues, Budgets
+    # hook_specs.py: PrefixValues, Budgets
     "segments": count("segments"),
-    "cue": text,
+    "cue": string,
     "summaries": count("answers"),
     "summary_tokens": count("tokens"),
     # aggregate.py

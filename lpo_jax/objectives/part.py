@@ -15,7 +15,7 @@ a pure function of arrays:
     Aggregate     (tokens) -> weights [P,K,T]                                         aggregate.py
     Regular       (stats, context) -> token penalty [P,K,T]                           regular.py
     Control       state, and (state, context) -> state after an update                control.py
-    Hook          what the run must do around an update; no arithmetic of its own     hooks.py
+    HookSpec          what the run must do around an update; no arithmetic of its own     hooks.py
 """
 
 import dataclasses

@@ -7,7 +7,7 @@ from lpo_jax.objectives import covariance_gates, entropy_adaptive, proximal, ran
 from lpo_jax.objectives.bias import Bias
 from lpo_jax.objectives.checks import nearest
 from lpo_jax.objectives.credit import Credit
-from lpo_jax.objectives.hooks import Hook
+from lpo_jax.objectives.hook_specs import HookSpec
 from lpo_jax.objectives.part import Part, word
 from lpo_jax.objectives.prompt_weight import PromptWeight
 from lpo_jax.objectives.regular import Regular
@@ -25,7 +25,7 @@ ONE: dict[str, type[Part]] = {
     "gate": Gate,
     "token_weight": TokenWeight,
 }
-SEVERAL: dict[str, type[Part]] = {"shape": Shape, "regular": Regular, "hooks": Hook}
+SEVERAL: dict[str, type[Part]] = {"shape": Shape, "regular": Regular, "hooks": HookSpec}
 
 
 def words(kind: str) -> dict[str, Part]:
@@ -33,7 +33,7 @@ def words(kind: str) -> dict[str, Part]:
     return {word(part()): part() for part in _below((ONE | SEVERAL)[kind])}
 
 
-def parse(kind: str, value: object) -> Part | tuple[Part, ...] | None:
+def parts_named(kind: str, value: object) -> Part | tuple[Part, ...] | None:
     """The part, or for a kind that holds several the parts, that a config's words stand for.
 
     Raises:

@@ -50,7 +50,7 @@ def meta(config: Config, *, resume: bool = False, fitness: Callable[[Config], fl
     console = reporting.console()
     with RunDirectory(config, "meta", resume) as run, reporting.RunWriter(run.path) as writer:
         phi = mirror.mirror or initial_map(mirror.mirror_seed)
-        search = Search.load(run.path) or Search(evolution.start(phi))
+        search = Search.load(run.path) or Search(evolution.start_search(phi))
         if not search.file(run.path).exists() and (run.path / METRICS_FILE).exists():
             raise UserError(
                 f"{run.path}: metrics.jsonl holds rounds of a search, but {search.file(run.path)} is not there; put it "

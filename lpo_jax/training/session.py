@@ -24,7 +24,7 @@ from lpo_jax.models.load import load_config_and_tokenizer, load_weights
 from lpo_jax.models.quantize import require_qwix
 from lpo_jax.objectives.catalogue import with_response_budget
 from lpo_jax.objectives.fields import Field, Source, fields_from
-from lpo_jax.objectives.hooks import problem as hook_problem
+from lpo_jax.objectives.hook_specs import problem as hook_problem
 from lpo_jax.parallel.mesh import STATE_BYTES, open_mesh
 from lpo_jax.parallel.sharding import constrain_params, current_shardings, decode_mesh, placed, using
 from lpo_jax.rollout.collect import Collector, within_limit

@@ -11,7 +11,7 @@ from tiny import character_tokenizer
 
 from lpo_jax import objectives as O
 from lpo_jax.errors import RunStopped, UserError
-from lpo_jax.objectives import Scored, hooks
+from lpo_jax.objectives import Scored, hook_specs
 from lpo_jax.rewards import Verdict
 from lpo_jax.rollout.collect import Collected, join, replace_response
 from lpo_jax.rollout.encode import encode_hinted
@@ -120,7 +120,7 @@ def test_clusters_number_equal_answers():
 
 def dynamic(first, *further, max_rounds=3, updates=1):
     """The groups that dynamic sampling keeps of a first and further batches (None: no new prompt), and the hook."""
-    hook = prompts.Dynamic(hooks.DynamicSampling(max_rounds), session(ROWS, updates=updates), None)
+    hook = prompts.Dynamic(hook_specs.DynamicSampling(max_rounds), session(ROWS, updates=updates), None)
     round, offered = Round(first), iter(further)
     hook.select(round, lambda: (batch := next(offered)) and Round(batch))
     return round.batch, hook
@@ -167,7 +167,7 @@ def test_dynamic_sampling_of_groups_of_one_is_refused():
     single = session(ROWS)
     single.config.sampling.num_responses = 1
     with pytest.raises(UserError, match="num_responses = 1: dynamic-sampling"):
-        prompts.Dynamic(hooks.DynamicSampling(), single, None)
+        prompts.Dynamic(hook_specs.DynamicSampling(), single, None)
 
 
 def test_failures_of_the_verifier_are_neither_passes_nor_failures():
@@ -183,8 +183,8 @@ def test_failures_of_the_verifier_are_neither_passes_nor_failures():
 @pytest.mark.parametrize(
     ("make", "spec"),
     [
-        (prompts.Learnability, hooks.LearnabilitySampling()),
-        (prompts.Gaussian, hooks.GaussianSampling()),
+        (prompts.Learnability, hook_specs.LearnabilitySampling()),
+        (prompts.Gaussian, hook_specs.GaussianSampling()),
     ],
 )
 def test_a_prompt_that_could_not_be_judged_keeps_its_pass_rate(make, spec):
@@ -199,7 +199,7 @@ def test_a_prompt_that_could_not_be_judged_keeps_its_pass_rate(make, spec):
 def test_prompts_are_drawn_by_their_pass_rates():
     """METHODS 4.4, item 20: learnability prefers p = 1/2, keeps its share of the data's order, never repeats."""
     rows = [{"n": n} for n in range(12)]
-    hook = prompts.Learnability(hooks.LearnabilitySampling(uniform_share=0.5), session(rows), None)
+    hook = prompts.Learnability(hook_specs.LearnabilitySampling(uniform_share=0.5), session(rows), None)
     rates = [0, 1, 0.5, 0.5, *[0.01] * 8]
     for i, rate in enumerate(rates):
         hook.observe(collected([i], [[float(k < 100 * rate) for k in range(100)]]))
@@ -216,8 +216,8 @@ def test_prompts_are_drawn_by_their_pass_rates():
 @pytest.mark.parametrize(
     ("make", "spec"),
     [
-        (prompts.Learnability, hooks.LearnabilitySampling()),
-        (prompts.Gaussian, hooks.GaussianSampling()),
+        (prompts.Learnability, hook_specs.LearnabilitySampling()),
+        (prompts.Gaussian, hook_specs.GaussianSampling()),
     ],
 )
 def test_further_rounds_of_a_step_draw_prompts_that_it_has_not_seen(make, spec):
@@ -232,12 +232,12 @@ def test_further_rounds_of_a_step_draw_prompts_that_it_has_not_seen(make, spec):
 
 
 def test_gaussian_sampling_peaks_at_one_half_and_flattens_with_its_width():
-    hook = prompts.Gaussian(hooks.GaussianSampling(), session(ROWS), None)
+    hook = prompts.Gaussian(hook_specs.GaussianSampling(), session(ROWS), None)
     rates = np.linspace(0, 1, 11)
     weights = hook.weights(rates)
     assert weights.argmax() == 5 and np.allclose(weights, weights[::-1])
     np.testing.assert_allclose(weights[0] / weights[5], np.exp(-0.25 / (2 * 0.35**2)))
-    wide = prompts.Gaussian(hooks.GaussianSampling(width=1e3), session(ROWS), None)
+    wide = prompts.Gaussian(hook_specs.GaussianSampling(width=1e3), session(ROWS), None)
     np.testing.assert_allclose(wide.weights(rates), 1, rtol=1e-5)
     hook.observe(collected([4], [[1, 1]]))
     assert hook.rates[4] == pytest.approx(0.9 * 0.5 + 0.1 * 1)
@@ -245,7 +245,7 @@ def test_gaussian_sampling_peaks_at_one_half_and_flattens_with_its_width():
 
 def test_solution_hints_grow_until_something_passes():
     tools = Tools(session(ROWS), collected([1, 2], [[0, 1], [0, 0]]), collected([2], [[1, 1]]))
-    hook = hints.Solutions(hooks.SolutionHints((0.25, 0.75)), tools.session, None)
+    hook = hints.Solutions(hook_specs.SolutionHints((0.25, 0.75)), tools.session, None)
     round = Round(collected([0, 1, 2], [[1, 0], [0, 0], [0, None]]))
     hook.begin()
     hook.mend(round, tools)
@@ -260,7 +260,7 @@ def test_solution_hints_grow_until_something_passes():
 
 def test_ladder_hints_put_one_response_under_the_plain_prompt():
     tools = Tools(session(ROWS), collected([1], [[0, 0]]), collected([1], [[0, 1]], [["no", "yes"]]))
-    hook = hints.Ladder(hooks.LadderHints(hint_after=50), tools.session, None)
+    hook = hints.Ladder(hook_specs.LadderHints(hint_after=50), tools.session, None)
     round = Round(collected([0, 1], [[1, 0], [0, 0]]))
     hook.begin()
     hook.mend(round, tools)
@@ -274,7 +274,7 @@ def test_ladder_hints_put_one_response_under_the_plain_prompt():
 
 @pytest.mark.parametrize(
     ("make", "spec"),
-    [(hints.Solutions, hooks.SolutionHints((0.25, 0.75))), (hints.Ladder, hooks.LadderHints(0))],
+    [(hints.Solutions, hook_specs.SolutionHints((0.25, 0.75))), (hints.Ladder, hook_specs.LadderHints(0))],
 )
 def test_hints_are_for_groups_that_were_judged_to_fail(make, spec):
     """Nothing is known of group 0; group 2 could not be judged with a hint, so that no greater one is earned."""
@@ -295,7 +295,10 @@ def test_hints_are_for_groups_that_were_judged_to_fail(make, spec):
 
 def test_hints_that_rows_do_not_have_are_refused():
     rows = [{"n": 0, "solution": "x", "hints": ["a"]}, {"n": 1}]
-    for make, spec in ((hints.Ladder, hooks.LadderHints()), (hints.Solutions, hooks.SolutionHints())):
+    for make, spec in (
+        (hints.Ladder, hook_specs.LadderHints()),
+        (hints.Solutions, hook_specs.SolutionHints()),
+    ):
         with pytest.raises(UserError, match="training row 1 of task 'made' has no"):
             make(spec, session(rows), O.get("grpo"))
 
@@ -311,14 +314,14 @@ def test_a_hint_goes_between_question_and_prefill():
 def test_greedy_baseline_is_the_greedy_reward_or_the_groups_mean():
     batch = collected([0, 1], [[1, 0], [0, 1]])
     tools = Tools(session(ROWS), collected([0, 1], [[0.25], [None]]))
-    out = judges.Greedy(hooks.GreedyBaseline(), tools.session, None).annotate(None, batch, tools)
+    out = judges.Greedy(hook_specs.GreedyBaseline(), tools.session, None).annotate(None, batch, tools)
     assert out["baseline"].tolist() == [[0.25], [0.5]]
     asked = tools.calls[0][1]
     assert asked.pop("prompts") == [TOKENIZER.encode("p0"), TOKENIZER.encode("p1")]
     assert asked == {"num_responses": 1, "greedy": True}
     unknown = collected([0, 1], [[None, None], [0, None]])
     tools = Tools(session(ROWS), collected([0, 1], [[None], [None]]))
-    out = judges.Greedy(hooks.GreedyBaseline(), tools.session, None).annotate(None, unknown, tools)
+    out = judges.Greedy(hook_specs.GreedyBaseline(), tools.session, None).annotate(None, unknown, tools)
     assert out["baseline"].tolist() == [
         [0],
         [0],
@@ -346,12 +349,12 @@ def judging(make, spec, batch):
 
 def test_judge_marks_passing_responses_and_steps(judge_file):
     batch = collected([0, 1], [[1, 1], [0, 0]], [["bad", "good"], ["bad", "worse"]])
-    flawed = judging(judges.Judge, hooks.Judge(f"{judge_file}:flawed"), batch)["flawed"]
+    flawed = judging(judges.FlawJudge, hook_specs.Judge(f"{judge_file}:flawed"), batch)["flawed"]
     assert flawed.tolist() == [[True, False], [False, False]]  # failed responses are not judged
-    credit = judging(credits.StepJudge, hooks.StepJudge(f"{judge_file}:steps"), batch)["credit"]
+    credit = judging(credits.StepCredits, hook_specs.StepJudge(f"{judge_file}:steps"), batch)["credit"]
     assert credit[1, 1].tolist()[:6] == [0, 1, 1, 0, 0, 0] and credit.sum() == 2
     with pytest.raises(UserError, match=r"needs a judge: set objective\.judge"):
-        judges.Judge(hooks.Judge(), session(ROWS), O.get("grpo"))
+        judges.FlawJudge(hook_specs.Judge(), session(ROWS), O.get("grpo"))
 
 
 def test_progress_is_the_gain_in_the_chance_of_the_solution(tiny_config, tiny_params):
@@ -360,7 +363,7 @@ def test_progress_is_the_gain_in_the_chance_of_the_solution(tiny_config, tiny_pa
     program = Program(tiny_config)
     tools = Tools(session(ROWS))
     tools.program, tools.params = program, tiny_params
-    got = credits.Values(hooks.PrefixValues(segments=2, cue="="), tools.session, None).annotate(
+    got = credits.Values(hook_specs.PrefixValues(segments=2, cue="="), tools.session, None).annotate(
         rollouts, batch, tools
     )
 
@@ -380,7 +383,7 @@ def test_cuts_hold_the_mean_reward_of_their_answers():
     rollouts = make_rollouts(Round(batch), 6, 0.0)
     first = collected([0 + (1 << 24), 3 + (1 << 24)], [[1, 0], [None, None]])  # both longer than 3 tokens
     tools = Tools(session(ROWS), first)
-    got = credits.Cuts(hooks.Budgets(budgets=2, summaries=2, cue="="), tools.session, None).annotate(
+    got = credits.Cuts(hook_specs.Budgets(budgets=2, summaries=2, cue="="), tools.session, None).annotate(
         rollouts, batch, tools
     )["credit"]
     assert got[0, 0, :6].tolist() == [0.5] * 3 + [1] * 3  # the answers' mean, then its own reward
@@ -396,7 +399,7 @@ def test_siblings_teach_the_failed_responses_of_mixed_groups(tiny_config, tiny_p
     rollouts = make_rollouts(Round(batch), 6, 0.0)
     tools = Tools(session(ROWS, model_config=tiny_config))
     tools.program, tools.params = Program(tiny_config, 0.7), tiny_params
-    spec = hooks.SiblingTeacher(top=4, reprompt="see {solution}:")
+    spec = hook_specs.SiblingTeacher(top=4, reprompt="see {solution}:")
     teacher = teachers.Sibling(spec, tools.session, None).annotate(rollouts, batch, tools)["teacher"]
     assert np.asarray(teacher.valid).tolist() == [[False, True], [False, False], [False, False]]
     ids = encode_hinted(tools.session.task, TOKENIZER, ROWS[0], "see r0:")
@@ -406,7 +409,7 @@ def test_siblings_teach_the_failed_responses_of_mixed_groups(tiny_config, tiny_p
 
 
 def test_replay_weighs_the_batch_before_and_survives_a_resume():
-    make = lambda: replay.PreviousBatch(hooks.Replay(window=3), session(ROWS), None)  # noqa: E731
+    make = lambda: replay.PreviousBatch(hook_specs.Replay(window=3), session(ROWS), None)  # noqa: E731
     hook, means, weights = make(), [0.0, 0.5, 0.25, 1.0, 0.0, 1.0], []
     for step, mean in enumerate(means):
         batch = collected([step], [[mean, mean]])
@@ -431,7 +434,7 @@ def test_replay_weighs_the_batch_before_and_survives_a_resume():
 
 
 def test_replay_weight_does_not_explode_where_the_window_is_constant():
-    hook = replay.PreviousBatch(hooks.Replay(window=8), session(ROWS), None)
+    hook = replay.PreviousBatch(hook_specs.Replay(window=8), session(ROWS), None)
     for _ in range(3):
         hook.observe(collected([0], [[1, 0, 0, 0]]))
         assert hook.weight == 0
@@ -450,7 +453,7 @@ def test_replayed_batch_survives_a_resume_whole():
         *(np.full((2, 2, 6, 3), x) for x in (1, 2.0)), np.ones((2, 2, 6)), np.ones((2, 2), bool)
     )
     extra = {"sampler_logp": scored.behaviour_logp + 1, "prompt_confidence": np.ones(2), "teacher": teacher}
-    hook, again = (replay.PreviousBatch(hooks.Replay(), session(ROWS), None) for _ in range(2))
+    hook, again = (replay.PreviousBatch(hook_specs.Replay(), session(ROWS), None) for _ in range(2))
     hook.replay(rollouts.replace(scored=scored.replace(**extra, credit=scored.behaviour_logp)))
     again.restore(json.loads(json.dumps(hook.state())))
     assert jax.tree.structure(again.before) == jax.tree.structure(hook.before)
@@ -458,7 +461,7 @@ def test_replayed_batch_survives_a_resume_whole():
 
 
 def test_a_step_that_could_not_be_judged_is_no_regress():
-    hook = replay.PreviousBatch(hooks.Replay(window=3), session(ROWS), None)
+    hook = replay.PreviousBatch(hook_specs.Replay(window=3), session(ROWS), None)
     steps = [
         collected([i], [rewards])
         for i, rewards in enumerate(([0, 1], [1, 1], [None, None], [1, None], [0, 1]))
@@ -476,7 +479,7 @@ def test_a_judge_that_always_fails_stops_the_run(tmp_path):
     path.write_text("def bad(response, row):\n    raise ValueError('no model')\n")
     batch = collected([0], [[1, 1]])
     with pytest.raises(RunStopped, match=r"step 100: the judge .*judge.py:bad failed on all 2 .*no model"):
-        judging(judges.Judge, hooks.Judge(f"{path}:bad"), batch)
+        judging(judges.FlawJudge, hook_specs.Judge(f"{path}:bad"), batch)
 
 
 def test_split_leaves_scalars_whole():

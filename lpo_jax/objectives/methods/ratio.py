@@ -5,7 +5,7 @@ from typing import Any
 from lpo_jax.objectives.advantage import Advantage
 from lpo_jax.objectives.aggregate import Aggregate
 from lpo_jax.objectives.covariance_gates import ClipCov, KLCov
-from lpo_jax.objectives.hooks import PreviousPolicy
+from lpo_jax.objectives.hook_specs import PreviousPolicy
 from lpo_jax.objectives.methods.row import Method, method
 from lpo_jax.objectives.prompt_weight import NftWeight
 from lpo_jax.objectives.proximal import PreviousKL, RatioVarianceDual

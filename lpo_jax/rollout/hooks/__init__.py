@@ -1,20 +1,20 @@
-"""Hooks at work: what a method asks of the run around its updates (`objectives/hooks.py` names them)."""
+"""Hooks at work: what a method asks of the run around its updates (`objectives/hook_specs.py` names them)."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
 
-from lpo_jax.objectives import hooks as specs
+from lpo_jax.objectives import hook_specs as specs
 from lpo_jax.objectives.method import Objective
 from lpo_jax.rollout.hooks import credits, hints, judges, prompts, replay, teachers
 from lpo_jax.rollout.hooks.base import Round, RunHook, Tools
 from lpo_jax.training.session import Session
 
-_AT_WORK: dict[type[specs.Hook], type[RunHook]] = {
+_AT_WORK: dict[type[specs.HookSpec], type[RunHook]] = {
     specs.Budgets: credits.Cuts,
     specs.DynamicSampling: prompts.Dynamic,
     specs.GaussianSampling: prompts.Gaussian,
     specs.GreedyBaseline: judges.Greedy,
-    specs.Judge: judges.Judge,
+    specs.Judge: judges.FlawJudge,
     specs.LadderHints: hints.Ladder,
     specs.LearnabilitySampling: prompts.Learnability,
     specs.PrefixValues: credits.Values,
@@ -22,7 +22,7 @@ _AT_WORK: dict[type[specs.Hook], type[RunHook]] = {
     specs.Replay: replay.PreviousBatch,
     specs.SiblingTeacher: teachers.Sibling,
     specs.SolutionHints: hints.Solutions,
-    specs.StepJudge: credits.StepJudge,
+    specs.StepJudge: credits.StepCredits,
 }
 
 

@@ -9,7 +9,7 @@ A step runs through these phases in this order, whatever the order of a method's
   annotate  the objective gets fields of `Scored`
   replay    an update on an earlier batch follows the step's own
 
-A hook's settings (`objectives/hooks.py`) declare which of them it acts in, and which hooks it cannot be combined with.
+A hook's settings (`objectives/hook_specs.py`) declare in which phase it acts, and which hooks it excludes.
 Each hook overrides the methods of its phase; its state is JSON and is saved with every checkpoint.
 """
 
@@ -22,7 +22,7 @@ import numpy as np
 from lpo_jax import tasks
 from lpo_jax.errors import UserError
 from lpo_jax.models.decoder import Params
-from lpo_jax.objectives.hooks import Hook
+from lpo_jax.objectives.hook_specs import HookSpec
 from lpo_jax.objectives.method import Objective
 from lpo_jax.rollout.collect import Collected, join
 from lpo_jax.sampling import Sampling
@@ -95,7 +95,7 @@ def joined(rounds: Sequence[Round]) -> Round:
 class RunHook:
     """A hook at work in a run. The base does nothing."""
 
-    def __init__(self, spec: Hook, session: Session, objective: Objective):
+    def __init__(self, spec: HookSpec, session: Session, objective: Objective):
         self.spec, self.session, self.objective = spec, session, objective
 
     def __enter__(self):

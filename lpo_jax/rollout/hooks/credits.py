@@ -7,16 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from lpo_jax.errors import UserError
-from lpo_jax.objectives import hooks as specs
+from lpo_jax.objectives import hook_specs as specs
 from lpo_jax.rollout.collect import join
 from lpo_jax.rollout.hooks.base import BUDGETED, RunHook, judged, require_solutions
-from lpo_jax.rollout.hooks.judges import Judge
+from lpo_jax.rollout.hooks.judges import FlawJudge
 from lpo_jax.sampling.padding import NO_LIMIT, pad_prompts
 from lpo_jax.training.batch import Groups
 from lpo_jax.training.step import score
 
 
-class StepJudge(Judge):
+class StepCredits(FlawJudge):
     """CAPO (credit): 1 on the tokens of wrong steps."""
 
     spec: specs.StepJudge

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from lpo_jax.objectives import Scored, Teacher
-from lpo_jax.objectives import hooks as specs
+from lpo_jax.objectives import hook_specs as specs
 from lpo_jax.rollout.collect import Collected
 from lpo_jax.rollout.hooks.base import RunHook, judged
 from lpo_jax.training.batch import Groups, Rollouts
