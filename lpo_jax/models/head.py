@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from lpo_jax.models.attend import accumulator
 from lpo_jax.models.decoder import project
+from lpo_jax.objectives.fields import Field
 from lpo_jax.parallel.sharding import RULES, constrain, gathered, summed
 
 # Logits of one chunk of one row, in elements: 2^25 float32 values are 128 MiB; more where that is fewer tokens than
@@ -26,9 +27,6 @@ from lpo_jax.parallel.sharding import RULES, constrain, gathered, summed
 # accelerator waits for its memory.
 CHUNK_ELEMENTS = 1 << 25
 FEWEST_TOKENS = 512
-
-# Statistics beyond log-prob and entropy; computed where asked for.
-EXTRA_STATS = ("collision", "hidden_norm")
 
 
 def chunk_size(vocab_size: int) -> int:
@@ -43,7 +41,7 @@ def token_log_probs(
     temperature: float = 1.0,
     *,
     top_ids: jax.Array | None = None,
-    extra: tuple[str, ...] = (),
+    extra: tuple[Field, ...] = (),
 ) -> dict[str, jax.Array]:
     """What softmax(logits / temperature) says of each target; not for differentiation.
 
@@ -53,7 +51,7 @@ def token_log_probs(
       targets: `[B, X]` ids.
       temperature: the one the sampler used; scores are of the distribution that was sampled from.
       top_ids: `[B, X, J]` ids whose log-probs are wanted too.
-      extra: which of `EXTRA_STATS` are wanted too.
+      extra: which statistics of `Source.POLICY_EXTRA` are wanted too.
 
     Returns:
       Float32 arrays: "logp" `[B, X]`, "entropy" in nats `[B, X]`, and as asked "top_logp" `[B, X, J]`, "collision"
@@ -77,7 +75,7 @@ def weighted_log_probs(
     temperature: float = 1.0,
     *,
     top_ids: jax.Array | None = None,
-    extra: tuple[str, ...] = (),
+    extra: tuple[Field, ...] = (),
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The sum of cotangent times statistic, for `jax.grad` with respect to `hidden` and `unembed`.
 
@@ -172,9 +170,9 @@ def _statistics(logits, h, target, top, extra):
     out = {"logp": chosen - lse, "entropy": lse - jnp.einsum("bcv,bcv->bc", p, logits)}
     if top is not None:
         out["top_logp"] = jnp.take_along_axis(logits, top, axis=-1) - lse[..., None]
-    if "collision" in extra:
+    if Field.COLLISION in extra:
         out["collision"] = jnp.square(p).sum(-1)
-    if "hidden_norm" in extra:
+    if Field.HIDDEN_NORM in extra:
         out["hidden_norm"] = jnp.linalg.norm(h.astype(logits.dtype), axis=-1)
     return out, p
 

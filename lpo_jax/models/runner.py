@@ -25,6 +25,7 @@ from lpo_jax.models.head import token_log_probs, top_tokens, weighted_log_probs
 from lpo_jax.models.lora import Frozen, join
 from lpo_jax.models.placement import constrain_params
 from lpo_jax.objectives import Teacher, TokenStats
+from lpo_jax.objectives.fields import Field
 from lpo_jax.parallel.sharding import batch_shards, summed, whole
 
 
@@ -53,7 +54,7 @@ class ModelRunner:
       token_budget: most tokens, padding included, in one row of a microbatch; there is a row for each shard of the
         batch.
       remat: recompute layers in the backward pass.
-      extra: which of `EXTRA_STATS` to compute.
+      extra: which statistics of `Source.POLICY_EXTRA` to compute.
       attention: kernels for TPUs, or plain products (`lpo_jax.models.attention`).
     """
 
@@ -62,7 +63,7 @@ class ModelRunner:
     token_budget: int = 8192
     dtype: Any = jnp.float32
     remat: bool = True
-    extra: tuple[str, ...] = ()
+    extra: tuple[Field, ...] = ()
     attention: Attention = "auto"
 
     def pack(self, groups: Groups, mask: np.ndarray) -> Groups:

@@ -22,7 +22,7 @@ from lpo_jax.objectives.divergences import (
     divergence,
     f_divergence,
 )
-from lpo_jax.objectives.hooks import Hook
+from lpo_jax.objectives.hook_specs import HookSpec
 from lpo_jax.objectives.method import Objective
 from lpo_jax.objectives.part import Part
 from lpo_jax.objectives.projection import Projection, Simplex
@@ -45,7 +45,7 @@ __all__ = [
     "Credit",
     "Divergence",
     "Gate",
-    "Hook",
+    "HookSpec",
     "Listwise",
     "LogClip",
     "Objective",

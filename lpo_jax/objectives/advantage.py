@@ -7,14 +7,24 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from lpo_jax.objectives.batch import Context
+from lpo_jax.objectives.batch import Context, required
+from lpo_jax.objectives.fields import Field
 from lpo_jax.objectives.part import Part
 from lpo_jax.objectives.simplex import as_float, centred, masked_median
 from lpo_jax.objectives.targets import HUGE, TEMPERATURE_FLOOR, temperature
 
 
 @dataclasses.dataclass(frozen=True)
-class Utility(Part):
+class AdvantageRule(Part):
+    """The base: how rewards become the utilities that a projection works with."""
+
+    def __call__(self, context: Context) -> tuple[jax.Array, jax.Array]:
+        """Utilities [P,K], 0 where invalid, and tau [P,1] in units of reward."""
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class Utility(AdvantageRule):
     """u = (R - mu) / tau: the exponent of the target of a listwise method, which sees differences only.
 
     Attributes:
@@ -32,7 +42,6 @@ class Utility(Part):
         return CENTRES["mean"](context)
 
     def __call__(self, context: Context) -> tuple[jax.Array, jax.Array]:
-        """Utilities [P,K], 0 where invalid, and tau [P,1] in units of reward."""
         rewards, valid = context.rewards, context.valid
         tau = temperature(rewards, self.temperature, valid, ddof=self.ddof, floor=self.temperature_floor)
         return scaled(self.difference(context), tau), tau
@@ -60,10 +69,10 @@ class Advantage(Utility):
     centre: str = "mean"
 
     @property
-    def needs(self) -> tuple[str, ...]:
-        return ("baseline",) if self.centre == "baseline" else ()
+    def needs(self) -> tuple[Field, ...]:
+        return (Field.BASELINE,) if self.centre == "baseline" else ()
 
-    def difference(self, context):
+    def difference(self, context: Context) -> jax.Array:
         return CENTRES[self.centre](context)
 
 
@@ -75,7 +84,7 @@ class NonzeroAdvantage(Advantage):
       MC-GRPO, public code lotusroot-kim/MC-GRPO (its GSM8K trainer).
     """
 
-    def __call__(self, context):
+    def __call__(self, context: Context) -> tuple[jax.Array, jax.Array]:
         u, tau = super().__call__(context)
         share = jnp.maximum((u != 0).sum(-1, keepdims=True), 1) / context.size
         return scaled(u, share), tau * share
@@ -121,7 +130,7 @@ def _batch(context: Context) -> jax.Array:
 
 def _baseline(context: Context) -> jax.Array:
     # A baseline that could not be had (its verifier broke) compares nothing.
-    b = as_float(context.scored.baseline)
+    b = as_float(required(context.scored.baseline))
     return jnp.where(context.valid & jnp.isfinite(b), context.rewards - b, 0)
 
 

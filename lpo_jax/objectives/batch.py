@@ -4,15 +4,30 @@ Axis letters: P prompts, K responses per prompt, T response tokens, J of the lik
 Log-probs are in nats.
 """
 
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
+# The state of a `Control`: a pytree of arrays whose structure only that control knows.
+ControlState: TypeAlias = Any
 
-@flax.struct.dataclass
-class TokenStats:
+T = TypeVar("T")
+
+
+def required(value: T | None) -> T:
+    """Return a field that a part names in its `reads`: `Objective` has checked that it is there.
+
+    Raises:
+      TypeError: the field is None, so the part reads a field that it does not name.
+    """
+    if value is None:
+        raise TypeError("a part reads a field that is missing from its `reads`")
+    return value
+
+
+class TokenStats(flax.struct.PyTreeNode):
     """What the current policy says about the sampled tokens; an objective is differentiated in these.
 
     All but `logp` are None unless the method needs them (`objective.needs`).
@@ -34,8 +49,7 @@ class TokenStats:
     hidden_norm: jax.Array | None = None
 
 
-@flax.struct.dataclass
-class Teacher:
+class Teacher(flax.struct.PyTreeNode):
     """Next-token distributions to stay near or to learn from, each as its J likeliest tokens.
 
     Attributes:
@@ -51,8 +65,7 @@ class Teacher:
     valid: jax.Array
 
 
-@flax.struct.dataclass
-class Scored:
+class Scored(flax.struct.PyTreeNode):
     """Sampled and verified responses: constants of the update.
 
     The first five say everything that most methods look at. The others are None unless the run has them to
@@ -102,11 +115,10 @@ class Scored:
     weight: jax.Array | None = None
     sampler_logp: jax.Array | None = None
     progress: jax.Array | None = None
-    control: Any = None
+    control: ControlState = None
 
 
-@flax.struct.dataclass
-class Context:
+class Context(flax.struct.PyTreeNode):
     """A minibatch as the parts of a method see it: masked, shaped so far, and without gradient.
 
     Attributes:
@@ -146,8 +158,7 @@ class Context:
         return self.passed.sum(-1, keepdims=True) / self.size
 
 
-@flax.struct.dataclass
-class Listwise:
+class Listwise(flax.struct.PyTreeNode):
     """The group-level view of an update; `objective.listwise` makes it, and rollouts are written from it.
 
     Attributes:

@@ -5,7 +5,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from lpo_jax.objectives.batch import Context
+from lpo_jax.objectives.batch import Context, required
+from lpo_jax.objectives.fields import Field
 from lpo_jax.objectives.part import Part
 from lpo_jax.objectives.shaping import agreement
 from lpo_jax.objectives.simplex import as_float, masked_mean, masked_std
@@ -37,14 +38,14 @@ class ConfidenceGap(Bias):
 
     confidence_weight: float = 0.3
     unlikely_share: float = 0.2
-    needs = ("prompt_confidence",)
+    reads = (Field.PROMPT_CONFIDENCE,)
 
-    def __call__(self, context, u):
+    def __call__(self, context: Context, u: jax.Array) -> jax.Array:
         logp = as_float(context.scored.behaviour_logp)
         ordered = jnp.sort(jnp.where(context.tokens, logp, jnp.inf), -1)
         few = jnp.ceil(self.unlikely_share * context.lengths)[..., None]
         confidence = jnp.exp(masked_mean(ordered, jnp.arange(logp.shape[-1]) < few, -1))
-        gap = as_float(context.scored.prompt_confidence)[:, None] - confidence
+        gap = as_float(required(context.scored.prompt_confidence))[:, None] - confidence
         return u + jnp.where(context.pass_rate > 0, self.confidence_weight * gap, 0)
 
 
@@ -66,9 +67,9 @@ class GlobalMix(Bias):
 
     mix_slope: float = 3.0
     mix_entropy: float = 1.0
-    needs = ("clusters",)
+    reads = (Field.CLUSTERS,)
 
-    def __call__(self, context, u):
+    def __call__(self, context: Context, u: jax.Array) -> jax.Array:
         mu = masked_mean(context.rewards, context.valid, -1, keepdims=True).T  # [1,P]
         sampled = context.valid.any(-1)[None]
         sigma = masked_std(mu, sampled)

@@ -2,24 +2,37 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypedDict
 
 from lpo_jax.objectives.aggregate import RESPONSE_BUDGET
-from lpo_jax.objectives.hints import nearest
+from lpo_jax.objectives.checks import nearest
 from lpo_jax.objectives.method import Objective
 from lpo_jax.objectives.methods import guided, listwise, ratio, shaped, tokens
 from lpo_jax.objectives.options import OPTIONS
-from lpo_jax.objectives.part import Part
+from lpo_jax.objectives.part import Part, word
 from lpo_jax.objectives.projection import Simplex
 from lpo_jax.objectives.trust import Gate
-from lpo_jax.objectives.vocabulary import ONE, SEVERAL, parse, word
+from lpo_jax.objectives.vocabulary import ONE, SEVERAL, parts_named
 
 CATALOGUE = {
     row.objective.name: row for family in (listwise, shaped, ratio, tokens, guided) for row in family.METHODS
 }
 
 
-def names() -> dict[str, dict[str, Any]]:
+class MethodRecord(TypedDict):
+    """A row of the catalogue as plain data."""
+
+    name: str
+    formula: str
+    paper: str
+    fidelity: str
+    note: str
+    options: dict[str, object]
+    parts: dict[str, str | list[str]]
+    needs: list[str]
+
+
+def names() -> dict[str, MethodRecord]:
     """Every method by name, as plain data: formula, paper, fidelity, note, options, parts (by word) and needs."""
     return {
         name: {
@@ -32,20 +45,22 @@ def names() -> dict[str, dict[str, Any]]:
                 k: list(v) if isinstance(v, tuple) else v for k, v in options(method.objective).items()
             },
             "parts": _parts(method.objective),
-            "needs": [f"K >= {method.objective.min_group_size}", *sorted(method.objective.needs)],
+            "needs": [f"K >= {method.objective.min_group_size}", *sorted(map(str, method.objective.needs))],
         }
         for name, method in CATALOGUE.items()
     }
 
 
-def _parts(objective: Objective) -> dict[str, Any]:
+def _parts(objective: Objective) -> dict[str, str | list[str]]:
     """The parts that a config may name, by kind: a word, a list of words, or "none"."""
-    one = {kind: getattr(objective, kind) for kind in ONE}
-    several = {kind: [word(part) for part in getattr(objective, kind)] for kind in SEVERAL}
-    return {kind: "none" if part in (None, Gate()) else word(part) for kind, part in one.items()} | several
+    parts: dict[str, str | list[str]] = {}
+    for kind in ONE:
+        part = getattr(objective, kind)
+        parts[kind] = "none" if part in (None, Gate()) else word(part)
+    return parts | {kind: [word(part) for part in getattr(objective, kind)] for kind in SEVERAL}
 
 
-def options(objective: Objective) -> dict[str, Any]:
+def options(objective: Objective) -> dict[str, object]:
     """Every option of a method with its value: the fields of its parts."""
     of_parts = {f.name: getattr(part, f.name) for part in objective.parts for f in dataclasses.fields(part)}
     return of_parts | {name: getattr(objective, name) for name in _own_options(objective)}
@@ -57,7 +72,7 @@ def _own_options(objective: Objective) -> tuple[str, ...]:
     return ("degenerate", "prompt_weight_inside") if weighs_targets else ("degenerate",)
 
 
-def get(name: str, **chosen: Any) -> Objective:
+def get(name: str, **chosen: object) -> Objective:
     """The method called `name`, as an objective.
 
     Args:
@@ -73,13 +88,12 @@ def get(name: str, **chosen: Any) -> Objective:
       ValueError: one line: an unknown name or option, or a value out of range.
     """
     if name not in CATALOGUE:
-        known = ", ".join(CATALOGUE)
-        raise ValueError(f"unknown method {name!r}{nearest(name, CATALOGUE)} (known: {known})")
+        raise ValueError(f"unknown method {name!r}{nearest(name, CATALOGUE)} (known: {', '.join(CATALOGUE)})")
     objective = CATALOGUE[name].objective
     parts = {key: value for key, value in chosen.items() if key in ONE | SEVERAL}
     for key, value in parts.items():
         try:
-            objective = dataclasses.replace(objective, **{key: parse(key, value)})
+            objective = dataclasses.replace(objective, **{key: parts_named(key, value)})
         except ValueError as error:
             raise ValueError(f"{name}: {key} {error}") from None
     chosen = {key: value for key, value in chosen.items() if key not in parts}
@@ -96,14 +110,14 @@ def get(name: str, **chosen: Any) -> Objective:
     return with_options(objective, hashable)
 
 
-def with_options(objective: Objective, chosen: Mapping[str, Any]) -> Objective:
+def with_options(objective: Objective, chosen: Mapping[str, object]) -> Objective:
     """The objective with some fields of its parts set anew."""
 
     def renewed(part: Part) -> Part:
         known = {field.name for field in dataclasses.fields(part)}
         return dataclasses.replace(part, **{k: v for k, v in chosen.items() if k in known})
 
-    own = {k: v for k, v in chosen.items() if k in _own_options(objective)}
+    own: dict[str, Any] = {k: v for k, v in chosen.items() if k in _own_options(objective)}
     return dataclasses.replace(_with_parts(objective, renewed), **own)
 
 
@@ -115,7 +129,7 @@ def with_response_budget(objective: Objective, max_tokens: int) -> Objective:
 
     def renewed(part: Part) -> Part:
         stands = getattr(part, "max_tokens", None) == RESPONSE_BUDGET
-        return dataclasses.replace(part, max_tokens=max_tokens) if stands else part
+        return dataclasses.replace(part, **{"max_tokens": max_tokens}) if stands else part
 
     return _with_parts(objective, renewed)
 
@@ -123,7 +137,7 @@ def with_response_budget(objective: Objective, max_tokens: int) -> Objective:
 def _with_parts(objective: Objective, change: Callable[[Part], Part]) -> Objective:
     """The objective with every part changed."""
 
-    def changed(value: Any) -> Any:
+    def changed(value: object) -> Any:
         if isinstance(value, tuple):
             return tuple(map(changed, value))
         return change(value) if isinstance(value, Part) else value

@@ -5,9 +5,9 @@ the one after; the parts of the method read it there, and never see the data of 
 """
 
 import dataclasses
-from typing import Any
 
-from lpo_jax.objectives.batch import Context, Listwise
+from lpo_jax.objectives.batch import Context, ControlState, Listwise
+from lpo_jax.objectives.fields import Field
 from lpo_jax.objectives.part import Part
 
 
@@ -15,12 +15,12 @@ from lpo_jax.objectives.part import Part
 class Control(Part):
     """The base: a state, and what an update makes of it."""
 
-    needs = ("control",)
+    reads = (Field.CONTROL,)
 
-    def init(self) -> Any:
+    def init(self) -> ControlState:
         """The state at the start of a run, a pytree of arrays of fixed shape."""
         raise NotImplementedError
 
-    def update(self, state: Any, context: Context, view: Listwise) -> Any:
+    def update(self, state: ControlState, context: Context, view: Listwise) -> ControlState:
         """The state after an update on the minibatch `context`, whose groups are `view`."""
         raise NotImplementedError

@@ -26,7 +26,7 @@ def covariance(c: jax.Array, context: Context) -> jax.Array:
     return jnp.where(tokens, (A - masked_mean(A, tokens)) * (logp - masked_mean(logp, tokens)), 0)
 
 
-def first(count: jax.Array, order: jax.Array, candidates: jax.Array) -> jax.Array:
+def first_in_order(count: jax.Array, order: jax.Array, candidates: jax.Array) -> jax.Array:
     """The `count` candidates that come first in `order`, or all there are: bool, in the shape of `order`."""
     place = jnp.argsort(jnp.argsort(jnp.where(candidates, order, jnp.inf).ravel())).reshape(order.shape)
     return candidates & (place < count)
@@ -55,9 +55,9 @@ class ClipCov(RatioClip):
         shut = c * self.clipped(rho) > c * rho
         candidates = context.tokens & (cov > self.cov_low) & (cov < self.cov_high) & ~shut
         count = jnp.maximum(jnp.floor(self.cov_fraction * context.tokens.sum()), 1)
-        return first(count, _hash(context.stats.logp), candidates)
+        return first_in_order(count, _hash(context.stats.logp), candidates)
 
-    def __call__(self, delta, c, context):
+    def __call__(self, delta: jax.Array, c: jax.Array, context: Context) -> jax.Array:
         return jnp.where(self.silent(delta, c, context), 0, super().__call__(delta, c, context))
 
 
@@ -73,9 +73,9 @@ class KLCov(Gate):
     cov_fraction: float = 2e-4
     cov_kl_coef: float = 1.0
 
-    def __call__(self, delta, c, context):
+    def __call__(self, delta: jax.Array, c: jax.Array, context: Context) -> jax.Array:
         count = jnp.maximum(jnp.floor(self.cov_fraction * context.tokens.sum()), 1)
-        held = first(count, -covariance(c, context), context.tokens)
+        held = first_in_order(count, -covariance(c, context), context.tokens)
         price = self.cov_kl_coef * magnitude(delta) / context.size[..., None]
         return c * ratio(delta) + jnp.where(held, price, 0)
 
@@ -83,4 +83,7 @@ class KLCov(Gate):
 def _hash(x: jax.Array) -> jax.Array:
     """Numbers in an order that has nothing to do with that of `x`: the same for the same float32."""
     bits = jax.lax.bitcast_convert_type(jnp.asarray(x, jnp.float32), jnp.uint32)
-    return ((bits * jnp.uint32(2654435761)) >> 8).astype(jnp.float32)  # Knuth's multiplicative hash
+    order: jax.Array = ((bits * jnp.uint32(2654435761)) >> 8).astype(
+        jnp.float32
+    )  # Knuth's multiplicative hash
+    return order

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 
 from lpo_jax.objectives.advantage import scaled
 from lpo_jax.objectives.aggregate import RESPONSE_BUDGET
-from lpo_jax.objectives.batch import Context
+from lpo_jax.objectives.batch import Context, required
+from lpo_jax.objectives.fields import Field
 from lpo_jax.objectives.part import Part
 from lpo_jax.objectives.simplex import as_float, centred, masked_mean, masked_std
 from lpo_jax.objectives.targets import TEMPERATURE_FLOOR
@@ -44,10 +45,10 @@ class EntropyCost(Credit):
 
     entropy_cost: float = 0.1
     entropy_limit: float = 0.7
-    needs = ("entropy",)
+    reads = (Field.ENTROPY,)
 
-    def __call__(self, context, u, tau):
-        entropy = masked_mean(context.stats.entropy, context.tokens, -1)
+    def __call__(self, context: Context, u: jax.Array, tau: jax.Array) -> jax.Array:
+        entropy = masked_mean(required(context.stats.entropy), context.tokens, -1)
         return jnp.where(entropy <= self.entropy_limit, u - self.entropy_cost * entropy, 0)[..., None]
 
 
@@ -66,10 +67,12 @@ class Progress(Credit):
     """
 
     progress_weight: float = 1.0
-    needs = ("credit",)
+    reads = (Field.CREDIT,)
 
-    def __call__(self, context, u, tau):
-        return u[..., None] + self.progress_weight * _standardised(context.scored.credit, context.tokens)
+    def __call__(self, context: Context, u: jax.Array, tau: jax.Array) -> jax.Array:
+        return u[..., None] + self.progress_weight * _standardised(
+            required(context.scored.credit), context.tokens
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,11 +87,11 @@ class StepPenalty(Credit):
     """
 
     step_penalty: float = 1.0
-    needs = ("credit",)
+    reads = (Field.CREDIT,)
 
-    def __call__(self, context, u, tau):
+    def __call__(self, context: Context, u: jax.Array, tau: jax.Array) -> jax.Array:
         return _standardised(
-            u[..., None] - self.step_penalty * as_float(context.scored.credit), context.tokens
+            u[..., None] - self.step_penalty * as_float(required(context.scored.credit)), context.tokens
         )
 
 
@@ -117,7 +120,7 @@ class AnytimeReturns(Credit):
     budgets: int = 4
     budget_weights: str = "linear"
     max_tokens: int = RESPONSE_BUDGET
-    needs = ("credit",)
+    reads = (Field.CREDIT,)
 
     def weights(self) -> jax.Array:
         """w [S], of sum 1."""
@@ -126,11 +129,11 @@ class AnytimeReturns(Credit):
         w = jnp.asarray(lengths[self.budget_weights], float)
         return w / w.sum()
 
-    def __call__(self, context, u, tau):
+    def __call__(self, context: Context, u: jax.Array, tau: jax.Array) -> jax.Array:
         S, T = self.budgets, context.tokens.shape[-1]
         segment = jnp.minimum(jnp.arange(T) * S // self.max_tokens, S - 1)
         inside = context.tokens[..., None] & (segment[:, None] == jnp.arange(S))  # [P,K,T,S]
-        credit = jnp.broadcast_to(as_float(context.scored.credit)[..., None], inside.shape)
+        credit = jnp.broadcast_to(as_float(required(context.scored.credit))[..., None], inside.shape)
         r = masked_mean(credit, inside, 2)  # [P,K,S]
         r = jnp.where(inside.any(2), r, context.rewards[..., None])
         w = self.weights().astype(r.dtype)

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from lpo_jax.objectives.hints import nearest
+from lpo_jax.objectives.checks import nearest
 from lpo_jax.objectives.simplex import as_float, masked_mean
 from lpo_jax.objectives.targets import HUGE
 
@@ -79,7 +79,7 @@ class Divergence:
     def autodiff_coefficients(self, log_p: ArrayLike, log_w: ArrayLike) -> jax.Array:
         """The same as `coefficients`, from `loss` alone."""
         log_p, log_w, inside = _finite(log_p, log_w)
-        h = jax.grad(lambda x: self.loss(x, log_w, inside).sum())(log_p)  # [P,K] P_k g_k
+        h: jax.Array = jax.grad(lambda x: self.loss(x, log_w, inside).sum())(log_p)  # [P,K] P_k g_k
         return h - jnp.exp(log_p) * h.sum(-1, keepdims=True) if self.through_softmax else h
 
 
@@ -117,7 +117,7 @@ def f_divergence(
     def loss(log_p: jax.Array, log_w: jax.Array, inside: jax.Array) -> jax.Array:
         log_p, log_w = _floored(log_p, LOG_FLOOR), _floored(log_w, LOG_FLOOR)
         terms = jnp.exp(log_p) * (f(jnp.exp(log_w - log_p)) - f(jnp.ones_like(log_p)))
-        curvature = jax.grad(jax.grad(f))(jnp.ones((), log_p.dtype))
+        curvature: jax.Array = jax.grad(jax.grad(f))(jnp.ones((), log_p.dtype))
         return jnp.where(inside, terms, 0).sum(-1) / curvature
 
     return Divergence(name, formula, loss, full_support=full_support)
@@ -164,12 +164,13 @@ def bregman(
     """
 
     def slope(p: jax.Array) -> jax.Array:
-        return jax.grad(lambda p: h(p).sum())(p)
+        slope: jax.Array = jax.grad(lambda p: h(p).sum())(p)
+        return slope
 
     def loss(log_p: jax.Array, log_w: jax.Array, inside: jax.Array) -> jax.Array:
         p, w = (jnp.exp(_floored(x, LOG_FLOOR)) for x in (log_p, log_w))
         uniform = 1 / jnp.maximum(inside.sum(-1), 1).astype(p.dtype)  # [P]
-        curvature = jax.grad(lambda p: slope(p).sum())(uniform)
+        curvature: jax.Array = jax.grad(lambda p: slope(p).sum())(uniform)
         terms = h(w) - h(p) - slope(p) * (w - p)
         return jnp.where(inside, terms, 0).sum(-1) / (curvature * uniform)
 

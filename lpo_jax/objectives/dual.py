@@ -5,9 +5,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from lpo_jax.objectives.advantage import scaled
+from lpo_jax.objectives.advantage import AdvantageRule, scaled
 from lpo_jax.objectives.batch import Context
-from lpo_jax.objectives.part import Part
 from lpo_jax.objectives.simplex import centred, masked_mean
 from lpo_jax.objectives.targets import TEMPERATURE_FLOOR, target_log_probs
 
@@ -16,7 +15,7 @@ _HALVINGS = 60
 
 
 @dataclasses.dataclass(frozen=True)
-class DualUtility(Part):
+class DualUtility(AdvantageRule):
     """u = (R - mu) / eta with the eta >= 1e-6 at which the mean of KL(softmax(R / eta) || uniform) is the budget.
 
     It minimises the convex dual eta epsilon + eta mean log mean_k exp(R_k / eta) of "most reward within
@@ -33,7 +32,6 @@ class DualUtility(Part):
     kl_budget: float = 0.1
 
     def __call__(self, context: Context) -> tuple[jax.Array, jax.Array]:
-        """Utilities [P,K], 0 where invalid, and eta [P,1] in units of reward."""
         difference = centred(context.rewards, context.valid)
         mixed = (difference != 0).any(-1)
 
@@ -42,7 +40,7 @@ class DualUtility(Part):
             terms = jnp.exp(log_w) * jnp.where(context.valid, log_w + jnp.log(context.size), 0)
             return masked_mean(terms.sum(-1), mixed)
 
-        def halve(_, interval: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        def halve(_: int, interval: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             low, high = interval
             middle = (low + high) / 2
             far = divergence(middle) > self.kl_budget

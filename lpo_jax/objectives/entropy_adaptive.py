@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from lpo_jax.objectives.advantage import Utility, scaled
-from lpo_jax.objectives.batch import Context
+from lpo_jax.objectives.batch import Context, required
+from lpo_jax.objectives.fields import Field
 from lpo_jax.objectives.simplex import as_float
 from lpo_jax.objectives.token_weight import TokenWeight
 from lpo_jax.objectives.trust import RatioClip, ratio
@@ -23,7 +24,7 @@ def relative_entropy(context: Context, pivot: float) -> jax.Array:
     0 and the branches for sure tokens are dead there; here they do what the paper says.
     """
     tokens = context.tokens
-    log_entropy = jnp.log(jnp.maximum(jnp.where(tokens, as_float(context.stats.entropy), 1), 1e-8))
+    log_entropy = jnp.log(jnp.maximum(jnp.where(tokens, as_float(required(context.stats.entropy)), 1), 1e-8))
     middle = jnp.nanquantile(jnp.where(tokens, log_entropy, jnp.nan), pivot, method="nearest")
     h = jnp.where(tokens, log_entropy - middle, 0)
     far = jnp.where(h > 0, h.max(initial=0), -h.min(initial=0))
@@ -48,7 +49,7 @@ class TokenLevelUtility(Utility):
 
     most_utility: float = 5.0
 
-    def __call__(self, context):
+    def __call__(self, context: Context) -> tuple[jax.Array, jax.Array]:
         u, tau = super().__call__(context)
         share = context.lengths / jnp.maximum(context.lengths.sum(-1, keepdims=True), 1)
         # Of differences to the plain mean: equal rewards give exactly 0.
@@ -76,9 +77,9 @@ class EntropyClip(RatioClip):
 
     entropy_pivot: float = 0.8
     clip_growth: float = 1.0
-    needs = ("entropy",)
+    reads = (Field.ENTROPY,)
 
-    def __call__(self, delta, c, context):
+    def __call__(self, delta: jax.Array, c: jax.Array, context: Context) -> jax.Array:
         low, high = _widths(relative_entropy(context, self.entropy_pivot), self.clip_growth)
         rho = ratio(delta)
         clipped = jnp.clip(rho, 1 - self.epsilon_low * low, 1 + self.epsilon_high * high)
@@ -101,9 +102,9 @@ class EntropyWeight(TokenWeight):
     entropy_pivot: float = 0.8
     clip_growth: float = 1.0
     weight_growth: float = 1.0
-    needs = ("entropy",)
+    reads = (Field.ENTROPY,)
 
-    def __call__(self, context, u):
+    def __call__(self, context: Context, u: jax.Array) -> jax.Array:
         h = relative_entropy(context, self.entropy_pivot)
         low, high = _widths(h, self.clip_growth)
         rho = ratio(context.delta)

@@ -8,9 +8,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from lpo_jax.objectives.batch import Context
+from lpo_jax.objectives.batch import Context, ControlState, Listwise, required
 from lpo_jax.objectives.bias import Bias
 from lpo_jax.objectives.control import Control
+from lpo_jax.objectives.fields import Field
 from lpo_jax.objectives.probe import folded
 from lpo_jax.objectives.projection import ScoreLoss, reference_scores
 from lpo_jax.objectives.simplex import masked_mean
@@ -33,7 +34,7 @@ class Scaled(Bias):
 
     reward_scale: float = 15.0
 
-    def __call__(self, context, u):
+    def __call__(self, context: Context, u: jax.Array) -> jax.Array:
         return self.reward_scale * u
 
 
@@ -48,19 +49,19 @@ class FlowBalance(ScoreLoss):
       FlowRL, arXiv 2509.15207; public code Xuekai-Zhu/FlowRL.
     """
 
-    needs = ("ref_logp", "features", "control")
+    reads = (Field.REF_LOGP, Field.FEATURES, Field.CONTROL)
 
-    def scores(self, logp, delta, context):
+    def scores(self, logp: jax.Array, delta: jax.Array, context: Context) -> jax.Array:
         return reference_scores(logp, context)
 
-    def log_target(self, u, s_t, valid):
+    def log_target(self, u: jax.Array, s_t: jax.Array | None, valid: jax.Array) -> jax.Array:
         return super().log_target(u, None, valid)
 
-    def value(self, context, u, s, log_w):
-        residual = log_partition(context.scored.control, context) + s - u
+    def value(self, context: Context, u: jax.Array, s: jax.Array, log_w: jax.Array) -> jax.Array:
+        residual = log_partition(required(context.scored.control), context) + s - u
         return masked_mean(response_weights(context) * jnp.square(residual) / 2, context.valid, -1)
 
-    def clipped(self, context):
+    def clipped(self, context: Context) -> jax.Array:
         return ratio(context.delta.sum(-1)) > RATIO_MAX
 
 
@@ -74,10 +75,10 @@ class LogPartition(Control):
 
     log_z_rate: float = 0.1
 
-    def init(self):
+    def init(self) -> ControlState:
         return {"weights": jnp.zeros(WIDTH), "bias": jnp.zeros(())}
 
-    def update(self, state, context, view):
+    def update(self, state: ControlState, context: Context, view: Listwise) -> ControlState:
         residual = log_partition(state, context) + view.scores - view.utilities
         w = jnp.where(context.valid, response_weights(context), 0)
         # The weighted mean is a whole step, so that a smaller one cannot overshoot, whatever the weights.

@@ -13,20 +13,27 @@ c is a constant of the update: no gradient flows through it. `part.py` says what
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from lpo_jax.objectives.advantage import Advantage
+from lpo_jax.objectives.advantage import Advantage, AdvantageRule
 from lpo_jax.objectives.aggregate import Aggregate
-from lpo_jax.objectives.batch import Context, Listwise, Scored, TokenStats
+from lpo_jax.objectives.batch import Context, ControlState, Listwise, Scored, TokenStats
+from lpo_jax.objectives.bias import Bias
+from lpo_jax.objectives.control import Control
+from lpo_jax.objectives.credit import Credit
 from lpo_jax.objectives.divergences import DIVERGENCES
-from lpo_jax.objectives.hooks import Phase
+from lpo_jax.objectives.fields import Field
+from lpo_jax.objectives.hook_specs import HookPhase, HookSpec
 from lpo_jax.objectives.part import Part
 from lpo_jax.objectives.projection import Projection
+from lpo_jax.objectives.prompt_weight import PromptWeight
 from lpo_jax.objectives.regular import Regular
+from lpo_jax.objectives.select import Select
+from lpo_jax.objectives.shaping import Shape
 from lpo_jax.objectives.simplex import as_float, as_mask, centred, listwise_log_probs, masked_mean
+from lpo_jax.objectives.token_weight import TokenWeight
 from lpo_jax.objectives.trust import Gate, RatioClip
 
 
@@ -49,24 +56,24 @@ class Objective:
     """
 
     name: str
-    shape: tuple[Part, ...] = ()
-    advantage: Part = Advantage()
-    select: Part | None = None
-    bias: Part | None = None
-    prompt_weight: Part | None = None
-    credit: Part | None = None
+    shape: tuple[Shape, ...] = ()
+    advantage: AdvantageRule = Advantage()
+    select: Select | None = None
+    bias: Bias | None = None
+    prompt_weight: PromptWeight | None = None
+    credit: Credit | None = None
     projection: Projection = Projection()
     gate: Gate = RatioClip()
-    token_weight: Part | None = None
+    token_weight: TokenWeight | None = None
     aggregate: Aggregate | None = Aggregate()
     regular: tuple[Regular, ...] = ()
-    control: Part | None = None
-    hooks: tuple[Part, ...] = ()
+    control: Control | None = None
+    hooks: tuple[HookSpec, ...] = ()
     prompt_weight_inside: bool = False
     degenerate: str = "keep"
     min_group_size: int = 2
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.credit is not None and type(self.projection) is not Projection:
             raise ValueError("is for policy gradients: it tells tokens apart by their advantage")
 
@@ -78,20 +85,20 @@ class Objective:
         return tuple(x for x in flat if isinstance(x, Part))
 
     @property
-    def needs(self) -> frozenset[str]:
+    def needs(self) -> frozenset[Field]:
         """Fields of `TokenStats` and `Scored` that may not be None, beside those that never may."""
         return frozenset(name for part in self.parts for name in part.needs)
 
     @property
-    def differentiates(self) -> frozenset[str]:
+    def differentiates(self) -> frozenset[Field]:
         """Fields of `TokenStats` that the loss has a gradient in; `logp` always is one."""
         penalties = (part for part in self.regular if part.coefficient)
-        return frozenset({"logp"}.union(*(part.differentiates for part in penalties)))
+        return frozenset({Field.LOGP}.union(*(part.differentiates for part in penalties)))
 
     @property
     def extra_updates(self) -> int:
         """Most updates that the hooks add to those of a step."""
-        return sum(hook.phase is Phase.REPLAY for hook in self.hooks)
+        return sum(hook.phase is HookPhase.REPLAY for hook in self.hooks)
 
     def __call__(self, stats: TokenStats, scored: Scored) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The loss of a minibatch of whole groups, to be minimised, and its metrics.
@@ -136,11 +143,11 @@ class Objective:
         """Weights W [P,K,T] of the tokens [P,K,T] that take part."""
         return (self.aggregate or self.projection.token_weights)(tokens)
 
-    def init_control(self) -> Any:
+    def init_control(self) -> ControlState:
         """The state of the control at the start of a run, a pytree; None for a method without one."""
         return None if self.control is None else self.control.init()
 
-    def next_control(self, stats: TokenStats, scored: Scored) -> Any:
+    def next_control(self, stats: TokenStats, scored: Scored) -> ControlState:
         """The state of the control after an update on this minibatch."""
         if self.control is None:
             return None
@@ -156,7 +163,7 @@ class Objective:
         with jax.named_scope("signal"):
             context = _context(rewards, valid, stats, scored)
             for part in self.shape:
-                context = context.replace(rewards=jnp.where(valid, part(context), 0))
+                context = dataclasses.replace(context, rewards=jnp.where(valid, part(context), 0))
             active = valid.sum(-1) >= self.min_group_size  # [P]
             degenerate = active & (centred(context.rewards, valid) == 0).all(-1)
             if self.degenerate == "mask":

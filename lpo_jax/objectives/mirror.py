@@ -18,13 +18,15 @@ References:
 import dataclasses
 import functools
 import math
-import numbers
 from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lpo_jax.objectives.batch import Context, TokenStats, required
+from lpo_jax.objectives.checks import is_number
+from lpo_jax.objectives.fields import Field
 from lpo_jax.objectives.regular import Regular, reference_log_ratio
 from lpo_jax.objectives.simplex import as_float
 
@@ -44,13 +46,13 @@ class Bregman(Regular):
 
     mirror_coef: float = 1e-4
     metric = "lpo/bregman"
-    reads = ("ref_logp",)
+    reads = (Field.REF_LOGP,)
 
     @property
-    def coefficient(self):
+    def coefficient(self) -> float:
         return self.mirror_coef
 
-    def __call__(self, stats, context):
+    def __call__(self, stats: TokenStats, context: Context) -> jax.Array:
         return jnp.square(reference_log_ratio(stats, context))
 
 
@@ -58,7 +60,7 @@ class Bregman(Regular):
 class ProbL2(Bregman):
     """(q - q0)^2, in the space of probabilities (ProbL2-GRPO)."""
 
-    def __call__(self, stats, context):
+    def __call__(self, stats: TokenStats, context: Context) -> jax.Array:
         log_q, log_q0 = _log_probs(stats, context)
         return jnp.square(jnp.exp(log_q) - jnp.exp(log_q0))
 
@@ -76,15 +78,16 @@ class NeuralMirror(Bregman):
     mirror: tuple[float, ...] = ()
     mirror_seed: int = 42
 
-    def __call__(self, stats, context):
+    def __call__(self, stats: TokenStats, context: Context) -> jax.Array:
         parameters = jnp.asarray(self.mirror or initial_map(self.mirror_seed), as_float(stats.logp).dtype)
         return map_divergence(parameters, *_log_probs(stats, context))
 
 
-def _log_probs(stats, context) -> tuple[jax.Array, jax.Array]:
+def _log_probs(stats: TokenStats, context: Context) -> tuple[jax.Array, jax.Array]:
     """log q and log q0 [P,K,T], equal outside the tokens; the reference is a constant."""
-    log_ref = jax.lax.stop_gradient(stats.ref_logp)
-    return tuple(jnp.where(context.tokens, as_float(x), 0) for x in (stats.logp, log_ref))
+    log_ref = jax.lax.stop_gradient(required(stats.ref_logp))
+    log_q, log_q0 = (jnp.where(context.tokens, as_float(x), 0) for x in (stats.logp, log_ref))
+    return log_q, log_q0
 
 
 @functools.cache
@@ -97,7 +100,7 @@ def map_problem(value: object) -> str | None:
     """One line that says what is wrong with the parameters of a map, or None."""
     if not isinstance(value, Sequence) or isinstance(value, str) or len(value) not in (0, SIZE):
         return f"must be {SIZE} numbers, or the path of a file that `lpo meta` wrote"
-    good = all(isinstance(x, numbers.Real) and 0 <= x < math.inf for x in value)
+    good = all(is_number(x) and 0 <= x < math.inf for x in value)
     return None if good else "must hold finite numbers that are not negative, or h is not convex"
 
 
@@ -113,7 +116,7 @@ def map_slope(parameters: jax.Array, log_y: jax.Array) -> jax.Array:
     log_y = jnp.maximum(log_y, LEAST_LOG_PROB)
     y = jnp.exp(log_y)
 
-    def add(total, unit):
+    def add(total: jax.Array, unit: jax.Array) -> tuple[jax.Array, None]:
         v, w, b = unit
         return total + sum(v[i] * act(w[i] * y + b[i]) for i, (act, _) in enumerate(ACTIVATIONS)), None
 
@@ -133,7 +136,7 @@ def map_divergence(parameters: jax.Array, log_q: jax.Array, log_q0: jax.Array) -
     q, q0 = jnp.exp(log_q), jnp.exp(log_q0)
     units, a, c = split_map(parameters)
 
-    def add(total, unit):
+    def add(total: jax.Array, unit: jax.Array) -> tuple[jax.Array, None]:
         v, w, b = unit
         curves = (
             v[i] * w[i] * curve(w[i] * q + b[i], w[i] * q0 + b[i]) for i, (_, curve) in enumerate(ACTIVATIONS)
@@ -155,7 +158,7 @@ def map_divergence(parameters: jax.Array, log_q: jax.Array, log_q0: jax.Array) -
 
 def _roots(u: jax.Array, u0: jax.Array, power: float) -> tuple[jax.Array, jax.Array]:
     # 1 / sqrt(u) is infinite at 0, where only a unit with w = b = 0 is, whose divergence is 0.
-    return tuple(jnp.maximum(x, 1e-12) ** power for x in (u, u0))
+    return jnp.maximum(u, 1e-12) ** power, jnp.maximum(u0, 1e-12) ** power
 
 
 def _sqrt_curve(u: jax.Array, u0: jax.Array) -> jax.Array:
@@ -190,7 +193,9 @@ def _log_curve(u: jax.Array, u0: jax.Array) -> jax.Array:
 
 
 # (activation of u, its curve), in the order of the units
-ACTIVATIONS: tuple[tuple[Callable, Callable], ...] = (
+ACTIVATIONS: tuple[
+    tuple[Callable[[jax.Array], jax.Array], Callable[[jax.Array, jax.Array], jax.Array]], ...
+] = (
     (lambda u: u**3, lambda u, u0: (u * u + 2 * u * u0 + 3 * u0 * u0) / 4),
     (jnp.square, lambda u, u0: (u + 2 * u0) / 3),
     (jnp.sqrt, _sqrt_curve),

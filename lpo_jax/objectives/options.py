@@ -1,15 +1,14 @@
 """What the options of methods may be: for every field of a part, what is wrong with a value."""
 
 import math
-import numbers
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TypeAlias
 
 from lpo_jax.objectives.advantage import CENTRES
 from lpo_jax.objectives.aggregate import AGGREGATIONS
+from lpo_jax.objectives.checks import is_number, nearest
 from lpo_jax.objectives.credit import BUDGET_WEIGHTS
 from lpo_jax.objectives.divergences import DIVERGENCES, Divergence
-from lpo_jax.objectives.hints import nearest
 from lpo_jax.objectives.mirror import map_problem
 from lpo_jax.objectives.prompt_weight import NFT_WEIGHTS
 from lpo_jax.objectives.ranking import LABEL_LOSSES
@@ -19,11 +18,14 @@ from lpo_jax.objectives.sparse import TARGETS
 from lpo_jax.objectives.targets import temperature_problem
 from lpo_jax.objectives.trust import CLIPS
 
+# What is wrong with a value, in words that follow the option's name; None when it is fine.
+Check: TypeAlias = Callable[[object], str | None]
 
-def one_of(*choices: Any) -> Callable[[Any], str | None]:
+
+def one_of(*choices: object) -> Check:
     """One of a few words or numbers."""
 
-    def problem(value: Any) -> str | None:
+    def problem(value: object) -> str | None:
         if not isinstance(value, bool) and value in choices:
             return None
         known = ", ".join(map(repr, choices))
@@ -32,11 +34,11 @@ def one_of(*choices: Any) -> Callable[[Any], str | None]:
     return problem
 
 
-def between(low: float, high: float) -> Callable[[Any], str | None]:
+def between(low: float, high: float) -> Check:
     """A number inside an open interval."""
 
-    def problem(value: Any) -> str | None:
-        if isinstance(value, numbers.Real) and not isinstance(value, bool) and low < value < high:
+    def problem(value: object) -> str | None:
+        if is_number(value) and low < value < high:
             return None
         upper = "" if high == math.inf else f" and less than {high:g}"
         return f"must be a number greater than {low:g}{upper}, got {value!r}"
@@ -44,11 +46,11 @@ def between(low: float, high: float) -> Callable[[Any], str | None]:
     return problem
 
 
-def within(low: float, high: float) -> Callable[[Any], str | None]:
+def within(low: float, high: float) -> Check:
     """A number inside a closed interval."""
 
-    def problem(value: Any) -> str | None:
-        if isinstance(value, numbers.Real) and not isinstance(value, bool) and low <= value <= high:
+    def problem(value: object) -> str | None:
+        if is_number(value) and low <= value <= high:
             return None
         upper = " or more" if high == math.inf else f" to {high:g}"
         return f"must be a number, {low:g}{upper}, got {value!r}"
@@ -56,10 +58,10 @@ def within(low: float, high: float) -> Callable[[Any], str | None]:
     return problem
 
 
-def count(unit: str, least: int = 1) -> Callable[[Any], str | None]:
+def count(unit: str, least: int = 1) -> Check:
     """A whole number."""
 
-    def problem(value: Any) -> str | None:
+    def problem(value: object) -> str | None:
         if isinstance(value, int) and not isinstance(value, bool) and value >= least:
             return None
         return f"must be a whole number of {unit}, {least} or more, got {value!r}"
@@ -67,22 +69,22 @@ def count(unit: str, least: int = 1) -> Callable[[Any], str | None]:
     return problem
 
 
-def either(what: str, *problems: Callable[[Any], str | None]) -> Callable[[Any], str | None]:
+def either(what: str, *problems: Check) -> Check:
     """What passes any of several checks; `what` says it in words."""
     return lambda value: f"must be {what}, got {value!r}" if all(f(value) for f in problems) else None
 
 
-def flag(value: Any) -> str | None:
+def flag(value: object) -> str | None:
     """True or false."""
     return None if isinstance(value, bool) else f"must be true or false, got {value!r}"
 
 
-def text(value: Any) -> str | None:
+def string(value: object) -> str | None:
     """Any text."""
     return None if isinstance(value, str) else f"must be a text, got {value!r}"
 
 
-def function_path(value: Any) -> str | None:
+def function_path(value: object) -> str | None:
     """Where a function of the user's is, or "" for nowhere."""
     file, _, function = value.partition(":") if isinstance(value, str) else ("", "", "")
     if value == "" or (file.endswith(".py") and function):
@@ -90,15 +92,15 @@ def function_path(value: Any) -> str | None:
     return f"must be 'path/to/file.py:function', got {value!r}"
 
 
-def fractions(value: Any) -> str | None:
+def fractions(value: object) -> str | None:
     """Growing parts of a whole."""
-    inside = isinstance(value, tuple | list) and value and all(between(0, 1.0001)(x) is None for x in value)
-    if inside and list(value) == sorted(value):
+    parts = list(value) if isinstance(value, tuple | list) else []
+    if parts and all(between(0, 1.0001)(x) is None for x in parts) and parts == sorted(parts):
         return None
     return f"must be a list of growing numbers, each greater than 0 and 1 at most, got {value!r}"
 
 
-def reprompt(value: Any) -> str | None:
+def reprompt(value: object) -> str | None:
     """A text with a place for the solution."""
     if isinstance(value, str) and "{solution}" in value:
         return None
@@ -106,7 +108,7 @@ def reprompt(value: Any) -> str | None:
 
 
 # Option -> what is wrong with a value, or None.
-OPTIONS: Mapping[str, Callable[[Any], str | None]] = {
+OPTIONS: Mapping[str, Check] = {
     # advantage.py
     "centre": one_of(*CENTRES),
     "temperature": temperature_problem,
@@ -142,7 +144,7 @@ OPTIONS: Mapping[str, Callable[[Any], str | None]] = {
     "probe_buffer": count("responses"),
     "probe_width": count("features"),
     "probe_ridge": between(0, math.inf),
-    # hooks.py: Judge
+    # hook_specs.py: Judge
     "judge": function_path,
     # projection.py
     "score": one_of(*SCORES),
@@ -194,7 +196,7 @@ OPTIONS: Mapping[str, Callable[[Any], str | None]] = {
     "dual_start": within(0, math.inf),
     "dual_rate": within(0, math.inf),
     "variance_limit": within(0, math.inf),
-    # hooks.py
+    # hook_specs.py
     "top": count("tokens"),
     "max_rounds": count("sampling rounds"),
     "uniform_share": within(0, 1),
@@ -235,9 +237,9 @@ OPTIONS: Mapping[str, Callable[[Any], str | None]] = {
     "mirror_coef": within(0, math.inf),
     "mirror": map_problem,
     "mirror_seed": count("a seed", 0),
-    # hooks.py: PrefixValues, Budgets
+    # hook_specs.py: PrefixValues, Budgets
     "segments": count("segments"),
-    "cue": text,
+    "cue": string,
     "summaries": count("answers"),
     "summary_tokens": count("tokens"),
     # aggregate.py

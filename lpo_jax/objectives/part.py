@@ -15,12 +15,14 @@ a pure function of arrays:
     Aggregate     (tokens) -> weights [P,K,T]                                         aggregate.py
     Regular       (stats, context) -> token penalty [P,K,T]                           regular.py
     Control       state, and (state, context) -> state after an update                control.py
-    Hook          what the run must do around an update; no arithmetic of its own     hooks.py
+    HookSpec          what the run must do around an update; no arithmetic of its own     hooks.py
 """
 
 import dataclasses
 import re
 from typing import ClassVar
+
+from lpo_jax.objectives.fields import Field
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,12 +30,17 @@ class Part:
     """The base of all kinds.
 
     Attributes:
-      needs: names of fields of `TokenStats` or `Scored` that may not be None.
-      uses: names of fields that the part reads where they are not None, and without which it does nothing.
+      reads: the fields that the part computes with.
+      uses: the fields that the part computes with where they are not None, and without which it does nothing.
     """
 
-    needs: ClassVar[tuple[str, ...]] = ()
-    uses: ClassVar[tuple[str, ...]] = ()
+    reads: ClassVar[tuple[Field, ...]] = ()
+    uses: ClassVar[tuple[Field, ...]] = ()
+
+    @property
+    def needs(self) -> tuple[Field, ...]:
+        """The fields that may not be None with these options: `reads`, unless an option switches the part off."""
+        return self.reads
 
 
 def word(part: Part) -> str:

@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from lpo_jax.objectives.advantage import CENTRES, Utility
-from lpo_jax.objectives.batch import Context
+from lpo_jax.objectives.batch import Context, ControlState, Listwise, required
 from lpo_jax.objectives.control import Control
+from lpo_jax.objectives.fields import Field
 from lpo_jax.objectives.simplex import as_float, masked_mean
 
 
@@ -35,12 +36,12 @@ class Probe(Control):
     probe_width: int = 256
     probe_ridge: float = 1.0
 
-    def init(self):
+    def init(self) -> ControlState:
         N, F = self.probe_buffer, self.probe_width
         rows = {"features": jnp.zeros((N, F)), "targets": jnp.zeros(N), "filled": jnp.zeros(N, bool)}
         return rows | {"mean": jnp.zeros(F), "slope": jnp.zeros(F), "level": jnp.zeros(())}
 
-    def update(self, state, context, view):
+    def update(self, state: ControlState, context: Context, view: Listwise) -> ControlState:
         new = {
             "features": folded(context, self.probe_width).reshape(-1, self.probe_width),
             "targets": _of_others(context.rewards, context.valid).ravel(),
@@ -74,10 +75,10 @@ class ProbeAdvantage(Utility):
     """
 
     temperature: str | float = "dr-grpo"
-    needs = ("features", "control")
+    reads = (Field.FEATURES, Field.CONTROL)
 
-    def difference(self, context):
-        state = context.scored.control
+    def difference(self, context: Context) -> jax.Array:
+        state = required(context.scored.control)
         deviation = folded(context, state["mean"].size) - state["mean"]
         guess = state["level"] + (deviation * state["slope"]).sum(-1)
         difference = context.rewards - _of_others(guess, context.valid)
@@ -91,7 +92,7 @@ def folded(context: Context, width: int) -> jax.Array:
     Fewer features are filled up with zeros; of more, feature i goes to place i modulo `width`, the first `width` as
     they are and the rest with a random sign.
     """
-    features = as_float(context.scored.features)
+    features = as_float(required(context.scored.features))
     F = features.shape[-1]
     features = jnp.where(context.valid[..., None] & jnp.isfinite(features), features, 0)
     signs = jax.random.rademacher(jax.random.key(0), (F,), features.dtype)

@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from lpo_jax.objectives.aggregate import token_weights
-from lpo_jax.objectives.batch import Context
+from lpo_jax.objectives.batch import Context, required
 from lpo_jax.objectives.divergences import ALPHA, Divergence, alpha_divergence, divergence
+from lpo_jax.objectives.fields import Field
 from lpo_jax.objectives.part import Part
 from lpo_jax.objectives.simplex import as_float, listwise_log_probs, sequence_scores
 from lpo_jax.objectives.sparse import ENTMAX_ALPHA, TARGETS, entmax_log_probs
@@ -75,7 +76,7 @@ class Simplex(Projection):
     divergence: str | Divergence = "forward-kl"
     alpha: float = ALPHA
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.alpha != ALPHA and self.divergence != "alpha":
             raise ValueError(f"alpha is for divergence='alpha' alone, got divergence={self.measure.name!r}")
         if self.target_alpha != ENTMAX_ALPHA and self.target != "entmax":
@@ -91,21 +92,21 @@ class Simplex(Projection):
         """The divergence itself."""
         return alpha_divergence(self.alpha) if self.divergence == "alpha" else divergence(self.divergence)
 
-    def scores(self, logp, delta, context):
+    def scores(self, logp: jax.Array, delta: jax.Array, context: Context) -> jax.Array:
         return sequence_scores(delta, context.tokens, self.score)
 
-    def token_weights(self, tokens):
+    def token_weights(self, tokens: jax.Array) -> jax.Array:
         return token_weights(tokens, f"seq-mean-token-{self.score}")
 
-    def log_target(self, u, s_t, valid):
+    def log_target(self, u: jax.Array, s_t: jax.Array | None, valid: jax.Array) -> jax.Array:
         if self.target == "entmax":
             return entmax_log_probs(u, s_t, valid, self.target_alpha)
         return TARGETS[self.target](u, s_t, valid)
 
-    def value(self, context, u, s, log_w):
+    def value(self, context: Context, u: jax.Array, s: jax.Array, log_w: jax.Array) -> jax.Array:
         return self.measure.value(listwise_log_probs(s, context.valid), log_w)
 
-    def coefficients(self, context, u, s, log_w):
+    def coefficients(self, context: Context, u: jax.Array, s: jax.Array, log_w: jax.Array) -> jax.Array:
         return self.measure.coefficients(listwise_log_probs(s, context.valid), log_w)
 
 
@@ -121,13 +122,13 @@ class RawSimplex(Simplex):
 
     absolute: ClassVar[bool] = True
 
-    def scores(self, logp, delta, context):
+    def scores(self, logp: jax.Array, delta: jax.Array, context: Context) -> jax.Array:
         return sequence_scores(jnp.where(context.tokens, as_float(logp), 0), context.tokens, self.score)
 
 
 def reference_scores(logp: jax.Array, context: Context, score: str = "mean") -> jax.Array:
     """Scores [P,K] of log-ratios to the reference instead of the policy that sampled."""
-    return sequence_scores(as_float(logp) - as_float(context.stats.ref_logp), context.tokens, score)
+    return sequence_scores(as_float(logp) - as_float(required(context.stats.ref_logp)), context.tokens, score)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,12 +138,12 @@ class ReferenceSimplex(Simplex):
     So every update has the same optimum, pi_ref exp(R / tau), whichever policy sampled.
     """
 
-    needs = ("ref_logp",)
+    reads = (Field.REF_LOGP,)
 
-    def scores(self, logp, delta, context):
+    def scores(self, logp: jax.Array, delta: jax.Array, context: Context) -> jax.Array:
         return reference_scores(logp, context, self.score)
 
-    def log_target(self, u, s_t, valid):
+    def log_target(self, u: jax.Array, s_t: jax.Array | None, valid: jax.Array) -> jax.Array:
         return super().log_target(u, None, valid)
 
 
@@ -153,5 +154,9 @@ class ScoreLoss(Projection):
     Subclasses give `value`; the coefficients are its derivative.
     """
 
-    def coefficients(self, context, u, s, log_w):
-        return jax.grad(lambda s: self.value(context, u, s, log_w).sum())(s)
+    def value(self, context: Context, u: jax.Array, s: jax.Array, log_w: jax.Array) -> jax.Array:
+        raise NotImplementedError
+
+    def coefficients(self, context: Context, u: jax.Array, s: jax.Array, log_w: jax.Array) -> jax.Array:
+        c: jax.Array = jax.grad(lambda s: self.value(context, u, s, log_w).sum())(s)
+        return c

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from lpo_jax.objectives.batch import Context
+from lpo_jax.objectives.fields import Field
 from lpo_jax.objectives.part import Part
 from lpo_jax.objectives.simplex import centred, masked_mean
 
@@ -32,7 +33,7 @@ class SignalShare(PromptWeight):
       GPG, arXiv 2504.02546, the factor alpha.
     """
 
-    def __call__(self, context):
+    def __call__(self, context: Context) -> jax.Array:
         count = context.valid.any(-1).sum() / jnp.maximum(_mixed(context).sum(), 1)
         return jnp.broadcast_to(count, context.rewards[:, :1].shape)
 
@@ -53,7 +54,7 @@ class Difficulty(PromptWeight):
 
     difficulty_temperature: float = 2.0
 
-    def __call__(self, context):
+    def __call__(self, context: Context) -> jax.Array:
         mixed = _mixed(context)
         p = jnp.where(context.pass_rate > 0, context.pass_rate, 1)
         # A softmax over nothing is NaN: without a mixed group it is taken over all, and hidden.
@@ -76,7 +77,7 @@ class LongerSuccess(PromptWeight):
 
     short_weight: float = 0.1
 
-    def __call__(self, context):
+    def __call__(self, context: Context) -> jax.Array:
         truncated = context.scored.truncated
         failed = context.valid & ~context.passed
         ended = failed if truncated is None else failed & (truncated == 0)
@@ -98,7 +99,7 @@ class NftWeight(PromptWeight):
 
     nft_weight: str = "dr-grpo"
 
-    def __call__(self, context):
+    def __call__(self, context: Context) -> jax.Array:
         p = context.pass_rate.clip(0.02, 0.98)
         return 1 - p if self.nft_weight == "dr-grpo" else jnp.sqrt((1 - p) / p)
 
@@ -112,8 +113,8 @@ def _mixed(context: Context) -> jax.Array:
 class HookWeight(PromptWeight):
     """What a hook of the run gives as `Scored.weight`; 1 where it gives none."""
 
-    uses = ("weight",)
+    uses = (Field.WEIGHT,)
 
-    def __call__(self, context):
+    def __call__(self, context: Context) -> jax.Array:
         weight = context.scored.weight
         return jnp.ones_like(context.rewards[:, :1]) if weight is None else weight[:, None]

@@ -5,8 +5,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from lpo_jax.objectives.batch import Context, Listwise
+from lpo_jax.objectives.batch import Context, ControlState, Listwise, TokenStats, required
 from lpo_jax.objectives.control import Control
+from lpo_jax.objectives.fields import Field
 from lpo_jax.objectives.regular import Regular, with_rest
 from lpo_jax.objectives.simplex import masked_mean
 from lpo_jax.objectives.trust import ratio
@@ -30,20 +31,20 @@ class PreviousKL(Regular):
     step_size: float = 1.0
     step_floor: float = 0.05
     metric = "lpo/previous_kl"
-    reads = ("top_logp", "teacher", "progress")
-    differentiates = ("top_logp",)
+    reads = (Field.TOP_LOGP, Field.TEACHER, Field.PROGRESS)
+    differentiates = (Field.TOP_LOGP,)
 
     @property
-    def coefficient(self):
+    def coefficient(self) -> float:
         return 1 / self.step_size
 
-    def weight(self, context):
-        return self.coefficient / jnp.maximum(1 - context.scored.progress, self.step_floor)
+    def weight(self, context: Context) -> jax.Array:
+        return self.coefficient / jnp.maximum(1 - required(context.scored.progress), self.step_floor)
 
-    def __call__(self, stats, context):
-        teacher = context.scored.teacher
+    def __call__(self, stats: TokenStats, context: Context) -> jax.Array:
+        teacher = required(context.scored.teacher)
         tokens = context.tokens & teacher.valid[..., None]
-        log_p, log_q = (with_rest(x, tokens) for x in (stats.top_logp, teacher.logp))
+        log_p, log_q = (with_rest(x, tokens) for x in (required(stats.top_logp), teacher.logp))
         p, q = jnp.exp(log_p), jnp.exp(log_q)
         # The last two sum to 0 over the bins, and make the slope of each bin 0 by itself where p = q.
         return jnp.where(tokens, (p * (log_p - log_q) - p + q).sum(-1), 0)
@@ -70,8 +71,10 @@ class RatioVarianceDual(Control):
     variance_limit: float = 1e-3
 
     def init(self) -> jax.Array:
-        return jnp.float32(self.dual_start)
+        price: jax.Array = jnp.float32(self.dual_start)
+        return price
 
-    def update(self, state: jax.Array, context: Context, view: Listwise) -> jax.Array:
+    def update(self, state: ControlState, context: Context, view: Listwise) -> jax.Array:
         variance = masked_mean(jnp.square(ratio(context.delta) - 1), context.tokens)
-        return jnp.maximum(state + self.dual_rate * (variance - self.variance_limit), 0).astype(jnp.float32)
+        price: jax.Array = state + self.dual_rate * (variance - self.variance_limit)
+        return jnp.maximum(price, 0).astype(jnp.float32)

@@ -5,13 +5,15 @@ own; `Listwise.log_target` shows softmax(R) for them.
 """
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from lpo_jax.objectives.batch import Context
+from lpo_jax.objectives.advantage import AdvantageRule
+from lpo_jax.objectives.batch import Context, TokenStats
 from lpo_jax.objectives.bias import Bias
-from lpo_jax.objectives.part import Part
+from lpo_jax.objectives.fields import Field
 from lpo_jax.objectives.projection import ScoreLoss, reference_scores
 from lpo_jax.objectives.regular import KL
 from lpo_jax.objectives.simplex import as_float, centred, masked_mean, sequence_scores
@@ -20,11 +22,10 @@ LABEL_LOSSES = ("listwise", "bce")
 
 
 @dataclasses.dataclass(frozen=True)
-class Difference(Part):
+class Difference(AdvantageRule):
     """u = R - mu and tau = 1, for a method without a temperature."""
 
     def __call__(self, context: Context) -> tuple[jax.Array, jax.Array]:
-        """Utilities [P,K], 0 where invalid, and tau [P,1] in units of reward."""
         return centred(context.rewards, context.valid), jnp.ones_like(context.rewards[:, :1])
 
 
@@ -47,7 +48,7 @@ class RewardLabels(ScoreLoss):
     label_loss: str = "listwise"
     label_temperature: float = 0.5
 
-    def value(self, context, u, s, log_w):
+    def value(self, context: Context, u: jax.Array, s: jax.Array, log_w: jax.Array) -> jax.Array:
         above = context.valid & (u > 0)
         below = context.valid & ~above & above.any(-1, keepdims=True)
         x = s / self.label_temperature
@@ -79,12 +80,12 @@ class Preferences(ScoreLoss):
 
     preference_beta: float = 0.1
     anisotropy: float = 2.5
-    needs = ("ref_logp",)
+    reads = (Field.REF_LOGP,)
 
-    def scores(self, logp, delta, context):
+    def scores(self, logp: jax.Array, delta: jax.Array, context: Context) -> jax.Array:
         return reference_scores(logp, context)
 
-    def value(self, context, u, s, log_w):
+    def value(self, context: Context, u: jax.Array, s: jax.Array, log_w: jax.Array) -> jax.Array:
         malformed = False if context.scored.malformed is None else jnp.asarray(context.scored.malformed) != 0
         level = jnp.where(context.passed, 2, jnp.where(malformed, 0, 1))
         better = (level[:, :, None] > level[:, None, :]) & _pairs(context.valid)
@@ -104,9 +105,9 @@ class SamplerKL(KL):
     """`KL` from the policy that sampled, not from the reference: a trust region."""
 
     kl_coef: float = 0.001
-    reads = ()
+    reads: ClassVar[tuple[Field, ...]] = ()
 
-    def __call__(self, stats, context):
+    def __call__(self, stats: TokenStats, context: Context) -> jax.Array:
         return super().__call__(stats.replace(ref_logp=context.scored.behaviour_logp), context)
 
 
@@ -128,7 +129,7 @@ class RankingAdvantage(Bias):
 
     ranking_temperature: float = 0.6
 
-    def __call__(self, context, u):
+    def __call__(self, context: Context, u: jax.Array) -> jax.Array:
         v = sequence_scores(as_float(context.scored.behaviour_logp), context.tokens)
         pull = jax.nn.sigmoid(-(v[:, :, None] - v[:, None, :]) / self.ranking_temperature)
         opposed = context.passed[:, :, None] & ~context.passed[:, None, :] & _pairs(context.valid)

@@ -10,7 +10,8 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from lpo_jax.objectives.batch import Context, TokenStats
+from lpo_jax.objectives.batch import Context, TokenStats, required
+from lpo_jax.objectives.fields import Field
 from lpo_jax.objectives.part import Part
 from lpo_jax.objectives.simplex import as_float, masked_mean
 from lpo_jax.objectives.trust import MAX_LOG_RATIO, magnitude
@@ -26,13 +27,11 @@ class Regular(Part):
 
     Attributes:
       metric: the name that the mean is shown under, before it is multiplied by the weight.
-      reads: what `needs` is while the part is on.
       differentiates: fields of `TokenStats` that the penalty has a gradient in.
     """
 
     metric: ClassVar[str]
-    reads: ClassVar[tuple[str, ...]] = ()
-    differentiates: ClassVar[tuple[str, ...]] = ("logp",)
+    differentiates: ClassVar[tuple[Field, ...]] = (Field.LOGP,)
 
     @property
     def coefficient(self) -> float:
@@ -40,7 +39,7 @@ class Regular(Part):
         raise NotImplementedError
 
     @property
-    def needs(self) -> tuple[str, ...]:
+    def needs(self) -> tuple[Field, ...]:
         return self.reads if self.coefficient else ()
 
     def weight(self, context: Context) -> float | jax.Array:
@@ -59,7 +58,7 @@ class Regular(Part):
 
 def reference_log_ratio(stats: TokenStats, context: Context) -> jax.Array:
     """log pi_theta - log pi_ref [P,K,T], 0 outside the tokens; the reference is a constant."""
-    log_ref = jax.lax.stop_gradient(as_float(stats.ref_logp))
+    log_ref = jax.lax.stop_gradient(as_float(required(stats.ref_logp)))
     return jnp.where(context.tokens, as_float(stats.logp) - log_ref, 0)
 
 
@@ -79,13 +78,13 @@ class KL(Regular):
     kl_coef: float = 0.0
     kl: str = "k3"
     metric = "actor/kl_loss"
-    reads = ("ref_logp",)
+    reads: ClassVar[tuple[Field, ...]] = (Field.REF_LOGP,)
 
     @property
-    def coefficient(self):
+    def coefficient(self) -> float:
         return self.kl_coef
 
-    def __call__(self, stats, context):
+    def __call__(self, stats: TokenStats, context: Context) -> jax.Array:
         d = reference_log_ratio(stats, context)
         if self.kl == "k2":
             return jnp.square(d) / 2
@@ -105,7 +104,7 @@ class AdaptiveKL(KL):
 
     kl_coef: float = 0.02
 
-    def weight(self, context):
+    def weight(self, context: Context) -> jax.Array:
         accuracy = masked_mean(context.passed, context.valid)
         return self.kl_coef * (jnp.tanh(accuracy) + 1) / 2
 
@@ -123,15 +122,15 @@ class Entropy(Regular):
 
     entropy_coef: float = 0.0
     metric = "actor/entropy_loss"
-    reads = ("entropy",)
-    differentiates = ("entropy",)
+    reads = (Field.ENTROPY,)
+    differentiates = (Field.ENTROPY,)
 
     @property
-    def coefficient(self):
+    def coefficient(self) -> float:
         return self.entropy_coef
 
-    def __call__(self, stats, context):
-        return -jnp.where(context.tokens, as_float(stats.entropy), 0)
+    def __call__(self, stats: TokenStats, context: Context) -> jax.Array:
+        return -jnp.where(context.tokens, as_float(required(stats.entropy)), 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,17 +154,17 @@ class Distil(Regular):
     distil_share: float = 0.5
     distil_decay: float = 1.0
     metric = "lpo/distil_jsd"
-    reads = ("top_logp", "teacher")
-    differentiates = ("top_logp",)
+    reads = (Field.TOP_LOGP, Field.TEACHER)
+    differentiates = (Field.TOP_LOGP,)
 
     @property
-    def coefficient(self):
+    def coefficient(self) -> float:
         return self.distil_coef
 
-    def __call__(self, stats, context):
-        teacher = context.scored.teacher
+    def __call__(self, stats: TokenStats, context: Context) -> jax.Array:
+        teacher = required(context.scored.teacher)
         tokens = context.tokens & teacher.valid[..., None]
-        log_q, log_p = (with_rest(x, tokens) for x in (teacher.logp, stats.top_logp))
+        log_q, log_p = (with_rest(x, tokens) for x in (teacher.logp, required(stats.top_logp)))
         a = self.distil_share
         log_m = jnp.logaddexp(log_q + jnp.log(a), log_p + jnp.log1p(-a))
         divergence = a * jnp.exp(log_q) * (log_q - log_m) + (1 - a) * jnp.exp(log_p) * (log_p - log_m)

@@ -10,9 +10,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from lpo_jax.objectives.advantage import scaled
-from lpo_jax.objectives.batch import Context
+from lpo_jax.objectives.advantage import AdvantageRule, scaled
+from lpo_jax.objectives.batch import Context, ControlState, Listwise, required
 from lpo_jax.objectives.control import Control
+from lpo_jax.objectives.fields import Field
 from lpo_jax.objectives.part import Part
 from lpo_jax.objectives.simplex import masked_mean, masked_std
 from lpo_jax.objectives.targets import HUGE
@@ -78,10 +79,10 @@ class Quantiles(Bundles, Control):
 
     quantile_rate: float = 0.1
 
-    def init(self):
+    def init(self) -> ControlState:
         return {"quantiles": jnp.zeros(2), "started": jnp.zeros((), bool)}
 
-    def update(self, state, context, view):
+    def update(self, state: ControlState, context: Context, view: Listwise) -> ControlState:
         scores, there = self.scores(context)
         levels = jnp.array([self.quantile_low, self.quantile_high])
         below = masked_mean(scores < state["quantiles"][:, None, None], there[None], (1, 2))
@@ -94,7 +95,7 @@ class Quantiles(Bundles, Control):
 
 
 @dataclasses.dataclass(frozen=True)
-class RiskAdvantage(Bundles):
+class RiskAdvantage(Bundles, AdvantageRule):
     """Mixed value at risk: (w CVaR + RVaR) / (w + 1) of a paper's score S, over the deviations of bundle and group.
 
     RVaR = (clip(S, q_low, q_high) - q_high) / (level_high - level_low) is what S lacks to q_high, down to q_low;
@@ -108,11 +109,11 @@ class RiskAdvantage(Bundles):
     """
 
     tail_weight: float = 1.5
-    needs = ("control",)
+    reads = (Field.CONTROL,)
 
-    def __call__(self, context):
+    def __call__(self, context: Context) -> tuple[jax.Array, jax.Array]:
         scores, there = self.scores(context)
-        state = context.scored.control
+        state = required(context.scored.control)
         low, high = jnp.where(state["started"], state["quantiles"], self.quantiles(scores, there))
         lack = jnp.maximum(low - scores, 0)
         between = jnp.clip(scores, low, high) - high

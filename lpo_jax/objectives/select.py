@@ -9,7 +9,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from lpo_jax.objectives.batch import Context
+from lpo_jax.objectives.batch import Context, required
+from lpo_jax.objectives.fields import Field
 from lpo_jax.objectives.part import Part
 from lpo_jax.objectives.simplex import as_float, masked_median, sequence_scores
 
@@ -36,7 +37,7 @@ class MixedGroups(Select):
       DAPO, arXiv 2503.14476, equation 11, without sampling others in their place.
     """
 
-    def __call__(self, context, u):
+    def __call__(self, context: Context, u: jax.Array) -> jax.Array:
         return jnp.broadcast_to((context.pass_rate > 0) & (context.pass_rate < 1), context.valid.shape)
 
 
@@ -50,7 +51,7 @@ class DropMedian(Select):
       MC-GRPO, public code lotusroot-kim/MC-GRPO.
     """
 
-    def __call__(self, context, u):
+    def __call__(self, context: Context, u: jax.Array) -> jax.Array:
         middle = context.valid & (context.rewards == masked_median(context.rewards, context.valid))
         return ~(middle & (jnp.cumsum(middle, -1) == 1))
 
@@ -72,12 +73,12 @@ class MaxVariance(Select):
 
     responses_initial: float = 0.25
     responses_final: float = 0.75
-    needs = ("progress",)
+    reads = (Field.PROGRESS,)
 
-    def __call__(self, context, u):
+    def __call__(self, context: Context, u: jax.Array) -> jax.Array:
         valid = context.valid.ravel()
         total = valid.sum()
-        share = self.responses_initial + context.scored.progress * (
+        share = self.responses_initial + required(context.scored.progress) * (
             self.responses_final - self.responses_initial
         )
         keep = jnp.round(share * total).astype(int).clip(jnp.minimum(2, total), total)
@@ -108,8 +109,8 @@ class PerplexityMask(Select):
 
     ppl_correct_max: float = 2.5
     ppl_wrong_min: float = 1.05
-    needs = ("ref_logp",)
+    reads = (Field.REF_LOGP,)
 
-    def __call__(self, context, u):
-        perplexity = jnp.exp(-sequence_scores(as_float(context.stats.ref_logp), context.tokens))
+    def __call__(self, context: Context, u: jax.Array) -> jax.Array:
+        perplexity = jnp.exp(-sequence_scores(as_float(required(context.stats.ref_logp)), context.tokens))
         return jnp.where(context.passed, perplexity <= self.ppl_correct_max, perplexity >= self.ppl_wrong_min)

@@ -11,7 +11,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from lpo_jax.objectives.batch import Context
+from lpo_jax.objectives.batch import Context, required
+from lpo_jax.objectives.fields import Field
 from lpo_jax.objectives.simplex import as_float, sequence_scores
 from lpo_jax.objectives.trust import Gate, RatioClip, WeightClip, magnitude, ratio
 
@@ -38,7 +39,7 @@ class SequenceClip(RatioClip):
     epsilon_low: float = 3e-4
     epsilon_high: float = 4e-4
 
-    def __call__(self, delta, c, context):
+    def __call__(self, delta: jax.Array, c: jax.Array, context: Context) -> jax.Array:
         s = sequence_ratio(delta, context)
         return self.pessimistic(s, self.clipped(s), c)
 
@@ -59,7 +60,7 @@ class GeometricClip(Gate):
     log_epsilon_low: float = 0.4
     log_epsilon_high: float = 0.4
 
-    def __call__(self, delta, c, context):
+    def __call__(self, delta: jax.Array, c: jax.Array, context: Context) -> jax.Array:
         clipped = jnp.clip(delta, -self.log_epsilon_low, self.log_epsilon_high)
         pessimistic = jnp.where(c < 0, jnp.minimum(delta, clipped), jnp.maximum(delta, clipped))
         return c * sequence_ratio(pessimistic, context)
@@ -87,14 +88,14 @@ class HybridClip(RatioClip):
     sequence_epsilon_high: float = 4e-4
 
     @property
-    def needs(self) -> tuple[str, ...]:
-        return ("entropy",) if self.token_share == "entropy" else ()
+    def needs(self) -> tuple[Field, ...]:
+        return (Field.ENTROPY,) if self.token_share == "entropy" else ()
 
     def share(self, context: Context) -> float | jax.Array:
         """a, a number or [P,K,T] in [0, 1]."""
-        if self.token_share != "entropy":
+        if not isinstance(self.token_share, str):
             return self.token_share
-        entropy = jnp.where(context.tokens, as_float(context.stats.entropy), 0)
+        entropy = jnp.where(context.tokens, as_float(required(context.stats.entropy)), 0)
         return entropy / jnp.maximum(entropy.max(initial=0), 1e-6)
 
     def ratios(self, delta: jax.Array, context: Context) -> tuple[jax.Array, ...]:
@@ -103,12 +104,12 @@ class HybridClip(RatioClip):
         clipped_s = jnp.clip(s, 1 - self.sequence_epsilon_low, 1 + self.sequence_epsilon_high)
         return rho, s, self.clipped(rho), clipped_s
 
-    def __call__(self, delta, c, context):
+    def __call__(self, delta: jax.Array, c: jax.Array, context: Context) -> jax.Array:
         a = self.share(context)
         rho, s, clipped_rho, clipped_s = self.ratios(delta, context)
         return self.pessimistic(a * rho + (1 - a) * s, a * clipped_rho + (1 - a) * clipped_s, c)
 
-    def acts(self, delta, c, context):
+    def acts(self, delta: jax.Array, c: jax.Array, context: Context) -> jax.Array:
         # One of the two ratios may be clipped by itself, which leaves the other's part of the slope.
         a = self.share(context)
         rho, s, clipped_rho, clipped_s = self.ratios(delta, context)
@@ -136,13 +137,13 @@ class FiberClip(Gate):
     base_epsilon: float = 0.2
     fiber_epsilon: float = 0.2
 
-    def __call__(self, delta, c, context):
+    def __call__(self, delta: jax.Array, c: jax.Array, context: Context) -> jax.Array:
         mean = mean_log_ratio(delta, context)
         base = jnp.clip(mean, -self.base_epsilon, self.base_epsilon)
         fiber = jnp.clip(delta - mean, -self.fiber_epsilon, self.fiber_epsilon)
         return c * jnp.exp(base + fiber)
 
-    def acts(self, delta, c, context):
+    def acts(self, delta: jax.Array, c: jax.Array, context: Context) -> jax.Array:
         # Either clip leaves the other factor's slope.
         mean = mean_log_ratio(delta, context)
         return (jnp.abs(mean) > self.base_epsilon) | (jnp.abs(delta - mean) > self.fiber_epsilon)
@@ -171,11 +172,11 @@ class BudgetClip(Gate):
         others = used.sum(-1, keepdims=True) - used
         return moved, jnp.maximum(context.lengths[..., None] * self.variation_budget - others, 0)
 
-    def __call__(self, delta, c, context):
+    def __call__(self, delta: jax.Array, c: jax.Array, context: Context) -> jax.Array:
         moved, budget = self.moves(delta, context)
         return c * (1 + jnp.clip(moved, -budget, budget))
 
-    def acts(self, delta, c, context):
+    def acts(self, delta: jax.Array, c: jax.Array, context: Context) -> jax.Array:
         # A clipped token has a slope all the same: its movement is what the budgets of the others are cut by.
         moved, budget = self.moves(delta, context)
         return jnp.abs(moved) > budget
@@ -191,7 +192,7 @@ class PrefixWeightClip(WeightClip):
       MinPRO, arXiv 2601.22718, as third-party notes quote its objective.
     """
 
-    def log_weight(self, delta, context):
+    def log_weight(self, delta: jax.Array, context: Context) -> jax.Array:
         until = jax.lax.cummin(jnp.where(context.tokens, delta, jnp.inf), axis=2)
         before = jnp.pad(until, ((0, 0), (0, 0), (1, 0)), constant_values=jnp.inf)[..., :-1]
         return delta + jnp.where(before < jnp.inf, before, 0)
@@ -211,8 +212,8 @@ class TaperedWeight(Gate):
         """log rho_k [P,K,1], without gradient."""
         return sequence_scores(jax.lax.stop_gradient(delta), context.tokens, "sum")[..., None]
 
-    def __call__(self, delta, c, context):
+    def __call__(self, delta: jax.Array, c: jax.Array, context: Context) -> jax.Array:
         return c * jnp.where(c < 0, 1, ratio(jnp.minimum(self.total(delta, context), 0))) * delta
 
-    def acts(self, delta, c, context):
+    def acts(self, delta: jax.Array, c: jax.Array, context: Context) -> jax.Array:
         return (c > 0) & (self.total(delta, context) > 0)

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from lpo_jax.objectives.aggregate import RESPONSE_BUDGET
-from lpo_jax.objectives.batch import Context
+from lpo_jax.objectives.batch import Context, required
+from lpo_jax.objectives.fields import Field
 from lpo_jax.objectives.part import Part
 
 
@@ -23,7 +24,7 @@ class Shape(Part):
 class Sign(Shape):
     """1 for a response that passed, -1 for one that did not."""
 
-    def __call__(self, context):
+    def __call__(self, context: Context) -> jax.Array:
         return jnp.where(context.passed, 1.0, -1.0)
 
 
@@ -40,10 +41,10 @@ class FlawPenalty(Shape):
     """
 
     flaw_penalty: float = 1.0
-    needs = ("flawed",)
+    reads = (Field.FLAWED,)
 
-    def __call__(self, context):
-        flawed = context.passed & (context.scored.flawed != 0)
+    def __call__(self, context: Context) -> jax.Array:
+        flawed = context.passed & (required(context.scored.flawed) != 0)
         return context.rewards - self.flaw_penalty * flawed
 
 
@@ -62,7 +63,7 @@ class Overlong(Shape):
     overlong_buffer: float = 0.2
     max_tokens: int = RESPONSE_BUDGET
 
-    def __call__(self, context):
+    def __call__(self, context: Context) -> jax.Array:
         stretch = self.overlong_buffer * self.max_tokens
         return context.rewards - ((context.lengths - self.max_tokens) / stretch + 1).clip(0, 1)
 
@@ -80,11 +81,11 @@ class ClusterFrequency(Shape):
     """
 
     entropy_threshold: float = 1.0
-    needs = ("clusters",)
+    reads = (Field.CLUSTERS,)
 
-    def __call__(self, context):
+    def __call__(self, context: Context) -> jax.Array:
         share, entropy = agreement(context)
-        answered = context.scored.clusters >= 0
+        answered = required(context.scored.clusters) >= 0
         return jnp.where(answered & (entropy < self.entropy_threshold), share, 0)
 
 
@@ -107,7 +108,7 @@ class RewardTiers(Shape):
     tiers: int = 4
     tier_weight: float = 0.5
 
-    def __call__(self, context):
+    def __call__(self, context: Context) -> jax.Array:
         step = jnp.floor(context.rewards.clip(0, 1) * self.tiers) / self.tiers
         return context.passed + self.tier_weight * step
 
@@ -120,7 +121,7 @@ def agreement(context: Context) -> tuple[jax.Array, jax.Array]:
         answer agrees with itself only.
       entropy: [P,1] of the answers, in nats.
     """
-    clusters = context.scored.clusters
+    clusters = required(context.scored.clusters)
     same = (clusters[..., :, None] == clusters[..., None, :]) & (clusters[..., None] >= 0)
     same = (same | jnp.eye(clusters.shape[-1], dtype=bool)) & context.valid[..., None, :]
     share = jnp.where(context.valid, same.sum(-1) / context.size, 1)

@@ -24,7 +24,9 @@ def as_mask(mask: ArrayLike | None, like: jax.Array) -> jax.Array:
     )
 
 
-def masked_mean(x: ArrayLike, mask: ArrayLike, axis: int | None = None, keepdims: bool = False) -> jax.Array:
+def masked_mean(
+    x: ArrayLike, mask: ArrayLike, axis: int | tuple[int, ...] | None = None, keepdims: bool = False
+) -> jax.Array:
     """Mean of `x` where `mask`, over `axis` (all axes when None); 0 where nothing is valid."""
     x = as_float(x)
     mask = as_mask(mask, x)

@@ -51,7 +51,7 @@ def entmax_log_probs(
     def weights(theta: jax.Array) -> jax.Array:
         return jnp.where(mask, jnp.maximum(z - theta, 0) ** (1 / power), 0)
 
-    def halve(_, interval: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def halve(_: int, interval: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         low, high = interval
         middle = (low + high) / 2
         enough = weights(middle).sum(-1, keepdims=True) >= 1

@@ -1,15 +1,15 @@
 """From rewards to a target on the simplex: the temperature that a method implies, and the Gibbs target."""
 
 import math
-import numbers
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.scipy import special
 from jax.typing import ArrayLike
 
-from lpo_jax.objectives.hints import nearest
+from lpo_jax.objectives.checks import is_number, nearest
 from lpo_jax.objectives.simplex import (
     as_float,
     as_mask,
@@ -75,7 +75,7 @@ def temperature(
     if rule in SCALES:
         scale = jnp.maximum(SCALES[rule](rewards, mask, ddof), floor)
         return jnp.broadcast_to(scale, rewards[..., :1].shape)
-    return jnp.full_like(rewards[..., :1], 1 if rule == "dr-grpo" else rule)
+    return jnp.full_like(rewards[..., :1], rule if is_number(rule) else 1)  # "dr-grpo"
 
 
 def _batch_std(rewards: jax.Array, mask: jax.Array, ddof: int) -> jax.Array:
@@ -122,7 +122,7 @@ def temperature_problem(rule: object) -> str | None:
     if isinstance(rule, str):
         if rule in TEMPERATURES:
             return None
-    elif isinstance(rule, numbers.Real) and not isinstance(rule, bool) and 0 < rule < math.inf:
+    elif is_number(rule) and 0 < rule < math.inf:
         return None
     known = ", ".join(map(repr, TEMPERATURES))
     return f"must be {known} or a positive number, got {rule!r}{nearest(rule, TEMPERATURES)}"
@@ -160,6 +160,6 @@ def target_log_probs(
         )
     # The best reward is taken off before dividing: then equal rewards give exactly 0 whatever tau.
     top = jnp.where(mask, rewards, -jnp.inf).max(-1, keepdims=True)
-    tau = jnp.maximum(tau, jnp.finfo(jnp.float32).tiny)
+    tau = jnp.maximum(tau, np.finfo(np.float32).tiny)
     logits = jnp.maximum(jnp.where(mask, rewards - top, 0) / tau, -HUGE)
     return listwise_log_probs(logits if anchor is None else logits + as_float(anchor), mask)

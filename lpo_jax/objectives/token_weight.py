@@ -4,11 +4,13 @@ They multiply the aggregate's weights, whose totals stay those of all tokens.
 """
 
 import dataclasses
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
 
-from lpo_jax.objectives.batch import Context
+from lpo_jax.objectives.batch import Context, required
+from lpo_jax.objectives.fields import Field
 from lpo_jax.objectives.part import Part
 from lpo_jax.objectives.simplex import as_float, centred
 
@@ -31,10 +33,10 @@ class TokenWeight(Part):
 class Untaught(TokenWeight):
     """0 on the responses that learn from a teacher instead, 1 on the others."""
 
-    needs = ("teacher",)
+    reads = (Field.TEACHER,)
 
-    def __call__(self, context, u):
-        return (context.tokens & ~context.scored.teacher.valid[..., None]).astype(u.dtype)
+    def __call__(self, context: Context, u: jax.Array) -> jax.Array:
+        return (context.tokens & ~required(context.scored.teacher).valid[..., None]).astype(u.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,10 +51,10 @@ class TopEntropy(TokenWeight):
     """
 
     top_tokens: float = 0.2
-    needs = ("entropy",)
+    reads = (Field.ENTROPY,)
 
-    def __call__(self, context, u):
-        entropy = as_float(context.stats.entropy)
+    def __call__(self, context: Context, u: jax.Array) -> jax.Array:
+        entropy = as_float(required(context.stats.entropy))
         return (entropy >= _cut(entropy, context, 1 - self.top_tokens)).astype(u.dtype) * context.tokens
 
 
@@ -71,11 +73,13 @@ class TopImpact(TokenWeight):
 
     tokens_initial: float = 0.25
     tokens_final: float = 0.75
-    needs = ("entropy", "progress")
+    reads = (Field.ENTROPY, Field.PROGRESS)
 
-    def __call__(self, context, u):
-        share = self.tokens_initial + context.scored.progress * (self.tokens_final - self.tokens_initial)
-        impact = jnp.abs(_by_token(u)) * as_float(context.stats.entropy)
+    def __call__(self, context: Context, u: jax.Array) -> jax.Array:
+        share = self.tokens_initial + required(context.scored.progress) * (
+            self.tokens_final - self.tokens_initial
+        )
+        impact = jnp.abs(_by_token(u)) * as_float(required(context.stats.entropy))
         return (impact >= _cut(impact, context, 1 - share)).astype(u.dtype) * context.tokens
 
 
@@ -95,14 +99,16 @@ class CurvatureMask(TokenWeight):
     """
 
     reject_tokens: float = 0.08
-    needs = ("collision", "hidden_norm")
+    reads = (Field.COLLISION, Field.HIDDEN_NORM)
 
-    def __call__(self, context, u):
+    def __call__(self, context: Context, u: jax.Array) -> jax.Array:
         stats = context.stats
         error = (
-            1 - 2 * jnp.exp(jnp.where(context.tokens, as_float(stats.logp), 0)) + as_float(stats.collision)
+            1
+            - 2 * jnp.exp(jnp.where(context.tokens, as_float(stats.logp), 0))
+            + as_float(required(stats.collision))
         )
-        bend = jnp.square(_by_token(u) * as_float(stats.hidden_norm)) * error
+        bend = jnp.square(_by_token(u) * as_float(required(stats.hidden_norm))) * error
         return (bend <= _cut(bend, context, 1 - self.reject_tokens)).astype(u.dtype) * context.tokens
 
 
@@ -123,10 +129,10 @@ class Conflicts(TokenWeight):
     """
 
     conflict_weight: float = 2.0
-    needs = ("token_ids",)
+    reads = (Field.TOKEN_IDS,)
 
-    def __call__(self, context, u):
-        tokens, ids = context.tokens, context.scored.token_ids
+    def __call__(self, context: Context, u: jax.Array) -> jax.Array:
+        tokens, ids = context.tokens, required(context.scored.token_ids)
         above = centred(context.rewards, context.valid)
         # The k-th last token of every response in one column, to look back from the end.
         T = tokens.shape[-1]
@@ -159,22 +165,28 @@ class TruncatedImportance(TokenWeight):
     """
 
     importance_cap: float = 2.0
-    needs = ("sampler_logp",)
+    reads = (Field.SAMPLER_LOGP,)
 
-    def __call__(self, context, u):
+    def __call__(self, context: Context, u: jax.Array) -> jax.Array:
         scored = context.scored
-        gap = jnp.where(context.tokens, as_float(scored.behaviour_logp) - as_float(scored.sampler_logp), 0)
+        gap = jnp.where(
+            context.tokens, as_float(scored.behaviour_logp) - as_float(required(scored.sampler_logp)), 0
+        )
         return jnp.minimum(jnp.exp(gap), self.importance_cap).astype(u.dtype) * context.tokens
+
+
+Pair: TypeAlias = tuple[jax.Array, jax.Array]
 
 
 def _shared_run(ids: jax.Array, tokens: jax.Array, above: jax.Array) -> jax.Array:
     """[P,K,T] bool: places 0, 1, ... of a response while both sides of its group have its token there."""
 
-    def look_at(seen, other):
+    def look_at(seen: Pair, other: tuple[jax.Array, ...]) -> tuple[Pair, None]:
         ids_j, tokens_j, above_j = other  # of response j: [P,T], [P,T], [P]
         same = (ids == ids_j[:, None]) & tokens & tokens_j[:, None]
-        of_side = (above_j > 0)[:, None, None], (above_j < 0)[:, None, None]
-        return tuple(s | (same & side) for s, side in zip(seen, of_side)), None
+        by_above, by_below = seen
+        above_side, below_side = (above_j > 0)[:, None, None], (above_j < 0)[:, None, None]
+        return (by_above | (same & above_side), by_below | (same & below_side)), None
 
     # One response at a time: [P,K,K,T] at once would be the largest array of the step.
     others = tuple(jnp.moveaxis(x, 1, 0) for x in (ids, tokens, above))

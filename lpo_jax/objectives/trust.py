@@ -15,7 +15,8 @@ import math
 import jax
 import jax.numpy as jnp
 
-from lpo_jax.objectives.batch import Context
+from lpo_jax.objectives.batch import Context, required
+from lpo_jax.objectives.fields import Field
 from lpo_jax.objectives.part import Part
 from lpo_jax.objectives.simplex import masked_median, masked_std
 
@@ -45,7 +46,8 @@ class Gate(Part):
 
         A gate that limits a token's weight without shutting the token overrides this.
         """
-        return jax.grad(lambda d: self(d, c, context).sum())(delta) == 0
+        slope: jax.Array = jax.grad(lambda d: self(d, c, context).sum())(delta)
+        return slope == 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,10 +72,10 @@ class LogClip(Gate):
     def clipped(self, delta: jax.Array) -> jax.Array:
         return jnp.clip(delta, math.log1p(-self.epsilon), math.log1p(self.epsilon))
 
-    def scored(self, delta):
+    def scored(self, delta: jax.Array) -> jax.Array:
         return self.clipped(delta) if self.clip == "joint" else delta
 
-    def __call__(self, delta, c, context):
+    def __call__(self, delta: jax.Array, c: jax.Array, context: Context) -> jax.Array:
         if self.clip == "none":
             return c * delta
         if self.clip == "ppo":
@@ -95,7 +97,7 @@ def magnitude(x: jax.Array) -> jax.Array:
 class Ratio(Gate):
     """phi = c rho: the importance-weighted policy gradient, without a bound."""
 
-    def __call__(self, delta, c, context):
+    def __call__(self, delta: jax.Array, c: jax.Array, context: Context) -> jax.Array:
         return c * ratio(delta)
 
 
@@ -126,7 +128,7 @@ class RatioClip(Gate):
         loss = jnp.maximum(c * rho, c * clipped)
         return jnp.where(c > 0, jnp.minimum(loss, c * self.dual_clip), loss) if self.dual_clip else loss
 
-    def __call__(self, delta, c, context):
+    def __call__(self, delta: jax.Array, c: jax.Array, context: Context) -> jax.Array:
         rho = ratio(delta)
         return self.pessimistic(rho, self.clipped(rho), c)
 
@@ -149,7 +151,7 @@ class ElasticClip(RatioClip):
     advantage_stretch: float = 0.5
     variance_stretch: float = 2.0
 
-    def __call__(self, delta, c, context):
+    def __call__(self, delta: jax.Array, c: jax.Array, context: Context) -> jax.Array:
         variance = jnp.square(masked_std(context.rewards, context.valid))[..., None]  # [P,1,1]
         strength = jnp.tanh(jnp.abs(implied_advantage(c, context)))
         stretch = (1 + self.advantage_stretch * strength) * (1 + self.variance_stretch * variance)
@@ -179,10 +181,10 @@ class WeightClip(Gate):
         weight = ratio(self.log_weight(jax.lax.stop_gradient(delta), context))
         return weight, jnp.clip(weight, 1 - self.epsilon_low, 1 + self.epsilon_high)
 
-    def __call__(self, delta, c, context):
+    def __call__(self, delta: jax.Array, c: jax.Array, context: Context) -> jax.Array:
         return c * self.weights(delta, context)[1] * delta
 
-    def acts(self, delta, c, context):
+    def acts(self, delta: jax.Array, c: jax.Array, context: Context) -> jax.Array:
         weight, clipped = self.weights(delta, context)
         return weight != clipped
 
@@ -201,7 +203,7 @@ class SoftGate(Gate):
     tau_pos: float = 1.0
     tau_neg: float = 1.05
 
-    def __call__(self, delta, c, context):
+    def __call__(self, delta: jax.Array, c: jax.Array, context: Context) -> jax.Array:
         tau = jnp.where(c < 0, self.tau_pos, self.tau_neg)
         return c * (4 / tau) * jax.nn.sigmoid(tau * (ratio(delta) - 1))
 
@@ -217,11 +219,12 @@ class RatioVariance(Gate):
       R2VPO, arXiv 2601.03320.
     """
 
-    needs = ("control",)
+    reads = (Field.CONTROL,)
 
-    def __call__(self, delta, c, context):
+    def __call__(self, delta: jax.Array, c: jax.Array, context: Context) -> jax.Array:
         rho = ratio(delta)
-        return c * rho + context.scored.control * jnp.square(rho - 1) / context.size[..., None]
+        price: jax.Array = required(context.scored.control)
+        return c * rho + price * jnp.square(rho - 1) / context.size[..., None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,7 +253,7 @@ class TargetRatio(Gate):
         share = jax.nn.sigmoid((A - median) / self.target_temperature)
         return 1 - self.epsilon_low + (self.epsilon_low + self.epsilon_high) * share
 
-    def __call__(self, delta, c, context):
+    def __call__(self, delta: jax.Array, c: jax.Array, context: Context) -> jax.Array:
         return jnp.abs(c) * magnitude(ratio(delta) - self.target(c, context))
 
 
@@ -282,10 +285,10 @@ class ImplicitNegative(Gate):
         p = context.pass_rate.clip(0.02, 0.98)[..., None]  # [P,1,1]
         return (1 - p * ratio(delta)) / (1 - p)
 
-    def acts(self, delta, c, context):
+    def acts(self, delta: jax.Array, c: jax.Array, context: Context) -> jax.Array:
         return (c > 0) & (self.left(delta, context) < self.negative_floor)
 
-    def __call__(self, delta, c, context):
+    def __call__(self, delta: jax.Array, c: jax.Array, context: Context) -> jax.Array:
         left = self.left(delta, context)
         held = jnp.maximum(left, self.negative_floor)
         # The value is `held`'s, the gradient is `left`'s: the added difference is exactly 0.

@@ -3,13 +3,11 @@
 A part's word is its class name in lower case with hyphens; "none" is no such part (for a gate: no trust region).
 """
 
-from typing import Any
-
 from lpo_jax.objectives import covariance_gates, entropy_adaptive, proximal, ranking, sequence_gates  # noqa: F401
 from lpo_jax.objectives.bias import Bias
+from lpo_jax.objectives.checks import nearest
 from lpo_jax.objectives.credit import Credit
-from lpo_jax.objectives.hints import nearest
-from lpo_jax.objectives.hooks import Hook
+from lpo_jax.objectives.hook_specs import HookSpec
 from lpo_jax.objectives.part import Part, word
 from lpo_jax.objectives.prompt_weight import PromptWeight
 from lpo_jax.objectives.regular import Regular
@@ -27,7 +25,7 @@ ONE: dict[str, type[Part]] = {
     "gate": Gate,
     "token_weight": TokenWeight,
 }
-SEVERAL: dict[str, type[Part]] = {"shape": Shape, "regular": Regular, "hooks": Hook}
+SEVERAL: dict[str, type[Part]] = {"shape": Shape, "regular": Regular, "hooks": HookSpec}
 
 
 def words(kind: str) -> dict[str, Part]:
@@ -35,23 +33,24 @@ def words(kind: str) -> dict[str, Part]:
     return {word(part()): part() for part in _below((ONE | SEVERAL)[kind])}
 
 
-def parse(kind: str, value: Any) -> Part | tuple[Part, ...] | None:
+def parts_named(kind: str, value: object) -> Part | tuple[Part, ...] | None:
     """The part, or for a kind that holds several the parts, that a config's words stand for.
 
     Raises:
       ValueError: an unknown word, or several where one is meant; the text completes "<kind> ...".
     """
     known = words(kind)
-    chosen = list(value) if isinstance(value, list | tuple) else [value]
-    chosen = [] if chosen == ["none"] else chosen
-    for name in chosen:
-        if name not in known:
+    chosen: list[object] = list(value) if isinstance(value, list | tuple) else [value]
+    parts = []
+    for name in [] if chosen == ["none"] else chosen:
+        if not isinstance(name, str) or name not in known:
             raise ValueError(f"has no {name!r}{nearest(name, known)} (known: {', '.join(known)}, none)")
+        parts.append(known[name])
     if kind in SEVERAL:
-        return tuple(known[name] for name in chosen)
-    if len(chosen) > 1:
+        return tuple(parts)
+    if len(parts) > 1:
         raise ValueError(f"holds one part, got {value!r}")
-    return known[chosen[0]] if chosen else Gate() if kind == "gate" else None
+    return parts[0] if parts else Gate() if kind == "gate" else None
 
 
 def _below(base: type[Part]) -> list[type[Part]]:

@@ -17,6 +17,7 @@ from lpo_jax.models.config import ModelConfig
 from lpo_jax.models.head import chunk_size
 from lpo_jax.models.packing import full_pieces
 from lpo_jax.models.parameters import num_params
+from lpo_jax.objectives.fields import Field
 from lpo_jax.parallel.mesh import MeshSizes
 from lpo_jax.planner.topology import Chip
 from lpo_jax.sampling.kv_cache import CHUNK, Room
@@ -356,7 +357,7 @@ def _phases(work: Workload, setting: Setting) -> Iterator[Phase]:
     )
 
 
-def workload(config: Config, model: ModelConfig, needs: frozenset[str], scores_first: bool) -> Workload:
+def workload(config: Config, model: ModelConfig, needs: frozenset[Field], scores_first: bool) -> Workload:
     """What one step of a config has to do.
 
     Args:
@@ -365,7 +366,7 @@ def workload(config: Config, model: ModelConfig, needs: frozenset[str], scores_f
     """
     training, sampling = config.training, config.sampling
     updates = training.updates_per_step
-    reference = "ref_logp" in needs
+    reference = Field.REF_LOGP in needs
     passes = (updates if scores_first else updates - 1) + updates * (training.behaviour == "rescored")
     return Workload(
         model,

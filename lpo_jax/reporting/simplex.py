@@ -16,6 +16,7 @@ import numpy as np
 
 from lpo_jax.errors import UserError
 from lpo_jax.objectives import Objective, Scored, TokenStats, listwise_log_probs
+from lpo_jax.objectives.fields import Field
 from lpo_jax.objectives.projection import ScoreLoss, Simplex
 
 _INK, _PATH, _EDGE = "#333333", "#D55E00", "#AAAAAA"
@@ -23,7 +24,7 @@ _CORNERS = np.array([[0.5, math.sqrt(3) / 2], [0, 0], [1, 0]])  # top, left, rig
 _SIDE = 11  # arrows along a side
 
 # What a method may need beyond rewards and still be drawn: the policy that sampled stands for the reference.
-DRAWABLE = frozenset({"ref_logp"})
+DRAWABLE = frozenset({Field.REF_LOGP})
 
 _STEPS, _STEP = 400, 0.1
 _TOKEN_LOGP = math.log(0.5)  # of the policy that sampled, and of a reference: only ratios to it matter

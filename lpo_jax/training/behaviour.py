@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from lpo_jax.config import Config
 from lpo_jax.objectives import Objective
+from lpo_jax.objectives.fields import Field
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +45,7 @@ def choose(config: Config, objective: Objective) -> Behaviour:
     updates = config.training.updates_per_step + objective.extra_updates
     if asked != "auto":
         return Behaviour(asked, "as set")
-    if "sampler_logp" in objective.needs:
+    if Field.SAMPLER_LOGP in objective.needs:
         return Behaviour("rescored", f"{objective.name} compares the trainer's log-probs with the sampler's")
     if config.sampling.weights == "int8":
         return Behaviour("rescored", "sampling.weights = int8 samples from another model than is trained")
@@ -52,6 +53,6 @@ def choose(config: Config, objective: Objective) -> Behaviour:
         return Behaviour("sampled", f"in {dtype} the sampler and the trainer agree")
     if updates > 1:
         return Behaviour("rescored", f"{dtype}, and later updates of a step compare with these")
-    if "ref_logp" in objective.needs:
+    if Field.REF_LOGP in objective.needs:
         return Behaviour("rescored", f"{dtype}, and the reference's log-probs are compared with these")
     return Behaviour("sampled", "one update a step, in which they stand for the current ones")

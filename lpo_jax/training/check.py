@@ -3,29 +3,12 @@
 from lpo_jax import objectives
 from lpo_jax.config import Config
 from lpo_jax.errors import UserError
-from lpo_jax.models.head import EXTRA_STATS
 from lpo_jax.models.quantize import require_qwix
 from lpo_jax.objectives.catalogue import with_response_budget
-from lpo_jax.objectives.hooks import problem as hook_problem
+from lpo_jax.objectives.fields import Field, Source, fields_from
+from lpo_jax.objectives.hook_specs import problem as hook_problem
 from lpo_jax.training.behaviour import choose
 from lpo_jax.training.mirror_file import read_map
-
-# What every round has for an objective, or can have from one more pass of the model; hooks give the rest.
-GIVEN = frozenset(
-    {
-        "entropy",
-        "ref_logp",
-        "passed",
-        "malformed",
-        "truncated",
-        "token_ids",
-        "clusters",
-        "progress",
-        "control",
-        "sampler_logp",
-    }
-    | {"features", "prompt_confidence", *EXTRA_STATS}
-)
 
 
 def check_config(config: Config) -> objectives.Objective:
@@ -58,7 +41,7 @@ def check_config(config: Config) -> objectives.Objective:
                 "sampling.weights = int8 samples from another model than the one that is trained: set "
                 "training.behaviour=rescored (objective.token_weight=truncated-importance corrects the rest)"
             )
-    if "sampler_logp" in objective.needs and not rescored:
+    if Field.SAMPLER_LOGP in objective.needs and not rescored:
         raise UserError(
             f"objective {objective.name}: truncated-importance compares the trainer's log-probs with the sampler's; "
             "set training.behaviour=rescored"
@@ -68,10 +51,8 @@ def check_config(config: Config) -> objectives.Objective:
             f"sampling.num_responses = {sampling.num_responses}: {config.objective['name']} compares the responses "
             f"to one prompt and needs at least {objective.min_group_size}"
         )
-    given = GIVEN.union(*(hook.gives for hook in objective.hooks))
-    if "teacher" in given:
-        given |= {"top_logp"}
-    if lacking := sorted(objective.needs - given):
+    given = {field for hook in objective.hooks for field in hook.gives}
+    if lacking := sorted(objective.needs & fields_from(Source.HOOK, Source.CALLER) - given):
         raise UserError(
             f"objective {objective.name}: with these options it needs {', '.join(lacking)} of every response, which "
             "nothing in it provides; use a method that has the hook for it (lpo methods)"

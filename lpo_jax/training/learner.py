@@ -10,10 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lpo_jax.models.head import EXTRA_STATS
 from lpo_jax.models.lora import join
 from lpo_jax.models.runner import ModelRunner, log_prob_gap, score
 from lpo_jax.objectives import Listwise, TokenStats
+from lpo_jax.objectives.fields import Field, Source, fields_from
 from lpo_jax.objectives.method import Objective
 from lpo_jax.rollout.batch import Batch
 from lpo_jax.rollout.collect import Rollouts
@@ -86,7 +86,7 @@ class Learner:
 
 def scores_first(objective: Objective) -> bool:
     """Whether an objective needs token statistics that the sampler does not compute, even in the first update."""
-    return bool(objective.needs & {"entropy", "top_logp", *EXTRA_STATS})
+    return bool(objective.needs & fields_from(Source.POLICY, Source.POLICY_EXTRA))
 
 
 def complete_batch(
@@ -106,7 +106,7 @@ def complete_batch(
             gaps = {name: float(value) for name, value in found.items()}
         scored = scored.replace(behaviour_logp=by_trainer, sampler_logp=scored.behaviour_logp)
     batch = learner.pack(batch)
-    wanted = learner.objective.needs & {"features", "prompt_confidence"}
+    wanted = learner.objective.needs & fields_from(Source.OBSERVATION)
     if wanted:
         seen = round_features(learner.runner, tools.params, batch.groups, scored.mask)
         scored = scored.replace(**{name: seen[name] for name in wanted})
@@ -143,7 +143,7 @@ def current_stats(learner: Learner, state: TrainState, batch: Batch, first: bool
     if scores_first(learner.objective) or not first:
         scored = score(learner.runner, state.policy, batch.groups)
         used = scored.replace(logp=used.logp) if first else scored
-    if "ref_logp" in learner.objective.needs:
+    if Field.REF_LOGP in learner.objective.needs:
         reference = join(state.frozen, state.reference)
         used = used.replace(ref_logp=score(learner.runner, reference, batch.groups).logp)
     return used

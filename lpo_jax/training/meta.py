@@ -19,8 +19,8 @@ from lpo_jax import reporting
 from lpo_jax.config import Config, MetaSection
 from lpo_jax.errors import Diverged, UserError
 from lpo_jax.files import cannot_write
-from lpo_jax.objectives import meta as evolution
-from lpo_jax.objectives.meta import Evolution
+from lpo_jax.objectives import evolution
+from lpo_jax.objectives.evolution import Evolution
 from lpo_jax.objectives.mirror import NeuralMirror, initial_map
 from lpo_jax.parallel import hosts
 from lpo_jax.reporting.writers import METRICS_FILE
@@ -51,7 +51,7 @@ def meta(config: Config, *, resume: bool = False, fitness: Callable[[Config], fl
     console = reporting.console()
     with RunDirectory(config, "meta", resume) as run, reporting.RunWriter(run.path) as writer:
         phi = mirror.mirror or initial_map(mirror.mirror_seed)
-        search = Search.load(run.path) or Search(evolution.start(phi))
+        search = Search.load(run.path) or Search(evolution.start_search(phi))
         if not search.file(run.path).exists() and (run.path / METRICS_FILE).exists():
             raise UserError(
                 f"{run.path}: metrics.jsonl holds rounds of a search, but {search.file(run.path)} is not there; put it "

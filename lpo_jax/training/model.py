@@ -13,11 +13,11 @@ from lpo_jax.config import Config
 from lpo_jax.models import lora
 from lpo_jax.models.config import ModelConfig
 from lpo_jax.models.decoder import Params, abstract_params, init_params
-from lpo_jax.models.head import EXTRA_STATS
 from lpo_jax.models.load import load_weights
 from lpo_jax.models.placement import constrain_params, current_shardings, placed
 from lpo_jax.models.runner import ModelRunner
 from lpo_jax.objectives import Objective
+from lpo_jax.objectives.fields import Field, Source, fields_from
 from lpo_jax.parallel.mesh import STATE_BYTES
 from lpo_jax.runs.state import TrainState
 from lpo_jax.training.memory import Microbatch, fit_microbatch
@@ -95,7 +95,7 @@ class TrainedModel:
             self.microbatch.token_budget,
             self.dtype,
             self.microbatch.remat,
-            tuple(name for name in EXTRA_STATS if name in needs),
+            tuple(sorted(fields_from(Source.POLICY_EXTRA).intersection(needs))),
             self.config.model.attention,
         )
 
@@ -105,7 +105,7 @@ class TrainedModel:
         """A state's parameters with a fresh optimizer state, and the arrays that the objective keeps beside them."""
         params = state.params
         control, referred = (
-            (objective.init_control(), "ref_logp" in objective.needs) if objective else (None, False)
+            (objective.init_control(), Field.REF_LOGP in objective.needs) if objective else (None, False)
         )
         # A copy, because the update donates the parameters.
         reference = jax.tree.map(jnp.copy, params) if referred else None

@@ -34,7 +34,7 @@ def head_case(tokens, weighted, dtype):
 
 
 def by_chunks(hidden, unembed, targets, top_ids, cotangent):
-    options = {"top_ids": top_ids, "extra": head.EXTRA_STATS}
+    options = {"top_ids": top_ids, "extra": ("collision", "hidden_norm")}
     value, stats = head.weighted_log_probs(hidden, unembed, targets, cotangent, TEMPERATURE, **options)
     return 3 * value, stats
 

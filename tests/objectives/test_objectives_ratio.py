@@ -12,7 +12,7 @@ import pytest
 from objective_cases import full_batch, in_float64, padded, put, run, small
 
 from lpo_jax import objectives as O
-from lpo_jax.objectives.covariance_gates import ClipCov, first
+from lpo_jax.objectives.covariance_gates import ClipCov, first_in_order
 from lpo_jax.objectives.methods import ratio
 from lpo_jax.objectives.proximal import PreviousKL, RatioVarianceDual
 from lpo_jax.objectives.sequence_gates import GeometricClip, PrefixWeightClip, SequenceClip
@@ -304,8 +304,10 @@ def test_first_takes_the_smallest_candidates():
     order = np.float32([[[3, 1, 2], [0, 9, 5]]])
     candidates = np.array([[[1, 1, 1], [0, 1, 1]]], bool)
     for count, expected in ((2, [[0, 1, 1], [0, 0, 0]]), (4, [[1, 1, 1], [0, 0, 1]]), (99, candidates[0])):
-        np.testing.assert_array_equal(first(jnp.float32(count), order, candidates)[0], expected)
-    assert first(jnp.float32(1), np.zeros((1, 2, 3)), np.ones((1, 2, 3), bool)).sum() == 1  # ties, too
+        np.testing.assert_array_equal(first_in_order(jnp.float32(count), order, candidates)[0], expected)
+    assert (
+        first_in_order(jnp.float32(1), np.zeros((1, 2, 3)), np.ones((1, 2, 3), bool)).sum() == 1
+    )  # ties, too
 
 
 def test_clip_cov_draws_a_token_wherever_it_stands():

@@ -12,7 +12,7 @@ from tiny import character_tokenizer
 from lpo_jax import objectives as O
 from lpo_jax.errors import RunStopped, UserError
 from lpo_jax.models.runner import Groups, ModelRunner, score
-from lpo_jax.objectives import Scored, hooks
+from lpo_jax.objectives import Scored, hook_specs
 from lpo_jax.rewards import Verdict
 from lpo_jax.rollout.batch import Batch
 from lpo_jax.rollout.collect import Rollouts, concatenate, replace_response
@@ -120,7 +120,7 @@ def test_clusters_number_equal_answers():
 
 def dynamic(first, *further, max_rounds=3, updates=1):
     """Run dynamic sampling on batches (None: no new prompt is left); returns the kept groups and the hook."""
-    hook = prompts.Dynamic(hooks.DynamicSampling(max_rounds), environment(ROWS, updates=updates), None)
+    hook = prompts.Dynamic(hook_specs.DynamicSampling(max_rounds), environment(ROWS, updates=updates), None)
     offered = iter(further)
     return hook.select(first, lambda: next(offered)), hook
 
@@ -166,7 +166,7 @@ def test_dynamic_sampling_of_groups_of_one_is_refused():
     single = environment(ROWS)
     single.config.sampling.num_responses = 1
     with pytest.raises(UserError, match="num_responses = 1: dynamic-sampling"):
-        prompts.Dynamic(hooks.DynamicSampling(), single, None)
+        prompts.Dynamic(hook_specs.DynamicSampling(), single, None)
 
 
 def test_failures_of_the_verifier_are_neither_passes_nor_failures():
@@ -182,8 +182,8 @@ def test_failures_of_the_verifier_are_neither_passes_nor_failures():
 @pytest.mark.parametrize(
     ("make", "spec"),
     [
-        (prompts.Learnability, hooks.LearnabilitySampling()),
-        (prompts.Gaussian, hooks.GaussianSampling()),
+        (prompts.Learnability, hook_specs.LearnabilitySampling()),
+        (prompts.Gaussian, hook_specs.GaussianSampling()),
     ],
 )
 def test_a_prompt_that_could_not_be_judged_keeps_its_pass_rate(make, spec):
@@ -198,7 +198,7 @@ def test_a_prompt_that_could_not_be_judged_keeps_its_pass_rate(make, spec):
 def test_prompts_are_drawn_by_their_pass_rates():
     """Learnability sampling prefers p = 1/2, takes a share of prompts in data order, and never repeats a prompt."""
     rows = [{"n": n} for n in range(12)]
-    hook = prompts.Learnability(hooks.LearnabilitySampling(uniform_share=0.5), environment(rows), None)
+    hook = prompts.Learnability(hook_specs.LearnabilitySampling(uniform_share=0.5), environment(rows), None)
     rates = [0, 1, 0.5, 0.5, *[0.01] * 8]
     for i, rate in enumerate(rates):
         hook.observe(collected([i], [[float(k < 100 * rate) for k in range(100)]]))
@@ -215,8 +215,8 @@ def test_prompts_are_drawn_by_their_pass_rates():
 @pytest.mark.parametrize(
     ("make", "spec"),
     [
-        (prompts.Learnability, hooks.LearnabilitySampling()),
-        (prompts.Gaussian, hooks.GaussianSampling()),
+        (prompts.Learnability, hook_specs.LearnabilitySampling()),
+        (prompts.Gaussian, hook_specs.GaussianSampling()),
     ],
 )
 def test_further_rounds_of_a_step_draw_prompts_that_it_has_not_seen(make, spec):
@@ -231,12 +231,12 @@ def test_further_rounds_of_a_step_draw_prompts_that_it_has_not_seen(make, spec):
 
 
 def test_gaussian_sampling_peaks_at_one_half_and_flattens_with_its_width():
-    hook = prompts.Gaussian(hooks.GaussianSampling(), environment(ROWS), None)
+    hook = prompts.Gaussian(hook_specs.GaussianSampling(), environment(ROWS), None)
     rates = np.linspace(0, 1, 11)
     weights = hook.weights(rates)
     assert weights.argmax() == 5 and np.allclose(weights, weights[::-1])
     np.testing.assert_allclose(weights[0] / weights[5], np.exp(-0.25 / (2 * 0.35**2)))
-    wide = prompts.Gaussian(hooks.GaussianSampling(width=1e3), environment(ROWS), None)
+    wide = prompts.Gaussian(hook_specs.GaussianSampling(width=1e3), environment(ROWS), None)
     np.testing.assert_allclose(wide.weights(rates), 1, rtol=1e-5)
     hook.observe(collected([4], [[1, 1]]))
     assert hook.rates[4] == pytest.approx(0.9 * 0.5 + 0.1 * 1)
@@ -244,7 +244,7 @@ def test_gaussian_sampling_peaks_at_one_half_and_flattens_with_its_width():
 
 def test_solution_hints_grow_until_something_passes():
     tools = Tools(environment(ROWS), collected([1, 2], [[0, 1], [0, 0]]), collected([2], [[1, 1]]))
-    hook = hints.Solutions(hooks.SolutionHints((0.25, 0.75)), tools.environment, None)
+    hook = hints.Solutions(hook_specs.SolutionHints((0.25, 0.75)), tools.environment, None)
     rollouts = collected([0, 1, 2], [[1, 0], [0, 0], [0, None]])
     hook.begin()
     rollouts = hook.mend(rollouts, tools)
@@ -259,7 +259,7 @@ def test_solution_hints_grow_until_something_passes():
 
 def test_ladder_hints_put_one_response_under_the_plain_prompt():
     tools = Tools(environment(ROWS), collected([1], [[0, 0]]), collected([1], [[0, 1]], [["no", "yes"]]))
-    hook = hints.Ladder(hooks.LadderHints(hint_after=50), tools.environment, None)
+    hook = hints.Ladder(hook_specs.LadderHints(hint_after=50), tools.environment, None)
     rollouts = collected([0, 1], [[1, 0], [0, 0]])
     hook.begin()
     rollouts = hook.mend(rollouts, tools)
@@ -273,7 +273,7 @@ def test_ladder_hints_put_one_response_under_the_plain_prompt():
 
 @pytest.mark.parametrize(
     ("make", "spec"),
-    [(hints.Solutions, hooks.SolutionHints((0.25, 0.75))), (hints.Ladder, hooks.LadderHints(0))],
+    [(hints.Solutions, hook_specs.SolutionHints((0.25, 0.75))), (hints.Ladder, hook_specs.LadderHints(0))],
 )
 def test_hints_are_for_groups_that_were_judged_to_fail(make, spec):
     """Group 0 has no verdicts. Group 2 could not be judged with a hint, so it does not get a longer hint."""
@@ -292,7 +292,10 @@ def test_hints_are_for_groups_that_were_judged_to_fail(make, spec):
 
 def test_hints_that_rows_do_not_have_are_refused():
     rows = [{"n": 0, "solution": "x", "hints": ["a"]}, {"n": 1}]
-    for make, spec in ((hints.Ladder, hooks.LadderHints()), (hints.Solutions, hooks.SolutionHints())):
+    for make, spec in (
+        (hints.Ladder, hook_specs.LadderHints()),
+        (hints.Solutions, hook_specs.SolutionHints()),
+    ):
         with pytest.raises(UserError, match="training row 1 of task 'made' has no"):
             make(spec, environment(rows), O.get("grpo"))
 
@@ -308,14 +311,14 @@ def test_a_hint_goes_between_question_and_prefill():
 def test_greedy_baseline_is_the_greedy_reward_or_the_groups_mean():
     batch = collected([0, 1], [[1, 0], [0, 1]])
     tools = Tools(environment(ROWS), collected([0, 1], [[0.25], [None]]))
-    out = judges.Greedy(hooks.GreedyBaseline(), tools.environment, None).annotate(None, batch, tools)
+    out = judges.Greedy(hook_specs.GreedyBaseline(), tools.environment, None).annotate(None, batch, tools)
     assert out["baseline"].tolist() == [[0.25], [0.5]]
     asked = tools.calls[0][1]
     assert asked.pop("prompts") == [TOKENIZER.encode("p0"), TOKENIZER.encode("p1")]
     assert asked == {"num_responses": 1, "greedy": True}
     unknown = collected([0, 1], [[None, None], [0, None]])
     tools = Tools(environment(ROWS), collected([0, 1], [[None], [None]]))
-    out = judges.Greedy(hooks.GreedyBaseline(), tools.environment, None).annotate(None, unknown, tools)
+    out = judges.Greedy(hook_specs.GreedyBaseline(), tools.environment, None).annotate(None, unknown, tools)
     assert out["baseline"].tolist() == [
         [0],
         [0],
@@ -343,12 +346,12 @@ def judging(make, spec, batch):
 
 def test_judge_marks_passing_responses_and_steps(judge_file):
     batch = collected([0, 1], [[1, 1], [0, 0]], [["bad", "good"], ["bad", "worse"]])
-    flawed = judging(judges.Judge, hooks.Judge(f"{judge_file}:flawed"), batch)["flawed"]
+    flawed = judging(judges.FlawJudge, hook_specs.Judge(f"{judge_file}:flawed"), batch)["flawed"]
     assert flawed.tolist() == [[True, False], [False, False]]  # failed responses are not judged
-    credit = judging(credits.StepJudge, hooks.StepJudge(f"{judge_file}:steps"), batch)["credit"]
+    credit = judging(credits.StepCredits, hook_specs.StepJudge(f"{judge_file}:steps"), batch)["credit"]
     assert credit[1, 1].tolist()[:6] == [0, 1, 1, 0, 0, 0] and credit.sum() == 2
     with pytest.raises(UserError, match=r"needs a judge: set objective\.judge"):
-        judges.Judge(hooks.Judge(), environment(ROWS), O.get("grpo"))
+        judges.FlawJudge(hook_specs.Judge(), environment(ROWS), O.get("grpo"))
 
 
 def test_progress_is_the_gain_in_the_chance_of_the_solution(tiny_config, tiny_params):
@@ -357,7 +360,7 @@ def test_progress_is_the_gain_in_the_chance_of_the_solution(tiny_config, tiny_pa
     runner = ModelRunner(tiny_config)
     tools = Tools(environment(ROWS))
     tools.runner, tools.params = runner, tiny_params
-    got = credits.Values(hooks.PrefixValues(segments=2, cue="="), tools.environment, None).annotate(
+    got = credits.Values(hook_specs.PrefixValues(segments=2, cue="="), tools.environment, None).annotate(
         rollouts, batch, tools
     )
 
@@ -375,7 +378,7 @@ def test_cuts_hold_the_mean_reward_of_their_answers():
     rollouts = make_batch(batch, 6, 0.0)
     first = collected([0 + (1 << 24), 3 + (1 << 24)], [[1, 0], [None, None]])  # those longer than 3 tokens
     tools = Tools(environment(ROWS), first)
-    got = credits.Cuts(hooks.Budgets(budgets=2, summaries=2, cue="="), tools.environment, None).annotate(
+    got = credits.Cuts(hook_specs.Budgets(budgets=2, summaries=2, cue="="), tools.environment, None).annotate(
         rollouts, batch, tools
     )["credit"]
     assert got[0, 0, :6].tolist() == [0.5] * 3 + [1] * 3  # the answers' mean, then the reward
@@ -391,7 +394,7 @@ def test_siblings_teach_the_failed_responses_of_mixed_groups(tiny_config, tiny_p
     rollouts = make_batch(batch, 6, 0.0)
     tools = Tools(environment(ROWS))
     tools.runner, tools.params = ModelRunner(tiny_config, 0.7), tiny_params
-    spec = hooks.SiblingTeacher(top=4, reprompt="see {solution}:")
+    spec = hook_specs.SiblingTeacher(top=4, reprompt="see {solution}:")
     teacher = teachers.Sibling(spec, tools.environment, None).annotate(rollouts, batch, tools)["teacher"]
     assert np.asarray(teacher.valid).tolist() == [[False, True], [False, False], [False, False]]
     ids = encode_hinted(tools.environment.task, TOKENIZER, ROWS[0], "see r0:")
@@ -401,7 +404,7 @@ def test_siblings_teach_the_failed_responses_of_mixed_groups(tiny_config, tiny_p
 
 
 def test_replay_weighs_the_batch_before_and_survives_a_resume():
-    make = lambda: replay.PreviousBatch(hooks.Replay(window=3), environment(ROWS), None)  # noqa: E731
+    make = lambda: replay.PreviousBatch(hook_specs.Replay(window=3), environment(ROWS), None)  # noqa: E731
     hook, means, weights = make(), [0.0, 0.5, 0.25, 1.0, 0.0, 1.0], []
     for step, mean in enumerate(means):
         batch = collected([step], [[mean, mean]])
@@ -426,7 +429,7 @@ def test_replay_weighs_the_batch_before_and_survives_a_resume():
 
 
 def test_replay_weight_does_not_explode_where_the_window_is_constant():
-    hook = replay.PreviousBatch(hooks.Replay(window=8), environment(ROWS), None)
+    hook = replay.PreviousBatch(hook_specs.Replay(window=8), environment(ROWS), None)
     for _ in range(3):
         hook.observe(collected([0], [[1, 0, 0, 0]]))
         assert hook.weight == 0
@@ -445,7 +448,7 @@ def test_replayed_batch_survives_a_resume_whole():
         *(np.full((2, 2, 6, 3), x) for x in (1, 2.0)), np.ones((2, 2, 6)), np.ones((2, 2), bool)
     )
     extra = {"sampler_logp": scored.behaviour_logp + 1, "prompt_confidence": np.ones(2), "teacher": teacher}
-    hook, again = (replay.PreviousBatch(hooks.Replay(), environment(ROWS), None) for _ in range(2))
+    hook, again = (replay.PreviousBatch(hook_specs.Replay(), environment(ROWS), None) for _ in range(2))
     hook.replay(rollouts.replace(scored=scored.replace(**extra, credit=scored.behaviour_logp)))
     again.restore(json.loads(json.dumps(hook.state())))
     assert jax.tree.structure(again.before) == jax.tree.structure(hook.before)
@@ -453,7 +456,7 @@ def test_replayed_batch_survives_a_resume_whole():
 
 
 def test_a_step_that_could_not_be_judged_is_no_regress():
-    hook = replay.PreviousBatch(hooks.Replay(window=3), environment(ROWS), None)
+    hook = replay.PreviousBatch(hook_specs.Replay(window=3), environment(ROWS), None)
     steps = [
         collected([i], [rewards])
         for i, rewards in enumerate(([0, 1], [1, 1], [None, None], [1, None], [0, 1]))
@@ -471,7 +474,7 @@ def test_a_judge_that_always_fails_stops_the_run(tmp_path):
     path.write_text("def bad(response, row):\n    raise ValueError('no model')\n")
     batch = collected([0], [[1, 1]])
     with pytest.raises(RunStopped, match=r"step 100: the judge .*judge.py:bad failed on all 2 .*no model"):
-        judging(judges.Judge, hooks.Judge(f"{path}:bad"), batch)
+        judging(judges.FlawJudge, hook_specs.Judge(f"{path}:bad"), batch)
 
 
 def test_split_leaves_scalars_whole():

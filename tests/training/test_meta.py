@@ -12,7 +12,7 @@ from lpo_jax import objectives
 from lpo_jax.commands.main import main
 from lpo_jax.config import parse_config
 from lpo_jax.errors import Diverged, UserError
-from lpo_jax.objectives import meta as evolution
+from lpo_jax.objectives import evolution
 from lpo_jax.objectives.mirror import SIZE, initial_map
 from lpo_jax.reporting import read_metrics
 from lpo_jax.runs.signals import Interrupted
@@ -29,7 +29,7 @@ def quadratic(phi, peak):
 def play(rounds, *, population=8, sigma=0.05, alpha=0.02, seed=0, D=6):
     """Maximise a quadratic, starting from 0; returns the states of the search."""
     peak = np.random.default_rng(1).uniform(0.3, 0.5, D)
-    states = [evolution.start(np.zeros(D))]
+    states = [evolution.start_search(np.zeros(D))]
     for _ in range(rounds):
         state = states[-1]
         noise, sigma_t = evolution.new_noise(state, population, seed), evolution.deviation(state, sigma, 0.95)
@@ -39,7 +39,7 @@ def play(rounds, *, population=8, sigma=0.05, alpha=0.02, seed=0, D=6):
 
 
 def test_noise_comes_in_opposite_pairs_and_is_the_rounds_own():
-    state = evolution.start(np.zeros(5))
+    state = evolution.start_search(np.zeros(5))
     noise = evolution.new_noise(state, 6, seed=3)
     np.testing.assert_array_equal(noise[::2], -noise[1::2])
     assert len(np.unique(np.abs(noise), axis=0)) == 3
@@ -56,7 +56,7 @@ def test_a_quadratic_is_climbed():
 
 def test_an_accepted_round_moves_along_the_noise():
     """phi + alpha / (N sigma) sum f eps over candidates that did not fail; failed ones count in the mean fitness."""
-    state = evolution.start([1.0, 2.0])
+    state = evolution.start_search([1.0, 2.0])
     noise = np.array([[1.0, 0], [-1, 0], [0, 1], [0, -1]])
     after = evolution.advance(state, noise, [0.4, 0.2, 0.0, 0.6], sigma=0.1, alpha=0.05)
     np.testing.assert_allclose(after.phi, [1 + 0.05 * 0.2 / 0.3, 2 - 0.05 * 0.6 / 0.3])
@@ -67,7 +67,7 @@ def test_an_accepted_round_moves_along_the_noise():
 
 
 def test_a_rejected_round_stays_and_carries_its_best():
-    state = dataclasses.replace(evolution.start(np.zeros(3)), history=(0.5,))
+    state = dataclasses.replace(evolution.start_search(np.zeros(3)), history=(0.5,))
     noise = evolution.new_noise(state, 12, 0)
     fitness = np.linspace(0, 0.6, 12)[::-1]
     after = evolution.advance(state, noise, fitness, 0.1, 0.05)
@@ -88,7 +88,7 @@ def test_a_rejected_round_stays_and_carries_its_best():
 
 def test_stalled():
     def is_stalled(*history):
-        return evolution.stalled(dataclasses.replace(evolution.start([0.0]), history=history), 2, 0.01)
+        return evolution.stalled(dataclasses.replace(evolution.start_search([0.0]), history=history), 2, 0.01)
 
     assert not is_stalled() and not is_stalled(0.5, 0.5)
     assert is_stalled(0.5, 0.5, 0.5) and is_stalled(0.5, 0.505, 0.2)

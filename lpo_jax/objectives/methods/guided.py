@@ -2,7 +2,7 @@
 
 from lpo_jax.objectives.advantage import Advantage
 from lpo_jax.objectives.aggregate import Aggregate
-from lpo_jax.objectives.hooks import (
+from lpo_jax.objectives.hook_specs import (
     DynamicSampling,
     GaussianSampling,
     LadderHints,

@@ -5,7 +5,7 @@ from typing import Any
 from lpo_jax.objectives.advantage import Advantage
 from lpo_jax.objectives.aggregate import Aggregate
 from lpo_jax.objectives.covariance_gates import ClipCov, KLCov
-from lpo_jax.objectives.hooks import PreviousPolicy
+from lpo_jax.objectives.hook_specs import PreviousPolicy
 from lpo_jax.objectives.methods.row import Method, method
 from lpo_jax.objectives.prompt_weight import NftWeight
 from lpo_jax.objectives.proximal import PreviousKL, RatioVarianceDual
@@ -31,7 +31,7 @@ from lpo_jax.objectives.trust import (
 )
 
 FIBER_PAPER = "Fibration Policy Optimization, arXiv 2603.08239"
-VERDICT = {"shape": (Sign(),), "advantage": Advantage(temperature="dr-grpo", centre="none")}
+VERDICT: dict[str, Any] = {"shape": (Sign(),), "advantage": Advantage(temperature="dr-grpo", centre="none")}
 
 
 def _bounded(name: str, formula: str, paper: str, fidelity: str, note: str = "", **parts: Any) -> Method:

@@ -5,7 +5,7 @@ from typing import Any
 from lpo_jax.objectives.advantage import Advantage, NonzeroAdvantage, Utility
 from lpo_jax.objectives.aggregate import Aggregate
 from lpo_jax.objectives.bias import ConfidenceGap, GlobalMix
-from lpo_jax.objectives.hooks import GreedyBaseline, Judge
+from lpo_jax.objectives.hook_specs import GreedyBaseline, Judge
 from lpo_jax.objectives.methods.row import Method, method
 from lpo_jax.objectives.probe import Probe, ProbeAdvantage
 from lpo_jax.objectives.projection import Simplex

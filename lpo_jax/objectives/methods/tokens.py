@@ -4,7 +4,7 @@ from lpo_jax.objectives.advantage import Advantage, Utility
 from lpo_jax.objectives.aggregate import Aggregate
 from lpo_jax.objectives.credit import AnytimeReturns, EntropyCost, Progress, StepPenalty
 from lpo_jax.objectives.entropy_adaptive import EntropyClip, EntropyWeight, TokenLevelUtility
-from lpo_jax.objectives.hooks import Budgets, PrefixValues, StepJudge
+from lpo_jax.objectives.hook_specs import Budgets, PrefixValues, StepJudge
 from lpo_jax.objectives.methods.row import Method, method
 from lpo_jax.objectives.mirror import Bregman, NeuralMirror, ProbL2
 from lpo_jax.objectives.regular import KL, Regular

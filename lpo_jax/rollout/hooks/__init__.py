@@ -1,23 +1,23 @@
 """Hooks: what a method needs from the run around its updates.
 
-`objectives/hooks.py` declares their settings; this package implements them.
+`objectives/hook_specs.py` declares their settings; this package implements them.
 """
 
 import contextlib
 from collections.abc import Iterator, Sequence
 
-from lpo_jax.objectives import hooks as specs
+from lpo_jax.objectives import hook_specs as specs
 from lpo_jax.objectives.method import Objective
 from lpo_jax.rollout.environment import Environment
 from lpo_jax.rollout.hooks import credits, hints, judges, prompts, replay, teachers
 from lpo_jax.rollout.hooks.base import RunHook, Tools
 
-_HOOKS: dict[type[specs.Hook], type[RunHook]] = {
+_HOOKS: dict[type[specs.HookSpec], type[RunHook]] = {
     specs.Budgets: credits.Cuts,
     specs.DynamicSampling: prompts.Dynamic,
     specs.GaussianSampling: prompts.Gaussian,
     specs.GreedyBaseline: judges.Greedy,
-    specs.Judge: judges.Judge,
+    specs.Judge: judges.FlawJudge,
     specs.LadderHints: hints.Ladder,
     specs.LearnabilitySampling: prompts.Learnability,
     specs.PrefixValues: credits.Values,
@@ -25,7 +25,7 @@ _HOOKS: dict[type[specs.Hook], type[RunHook]] = {
     specs.Replay: replay.PreviousBatch,
     specs.SiblingTeacher: teachers.Sibling,
     specs.SolutionHints: hints.Solutions,
-    specs.StepJudge: credits.StepJudge,
+    specs.StepJudge: credits.StepCredits,
 }
 
 

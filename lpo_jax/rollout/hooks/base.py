@@ -9,8 +9,8 @@ A step runs through these phases in this order, whatever the order of a method's
   annotate  compute fields of `Scored` for the objective
   replay    request one more update on an earlier batch, after the step's own updates
 
-A hook's settings (`objectives/hooks.py`) declare the phases in which it acts, and the hooks that it cannot be combined
-with. Each hook overrides the methods of its phases. Its state is JSON and is saved with every checkpoint.
+A hook's settings (`objectives/hook_specs.py`) declare the phases in which it acts, and the hooks that it cannot be
+combined with. Each hook overrides the methods of its phases. Its state is JSON and is saved with every checkpoint.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from lpo_jax import tasks
 from lpo_jax.errors import UserError
 from lpo_jax.models.decoder import Params
 from lpo_jax.models.runner import ModelRunner
-from lpo_jax.objectives.hooks import Hook
+from lpo_jax.objectives.hook_specs import HookSpec
 from lpo_jax.objectives.method import Objective
 from lpo_jax.rollout.batch import Batch
 from lpo_jax.rollout.collect import Rollouts
@@ -94,7 +94,7 @@ class Tools:
 class RunHook:
     """A hook of a run. The base class does nothing in any phase."""
 
-    def __init__(self, spec: Hook, environment: Environment, objective: Objective):
+    def __init__(self, spec: HookSpec, environment: Environment, objective: Objective):
         self.spec, self.environment, self.objective = spec, environment, objective
 
     def __enter__(self):

@@ -8,14 +8,14 @@ import numpy as np
 
 from lpo_jax.errors import UserError
 from lpo_jax.models.runner import Groups, score
-from lpo_jax.objectives import hooks as specs
+from lpo_jax.objectives import hook_specs as specs
 from lpo_jax.rollout.collect import concatenate
 from lpo_jax.rollout.hooks.base import BUDGETED, RunHook, judged, require_solutions
-from lpo_jax.rollout.hooks.judges import Judge
+from lpo_jax.rollout.hooks.judges import FlawJudge
 from lpo_jax.sampling.padding import NO_LIMIT, pad_prompts
 
 
-class StepJudge(Judge):
+class StepCredits(FlawJudge):
     """CAPO (credit): 1 on the tokens of wrong steps."""
 
     spec: specs.StepJudge

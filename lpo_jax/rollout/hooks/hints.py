@@ -6,7 +6,7 @@ import numpy as np
 
 from lpo_jax import tasks
 from lpo_jax.errors import UserError
-from lpo_jax.objectives import hooks as specs
+from lpo_jax.objectives import hook_specs as specs
 from lpo_jax.rollout.collect import Rollouts, concatenate, replace_response
 from lpo_jax.rollout.encode import encode_hinted
 from lpo_jax.rollout.hooks.base import HINTED, RunHook, Tools, judged, require_solutions

@@ -3,7 +3,7 @@
 import numpy as np
 
 from lpo_jax.errors import RunStopped, UserError
-from lpo_jax.objectives import hooks as specs
+from lpo_jax.objectives import hook_specs as specs
 from lpo_jax.rewards import Verdict, VerifierPool, VerifierSpec
 from lpo_jax.rollout.collect import Rollouts
 from lpo_jax.rollout.hooks.base import RunHook, Tools, judged
@@ -22,7 +22,7 @@ class Greedy(RunHook):
         return {"baseline": np.nan_to_num(baseline)[:, None].astype(np.float32)}
 
 
-class Judge(RunHook):
+class FlawJudge(RunHook):
     """Applies a user's function to responses, in worker processes like those of the verifier."""
 
     spec: specs.Judge

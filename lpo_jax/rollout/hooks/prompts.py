@@ -3,7 +3,7 @@
 import numpy as np
 
 from lpo_jax.errors import UserError
-from lpo_jax.objectives import hooks as specs
+from lpo_jax.objectives import hook_specs as specs
 from lpo_jax.rollout.collect import concatenate
 from lpo_jax.rollout.hooks.base import RunHook, judged
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from lpo_jax.models.runner import Groups
 from lpo_jax.objectives import Scored, Teacher
-from lpo_jax.objectives import hooks as specs
+from lpo_jax.objectives import hook_specs as specs
 from lpo_jax.rollout.batch import Batch
 from lpo_jax.rollout.collect import Rollouts
 from lpo_jax.rollout.hooks.base import RunHook, judged

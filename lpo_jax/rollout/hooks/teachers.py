@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lpo_jax.models.runner import Groups, top_k_teacher
-from lpo_jax.objectives import hooks as specs
+from lpo_jax.objectives import hook_specs as specs
 from lpo_jax.rollout.encode import encode_hinted
 from lpo_jax.rollout.hooks.base import RunHook
 from lpo_jax.sampling.padding import NO_LIMIT, pad_prompts

@@ -1,7 +1,7 @@
 """What a method asks of the run around its updates, as plain settings: `training/hooks/` does the work.
 
 A hook has no arithmetic of its own here, so that a method is one frozen, hashable composition. Each hook acts in one
-phase of the step, and the phases run in the order of `Phase` whatever the order of a method's list of hooks:
+phase of the step, and the phases run in the order of `HookPhase` whatever the order of a method's list of hooks:
 
 | phase | what happens | hooks |
 |---|---|---|
@@ -22,6 +22,7 @@ from typing import ClassVar
 
 from lpo_jax.objectives.advantage import Utility
 from lpo_jax.objectives.credit import AnytimeReturns, Progress, StepPenalty
+from lpo_jax.objectives.fields import Field
 from lpo_jax.objectives.part import Part, word
 from lpo_jax.objectives.prompt_weight import HookWeight
 from lpo_jax.objectives.proximal import PreviousKL
@@ -30,7 +31,7 @@ from lpo_jax.objectives.shaping import FlawPenalty
 from lpo_jax.objectives.token_weight import Untaught
 
 
-class Phase(enum.Enum):
+class HookPhase(enum.Enum):
     """The phases of a step in which hooks act, in order. The value says why a phase holds one hook, if it does."""
 
     DRAW = "both choose the prompts that are sampled"
@@ -41,7 +42,7 @@ class Phase(enum.Enum):
 
 
 @dataclasses.dataclass(frozen=True)
-class Hook(Part):
+class HookSpec(Part):
     """The base: what happens around sampling, before the objective sees the round.
 
     Attributes:
@@ -52,8 +53,8 @@ class Hook(Part):
       setting: the option of a config that puts the first reader into a method.
     """
 
-    phase: ClassVar[Phase]
-    gives: ClassVar[tuple[str, ...]] = ()
+    phase: ClassVar[HookPhase]
+    gives: ClassVar[tuple[Field, ...]] = ()
     readers: ClassVar[tuple[type[Part], ...]] = ()
     setting: ClassVar[str] = ""
 
@@ -64,7 +65,7 @@ def problem(parts: Sequence[Part]) -> str | None:
     Args:
       parts: all parts of the method.
     """
-    hooks = [part for part in parts if isinstance(part, Hook)]
+    hooks = [part for part in parts if isinstance(part, HookSpec)]
     for i, hook in enumerate(hooks):
         for other in hooks[:i]:
             if reason := _conflict(hook, other):
@@ -90,7 +91,7 @@ def problem(parts: Sequence[Part]) -> str | None:
     return None
 
 
-def _conflict(one: Hook, other: Hook) -> str:
+def _conflict(one: HookSpec, other: HookSpec) -> str:
     """Why two hooks cannot be combined; "" where they can."""
     if type(one) is type(other):
         return "it is named twice"
@@ -101,7 +102,7 @@ def _conflict(one: Hook, other: Hook) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class DynamicSampling(Hook):
+class DynamicSampling(HookSpec):
     """Keep the groups whose rewards differ, and sample further prompts until the batch is full of them.
 
     Groups are judged by the verifier's rewards, before the method shapes them and after hints have mended them. If the
@@ -117,13 +118,13 @@ class DynamicSampling(Hook):
       DAPO, arXiv 2503.14476, section 3.2.
     """
 
-    phase = Phase.SELECT
+    phase = HookPhase.SELECT
 
     max_rounds: int = 10
 
 
 @dataclasses.dataclass(frozen=True)
-class LearnabilitySampling(Hook):
+class LearnabilitySampling(HookSpec):
     """Part of each batch in the order of the data, the rest drawn in proportion to p (1 - p) of the pass rate p.
 
     Attributes:
@@ -135,14 +136,14 @@ class LearnabilitySampling(Hook):
       rollouts; here they are those of the training groups.
     """
 
-    phase = Phase.DRAW
+    phase = HookPhase.DRAW
 
     uniform_share: float = 0.5
     rate_momentum: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
-class GaussianSampling(Hook):
+class GaussianSampling(HookSpec):
     """Prompts drawn in proportion to exp(-(p - 1/2)^2 / (2 width^2)), p the moving average of the pass rate.
 
     Attributes:
@@ -153,14 +154,14 @@ class GaussianSampling(Hook):
       FG-ExPO, Gaussian curriculum sampling.
     """
 
-    phase = Phase.DRAW
+    phase = HookPhase.DRAW
 
     rate_momentum: float = 0.9
     width: float = 0.35
 
 
 @dataclasses.dataclass(frozen=True)
-class SolutionHints(Hook):
+class SolutionHints(HookSpec):
     """Groups that all fail are sampled again behind growing parts of the row's solution, until one passes.
 
     The group is then trained on with the hint in its prompt.
@@ -172,13 +173,13 @@ class SolutionHints(Hook):
       GHPO (public code hkgc-1/GHPO).
     """
 
-    phase = Phase.MEND
+    phase = HookPhase.MEND
 
     hint_fractions: tuple[float, ...] = (0.25, 0.5, 0.75)
 
 
 @dataclasses.dataclass(frozen=True)
-class LadderHints(Hook):
+class LadderHints(HookSpec):
     """In groups that all fail, one response is replaced by one that passed with the least of the row's hints.
 
     Rows carry `hints`, a list of texts from the vaguest to the whole solution. The replacing response is trained
@@ -191,13 +192,13 @@ class LadderHints(Hook):
       Scaf-GRPO (public code dvlab-research/Scaf-GRPO).
     """
 
-    phase = Phase.MEND
+    phase = HookPhase.MEND
 
     hint_after: int = 50
 
 
 @dataclasses.dataclass(frozen=True)
-class Replay(Hook):
+class Replay(HookSpec):
     """One more clipped update on the batch before, weighed by how far this batch's reward beats the last ones'.
 
     With xi = (mean reward - mean of the window) / deviation of the window, the weight is xi, or
@@ -213,8 +214,8 @@ class Replay(Hook):
       PIPO.
     """
 
-    phase = Phase.REPLAY
-    gives = ("weight",)
+    phase = HookPhase.REPLAY
+    gives = (Field.WEIGHT,)
     readers = (HookWeight,)
     setting = "objective.prompt_weight=hook-weight"
 
@@ -223,7 +224,7 @@ class Replay(Hook):
 
 
 @dataclasses.dataclass(frozen=True)
-class SiblingTeacher(Hook):
+class SiblingTeacher(HookSpec):
     """Failed responses of a group that has a passing one get a teacher: the policy that has read the sibling.
 
     Attributes:
@@ -234,8 +235,8 @@ class SiblingTeacher(Hook):
       SRPO.
     """
 
-    phase = Phase.ANNOTATE
-    gives = ("teacher",)
+    phase = HookPhase.ANNOTATE
+    gives = (Field.TEACHER,)
     readers = (Distil, Untaught)
     setting = "objective.regular=distil"
 
@@ -244,15 +245,15 @@ class SiblingTeacher(Hook):
 
 
 @dataclasses.dataclass(frozen=True)
-class PreviousPolicy(Hook):
+class PreviousPolicy(HookSpec):
     """`Scored.teacher` is the policy that sampled the round.
 
     Attributes:
       top: likeliest tokens that are kept; the rest is one bin.
     """
 
-    phase = Phase.ANNOTATE
-    gives = ("teacher",)
+    phase = HookPhase.ANNOTATE
+    gives = (Field.TEACHER,)
     readers = (PreviousKL,)
     setting = "objective.regular=previous-kl"
 
@@ -260,21 +261,21 @@ class PreviousPolicy(Hook):
 
 
 @dataclasses.dataclass(frozen=True)
-class GreedyBaseline(Hook):
+class GreedyBaseline(HookSpec):
     """`Scored.baseline` is the reward of one greedy response a prompt, which is not learnt from.
 
     References:
       ReMax, arXiv 2310.10505.
     """
 
-    phase = Phase.ANNOTATE
-    gives = ("baseline",)
+    phase = HookPhase.ANNOTATE
+    gives = (Field.BASELINE,)
     readers = (Utility,)
     setting = "objective.centre=baseline"
 
 
 @dataclasses.dataclass(frozen=True)
-class Judge(Hook):
+class Judge(HookSpec):
     """`Scored.flawed` marks the passing responses in which a judge finds a wrong step.
 
     Attributes:
@@ -285,9 +286,9 @@ class Judge(Hook):
       FAPO (public code verl-recipe/fapo), whose judge is a generative reward model.
     """
 
-    phase = Phase.ANNOTATE
-    gives = ("flawed",)
-    readers = (FlawPenalty,)
+    phase = HookPhase.ANNOTATE
+    gives = (Field.FLAWED,)
+    readers: ClassVar[tuple[type[Part], ...]] = (FlawPenalty,)
     setting = "objective.shape=flaw-penalty"
 
     judge: str = ""
@@ -305,14 +306,14 @@ class StepJudge(Judge):
       CAPO (credit), whose judge is the majority of several critiques of a generative model.
     """
 
-    phase = Phase.ANNOTATE
-    gives = ("credit",)
+    phase = HookPhase.ANNOTATE
+    gives = (Field.CREDIT,)
     readers = (StepPenalty,)
     setting = "objective.credit=step-penalty"
 
 
 @dataclasses.dataclass(frozen=True)
-class PrefixValues(Hook):
+class PrefixValues(HookSpec):
     """`Scored.credit` is what each part of a response did for the chance of the row's solution.
 
     A response of n tokens is cut in `segments` parts, token t being in part t segments // n. The chance after part m
@@ -327,8 +328,8 @@ class PrefixValues(Hook):
       GRPO-VPS, which cuts at the steps of the text.
     """
 
-    phase = Phase.ANNOTATE
-    gives = ("credit",)
+    phase = HookPhase.ANNOTATE
+    gives = (Field.CREDIT,)
     readers = (Progress,)
     setting = "objective.credit=progress"
 
@@ -337,7 +338,7 @@ class PrefixValues(Hook):
 
 
 @dataclasses.dataclass(frozen=True)
-class Budgets(Hook):
+class Budgets(HookSpec):
     """`Scored.credit` is what a response is worth when it is cut at each of several budgets and must answer there.
 
     The layout is `credit.AnytimeReturns`'s: on the tokens of segment s the mean reward of `summaries` answers, sampled
@@ -354,8 +355,8 @@ class Budgets(Hook):
       AnytimeReasoner, arXiv 2505.13438; public code sail-sg/AnytimeReasoner, which trains on the answers too.
     """
 
-    phase = Phase.ANNOTATE
-    gives = ("credit",)
+    phase = HookPhase.ANNOTATE
+    gives = (Field.CREDIT,)
     readers = (AnytimeReturns,)
     setting = "objective.credit=anytime-returns"
 

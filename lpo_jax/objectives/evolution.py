@@ -40,10 +40,9 @@ class Evolution:
         return max(self.history, default=-math.inf)
 
 
-def start(phi: Sequence[float]) -> Evolution:
+def start_search(phi: Sequence[float]) -> Evolution:
     """The search from `phi` [D]."""
-    phi = np.asarray(phi, float)
-    return Evolution(phi, np.zeros((0, len(phi))), np.zeros(0))
+    return Evolution(np.asarray(phi, float), np.zeros((0, len(phi))), np.zeros(0))
 
 
 def new_noise(state: Evolution, population: int, seed: int) -> np.ndarray:
@@ -75,16 +74,16 @@ def advance(
       alpha: step along the estimated gradient.
     """
     noise = np.concatenate([state.carried_noise, noise])
-    fitness = np.concatenate([state.carried_fitness, np.asarray(fitness, float)])
-    mean = float(fitness.mean())
+    worth = np.concatenate([state.carried_fitness, np.asarray(fitness, float)])
+    mean = float(worth.mean())
     history = (*state.history, mean)
     if mean > state.best:
-        gradient = fitness @ noise / (max((fitness > 0).sum(), 1) * sigma)
-        return Evolution(state.phi + alpha * gradient, noise[:0], fitness[:0], history)
+        gradient = worth @ noise / (max((worth > 0).sum(), 1) * sigma)
+        return Evolution(state.phi + alpha * gradient, noise[:0], worth[:0], history)
     # An even number, so that the rest are pairs, and never all: a round must try something new.
-    carry = min(max(2, 2 * int(CARRIED * len(fitness) / 2)), len(fitness) - 2)
-    best = np.argsort(fitness, kind="stable")[len(fitness) - carry :]
-    return Evolution(state.phi, noise[best], fitness[best], history)
+    carry = min(max(2, 2 * int(CARRIED * len(worth) / 2)), len(worth) - 2)
+    best = np.argsort(worth, kind="stable")[len(worth) - carry :]
+    return Evolution(state.phi, noise[best], worth[best], history)
 
 
 def stalled(state: Evolution, patience: int, min_delta: float) -> bool:
