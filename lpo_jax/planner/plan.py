@@ -21,7 +21,7 @@ from lpo_jax.parallel import mesh as meshes
 from lpo_jax.planner import roofline, topology
 from lpo_jax.planner.roofline import Phase, Setting, Sizes, Workload
 from lpo_jax.planner.topology import Topology
-from lpo_jax.training.behaviour import choose
+from lpo_jax.training.behaviour import choose_behaviour
 from lpo_jax.training.learner import scores_first
 
 # The phases that take nearly all of the time and of the memory: a suggestion is compiled in these.
@@ -112,7 +112,7 @@ def plan(
       UserError: libtpu is missing, or the config's mesh does not suit the slice.
     """
     started = time.perf_counter()
-    config = choose(config, objective).resolve(config)
+    config = choose_behaviour(config, objective).resolve(config)
     work = roofline.workload(config, model, objective.needs, scores_first(objective))
     asked = setting_of(config, work, target)
     compiler = None

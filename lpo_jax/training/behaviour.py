@@ -39,7 +39,7 @@ class Behaviour:
         return dataclasses.replace(config, training=training)
 
 
-def choose(config: Config, objective: Objective) -> Behaviour:
+def choose_behaviour(config: Config, objective: Objective) -> Behaviour:
     """Settles `training.behaviour`: under `auto`, rescored where the gap can matter."""
     asked, dtype = config.training.behaviour, config.model.dtype
     updates = config.training.updates_per_step + objective.extra_updates

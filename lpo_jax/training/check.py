@@ -7,7 +7,7 @@ from lpo_jax.models.quantize import require_qwix
 from lpo_jax.objectives.catalogue import with_response_budget
 from lpo_jax.objectives.fields import Field, Source, fields_from
 from lpo_jax.objectives.hook_specs import problem as hook_problem
-from lpo_jax.training.behaviour import choose
+from lpo_jax.training.behaviour import choose_behaviour
 from lpo_jax.training.mirror_file import read_map
 
 
@@ -33,7 +33,7 @@ def check_config(config: Config) -> objectives.Objective:
             "model.lora.rank: adapters need a trained base to stay near; with model.init=random train all weights"
         )
     objective = make_objective(config)
-    rescored = choose(config, objective).rescored
+    rescored = choose_behaviour(config, objective).rescored
     if sampling.weights == "int8":
         require_qwix()
         if not rescored:

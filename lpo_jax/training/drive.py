@@ -68,7 +68,7 @@ def evaluate_and_save(session: Session, recorder: Recorder, position: Position) 
     """Evaluates and saves the position if they are due at its step."""
     config, step, last = recorder.config, position.step, position.step >= recorder.total
     if not position.evaluated and (step == 0 or last or _due(step, config.evaluation.every)):
-        evaluate(
+        record_evaluation(
             session, recorder, position, "before" if step == 0 else f"after {step} steps" if last else None
         )
     better = position.best_step == step
@@ -78,7 +78,7 @@ def evaluate_and_save(session: Session, recorder: Recorder, position: Position) 
                 recorder.writer.write(step, {"timing_s/save_checkpoint": seconds()})
 
 
-def evaluate(
+def record_evaluation(
     session: Session, recorder: Recorder, position: Position, label: str | None = None
 ) -> Evaluation:
     """Evaluates the current parameters on the held-out problems and records the result.

@@ -19,7 +19,7 @@ from lpo_jax.rollout.batch import Batch
 from lpo_jax.rollout.collect import Rollouts
 from lpo_jax.rollout.hooks import RunHook, Tools
 from lpo_jax.runs.state import TrainState
-from lpo_jax.training.behaviour import choose
+from lpo_jax.training.behaviour import choose_behaviour
 from lpo_jax.training.features import round_features
 from lpo_jax.training.measure import over_updates
 from lpo_jax.training.model import TrainedModel
@@ -59,7 +59,7 @@ class Learner:
             make_optimizer(config.optimizer, updates),
             config.training.updates_per_step,
             schedule_steps,
-            choose(config, objective).rescored,
+            choose_behaviour(config, objective).rescored,
         )
 
     def progress(self, step: int) -> float:

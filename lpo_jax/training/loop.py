@@ -19,9 +19,9 @@ from lpo_jax.runs.recorder import Recorder
 from lpo_jax.runs.signals import Signals
 from lpo_jax.runs.state import Position
 from lpo_jax.training import measure
-from lpo_jax.training.behaviour import choose
+from lpo_jax.training.behaviour import choose_behaviour
 from lpo_jax.training.check import check_config
-from lpo_jax.training.drive import drive, evaluate, note_facts, restore
+from lpo_jax.training.drive import drive, note_facts, record_evaluation, restore
 from lpo_jax.training.intro import introduce
 from lpo_jax.training.learner import Learner, complete_batch, take_step
 from lpo_jax.training.optimizer import skipped_updates
@@ -39,7 +39,7 @@ def train(config: Config, *, resume: bool = False) -> None:
       Interrupted: SIGTERM or Ctrl-C; the position is saved.
     """
     objective = check_config(config)
-    behaviour = choose(config, objective)
+    behaviour = choose_behaviour(config, objective)
     config = behaviour.resolve(config)  # so that a resume compares with what was chosen
     run = RunDirectory(config, "train", resume)
     with open_session(config) as session, open_hooks(objective, session.environment) as hooks:
@@ -82,7 +82,7 @@ def begin(session: Session, learner: Learner, recorder: Recorder) -> Position:
     warm = session.config.warm_start
     position = Position(session.model.load_state())
     if warm.steps:
-        cold = evaluate(session, recorder, position, "cold model").score
+        cold = record_evaluation(session, recorder, position, "cold model").score
         if cold > warm.only_below:
             recorder.progress.log(f"the cold model passes {cold:.1%} of held-out samples: no warm start")
         else:

@@ -9,6 +9,7 @@ ROOT = Path(__file__).parents[2]
 # The same kind of thing in several rooms, so that the common name helps.
 SHARED: dict[str, str] = {
     "main": "entry point of a process",
+    "nearest": "one function twice: objectives/ imports nothing else of the package, so it has a copy",
     "get": "looks a name up in the registry of its room: objectives, rewards, tasks (public API)",
     "names": "lists the registry of its room: objectives, rewards, tasks (public API)",
     "arithmetic": "task and the verifier of its answers, both registered by this name",

@@ -12,7 +12,7 @@ from lpo_jax.errors import UserError
 from lpo_jax.models import quantize
 from lpo_jax.reporting import read_metrics
 from lpo_jax.training import measure
-from lpo_jax.training.behaviour import choose
+from lpo_jax.training.behaviour import choose_behaviour
 from lpo_jax.training.check import check_config
 from lpo_jax.training.loop import train
 
@@ -63,7 +63,7 @@ def test_a_constant_of_the_method_is_not_the_response_budget(run_config):
 def chosen(run_config, dtype="float32", **sections):
     config = parse_config(run_config(**sections))
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
-    return choose(config, check_config(config)).choice
+    return choose_behaviour(config, check_config(config)).choice
 
 
 @pytest.mark.parametrize(
