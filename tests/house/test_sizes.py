@@ -9,7 +9,10 @@ FILE_LINES = 450
 FUNCTION_LINES = 60  # without its docstring
 
 # Functions that may be longer, because their subject is a flat list that gains nothing from being split.
-LONG_FUNCTIONS: dict[str, str] = {}
+LONG_FUNCTIONS = {
+    "lpo_jax.models.gguf._read_header": "parser of a binary header",
+    "lpo_jax.planner.roofline._phases": "table of the phases of a step",
+}
 
 
 def test_no_file_is_too_long():
