@@ -179,7 +179,7 @@ class Collector:
         with self.pool.judging() as job:
 
             def hand_in(p: int, k: int, token_ids: list[int]) -> None:
-                """A response that has ended is verified while others are still sampled."""
+                """Verifies finished responses while others are still sampled."""
                 if p in own:
                     text = self.text(token_ids)
                     texts[p - own.start][k] = text

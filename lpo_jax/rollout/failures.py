@@ -1,7 +1,7 @@
 """Responses that no verifier judged: how many, why, and whether a run can go on.
 
-An `infrastructure` verdict masks its sample, since it says nothing about the response. A verifier that fails on every
-response therefore leaves nothing to learn from and nothing to score, and a run must stop rather than go on in silence.
+An `infrastructure` verdict masks its sample, because it contains no information about the response. A verifier that
+fails on every response therefore leaves nothing to learn from and nothing to score, and the run must stop.
 """
 
 import collections
@@ -85,8 +85,8 @@ class Watch:
     def check(self, found: Failures, where: str) -> str | None:
         """The warning that is due, if any. Raises `VerifierFailed` as `require_judged`."""
         require_judged(found, where)
-        told, self._checked = warning(found, where), self._checked + 1
-        if told and self._checked - self._warned.get(found.reason, -QUIET) >= QUIET:
+        message, self._checked = warning(found, where), self._checked + 1
+        if message and self._checked - self._warned.get(found.reason, -QUIET) >= QUIET:
             self._warned[found.reason] = self._checked
-            return told
+            return message
         return None

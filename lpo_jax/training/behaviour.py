@@ -1,10 +1,10 @@
-"""Whose log-probs are those of the behaviour policy: the sampler's own, or the trainer's for the same tokens.
+"""The choice of the behaviour policy's log-probs: the sampler's, or the trainer's for the same tokens.
 
 The sampler decodes token by token and the trainer runs whole rows, so the two round differently. In float32 the gap is
 around 1e-5 nats a token; in bfloat16 around 1e-2, more than the clip range of a ratio of whole sequences (GSPO: 3e-4).
-In the first update after sampling the behaviour log-probs stand in for the current ones, so that their ratio is 1
-whoever computed them. Wherever log-probs of the trainer are compared with those of the sampler, the gap is taken for a
-change of the policy.
+In the first update after sampling the behaviour log-probs are used as the current ones, so that the ratio is 1 in
+either case. Wherever log-probs of the trainer are compared with those of the sampler, the gap looks like a change of
+the policy.
 """
 
 import dataclasses
@@ -18,11 +18,11 @@ from lpo_jax.objectives.fields import Field
 
 @dataclasses.dataclass(frozen=True)
 class Behaviour:
-    """What `training.behaviour` comes to.
+    """The resolved value of `training.behaviour`.
 
     Attributes:
       choice: "sampled" or "rescored".
-      reason: why, for the run's introduction and its record.
+      reason: explains the choice in the run's introduction and in run.json.
     """
 
     choice: str
@@ -30,17 +30,17 @@ class Behaviour:
 
     @property
     def rescored(self) -> bool:
-        """Whether the trainer scores every round once more before its first update."""
+        """Whether the trainer computes the log-probs of every round before its first update."""
         return self.choice == "rescored"
 
     def resolve(self, config: Config) -> Config:
-        """The config with the choice in the place of `auto`."""
+        """Return the config with the choice instead of `auto`."""
         training = dataclasses.replace(config.training, behaviour=self.choice)
         return dataclasses.replace(config, training=training)
 
 
 def choose_behaviour(config: Config, objective: Objective) -> Behaviour:
-    """Settles `training.behaviour`: under `auto`, rescored where the gap can matter."""
+    """Resolve `training.behaviour`: with `auto`, log-probs are rescored if the gap can matter."""
     asked, dtype = config.training.behaviour, config.model.dtype
     updates = config.training.updates_per_step + objective.extra_updates
     if asked != "auto":

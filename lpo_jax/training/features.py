@@ -1,4 +1,4 @@
-"""What a probe may look at: hidden states and entropies of a round, and the confidence in its prompts.
+"""Inputs of a probe: hidden states and entropies of a round, and the confidence in its prompts.
 
 Axes: P prompts · K responses · S prompt tokens · T response tokens · D width · rows B, p, k, X as in `packing.py`.
 """
@@ -15,23 +15,23 @@ from lpo_jax.models.runner import Groups, ModelRunner
 from lpo_jax.parallel.sharding import whole
 
 LAST = 8  # tokens whose states are averaged
-LEAST_LIKELY = 0.2  # share of a prompt's tokens that its confidence is taken over (ProGRPO)
+LEAST_LIKELY = 0.2  # share of a prompt's tokens that determine its confidence (ProGRPO)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def round_features(
     runner: ModelRunner, params: decoder.Params, groups: Groups, mask: jax.Array
 ) -> dict[str, jax.Array]:
-    """Features and prompt confidence of a batch, from one forward pass.
+    """Compute features and prompt confidence of a batch in one forward pass.
 
     Args:
-      mask: `[P, K, T]` response tokens.
+      mask: `[P, K, T]` marks response tokens.
 
     Returns:
-      features: `[P, K, 2 D + 4]`: the mean state of the last prompt tokens, that of the last response tokens, and the
-        mean, maximum, first and last of the response's token entropies. The prompt's come first, equal for its K.
-      prompt_confidence: `[P]` exp of the mean log-prob of the prompt's least likely tokens, at the temperature of
-        sampling, as the confidence in responses that it is compared with.
+      features: `[P, K, 2 D + 4]`: the mean state of the last prompt tokens (equal for its K responses), that of the
+        last response tokens, and the mean, maximum, first and last of the response's token entropies.
+      prompt_confidence: `[P]` exp of the mean log-prob of the prompt's least likely tokens, at the sampling
+        temperature, like the confidence in responses that it is compared with.
     """
     unembed = decoder.unembedding(params)
     S, T = groups.prompts.shape[1], mask.shape[-1]
@@ -39,7 +39,7 @@ def round_features(
     last = mask & (steps >= count - LAST)
     weight = last / jnp.maximum(last.sum(-1, keepdims=True), 1)  # [P, K, T]
 
-    def piece(xs):
+    def chunk(xs):
         rows, weight, prompts = xs  # prompts [B, p, S]
         B, p = rows.lengths.shape
         hidden = runner.hidden(params, rows)
@@ -52,7 +52,7 @@ def round_features(
         at, length = jnp.arange(S), rows.lengths[..., None]
         near = (at < length) & (at >= length - LAST)
         prompt = _sum((near / near.sum(-1, keepdims=True))[..., None, :], of_prompt)  # [B, p, 1, D]
-        # Token i + 1 of a prompt is predicted by its token i.
+        # Token i of a prompt predicts its token i + 1.
         predicting, ids = of_prompt[:, :, :-1].reshape(B, p * (S - 1), -1), prompts[:, :, 1:].reshape(B, -1)
         logp = token_log_probs(predicting, unembed, ids, runner.temperature)["logp"].reshape(B, p, S - 1)
         sure = _least_likely(logp, at[1:] < length)
@@ -65,7 +65,7 @@ def round_features(
 
     layout, rows = runner.rows(groups)
     xs = rows, layout.split(weight), take(groups.prompts, layout.prompt)
-    entropy, *of_response = jax.lax.map(piece, xs)
+    entropy, *of_response = jax.lax.map(chunk, xs)
     own, prompt, sure = (layout.join_responses(x) for x in of_response)
     entropy = jnp.where(mask, layout.join(entropy), 0)
     ends = jnp.take_along_axis(entropy, jnp.maximum(count - 1, 0), axis=-1)[..., 0]

@@ -121,7 +121,7 @@ def complete_batch(
 
 
 def behaviour_log_probs(learner: Learner, batch: Batch, tools: Tools) -> jax.Array:
-    """The trainer's log-probs `[P, K, T]` of the batch under the policy that sampled it.
+    """The trainer's log-probs `[P, K, T]` of the batch under its behaviour policy.
 
     Computed minibatch by minibatch, with the programs and the layouts that the updates score the same tokens with
     later, and therefore with the same rounding: a policy that has not changed has a log-ratio of exactly 0.

@@ -1,8 +1,8 @@
 """`lpo meta`: learns the mirror map of GBMPO by evolution. Every candidate is a whole training run of the config.
 
-All candidates start from the same model with the same random numbers, so that they differ by their maps alone. The
-search is saved after each candidate, and a candidate's run is resumable itself: killed at any moment and
-resumed, the search ends where it would have.
+All candidates start from the same model with the same random numbers, so that they differ only in their maps. The
+search is saved after each candidate, and a candidate's run can be resumed, too: a search that is killed at any moment
+and resumed has the same result.
 """
 
 import dataclasses
@@ -34,11 +34,11 @@ from lpo_jax.training.mirror_file import write_map
 def meta(config: Config, *, resume: bool = False, fitness: Callable[[Config], float] | None = None) -> None:
     """Runs `lpo meta`.
 
-    Leaves in `config.output`: mirror.json (the map learnt so far, for `objective.mirror`), metrics.jsonl (a row a
+    Writes to `config.output`: mirror.json (the map learnt so far, for `objective.mirror`), metrics.jsonl (one row per
     round), maps/ and runs/ (each candidate's map and run, without its checkpoints).
 
     Args:
-      fitness: what a candidate's config is worth; by default `run_candidate`.
+      fitness: computes the fitness of a candidate's config; by default `run_candidate`.
 
     Raises:
       UserError: as `lpo_jax.training.loop.train`, or the method has no mirror map, or the search cannot be saved.
@@ -82,25 +82,25 @@ def meta(config: Config, *, resume: bool = False, fitness: Callable[[Config], fl
 
 
 def finished(state: Evolution, settings: MetaSection) -> bool:
-    """Whether the last round has been played."""
+    """Whether the last round is finished."""
     stalled = evolution.stalled(state, settings.patience, settings.min_delta)
     return stalled or len(state.history) >= settings.iterations
 
 
 @dataclasses.dataclass
 class Search:
-    """What is saved: the evolution, and the fitness of this round's candidates so far."""
+    """The saved state: the evolution, and the fitness of this round's candidates so far."""
 
     state: Evolution
     fitness: list[float] = dataclasses.field(default_factory=list)
 
     @staticmethod
     def file(output: Path) -> Path:
-        # In checkpoints/, which tells a run that has begun from one that failed at once.
+        # In checkpoints/, which distinguishes a run that has begun from one that failed at once.
         return output / "checkpoints" / "search.json"
 
     def save(self, output: Path) -> None:
-        """Whole or not at all, with its checksum."""
+        """Save the search atomically, with its checksum."""
         plain = {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in vars(self.state).items()}
         path = epath.Path(self.file(output))
         try:
@@ -111,7 +111,7 @@ class Search:
 
     @classmethod
     def load(cls, output: Path) -> "Search | None":
-        """What `save` wrote, or None in a fresh run. Raises `UserError` where it is damaged."""
+        """Load the saved search; None in a fresh run. Raises `UserError` if it is damaged."""
         if not cls.file(output).exists():
             return None
         held = json.loads(read_checked(epath.Path(cls.file(output))))
@@ -122,7 +122,7 @@ class Search:
 
 
 def mirror_of(config: Config) -> NeuralMirror:
-    """The part of the config's method that is learnt. Raises `UserError` where there is none."""
+    """Return the part of the config's method that is learnt. Raises `UserError` if there is none."""
     parts = check_config(config).parts
     mirror = next((part for part in parts if isinstance(part, NeuralMirror)), None)
     if mirror is None:
@@ -136,28 +136,28 @@ def mirror_of(config: Config) -> NeuralMirror:
 
 
 def candidate_output(config: Config, number: int, i: int) -> Path:
-    """The run directory of candidate i of a round."""
+    """Return the run directory of candidate i of a round."""
     return Path(config.output) / "runs" / f"{number:02d}-{i:02d}"
 
 
 def candidate(config: Config, number: int, i: int, phi: np.ndarray) -> Config:
-    """The config of one candidate's run; its map is written to a file."""
+    """Return the config of one candidate's run, and write its map to a file."""
     path = Path(config.output) / "maps" / f"{number:02d}-{i:02d}.json"
     write_map(path, phi)
     objective = config.objective | {"mirror": str(path)}
     output = str(candidate_output(config, number, i))
-    checkpoint = dataclasses.replace(config.checkpoint, directory="auto")  # its own, and not for long
+    checkpoint = dataclasses.replace(config.checkpoint, directory="auto")  # temporary ones
     return dataclasses.replace(config, output=output, objective=objective, checkpoint=checkpoint)
 
 
 def run_candidate(config: Config) -> float:
-    """Trains, from where an earlier start left off, and returns the final held-out pass@1; 0 where it diverged."""
+    """Train or resume the run; returns the final held-out pass@1, or 0 if the run diverged."""
     try:
         train(config, resume=True)
     except Diverged:
         return 0.0
     finally:
-        # Each map is a program of its own: those of hundreds of candidates would fill the process's memory maps.
+        # Each map compiles another program; hundreds of them would exhaust the memory maps of the process.
         jax.clear_caches()
     rows = (row.items() for row in reversed(reporting.read_metrics(config.output)))
     scores = (v for row in rows for k, v in row if k.startswith("val-core/") and "/acc/mean@" in k)
@@ -165,7 +165,7 @@ def run_candidate(config: Config) -> float:
 
 
 def round_metrics(before: Evolution, search: Search, sigma: float) -> dict[str, float]:
-    """The row of a finished round."""
+    """Return the metrics of a finished round."""
     tried = np.concatenate([before.carried_fitness, search.fitness])
     after = search.state
     return {

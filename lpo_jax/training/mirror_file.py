@@ -1,4 +1,4 @@
-"""The file that holds a learnt mirror map: `lpo meta` writes it, `objective.mirror` names it."""
+"""The file of a learnt mirror map, which `lpo meta` writes and `objective.mirror` names."""
 
 import json
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from lpo_jax.errors import UserError
 from lpo_jax.files import write_file
 from lpo_jax.objectives.mirror import UNITS, map_problem
 
-# Name -> where it is among the 380 parameters. v, w, b: the public code's names, in its order of units.
+# Name -> slice of the 380 parameters. v, w and b are the names of the public code, in its order of units.
 PARTS = {
     "v": slice(0, UNITS),
     "w": slice(UNITS, 2 * UNITS),
@@ -21,13 +21,13 @@ PARTS = {
 
 
 def write_map(path: Path, parameters: Sequence[float]) -> None:
-    """Writes a map, whole or not at all; negative parameters become 0, since with them h would not be convex."""
+    """Write a map atomically. Negative parameters become 0, because h would not be convex otherwise."""
     usable = np.maximum(parameters, 0).tolist()
     write_file(path, json.dumps({name: usable[part] for name, part in PARTS.items()}, indent=1))
 
 
 def read_map(path: str) -> tuple[float, ...]:
-    """The 380 parameters of a map.
+    """Read the 380 parameters of a map.
 
     Raises:
       UserError: no such file, or it holds no map.

@@ -1,4 +1,4 @@
-"""AdamW with schedule, from optax; gradients are clipped, and one that is not finite is skipped and counted."""
+"""AdamW of optax with a schedule; gradients are clipped, and non-finite ones are skipped and counted."""
 
 import dataclasses
 import functools
@@ -29,14 +29,14 @@ def make_schedule(config: OptimizerConfig, total_updates: int) -> optax.Schedule
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-    """A rule of optax behind two guards: a norm that gradients are clipped to, and what is not finite is skipped.
+    """An optax transformation with gradient clipping by norm, which skips non-finite gradients.
 
-    As `optax.clip_by_global_norm` and `optax.apply_if_finite`, with the latter's state, but the norm is computed once
-    for both, and parameters are written where their updates are made: a tree of updates, 4 bytes for each parameter,
+    Equivalent to `optax.clip_by_global_norm` and `optax.apply_if_finite`, with the latter's state. But the norm is
+    computed once for both, and updates are applied as they are computed: a tree of updates, with 4 bytes per parameter,
     is never in memory.
 
     Attributes:
-      rule: makes updates of gradients.
+      rule: computes updates from gradients.
       clip_norm: largest norm of a gradient; 0 disables clipping.
       schedule: the rule's learning rate by update.
     """
@@ -46,14 +46,16 @@ class Optimizer:
     schedule: optax.Schedule | None = None
 
     def init(self, params: Params) -> optax.ApplyIfFiniteState:
-        count = lambda: jnp.zeros([], jnp.int32)  # noqa: E731 - an array each: both are donated
+        count = lambda: jnp.zeros([], jnp.int32)  # noqa: E731 - separate arrays, because both are donated
         return optax.ApplyIfFiniteState(count(), jnp.array(True), count(), self.rule.init(params))
 
     def apply(
         self, gradient: Params, state: optax.ApplyIfFiniteState, params: Params
     ) -> tuple[Params, optax.ApplyIfFiniteState, jax.Array]:
-        """Returns the new parameters and state, and the gradient's norm; if that is not finite, both as they were,
-        and one more skipped."""
+        """Return the new parameters, the new state and the gradient's norm.
+
+        If the norm is not finite, the parameters are unchanged and the state counts a skipped update.
+        """
         norm = optax.global_norm(gradient)
         finite = jnp.isfinite(norm)
 
@@ -70,14 +72,13 @@ class Optimizer:
         return new, optax.ApplyIfFiniteState(in_a_row, finite, in_all, moved), norm
 
     def rate_used(self, state: optax.ApplyIfFiniteState) -> float:
-        """The learning rate of the last update that was applied, by the count that the rule itself keeps; before any,
-        that of the first."""
+        """Return the learning rate of the last applied update, or of the first one if none was applied."""
         return float(self.schedule(max(applied_updates(state) - 1, 0)))
 
 
-@functools.cache  # one object for equal settings, so that a program that holds it is not traced again
+@functools.cache  # equal settings give the same object, so that programs that use it are not traced again
 def make_optimizer(config: OptimizerConfig, total_updates: int) -> Optimizer:
-    """Clip by global norm, Adam moments in float32, decoupled weight decay on matrices only."""
+    """Make AdamW with clipping by global norm, float32 moments, and decoupled weight decay on matrices only."""
     schedule = make_schedule(config, total_updates)
     adamw = optax.adamw(
         schedule,
@@ -91,23 +92,23 @@ def make_optimizer(config: OptimizerConfig, total_updates: int) -> Optimizer:
 
 
 def planned_updates(config: Config, objective: Objective, steps: int) -> int:
-    """The updates that `steps` steps make at most: what a schedule over them is stretched to."""
+    """Return the maximum number of updates in `steps` steps, which is the length of the schedule."""
     return steps * (config.training.updates_per_step + objective.extra_updates)
 
 
 def applied_updates(state: optax.ApplyIfFiniteState) -> int:
-    """Updates that have moved the parameters, by the count that the schedule goes by."""
+    """Return the number of updates applied so far, which is the position in the schedule."""
     counts = optax.tree_utils.tree_get_all_with_path(state.inner_state, "count")
     return int(max(count for _, count in counts))
 
 
 def skipped_updates(state: optax.ApplyIfFiniteState) -> tuple[int, int]:
-    """Updates skipped in a row up to now, and in all."""
+    """Return the number of updates skipped in a row up to now, and in total."""
     return int(state.notfinite_count), int(state.total_notfinite)
 
 
 def _decayed(params):
-    """A mask over the parameters: all but norms and biases are decayed."""
+    """Return a mask over the parameters: all except norms and biases are decayed."""
 
     def decayed(path, _):
         parameter = of_path(path)
@@ -117,7 +118,7 @@ def _decayed(params):
 
 
 def warm_start_config(config: Config) -> OptimizerConfig:
-    """The run's optimizer with the warm start's own learning rate, constant."""
+    """Return the optimizer settings of the warm start: those of the run with a constant learning rate of its own."""
     return dataclasses.replace(
         config.optimizer, learning_rate=config.warm_start.learning_rate, schedule="constant", warmup_updates=0
     )

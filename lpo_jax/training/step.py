@@ -1,16 +1,16 @@
 """The training step in three parts: score, coefficients, pull back.
 
-  1. score         one forward pass gives log-probs [P, K, T], microbatch by microbatch, no gradient
-  2. coefficients  grad(objective) on those arrays, whole groups in view
+  1. score         one forward pass computes log-probs [P, K, T] in microbatches, without a gradient
+  2. coefficients  grad(objective) with respect to these arrays, on whole groups
   3. pull back     each microbatch runs again with its slice of the coefficients as the cotangent
 
-The sum of part 3 is the exact gradient of the whole group's loss, however groups are cut into microbatches
-(chain rule: the objective reaches the parameters through the token statistics only). In the first update after
-sampling the behaviour log-probs stand in for part 1; whether they are the sampler's is settled in `behaviour.py`. Which
-tokens run together is the layout's business (`packing.py`).
+The sum over part 3 is the exact gradient of the loss of whole groups, however groups are split into microbatches (chain
+rule: the objective depends on the parameters through the token statistics only). In the first update after sampling the
+behaviour log-probs replace part 1; `behaviour.py` decides whether they are the sampler's. The layout decides which
+tokens run together (`packing.py`).
 
-Parts 1 and 3 are the large programs; they do not know the method, so that all methods share them. Part 2 is a
-small one for each method.
+Parts 1 and 3 are the large programs. They are independent of the method, so that all methods share them. Part 2 is a
+small program for each method.
 
 Axes: P prompts · K responses · S prompt tokens · T response tokens · D width ·
 M microbatches · B rows of one · C tokens of a row · p prompts, k responses of each, X predicted tokens in it.
@@ -33,13 +33,13 @@ from lpo_jax.training.optimizer import Optimizer
 
 @struct.dataclass
 class Signal:
-    """What a method makes of a minibatch.
+    """The output of a method for a minibatch.
 
     Attributes:
       cotangent: d loss / d statistics; the coefficients are its `logp` `[P, K, T]`.
       view: target, policy and coefficients of each group, for the rollout files.
-      metrics: the objective's.
-      control: the state of the method's control after this update.
+      metrics: of the objective.
+      control: state of the method's control after this update.
     """
 
     cotangent: TokenStats
@@ -50,15 +50,15 @@ class Signal:
 
 @functools.partial(jax.jit, static_argnums=0)
 def signal(objective: Objective, used: TokenStats, scored: Scored) -> Signal:
-    """Part 2, with everything else that a method has to say about the minibatch.
+    """Compute part 2, and the other outputs of a method for the minibatch.
 
     Args:
-      used: the current statistics: from `score`, or the behaviour log-probs in the first update after sampling.
+      used: the current statistics, from `score`, or the behaviour log-probs in the first update after sampling.
     """
     gradient, metrics = jax.grad(objective, has_aux=True)(used, scored)
     cotangent = {name: x if name in objective.differentiates else None for name, x in vars(gradient).items()}
     control = objective.next_control(used, scored)
-    # A broken model must not spoil a state that outlives it: the optimizer skips such an update too.
+    # A non-finite control state is dropped, like the optimizer skips the update.
     sound = jax.tree.reduce(lambda ok, x: ok & jnp.isfinite(x).all(), control, jnp.bool_(True))
     control = jax.tree.map(lambda new, old: jnp.where(sound, new, old), control, scored.control)
     return whole(Signal(TokenStats(**cotangent), objective.listwise(used, scored), metrics, control))
@@ -72,12 +72,12 @@ def update(
     groups: Groups,
     cotangent: TokenStats,
 ) -> tuple[TrainState, TokenStats, jax.Array]:
-    """Part 3, then one optimizer step.
+    """Compute part 3, then one optimizer step.
 
-    A gradient that is not finite changes nothing and is counted.
+    A non-finite gradient changes nothing and is counted.
 
     Returns:
-      The new state, the trainer's statistics at the old one, and the norm of the gradient.
+      The new state, the trainer's statistics at the old state, and the norm of the gradient.
     """
     gradient, stats = runner.pull_back(state.params, groups, cotangent, state.frozen)
     params, opt_state, norm = optimizer.apply(gradient, state.opt_state, state.params)
@@ -87,7 +87,7 @@ def update(
 
 @jax.jit
 def token_metrics(used: TokenStats, stats: TokenStats, mask: jax.Array) -> dict[str, jax.Array]:
-    """Entropy, and the gap between `used` and the trainer's log-probs: the sampler's in a round's first update."""
+    """Compute the entropy, and the gap between `used` (in a round's first update the sampler's) and the log-probs."""
     tokens = jnp.maximum(mask.sum(), 1)
     return {
         "actor/entropy": jnp.where(mask, stats.entropy, 0.0).sum() / tokens,

@@ -50,7 +50,7 @@ class Values(RunHook):
 
     def __init__(self, spec, environment, objective):
         super().__init__(spec, environment, objective)
-        require_solutions(environment, objective, "whose chance could be told")
+        require_solutions(environment, objective, "whose chance could be measured")
 
     def annotate(self, batch, rollouts, tools):
         encode = lambda text: self.environment.tokenizer.encode(text, add_special_tokens=False)  # noqa: E731

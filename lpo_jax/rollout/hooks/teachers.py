@@ -11,7 +11,7 @@ from lpo_jax.sampling.padding import NO_LIMIT, pad_prompts
 
 
 class Previous(RunHook):
-    """MDPO: the policy that sampled the round."""
+    """MDPO: the behaviour policy of the round is the teacher."""
 
     spec: specs.PreviousPolicy
 
