@@ -1,9 +1,9 @@
-"""Checkpoints: everything a run needs to go on as if it had never stopped, by Orbax.
+"""Checkpoints: everything that a run needs to continue exactly, saved by Orbax.
 
-One checkpoint holds the train state (parameters, optimizer), a JSON record (step, random state, data iterator
-state, hooks, best score so far) and the checksums of its files. Orbax writes to a temporary name, which becomes a
-checkpoint only when all of it is on the disk; the latest few and the best by held-out pass@1 are kept. The scores
-are in a file beside the checkpoints, because a step may be saved before it is evaluated.
+A checkpoint holds the train state (parameters, optimizer), a JSON record (step, random state, state of the data
+iterator, hooks, best score so far) and the checksums of its files. Orbax writes to a temporary directory, which is
+renamed to a checkpoint once all files are on the disk. The latest few checkpoints and the best by held-out pass@1 are
+kept. The scores are in a separate file, because a step may be saved before it is evaluated.
 """
 
 import contextlib
@@ -32,15 +32,14 @@ SCORES = "scores.json"
 
 
 class Checkpoints:
-    """The checkpoints of one run. With many hosts all of them make one, and save and restore together.
+    """The checkpoints of one run. In a job of many hosts, every host has one, and all save and restore together.
 
     Raises:
-      UserError: the directory cannot be read or written, or several hosts do not all see it.
+      UserError: the directory cannot be read or written, or some hosts do not see it.
     """
 
     def __init__(self, directory: epath.PathLike, keep: int = 2, read_only: bool = False):
-        # Orbax narrates every save, and logs the traceback of each of its threads that fails; what went wrong
-        # comes as an exception anyway.
+        # Orbax logs every save, and the traceback of each of its threads that fails; failures are raised anyway.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)
         self.directory, self._keep = epath.Path(directory), keep
@@ -62,7 +61,7 @@ class Checkpoints:
         return ocp.CheckpointManagerOptions(
             preservation_policy=self,
             temporary_path_class=checksums.temporary_path(self.directory),
-            # Else the threads that write wait five minutes for the one that could not create the directory.
+            # Otherwise the writing threads wait five minutes for a thread that could not create the directory.
             async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
             lightweight_initialize=True,
             read_only=read_only,
@@ -77,9 +76,9 @@ class Checkpoints:
         try:
             self.wait()
         except RunStopped:
-            with contextlib.suppress(Exception):  # it waits once more for the save whose failure is known
+            with contextlib.suppress(Exception):  # it waits again for the failed save
                 self._manager.close()
-            if kind is None:  # else another error is already on its way up, which this one must not hide
+            if kind is None:  # do not hide an error that is already being raised
                 raise
         else:
             self._manager.close()
@@ -93,19 +92,17 @@ class Checkpoints:
         return max(self.steps(), default=None)
 
     def best(self) -> int | None:
-        """Step of the checkpoint with the best held-out pass@1, the earliest of equals; the latest when none was
-        evaluated."""
+        """Step of the checkpoint with the best held-out pass@1 (of equals the earliest); the latest without scores."""
         best = self._best_of(self.steps())
         return self.latest() if best is None else best
 
     def save(self, step: int, state: Any, record: dict[str, Any], score: float | None = None) -> bool:
-        """Saves in the background; waits for the save before it. Returns whether there was anything to save.
+        """Save in the background, after waiting for the previous save. Returns False if the step is already saved.
 
-        A step that is already saved is left alone, but for its score: it may have been saved before it was
-        evaluated.
+        Only the score of a saved step is updated, because it may have been saved before it was evaluated.
 
         Raises:
-          RunStopped: the disk would not take it. The checkpoints before it are as good as they were.
+          RunStopped: the checkpoint could not be written. Earlier checkpoints are intact.
         """
         with self._explained(step):
             self._manager.wait_until_finished()
@@ -120,20 +117,20 @@ class Checkpoints:
         return True
 
     def wait(self) -> None:
-        """Returns when the last save is on the disk, or raises `RunStopped` if it is not."""
+        """Wait until the last save is on the disk. Raises `RunStopped` if it failed."""
         with self._explained(None):
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
 
     def check(self) -> None:
-        """Raises `RunStopped` if the save that goes on in the background has failed by now."""
-        if not self._manager.is_saving_in_progress():  # else it would be waited for
+        """Raise `RunStopped` if the save in the background has failed."""
+        if not self._manager.is_saving_in_progress():  # `wait` would block
             self.wait()
 
     def record(self, step: int) -> dict[str, Any]:
-        """The JSON record of a checkpoint.
+        """Read the JSON record of a checkpoint.
 
-        Raises (as `restore` and `restore_params` do):
+        Raises (like `restore` and `restore_params`):
           UserError: the checkpoint is damaged or cannot be read.
         """
         with self._reading(step):
@@ -142,13 +139,13 @@ class Checkpoints:
             ]
 
     def restore(self, step: int, abstract_state: Any) -> Any:
-        """The train state of a checkpoint, where the abstract one's shardings say, or on the default device."""
+        """Restore the train state, with the shardings of the abstract one, or on the default device."""
         restored = ocp.args.Composite(state=ocp.args.StandardRestore(_somewhere(abstract_state)))
         with self._reading(step):
             return self._manager.restore(step, args=restored)["state"]
 
     def restore_params(self, step: int, abstract_params: Any) -> Any:
-        """The parameters alone: the optimizer's arrays are not read."""
+        """Restore the parameters only, without reading the optimizer state."""
         item = {"params": _somewhere(abstract_params)}
         arguments = jax.tree.map(lambda p: ocp.ArrayRestoreArgs(dtype=p.dtype, sharding=p.sharding), item)
         with self._reading(step):
@@ -159,7 +156,7 @@ class Checkpoints:
             return restored["params"]
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        """Orbax's question which checkpoints to keep: the latest few, and the best."""
+        """Called by Orbax: keep the latest few checkpoints, and the best."""
         steps = sorted(checkpoint.step for checkpoint in checkpoints)
         kept = {*steps[-self._keep :], self._best_of(steps)}
         return [checkpoint.step in kept for checkpoint in checkpoints]
@@ -186,10 +183,10 @@ class Checkpoints:
         return self.directory / str(step)
 
     def _compare(self, step: int) -> None:
-        """Compares a checkpoint with its checksums, once.
+        """Compare a checkpoint with its checksums, once per process.
 
         Raises:
-          UserError: it is damaged; the message names the newest intact one before it, or else after it.
+          UserError: it is damaged. The message names the newest intact checkpoint before it, or else one after it.
         """
         if step in self._intact:
             return
@@ -218,7 +215,7 @@ class Checkpoints:
             yield
 
     def _check_shared(self) -> None:
-        """Every host writes its part of a checkpoint, so that each must see what the first one made."""
+        """Check that every host sees the directory of the first, because each writes a part of a checkpoint."""
         mark = self.directory / ".seen-by-all-hosts"
 
         def make() -> None:
@@ -258,14 +255,14 @@ class Checkpoints:
 
 
 def load_run(run: str | Path, checkpoint: str = "best") -> tuple[Model, int]:
-    """The model of a run's checkpoint, adapters merged, and the step it was saved at.
+    """Load the model of a run's checkpoint with merged adapters; returns it and its step.
 
     Args:
       run: a run directory.
       checkpoint: "best" by held-out pass@1, "latest", or a step.
 
     Raises:
-      UserError: no such run or checkpoint.
+      UserError: there is no such run or checkpoint.
     """
     config = read_config(run)
     directory, name = checkpoint_directory(dataclasses.replace(config, output=str(run))), config.model.path
@@ -298,7 +295,7 @@ def load_run(run: str | Path, checkpoint: str = "best") -> tuple[Model, int]:
 
 
 def load_model_or_run(name: str) -> Model:
-    """A model by its string, or the best checkpoint of a run directory."""
+    """Load a model by its name, or the best checkpoint of a run directory."""
     if (Path(name) / "run.json").is_file():
         return load_run(name)[0]
     return load_model(name)
@@ -306,22 +303,22 @@ def load_model_or_run(name: str) -> Model:
 
 @contextlib.contextmanager
 def _one_line(what: str):
-    """Turns what a library raises about a file into one line; a lost process or device stays what it is."""
+    """Turn exceptions of libraries into one-line errors, except those about a lost process or device."""
     try:
         yield
     except (UserError, jax.errors.JaxRuntimeError):
         raise
-    except Exception as error:  # of Orbax, TensorStore or the file system, for whatever a damaged file holds
+    except Exception as error:  # of Orbax, TensorStore or the file system
         raise UserError(f"{what}: {_reason(error)}") from error
 
 
 def _reason(error: Exception) -> str:
-    """The first line of an error's message."""
+    """Return the first line of an error's message."""
     return str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
 
 
 def _somewhere(abstract: Any) -> Any:
-    """Orbax would restore to the devices that saved, which may not be there any more."""
+    """Set a device where there is no sharding: Orbax would restore to the saved devices, which may not exist."""
     first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or first)  # noqa: E731
     return jax.tree.map(place, abstract)

@@ -1,8 +1,8 @@
-"""Checksums of a checkpoint's files, so that a damaged one is never restored as if it were whole.
+"""Checksums of the files of checkpoints, so that a damaged checkpoint is never restored.
 
-Each checkpoint holds `checksums.sha256`, which lists all its other files in the format of `sha256sum`:
-`sha256sum -c checksums.sha256` inside of a checkpoint checks it by hand. A single file that is rewritten often
-carries its own checksum as its last line (`write_checked`, `read_checked`).
+Each checkpoint holds `checksums.sha256`, which lists all its other files in the format of `sha256sum`; to check it by
+hand, run `sha256sum -c checksums.sha256` in the checkpoint. A single file that is often rewritten has its checksum in
+its last line (`write_checked`, `read_checked`).
 """
 
 import hashlib
@@ -23,11 +23,10 @@ _THREADS = 8  # hashlib releases the GIL; a large checkpoint has many files
 
 
 class SealedDirectory(atomicity.AtomicRenameTemporaryPath):
-    """Orbax's temporary directory of a save: its files are listed and on the disk before the rename that makes it
-    a checkpoint."""
+    """Orbax's temporary directory of a save, whose files are listed and synced before it is renamed."""
 
     async def finalize(self) -> None:
-        if self._checkpoint_metadata_store is None:  # a part of a checkpoint, which is sealed as a whole
+        if self._checkpoint_metadata_store is None:  # a part of a checkpoint; only the whole is sealed
             return await super().finalize()
         self._checkpoint_metadata_store.wait_until_finished()
         seal(self.get())
@@ -36,7 +35,7 @@ class SealedDirectory(atomicity.AtomicRenameTemporaryPath):
 
 
 class SealedObjects(atomicity.CommitFileTemporaryPath):
-    """The same on object stores, which cannot rename: there a file that is written last marks the checkpoint."""
+    """The same on object stores, which cannot rename: a file that is written last marks a complete checkpoint."""
 
     async def finalize(self) -> None:
         if self._checkpoint_metadata_store is None:
@@ -47,12 +46,12 @@ class SealedObjects(atomicity.CommitFileTemporaryPath):
 
 
 def temporary_path(directory: epath.Path) -> type[atomicity.TemporaryPathBase]:
-    """The class by which Orbax makes a save in `directory` atomic."""
+    """Return the class that makes saves of Orbax in `directory` atomic."""
     return SealedDirectory if _is_local(directory) else SealedObjects
 
 
 def seal(directory: epath.Path) -> None:
-    """Writes the checksums of a directory's files, and returns when files and checksums are on the disk."""
+    """Write the checksums of a directory's files, and sync files and checksums to the disk."""
     names = sorted(_files(directory))
 
     def line(name: str) -> str:
@@ -68,7 +67,7 @@ def seal(directory: epath.Path) -> None:
 
 
 def damage(directory: epath.Path) -> str | None:
-    """What is wrong with a directory that `seal` has listed; None where every file is as it was.
+    """Compare a directory with the checksums that `seal` wrote; returns a problem, or None if there is none.
 
     All hosts of a job call it together, and each reads its share of the files.
     """
@@ -89,16 +88,16 @@ def damage(directory: epath.Path) -> str | None:
 
 
 def write_checked(path: epath.Path, text: str) -> None:
-    """Writes a text of one line and its checksum, whole or not at all; it is on the disk when this returns."""
+    """Write a text of one line and its checksum atomically, and sync the file."""
     whole = f"{text}\n{hashlib.sha256(text.encode()).hexdigest()}\n"
     if not _is_local(path):
-        path.write_text(whole)  # an object appears whole
+        path.write_text(whole)  # objects are written atomically
         return
     write_atomically(Path(path), whole.encode())
 
 
 def read_checked(path: epath.Path) -> str:
-    """The text that `write_checked` wrote.
+    """Read the text of a file that `write_checked` wrote.
 
     Raises:
       UserError: the file is damaged or cannot be read.
@@ -113,7 +112,7 @@ def read_checked(path: epath.Path) -> str:
 
 
 def _listed(directory: epath.Path) -> tuple[dict[str, str], str | None]:
-    """File names and their checksums, and what is wrong with the list."""
+    """Read file names with their checksums, and a problem of the list, if any."""
     try:
         text = (directory / NAME).read_bytes().decode()
         there = set(_files(directory))
@@ -134,7 +133,7 @@ def _listed(directory: epath.Path) -> tuple[dict[str, str], str | None]:
 
 
 def _files(directory: epath.Path, below: str = "") -> Iterator[str]:
-    """Relative paths of all files but the list itself and the mark of object stores."""
+    """Yield relative paths of all files except the list itself and the commit file of object stores."""
     for path in (directory / below).iterdir():
         name = f"{below}{path.name}"
         if path.is_dir():
@@ -153,6 +152,6 @@ def _is_local(path: epath.Path) -> bool:
 
 
 def _sync(path: epath.Path) -> None:
-    """Has a file, or a directory's entries, written to the disk; object stores do so by themselves."""
+    """Sync a file or a directory to the disk; object stores need no sync."""
     if _is_local(path):
         sync(path)

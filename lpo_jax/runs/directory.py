@@ -23,13 +23,13 @@ from lpo_jax.yaml_text import dump_yaml, read_yaml
 
 PACKAGES = ("lpo_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
 
-# What a start leaves whose first files did not fit on the disk: no run yet, so that it may be started again.
+# Files of a start whose first files did not fit on the disk. They are no run yet, so that it may be started again.
 LEFTOVERS = (LOCK, "run.json.tmp", "run.json", "config.yaml.tmp")
 SAVED = "checkpoints"  # in run.json: the first step saved, and where
-VERIFIER_FAILED = "verifier_failed"  # in run.json: the last start ended for this reason
+VERIFIER_FAILED = "verifier_failed"  # in run.json: the last start ended because of its verifier
 
-# A resumed run must sample and learn what the uninterrupted one would have; these settings decide that.
-# Others (steps, evaluation, checkpoints, workers, token budget) may change between two starts.
+# A resumed run must compute the same as an uninterrupted one, so that these settings must not change between starts.
+# Others (steps, evaluation, checkpoints, workers, token budget) may change.
 _BOTH = ("seed", "model", "task", "sampling", "optimizer")
 _ROUND = ("training.prompts_per_step", "training.updates_per_step", "training.behaviour")
 _FITNESS = tuple(f"evaluation.{key}" for key in ("problems", "num_responses", "temperature", "top_p"))
@@ -43,14 +43,14 @@ FIXED = {
 
 
 class RunDirectory:
-    """`config.output`, written to by this process alone; of a job of many hosts, by its first.
+    """`config.output`, to which only this process writes (in a job of many hosts, the first one).
 
-    Making one only checks, so that a mistake found while the model loads leaves nothing behind; entering it
-    creates config.yaml (resolved), run.json (versions, devices) and the lock.
+    The constructor only checks, so that a mistake found while the model loads leaves no files. Entering creates
+    config.yaml (resolved), run.json (versions, devices) and the lock.
 
     Raises:
-      UserError: it holds another run and `resume` is off, a resume would change what the run computes, or
-        another process is writing to it.
+      UserError: it holds another run and `resume` is False, a resume would change what the run computes, or another
+        process is writing to it.
     """
 
     def __init__(self, config: Config, kind: str, resume: bool):
@@ -60,9 +60,9 @@ class RunDirectory:
         self.resumed = hosts.on_first(lambda: self._look(resume))
 
     def _look(self, resume: bool) -> bool:
-        """Whether the directory holds a run, which may be continued."""
-        # A start that failed before its first row or checkpoint leaves only its settings: no run yet.
-        # (Of a comparison: before its warm start, or its first cell.)
+        """Return whether the directory holds a run to continue."""
+        # A start that failed before its first row or checkpoint (of a comparison: before its warm start or first cell)
+        # leaves only its settings, which are no run yet.
         rows = self.path / "metrics.jsonl"
         folders = (self.checkpoints, self.path / "warm", self.path / "cells")
         held = (rows.exists() and rows.stat().st_size > 0) or any(any_child(folder) for folder in folders)
@@ -90,7 +90,7 @@ class RunDirectory:
     def _open(self) -> None:
         self._lock = lock_directory(self.path, "run")
         try:
-            # Another start may have come and gone since the first look.
+            # Another process may have used the directory since the first look.
             self.resumed = self._look(self._resume)
         except UserError:
             self._lock.close()
@@ -102,20 +102,20 @@ class RunDirectory:
         write_file(self.path / "config.yaml", dump_yaml(self.config.to_dict()))
 
     def note(self, **facts: Any) -> None:
-        """Adds to run.json what was only known once the run was under way."""
+        """Add facts to run.json that are known only after the start."""
         if not hosts.first():
             return
         write_file(self.path / "run.json", json.dumps(self._noted() | facts, indent=2) + "\n")
 
     def note_saved(self, step: int) -> None:
-        """Notes that a checkpoint is complete, so that a resume without one in sight is not taken for a fresh start."""
+        """Record that a checkpoint is complete, so that a resume that cannot find it does not begin again."""
         self.note(**{SAVED: {"step": step, "directory": str(self.checkpoints)}})
 
     def require_no_checkpoint(self) -> None:
-        """Called where no checkpoint is in sight.
+        """Check that the run has saved no checkpoint; called if none is found.
 
         Raises:
-          UserError: the run has saved one. Going on would begin again and drop all that is recorded.
+          UserError: it has saved one. Continuing would begin again and drop all records.
         """
         if saved := self._noted().get(SAVED):
             raise UserError(
@@ -125,7 +125,7 @@ class RunDirectory:
             )
 
     def _noted(self) -> dict[str, Any]:
-        """What run.json holds; empty where it is not there.
+        """Read run.json; empty if it does not exist.
 
         Raises:
           UserError: it is damaged.
@@ -140,7 +140,7 @@ class RunDirectory:
             raise UserError(
                 f"{self.path}: holds an `lpo {held}` run; `lpo {kind} --resume` cannot continue it"
             )
-        # A verifier that failed on everything has to be repaired, which changes its file.
+        # A verifier that failed on every response has to be repaired, which changes its file.
         before = {} if about.get(VERIFIER_FAILED) else about.get("user_files", {})
         for file, digest in user_files(self.config).items():
             if before.get(file, digest) != digest:
@@ -158,11 +158,11 @@ class RunDirectory:
 
 
 def user_files(config: Config) -> dict[str, str]:
-    """The hashes of the files with which a user says how a run asks, judges and learns: by what the config names.
+    """Hash the user's files that define prompts, verifiers and objectives; returns hashes by the name in the config.
 
     These are Python files in the sections `task` and `objective` (`file.py` and `file.py:function`), and all files in
-    `objective`. A task's data are not among them: they have a hash of their own (`Task.content_hash`), which is that
-    of the rows. What a file imports is not covered.
+    `objective`. A task's data are not included, because its rows have a hash of their own (`Task.content_hash`). Files
+    that a file imports are not covered.
     """
     hashes = {}
     for section in (config.task, config.objective):
@@ -177,10 +177,10 @@ def user_files(config: Config) -> dict[str, str]:
 
 
 def checkpoint_directory(config: Config) -> epath.Path:
-    """Where a run's checkpoints are: in its own directory, or where the config says.
+    """Return the directory of a run's checkpoints: in the run directory, or as configured.
 
     Raises:
-      UserError: a gs:// path that this machine cannot reach.
+      UserError: this machine cannot access a gs:// path.
     """
     named = config.checkpoint.directory
     if named == "auto":
@@ -196,7 +196,7 @@ def checkpoint_directory(config: Config) -> epath.Path:
 
         google.auth.default()
         epath.Path(named).exists()
-    except Exception as error:  # of several libraries, for the network, the credentials or the bucket
+    except Exception as error:  # of several libraries, about the network, credentials or the bucket
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(
             f"checkpoint.directory = {named}: cannot be used ({reason}); log in with `gcloud auth "
@@ -206,7 +206,7 @@ def checkpoint_directory(config: Config) -> epath.Path:
 
 
 def read_config(run: str | Path) -> Config:
-    """The resolved config a run directory was started with."""
+    """Read the resolved config of a run directory."""
     path = Path(run) / "config.yaml"
     if not path.is_file():
         raise UserError(f"{run}: not a run directory (no config.yaml in it)")
@@ -219,7 +219,7 @@ def read_config(run: str | Path) -> Config:
 
 
 def any_child(directory: Path | epath.Path, but: Collection[str] = ()) -> bool:
-    """Whether a directory exists and holds anything, or anything but files of these names."""
+    """Return whether a directory exists and has any entries, except those named in `but`."""
     return directory.is_dir() and any(child.name not in but for child in directory.iterdir())
 
 
@@ -236,7 +236,7 @@ def _at(values: dict, dotted: str):
 
 
 def differences(key: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
-    """(dotted key, old, new) wherever two trees of settings differ."""
+    """Yield (dotted key, old, new) for every difference between two trees of settings."""
     if isinstance(old, dict) and isinstance(new, dict):
         for name in sorted(old.keys() | new.keys()):
             yield from differences(f"{key}.{name}", old.get(name), new.get(name))
