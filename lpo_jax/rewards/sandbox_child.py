@@ -4,9 +4,9 @@ It is started by file name, in an interpreter that can import only the standard 
 programs, which it imports for them), so it imports nothing from lpo_jax.
 
 File descriptor 0 is the socket to the verifier. The runner reads one job (program, limits, filter) from it, and then
-one test after another. For each test it forks. The child process applies the limits and returns from `serve_jobs` to
-become the program; the runner waits for it, kills it, and reports what it printed or returned. The runner itself never
-runs, parses or prints any part of the program.
+one test after another. For each test it forks. The child process applies the limits and returns from `serve_verifier`
+to become the program; the runner waits for it, kills it, and reports what it printed or returned. The runner itself
+never runs, parses or prints any part of the program.
 
 Messages to the runner are marshalled, because they come from the verifier. Its reports are a line of text and raw
 bytes, because data that the program can influence must not be unmarshalled.
@@ -59,7 +59,7 @@ _STARRED = (
 _NAMED = ("copy", "datetime", "io", "json", "os", "random", "re", "statistics", "time")
 
 
-def serve_jobs() -> dict:
+def serve_verifier() -> dict:
     """Serve the verifier. Returns (the job) only in the process of a test, never in the runner."""
     job = marshal.loads(_receive(0))
     os.dup2(0, SOCKET)
@@ -241,7 +241,7 @@ def _write_script(job: dict) -> str:
     return path
 
 
-def run_job(job: dict) -> None:
+def run_program(job: dict) -> None:
     """Run the program in this process and end the process as the interpreter would, but without its finalisation."""
     name = "solution" if job["function"] else "__main__"
     module = sys.modules[name] = types.ModuleType(name)
@@ -363,4 +363,4 @@ def _exactly(file: int, count: int) -> bytes:
 
 
 if __name__ == "__main__":
-    run_job(serve_jobs())
+    run_program(serve_verifier())

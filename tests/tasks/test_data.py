@@ -87,7 +87,7 @@ def test_a_batch_larger_than_the_data_is_refused(prompts):
         ({"data_hash": "b"}, r"data_hash was 'a', is 'b' \(the task's rows\)"),
         (
             {"prompts_hash": "d"},
-            r"prompts_hash was 'c', is 'd' \(the prompts: what the task, the chat template",
+            r"prompts_hash was 'c', is 'd' \(the prompts, which depend on the task, the chat",
         ),
     ],
 )
