@@ -20,7 +20,7 @@ from lpo_jax.errors import RunStopped, UserError
 from lpo_jax.json_lines import dump_line
 
 
-def serve(cores: str) -> None:
+def main(cores: str) -> None:
     """Run jobs until standard input is closed.
 
     Args:
@@ -90,4 +90,4 @@ def _cell(config: Any) -> None:
 RUNNERS = {"warm": _warm, "cell": _cell}
 
 if __name__ == "__main__":
-    serve(sys.argv[1])
+    main(sys.argv[1])

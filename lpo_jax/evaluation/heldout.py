@@ -81,7 +81,7 @@ def sample_rows(
         )
 
 
-def evaluate(
+def evaluate_rows(
     collect: Collector,
     weights: Any,
     rows: Sequence[dict],

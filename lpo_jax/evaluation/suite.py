@@ -223,8 +223,8 @@ def run_benchmark(
         result = score_responses(responses.summaries, K, settings.seed)
     sandbox = {"sandbox": benchmark.sandbox} if benchmark.sandbox else {}
     skipped = benchmark.task.about.get("heldout", {}).get("skipped", 0)
-    if told := warning(found, f"benchmark {benchmark.name}"):
-        print(f"lpo: {told}", file=sys.stderr)
+    if message := warning(found, f"benchmark {benchmark.name}"):
+        print(f"lpo: {message}", file=sys.stderr)
     return {**result, "left_out": benchmark.left_out, "skipped": skipped, **sandbox}
 
 
