@@ -207,7 +207,7 @@ def test_other_weights_have_another_hash(tiny_model):
 
 
 def test_without_a_suite_shared_names_are_config_keys(monkeypatch):
-    said = []
-    monkeypatch.setattr("lpo_jax.commands.evaluate.evaluate_heldout", lambda *a, **k: said.append(a))
+    called = []
+    monkeypatch.setattr("lpo_jax.commands.evaluate.evaluate_heldout", lambda *a, **k: called.append(a))
     assert main(["eval", "c.yaml", "--task.n=1", "--seed=3", "--task=math"]) == 0
-    assert said == [("c.yaml", ["--task=math", "--seed=3", "--task.n=1"])]
+    assert called == [("c.yaml", ["--task=math", "--seed=3", "--task.n=1"], "best", False)]
