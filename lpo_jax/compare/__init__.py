@@ -1,12 +1,12 @@
-"""`lpo compare`: the same run under many methods, paired by seed, and what the difference is worth.
+"""`lpo compare`: one run per rule, method and seed, and paired differences between the methods with intervals.
 
-grid      rules x methods x seeds -> one config a cell, checked before any runs
-pool      worker processes that take cells from the list
-worker    what such a process runs
-outcome   what a finished cell leaves for the table
-pairs     differences of pass@k with intervals over seeds and problems
+grid      rules x methods x seeds -> one config per cell, all checked before the first run
+pool      worker processes that run the cells
+worker    the program of a worker process
+outcome   the results of a finished cell
+pairs     estimates of paired differences, with intervals over seeds and problems
 table     the numbers of the report, as JSON
-figures   the curves, as PNG files
-report    both in words
-command   the order of all that
+figures   curves and differences, as PNG files
+report    table and figures as a Markdown report
+command   the command itself
 """

@@ -1,9 +1,9 @@
-"""`lpo compare`: one warm start, every run of the grid, and what came of them.
+"""`lpo compare`: the common warm start, all runs of the grid, and the report.
 
-Leaves in `config.output`: warm/ (the common start; warm/hf is the model), cells/ (each run without its checkpoints,
-with outcome.json), logs/ (what the runs printed), table.json, report.md and its figures. A run that has ended is not
-run again and one that was stopped goes on from its checkpoint, so that a comparison that is killed and resumed ends
-with the same table.
+`config.output` receives warm/ (the warm start; warm/hf is the model), cells/ (the run directories without checkpoints,
+each with outcome.json), logs/ (the output of the runs), table.json, report.md and its figures. Finished runs are not
+repeated and stopped runs are resumed from their checkpoints, so a comparison that is killed and resumed ends with the
+same table.
 """
 
 import json
@@ -30,16 +30,20 @@ from lpo_jax.runs.signals import Signals
 
 
 def compare(config: Config, *, resume: bool = False) -> None:
-    """Runs `lpo compare`.
+    """Run `lpo compare`.
+
+    Args:
+      config: a config with a `compare` section.
+      resume: continue the comparison in `config.output`.
 
     Raises:
-      UserError: as `make_grid`, the output holds something else, or this is one of many hosts.
-      RunStopped: the warm start or some of the cells failed; the report holds the others.
-      Interrupted: SIGTERM or Ctrl-C; every run has saved its position.
+      UserError: as in `make_grid`; `config.output` contains something else; or the job has several hosts.
+      RunStopped: the warm start or some cells failed. The report contains the other cells.
+      Interrupted: SIGTERM or Ctrl-C. Every run has saved its position.
     """
     if hosts.many():
-        raise UserError("lpo compare divides one machine; start it on one host, outside of a job of many")
-    # This process computes nothing: the devices belong to the workers.
+        raise UserError("lpo compare runs on one machine; start it on one host, outside of a multi-host job")
+    # This process computes nothing; the devices are for the workers.
     jax.config.update("jax_platforms", "cpu")
     grid, parts, console = make_grid(config), divide_machine(config.compare.workers), reporting.console()
     logs = Path(config.output) / "logs"
@@ -54,16 +58,16 @@ def compare(config: Config, *, resume: bool = False) -> None:
         name, error = next(iter(failed.items()))
         raise RunStopped(
             f"{len(failed)} of {len(grid.cells)} cells failed and are missing in the report: {', '.join(failed)}; "
-            f"{name}: {error}; run them again with --resume"
+            f"{name}: {error}; repeat them with --resume"
         )
 
 
 def _warm_start(config: Config, logs: Path, console) -> None:
-    """Makes the common start, unless it is there or none is asked for."""
+    """Run the common warm start, unless it is finished or the config has none."""
     warm = warm_config(config)
     if config.warm_start.steps == 0 or Path(warm.output, "hf").exists():
         return
-    console.print(f"warm start: {config.warm_start.steps} supervised updates; its log is in {logs}")
+    console.print(f"warm start: {config.warm_start.steps} supervised updates; log in {logs}")
     errors = []
     run_jobs([Job("warm", "warm", warm)], divide_machine(1), logs, lambda _, error: errors.append(error))
     if errors[0]:
@@ -71,7 +75,7 @@ def _warm_start(config: Config, logs: Path, console) -> None:
 
 
 def load_outcomes(grid: Grid) -> Outcomes:
-    """The finished cells, by rule, method and seed."""
+    """Read the outcomes of the finished cells, by (rule, method, seed)."""
     found = {
         (cell.rule, cell.method, cell.seed): Outcome.load(Path(cell.config.output)) for cell in grid.cells
     }
@@ -79,38 +83,38 @@ def load_outcomes(grid: Grid) -> Outcomes:
 
 
 def write_report(config: Config, grid: Grid, outcomes: Outcomes) -> None:
-    """table.json, the figures, and report.md."""
+    """Write table.json, the figures and report.md."""
     output = Path(config.output)
     table = make_table(grid, outcomes)
-    # By way of a JSON line, in which numbers that are not finite are null.
+    # dump_line replaces non-finite numbers by null.
     write_file(output / "table.json", json.dumps(json.loads(dump_line(table)), indent=1) + "\n")
     figures = save_figures(output, grid, outcomes, table)
     write_file(output / "report.md", render_report(config, grid, outcomes, table, figures))
 
 
 def _run_cells(grid: Grid, parts, logs: Path, console) -> dict[str, str]:
-    """Runs what is not finished; returns what went wrong, by cell."""
+    """Run the cells that are not finished; return the error messages of failed cells by name."""
     todo = [cell for cell in grid.cells if Outcome.load(Path(cell.config.output)) is None]
     jobs = [Job(cell.name, "cell", cell.config) for cell in todo]
     failed: dict[str, str] = {}
     done, started = len(grid.cells) - len(todo), time.monotonic()
     if done and todo:
-        console.print(f"{done} of {len(grid.cells)} cells are finished already")
+        console.print(f"{done} of {len(grid.cells)} cells are already finished")
 
     def ended(job: Job, error: str | None) -> None:
         nonlocal done
         done += 1
         if error:
             failed[job.name] = error
-            told = f"failed: {error}"
+            result = f"failed: {error}"
         else:
             outcome = Outcome.load(Path(job.config.output))
             score = float(solved(outcome.passed[-1], outcome.valid[-1], 1).mean())
-            told = f"held-out pass@1 {reporting.percent(score)}, {reporting.duration(outcome.seconds)}"
+            result = f"held-out pass@1 {reporting.percent(score)}, {reporting.duration(outcome.seconds)}"
         left = len(grid.cells) - done
         pace = (time.monotonic() - started) / (len(todo) - left)
         console.print(
-            f"cell {done}/{len(grid.cells)} {job.name}: {told} · left {reporting.duration(left * pace)}"
+            f"cell {done}/{len(grid.cells)} {job.name}: {result} · left {reporting.duration(left * pace)}"
         )
 
     run_jobs(jobs, parts, logs, ended)

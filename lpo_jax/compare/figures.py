@@ -1,7 +1,7 @@
-"""The curves of a comparison as PNG files: one figure a rule, and one of all paired differences.
+"""The figures of a comparison as PNG files: curves for each rule, and all paired differences.
 
-The panels are those of figures 3, 4 and 5 of the LPO paper. Lines are means over seeds, bands one standard error
-of that mean to either side.
+The panels are those of figures 3, 4 and 5 of the LPO paper. Lines are means over seeds; bands are one standard error
+of the mean to either side.
 """
 
 from pathlib import Path
@@ -20,7 +20,7 @@ _TICKS = (-100, -30, -10, -3, -2, -1, 0, 1, 2, 3, 10, 30, 100)  # percentage poi
 
 
 def save_figures(folder: Path, grid: Grid, outcomes: Outcomes, table: dict[str, Any]) -> list[Path]:
-    """Draws `<rule>.png` for every rule with results, and `differences.png`."""
+    """Draw `<rule>.png` for each rule with results, and `differences.png`; return their paths."""
     drawn = {}
     for rule in grid.rules:
         if any(key[0] == rule for key in outcomes):
@@ -32,36 +32,53 @@ def save_figures(folder: Path, grid: Grid, outcomes: Outcomes, table: dict[str, 
 
 
 def draw_curves(rule: str, grid: Grid, outcomes: Outcomes, k: int):
-    """pass@1, pass@k, entropy, gradient norm and response length of every method under one rule, as a Figure."""
+    """Draw pass@1, pass@k, entropy, gradient norm and response length of all methods with one rule.
+
+    Args:
+      rule: the rule.
+      grid: the grid of the comparison.
+      outcomes: the finished cells.
+      k: of pass@k.
+
+    Returns:
+      A matplotlib Figure.
+    """
     panels = [Panel(f"Held-out pass@{n}", "share solved", (), share=True) for n in (1, k)]
     panels += [Panel(title, unit, ()) for title, unit in CURVES.values()]
-    figure, places = panel_axes(len(panels), f"temperature {rule}")
+    figure, all_axes = panel_axes(len(panels), f"temperature {rule}")
     for color, method in zip(_colors(grid.methods), grid.methods):
         found = [outcomes[key] for seed in grid.seeds if (key := (rule, method, seed)) in outcomes]
         if not found:
             continue
-        for axes, n in zip(places, (1, k)):
+        for axes, n in zip(all_axes, (1, k)):
             share = [np.nanmean(solved(o.passed, o.valid, n), axis=1) for o in found]
             _line(axes, found[0].evaluated, np.array(share), color, method)
-        for axes, name in zip(places[2:], CURVES):
+        for axes, name in zip(all_axes[2:], CURVES):
             _line(axes, found[0].steps, np.array([o.curves[name] for o in found]), color, method)
     last = max(int(o.evaluated.max()) for o in outcomes.values())
-    for axes, panel in zip(places, panels):
+    for axes, panel in zip(all_axes, panels):
         style_axes(axes, panel, 0, last)
-        axes.autoscale(axis="y")  # shares too: lines that run close together are to be told apart
-        if axes is not places[0] and axes.get_legend():
+        axes.autoscale(axis="y")  # also for fractions, so that close lines can be distinguished
+        if axes is not all_axes[0] and axes.get_legend():
             axes.get_legend().remove()
     return figure
 
 
 def draw_differences(table: dict[str, Any]):
-    """Every paired difference of pass@1 and pass@k on the way and at the end, with its interval, as a Figure."""
+    """Draw the paired differences of mean and final pass@1 and pass@k with their intervals.
+
+    Args:
+      table: from `make_table`.
+
+    Returns:
+      A matplotlib Figure.
+    """
     names = [f"{when} pass@{k}" for when in ("mean", "final") for k in (1, table["samples_per_problem"])]
     rules = [*table["rules"], *([POOLED] if len(table["rules"]) > 1 else [])]
-    figure, places = panel_axes(len(names) * len(table["differences"]), "Paired differences, 95% intervals")
+    figure, all_axes = panel_axes(len(names) * len(table["differences"]), "Paired differences, 95% intervals")
     colors, marks = dict(zip(table["methods"], _colors(table["methods"]))), {}
     panels = ((name, other) for other in table["differences"] for name in names)
-    for axes, (name, other) in zip(places, panels):
+    for axes, (name, other) in zip(all_axes, panels):
         by_rule = table["differences"][other]
         shown = [m for m in table["methods"] if m != other]
         for row, method in enumerate(shown):
@@ -75,7 +92,7 @@ def draw_differences(table: dict[str, Any]):
         style_axes(axes, Panel(f"{name}, against {other}", "", ()), 0, 1)
         axes.axvline(0, color="#333333", linewidth=0.8)
         axes.set_xlabel("percentage points", fontsize=8.5)
-        # Proportional up to 3 points, logarithmic beyond: one method that collapses must not hide the others.
+        # Linear up to 3 points, logarithmic beyond, so that a method that collapses does not hide the others.
         axes.autoscale(axis="x")
         axes.set_xscale("symlog", linthresh=3)
         low, high = axes.get_xlim()
@@ -90,7 +107,7 @@ def draw_differences(table: dict[str, Any]):
 
 
 def _line(axes, steps: np.ndarray, values: np.ndarray, color: str, label: str) -> None:
-    """Mean over the seeds of `values` [S, E], and one standard error to either side."""
+    """Draw the mean of `values` [S, E] over the seeds, and one standard error to either side."""
     mean, S = values.mean(axis=0), len(values)
     axes.plot(steps, mean, color=color, linewidth=1.6, label=label)
     if S > 1:

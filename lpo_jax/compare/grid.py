@@ -1,8 +1,9 @@
-"""The grid of a comparison: rules x methods x seeds, one ordinary run each.
+"""The grid of a comparison: rules x methods x seeds, one ordinary run per cell.
 
-All cells share the task, the budget and the warm-started model, and a seed decides prompts and random numbers. So two
-cells of one rule and seed differ by their method alone, and all methods of a rule aim at the same target: the rule is
-their temperature tau, by which a policy gradient divides its advantage, and a listwise method its rewards.
+All cells share the task, the budget and the warm-started model; the seed determines prompts and random numbers. Two
+cells with the same rule and seed therefore differ only in their method. All methods with the same rule have the same
+target, because the rule is the temperature tau by which a policy gradient divides its advantage and a listwise method
+its rewards.
 """
 
 import dataclasses
@@ -20,7 +21,7 @@ from lpo_jax.training.check import check_config
 
 @dataclasses.dataclass(frozen=True)
 class MethodSpec:
-    """One column of the grid: a label, and the objective's name and options without its temperature."""
+    """A method of the grid: its label, and the objective's name and options without the temperature."""
 
     label: str
     objective: dict[str, Any]
@@ -31,8 +32,10 @@ class Cell:
     """One run of the grid.
 
     Attributes:
-      method: its label.
-      config: of the run, `output` included.
+      rule: the temperature rule, as text.
+      method: label of the method.
+      seed: seed of the run.
+      config: config of the run, including its `output`.
     """
 
     rule: str
@@ -42,13 +45,21 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """`<rule>-<method>-seed<n>`, which is also the name of its directory."""
+        """`<rule>-<method>-seed<n>`, which is also the name of the run directory."""
         return Path(self.config.output).name
 
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """Rules, labels and seeds in the order of the config, and all cells."""
+    """A checked grid.
+
+    Attributes:
+      rules: temperature rules, in the order of the config.
+      methods: labels of the methods, in the order of the config.
+      seeds: in the order of the config.
+      against: labels of the methods with which the others are compared.
+      cells: one for each rule, method and seed.
+    """
 
     rules: tuple[str, ...]
     methods: tuple[str, ...]
@@ -58,19 +69,19 @@ class Grid:
 
 
 def make_grid(config: Config) -> Grid:
-    """Every cell of a config's `compare` section, checked as `lpo train` would before it loads anything.
+    """Build the grid of a config's `compare` section, and check every cell as `lpo train` does before loading a model.
 
     Raises:
-      UserError: an empty or ambiguous grid, an unknown rule or method, or a cell that could not train or would
-        continue a run of other settings.
+      UserError: the grid is empty or ambiguous, a rule or method is unknown, a cell's config is invalid, or a cell's
+        directory contains a run with other settings.
     """
     section = config.compare
     if config.objective != Config().objective:
         raise UserError(
-            "objective: lpo compare takes its methods from compare.methods; put this one and its options there"
+            "objective: lpo compare takes its methods from compare.methods; move this objective there"
         )
     if config.checkpoint.directory != Config().checkpoint.directory:
-        raise UserError("checkpoint.directory: the cells of a comparison keep their own; leave it out")
+        raise UserError("checkpoint.directory: each cell of a comparison has its own; remove this key")
     for key in ("rules", "methods", "seeds"):
         if not getattr(section, key):
             raise UserError(f"compare.{key} is empty: there is nothing to compare")
@@ -82,17 +93,17 @@ def make_grid(config: Config) -> Grid:
     rules = tuple(str(rule) for rule in section.rules)
     for key, values in (("rules", rules), ("methods", labels), ("seeds", section.seeds)):
         if twice := [value for value in values if values.count(value) > 1]:
-            hint = "; tell them apart by a label" if key == "methods" else ""
-            raise UserError(f"compare.{key}: {twice[0]} is there twice, and would be one cell{hint}")
+            hint = "; give the methods different labels" if key == "methods" else ""
+            raise UserError(f"compare.{key}: {twice[0]} occurs twice{hint}")
     for label in section.against:
         if label not in labels:
             known = ", ".join(labels)
             raise UserError(
                 f"compare.against: no method {label!r}{nearest(label, labels)}; the labels are {known}"
             )
-    start = cell_base_config(config)
+    base = cell_base_config(config)
     cells = tuple(
-        Cell(str(rule), method.label, seed, _cell_config(start, rule, method, seed))
+        Cell(str(rule), method.label, seed, _cell_config(base, rule, method, seed))
         for rule in section.rules
         for method in methods
         for seed in section.seeds
@@ -103,7 +114,11 @@ def make_grid(config: Config) -> Grid:
 
 
 def read_method_spec(spec: str | dict[str, Any]) -> MethodSpec:
-    """A method of `compare.methods`: a name, or a mapping with `name`, options, and `label` (default: the name)."""
+    """Parse an entry of `compare.methods`: a name, or a mapping with `name`, options, and `label` (default: the name).
+
+    Raises:
+      UserError: the method is unknown or has no temperature, the entry sets the temperature, or the label is invalid.
+    """
     options = {"name": spec} if isinstance(spec, str) else dict(spec)
     name, label = options.get("name"), options.pop("label", options.get("name"))
     known = objectives.names()
@@ -112,27 +127,27 @@ def read_method_spec(spec: str | dict[str, Any]) -> MethodSpec:
             f"compare.methods: unknown method {name!r}{nearest(str(name), known)}; `lpo methods` lists them"
         )
     if "temperature" in options:
-        raise UserError(f"compare.methods: {label}: its temperature is the rule's; set compare.rules")
+        raise UserError(f"compare.methods: {label}: the temperature is set by compare.rules; remove it here")
     if "temperature" not in known[name]["options"]:
         raise UserError(
-            f"compare.methods: {name} has no temperature that a rule could set, so it has no place in the grid"
+            f"compare.methods: {name} has no temperature that a rule could set, so it cannot be compared"
         )
     if not isinstance(label, str) or not re.fullmatch(r"[\w.+-]+", label):
         raise UserError(
-            f"compare.methods: label {label!r} is to be part of file names; use letters, digits, - and _"
+            f"compare.methods: label {label!r} becomes part of file names; use letters, digits, - and _"
         )
     return MethodSpec(label, options)
 
 
 def warm_config(config: Config) -> Config:
-    """The config of the warm start that all cells begin from: `lpo sft` in `<output>/warm`."""
+    """Return the config of the common warm start, which is a run of `lpo sft` in `<output>/warm`."""
     evaluation = dataclasses.replace(config.evaluation, every=0)
     return dataclasses.replace(config, output=f"{config.output}/warm", evaluation=evaluation)
 
 
 def cell_base_config(config: Config) -> Config:
-    """The config with the warm-started model, if there is one, in place of its own and no warm start."""
-    # No curves of single runs: the report draws them together, and drawing takes as long as a small run.
+    """Return the config that all cells share: it starts from the warm-started model, if any, without a warm start."""
+    # Single runs draw no curves: the report draws all of them, and drawing takes as long as a small run.
     config = dataclasses.replace(config, training=dataclasses.replace(config.training, save_plots=False))
     if not config.warm_start.steps:
         return config
@@ -142,10 +157,10 @@ def cell_base_config(config: Config) -> Config:
     )
 
 
-def _cell_config(start: Config, rule: str | float, method: MethodSpec, seed: int) -> Config:
+def _cell_config(base: Config, rule: str | float, method: MethodSpec, seed: int) -> Config:
     return dataclasses.replace(
-        start,
-        output=f"{start.output}/cells/{rule}-{method.label}-seed{seed}",
+        base,
+        output=f"{base.output}/cells/{rule}-{method.label}-seed{seed}",
         seed=seed,
         objective=method.objective | {"temperature": rule},
     )
@@ -156,4 +171,4 @@ def _check(cell: Cell) -> None:
         check_config(cell.config)
     except UserError as error:
         raise UserError(f"compare: cell {cell.name}: {error}") from None
-    RunDirectory(cell.config, "train", resume=True)  # only checks; its errors name the directory
+    RunDirectory(cell.config, "train", resume=True)  # only checks the directory; errors name it

@@ -1,8 +1,8 @@
-"""What a finished cell leaves for the table: how often each held-out problem was solved, and its curves.
+"""The results of a finished cell: the number of passing samples of each held-out problem, and curves.
 
-Made from the run's own files, which may then go: a comparison of many cells is read from small files alone.
+They are computed from the run's files and saved in one small file, from which the report is made.
 
-Axes: E evaluations · P held-out problems.
+Axes: E evaluations · P held-out problems · N steps.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from lpo_jax.json_lines import read_object, read_rows
 
 FILE = "outcome.json"
 
-# Panels of the figures: metric of metrics.jsonl -> (title, unit).
+# Curves in the figures: metric of metrics.jsonl -> (title, unit).
 CURVES = {
     "actor/entropy": ("Entropy of the policy", "nats per token"),
     "actor/grad_norm": ("Gradient norm", "before clipping"),
@@ -28,15 +28,16 @@ CURVES = {
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """A cell's results.
+    """The results of a cell.
 
     Attributes:
       evaluated: `[E]` steps of the held-out evaluations.
-      passed, valid: `[E, P]` samples of each problem that pass, and that count.
-      steps: of `curves`.
-      curves: metric -> a number a step, `CURVES` and no others; NaN where the run had none.
-      seconds: of training and evaluating.
-      surroundings: the run's versions and devices.
+      passed: `[E, P]` number of passing samples of each problem.
+      valid: `[E, P]` number of valid samples of each problem.
+      steps: `[N]` steps of the curves.
+      curves: metric -> `[N]` values for the metrics of `CURVES`; NaN where the run has none.
+      seconds: wall time of training and evaluation.
+      surroundings: the content of run.json: versions and devices.
     """
 
     evaluated: np.ndarray
@@ -48,7 +49,7 @@ class Outcome:
     surroundings: dict
 
     def save(self, run: Path) -> None:
-        """Whole or not at all: the file is what tells a finished cell from others."""
+        """Write the file atomically: a cell is finished if and only if the file exists."""
         values = dataclasses.asdict(self)
         values["curves"] = {k: [None if np.isnan(x) else x for x in v] for k, v in self.curves.items()}
         plain = {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in values.items()}
@@ -56,7 +57,11 @@ class Outcome:
 
     @classmethod
     def load(cls, run: Path) -> "Outcome | None":
-        """What `save` wrote, or None where the cell is not finished."""
+        """Read the file that `save` wrote; None if the cell is not finished.
+
+        Raises:
+          UserError: the file is damaged.
+        """
         if not (run / FILE).exists():
             return None
         held = read_object(run / FILE, "remove the cell's directory, and --resume runs it again")
@@ -66,7 +71,7 @@ class Outcome:
 
 
 def read_outcome(run: Path) -> Outcome:
-    """The outcome of a run directory whose training has ended."""
+    """Compute the results of a finished run from the files in its directory."""
     evaluated = sorted(int(path.stem) for path in (run / "validation").glob("*.jsonl") if path.stem.isdigit())
     counts = [_count(run / "validation" / f"{step}.jsonl") for step in evaluated]
     rows = reporting.read_metrics(run)
@@ -84,7 +89,7 @@ def read_outcome(run: Path) -> Outcome:
 
 
 def _count(path: Path) -> tuple[list[int], list[int]]:
-    """Passing and valid samples of each problem of one evaluation, problems in the order of their ids."""
+    """Count the passing and the valid samples of each problem of one evaluation, ordered by problem id."""
     passed: Counter = Counter()
     valid: Counter = Counter()
     ids = set()

@@ -1,13 +1,13 @@
-"""Paired differences between two methods, with intervals that know of seeds and of problems.
+"""Paired differences between two methods, with intervals over seeds and problems.
 
-Every seed of one method is held against the same seed of the other, problem by problem, which cancels what seed and
-problem have in common. What is left varies in two ways: another seed would have trained another model, and other
-problems would have been easier for one of the two. All seeds are put to the same problems, so the differences are a
-table with crossed random effects, and the variance of their mean is the sum of both parts by the analysis of
-variance: sigma_s^2 / S + sigma_p^2 / P + sigma_e^2 / (S P), e being what a seed and a problem have together, with
-the noise of the single samples. Resampling seeds and problems (the pigeonhole bootstrap) would count that noise three
-times, and it is most of what varies here; quantiles of five resampled seeds would in turn be too narrow. Student's t
-with Satterthwaite's degrees of freedom accounts for few seeds.
+Each seed of one method is compared with the same seed of the other, problem by problem, which cancels the effects that
+the two methods share. The differences have two sources of variance: another seed would train another model, and other
+problems could be easier for one of the methods. All seeds are evaluated on the same problems, so seeds and problems are
+crossed random effects, and by the analysis of variance the variance of the mean difference is
+sigma_s^2 / S + sigma_p^2 / P + sigma_e^2 / (S P), where e contains the interaction of seed and problem and the noise of
+single samples. Resampling seeds and problems (the pigeonhole bootstrap) would count e three times, and e dominates
+here; quantiles of five resampled seeds would be too narrow. Student's t with Satterthwaite's degrees of freedom
+accounts for the small number of seeds.
 
 Axes: S seeds · P problems.
 """
@@ -27,8 +27,11 @@ class Estimate:
     """A mean over seeds and problems.
 
     Attributes:
-      low, high: of its 95% interval; NaN with one seed.
-      wins, pairs: in how many of the seeds its mean over problems is above 0.
+      mean: the mean.
+      low: lower bound of the 95% interval; NaN with one seed.
+      high: upper bound of the 95% interval; NaN with one seed.
+      wins: number of seeds whose mean over the problems is above 0.
+      pairs: number of seeds.
     """
 
     mean: float
@@ -39,14 +42,15 @@ class Estimate:
 
 
 def solved(passed: np.ndarray, valid: np.ndarray, k: int) -> np.ndarray:
-    """pass@k of each problem, from counts of any shape; NaN where fewer than k samples count."""
+    """Compute pass@k of each problem from counts of any shape; NaN where fewer than k samples are valid."""
     return pass_at_k(valid, passed, k)
 
 
 def estimate_mean(values: np.ndarray) -> Estimate:
-    """The mean of `values [S, P]` and its interval.
+    """Estimate the mean of `values [S, P]` and its 95% interval.
 
-    A problem that is NaN at any seed is left out. One seed says nothing of other seeds, and gets no interval.
+    Problems with NaN at any seed are excluded. With one seed the interval is NaN, because the variance over seeds is
+    unknown.
 
     References:
       Searle, Casella and McCulloch, "Variance Components", 1992, chapter 4; Satterthwaite 1946.
@@ -65,10 +69,10 @@ def estimate_mean(values: np.ndarray) -> Estimate:
 
 
 def variance_of_mean(values: np.ndarray) -> tuple[float, float]:
-    """Variance of the mean of `values [S, P]` over other seeds and other problems, and its degrees of freedom.
+    """Estimate the variance of the mean of `values [S, P]` over seeds and problems, and its degrees of freedom.
 
-    A part that came out smaller than the noise alone would make it counts as the noise: seeds that happen to agree
-    are no evidence that others would. So intervals are wider than need be where seeds differ by noise alone.
+    Each mean square is at least the noise mean square, because seeds that agree by chance are no evidence that other
+    seeds would agree. The intervals are therefore conservative if seeds differ only by noise.
     """
     S, P = values.shape
     by_seed, by_problem = values.mean(axis=1, keepdims=True), values.mean(axis=0, keepdims=True)
@@ -76,7 +80,7 @@ def variance_of_mean(values: np.ndarray) -> tuple[float, float]:
         return values.var(ddof=1) / S, S - 1
     rest = (S - 1) * (P - 1)
     noise = np.square(values - by_seed - by_problem + values.mean()).sum() / rest
-    # Mean squares, each of which holds the noise once.
+    # Mean squares, each of which includes the noise once.
     seeds, problems = max(P * by_seed.var(ddof=1), noise), max(S * by_problem.var(ddof=1), noise)
     total = seeds + problems - noise
     if total == 0:

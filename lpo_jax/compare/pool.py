@@ -1,6 +1,6 @@
-"""Worker processes for whole runs: each takes the next job when it has ended one.
+"""A pool of worker processes for whole runs. Each process runs one job at a time.
 
-A process that dies takes its job with it and nothing else: the job is reported, and a fresh process goes on.
+If a process dies, its job is reported as failed and a new process runs the next job.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ WORKER = (sys.executable, "-m", "lpo_jax.compare.worker")
 
 
 class Job(NamedTuple):
-    """A run for a worker; `kind` is one of `lpo_jax.compare.worker.RUNNERS`."""
+    """A run for a worker process; `kind` is a key of `lpo_jax.compare.worker.RUNNERS`."""
 
     name: str
     kind: str
@@ -33,30 +33,32 @@ class Job(NamedTuple):
 
 
 class Resources(NamedTuple):
-    """A worker's part of the machine: CPU cores (none: all), and environment variables."""
+    """A worker's part of the machine: CPU cores (an empty list means all) and environment variables."""
 
     cores: list[int]
     environment: dict[str, str]
 
 
 def run_jobs(
-    jobs: Sequence[Job], shares: Sequence[Resources], logs: Path, ended: Callable[[Job, str | None], None]
+    jobs: Sequence[Job], resources: Sequence[Resources], logs: Path, ended: Callable[[Job, str | None], None]
 ) -> None:
-    """Runs all jobs, as many at a time as there are shares.
+    """Run all jobs, one worker process for each element of `resources`.
 
-    On an exception (a signal, say) every worker is told to save what it is at, and waited for.
+    On an exception, for example because of a signal, all workers save their runs and exit before it propagates.
 
     Args:
-      logs: folder for `worker<i>.log`, what the runs print.
-      ended: called with each job that has ended, and what went wrong if anything did.
+      jobs: the runs, started in this order.
+      resources: one for each worker, see `divide_machine`.
+      logs: directory of the logs `worker<i>.log`, which receive the output of the runs.
+      ended: called with each job that has ended, and an error message or None.
     """
     logs.mkdir(parents=True, exist_ok=True)
     waiting, workers = deque(jobs), {}
     try:
         while waiting or any(worker.job for worker in workers.values()):
-            for index, share in enumerate(shares):
+            for index, part in enumerate(resources):
                 if waiting and index not in workers:
-                    workers[index] = _Worker(share, logs / f"worker{index}.log")
+                    workers[index] = _Worker(part, logs / f"worker{index}.log")
                 if waiting and workers[index].job is None:
                     workers[index].give(waiting.popleft())
             for index in _answering(workers):
@@ -72,29 +74,29 @@ def run_jobs(
 
 
 class _Worker:
-    def __init__(self, share: Resources, log: Path):
+    def __init__(self, resources: Resources, log: Path):
         self.log, self.job = log, None
         with open(log, "a") as output:
             self.process = subprocess.Popen(
-                [*WORKER, json.dumps(share.cores)],
+                [*WORKER, json.dumps(resources.cores)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=output,
-                env=os.environ | _compile_cache() | share.environment,
+                env=os.environ | _compile_cache() | resources.environment,
                 text=True,
-                start_new_session=True,  # the terminal's Ctrl-C is for the parent, which passes it on
+                start_new_session=True,  # Ctrl-C reaches only this process, which stops the workers
             )
 
     def give(self, job: Job) -> None:
         self.job = job
-        # One that has died is noticed when its answer is read.
+        # A dead worker is noticed when its answer is read.
         with contextlib.suppress(BrokenPipeError):
             line = dump_line({"kind": job.kind, "config": job.config.to_dict()})
             self.process.stdin.write(line.decode())
             self.process.stdin.flush()
 
     def answer(self) -> tuple[Job, str | None]:
-        """The job that has ended, and what went wrong."""
+        """Return the job that has ended, and an error message or None."""
         job, self.job = self.job, None
         if line := self.process.stdout.readline():
             return job, json.loads(line)["error"]
@@ -108,7 +110,7 @@ class _Worker:
 
 
 def _answering(workers: dict[int, _Worker]) -> list[int]:
-    """Waits until workers have answered or died."""
+    """Wait until workers have answered or died, and return their indices."""
     with selectors.DefaultSelector() as selector:
         for index, worker in workers.items():
             if worker.job:
@@ -117,10 +119,10 @@ def _answering(workers: dict[int, _Worker]) -> list[int]:
 
 
 def divide_machine(workers: int) -> list[Resources]:
-    """The machine in equal parts: a GPU each where there are any, else so many cores.
+    """Divide the machine into equal parts: one GPU per worker if there are GPUs, otherwise CPU cores.
 
     Raises:
-      UserError: more workers than GPUs.
+      UserError: there are GPUs, but fewer than workers.
     """
     if workers == 1:
         return [Resources([], {})]
@@ -128,14 +130,14 @@ def divide_machine(workers: int) -> list[Resources]:
         if workers > len(gpus):
             raise UserError(f"compare.workers = {workers} is more than the {len(gpus)} GPUs of this machine")
         return [Resources([], {"CUDA_VISIBLE_DEVICES": gpu}) for gpu in gpus[:workers]]
-    if not hasattr(os, "sched_getaffinity"):  # macOS: the system divides
+    if not hasattr(os, "sched_getaffinity"):  # macOS: the system schedules the workers
         return [Resources([], {}) for _ in range(workers)]
     cores = sorted(os.sched_getaffinity(0))
     return [Resources(cores[i::workers] or [cores[i % len(cores)]], {}) for i in range(workers)]
 
 
 def _gpus() -> list[str]:
-    """Names of the GPUs this process may use, found without starting jax on them."""
+    """Names of the GPUs that this process may use, found without initialising jax on them."""
     if os.environ.get("JAX_PLATFORMS") == "cpu":
         return []
     if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
@@ -148,7 +150,7 @@ def _gpus() -> list[str]:
 
 
 def _compile_cache() -> dict[str, Any]:
-    """This process's cache of compiled programs is the workers' too."""
+    """Environment variables that make the workers share this process's compilation cache."""
     folder = jax.config.jax_compilation_cache_dir
     seconds = jax.config.jax_persistent_cache_min_compile_time_secs
     if not folder:

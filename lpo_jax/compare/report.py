@@ -1,4 +1,4 @@
-"""A comparison in words: what was run, every number with its interval, and the statements that they bear out."""
+"""The Markdown report of a comparison: settings, significant differences, and all numbers with their intervals."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -11,7 +11,7 @@ from lpo_jax.compare.table import POOLED, Outcomes
 from lpo_jax.config import Config
 from lpo_jax.reporting.text import duration
 
-# The other measures, as they are named in tables; those of pass@k are shares, shown in percent.
+# Titles of the measures in tables. Measures of pass@k are their own titles and are shown in percent.
 _NAMES = {
     "mean actor/entropy": "entropy, nats",
     "mean actor/grad_norm": "gradient norm",
@@ -23,21 +23,29 @@ _NAMES = {
 def render_report(
     config: Config, grid: Grid, outcomes: Outcomes, table: dict[str, Any], figures: Sequence[Path]
 ) -> str:
-    """The text of `report.md`."""
+    """Render the content of `report.md`.
+
+    Args:
+      config: the config of the comparison.
+      grid: its grid.
+      outcomes: the finished cells.
+      table: from `make_table`.
+      figures: paths of the PNG files, in the directory of the report.
+    """
     parts = [
         "# Comparison of methods",
         _what_was_run(config, grid, outcomes, table),
-        "## What can be said",
+        "## Significant differences",
         _how_to_read(table),
         *(_statements(table, other) for other in table["differences"]),
         "## Scores",
-        "Mean over seeds and problems, in percent for pass@k; in brackets the 95% interval. *final* is after the last "
-        "step, *mean* is over all evaluations after training has begun.",
+        "Mean over seeds and problems, in percent for pass@k, with the 95% interval in parentheses. *final* is after "
+        "the last step, *mean* is over all evaluations except the one before training.",
         *(_scores(table, rule) for rule in table["rules"] if any(table["scores"][rule].values())),
         "## Paired differences",
-        "In percentage points for pass@k, in its own unit otherwise; in brackets the 95% interval; after the bar in "
-        "how many of the pairs of runs the difference is above 0. **Bold** where the interval excludes 0. "
-        f"The rule *{POOLED}* is the mean over the rules, seed by seed.",
+        "In percentage points for pass@k and in the measure's unit otherwise, with the 95% interval in parentheses; "
+        "after the bar, the number of pairs of runs with a difference above 0. **Bold**: the interval excludes 0. "
+        f"The rule *{POOLED}* is the mean over the rules of each seed.",
         *(_differences(table, other) for other in table["differences"]),
         "## Curves",
         *(f"![{path.stem}]({path.name})" for path in figures),
@@ -52,9 +60,9 @@ def _what_was_run(config: Config, grid: Grid, outcomes: Outcomes, table: dict[st
     start = {name: _share(of) for name, of in table["start"].items()}
     warm = (
         f"One supervised warm start ({config.warm_start.steps} updates of {config.warm_start.batch_size} examples) is "
-        "the common beginning of all runs: "
+        "the common start of all runs: "
         if config.warm_start.steps
-        else f"All runs begin from {config.model.path}: "
+        else f"All runs start from {config.model.path}: "
     )
     missing = (
         f"\n\n**{len(table['missing'])} cells are missing** (their runs failed): {', '.join(table['missing'])}."
@@ -68,14 +76,13 @@ def _what_was_run(config: Config, grid: Grid, outcomes: Outcomes, table: dict[st
     )
     return (
         f"{' x '.join(counts)} = {_several(len(grid.cells), 'run')} of task {config.task['name']}. {warm}"
-        f"it solves {start['pass@1']} of the held-out samples (pass@1) and {start[f'pass@{k}']} of the problems in "
-        f"{k} tries.\n\n"
+        f"pass@1 is {start['pass@1']} and pass@{k} is {start[f'pass@{k}']} on the held-out problems.\n\n"
         f"Each run: {training.steps} steps of {training.prompts_per_step} prompts x {sampling.num_responses} responses "
-        f"of at most {sampling.max_tokens} tokens, {training.updates_per_step} updates a step, learning rate "
+        f"of at most {sampling.max_tokens} tokens, {training.updates_per_step} updates per step, learning rate "
         f"{config.optimizer.learning_rate:g}; held-out evaluation on {table['problems']} problems x {k} samples at "
         f"temperature {config.evaluation.temperature:g} after steps {', '.join(map(str, table['evaluated_after']))}. "
-        "Runs of equal seed draw the same prompts and the same random numbers; runs of equal rule have the same "
-        "target, since the rule is the temperature that a policy gradient divides its advantage by and a listwise "
+        "Runs with the same seed draw the same prompts and random numbers. Runs with the same rule have the same "
+        "target, because the rule is the temperature by which a policy gradient divides its advantage and a listwise "
         f"method its rewards.\n\n{_methods(config)}{missing}"
     )
 
@@ -96,26 +103,26 @@ def _methods(config: Config) -> str:
 
 def _how_to_read(table: dict[str, Any]) -> str:
     if len(table["seeds"]) < 2:
-        return "One seed says nothing of other seeds: there are no intervals, and nothing can be told from chance."
+        return "With one seed there are no intervals, so no difference can be distinguished from chance."
     return (
-        "Differences are paired: same seed, same problem. Intervals are over seeds and problems. A sentence stands "
-        f"here only where the 95% interval of its difference excludes 0; of the {_intervals(table)} intervals below "
-        "up to one in twenty would do so by chance alone if no method differed from any other."
+        "Differences are paired by seed and problem. Intervals are over seeds and problems. This section lists only "
+        f"differences whose 95% interval excludes 0. If no method differed from any other, up to one in twenty of the "
+        f"{_intervals(table)} intervals below would exclude 0 by chance."
     )
 
 
 def _statements(table: dict[str, Any], other: str) -> str:
-    lines, told, of_all = [], 0, 0
+    lines, significant, total = [], 0, 0
     for rule, by_method in table["differences"][other].items():
         for method, by_name in by_method.items():
             sure = {name: of for name, of in by_name.items() if _certain(of)}
-            told, of_all = told + len(sure), of_all + len(by_name)
-            where = "over all rules together" if rule == POOLED else f"under {rule}"
+            significant, total = significant + len(sure), total + len(by_name)
+            where = "over all rules" if rule == POOLED else f"under {rule}"
             if sure:
-                said = ", ".join(f"{_title(name)} {_change(of, name)}" for name, of in sure.items())
-                lines.append(f"- {where}, {method}: {said}")
-    rest = f"{of_all - told} of {of_all} differences from {other} cannot be told from 0."
-    return f"Against **{other}**, in points of pass@k or the measure's own unit:\n\n" + "\n".join(
+                changes = ", ".join(f"{_title(name)} {_change(of, name)}" for name, of in sure.items())
+                lines.append(f"- {where}, {method}: {changes}")
+    rest = f"{total - significant} of {total} differences from {other} are not significant."
+    return f"Against **{other}**, in percentage points of pass@k or the measure's unit:\n\n" + "\n".join(
         [*lines, f"- {rest}"]
     )
 
@@ -147,9 +154,9 @@ def _machine(outcomes: Outcomes) -> str:
     seconds = sorted(outcome.seconds for outcome in found)
     kinds = list(dict.fromkeys(_surroundings(outcome) for outcome in found))
     return (
-        f"{len(found)} runs, {duration(sum(seconds))} of training and evaluating in all (median of a run "
-        f"{seconds[len(seconds) // 2]:.0f} s, shortest {seconds[0]:.0f} s, longest {seconds[-1]:.0f} s), starting and "
-        "compiling not counted.\n\n" + "\n".join(f"- {kind}" for kind in kinds)
+        f"{len(found)} runs, {duration(sum(seconds))} of training and evaluation in total (median "
+        f"{seconds[len(seconds) // 2]:.0f} s, minimum {seconds[0]:.0f} s, maximum {seconds[-1]:.0f} s per run), "
+        "without start-up and compilation.\n\n" + "\n".join(f"- {kind}" for kind in kinds)
     )
 
 

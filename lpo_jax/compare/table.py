@@ -1,6 +1,6 @@
-"""The numbers of a comparison: every method's scores, and how it differs from others at the same seeds.
+"""The numbers of a comparison: scores of each method, and paired differences between methods.
 
-Everything here follows from the outcomes alone, so that a comparison that was killed and resumed has the same table.
+The table is a function of the outcomes alone, so a comparison that was killed and resumed has the same table.
 
 Axes: R rules · S seeds · E evaluations · P held-out problems.
 """
@@ -15,19 +15,25 @@ from lpo_jax.compare.grid import Grid
 from lpo_jax.compare.outcome import CURVES, Outcome
 from lpo_jax.compare.pairs import Estimate, estimate_mean, solved
 
-Outcomes = Mapping[tuple[str, str, int], Outcome]  # by rule, method, seed
+Outcomes = Mapping[tuple[str, str, int], Outcome]  # by (rule, method, seed)
 
-POOLED = "all"  # the mean over the rules, at each seed and problem
+POOLED = "all"  # stands for the mean over the rules at each seed and problem
 
 
 def make_table(grid: Grid, outcomes: Outcomes) -> dict[str, Any]:
-    """As JSON holds it: sizes, `scores` [rule][method][measure] and `differences` [against][rule][method][measure].
+    """Compute the content of `table.json`.
 
-    A number is `{"mean", "low", "high"}`; a difference is `{"mean", "low", "high", "wins", "pairs"}`. Cells that
-    are missing are left out, and named.
+    Args:
+      grid: the grid of the comparison.
+      outcomes: the finished cells.
+
+    Returns:
+      A dict with sizes, the names of the `missing` cells, `scores` [rule][method][measure] and `differences`
+      [against][rule][method][measure]. A score is `{"mean", "low", "high"}`, a difference is
+      `{"mean", "low", "high", "wins", "pairs"}`; low and high bound the 95% interval.
     """
-    some = next(iter(outcomes.values()))
-    k = int(some.valid.max())
+    first = next(iter(outcomes.values()))
+    k = int(first.valid.max())
     rules = (*grid.rules, POOLED) if len(grid.rules) > 1 else grid.rules
     values = {
         (rule, method, seed): measures(outcome, k) for (rule, method, seed), outcome in outcomes.items()
@@ -56,9 +62,9 @@ def make_table(grid: Grid, outcomes: Outcomes) -> dict[str, Any]:
         "rules": list(grid.rules),
         "methods": list(grid.methods),
         "seeds": list(grid.seeds),
-        "problems": int(some.passed.shape[1]),
+        "problems": int(first.passed.shape[1]),
         "samples_per_problem": k,
-        "evaluated_after": some.evaluated.tolist(),
+        "evaluated_after": first.evaluated.tolist(),
         "start": {name: _number(v) for name, v in _start(outcomes, k).items()},
         "missing": [cell.name for cell in grid.cells if (cell.rule, cell.method, cell.seed) not in outcomes],
         "scores": scores,
@@ -67,9 +73,10 @@ def make_table(grid: Grid, outcomes: Outcomes) -> dict[str, Any]:
 
 
 def measures(outcome: Outcome, k: int) -> dict[str, np.ndarray]:
-    """What is compared, `[P]` each for scores on problems and `[1]` for curves.
+    """Compute the compared measures of a cell: `[P]` for pass@1 and pass@k, `[1]` for curves.
 
-    "mean" is over the evaluations after training has begun: how much was solved on the way, not at the end alone.
+    "final" measures are from the last evaluation. "mean" measures are over all evaluations except the one before
+    training.
     """
     found = {}
     for name, n in (("pass@1", 1), (f"pass@{k}", k)):
@@ -87,15 +94,15 @@ def measures(outcome: Outcome, k: int) -> dict[str, np.ndarray]:
 
 
 def _stacked(values: Mapping, rule: str, method: str, grid: Grid) -> dict[str, np.ndarray]:
-    """Every measure `[S, P]` of the seeds that are there."""
+    """All measures, each stacked to `[S, P]` over the finished seeds."""
     found = [values[rule, method, seed] for seed in grid.seeds if (rule, method, seed) in values]
     return {name: np.stack([v[name] for v in found]) for name in (found[0] if found else ())}
 
 
 def _difference(values: Mapping, rule: str, method: str, other: str, grid: Grid) -> dict[str, dict]:
-    """Every measure of `method` less that of `other`, at the seeds that both have.
+    """All measures of `method` minus those of `other`, over the seeds that both have finished.
 
-    Over all rules the mean of the rules' differences is estimated, seed by seed, and every rule's wins count.
+    For the rule `POOLED`, the difference of a seed is the mean over the rules, and wins are counted over all rules.
     """
     rules = grid.rules if rule == POOLED else (rule,)
     seeds = [s for s in grid.seeds if all((r, m, s) in values for r in rules for m in (method, other))]
@@ -113,10 +120,12 @@ def _difference(values: Mapping, rule: str, method: str, other: str, grid: Grid)
 
 
 def _start(outcomes: Outcomes, k: int) -> dict[str, Estimate]:
-    """The scores of the common model before any training; every seed draws its own samples of it."""
+    """The scores of the common model before training; each seed has its own samples."""
     by_seed = {seed: outcome for (_, _, seed), outcome in outcomes.items()}
-    first = lambda outcome, n: solved(outcome.passed[0], outcome.valid[0], n)  # noqa: E731
-    return {f"pass@{n}": estimate_mean(np.stack([first(o, n) for o in by_seed.values()])) for n in (1, k)}
+    return {
+        f"pass@{n}": estimate_mean(np.stack([solved(o.passed[0], o.valid[0], n) for o in by_seed.values()]))
+        for n in (1, k)
+    }
 
 
 def _number(of: Estimate) -> dict[str, float]:

@@ -1,7 +1,7 @@
-"""The program of a worker process: takes runs from its standard input, one JSON line each, and answers when one ends.
+"""The program of a worker process: it reads jobs from standard input and writes one answer per job, as JSON lines.
 
-One process runs many cells, so that jax starts once and programs are compiled once: those of the model do not know
-the method. What runs print goes to standard error, which is the worker's log.
+One process runs many cells, so that jax starts once and compiles programs once: the model's programs do not depend on
+the method. The output of the runs goes to standard error, which is the worker's log.
 """
 
 import json
@@ -20,14 +20,14 @@ from lpo_jax.errors import RunStopped, UserError
 from lpo_jax.json_lines import dump_line
 
 
-def serve(cores: str) -> None:
-    """Serves the pool until it closes the line.
+def main(cores: str) -> None:
+    """Run jobs until standard input is closed.
 
     Args:
-      cores: a JSON list of CPU cores to run on; empty: all.
+      cores: a JSON list of the CPU cores to run on; an empty list means all.
     """
     if chosen := json.loads(cores):
-        os.sched_setaffinity(0, chosen)  # before jax counts them
+        os.sched_setaffinity(0, chosen)  # before jax counts the cores
     keep_freed_memory()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -47,12 +47,12 @@ def serve(cores: str) -> None:
 def _listen(jobs: queue.SimpleQueue) -> None:
     for line in sys.stdin:
         jobs.put(json.loads(line))
-    # The line is closed, or whoever held it is gone: a run that is under way saves its position and ends.
+    # The pool has closed the pipe or died: a run in progress saves its position and ends.
     os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _run(job: dict[str, Any]) -> str | None:
-    """Runs a job to its end; returns one line that says what went wrong, or None."""
+    """Run a job and return an error message of one line, or None."""
     from lpo_jax.config import parse_config
     from lpo_jax.parallel import hosts
 
@@ -68,7 +68,7 @@ def _run(job: dict[str, Any]) -> str | None:
 
 
 def _warm(config: Any) -> None:
-    """The common warm start, exported to `hf` in its directory."""
+    """Run the common warm start and export the model to `hf` in its directory."""
     from lpo_jax.runs.checkpoint import load_run
     from lpo_jax.training.sft import sft
 
@@ -77,7 +77,7 @@ def _warm(config: Any) -> None:
 
 
 def _cell(config: Any) -> None:
-    """One run of the grid, from where an earlier start left off; its checkpoints make room when it has ended."""
+    """Run one cell of the grid, resuming it if it was started before; delete its checkpoints at the end."""
     from lpo_jax.compare.outcome import read_outcome
     from lpo_jax.training.loop import train
 
@@ -90,4 +90,4 @@ def _cell(config: Any) -> None:
 RUNNERS = {"warm": _warm, "cell": _cell}
 
 if __name__ == "__main__":
-    serve(sys.argv[1])
+    main(sys.argv[1])

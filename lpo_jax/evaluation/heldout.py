@@ -1,4 +1,4 @@
-"""Held-out evaluation: the same problems with the same random numbers every time, so that changes are paired."""
+"""Held-out evaluation on fixed problems with fixed random numbers, so that two evaluations can be paired."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -11,13 +11,24 @@ from lpo_jax.rollout.collect import Collector, Rollouts
 from lpo_jax.rollout.failures import Failures, failures, require_judged
 from lpo_jax.sampling import SampleRequest
 
-# Added to the run's seed: held-out samples never share random numbers with training.
+# Added to the run's seed, so that held-out samples never share random numbers with training.
 SEED_OFFSET = 0x5EED
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """One evaluation of one model. `passed` and `valid` are `[problems, samples]`."""
+    """The result of evaluating one model. P problems, N samples each.
+
+    Attributes:
+      summary: the dict of `metrics.summarise`.
+      passed: `[P, N]` bool, true where a response passes.
+      valid: `[P, N]` bool, false where the verifier failed, so that the sample does not count.
+      records: one dict for each response, as written to `validation/<step>.jsonl`.
+      truncated: fraction of responses that hit the length limit.
+      mean_reward: mean over the valid responses; NaN without any.
+      mean_length: mean number of response tokens.
+      failures: the verifier's failures.
+    """
 
     summary: dict[str, Any]
     passed: np.ndarray
@@ -35,7 +46,7 @@ class Evaluation:
 
 
 def powers_of_two(n: int) -> tuple[int, ...]:
-    """1, 2, 4, ... up to n: the k of pass@k unless the config says otherwise."""
+    """Return 1, 2, 4, ... up to n: the default values of k in pass@k."""
     return tuple(2**i for i in range(n.bit_length()))
 
 
@@ -48,7 +59,18 @@ def sample_rows(
     prompts_per_batch: int,
     start: int = 0,
 ) -> Iterator[Rollouts]:
-    """Samples every row from `start` on, batch by batch. The last batch is padded, never dropped."""
+    """Sample and verify responses to each row from index `start` on, one batch at a time.
+
+    The last batch is padded to `prompts_per_batch` prompts, so that all batches use the same compiled program.
+
+    Args:
+      collect: samples and verifies one batch.
+      weights: from `Sampler.prepare`.
+      rows: the problems.
+      request: how to sample; `SEED_OFFSET` is added to its seed.
+      prompts_per_batch: number of prompts in a batch.
+      start: index of the first row.
+    """
     request = dataclasses.replace(request, seed=request.seed + SEED_OFFSET)
     for first in range(start, len(rows), prompts_per_batch):
         yield collect(
@@ -59,7 +81,7 @@ def sample_rows(
         )
 
 
-def evaluate(
+def evaluate_rows(
     collect: Collector,
     weights: Any,
     rows: Sequence[dict],
@@ -68,16 +90,23 @@ def evaluate(
     prompts_per_batch: int,
     ks: Sequence[int] = (),
 ) -> Evaluation:
-    """Samples `request.num_responses` to every row, verifies them, and summarises pass@k with intervals.
+    """Sample `request.num_responses` responses to each row, verify them, and estimate pass@k with 95% intervals.
+
+    Args:
+      request: how to sample; its seed is also that of the bootstrap.
+      ks: the values of k; powers of two up to `request.num_responses` by default.
+
+    The other arguments are those of `sample_rows`.
 
     Raises:
-      VerifierFailed: not one response could be judged.
+      VerifierFailed: the verifier failed on every response.
     """
     batches = list(sample_rows(collect, weights, rows, request, prompts_per_batch=prompts_per_batch))
     found = failures(verdict for batch in batches for group in batch.verdicts for verdict in group)
     require_judged(found, "held-out evaluation")
-    join = lambda name: np.concatenate([getattr(batch, name) for batch in batches])  # noqa: E731
-    passed, valid, rewards = join("passed"), join("valid"), join("rewards")
+    passed, valid, rewards = (
+        np.concatenate([getattr(batch, name) for batch in batches]) for name in ("passed", "valid", "rewards")
+    )
     lengths = np.concatenate([batch.responses.lengths for batch in batches])
     finished = np.concatenate([batch.responses.finished for batch in batches])
     return Evaluation(

@@ -1,10 +1,10 @@
-"""Unbiased pass@k with confidence intervals over problems, in plain numpy.
+"""Unbiased pass@k with confidence intervals over problems, in NumPy.
 
-Axis letters: `P` problems, `N` samples of a problem, `B` bootstrap resamples.
+Axes: P problems · N samples of a problem · B bootstrap resamples.
 
-The problem is the unit of resampling, because samples of one problem are not independent. A sample whose
-verifier failed is not a wrong answer: it is masked, and a problem left with fewer than k valid samples has no
-pass@k. Such problems are left out of that k, and the number that remains is reported beside the mean.
+The bootstrap resamples problems, because samples of one problem are not independent. A sample on which the
+verifier failed is masked, not counted as wrong. A problem with fewer than k valid samples has no pass@k; it is
+excluded for that k, and the number of remaining problems is reported with the mean.
 """
 
 from collections.abc import Iterable, Sequence
@@ -12,22 +12,22 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 _CONFIDENCE = 0.95
-_BLOCK = 2_000_000  # indices drawn at a time, which bounds memory on benchmarks with thousands of problems
+_BLOCK = 2_000_000  # indices drawn at a time; bounds memory on benchmarks with thousands of problems
 
 
 def pass_at_k(n, c, k: int) -> np.ndarray:
-    """Chance that at least one of k samples, drawn without replacement from n of which c pass, passes.
+    """Probability that at least one of k samples passes, drawn without replacement from n samples of which c pass.
 
-    `1 - C(n-c, k) / C(n, k)`, as a product of k ratios so that no factorial can overflow. It is unbiased for
-    the chance of success in k fresh samples, is `c / n` at k = 1 and "any of them passed" at k = n.
+    `1 - C(n-c, k) / C(n, k)`, computed as a product of k ratios, which cannot overflow. This is an unbiased
+    estimate of the probability that at least one of k new samples passes. It equals `c / n` for k = 1.
 
     Args:
         n: number of valid samples of each problem, any shape.
-        c: how many of them pass, the same shape.
-        k: samples allowed, at least 1.
+        c: number of passing samples, any shape that broadcasts with `n`.
+        k: number of samples drawn, at least 1.
 
     Returns:
-        float64 array of the common shape; NaN where n < k.
+        float64 array of the broadcast shape; NaN where n < k.
 
     Raises:
         ValueError: k < 1, or c is not between 0 and n.
@@ -52,23 +52,22 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """95% percentile bootstrap interval for the mean of `values` [P], which lie in [low, high].
 
-    Where all values are the same v the bootstrap would answer with an interval of no width, though no
-    success in 20 problems does not mean that success is impossible. There the exact bound is given instead:
-    unless a chance of 1 in 40 came true, a value seen P times in a row has a probability above
-    q = 0.025 ** (1 / P), so the mean lies between `q v + (1 - q) low` and `q v + (1 - q) high`. For v = 0
-    that is the Clopper-Pearson bound.
+    If all values are equal to v, the bootstrap interval would have zero width, although 0 successes on 20
+    problems do not imply that success is impossible. In this case an exact bound is returned: with confidence
+    97.5%, a value observed P times out of P has a probability above q = 0.025 ** (1 / P), so the mean lies
+    between `q v + (1 - q) low` and `q v + (1 - q) high`. For v = 0 this is the Clopper-Pearson bound.
 
-    With few problems (fewer than about 20) percentile intervals are somewhat too narrow.
+    With fewer than about 20 problems, percentile intervals are slightly too narrow.
 
     Args:
-        values: one number for each problem [P]; no NaN.
-        low: smallest value possible.
-        high: largest value possible.
+        values: one number for each problem [P], without NaN.
+        low: the smallest possible value.
+        high: the largest possible value.
         n_boot: number of resamples B.
-        seed: of a generator of its own; numpy's global one is not touched.
+        seed: of the random number generator; NumPy's global generator is not used.
 
     Returns:
-        (lower, upper); NaN for no values.
+        (lower, upper); NaN if there are no values.
     """
     values = np.asarray(values, np.float64)
     count = values.size
@@ -93,19 +92,22 @@ def bootstrap_interval(
 def summarise(
     outcomes, valid=None, ks: Iterable[int] = (1,), n_boot: int = 2000, seed: int = 0
 ) -> dict[str, object]:
-    """pass@k of one evaluation, each with its 95% interval over problems.
+    """Compute pass@k of one evaluation with 95% intervals over problems.
 
     Args:
         outcomes: [P, N] flags, true where the sample passes.
-        valid: [P, N] mask of samples that count; all of them when None.
-        ks: the k values wanted; those above N are refused.
-        n_boot: bootstrap resamples.
+        valid: [P, N] mask of the samples that count; all of them if None.
+        ks: the values of k, each between 1 and N.
+        n_boot: number of bootstrap resamples.
         seed: of the bootstrap.
 
     Returns:
-        A dict that JSON can hold: `ks`, `problems`, `samples` (valid ones), `invalid_samples`,
-        `samples_per_problem` (N), `mean` (share of valid samples that pass, mean over problems), and for each
-        k `"pass@k": {"mean", "ci_low", "ci_high", "problems"}`. Means over no problem are NaN.
+        A dict of JSON values: `ks`, `problems`, `samples` (the number of valid ones), `invalid_samples`,
+        `samples_per_problem` (N), `mean` (fraction of valid samples that pass, mean over problems), and for each
+        k `"pass@k": {"mean", "ci_low", "ci_high", "problems"}`. A mean over zero problems is NaN.
+
+    Raises:
+        ValueError: the shapes do not match, outcomes are not flags, or a k is out of range.
     """
     outcomes, valid = _checked(outcomes, valid)
     ks = _checked_ks(ks, outcomes.shape[1])
@@ -138,22 +140,25 @@ def paired_difference(
     n_boot: int = 2000,
     seed: int = 0,
 ) -> dict[str, dict[str, float]]:
-    """How pass@k changed between two evaluations of the same problems, in the same order.
+    """Compute the change of pass@k between two evaluations of the same problems in the same order.
 
-    Problems are resampled in pairs, so that their differing difficulty cancels. A problem counts for k only
-    where both evaluations have k valid samples. The numbers of samples may differ.
+    The bootstrap resamples per-problem differences, so that differences in difficulty cancel. A problem counts
+    for k only if both evaluations have at least k valid samples of it. N and M may differ.
 
     Args:
         before: [P, N] flags of the first evaluation.
-        after: [P, M] flags of the second.
-        valid_before: mask of `before`.
-        valid_after: mask of `after`.
-        ks: the k values wanted.
-        n_boot: bootstrap resamples.
+        after: [P, M] flags of the second evaluation.
+        valid_before: [P, N] mask of `before`; all samples count if None.
+        valid_after: [P, M] mask of `after`; all samples count if None.
+        ks: the values of k, each between 1 and min(N, M).
+        n_boot: number of bootstrap resamples.
         seed: of the bootstrap.
 
     Returns:
         For each k `"pass@k": {"mean", "ci_low", "ci_high", "problems"}`, where `mean` is after minus before.
+
+    Raises:
+        ValueError: the numbers of problems differ, or as in `summarise`.
     """
     before, valid_before = _checked(before, valid_before)
     after, valid_after = _checked(after, valid_after)
@@ -195,5 +200,5 @@ def _checked(outcomes, valid) -> tuple[np.ndarray, np.ndarray]:
 def _checked_ks(ks: Iterable[int], samples: int) -> Sequence[int]:
     ks = sorted({int(k) for k in ks})
     if not ks or ks[0] < 1 or ks[-1] > samples:
-        raise ValueError(f"k must lie between 1 and the {samples} samples of a problem, got {ks}")
+        raise ValueError(f"k must lie between 1 and the {samples} samples of each problem, got {ks}")
     return ks

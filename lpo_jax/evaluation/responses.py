@@ -1,8 +1,8 @@
-"""The responses to one benchmark on disk, appended batch by batch, so that a killed evaluation can go on.
+"""The file with the responses to one benchmark, appended batch by batch, so that an evaluation can be resumed.
 
-A batch is on the disk when `append` returns. Whatever a kill left of a batch that was being written is removed, and the
-batch done again: as a sample's random numbers are its own, and the batch has the same shape as before, it comes out
-the same.
+A batch is synced to the disk before `append` returns. If the process is killed while it writes a batch, the next start
+removes the partial batch and samples it again. The result is the same, because each sample has its own random numbers
+and batches have a fixed shape.
 """
 
 import os
@@ -15,30 +15,30 @@ from lpo_jax.json_lines import dump_line, read_lines
 
 
 class ResponseSummary(NamedTuple):
-    """What scores are made of, of one response."""
+    """The fields of a response record that the scores depend on."""
 
     outcome: str
     answer: str | None
     reward: float
     tokens: int
     finished: bool
-    reason: str | None = None  # of an outcome that says nothing about the response
+    reason: str | None = None  # why the verifier failed, for outcome "infrastructure"
 
 
 class ResponseFile:
-    """The responses to P problems, K each, one a line: problem by problem, as in `Rollouts.records`.
+    """A JSONL file with K responses to each of P problems, ordered by problem as in `Rollouts.records`.
 
     Args:
-      path: of the file; made if it is not there, cut behind its last whole batch if it is.
+      path: the file. It is created if needed; an existing file is truncated after its last complete batch.
       problems: P.
       num_responses: K.
-      batch: problems that are written together.
+      batch: the number of problems that are written together.
 
     Attributes:
-      summaries: of every response in the file, in order.
+      summaries: one for each response in the file, in order.
 
     Raises:
-      UserError: a line before the last is not a response, or not the one that belongs there.
+      UserError: a line before the last is not a response or is out of order, or the file cannot be written.
     """
 
     def __init__(self, path: str | os.PathLike, problems: int, num_responses: int, batch: int):
@@ -59,16 +59,16 @@ class ResponseFile:
 
     @property
     def problems(self) -> int:
-        """Problems whose responses are all there."""
+        """The number of problems whose K responses are all in the file."""
         return len(self.summaries) // self._K
 
     def clear(self) -> None:
-        """Removes all responses, so that the same command asks anew."""
+        """Remove all responses, so that the next run of the command samples them again."""
         self._file.truncate(0)
         self.summaries.clear()
 
     def append(self, records: Iterable[Mapping[str, Any]]) -> None:
-        """Writes one batch, and returns when it is on the disk. Raises `UserError` if it cannot be written."""
+        """Write one batch and sync it to the disk. Raises `UserError` if it cannot be written."""
         records = list(records)
         try:
             append(self._file, b"".join(map(dump_line, records)))
@@ -77,18 +77,20 @@ class ResponseFile:
         self.summaries += map(_summary, records)
 
     def _read(self) -> int:
-        """Fills `summaries` with the whole batches; returns where the last one ends."""
+        """Fill `summaries` with the complete batches and return the byte offset at which the last one ends."""
 
         def check(record: Any) -> None:
             if (record["id"], record["k"]) != divmod(len(self.summaries), self._K):
-                raise ValueError("another response belongs here")
+                raise ValueError("the response is out of order")
             self.summaries.append(_summary(record))
 
         end = whole = position = 0
-        for line, _ in read_lines(self.path, check, may_be_torn=True, remedy="remove the file to ask anew"):
+        for line, _ in read_lines(
+            self.path, check, may_be_torn=True, remedy="remove the file to sample again"
+        ):
             position += len(line)
             if not line.endswith(b"\n"):
-                break  # whole but for its newline: the batch is done again
+                break  # only the newline is missing: the batch is sampled again
             if len(self.summaries) % self._unit == 0 or len(self.summaries) == self._total:
                 end, whole = position, len(self.summaries)
         del self.summaries[whole:]
@@ -97,7 +99,7 @@ class ResponseFile:
 
 def _summary(record: Mapping[str, Any]) -> ResponseSummary:
     answer = record["parts"].get("answer")
-    # A function of the user's own may name a number; JSON has no text for one.
+    # A user's verifier may return a number as the answer.
     answer = None if answer is None else str(answer)
     reason = record["parts"].get("reason") if record["outcome"] == "infrastructure" else None
     return ResponseSummary(

@@ -1,9 +1,10 @@
-"""A suite of benchmarks put to one model: pass@1 as avg@k, pass@k and maj@k of each, with every response on disk.
+"""Evaluation of one model on a suite of benchmarks: pass@1 (as avg@k), pass@k and maj@k, and a file of all responses.
 
 Axes: P problems · K samples of a problem.
 
-The same command goes on where a killed one stopped and gives the same figures: a sample's random numbers are its
-problem's place, k and the seed; batches are whole and have one shape; and scores are always made from the file.
+An evaluation that was killed is resumed by the same command and gives the same results: the random numbers of a sample
+depend only on the seed, the problem's index and k; all batches have the same shape; and scores are always computed from
+the file of responses.
 """
 
 import dataclasses
@@ -30,30 +31,33 @@ from lpo_jax.tasks import Task
 from lpo_jax.tasks.benchmarks import Benchmark
 from lpo_jax.tasks.data import content_hash
 
-ROWS_AT_ONCE = 64  # responses sampled together unless `batch` says otherwise
-VERIFIER_SECONDS = 10.0  # for one response
-ENOUGH_PROBLEMS = 8  # where every response to so many was masked, the verifier is at fault and not a row
+DEFAULT_BATCH = 64  # responses sampled together by default
+VERIFIER_SECONDS = 10.0  # time limit for one response
+ENOUGH_PROBLEMS = (
+    8  # if all responses to this many problems are masked, the verifier is broken, not a single row
+)
 _FILE_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How every benchmark is put to the model.
+    """Settings that apply to all benchmarks of a suite.
 
     Attributes:
-      num_responses: K; 0: the benchmark's own.
-      temperature, top_p: of the sampling; 0.6 is the LPO paper's, and a temperature of 0 is greedy.
-      max_tokens: of a response.
-      max_prompt_tokens: 0: what the model's positions leave beside `max_tokens`.
-      overlong_prompts: refuse longer prompts, or leave them out and count them.
+      num_responses: K; 0 takes the benchmark's own value.
+      temperature: sampling temperature. 0.6 is the LPO paper's value; 0 is greedy decoding.
+      top_p: probability mass of nucleus sampling.
+      max_tokens: the largest number of response tokens.
+      max_prompt_tokens: the largest number of prompt tokens; 0 takes the model's positions minus `max_tokens`.
+      overlong_prompts: "error" raises on longer prompts, "drop" excludes and counts them.
       stop: strings that end a response.
-      problems: the first so many; 0: all.
-      batch: prompts sampled together; 0: as many as make about `ROWS_AT_ONCE` responses.
-      chat: ask through the model's chat template, or not; None: as the benchmark has it.
-      template_arguments: for the chat template.
-      dtype: of activations and products.
+      problems: evaluate only this many problems, from the start of the benchmark; 0 takes all.
+      batch: prompts sampled together; 0 chooses it such that a batch has about `DEFAULT_BATCH` responses.
+      chat: whether to apply the model's chat template; None takes the benchmark's own setting.
+      template_arguments: keyword arguments of the chat template.
+      dtype: of activations and matrix products.
       seed: of the samples and the bootstrap.
-      allow_weak_sandbox: run programs where there is no bubblewrap.
+      allow_weak_sandbox: allow running programs without bubblewrap.
     """
 
     num_responses: int = 0
@@ -73,24 +77,25 @@ class Settings:
 
     @property
     def sampling(self) -> Sampling:
-        """Raises `UserError` where temperature or top_p make no sense."""
+        """The sampling distribution. Raises `UserError` if temperature or top_p are out of range."""
         return Sampling(self.temperature, top_p=self.top_p)
 
 
 @dataclasses.dataclass(frozen=True)
 class PreparedBenchmark:
-    """A benchmark ready to be put to a model.
+    """A benchmark whose problems have been read and checked for one model.
 
     Attributes:
-      name: of the benchmark, and of its file of responses.
+      name: name of the benchmark and of its file of responses.
       num_responses: K.
       batch: prompts sampled together.
-      limit: prompt tokens at most.
-      task: how rows are asked.
+      limit: the largest number of prompt tokens.
+      task: makes the prompts from the rows.
       rows: the P problems.
-      prompts_hash: of the token ids of their prompts.
-      left_out: problems whose prompts are too long.
-      verifier: with its sandbox settled, `sandbox` being its kind; empty for verifiers that run no programs.
+      prompts_hash: hash of the token ids of the prompts.
+      left_out: number of problems that were excluded because their prompts are too long.
+      verifier: the verifier, with its sandbox chosen.
+      sandbox: the kind of sandbox; empty if the verifier runs no programs.
     """
 
     name: str
@@ -105,14 +110,14 @@ class PreparedBenchmark:
     sandbox: str
 
     def identity(self) -> dict[str, Any]:
-        """JSON values that decide what the responses and their verdicts are, the model and the settings aside."""
-        asked = [{"prompt": self.task.prompt(row), "row": row} for row in self.rows]
+        """JSON values that, with the model and the settings, determine the responses and their verdicts."""
+        problems = [{"prompt": self.task.prompt(row), "row": row} for row in self.rows]
         return {
             "k": self.num_responses,
             "batch": self.batch,
             "problems": len(self.rows),
             "left_out": self.left_out,
-            "data": content_hash(asked),
+            "data": content_hash(problems),
             "prompts": self.prompts_hash,
             "code": file_hash(parts[0]) if (parts := split_reference(self.verifier.source)) else "",
             "verifier": {**vars(self.verifier), "options": dict(self.verifier.options)},
@@ -122,25 +127,25 @@ class PreparedBenchmark:
 def prepare_benchmarks(
     benchmarks: Sequence[Benchmark], settings: Settings, tokenizer: Any, max_positions: int
 ) -> list[PreparedBenchmark]:
-    """Reads the problems and checks that they can be asked and judged.
+    """Read the problems of all benchmarks and check prompts and verifiers.
 
     Args:
-      max_positions: prompt and response tokens that the model takes.
+      max_positions: the largest number of prompt and response tokens of the model.
 
     Raises:
-      UserError: from the tasks, for a prompt that does not fit, or for programs that no sandbox can run.
+      UserError: a task cannot be built, a prompt is too long, or programs must run and no sandbox is available.
     """
     names = [benchmark.name for benchmark in benchmarks]
     for name in names:
         if not _FILE_NAME.fullmatch(name) or names.count(name) > 1:
             raise UserError(
-                f"benchmark {name!r}: names are those of files, each once: letters, digits, - _ ."
+                f"benchmark {name!r}: a name is a file name and must be unique; use letters, digits, - _ ."
             )
     limit = settings.max_prompt_tokens or max(1, max_positions - settings.max_tokens)
     if limit + settings.max_tokens > max_positions:
         raise UserError(
-            f"--max-tokens = {settings.max_tokens} with prompts of up to {limit} tokens (--max-prompt-tokens) is more "
-            f"than the {max_positions} positions of the model"
+            f"--max-tokens = {settings.max_tokens} plus prompts of up to {limit} tokens (--max-prompt-tokens) exceeds "
+            f"the {max_positions} positions of the model"
         )
     chat = {} if settings.chat is None else {"chat": settings.chat}
     return [
@@ -164,7 +169,7 @@ def _prepare(
         allow_weak=settings.allow_weak_sandbox, timeout=VERIFIER_SECONDS
     )
     K = settings.num_responses or benchmark.k
-    batch = min(settings.batch or max(1, ROWS_AT_ONCE // K), len(rows))
+    batch = min(settings.batch or max(1, DEFAULT_BATCH // K), len(rows))
     return PreparedBenchmark(
         benchmark.name, K, batch, limit, task, rows, prompts_hash, left_out, verifier, sandbox
     )
@@ -179,15 +184,15 @@ def run_benchmark(
     path: Path,
     progress: Callable[[str, int, int], None] = lambda name, done, total: None,
 ) -> dict[str, Any]:
-    """Asks what has not been asked yet, and scores everything.
+    """Sample the responses that are not in the file yet, and compute the scores of all responses.
 
     Args:
       weights: from `sampler.prepare`.
       path: the file of responses.
-      progress: told the benchmark's name, the problems done, and all of them.
+      progress: called with the benchmark's name, the number of finished problems, and P.
 
     Raises:
-      VerifierFailed: not one response could be judged.
+      VerifierFailed: the verifier failed on every response.
 
     Returns:
       The dict of `score_responses`, and `left_out` (problems with too long prompts), `skipped` (problems with unusable
@@ -218,8 +223,8 @@ def run_benchmark(
         result = score_responses(responses.summaries, K, settings.seed)
     sandbox = {"sandbox": benchmark.sandbox} if benchmark.sandbox else {}
     skipped = benchmark.task.about.get("heldout", {}).get("skipped", 0)
-    if told := warning(found, f"benchmark {benchmark.name}"):
-        print(f"lpo: {told}", file=sys.stderr)
+    if message := warning(found, f"benchmark {benchmark.name}"):
+        print(f"lpo: {message}", file=sys.stderr)
     return {**result, "left_out": benchmark.left_out, "skipped": skipped, **sandbox}
 
 
@@ -229,7 +234,7 @@ def _failures(responses: ResponseFile) -> Failures:
 
 
 def _require_judged(responses: ResponseFile, name: str) -> None:
-    """Stops where every response so far was masked. None of them is kept: they would be taken for judged ones."""
+    """Raise `VerifierFailed` if all responses so far are masked, and remove them, so that a resume samples again."""
     try:
         require_judged(_failures(responses), f"benchmark {name}")
     except VerifierFailed:
@@ -240,17 +245,17 @@ def _require_judged(responses: ResponseFile, name: str) -> None:
 def score_responses(
     summaries: Sequence[ResponseSummary], num_responses: int, seed: int = 0
 ) -> dict[str, Any]:
-    """The figures of one benchmark.
+    """Compute the scores of one benchmark.
 
     Args:
-      summaries: of P x K responses, problem by problem.
+      summaries: of P x K responses, ordered by problem.
       num_responses: K.
       seed: of the bootstrap.
 
     Returns:
-      `metrics.summarise` (pass@1 is avg@K; pass@k for powers of two and K), and `"maj@k"` for k = K in the same form
-      (see `votes.majority`; NaN where no answer is named), `truncated` and `malformed` (shares of all responses),
-      `mean_length` (tokens) and `mean_reward` (of the valid ones).
+      The dict of `metrics.summarise`, with pass@1 as avg@K and pass@k for K and the powers of two below it. In
+      addition `"maj@k"` for k = K in the same form (see `votes.majority`; NaN if there are no answers), `truncated` and
+      `malformed` (fractions of all responses), `mean_length` (tokens) and `mean_reward` (mean over valid responses).
     """
     K = num_responses
     column = lambda name: np.array([getattr(summary, name) for summary in summaries]).reshape(-1, K)  # noqa: E731
@@ -276,5 +281,5 @@ def score_responses(
 
 
 def mean_pass_at_1(results: Mapping[str, Mapping[str, Any]]) -> float:
-    """pass@1, mean over benchmarks, as in the LPO paper's curves."""
+    """pass@1 averaged over the benchmarks, as in the LPO paper's curves."""
     return float(np.mean([result["pass@1"]["mean"] for result in results.values()]))

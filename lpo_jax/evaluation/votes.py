@@ -1,4 +1,4 @@
-"""maj@k: whether the answer that most of a problem's k samples give is right.
+"""maj@k: whether the most frequent answer among a problem's k samples is correct.
 
 Axes: P problems · N samples of a problem.
 """
@@ -10,20 +10,21 @@ import numpy as np
 
 
 def majority(passed: np.ndarray, valid: np.ndarray, answers: Sequence[Sequence[str | None]]) -> np.ndarray:
-    """Whether each problem's majority answer passes.
+    """Return whether each problem's majority answer passes.
 
-    Answers are the same when their texts are, whitespace aside. Two writings of one value are two answers: to call
-    them one because both equal the gold answer would let the gold answer vote. A tie goes to the answer seen first. A
-    sample without an answer votes for nothing, and one that could not be judged counts as not there. The verdict is
-    that of the first sample with the answer.
+    Answers are compared as text without whitespace. Two notations of the same value are different answers: merging
+    them because both equal the gold answer would leak the gold answer into the vote. A tie goes to the answer that
+    occurs first. Samples without an answer do not vote, and invalid samples are ignored. The verdict on an answer is
+    that of the first sample that gives it.
 
     Args:
-      passed, valid: `[P, N]` bool.
-      answers: `[P][N]` texts as the verifier read them, None where there is none.
+      passed: `[P, N]` bool, true where a sample passes.
+      valid: `[P, N]` bool, false where the verifier failed.
+      answers: `[P][N]` answer texts as extracted by the verifier; None without an answer.
 
     Returns:
-      `[P]` float64, 1 or 0 (a problem whose samples name no answer has none right); NaN where no sample is valid, and
-      everywhere when no sample of any problem names an answer: then there was no vote (programs, say).
+      `[P]` float64, 1 where the majority answer passes and 0 elsewhere, also where no sample has an answer. NaN where
+      no sample is valid. All NaN if no sample of any problem has an answer, as with programs: then there is no vote.
     """
     votes = [
         [(k, "".join(answer.split())) for k, answer in enumerate(group) if valid[p, k] and answer]
@@ -34,7 +35,7 @@ def majority(passed: np.ndarray, valid: np.ndarray, answers: Sequence[Sequence[s
     right = np.zeros(len(votes))
     for p, ballots in enumerate(votes):
         if ballots:
-            # most_common sorts stably, so that of equal counts the first seen leads.
+            # most_common sorts stably: of answers with equal counts it returns the one that occurs first.
             winner = collections.Counter(answer for _, answer in ballots).most_common(1)[0][0]
             right[p] = passed[p, next(k for k, answer in ballots if answer == winner)]
     return np.where(valid.any(axis=1), right, np.nan)

@@ -1,6 +1,6 @@
-"""What a run shows and leaves behind: metric names, files, the progress line, tables and plots.
+"""Metric names, metric and sample files, the progress line, tables and plots: everything that a run displays or writes.
 
-`import lpo_jax.reporting` loads neither jax nor matplotlib.
+`import lpo_jax.reporting` imports neither jax nor matplotlib.
 """
 
 from lpo_jax.reporting.metric_names import is_timing, validation_metrics

@@ -1,7 +1,7 @@
 """Learning curves of a run as PNG files, drawn from its `metrics.jsonl`.
 
-Figures are built from `matplotlib.figure.Figure` itself, never through pyplot, so that nothing global changes
-and no display is needed. A panel whose metrics the run did not write is left out.
+Figures are created with `matplotlib.figure.Figure`, not with pyplot, so that no global state changes and no
+display is needed. Panels without data are omitted.
 """
 
 import io
@@ -22,15 +22,24 @@ COLORS = (
     "#CC79A7",
     "#56B4E9",
     "#E69F00",
-)  # Okabe-Ito: safe for colour-blind
+)  # Okabe and Ito's palette, suitable for colour-blind readers
 _INK, _GRID = "#333333", "#E6E6E6"
-_SMOOTH_FROM = 20  # steps; a run shorter than this is drawn as it is
-_WINDOW = 10
+_SMOOTH_FROM = 20  # number of points from which curves are smoothed
+_WINDOW = 10  # of the moving average, in points
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One small chart: lines are (metric, label); `band` is a lower and an upper metric to shade between."""
+    """One chart of a figure.
+
+    Attributes:
+        title: title of the chart.
+        unit: label of the y axis.
+        lines: (metric, label) pairs.
+        band: metrics between which the area is shaded: lower, upper.
+        share: whether the values are fractions, shown in percent on an axis that starts at 0.
+        log: whether the y axis is logarithmic, if all values are positive.
+    """
 
     title: str
     unit: str
@@ -93,17 +102,17 @@ _DIAGNOSTICS = (
 
 
 def save_plots(run_dir: str | os.PathLike, title: str | None = None) -> list[Path]:
-    """Draws `plots/learning_curves.png` and, where the run has such metrics, `plots/diagnostics.png`.
+    """Draw `plots/learning_curves.png` and, if the run has such metrics, `plots/diagnostics.png`.
 
     Args:
         run_dir: a run directory with a `metrics.jsonl`.
-        title: above the figures; the directory's name when None.
+        title: title of the figures; the directory's name if None.
 
     Returns:
-        The files written.
+        The paths of the files.
 
     Raises:
-        UserError: they cannot be written (a full disk).
+        UserError: `metrics.jsonl` is missing or damaged, or a file cannot be written.
     """
     rows = read_metrics(run_dir)
     title = Path(run_dir).resolve().name if title is None else title
@@ -112,7 +121,7 @@ def save_plots(run_dir: str | os.PathLike, title: str | None = None) -> list[Pat
     paths = []
     for name, figure in figures.items():
         if figure is not None:
-            png = io.BytesIO()  # matplotlib would leave half a file behind
+            png = io.BytesIO()  # matplotlib does not write files atomically
             figure.savefig(png, format="png", dpi=150)
             paths.append(folder / f"{name}.png")
             write_file(paths[-1], png.getvalue())
@@ -120,13 +129,28 @@ def save_plots(run_dir: str | os.PathLike, title: str | None = None) -> list[Pat
 
 
 def learning_curves(rows: Sequence[dict], title: str = ""):
-    """Held-out scores, reward, pass rate, entropy, lengths, gradient norm and simplex distances as a Figure,
-    or None where `rows` has none of them."""
+    """Draw held-out scores, reward, pass rate, entropy, lengths, gradient norm and distances on the simplex.
+
+    Args:
+        rows: the rows of `metrics.jsonl`.
+        title: title of the figure.
+
+    Returns:
+        A matplotlib Figure, or None if `rows` has none of these metrics.
+    """
     return _figure(rows, _heldout_panels(rows) + list(_LEARNING), title)
 
 
 def diagnostics(rows: Sequence[dict], title: str = ""):
-    """The projection's inner workings as a Figure, or None where `rows` has none of them."""
+    """Draw coefficients, scores, divergences, temperature, log-prob gap and throughput.
+
+    Args:
+        rows: the rows of `metrics.jsonl`.
+        title: title of the figure.
+
+    Returns:
+        A matplotlib Figure, or None if `rows` has none of these metrics.
+    """
     return _figure(rows, list(_DIAGNOSTICS), f"{title}: diagnostics" if title else "")
 
 
@@ -152,16 +176,16 @@ def _figure(rows: Sequence[dict], panels: list[Panel], title: str):
     panels = [panel for panel in panels if any(name in row for name, _ in panel.lines for row in rows)]
     if not panels:
         return None
-    figure, places = panel_axes(len(panels), title)
+    figure, all_axes = panel_axes(len(panels), title)
     steps = [row["step"] for row in rows]
-    for axes, panel in zip(places, panels):
+    for axes, panel in zip(all_axes, panels):
         smoothed = _draw(axes, rows, panel)
         style_axes(axes, panel, min(steps), max(steps), smoothed)
     return figure
 
 
 def panel_axes(panels: int, title: str = ""):
-    """A new Figure and the axes of its panels, row by row."""
+    """Create a Figure and the axes of its panels, in row-major order."""
     from matplotlib.figure import Figure
 
     columns = min(panels, 2 if panels in (2, 4) else 3)
@@ -174,7 +198,7 @@ def panel_axes(panels: int, title: str = ""):
 
 
 def _draw(axes, rows: Sequence[dict], panel: Panel) -> bool:
-    """Draws the lines of a panel; true where a moving average was drawn over the raw values."""
+    """Draw the lines of a panel and return whether a moving average was drawn over the raw values."""
     smoothed = False
     if panel.band:
         _shade(axes, rows, *panel.band, COLORS[0])
@@ -215,12 +239,20 @@ def _shade(axes, rows: Sequence[dict], low_name: str, high_name: str, color: str
     steps = sorted(low.keys() & high.keys())
     bounds = [low[step] for step in steps], [high[step] for step in steps]
     axes.fill_between(steps, *bounds, color=color, alpha=0.14, linewidth=0)
-    if len(steps) <= 3:  # a band at one step has no width: a whisker shows it
+    if len(steps) <= 3:  # a band over one step has no width, so draw whiskers
         axes.vlines(steps, *bounds, color=color, alpha=0.5, linewidth=1)
 
 
 def style_axes(axes, panel: Panel, first: int, last: int, smoothed: bool = False) -> None:
-    """Title, units, limits and legend of a panel whose lines are drawn, over the steps `first` to `last`."""
+    """Set title, labels, limits and legend of a panel after its lines have been drawn.
+
+    Args:
+        axes: the matplotlib axes of the panel.
+        panel: the panel.
+        first: the first step of the x axis.
+        last: the last step of the x axis.
+        smoothed: whether the axis label should mention the moving average.
+    """
     from matplotlib.ticker import MaxNLocator
 
     axes.set_title(panel.title, fontsize=10.5, color=_INK, loc="left", fontweight="bold")
@@ -229,11 +261,11 @@ def style_axes(axes, panel: Panel, first: int, last: int, smoothed: bool = False
     axes.set_xlabel(note, fontsize=8.5, color=_INK)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     margin = max(0.03 * (last - first), 0.5)
-    axes.set_xlim(first - margin, last + margin)  # one time axis for all panels, also of one step
+    axes.set_xlim(first - margin, last + margin)  # the same for all panels; not empty for a single step
     if panel.share:
         axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g}%")
         top = min(max(axes.get_ylim()[1], 0.05), 1.02)
-        axes.set_ylim(-0.02 * top, top)  # from 0, so that heights compare; a line along 0 stays in sight
+        axes.set_ylim(-0.02 * top, top)  # starts below 0 so that a line at 0 is visible
     if panel.log and axes.dataLim.minposy < math.inf and axes.dataLim.y0 > 0:
         axes.set_yscale("log")
     axes.grid(True, color=_GRID, linewidth=0.8)
@@ -247,7 +279,7 @@ def style_axes(axes, panel: Panel, first: int, last: int, smoothed: bool = False
 
 
 def _series(rows: Sequence[dict], name: str) -> tuple[list[int], list[float]]:
-    """Steps and values of one metric, without gaps and nulls; of several rows of a step the last counts."""
+    """Steps and values of one metric without missing values. If a step has several rows, the last one counts."""
     points = {row["step"]: row[name] for row in rows if row.get(name) is not None}
     return list(points), list(points.values())
 

@@ -1,4 +1,4 @@
-"""The progress of a run: a live line on a terminal, one plain line a step in a log file.
+"""Progress display of a run: a live display on a terminal, one plain line per step elsewhere.
 
 with Progress(total=200) as progress:
     progress.phase("sampling")
@@ -22,7 +22,7 @@ from rich.text import Text
 from lpo_jax.reporting.text import console as default_console
 from lpo_jax.reporting.text import duration, percent
 
-# What the line shows: metric, label, format. A metric that a step did not report is left out.
+# The displayed metrics: name, label, format. Metrics that are missing in a step are not displayed.
 _SHOWN: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("critic/rewards/mean", "reward", "{:.3f}".format),
     ("reward/pass_rate", "pass", percent),
@@ -33,13 +33,13 @@ _SHOWN: tuple[tuple[str, str, Callable[[float], str]], ...] = (
 
 
 class Progress:
-    """Shows step of total, time left, the main metrics, skipped updates and the last evaluation.
+    """Display the step, the time left, the main metrics, skipped updates and the last evaluation.
 
     Args:
-        total: steps of the whole run.
-        start: steps already done (a resumed run).
-        console: where to print; `reporting.console()` when None. What is no terminal gets plain lines.
-        clock: seconds, for tests.
+        total: number of steps of the whole run.
+        start: number of steps already done, in a resumed run.
+        console: where to print; `reporting.console()` if None. Plain lines are printed if it is not a terminal.
+        clock: returns the time in seconds; replaced in tests.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Progress:
         self._durations = collections.deque(maxlen=20)
         self._since = clock()
         terminal = self.console.is_terminal and not self.console.is_dumb_terminal
-        # Live redraws from a thread, so the time left runs on while a step computes.
+        # Live redraws from a thread, so the time left is updated during a step.
         self._live = (
             Live(self, console=self.console, auto_refresh=True, refresh_per_second=2) if terminal else None
         )
@@ -74,14 +74,19 @@ class Progress:
     def __exit__(self, *exception):
         self._phase = ""
         if self._live:
-            self._live.stop()  # leaves the last line standing and gives the cursor back
+            self._live.stop()  # keeps the last lines and restores the cursor
 
     def phase(self, name: str) -> None:
-        """Names what the run is doing now ("compiling", "sampling"), so that a long wait has a culprit."""
+        """Set the name of the current phase ("compiling", "sampling"), which the live display shows."""
         self._phase = name
 
     def update(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Takes a finished step. Call it once a step; with step 0 it shows an evaluation before training."""
+        """Display a finished step. Call it once per step; step 0 displays an evaluation before training.
+
+        Args:
+            step: the finished step.
+            metrics: the row of metrics of the step.
+        """
         now = self._clock()
         if step > self._step:
             self._durations.append((now - self._since) / (step - self._step))
@@ -96,13 +101,16 @@ class Progress:
             self._print_line()
 
     def log(self, *messages) -> None:
-        """Prints above the line: text as it stands (no markup), or rich renderables such as tables."""
+        """Print messages above the live display: text without markup, or rich renderables such as tables."""
         for message in messages:
             self.console.print(Text(message) if isinstance(message, str) else message, soft_wrap=True)
 
     def seconds_left(self) -> float:
-        """Median time of the last 20 steps (so that a compile or an evaluation does not mislead) times the
-        steps left, less what the step in progress has used. NaN before the first step is done."""
+        """Estimate the remaining time in seconds; NaN before the first step is finished.
+
+        The estimate is the median time of the last 20 steps times the number of steps left, minus the time since
+        the last step. The median makes it robust against steps with a compilation or an evaluation.
+        """
         if self._step >= self.total:
             return 0.0
         if not self._durations:
@@ -141,7 +149,7 @@ def _is_number(value) -> bool:
 
 
 def _evaluation(step: int, metrics: Mapping[str, float]) -> str:
-    """`eval pass@1 13.5% pass@4 50.0% (step 20)` from the row's val-core metrics, or ""."""
+    """Format the val-core metrics of a row as `eval pass@1 13.5% pass@4 50.0% (step 20)`; "" without any."""
     scores = {
         name.rsplit("/", 1)[1]: value
         for name, value in metrics.items()

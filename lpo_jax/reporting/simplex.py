@@ -1,8 +1,9 @@
-"""What a method does to three responses, drawn on the triangle of their probabilities.
+"""Pictures of a method's updates on the simplex of three responses.
 
-A point is a policy P on the response simplex. The arrows say where one small step of each method takes it, the star
-is the method's target (hollow where it is only implied, by a policy gradient), and the line the way from the policy
-that sampled, which is in the middle. Everything comes from the objective itself, called on responses of one token.
+A point of the triangle is a policy P on the response simplex. The arrows show the direction of a small step of the
+method, the star shows its target (hollow if the target is only implied, as for a policy gradient), and the line shows
+the trajectory from the behaviour policy, which is at the centre. All values are computed by the objective itself on
+responses of one token.
 """
 
 import math
@@ -21,25 +22,25 @@ from lpo_jax.objectives.projection import ScoreLoss, Simplex
 
 _INK, _PATH, _EDGE = "#333333", "#D55E00", "#AAAAAA"
 _CORNERS = np.array([[0.5, math.sqrt(3) / 2], [0, 0], [1, 0]])  # top, left, right
-_SIDE = 11  # arrows along a side
+_SIDE = 11  # number of arrows along a side
 
-# What a method may need beyond rewards and still be drawn: the policy that sampled stands for the reference.
+# Inputs other than rewards that a drawable method may need. The behaviour policy is taken as the reference.
 DRAWABLE = frozenset({Field.REF_LOGP})
 
-_STEPS, _STEP = 400, 0.1
-_TOKEN_LOGP = math.log(0.5)  # of the policy that sampled, and of a reference: only ratios to it matter
+_STEPS, _STEP = 400, 0.1  # number and size of the steps of the trajectory
+_TOKEN_LOGP = math.log(0.5)  # of the behaviour policy and of the reference; only ratios to it matter
 
 
 def draw(rewards: Sequence[float], methods: Mapping[str, Objective], path: str | os.PathLike) -> Path:
-    """Draws one triangle for each method into a PNG file.
+    """Draw one triangle for each method into a PNG file and return its path.
 
     Args:
-        rewards: of the three responses; the first is the upper corner, then left and right.
-        methods: objectives by the label above their triangle.
-        path: the file to write.
+        rewards: of the three responses, at the top, left and right corner.
+        methods: label of the triangle to objective.
+        path: the PNG file to write.
 
     Raises:
-        UserError: not three finite rewards, or a method that needs more than rewards.
+        UserError: `rewards` are not three finite numbers, or a method needs more than rewards.
     """
     from matplotlib.figure import Figure
 
@@ -47,7 +48,7 @@ def draw(rewards: Sequence[float], methods: Mapping[str, Objective], path: str |
     columns = min(len(fields), 4 if len(fields) in (4, 7, 8) else 3)
     lines = math.ceil(len(fields) / columns)
     figure = Figure(figsize=(2.8 * columns, 2.8 * lines + 0.6), layout="constrained", facecolor="white")
-    # One colour scale for all: every divergence is scaled to start with the same speed.
+    # All triangles share one colour scale: every divergence is scaled to the same initial speed.
     fastest = max(np.quantile(_speed(field), 0.95) for _, _, field, _ in fields) or 1.0
     panels = [figure.add_subplot(lines, columns, index + 1) for index in range(len(fields))]
     shown = {}
@@ -67,9 +68,18 @@ def draw(rewards: Sequence[float], methods: Mapping[str, Objective], path: str |
 
 
 def update_field(rewards: Sequence[float], objective: Objective, label: str = ""):
-    """(points [N,3], target [3], field [N,3], way [M,3]) of a method for three responses, on-policy in the middle.
+    """Compute the update field of a method for three responses and a uniform behaviour policy.
 
-    `field` is the change of P when the scores s = log P + log 3 go along s <- s - c, a unit of step; `way` follows it.
+    Args:
+        rewards: of the three responses.
+        objective: the method.
+        label: name of the method for error messages.
+
+    Returns:
+        points: `[N, 3]` policies; the first is uniform.
+        target: `[3]`, the target w*.
+        field: `[N, 3]`, the time derivative of P under ds/dt = -c for the scores s = log P + log 3.
+        trajectory: `[M, 3]`, the policies on the trajectory from the uniform policy.
 
     Raises:
         UserError: see `draw`.
@@ -79,16 +89,14 @@ def update_field(rewards: Sequence[float], objective: Objective, label: str = ""
     missing = sorted(objective.needs - DRAWABLE)
     if missing:
         raise UserError(
-            f"{label or objective.name}: no picture from rewards alone; it also looks at {', '.join(missing)}"
+            f"{label or objective.name}: cannot be drawn from rewards alone; it also needs {', '.join(missing)}"
         )
     corners = [(i, j, _SIDE - 1 - i - j) for i in range(_SIDE) for j in range(_SIDE - i)]
-    points = np.concatenate(
-        [[[1 / 3] * 3], (np.array(corners) + 1 / 3) / _SIDE]
-    )  # the first is in the middle
+    points = np.concatenate([[[1 / 3] * 3], (np.array(corners) + 1 / 3) / _SIDE])  # the first is the centre
     scores = jnp.log(3 * points)
 
     @jax.jit
-    def look(scores: jax.Array):
+    def evaluate(scores: jax.Array):
         sampled = jnp.full((*scores.shape, 1), _TOKEN_LOGP)
         stats = TokenStats(sampled + scores[..., None], ref_logp=sampled)
         scored = Scored(
@@ -98,13 +106,13 @@ def update_field(rewards: Sequence[float], objective: Objective, label: str = ""
         P, c = jnp.exp(listwise_log_probs(scores)), view.coefficients
         return P, view.target[0], -P * (c - (P * c).sum(-1, keepdims=True)), c
 
-    _, target, field, c = jax.device_get(look(scores))
-    way = []
+    _, target, field, c = jax.device_get(evaluate(scores))
+    trajectory = []
     for _ in range(_STEPS):
-        P, _, _, c = look(scores)
-        way.append(P[0])
+        P, _, _, c = evaluate(scores)
+        trajectory.append(P[0])
         scores = scores - _STEP * c
-    return points, target, field, np.array(way)
+    return points, target, field, np.array(trajectory)
 
 
 def _speed(field: np.ndarray) -> np.ndarray:
@@ -112,9 +120,9 @@ def _speed(field: np.ndarray) -> np.ndarray:
 
 
 def _triangle(axes, label: str, rewards: Sequence[float], drawn, fastest: float):
-    points, _, field, way = drawn
+    points, _, field, trajectory = drawn
     xy, direction, speed = points @ _CORNERS, field @ _CORNERS, _speed(field)
-    # A step of equal length for all but the slowest; their colour tells how fast.
+    # All arrows except the slowest have the same length; their colour shows the speed.
     unit = direction / np.maximum(np.linalg.norm(direction, axis=-1, keepdims=True), 0.02 * fastest)
     axes.fill(*_CORNERS.T, facecolor="none", edgecolor=_EDGE, linewidth=1)
     arrows = axes.quiver(
@@ -129,8 +137,8 @@ def _triangle(axes, label: str, rewards: Sequence[float], drawn, fastest: float)
         width=0.008,
         pivot="mid",
     )
-    axes.plot(*(way @ _CORNERS).T, color=_PATH, linewidth=1.8, label="way of the policy")
-    axes.plot(*xy[0], "o", color=_INK, markersize=5, label="policy that sampled (uniform)")
+    axes.plot(*(trajectory @ _CORNERS).T, color=_PATH, linewidth=1.8, label="trajectory of the policy")
+    axes.plot(*xy[0], "o", color=_INK, markersize=5, label="behaviour policy (uniform)")
     for (x, y), reward, (dx, dy), place in zip(
         _CORNERS, rewards, ((0, 0.04), (-0.02, -0.03), (0.02, -0.03)), ("bottom", "top", "top")
     ):
@@ -144,14 +152,14 @@ def _triangle(axes, label: str, rewards: Sequence[float], drawn, fastest: float)
 
 
 def _star(axes, objective: Objective, target: np.ndarray) -> None:
-    if isinstance(objective.projection, ScoreLoss):  # has none
+    if isinstance(objective.projection, ScoreLoss):  # has no target
         return
-    own = isinstance(objective.projection, Simplex)
+    explicit = isinstance(objective.projection, Simplex)
     axes.plot(
         *(target @ _CORNERS),
         "*",
         markersize=13,
-        markerfacecolor=_PATH if own else "white",
-        markeredgecolor="white" if own else _PATH,
-        label="target w*" if own else "target that is implied",
+        markerfacecolor=_PATH if explicit else "white",
+        markeredgecolor="white" if explicit else _PATH,
+        label="target w*" if explicit else "implied target",
     )

@@ -1,6 +1,6 @@
-"""Tables for the terminal: derived batch sizes, evaluations before and after, sample responses.
+"""Tables for the terminal: batch sizes, evaluations before and after training, benchmarks, methods, sample responses.
 
-Each function returns a rich renderable: print it with `console().print(...)` or `Progress.log(...)`.
+Each function returns a rich renderable. Print it with `console().print(...)` or `Progress.log(...)`.
 """
 
 import math
@@ -15,15 +15,15 @@ from rich.text import Text
 
 from lpo_jax.reporting.text import percent, sanitise
 
-_OUTCOME_STYLE = {"pass": "green", "wrong": "red", "malformed": "yellow"}  # failures of the verifier: magenta
+_OUTCOME_STYLE = {"pass": "green", "wrong": "red", "malformed": "yellow"}  # verifier failures: magenta
 
 
 def batch_table(rows: Iterable[tuple[str, object, str]], title: str = "Batch sizes of one step") -> Table:
-    """What the config's batch settings come to, for the eye before the first step.
+    """Return a table of the batch sizes that follow from a config.
 
     Args:
-        rows: (name, value, meaning); whole numbers get thousands separators.
-        title: above the table.
+        rows: (name, value, meaning) triples; integers are printed with thousands separators.
+        title: title of the table.
     """
     table = _table(title)
     table.add_column("what")
@@ -38,12 +38,12 @@ def batch_table(rows: Iterable[tuple[str, object, str]], title: str = "Batch siz
 def before_after_table(
     rows: Sequence[tuple[str, Mapping, Mapping | None]], title: str = "Held-out evaluation"
 ) -> Group:
-    """Evaluations of one set of problems, one a row, with 95% intervals and changes.
+    """Return a table of evaluations on the same problems, one per row, with 95% intervals and changes.
 
     Args:
-        rows: (label, summary, difference): `summary` from `evaluation.metrics.summarise`; `difference` from
-            `paired_difference` of this row against the row above it, or None.
-        title: above the table.
+        rows: (label, summary, difference) triples. `summary` is from `evaluation.metrics.summarise`; `difference`
+            is from `paired_difference` between the row above and this row, or None.
+        title: title of the table.
     """
     ks = sorted({k for _, summary, _ in rows for k in summary["ks"]})
     with_change = any(difference for *_, difference in rows)
@@ -68,13 +68,13 @@ def before_after_table(
 def sample_panel(
     samples: Iterable[Mapping], limit: int = 3, max_chars: int = 1200, title: str = "Sample responses"
 ) -> Panel:
-    """A few responses as the model wrote them, made safe for a terminal.
+    """Return a panel with a few prompts and responses, escaped for the terminal.
 
     Args:
         samples: dicts with `prompt`, `response`, `reward` and `outcome`.
-        limit: how many are shown.
-        max_chars: longer texts are cut in the middle, and the cut says how much is gone.
-        title: of the panel.
+        limit: the largest number of samples shown.
+        max_chars: longer texts are shortened in the middle; the number of omitted characters is shown.
+        title: title of the panel.
     """
     parts = []
     for sample in list(samples)[:limit]:
@@ -114,7 +114,7 @@ def _change(change: Mapping | None) -> Text:
     if change is None or not math.isfinite(change["mean"]):
         return Text("")
     mean, low, high = (f"{100 * change[part]:+.1f}" for part in ("mean", "ci_low", "ci_high"))
-    # Colour only what the interval supports: one that holds 0 is no evidence of a change.
+    # Only changes whose interval excludes 0 are coloured.
     style = "bold green" if change["ci_low"] > 0 else "bold red" if change["ci_high"] < 0 else ""
     return Text.assemble((mean, style), "\n", (f"{low} to {high}", "dim"))
 
@@ -125,9 +125,9 @@ def _caption(summaries: Sequence[Mapping], with_change: bool) -> Text:
     invalid = sum(summary["invalid_samples"] for summary in summaries)
     if invalid:
         text += f"; {invalid} samples not counted because the verifier failed on them"
-    text += ". Below each score its 95% interval, a bootstrap over problems."
+    text += ". Below each score: its 95% bootstrap interval over problems."
     if with_change:
-        text += " Change: percentage points against the row above, problem by problem."
+        text += " Change: percentage points relative to the row above, paired by problem."
     return Text(text, "dim")
 
 
@@ -137,7 +137,7 @@ def _reward(sample: Mapping) -> str:
 
 
 def _shorten(text: str, limit: int) -> str:
-    # The end is kept because that is where an answer stands.
+    # The end is kept because it usually contains the answer.
     if len(text) <= limit:
         return text
     head, tail = text[: limit // 2], text[len(text) - limit // 2 :]
@@ -145,7 +145,7 @@ def _shorten(text: str, limit: int) -> str:
 
 
 def method_table(methods: Iterable[Mapping]) -> Table:
-    """The catalogue of methods.
+    """Return a table of the catalogue of methods.
 
     Args:
         methods: dicts with `name`, `formula`, `paper`, `fidelity`, `note`, `options` and `needs`.
@@ -154,7 +154,7 @@ def method_table(methods: Iterable[Mapping]) -> Table:
     for column in ("name", "formula and paper", "fidelity", "options and defaults"):
         table.add_column(column)
     for method in methods:
-        # An option and its default stay on one line.
+        # No line break between an option and its default.
         options = ", ".join(
             f"{key}={value}".replace(" ", "\N{NO-BREAK SPACE}") for key, value in method["options"].items()
         )
@@ -167,12 +167,12 @@ def method_table(methods: Iterable[Mapping]) -> Table:
 
 
 def suite_table(results: Mapping[str, Mapping], mean: float, title: str) -> Group:
-    """Benchmarks put to one model, one a row, with 95% intervals.
+    """Return a table of one model's results on benchmarks, one per row, with 95% intervals.
 
     Args:
-        results: by benchmark, `evaluation.suite.run_benchmark`'s.
-        mean: of their pass@1.
-        title: above the table.
+        results: benchmark name to the result of `evaluation.suite.run_benchmark`.
+        mean: pass@1 averaged over the benchmarks.
+        title: title of the table.
     """
     table = _table(title)
     table.add_column("benchmark")
@@ -186,7 +186,7 @@ def suite_table(results: Mapping[str, Mapping], mean: float, title: str) -> Grou
         cut, length = percent(result["truncated"]), f"{result['mean_length']:,.0f}"
         table.add_row(Text(name, "bold"), f"{result['problems']:,}", str(k), *scores, cut, length)
     notes = [
-        "Below each score its 95% interval, a bootstrap over problems. cut: responses that met --max-tokens."
+        "Below each score: its 95% bootstrap interval over problems. cut: responses that reached --max-tokens."
     ]
     if len(results) > 1:
         notes.append(f"pass@1, mean over the benchmarks: {percent(mean)}.")

@@ -1,4 +1,4 @@
-"""Small pieces of text for terminals: safe model output, durations, numbers."""
+"""Text for terminals: escaped model output, durations, percentages, and the console."""
 
 import contextlib
 import math
@@ -15,14 +15,14 @@ _HIDDEN = {
     "Co",
     "Zl",
     "Zp",
-}  # control, format, surrogate, private, line and paragraph marks
+}  # Unicode categories: control, format, surrogate, private use, line and paragraph separators
 
 
 def sanitise(text: str) -> str:
-    """`text` with every character that could move the cursor, recolour the terminal or reverse the reading
-    order written out as an escape (`\\x1b`, `\\u202e`). Line breaks stay, a tab becomes four spaces.
+    """Escape every character that could move the cursor, change colours or reverse the reading order.
 
-    It says nothing about rich markup: print the result as `rich.text.Text` or with `markup=False`.
+    Such characters become escapes such as `\\x1b` and `\\u202e`. Line breaks are kept; a tab becomes four spaces.
+    Rich markup is not escaped: print the result as `rich.text.Text` or with `markup=False`.
     """
     return "".join(_visible(char) for char in text.replace("\t", "    "))
 
@@ -35,10 +35,10 @@ def _visible(char: str) -> str:
 
 
 class _Output:
-    """Standard output that goes quiet once nobody can read it, so that a lost terminal or `| head` ends no run."""
+    """Standard output that drops text once it is closed, so that a lost terminal or `| head` does not end a run."""
 
     def __init__(self):
-        self._file = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 - lives as long as the console
+        self._file = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 - open as long as the console
 
     def write(self, text: str) -> int:
         with self._until_gone():
@@ -60,10 +60,10 @@ class _Output:
             nothing = os.open(os.devnull, os.O_WRONLY)
             with contextlib.suppress(
                 OSError, ValueError
-            ):  # what stands in for standard output may have no number
+            ):  # a replaced standard output may have no file descriptor
                 os.dup2(nothing, self._file.fileno())
             os.close(nothing)
-            with contextlib.suppress(OSError):  # standard error may be gone as well
+            with contextlib.suppress(OSError):  # standard error may be closed as well
                 print(
                     f"lpo: standard output is gone ({error.strerror}); files are still written",
                     file=sys.stderr,
@@ -71,9 +71,12 @@ class _Output:
 
 
 def console(**options) -> Console:
-    """The terminal, or, where output goes to a file or a pipe, a plain one wide enough for our tables.
+    """Return a rich console on standard output; if that is not a terminal, a plain one at least 110 columns wide.
 
-    Where it can no longer be written to, what is printed is dropped.
+    Output is dropped once standard output is closed.
+
+    Args:
+        options: keyword arguments of `rich.console.Console`.
     """
     if "file" not in options:
         options = {**options, "file": _Output()}
@@ -84,7 +87,7 @@ def console(**options) -> Console:
 
 
 def duration(seconds: float) -> str:
-    """`42s`, `3m 05s`, `2h 07m` or `3d 04h`; `?` for what is not known."""
+    """Format a time as `42s`, `3m 05s`, `2h 07m` or `3d 04h`; `?` if it is not finite."""
     if not math.isfinite(seconds):
         return "?"
     seconds = max(0, round(seconds))
@@ -97,6 +100,6 @@ def duration(seconds: float) -> str:
     return f"{seconds // 86400}d {seconds % 86400 // 3600:02d}h"
 
 
-def percent(share: float) -> str:
-    """A share as `13.5%`; `n/a` where there is none."""
-    return "n/a" if share is None or not math.isfinite(share) else f"{100 * share:.1f}%"
+def percent(fraction: float | None) -> str:
+    """Format a fraction as `13.5%`; `n/a` if it is None or not finite."""
+    return "n/a" if fraction is None or not math.isfinite(fraction) else f"{100 * fraction:.1f}%"

@@ -1,10 +1,10 @@
-"""What a run leaves behind step by step: `metrics.jsonl`, TensorBoard events and sampled rollouts.
+"""Writer and reader of a run's metrics (`metrics.jsonl`, TensorBoard events) and sampled responses.
 
-The JSONL file is the record; TensorBoard is a view of it. A row is on the disk when `write` returns, so a run
-that is killed has lost at most the row it was writing. On resume `truncate_after` takes the files back to
-the checkpoint's step, and the resumed run appends what the uninterrupted one would have (`is_timing` names
-apart).
-Write a step's row before its checkpoint is saved: then no checkpoint exists whose rows are missing.
+`metrics.jsonl` is authoritative; the TensorBoard events repeat it. A row is synced to the disk before `write`
+returns, so a killed run loses at most the row that it was writing. On resume `truncate_after` removes what was
+written after the checkpoint, and the resumed run appends the rows that the uninterrupted run would have written
+(except for `is_timing` metrics). Write the row of a step before saving its checkpoint, so that every checkpoint's
+rows exist.
 """
 
 import contextlib
@@ -24,10 +24,16 @@ SAMPLE_FOLDERS = ("rollouts", "validation")
 
 
 class RunWriter:
-    """Appends the rows of one run directory; one process of a run holds one.
+    """Append rows to the files of one run directory. Only one process of a run creates a writer.
 
-    A directory that already has rows is continued: its torn last line, if any, is removed, and rows of
-    earlier steps than the last are refused until `truncate_after` has been called.
+    If the directory already has rows, new rows are appended to them. A truncated last line is removed, and
+    `write` raises on steps before the last row until `truncate_after` has been called.
+
+    Args:
+        run_dir: the run directory; created if needed.
+
+    Raises:
+        UserError: the directory cannot be written, or a line before the last is damaged.
     """
 
     def __init__(self, run_dir: str | os.PathLike):
@@ -43,17 +49,16 @@ class RunWriter:
             raise cannot_write(self._path, error) from error
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Appends one row and flushes it to the disk.
+        """Append one row and sync it to the disk.
 
         Args:
-            step: the training step; 0 is before the first update. It never goes back.
-            metrics: name to number (Python, numpy or a jax scalar). A value that is not finite is written as
-                null and kept as text under `"nonfinite"`, so that every line stays valid JSON.
+            step: the training step; 0 is before the first update. Steps must not decrease.
+            metrics: name to number (a Python number, or a NumPy or jax scalar). A non-finite value is written as
+                null and kept as text under `"nonfinite"`, so that every line is valid JSON.
 
         Raises:
-            ValueError: a name that `metric_names` does not hold, a value that is no number, or a step that
-                goes back.
-            UserError: the file cannot be written (a full disk).
+            ValueError: a name is not in `metric_names`, a value is not a number, or the step decreases.
+            UserError: the file cannot be written, for example because the disk is full.
         """
         metric_names.check(metrics)
         if step < self._last_step:
@@ -71,12 +76,16 @@ class RunWriter:
         self._last_step = int(step)
 
     def write_samples(self, step: int, rows: Iterable[Mapping], folder: str = "rollouts") -> Path:
-        """Writes `<folder>/<step>.jsonl`, one response a line, whole or not at all.
+        """Write `<folder>/<step>.jsonl` atomically, one response per line, and return its path.
 
         Args:
-            step: added to each row, as verl does (its keys: input, output, gts, score, step, ...).
-            rows: dicts of text, numbers, lists and arrays; numbers that are not finite become null.
+            step: added to each row, as in verl (whose keys are input, output, gts, score, step, ...).
+            rows: dicts of text, numbers, lists and arrays; non-finite numbers become null.
             folder: "rollouts" for training responses, "validation" for held-out ones.
+
+        Raises:
+            ValueError: unknown folder.
+            UserError: the file cannot be written.
         """
         if folder not in SAMPLE_FOLDERS:
             raise ValueError(f"folder must be one of {SAMPLE_FOLDERS}, got {folder!r}")
@@ -85,17 +94,22 @@ class RunWriter:
         return path
 
     def truncate_after(self, step: int, evaluations: int | None = None) -> None:
-        """Goes back to a checkpoint: drops rows and sample files of later steps, and has TensorBoard hide its
-        later events. Call it on resume, before the first write.
+        """Remove the rows and sample files of steps after a checkpoint, and make TensorBoard hide their events.
+
+        Call it on resume, before the first `write`.
 
         Args:
-            evaluations: how many held-out evaluations of its step the checkpoint knows of; rows of later ones are
-                dropped, because they will be done again. All stay by default.
+            step: the checkpoint's step.
+            evaluations: the number of held-out evaluations at `step` that the checkpoint includes. Rows of further
+                evaluations at `step` are removed, because they will run again. None keeps all.
+
+        Raises:
+            UserError: the files cannot be written.
         """
         self.close()
         evaluated = 0
 
-        def stays(row: Mapping) -> bool:
+        def keep(row: Mapping) -> bool:
             nonlocal evaluated
             if row["step"] == step and any(name.startswith("val-") for name in row):
                 evaluated += 1
@@ -103,23 +117,23 @@ class RunWriter:
             return row["step"] <= step
 
         try:
-            self._keep_rows(stays)
+            self._keep_rows(keep)
             for folder in SAMPLE_FOLDERS:
                 for path in (self.run_dir / folder).glob("*.jsonl*"):
                     name = path.name.split(".")[0]
-                    first_gone = step if folder == "validation" and evaluations == 0 else step + 1
-                    if path.suffix == ".tmp" or (name.isdigit() and int(name) >= first_gone):
+                    first_removed = step if folder == "validation" and evaluations == 0 else step + 1
+                    if path.suffix == ".tmp" or (name.isdigit() and int(name) >= first_removed):
                         path.unlink()
         except OSError as error:
             raise cannot_write(self._path, error) from error
         self._purge_step = step + 1
 
     def close(self) -> None:
-        """Closes the files. A later `write` opens them again."""
+        """Close the files. A later `write` opens them again."""
         if self._file is not None:
             self._file.close()
         if self._events is not None:
-            with contextlib.suppress(OSError):  # on a full disk the first error has been told already
+            with contextlib.suppress(OSError):  # on a full disk, the first error has already been reported
                 self._events.close()
         self._file = self._events = None
 
@@ -130,7 +144,7 @@ class RunWriter:
         self.close()
 
     def _keep_rows(self, wanted) -> None:
-        # Lines are kept byte for byte. The file is replaced only where something goes, and in one move.
+        # Kept lines are copied byte for byte. The file is replaced, atomically, only if a line is removed.
         before = self._path.read_bytes() if self._path.exists() else b""
         rows = [(line, row) for line, row in (_rows(self._path) if before else ()) if wanted(row)]
         after = b"".join(line.removesuffix(b"\n") + b"\n" for line, _ in rows)
@@ -140,12 +154,12 @@ class RunWriter:
 
     def _append(self, row: Mapping) -> None:
         if self._file is None:
-            self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115 - it lives as long as the run
+            self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115 - open for the whole run
         append(self._file, dump_line(row))
 
     def _write_events(self, step: int, values: Mapping[str, float]) -> None:
-        # tensorboardX's SummaryWriter puts events through a queue and a thread and cannot be flushed at a
-        # known point, so a kill loses rows of steps that a checkpoint holds. Its EventsWriter writes at once.
+        # tensorboardX's SummaryWriter passes events through a queue to a thread and cannot be flushed
+        # synchronously, so a killed run could lose rows of steps before its checkpoint. EventsWriter can.
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import Event, SessionLog
         from tensorboardX.proto.summary_pb2 import Summary
@@ -154,7 +168,7 @@ class RunWriter:
         if self._events is None:
             folder = self.run_dir / "tensorboard"
             folder.mkdir(exist_ok=True)
-            # File names hold whole seconds only: a quick resume must not overwrite the file before it.
+            # File names contain whole seconds only; the suffix prevents a quick resume from overwriting a file.
             self._events = EventsWriter(str(folder / "events"), f".{os.getpid()}.{time.monotonic_ns()}")
             if self._purge_step is not None:
                 start = SessionLog(status=SessionLog.START)
@@ -165,25 +179,25 @@ class RunWriter:
 
 
 def read_metrics(run_dir: str | os.PathLike) -> list[dict]:
-    """The rows of a run's `metrics.jsonl`, in order; a torn last line is left out.
+    """Read the rows of a run's `metrics.jsonl`, in order. A truncated last line is skipped.
 
     Raises:
-        UserError: there is no such file, or a line before the last is not a row.
+        UserError: the file does not exist, or a line before the last is damaged.
     """
     path = Path(run_dir) / METRICS_FILE
     if not path.is_file():
-        raise UserError(f"{run_dir} holds no {METRICS_FILE}; give the directory of a run")
+        raise UserError(f"{run_dir} has no {METRICS_FILE}; pass a run directory")
     return [row for _, row in _rows(path)]
 
 
 def _rows(path: Path) -> Iterator[tuple[bytes, dict]]:
-    """(line, row) pairs. Only the last line may be damaged, which is what a kill in mid-write leaves."""
+    """Yield (line, row) pairs. A damaged last line is skipped: a process killed while writing leaves one."""
     return read_lines(path, _check_row, may_be_torn=True)
 
 
 def _check_row(row: Mapping) -> None:
     if not isinstance(row, dict) or type(row.get("step")) is not int:
-        raise ValueError("no step")
+        raise ValueError("it has no step")
 
 
 def _number(name: str, value) -> int | float:
@@ -191,4 +205,4 @@ def _number(name: str, value) -> int | float:
         value = value.item() if hasattr(value, "item") else value
         return int(value) if isinstance(value, int) else float(value)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"metric {name!r} is not one number: {value!r}") from error
+        raise ValueError(f"metric {name!r} is not a single number: {value!r}") from error

@@ -13,7 +13,7 @@ import jax
 from lpo_jax import tasks
 from lpo_jax.config import Config
 from lpo_jax.errors import UserError
-from lpo_jax.evaluation.heldout import Evaluation, evaluate
+from lpo_jax.evaluation.heldout import Evaluation, evaluate_rows
 from lpo_jax.models import lora
 from lpo_jax.models.decoder import Params
 from lpo_jax.models.load import load_config_and_tokenizer
@@ -36,7 +36,7 @@ class Session:
     def evaluate(self, params: Params) -> Evaluation:
         """pass@k on the held-out problems, sampled with the weights of `params` in `model.dtype`."""
         config, environment = self.config, self.environment
-        return evaluate(
+        return evaluate_rows(
             environment.collect,
             environment.collect.sampler.prepare(params),
             environment.heldout_rows,

@@ -53,7 +53,7 @@ def test_simplex(tmp_path, capsys):
         (("simplex", "--methods", "lpo-foward"), "unknown method 'lpo-foward'; did you mean 'lpo-forward'?"),
         (("simplex", "--methods", "grpo:ddof"), "write options as name:option=value, got 'ddof'"),
         (("simplex", "--methods", "grpo:ddof=2"), "grpo: ddof must be one of 0, 1, got 2"),
-        (("simplex", "--methods", "flowrl"), "no picture from rewards alone"),
+        (("simplex", "--methods", "flowrl"), "cannot be drawn from rewards alone"),
         (("methods", "gropo"), "did you mean"),
     ],
 )

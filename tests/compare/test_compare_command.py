@@ -1,4 +1,4 @@
-"""`lpo compare` on a tiny model: the table it ends with, however often it was stopped, and what a failure leaves."""
+"""`lpo compare` on a tiny model: its table, also after interruptions, and failing cells."""
 
 import contextlib
 import json
@@ -33,7 +33,7 @@ METHODS = [{"name": "grpo", "label": "pg"}, {"name": "lpo-forward", "label": "fo
 
 @pytest.fixture(scope="session")
 def empty_model(tmp_path_factory):
-    """A model directory with a shape and a tokenizer, but no weights."""
+    """A model directory with a config and a tokenizer, but without weights."""
     path = tmp_path_factory.mktemp("shape")
     write_configs(path, CONFIG, "float32", character_tokenizer())
     save_tokenizer(character_tokenizer(), path)
@@ -42,7 +42,7 @@ def empty_model(tmp_path_factory):
 
 @pytest.fixture
 def compared(run_config, empty_model):
-    """The values of a comparison that takes seconds: 1 rule, 2 methods, 2 seeds, 2 steps."""
+    """The values of a config that compares within seconds: 1 rule, 2 methods, 2 seeds, 2 steps."""
 
     def make(output="run", **changes):
         values = run_config(
@@ -61,7 +61,7 @@ def compared(run_config, empty_model):
 
 @pytest.fixture(scope="module")
 def one_pool():
-    """The verifier's processes are started once for all runs, which have the same task."""
+    """Verifier processes that are started once and shared by all runs, which have the same task."""
     make, made = rewards.VerifierPool, []
 
     def shared(spec, **options):
@@ -76,13 +76,13 @@ def one_pool():
 
 @pytest.fixture
 def in_process(monkeypatch, one_pool):
-    """Tasks run one after another in this process; returns the names of those that were begun."""
+    """Runs the jobs one after another in this process; the value is the list of started jobs."""
     begun = []
 
-    def run_jobs(tasks, shares, logs, ended):
-        for task in tasks:
-            begun.append(task.name)
-            ended(task, worker._run({"kind": task.kind, "config": task.config.to_dict()}))
+    def run_jobs(jobs, resources, logs, ended):
+        for job in jobs:
+            begun.append(job.name)
+            ended(job, worker._run({"kind": job.kind, "config": job.config.to_dict()}))
 
     monkeypatch.setattr(command, "run_jobs", run_jobs)
     monkeypatch.setattr(rewards, "VerifierPool", one_pool)
@@ -94,7 +94,7 @@ def table_of(values):
 
 
 @pytest.mark.slow
-def test_a_comparison_that_was_stopped_has_the_same_table(compared, in_process, monkeypatch):
+def test_an_interrupted_comparison_has_the_same_table(compared, in_process, monkeypatch):
     whole, stopped = compared("whole"), compared("stopped")
     compare(parse_config(whole))
     everything = ["warm", "grpo-pg-seed0", "grpo-pg-seed1", "grpo-forward-seed0", "grpo-forward-seed1"]
@@ -106,7 +106,7 @@ def test_a_comparison_that_was_stopped_has_the_same_table(compared, in_process, 
     assert {path.name for path in Path(whole["output"]).glob("*.png")} == {"grpo.png", "differences.png"}
 
     in_process.clear()
-    monkeypatch.setattr(command, "save_figures", lambda *_: [])  # drawing takes longer than all the cells
+    monkeypatch.setattr(command, "save_figures", lambda *_: [])  # drawing takes longer than all cells
     take_step = loop.take_step
 
     def stop_in_the_second_cell(session, learner, position, data, recorder):
@@ -123,7 +123,7 @@ def test_a_comparison_that_was_stopped_has_the_same_table(compared, in_process, 
         compare(parse_config(stopped))
     in_process.clear()
     compare(parse_config(stopped), resume=True)
-    assert in_process == everything[2:]  # neither the warm start nor the first cell again
+    assert in_process == everything[2:]  # neither the warm start nor the first cell is repeated
     assert table_of(stopped) == table_of(whole)
     in_process.clear()
     compare(parse_config(stopped), resume=True)
@@ -138,27 +138,27 @@ def test_a_comparison_that_was_stopped_has_the_same_table(compared, in_process, 
 
 
 def check_pairing(config, table):
-    """Both methods of a seed start from the same model with the same samples, and the table holds their difference."""
+    """Both methods of a seed start from the same model and samples, and the table contains their difference."""
     found = load_outcomes(make_grid(config))
     first, last = {}, {}
     for (_, method, seed), of in found.items():
         first.setdefault(seed, []).append(of.passed[0].tolist())
         last[method, seed] = of.passed[-1] / of.valid[-1]
     assert all(one == other for one, other in first.values())
-    assert first[0] != first[1]  # another seed draws other samples
+    assert first[0] != first[1]  # other seeds have other samples
     difference = np.mean([last["forward", s] - last["pg", s] for s in (0, 1)])
     held = table["differences"]["pg"]["grpo"]["forward"]["final pass@1"]
     assert held["mean"] == pytest.approx(difference) and held["pairs"] == 2
 
 
 def check_start(config):
-    """The common start is a model of its own, as any Hugging Face directory."""
+    """The warm-started model can be loaded like any Hugging Face directory."""
     warm = load_model(f"{config.output}/warm/hf")
     assert warm.config == CONFIG and warm.tokenizer is not None
 
 
 @pytest.mark.slow
-def test_a_cell_that_fails_is_named_and_the_others_go_on(compared, in_process, monkeypatch):
+def test_a_failing_cell_is_reported_and_the_others_continue(compared, in_process, monkeypatch):
     values = compared()
     take_step = loop.take_step
 
@@ -178,12 +178,12 @@ def test_a_cell_that_fails_is_named_and_the_others_go_on(compared, in_process, m
     assert "grpo-pg-seed1" in (Path(values["output"]) / "report.md").read_text()
 
 
-def test_a_directory_without_weights_says_how_to_draw_them(empty_model):
+def test_without_weights_the_error_names_model_init(empty_model):
     with pytest.raises(UserError, match=r"no weights .*--model\.init=random"):
         load_model(empty_model)
 
 
-# The table, from outcomes made up
+# The table, from artificial outcomes
 
 
 def made_up(rule_shift, method_shift, seed):
@@ -194,7 +194,7 @@ def made_up(rule_shift, method_shift, seed):
     return outcome.Outcome(np.array([0, 1, 2]), passed, np.full((3, 20), 4), steps, curves, 1.0, {})
 
 
-def test_the_table_holds_means_over_seeds_and_paired_differences(run_config):
+def test_the_table_contains_means_over_seeds_and_paired_differences(run_config):
     values = run_config(
         compare={"rules": ["grpo", "maxrl"], "methods": METHODS, "seeds": [0, 1, 2], "against": ["pg"]}
     )
@@ -207,13 +207,15 @@ def test_the_table_holds_means_over_seeds_and_paired_differences(run_config):
         last = np.mean([found[rule, "pg", s].passed[-1] / 4 for s in grid.seeds])
         assert table["scores"][rule]["pg"]["final pass@1"]["mean"] == pytest.approx(last)
         of = table["differences"]["pg"][rule]["forward"]
-        assert of["final pass@1"]["mean"] == pytest.approx(0.25)  # one more of four samples, everywhere
+        assert of["final pass@1"]["mean"] == pytest.approx(
+            0.25
+        )  # one more passing sample of four on every problem
         assert of["mean pass@1"]["mean"] == pytest.approx(0.25) and of["final pass@1"]["wins"] == 3
         assert of["mean actor/entropy"]["mean"] == pytest.approx(0.5)
     pooled = table["differences"]["pg"]["all"]["forward"]["final pass@1"]
     assert pooled["mean"] == pytest.approx(0.25) and pooled["low"] > 0
-    assert (pooled["wins"], pooled["pairs"]) == (6, 6)  # runs, not seeds
-    # A seed that one of the two lacks is no pair; the others stay.
+    assert (pooled["wins"], pooled["pairs"]) == (6, 6)  # pairs of runs, not seeds
+    # A seed that one of the two methods lacks is not a pair.
     del found["grpo", "pg", 2]
     table = make_table(grid, found)
     assert table["missing"] == ["grpo-pg-seed2"]
@@ -226,43 +228,45 @@ def test_the_table_holds_means_over_seeds_and_paired_differences(run_config):
 ECHO = """
 import json, os, sys
 for line in sys.stdin:
-    task = json.loads(line)
-    if task["kind"] == "die":
+    job = json.loads(line)
+    if job["kind"] == "die":
         os._exit(3)
-    print(json.dumps({"error": task["kind"] + " of " + str(os.getpid()) if task["kind"] == "fail" else None}))
+    print(json.dumps({"error": job["kind"] + " of " + str(os.getpid()) if job["kind"] == "fail" else None}))
     sys.stdout.flush()
 """
 
 
-def test_a_worker_that_dies_takes_its_task_alone_with_it(compared, tmp_path, monkeypatch):
+def test_a_worker_that_dies_fails_only_its_job(compared, tmp_path, monkeypatch):
     script = tmp_path / "echo.py"
     script.write_text(ECHO)
     monkeypatch.setattr(pool, "WORKER", (sys.executable, str(script)))
     config, ended = parse_config(compared()), {}
-    tasks = [
+    jobs = [
         Job(f"{kind}{i}", kind, config) for i, kind in enumerate(["ok", "die", "fail", "ok", "die", "ok"])
     ]
     run_jobs(
-        tasks,
+        jobs,
         [Resources([], {})] * 2,
         tmp_path / "logs",
-        lambda task, error: ended.update({task.name: error}),
+        lambda job, error: ended.update({job.name: error}),
     )
-    assert sorted(ended) == sorted(task.name for task in tasks)
+    assert sorted(ended) == sorted(job.name for job in jobs)
     assert ended["ok0"] is ended["ok3"] is ended["ok5"] is None
     assert ended["fail2"].startswith("fail of ")
     for name in ("die1", "die4"):
         assert ended[name].startswith("its process ended with status 3; see ")
 
 
-def test_shares_divide_the_machine(monkeypatch):
+def test_the_machine_is_divided_equally(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(4)))
     assert divide_machine(1) == [Resources([], {})]
-    assert [share.cores for share in divide_machine(2)] == [[0, 2], [1, 3]]
-    assert [share.cores for share in divide_machine(5)][-1] == [0]  # more workers than cores take turns
+    assert [part.cores for part in divide_machine(2)] == [[0, 2], [1, 3]]
+    assert [part.cores for part in divide_machine(5)][-1] == [
+        0
+    ]  # with more workers than cores, workers share a core
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
-    assert [share.environment for share in divide_machine(2)] == [
+    assert [part.environment for part in divide_machine(2)] == [
         {"CUDA_VISIBLE_DEVICES": "2"},
         {"CUDA_VISIBLE_DEVICES": "5"},
     ]
@@ -272,8 +276,8 @@ def test_shares_divide_the_machine(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_the_command_killed_and_resumed(compared, tmp_path, number):
-    """The real thing: two worker processes; killed inside the first cells, then resumed."""
+def test_the_command_can_be_killed_and_resumed(compared, tmp_path, number):
+    """Two real worker processes, killed during the first cells and then resumed."""
     whole, killed = compared("whole", workers=2), compared("killed", workers=2)
     paths = [tmp_path / "whole.yaml", tmp_path / "killed.yaml"]
     for path, values in zip(paths, (whole, killed)):
@@ -289,7 +293,7 @@ def test_the_command_killed_and_resumed(compared, tmp_path, number):
 
 
 def resumes(path):
-    """Whether the command goes on; right after SIGKILL a worker may still be saving what it was at."""
+    """Whether the resume succeeds; right after SIGKILL a worker may still be saving its run."""
     return main(["compare", str(path), "--resume"]) == 0
 
 

@@ -1,4 +1,4 @@
-"""The grid: which cells there are, what makes them pairs, and what is refused before any of them runs."""
+"""The grid: its cells, what pairs them, and errors before the first run."""
 
 import dataclasses
 from pathlib import Path
@@ -31,7 +31,7 @@ def compared(run_config):
     return make
 
 
-def test_every_rule_meets_every_method_and_seed(compared):
+def test_the_grid_is_the_product_of_rules_methods_and_seeds(compared):
     grid = make_grid(parse_config(compared()))
     assert [(c.rule, c.method, c.seed) for c in grid.cells] == [
         (rule, method, seed)
@@ -44,7 +44,7 @@ def test_every_rule_meets_every_method_and_seed(compared):
     assert len({cell.config.output for cell in grid.cells}) == 8
 
 
-def test_cells_of_a_seed_differ_by_their_objective_and_place_alone(compared):
+def test_cells_of_a_seed_differ_only_in_objective_and_output(compared):
     cells = make_grid(parse_config(compared())).cells
     plain = {
         dataclasses.replace(c.config, output="", objective={}, seed=0).to_dict().__repr__() for c in cells
@@ -57,7 +57,7 @@ def test_cells_of_a_seed_differ_by_their_objective_and_place_alone(compared):
     assert names == {"pg": "grpo", "lpo-forward": "lpo-forward"}
 
 
-def test_cells_begin_from_the_common_warm_start(compared):
+def test_cells_start_from_the_common_warm_start(compared):
     config = parse_config(compared() | {"warm_start": {"steps": 7}})
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, init="random"))
     warm, start = warm_config(config), cell_base_config(config)
@@ -65,7 +65,9 @@ def test_cells_begin_from_the_common_warm_start(compared):
     assert start.warm_start.steps == 0 and start.model.init == "weights"
     assert start.model.path == f"{warm.output}/hf"
     without = dataclasses.replace(config, warm_start=dataclasses.replace(config.warm_start, steps=0))
-    assert cell_base_config(without).model == config.model  # nothing to begin from but the model itself
+    assert (
+        cell_base_config(without).model == config.model
+    )  # without a warm start, cells start from the model itself
 
 
 def test_numbers_are_rules_and_methods_keep_their_options(compared):
@@ -84,16 +86,16 @@ def test_numbers_are_rules_and_methods_keep_their_options(compared):
         ({"rules": []}, "compare.rules is empty"),
         ({"methods": []}, "compare.methods is empty"),
         ({"seeds": []}, "compare.seeds is empty"),
-        ({"seeds": [1, 1]}, "compare.seeds: 1 is there twice"),
-        ({"rules": ["grpo", "grpo"]}, "compare.rules: grpo is there twice"),
+        ({"seeds": [1, 1]}, "compare.seeds: 1 occurs twice"),
+        ({"rules": ["grpo", "grpo"]}, "compare.rules: grpo occurs twice"),
         (
             {"methods": ["grpo", {"name": "grpo", "centre": "loo"}]},
-            "grpo is there twice, and would be one cell; tell",
+            "grpo occurs twice; give the methods different labels",
         ),
-        ({"methods": [{"name": "lpo-forward", "temperature": 1}]}, "its temperature is the rule's"),
+        ({"methods": [{"name": "lpo-forward", "temperature": 1}]}, "the temperature is set by compare.rules"),
         ({"methods": ["mpo"]}, "mpo has no temperature"),
         ({"methods": [{"label": "x"}]}, "unknown method None"),
-        ({"methods": [{"name": "grpo", "label": "a/b"}]}, "label 'a/b' is to be part of file names"),
+        ({"methods": [{"name": "grpo", "label": "a/b"}]}, "label 'a/b' becomes part of file names"),
         ({"against": ["forward"]}, "compare.against: no method 'forward'; did you mean 'lpo-forward'?"),
         (
             {"methods": [{"name": "grpo", "epsilon": 1}]},
@@ -103,23 +105,23 @@ def test_numbers_are_rules_and_methods_keep_their_options(compared):
         ({"rule": ["grpo"]}, "unknown key 'compare.rule'; did you mean 'rules'?"),
     ],
 )
-def test_what_is_no_grid_is_refused_in_one_line(compared, changes, says):
+def test_an_invalid_grid_is_a_one_line_error(compared, changes, says):
     with pytest.raises(UserError) as refused:
         make_grid(parse_config(compared(**changes)))
     assert says in str(refused.value) and "\n" not in str(refused.value)
 
 
-def test_methods_belong_into_the_grid(compared):
+def test_an_objective_outside_the_grid_is_an_error(compared):
     with pytest.raises(UserError, match=r"lpo compare takes its methods from compare\.methods"):
         make_grid(parse_config(compared() | {"objective": "grpo"}))
 
 
-def test_cells_keep_their_own_checkpoints(compared):
-    with pytest.raises(UserError, match=r"checkpoint\.directory: the cells of a comparison keep their own"):
+def test_a_checkpoint_directory_is_an_error(compared):
+    with pytest.raises(UserError, match=r"checkpoint\.directory: each cell of a comparison has its own"):
         make_grid(parse_config(compared() | {"checkpoint": {"directory": "elsewhere"}}))
 
 
-def test_a_cell_that_holds_another_run_is_refused_before_any_runs(compared):
+def test_a_directory_with_another_run_is_an_error_before_the_first_run(compared):
     config = parse_config(compared())
     cell = make_grid(config).cells[-1]
     other = dataclasses.replace(cell.config, objective={"name": "lpo-reverse"})
@@ -129,7 +131,7 @@ def test_a_cell_that_holds_another_run_is_refused_before_any_runs(compared):
         make_grid(config)
 
 
-def test_the_command_refuses_in_one_line(compared, tmp_path, capsys):
+def test_the_command_prints_one_line_errors(compared, tmp_path, capsys):
     path = tmp_path / "compare.yaml"
     path.write_text(yaml.safe_dump(compared(methods=["lpo-foward"])))
     assert main(["compare", str(path)]) == 2
@@ -137,7 +139,7 @@ def test_the_command_refuses_in_one_line(compared, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-def test_the_shipped_grid_is_whole():
+def test_the_shipped_grid_is_valid():
     config = load_config(Path(__file__).parents[2] / "configs" / "compare_countdown_micro.yaml")
     grid = make_grid(config)
     assert len(grid.cells) == 75 and grid.against == ("pg", "forward-onpolicy")

@@ -1,4 +1,4 @@
-"""`configs/micro` is what its script makes, and its tokenizer fits the task it is for."""
+"""`configs/micro` is up to date with its script, and its tokenizer fits its task."""
 
 import dataclasses
 import importlib.util
@@ -28,7 +28,7 @@ def script():
     return module
 
 
-def test_the_directory_is_what_the_script_makes(script, tmp_path):
+def test_the_directory_is_the_output_of_its_script(script, tmp_path):
     script.main(tmp_path)
     assert (tmp_path / "tokenizer.json").read_text() == (MICRO / "tokenizer.json").read_text()
     config, tokenizer, eos_ids = load_config_and_tokenizer(MICRO)
@@ -36,7 +36,7 @@ def test_the_directory_is_what_the_script_makes(script, tmp_path):
     assert eos_ids == (tokenizer.eos_token_id,) == (1,)
 
 
-def test_prompts_and_solutions_are_short_and_come_back_as_they_were():
+def test_prompts_and_solutions_are_short_and_round_trip():
     config = load_config(ROOT / "configs" / "compare_countdown_micro.yaml")
     options = {k: v for k, v in config.task.items() if k != "name"} | {"train_size": 200, "heldout_size": 8}
     task = tasks.get("countdown", **options)

@@ -18,10 +18,10 @@ def test_pass_at_k_equals_enumeration(n):
         assert M.pass_at_k(n, c, k) == pytest.approx(expected, abs=1e-12)
 
 
-def test_pass_at_k_at_its_ends():
+def test_pass_at_k_for_extreme_arguments():
     c = np.arange(5)
     np.testing.assert_allclose(M.pass_at_k(4, c, 1), c / 4)
-    # k = n is "any of them passed". Drawing with replacement would give 0.684 for one of four.
+    # For k = n pass@k is 1 if any sample passes. Drawing with replacement would give 0.684 for one of four.
     np.testing.assert_array_equal(M.pass_at_k(4, c, 4), [0.0, 1.0, 1.0, 1.0, 1.0])
 
 
@@ -31,14 +31,14 @@ def test_pass_at_k_is_vectorised_and_stable():
 
 
 @pytest.mark.parametrize(("n", "c", "k"), [(4, 5, 1), (4, -1, 1), (4, 2, 0)])
-def test_pass_at_k_refuses_nonsense(n, c, k):
+def test_pass_at_k_rejects_invalid_arguments(n, c, k):
     with pytest.raises(ValueError):
         M.pass_at_k(n, c, k)
 
 
-def test_interval_covers_the_truth_about_as_often_as_it_says():
+def test_interval_has_its_nominal_coverage():
     rng = np.random.default_rng(0)
-    difficulty = rng.beta(0.5, 1.5, (300, 60))  # true mean 0.25; half the problems are nearly hopeless
+    difficulty = rng.beta(0.5, 1.5, (300, 60))  # true mean 0.25; half of the problems are almost never solved
     values = rng.binomial(4, difficulty) / 4
     intervals = [M.bootstrap_interval(row, n_boot=400, seed=index) for index, row in enumerate(values)]
     coverage = np.mean([low <= 0.25 <= high for low, high in intervals])
@@ -49,11 +49,11 @@ def test_interval_covers_the_truth_about_as_often_as_it_says():
 
 
 def test_interval_of_equal_values_has_width():
-    # No success in 24 problems: the Clopper-Pearson bound, not [0, 0].
+    # Without a success on 24 problems the interval is the Clopper-Pearson bound, not [0, 0].
     assert M.bootstrap_interval(np.zeros(24)) == (0.0, pytest.approx(1 - 0.025 ** (1 / 24)))
     assert M.bootstrap_interval(np.ones(24)) == (pytest.approx(0.025 ** (1 / 24)), 1.0)
     low, high = M.bootstrap_interval([0.5])
-    assert low < 0.05 and high > 0.95  # one problem says next to nothing
+    assert low < 0.05 and high > 0.95  # one problem gives almost no information
     low, high = M.bootstrap_interval(np.zeros(24), low=-1.0)
     assert low == pytest.approx(-high) and 0.1 < high < 0.2
 
@@ -71,7 +71,7 @@ def test_interval_is_seeded_and_leaves_the_global_generator_alone():
 def test_interval_in_blocks_equals_one_block(monkeypatch):
     values = np.random.default_rng(2).random(50)
     whole = M.bootstrap_interval(values, n_boot=500)
-    monkeypatch.setattr(M, "_BLOCK", 50 * 64)  # 500 resamples in blocks of 64, the last one short
+    monkeypatch.setattr(M, "_BLOCK", 50 * 64)  # 500 resamples in blocks of 64; the last block is smaller
     assert M.bootstrap_interval(values, n_boot=500) == whole
 
 
@@ -94,7 +94,7 @@ def test_summarise_masks_samples_whose_verifier_failed():
     valid = np.array([[1, 1, 1, 1], [0, 1, 1, 0], [0, 0, 0, 0]], bool)
     summary = M.summarise(outcomes, valid, ks=[1, 2, 4])
     assert (summary["samples"], summary["invalid_samples"]) == (6, 6)
-    # A failed verifier is no wrong answer: problem 2 counts 1 of 2, problem 3 does not count.
+    # A verifier failure is not a wrong answer: problem 2 counts 1 of 2 samples, problem 3 none.
     assert summary["pass@1"]["mean"] == pytest.approx((1 / 4 + 1 / 2) / 2)
     assert [summary[f"pass@{k}"]["problems"] for k in (1, 2, 4)] == [2, 2, 1]
     nothing = M.summarise(outcomes, np.zeros_like(valid))
@@ -102,7 +102,7 @@ def test_summarise_masks_samples_whose_verifier_failed():
     assert nothing["pass@1"]["problems"] == 0
 
 
-def test_summarise_refuses_what_it_cannot_mean():
+def test_summarise_rejects_invalid_arguments():
     with pytest.raises(ValueError, match="between 1 and the 4 samples"):
         M.summarise(np.zeros((2, 4)), ks=[8])
     with pytest.raises(ValueError, match="flags"):
@@ -113,13 +113,15 @@ def test_summarise_refuses_what_it_cannot_mean():
 
 def test_paired_difference_cancels_the_difficulty_of_problems():
     rng = np.random.default_rng(0)
-    easy = np.arange(40) < 20  # half the problems are always solved, before and after
+    easy = np.arange(40) < 20  # half of the problems are always solved, before and after
     before = np.tile(easy[:, None], (1, 4))
     after = before | (rng.random((40, 4)) < 0.15)
     change = M.paired_difference(before, after)["pass@1"]
     scores = [M.summarise(flags)["pass@1"] for flags in (before, after)]
     assert change["mean"] == pytest.approx(scores[1]["mean"] - scores[0]["mean"])
-    assert change["ci_low"] > 0  # seen in pairs, though each score alone is uncertain by more than the change
+    assert (
+        change["ci_low"] > 0
+    )  # significant in pairs, although each score alone is uncertain by more than the change
     assert scores[1]["ci_low"] < scores[0]["ci_high"]
 
 

@@ -1,4 +1,4 @@
-"""`lpo eval --suite`: figures against closed forms, and an evaluation that is killed and goes on."""
+"""`lpo eval --suite`: scores against closed forms, and resuming an evaluation that was killed."""
 
 import json
 import math
@@ -28,8 +28,8 @@ def summaries(*outcomes, answers=None):
     ]
 
 
-def test_figures_are_the_closed_forms():
-    # Problem 1: one right of four. Problem 2: all wrong, with one that could not be judged.
+def test_scores_match_closed_forms():
+    # Problem 1: one of four passes. Problem 2: none passes, and the verifier failed on one.
     result = S.score_responses(
         summaries("pass", "wrong", "wrong", "wrong", "wrong", "malformed", "wrong", "infrastructure"), 4
     )
@@ -38,32 +38,27 @@ def test_figures_are_the_closed_forms():
     assert result["pass@4"]["mean"] == 1.0 and result["pass@4"]["problems"] == 1
     assert (result["truncated"], result["malformed"], result["invalid_samples"]) == (1 / 8, 1 / 8, 1)
     assert result["mean_reward"] == pytest.approx(1 / 7)
-    assert S.score_responses(summaries(*["wrong"] * 6), 6)["ks"] == [
-        1,
-        2,
-        4,
-        6,
-    ]  # k itself, though no power of two
+    assert S.score_responses(summaries(*["wrong"] * 6), 6)["ks"] == [1, 2, 4, 6]  # K is included
 
 
 @pytest.mark.parametrize(
     ("answers", "passed", "valid", "right"),
     [
         (["7", " 7 ", "8", "9"], [1, 1, 0, 0], [1, 1, 1, 1], 1.0),
-        (["8", "7", "8", "7"], [0, 1, 0, 1], [1, 1, 1, 1], 0.0),  # a tie: the first seen
-        (["7", "8", None, None], [1, 0, 0, 0], [1, 1, 1, 1], 1.0),  # None is no majority of two
-        (["8", "8", "7", "7"], [0, 0, 1, 1], [0, 0, 1, 1], 1.0),  # not judged: not there
+        (["8", "7", "8", "7"], [0, 1, 0, 1], [1, 1, 1, 1], 0.0),  # a tie: the first answer wins
+        (["7", "8", None, None], [1, 0, 0, 0], [1, 1, 1, 1], 1.0),  # None does not vote
+        (["8", "8", "7", "7"], [0, 0, 1, 1], [0, 0, 1, 1], 1.0),  # invalid samples do not vote
         ([None, "", None, None], [0, 0, 0, 0], [1, 1, 1, 1], 0.0),
         (["7", "7", "7", "7"], [1, 1, 1, 1], [0, 0, 0, 0], math.nan),
     ],
 )
 def test_majority(answers, passed, valid, right):
-    other = ["1", "1", "1", "1"]  # somebody has to vote
+    other = ["1", "1", "1", "1"]  # without any vote the result is NaN
     votes = majority(np.array([passed, [0] * 4], bool), np.array([valid, [1] * 4], bool), [answers, other])
     np.testing.assert_array_equal(votes, [right, 0.0])
 
 
-def test_where_no_answer_is_named_there_is_no_majority():
+def test_without_answers_there_is_no_majority():
     result = S.score_responses(summaries("pass", "wrong", answers=[None, None]), 2)
     assert math.isnan(result["maj@2"]["mean"]) and result["maj@2"]["problems"] == 0
     assert result["pass@2"]["mean"] == 1.0
@@ -93,7 +88,7 @@ def test_a_file_of_responses_keeps_whole_batches(tmp_path):
         with open_file() as file:
             assert file.summaries == whole[:kept] and file.problems == kept // 2
         assert path.read_bytes() == b"".join(lines[:kept])
-    path.write_bytes(b"".join([lines[1], *lines[1:]]))  # not the one that belongs there
+    path.write_bytes(b"".join([lines[1], *lines[1:]]))  # out of order
     with pytest.raises(UserError, match=r"r\.jsonl line 1 is damaged"):
         open_file()
 
@@ -126,7 +121,7 @@ def test_killed_and_resumed_is_the_same(arguments, tmp_path, capsys, monkeypatch
     assert "pass@1 (avg@k)" in table and "maj@k" in table
     whole = written(tmp_path / "whole")
     rows = [json.loads(line) for line in whole["responses/nine.jsonl"].splitlines()]
-    # Every row, though 9 are no multiple of 4, and every response with its prompt.
+    # All 9 rows, although 9 is not a multiple of 4, and each response with its prompt.
     assert [(row["id"], row["k"], row["input"]) for row in rows] == [
         (n, k, NINE[n]["q"]) for n in range(9) for k in range(3)
     ]
@@ -137,7 +132,7 @@ def test_killed_and_resumed_is_the_same(arguments, tmp_path, capsys, monkeypatch
     append, batches = ResponseFile.append, []
 
     def killed(self, records):
-        if len(batches) == 1:  # in the middle of writing the second batch
+        if len(batches) == 1:  # while the second batch is written
             self._file.write(b'{"id": 4, "k": 0, "out')
             raise KeyboardInterrupt
         batches.append(append(self, records))
@@ -151,7 +146,7 @@ def test_killed_and_resumed_is_the_same(arguments, tmp_path, capsys, monkeypatch
     assert written(tmp_path / "cut") == whole
     assert capsys.readouterr().out == table.replace("whole", "cut")
 
-    # A finished one is only read again; another setting, or other data, is another evaluation.
+    # A finished evaluation is only read; other settings or data are another evaluation.
     assert main(arguments(tmp_path / "cut", "--json")) == 0
     assert json.loads(capsys.readouterr().out) == summary
     for option, says in (
@@ -184,7 +179,7 @@ def test_mistakes(tiny_model, tiny_params, data, arguments, tmp_path, capsys):
     assert "--sampling.top_p=1" in fails(model, "--suite", data, "--task=math", "--sampling.top_p=1")
     assert "temperature -1" in fails(model, "--suite", "math", "--temperature=-1")
     assert "--top-p requires --suite" in fails(model, "--top-p=0.9")
-    assert "more than the 128 positions" in fails(*arguments("x", "--max-prompt-tokens=125")[1:])
+    assert "exceeds the 128 positions" in fails(*arguments("x", "--max-prompt-tokens=125")[1:])
     assert "row 0: its prompt has 4 tokens, more than --max-prompt-tokens = 2 (9 such rows)" in fails(
         *arguments("x", "--max-prompt-tokens=2")[1:]
     )
@@ -196,10 +191,10 @@ def test_mistakes(tiny_model, tiny_params, data, arguments, tmp_path, capsys):
     assert "has no tokenizer" in fails(str(mute), *arguments("x")[2:])
 
 
-def test_benchmarks_are_files(data):
+def test_benchmark_names_are_unique_file_names(data):
     twice = [Benchmark("a", 1, {"name": "math", "heldout": data})] * 2
     for benchmarks in (twice, [Benchmark("../a", 1, {})]):
-        with pytest.raises(UserError, match="names are those of files, each once"):
+        with pytest.raises(UserError, match="a name is a file name and must be unique"):
             S.prepare_benchmarks(benchmarks, S.Settings(), character_tokenizer(), 2048)
 
 
@@ -212,7 +207,7 @@ def test_other_weights_have_another_hash(tiny_model):
 
 
 def test_without_a_suite_shared_names_are_config_keys(monkeypatch):
-    said = []
-    monkeypatch.setattr("lpo_jax.commands.evaluate.evaluate_heldout", lambda *a, **k: said.append(a))
+    called = []
+    monkeypatch.setattr("lpo_jax.commands.evaluate.evaluate_heldout", lambda *a, **k: called.append(a))
     assert main(["eval", "c.yaml", "--task.n=1", "--seed=3", "--task=math"]) == 0
-    assert said == [("c.yaml", ["--task=math", "--seed=3", "--task.n=1"])]
+    assert called == [("c.yaml", ["--task=math", "--seed=3", "--task.n=1"], "best", False)]

@@ -1,4 +1,4 @@
-"""The table of names: complete, strict, and the source of the documentation."""
+"""The table of metric names is complete and strict, and the documentation is rendered from it."""
 
 import ast
 import math
@@ -43,17 +43,17 @@ def test_known_names(name):
         "step",
     ],
 )
-def test_unknown_names_are_refused(name):
+def test_unknown_names_are_rejected(name):
     with pytest.raises(ValueError, match="unknown metric"):
         N.check([name])
 
 
-def test_refusal_names_the_nearest():
+def test_the_error_suggests_the_closest_name():
     with pytest.raises(ValueError, match="did you mean 'actor/grad_norm'"):
         N.check(["actor/lr", "actor/gradnorm"])
 
 
-def test_timing_is_what_depends_on_the_machine():
+def test_timing_metrics_depend_on_the_machine():
     assert all(
         map(N.is_timing, ["timing_s/gen", "perf/throughput", "perf/compiles", "perf/cpu_memory_used_gb"])
     )
@@ -124,11 +124,11 @@ def test_markdown_documents_every_row():
     lines = N.metrics_markdown().splitlines()
     for metric in N.METRICS:
         (line,) = [line for line in lines if line.startswith(f"| `{metric.name}`")]
-        assert line.replace("\\|", "").count("|") == 4  # three cells, whatever bars the meaning holds
+        assert line.replace("\\|", "").count("|") == 4  # three cells; bars inside the meaning are escaped
         assert ("†" in line) == metric.timing
 
 
-def test_the_document_is_the_table():
+def test_the_document_is_up_to_date():
     document = Path(__file__).parents[2] / "docs" / "metrics.md"
     assert document.read_text() == N.metrics_markdown(), (
         "write metric_names.metrics_markdown() to docs/metrics.md"

@@ -1,4 +1,4 @@
-"""Learning curves: the right numbers on the right axes, for whatever a run has written."""
+"""Learning curves show the right numbers on the right axes, whatever metrics a run has written."""
 
 import math
 import warnings
@@ -24,7 +24,7 @@ def _axes(figure, title):
     return axes
 
 
-def test_panels_are_those_the_run_has_metrics_for():
+def test_only_panels_with_metrics_are_drawn():
     figure = learning_curves(_rows(5))
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["Reward", "Entropy of the policy"]
     (line,) = _axes(figure, "Reward").get_lines()
@@ -58,7 +58,7 @@ def test_held_out_scores_have_their_intervals():
         assert corners.max() == pytest.approx(max(s["ci_high"] for s in score))
 
 
-def test_nulls_are_gaps_and_are_marked():
+def test_nulls_are_gaps_with_a_mark():
     rows = _rows(4)
     rows[2] |= {"critic/rewards/mean": None, "nonfinite": {"critic/rewards/mean": "nan"}}
     line, marks = _axes(learning_curves(rows), "Reward").get_lines()
@@ -87,7 +87,7 @@ def test_shares_are_drawn_from_zero_and_gaps_on_a_log_scale():
     assert low <= 0 and 0.9 < high <= 1.02
     gap = "Log-prob gap, sampling to training"
     assert _axes(diagnostics(rows), gap).get_yscale() == "log"
-    rows[0]["lpo/logp_gap_mean"] = 0.0  # equal to the last bit: has no place on a log scale
+    rows[0]["lpo/logp_gap_mean"] = 0.0  # bitwise equal log-probs: 0 is not on a log scale
     assert _axes(diagnostics(rows), gap).get_yscale() == "linear"
 
 
@@ -102,7 +102,7 @@ def test_files_hold_a_picture(tmp_path, steps):
                 metrics | {"response_length/mean": 9, "response_length/min": 3, "response_length/max": 14},
             )
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # matplotlib warns of what it cannot lay out or scale
+        warnings.simplefilter("error")  # matplotlib warns if layout or scaling fails
         paths = save_plots(tmp_path, "a run")
     assert [path.name for path in paths] == ["learning_curves.png", "diagnostics.png"]
     for path in paths:

@@ -1,4 +1,4 @@
-"""The progress line on a terminal and in a log file."""
+"""The progress display on a terminal and in a log file."""
 
 import io
 import os
@@ -15,7 +15,7 @@ from lpo_jax.reporting import console as make_console
 
 
 class Clock:
-    """Seconds that pass when told to."""
+    """A clock that only advances when the test sets it."""
 
     def __init__(self):
         self.now = 1000.0
@@ -43,7 +43,7 @@ STEP = {
 }
 
 
-def test_log_file_gets_one_plain_line_a_step():
+def test_log_file_gets_one_plain_line_per_step():
     out, console = _plain()
     clock = Clock()
     with Progress(total=10, console=console, clock=clock) as progress:
@@ -62,7 +62,7 @@ def test_log_file_gets_one_plain_line_a_step():
     )
 
 
-def test_messages_are_printed_as_they_stand():
+def test_messages_are_printed_without_markup():
     out, console = _plain()
     with Progress(total=1, console=console) as progress:
         progress.log("checkpoint [bold]saved[/bold] in " + "x" * 200, batch_table([("rows", 64, "all")]))
@@ -70,7 +70,7 @@ def test_messages_are_printed_as_they_stand():
     assert "rows" in out.getvalue()
 
 
-def test_missing_and_nonfinite_metrics_are_left_out():
+def test_missing_and_nonfinite_metrics_are_omitted():
     out, console = _plain()
     with Progress(total=2, console=console) as progress:
         progress.update(1, {"actor/entropy": float("nan"), "critic/rewards/mean": None, "train/loss": 2.5})
@@ -88,18 +88,18 @@ def test_skipped_updates_add_up():
     assert "skipped updates 2" in lines[1] and "skipped updates 3" in lines[2]
 
 
-def test_time_left_is_not_misled_by_one_slow_step():
+def test_time_left_is_robust_against_one_slow_step():
     clock = Clock()
     progress = Progress(total=12, start=2, console=_plain()[1], clock=clock)
     with progress:
-        assert progress.seconds_left() != progress.seconds_left()  # NaN: nothing is known yet
+        assert progress.seconds_left() != progress.seconds_left()  # NaN before the first step
         for step, seconds in ((3, 60.0), (4, 10.0), (5, 10.0), (6, 10.0)):
             clock.now += seconds
             progress.update(step, {})
         assert progress.seconds_left() == pytest.approx(6 * 10.0)
         clock.now += 4.0
         assert progress.seconds_left() == pytest.approx(56.0)
-        clock.now += 400.0  # a step that hangs does not count down below the steps after it
+        clock.now += 400.0  # a slow step counts at most as its typical time
         assert progress.seconds_left() == pytest.approx(50.0)
         progress.update(12, {})
         assert progress.seconds_left() == 0.0
@@ -135,7 +135,7 @@ def test_narrow_terminal_cuts_the_facts_to_one_line():
 
 
 @pytest.mark.parametrize("terminal", [_plain, _terminal])
-def test_exceptions_pass_through_and_give_the_terminal_back(terminal):
+def test_exceptions_pass_through_and_the_terminal_is_restored(terminal):
     out, console = terminal()
     with pytest.raises(KeyboardInterrupt), Progress(total=3, console=console) as progress:
         progress.update(1, STEP)
@@ -149,7 +149,7 @@ def test_exceptions_pass_through_and_give_the_terminal_back(terminal):
 
 
 @pytest.mark.parametrize("how", ["a reader that has gone", "a full disk", "closed from the start"])
-def test_a_run_goes_on_where_nobody_can_read_what_it_prints(tmp_path, how):
+def test_a_run_continues_when_its_output_is_closed(tmp_path, how):
     program = """
         import sys
         from pathlib import Path

@@ -1,4 +1,4 @@
-"""Tables say what they should; model text cannot drive the terminal."""
+"""Tables show the right values, and model output cannot control the terminal."""
 
 import io
 
@@ -51,7 +51,7 @@ def test_before_after_table_fits_80_columns_and_is_complete():
             assert f"{percent(score['ci_low'])} to {percent(score['ci_high'])}" in text
     assert f"+{100 * change['pass@1']['mean']:.1f}" in text
     assert "32 problems x 4 samples" in text
-    assert "…" not in text  # nothing was cut to fit
+    assert "…" not in text  # nothing was truncated
 
 
 def test_before_after_table_without_changes_has_no_column_for_them():
@@ -62,7 +62,7 @@ def test_before_after_table_without_changes_has_no_column_for_them():
 def test_change_is_coloured_only_where_its_interval_excludes_zero():
     _, warm, trained = _evaluations()
     lucky = warm.copy()
-    lucky[0] = True  # one problem of 32 went from failure to success
+    lucky[0] = True  # one of 32 problems changes from failure to success
     assert (
         paired_difference(warm, lucky)["pass@1"]["mean"]
         > 0
@@ -77,14 +77,14 @@ def test_change_is_coloured_only_where_its_interval_excludes_zero():
         assert (green in text) is expected
 
 
-def test_failed_verifiers_are_told():
+def test_verifier_failures_are_reported():
     valid = np.ones((32, 4), bool)
     valid[0, :3] = False
     text = _print(before_after_table([("model", summarise(_evaluations()[1], valid), None)]))
     assert "3 samples not counted" in text
 
 
-def test_sanitise_writes_control_characters_out():
+def test_sanitise_escapes_control_characters():
     assert sanitise("a\x1b[2Jb\rc\x00\x9b") == "a\\x1b[2Jb\\x0dc\\x00\\x9b"
     assert sanitise("\u202egnp.exe \u200b\ufeff \udc80 \U000e0041") == (
         "\\u202egnp.exe \\u200b\\ufeff \\udc80 \\U000e0041"
@@ -111,7 +111,7 @@ def test_sample_panel_shows_markup_and_escapes_literally():
     assert "\x1b" not in text and "\u202e" not in text
 
 
-def test_sample_panel_says_how_much_it_cut():
+def test_sample_panel_reports_how_much_it_omits():
     response = "begin" + "x" * 1000 + "the end"
     text = _print(
         sample_panel([{"prompt": "p", "response": response, "reward": 1, "outcome": "pass"}], max_chars=100)
@@ -120,7 +120,7 @@ def test_sample_panel_says_how_much_it_cut():
     assert "912 characters left out" in text
 
 
-def test_sample_panel_of_nothing():
+def test_sample_panel_without_samples():
     assert "no responses" in _print(sample_panel([]))
 
 

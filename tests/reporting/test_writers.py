@@ -1,4 +1,4 @@
-"""A run's files: valid at every moment, and the same after a kill and a resume as without."""
+"""A run's files are valid at all times, and a killed and resumed run writes the same ones as an uninterrupted run."""
 
 import json
 import math
@@ -38,7 +38,7 @@ def _write(run_dir, steps, resume_after=None):
 
 
 def _events(run_dir):
-    """Every event of the TensorBoard files, oldest file first, with its checksums checked."""
+    """Read all events of the TensorBoard files, oldest file first, and check their checksums."""
     from tensorboardX.crc32c import crc32c
     from tensorboardX.proto.event_pb2 import Event
 
@@ -71,13 +71,13 @@ def test_rows_come_back_as_written(tmp_path):
     ]
 
 
-def test_unknown_metric_is_refused_and_nothing_written(tmp_path):
+def test_unknown_metric_is_rejected_and_nothing_written(tmp_path):
     with RunWriter(tmp_path) as writer:
         with pytest.raises(ValueError, match="unknown metric 'actor/entropi'; did you mean 'actor/entropy'"):
             writer.write(1, {"actor/lr": 0.1, "actor/entropi": 1.0})
-        with pytest.raises(ValueError, match="'actor/lr' is not one number"):
+        with pytest.raises(ValueError, match="'actor/lr' is not a single number"):
             writer.write(1, {"actor/lr": np.zeros(2)})
-        with pytest.raises(ValueError, match="'actor/lr' is not one number"):
+        with pytest.raises(ValueError, match="'actor/lr' is not a single number"):
             writer.write(1, {"actor/lr": None})
         assert not (tmp_path / "metrics.jsonl").exists()
 
@@ -105,7 +105,7 @@ def test_resume_gives_the_files_of_an_uninterrupted_run(tmp_path):
     _write(tmp_path / "resumed", [3, 4], resume_after=2)
     whole, resumed = (read_metrics(tmp_path / run) for run in ("whole", "resumed"))
     assert _without_timing(resumed) == _without_timing(whole)
-    assert resumed != whole  # the timings differ, so the comparison above did leave something out
+    assert resumed != whole  # the timings differ, so the comparison above did ignore something
     files = {run: _files(tmp_path / run / "rollouts") for run in ("whole", "resumed")}
     assert files["whole"] == files["resumed"]
     assert list(files["whole"]) == ["1.jsonl", "2.jsonl", "3.jsonl", "4.jsonl"]
@@ -120,7 +120,9 @@ def test_truncate_drops_later_samples_only(tmp_path):
         for step in (0, 2, 10):
             writer.write_samples(step, [{"output": "x"}])
             writer.write_samples(step, [{"output": "y"}], folder="validation")
-        (tmp_path / "rollouts/1.jsonl.tmp").write_text("half a fi")  # what a kill in mid-write leaves
+        (tmp_path / "rollouts/1.jsonl.tmp").write_text(
+            "half a fi"
+        )  # a process killed while writing leaves this
         writer.truncate_after(2)
     for folder in ("rollouts", "validation"):
         assert sorted(path.name for path in (tmp_path / folder).iterdir()) == ["0.jsonl", "2.jsonl"]
@@ -133,20 +135,20 @@ def test_tensorboard_holds_each_step_and_a_purge_mark_on_resume(tmp_path):
     steps = [event.step for event in events if event.HasField("summary")]
     assert steps == [1, 2, 3, 3, 4]
     starts = [event.step for event in events if event.HasField("session_log")]
-    assert starts == [3]  # TensorBoard hides what was there from step 3 on
+    assert starts == [3]  # TensorBoard hides earlier events from step 3 on
     first = next(event for event in events if event.HasField("summary"))
     values = {value.tag: value.simple_value for value in first.summary.value}
     assert values["actor/entropy"] == pytest.approx(0.25) and values["perf/total_num_tokens"] == 101
 
 
 @pytest.mark.parametrize("torn", [b'{"step": 3, "actor/en', b"{", b"\0\0\0\0", b'{"actor/lr": 1.0}'])
-def test_torn_last_line_is_left_out_and_removed(tmp_path, torn):
+def test_truncated_last_line_is_skipped_and_removed(tmp_path, torn):
     _write(tmp_path, [1, 2])
     path = tmp_path / "metrics.jsonl"
     whole = path.read_bytes()
     path.write_bytes(whole + torn)
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2]
-    assert path.read_bytes() == whole + torn  # reading mends nothing
+    assert path.read_bytes() == whole + torn  # reading does not change the file
     with RunWriter(tmp_path) as writer:
         assert path.read_bytes() == whole
         writer.write(3, _metrics(3))
@@ -161,7 +163,7 @@ def test_last_line_that_lacks_only_its_newline_is_kept(tmp_path):
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3]
 
 
-def test_damage_before_the_last_line_is_told_and_never_dropped(tmp_path):
+def test_damage_before_the_last_line_is_an_error(tmp_path):
     _write(tmp_path, [1, 2])
     path = tmp_path / "metrics.jsonl"
     damaged = b"x" + path.read_bytes()
@@ -172,7 +174,7 @@ def test_damage_before_the_last_line_is_told_and_never_dropped(tmp_path):
     assert path.read_bytes() == damaged
 
 
-def test_a_step_that_goes_back_is_refused(tmp_path):
+def test_a_decreasing_step_is_rejected(tmp_path):
     _write(tmp_path, [1, 2, 3])
     with RunWriter(tmp_path) as writer:
         with pytest.raises(ValueError, match="truncate_after"):
@@ -233,11 +235,11 @@ def test_full_disk_leaves_the_rows_before_it(tmp_path, monkeypatch):
             with pytest.raises(UserError, match=r"metrics\.jsonl: No space left on device"):
                 writer.write(2, _metrics(2))
         assert (tmp_path / "metrics.jsonl").read_bytes() == before
-        writer.write(2, _metrics(2))  # once there is room the same writer goes on
+        writer.write(2, _metrics(2))  # once there is space, the same writer works again
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2]
 
 
-def test_samples_hold_whatever_a_model_says(tmp_path):
+def test_samples_can_contain_any_text_and_value(tmp_path):
     row = {
         "output": "line\nbreak \u2028 \x1b[31m \udc80 日本",
         "score": np.float32(0.5),
@@ -266,11 +268,11 @@ def test_samples_go_to_known_folders_only(tmp_path):
 
 
 def test_reading_a_directory_without_a_run(tmp_path):
-    with pytest.raises(UserError, match=r"holds no metrics\.jsonl"):
+    with pytest.raises(UserError, match=r"has no metrics\.jsonl"):
         read_metrics(tmp_path)
 
 
-def test_unwritable_place_is_a_users_mistake(tmp_path):
+def test_unwritable_directory_is_a_user_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write"):
         RunWriter(tmp_path / "file")
@@ -286,8 +288,8 @@ def test_import_is_light():
 @pytest.mark.parametrize(
     "evaluations, rows, files", [(None, 3, ["2"]), (2, 3, ["2"]), (1, 2, ["2"]), (0, 1, [])]
 )
-def test_evaluations_that_the_checkpoint_does_not_know_of_are_dropped(tmp_path, evaluations, rows, files):
-    """A step may have two: of the cold model, and after the warm start. Those that come again must not stay."""
+def test_evaluations_after_the_checkpoint_are_removed(tmp_path, evaluations, rows, files):
+    """A step can have two evaluations: before and after the warm start. Those that will run again are removed."""
     with RunWriter(tmp_path) as writer:
         writer.write(2, {"actor/entropy": 1.0})
         for score in (0.25, 0.75):
