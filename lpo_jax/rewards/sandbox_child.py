@@ -241,7 +241,7 @@ def _write_script(job: dict) -> str:
     return path
 
 
-def run(job: dict) -> None:
+def run_job(job: dict) -> None:
     """Run the program in this process and end the process as the interpreter would, but without its finalisation."""
     name = "solution" if job["function"] else "__main__"
     module = sys.modules[name] = types.ModuleType(name)
@@ -363,4 +363,4 @@ def _exactly(file: int, count: int) -> bytes:
 
 
 if __name__ == "__main__":
-    run(serve())
+    run_job(serve())
