@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace) -> int | None:
         raise UserError(f"--{name.replace('_', '-')} requires --suite; without it, set config keys (--help)")
     open_devices()
     overrides = [*config_keys, *arguments.overrides]
-    evaluate_heldout(arguments.target, overrides, arguments.checkpoint, arguments.json)
+    evaluate_heldout(arguments.target, overrides, checkpoint=arguments.checkpoint, as_json=arguments.json)
     return None
 
 
