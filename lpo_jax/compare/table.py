@@ -21,7 +21,8 @@ POOLED = "all"  # the mean over the rules, at each seed and problem
 
 
 def make_table(grid: Grid, outcomes: Outcomes) -> dict[str, Any]:
-    """As JSON holds it: sizes, `scores` [rule][method][measure] and `differences` [against][rule][method][measure].
+    """Build the report's table as JSON values: sizes, `scores[rule][method][measure]` and
+    `differences[against][rule][method][measure]`.
 
     A number is `{"mean", "low", "high"}`; a difference is `{"mean", "low", "high", "wins", "pairs"}`. Cells that
     are missing are left out, and named.
