@@ -91,7 +91,7 @@ def prefill(config, dtype, weights, prompts, lengths, attention: Attention = "au
     U, S = prompts.shape
     valid = jnp.arange(S) < lengths[:, None]
     positions = jnp.broadcast_to(jnp.arange(S), (U, S))
-    context = Causal(valid, positions, config.sliding_window, keep=True, attention=attention)
+    context = Causal(valid, positions, keep=True, attention=attention)
     no_kv = [None] * config.num_layers
     _, kept = decoder.forward(config, weights, prompts, positions, context, no_kv, dtype=dtype)
     return [(jnp.transpose(k, (0, 2, 3, 1)), jnp.swapaxes(v, 1, 2)) for k, v in kept]
