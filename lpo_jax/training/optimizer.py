@@ -1,4 +1,4 @@
-"""AdamW with schedule, from optax; gradients are clipped, and one that is not finite is skipped and counted."""
+"""AdamW with a schedule, by optax. Gradients are clipped; non-finite gradients are skipped and counted."""
 
 import dataclasses
 import functools
@@ -14,7 +14,7 @@ from lpo_jax.objectives import Objective
 
 
 def make_schedule(config: OptimizerConfig, total_updates: int) -> optax.Schedule:
-    """Learning rate by update: linear warm-up, then constant, linear or cosine decay to `final_fraction`."""
+    """Return the learning rate by update: linear warm-up, then constant or decaying to `final_fraction`."""
     peak, warmup = config.learning_rate, config.warmup_updates
     rest = max(total_updates - warmup, 1)
     after = {
@@ -29,16 +29,16 @@ def make_schedule(config: OptimizerConfig, total_updates: int) -> optax.Schedule
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-    """A rule of optax behind two guards: a norm that gradients are clipped to, and what is not finite is skipped.
+    """An optax transformation whose gradients are clipped by their norm and skipped if they are not finite.
 
-    As `optax.clip_by_global_norm` and `optax.apply_if_finite`, with the latter's state, but the norm is computed once
-    for both, and parameters are written where their updates are made: a tree of updates, 4 bytes for each parameter,
-    is never in memory.
+    It is equivalent to `optax.clip_by_global_norm` and `optax.apply_if_finite`, and has the latter's state. The norm is
+    computed once for both, and updates are applied as they are computed, so that a tree of updates, 4 bytes for each
+    parameter, is never in memory.
 
     Attributes:
-      rule: makes updates of gradients.
-      clip_norm: largest norm of a gradient; 0 disables clipping.
-      schedule: the rule's learning rate by update.
+      rule: the transformation from gradients to updates.
+      clip_norm: the largest norm of a gradient; 0 disables clipping.
+      schedule: the learning rate by update.
     """
 
     rule: optax.GradientTransformation
@@ -52,8 +52,10 @@ class Optimizer:
     def apply(
         self, gradient: Params, state: optax.ApplyIfFiniteState, params: Params
     ) -> tuple[Params, optax.ApplyIfFiniteState, jax.Array]:
-        """Returns the new parameters and state, and the gradient's norm; if that is not finite, both as they were,
-        and one more skipped."""
+        """Return the new parameters and state, and the gradient's norm.
+
+        If the norm is not finite, parameters are unchanged and the state counts one more skipped update.
+        """
         norm = optax.global_norm(gradient)
         finite = jnp.isfinite(norm)
 
@@ -70,14 +72,13 @@ class Optimizer:
         return new, optax.ApplyIfFiniteState(in_a_row, finite, in_all, moved), norm
 
     def rate_used(self, state: optax.ApplyIfFiniteState) -> float:
-        """The learning rate of the last update that was applied, by the count that the rule itself keeps; before any,
-        that of the first."""
+        """Return the learning rate of the last applied update; before the first, that of the first."""
         return float(self.schedule(max(applied_updates(state) - 1, 0)))
 
 
 @functools.cache  # one object for equal settings, so that a program that holds it is not traced again
 def make_optimizer(config: OptimizerConfig, total_updates: int) -> Optimizer:
-    """Clip by global norm, Adam moments in float32, decoupled weight decay on matrices only."""
+    """Return AdamW with float32 moments, clipping by global norm, and weight decay on matrices and embeddings only."""
     schedule = make_schedule(config, total_updates)
     adamw = optax.adamw(
         schedule,
@@ -91,18 +92,18 @@ def make_optimizer(config: OptimizerConfig, total_updates: int) -> Optimizer:
 
 
 def planned_updates(config: Config, objective: Objective, steps: int) -> int:
-    """The updates that `steps` steps make at most: what a schedule over them is stretched to."""
+    """Return the most updates in `steps` steps, which is the length of their schedule."""
     return steps * (config.training.updates_per_step + objective.extra_updates)
 
 
 def applied_updates(state: optax.ApplyIfFiniteState) -> int:
-    """Updates that have moved the parameters, by the count that the schedule goes by."""
+    """Return the number of applied updates, by the count of the schedule."""
     counts = optax.tree_utils.tree_get_all_with_path(state.inner_state, "count")
     return int(max(count for _, count in counts))
 
 
 def skipped_updates(state: optax.ApplyIfFiniteState) -> tuple[int, int]:
-    """Updates skipped in a row up to now, and in all."""
+    """Return the number of updates skipped in a row until now, and in total."""
     return int(state.notfinite_count), int(state.total_notfinite)
 
 
@@ -117,7 +118,7 @@ def _decayed(params):
 
 
 def warm_start_config(config: Config) -> OptimizerConfig:
-    """The run's optimizer with the warm start's own learning rate, constant."""
+    """Return the run's optimizer settings with the constant learning rate of the warm start."""
     return dataclasses.replace(
         config.optimizer, learning_rate=config.warm_start.learning_rate, schedule="constant", warmup_updates=0
     )
