@@ -1,4 +1,4 @@
-"""AdamW of optax with a schedule; gradients are clipped, and non-finite ones are skipped and counted."""
+"""AdamW with a schedule, by optax. Gradients are clipped; non-finite gradients are skipped and counted."""
 
 import dataclasses
 import functools
@@ -14,7 +14,7 @@ from lpo_jax.objectives import Objective
 
 
 def make_schedule(config: OptimizerConfig, total_updates: int) -> optax.Schedule:
-    """Learning rate by update: linear warm-up, then constant, linear or cosine decay to `final_fraction`."""
+    """Return the learning rate by update: linear warm-up, then constant or decaying to `final_fraction`."""
     peak, warmup = config.learning_rate, config.warmup_updates
     rest = max(total_updates - warmup, 1)
     after = {
@@ -29,16 +29,16 @@ def make_schedule(config: OptimizerConfig, total_updates: int) -> optax.Schedule
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-    """An optax transformation with gradient clipping by norm, which skips non-finite gradients.
+    """An optax transformation whose gradients are clipped by their norm and skipped if they are not finite.
 
-    Equivalent to `optax.clip_by_global_norm` and `optax.apply_if_finite`, with the latter's state. But the norm is
-    computed once for both, and updates are applied as they are computed: a tree of updates, with 4 bytes per parameter,
-    is never in memory.
+    It is equivalent to `optax.clip_by_global_norm` and `optax.apply_if_finite`, and has the latter's state. The norm is
+    computed once for both, and updates are applied as they are computed, so that a tree of updates, 4 bytes for each
+    parameter, is never in memory.
 
     Attributes:
-      rule: computes updates from gradients.
-      clip_norm: largest norm of a gradient; 0 disables clipping.
-      schedule: the rule's learning rate by update.
+      rule: the transformation from gradients to updates.
+      clip_norm: the largest norm of a gradient; 0 disables clipping.
+      schedule: the learning rate by update.
     """
 
     rule: optax.GradientTransformation
@@ -46,15 +46,15 @@ class Optimizer:
     schedule: optax.Schedule | None = None
 
     def init(self, params: Params) -> optax.ApplyIfFiniteState:
-        count = lambda: jnp.zeros([], jnp.int32)  # noqa: E731 - separate arrays, because both are donated
+        count = lambda: jnp.zeros([], jnp.int32)  # noqa: E731 - an array each: both are donated
         return optax.ApplyIfFiniteState(count(), jnp.array(True), count(), self.rule.init(params))
 
     def apply(
         self, gradient: Params, state: optax.ApplyIfFiniteState, params: Params
     ) -> tuple[Params, optax.ApplyIfFiniteState, jax.Array]:
-        """Return the new parameters, the new state and the gradient's norm.
+        """Return the new parameters and state, and the gradient's norm.
 
-        If the norm is not finite, the parameters are unchanged and the state counts a skipped update.
+        If the norm is not finite, parameters are unchanged and the state counts one more skipped update.
         """
         norm = optax.global_norm(gradient)
         finite = jnp.isfinite(norm)
@@ -72,13 +72,13 @@ class Optimizer:
         return new, optax.ApplyIfFiniteState(in_a_row, finite, in_all, moved), norm
 
     def rate_used(self, state: optax.ApplyIfFiniteState) -> float:
-        """Return the learning rate of the last applied update, or of the first one if none was applied."""
+        """Return the learning rate of the last applied update; before the first, that of the first."""
         return float(self.schedule(max(applied_updates(state) - 1, 0)))
 
 
-@functools.cache  # equal settings give the same object, so that programs that use it are not traced again
+@functools.cache  # one object for equal settings, so that a program that holds it is not traced again
 def make_optimizer(config: OptimizerConfig, total_updates: int) -> Optimizer:
-    """Make AdamW with clipping by global norm, float32 moments, and decoupled weight decay on matrices only."""
+    """Return AdamW with float32 moments, clipping by global norm, and weight decay on matrices and embeddings only."""
     schedule = make_schedule(config, total_updates)
     adamw = optax.adamw(
         schedule,
@@ -92,23 +92,23 @@ def make_optimizer(config: OptimizerConfig, total_updates: int) -> Optimizer:
 
 
 def planned_updates(config: Config, objective: Objective, steps: int) -> int:
-    """Return the maximum number of updates in `steps` steps, which is the length of the schedule."""
+    """Return the most updates in `steps` steps, which is the length of their schedule."""
     return steps * (config.training.updates_per_step + objective.extra_updates)
 
 
 def applied_updates(state: optax.ApplyIfFiniteState) -> int:
-    """Return the number of updates applied so far, which is the position in the schedule."""
+    """Return the number of applied updates, by the count of the schedule."""
     counts = optax.tree_utils.tree_get_all_with_path(state.inner_state, "count")
     return int(max(count for _, count in counts))
 
 
 def skipped_updates(state: optax.ApplyIfFiniteState) -> tuple[int, int]:
-    """Return the number of updates skipped in a row up to now, and in total."""
+    """Return the number of updates skipped in a row until now, and in total."""
     return int(state.notfinite_count), int(state.total_notfinite)
 
 
 def _decayed(params):
-    """Return a mask over the parameters: all except norms and biases are decayed."""
+    """A mask over the parameters: all but norms and biases are decayed."""
 
     def decayed(path, _):
         parameter = of_path(path)
@@ -118,7 +118,7 @@ def _decayed(params):
 
 
 def warm_start_config(config: Config) -> OptimizerConfig:
-    """Return the optimizer settings of the warm start: those of the run with a constant learning rate of its own."""
+    """Return the run's optimizer settings with the constant learning rate of the warm start."""
     return dataclasses.replace(
         config.optimizer, learning_rate=config.warm_start.learning_rate, schedule="constant", warmup_updates=0
     )

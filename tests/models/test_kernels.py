@@ -1,4 +1,4 @@
-"""Kernels for TPUs against their plain twins, run by Pallas' interpreter; and compiled for TPUs that are not here."""
+"""TPU kernels against their plain twins in the Pallas interpreter, and compiled for TPUs that need not be present."""
 
 import dataclasses
 import functools
@@ -12,11 +12,11 @@ import pytest
 from lpo_jax.config import parse_config
 from lpo_jax.errors import UserError
 from lpo_jax.models import attention
-from lpo_jax.models.attention import Causal, attend_stored, shared_prefix_attention
+from lpo_jax.models.attention import Causal, attend_cached, shared_prefix_attention
 from lpo_jax.models.kernels import decode, splash
 from lpo_jax.models.runner import Groups, ModelRunner, score
 from lpo_jax.parallel import sharding
-from lpo_jax.planner.topology import parse, tpu_devices
+from lpo_jax.planner.topology import parse_topology, tpu_devices
 from lpo_jax.sampling import PromptBatch, Sampler, SampleRequest
 from lpo_jax.training.session import open_session
 
@@ -29,14 +29,14 @@ def normal(*shape):
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    """Several blocks in rows that a test can afford; programs of the other sizes are not found again."""
+    """Small blocks, so that short rows have several; cached programs of other block sizes are dropped."""
     monkeypatch.setattr(splash, "QUERIES", 128)
     monkeypatch.setattr(splash, "KEYS", 128)
     monkeypatch.setattr(decode, "BLOCK_BYTES", 1)  # the least there is: 128 keys
 
 
 def values_and_gradients(function, real, *qkv):
-    """What a function gives at real tokens, and how that depends on its arguments."""
+    """A function's values at real tokens, and their gradients with respect to its arguments."""
 
     @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # compiles sooner
     def both(*qkv):
@@ -97,7 +97,7 @@ def test_shared_prefix(small_blocks, sizes, window):
 
 
 def test_the_backward_pass_is_as_precise_as_the_forward_one():
-    """A float32 product is three bfloat16 ones on a TPU unless it is told otherwise, in either direction."""
+    """By default, a float32 product is a bfloat16 one on a TPU; both passes have to set the precision."""
     q = jax.ShapeDtypeStruct((1, 128, 2, 16), jnp.float32)
     valid = jnp.ones((1, 128), bool)
     loss = lambda q: splash.causal(q, q, q, valid, interpret=True).sum()  # noqa: E731
@@ -113,7 +113,7 @@ def test_stored_keys(small_blocks, num_keys):
     q, k, v = normal(B, G, C, I, N), normal(B, G, N, num_keys), normal(B, G, num_keys, N)
     stop = jnp.array([num_keys, num_keys - 5, 17, 1, 20, 0])
     start = jnp.array([[0, 0, 0], [3, 40, 11], [5, 5, 6], [0, 0, 0], [-7, 2, -1], [0, 0, 0]])
-    kernel, plain = (attend_stored(q, k, v, start, stop, choice) for choice in ("interpret", "plain"))
+    kernel, plain = (attend_cached(q, k, v, start, stop, choice) for choice in ("interpret", "plain"))
     some = lambda tree: jax.tree.map(lambda x: x[:-1], tree)  # noqa: E731
     chex.assert_trees_all_close(some(kernel), some(plain), atol=1e-5)
     nothing = jax.tree.map(lambda x: x[-1], kernel)
@@ -121,13 +121,13 @@ def test_stored_keys(small_blocks, num_keys):
     assert (nothing[1] == plain[1][-1]).all()
 
 
-def test_storage_behind_the_last_key_is_never_looked_at(small_blocks):
-    """A row of which only a beginning is real costs the same whatever lies behind it, and nothing of it is read."""
+def test_the_cache_after_the_last_key_is_never_read(small_blocks):
+    """Only the real beginning of a row is read, whatever the cache contains after it."""
     q, k, v = normal(1, 1, 1, 1, 16), normal(1, 1, 16, 512), normal(1, 1, 512, 16)
     start, stop = jnp.array([[130]]), jnp.array([250])  # of the four blocks the second one
     spoiled = jnp.arange(512) // 128 != 1
     k, v = jnp.where(spoiled, jnp.nan, k), jnp.where(spoiled[:, None], jnp.nan, v)
-    out, lse = attend_stored(q, k, v, start, stop, "interpret")
+    out, lse = attend_cached(q, k, v, start, stop, "interpret")
     assert jnp.isfinite(out).all() and jnp.isfinite(lse).all()
 
 
@@ -139,7 +139,7 @@ def test_on_a_mesh(G):
     P, K, H = 4, 2, 4
     q, k, v = normal(P, G, K, H // G, 16), normal(P, G, 16, 40), normal(P, G, 40, 16)
     start, stop = jnp.zeros((P, K), jnp.int32), jnp.array([9, 3, 1, 40])
-    step = jax.jit(lambda *qkv: attend_stored(*qkv, start, stop, "interpret"))
+    step = jax.jit(lambda *qkv: attend_cached(*qkv, start, stop, "interpret"))
     alone = step(q, k, v)
     with jax.set_mesh(mesh):
         together = step(q, k, v)
@@ -166,7 +166,7 @@ def test_the_gradient_on_a_mesh():
 
 @pytest.mark.slow
 def test_the_model_with_kernels_is_the_model(tiny_config, tiny_params):
-    """Sampling and scoring through the kernels: the same tokens, the same log-probs, and the two agree."""
+    """Sampling and scoring with the kernels give the same tokens and log-probs as without."""
     prompts, lengths = np.array([[5, 6, 7, 8], [9, 3, 0, 0]]), np.array([4, 2])
 
     def run(choice):
@@ -219,7 +219,7 @@ def test_compiles_for_tpus(name, num_devices, model):
     """Heads of 64 and of 128, float32 and bfloat16, blocks of full size: forward, backward and decode are kernels."""
     H, G, N, dtype = {"smollm2": (8, 4, 64, jnp.float32), "qwen3": (16, 8, 128, jnp.bfloat16)}[model]
     pytest.importorskip("libtpu")
-    devices = tpu_devices(parse(name))[:num_devices]
+    devices = tpu_devices(parse_topology(name))[:num_devices]
     P, S, K, T = 2, 512, 2, 1024
     shape = lambda *dims, dtype=dtype: jax.ShapeDtypeStruct(dims, dtype)  # noqa: E731
 
@@ -233,5 +233,5 @@ def test_compiles_for_tpus(name, num_devices, model):
 
     stored = shape(P, G, K, H // G, N), shape(P, G, N, T), shape(P, G, T, N)
     bounds = shape(P, K, dtype=jnp.int32), shape(P, dtype=jnp.int32)
-    step = functools.partial(attend_stored, attention="pallas")
+    step = functools.partial(attend_cached, attention="pallas")
     assert "tpu_custom_call" in compile_for(devices, step, *stored, *bounds).as_text()

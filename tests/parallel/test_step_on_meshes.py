@@ -1,4 +1,4 @@
-"""One training step on eight fake devices is the step of one device, whatever the mesh."""
+"""A training step on any mesh of eight fake devices equals that on one device."""
 
 import json
 
@@ -13,13 +13,13 @@ from lpo_jax.config import parse_config
 from lpo_jax.models.placement import param_shardings
 from lpo_jax.models.runner import Groups, ModelRunner
 from lpo_jax.objectives import TokenStats
-from lpo_jax.parallel.mesh import MeshSizes, build
+from lpo_jax.parallel.mesh import MeshSizes, build_mesh
 from lpo_jax.reporting import metric_names, read_metrics
 from lpo_jax.runs.checkpoint import load_run
 from lpo_jax.training.loop import train
 
 # Eight prompts in each of two updates. With an eps of 1 Adam's updates show the gradient itself, not its sign alone,
-# and so what was learnt tells whether the gradients agree.
+# so the trained parameters show whether the gradients agree.
 SETTINGS = {
     "training": {"steps": 1, "prompts_per_step": 16, "updates_per_step": 2, "token_budget": 80},
     "optimizer": {"learning_rate": 0.01, "eps": 1.0, "clip_norm": 0.0},
@@ -29,7 +29,7 @@ SETTINGS = {
 
 @pytest.fixture(scope="module")
 def step_on(tmp_path_factory, tiny_model, tiny_task):
-    """Runs a step and gives its metrics, rollouts and parameters."""
+    """Run a step and return its metrics, rollouts and parameters."""
     from tiny import run_values
 
     def run(**mesh):
@@ -84,7 +84,7 @@ def test_equals_one_device(step_on, one_device, tiny_model, data, fsdp, tensor):
 
 
 def close(found, expected, what="", rounding=0.0):
-    """Equal in norm but for the rounding of a gradient, once in each of the two runs."""
+    """Check that norms are equal up to the rounding of a gradient in each of the two runs."""
     found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
     scale = max(np.linalg.norm(expected), 1e-2)
     error = np.linalg.norm(found - expected)
@@ -103,7 +103,7 @@ def test_gradient_in_float64_is_exact(tiny_config, tiny_params, data, fsdp, tens
     runner = ModelRunner(tiny_config, token_budget=S + K * T, dtype=np.float64)
     pull_back = jax.jit(ModelRunner.pull_back, static_argnums=0)
     want, want_stats = pull_back(runner, tiny_params, groups, cotangent)
-    mesh = build(MeshSizes(data, fsdp, tensor))
+    mesh = build_mesh(MeshSizes(data, fsdp, tensor))
     with jax.set_mesh(mesh):
         params = jax.device_put(tiny_params, param_shardings(tiny_config, mesh))
         got, got_stats = pull_back(runner, params, groups, cotangent)
