@@ -154,7 +154,7 @@ def setting_of(config: Config, work: Workload, target: Topology) -> Setting:
     # remat=auto is decided where the memory is known; here it is taken to recompute, which is the safe side.
     training = config.training
     asked = Setting(sizes, training.token_budget, bool(training.remat), config.sampling.max_rows)
-    return dataclasses.replace(asked, rows=asked.room(work).rows)
+    return dataclasses.replace(asked, rows=asked.capacity(work).slots)
 
 
 def settings(config: Config, work: Workload, target: Topology) -> Iterator[Setting]:

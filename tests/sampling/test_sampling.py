@@ -91,9 +91,9 @@ def test_a_row_is_the_same_alone_and_in_any_batch(sample):
     assert fewer.ids(1, 1) == together.ids(1, 1)
 
 
-def test_storage_growth_and_chunks_change_nothing(sample, monkeypatch):
+def test_cache_growth_and_chunks_change_nothing(sample, monkeypatch):
     whole = sample()
-    monkeypatch.setattr(kv_cache, "FIRST_STORAGE", 2)
+    monkeypatch.setattr(kv_cache, "FIRST_TOKENS", 2)
     for other in (sample(), sample(stop=("never to be seen",))):
         np.testing.assert_array_equal(whole.tokens, other.tokens)
         np.testing.assert_allclose(whole.log_probs, other.log_probs, atol=2 * FORWARD_ROUNDING)
