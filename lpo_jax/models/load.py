@@ -35,11 +35,21 @@ def load_config_and_tokenizer(
 
 
 def check_dtype(dtype: str) -> None:
+    """Raises `UserError` if parameters cannot be loaded in this dtype."""
     if dtype not in layout.DTYPES:
         raise UserError(f"dtype {dtype!r} is not supported; have {', '.join(layout.DTYPES)}")
 
 
 def open_source(name: str | os.PathLike, weights: bool = True) -> HfDirectory | GgufFile:
+    """Opens the files of a model without reading its weights.
+
+    Args:
+      name: as for `lpo_jax.load_model`.
+      weights: whether the weights of an `hf:` model are downloaded.
+
+    Raises:
+      UserError: the model cannot be found, downloaded or opened.
+    """
     name = os.fspath(name)
     path = locate(name, weights)
     if not path.is_dir():
