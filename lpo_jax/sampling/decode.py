@@ -10,7 +10,6 @@ Axes: R slots · U prompts in the cache · C slots that share a prompt · V voca
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +38,7 @@ class DecodeSettings:
     config: ModelConfig
     eos_ids: tuple[int, ...]
     distribution: Sampling
-    dtype: Any
+    dtype: np.dtype
     attention: Attention = "auto"
 
 
@@ -87,8 +86,25 @@ class DecodeOutput:
     active: jax.Array
     steps: jax.Array
 
+    def append(
+        self, token: jax.Array, log_prob: jax.Array, eos_ids: tuple[int, ...], budget: jax.Array
+    ) -> "DecodeOutput":
+        """Adds a token `[R]` to the active slots, and deactivates those whose row it finishes."""
+        drawn = self.drawn + self.active
+        ended = jnp.isin(token, jnp.array(eos_ids, jnp.int32)) | (drawn >= budget)
+        at = (0, self.steps)
+        return DecodeOutput(
+            tokens=jax.lax.dynamic_update_slice(self.tokens, token[:, None], at),
+            log_probs=jax.lax.dynamic_update_slice(self.log_probs, log_prob[:, None], at),
+            drawn=drawn,
+            active=self.active & ~ended,
+            steps=self.steps + 1,
+        )
 
-def decode_layout(config, params, dtype, int8=False):
+
+def decode_layout(
+    config: ModelConfig, params: decoder.Params, dtype: np.dtype, int8: bool = False
+) -> decoder.Params:
     """Returns the weights for decoding: one dict per layer, in `dtype`, sharded for the current mesh.
 
     Layers are converted one by one, so that no third copy exists beside the old and the new weights.
@@ -122,12 +138,12 @@ def decode(
     settings: DecodeSettings,
     weights: decoder.Params,
     state: DecodeState,
-    prompt_lengths,
+    prompt_lengths: jax.Array,
     prompt_kv: KVCache,
     response_kv: KVCache,
-    index,
-    limit,
-    min_active,
+    index: jax.Array,
+    limit: jax.Array,
+    min_active: jax.Array,
 ) -> tuple[DecodeOutput, KVCache]:
     """Draws up to `limit` tokens for each slot, and stops early when fewer than `min_active` slots are active.
 
@@ -173,14 +189,9 @@ def decode(
             settings.attention,
         )
         kv = [(*prompt, *own) for prompt, own in zip(prompt_kv, response_kv)]
+        now = tuple(x[out.steps] for x in rope)
         hidden, response_kv = decoder.forward(
-            config,
-            weights,
-            token[:, None],
-            tuple(x[out.steps] for x in rope),
-            context,
-            kv,
-            dtype=settings.dtype,
+            config, weights, token[:, None], now, context, kv, dtype=settings.dtype
         )
         logits = decoder.project(hidden[:, 0], decoder.unembedding(weights))
         with jax.named_scope("draw"):
@@ -188,17 +199,7 @@ def decode(
             token, log_prob = settings.distribution.draw(folded, logits)
         token = jnp.where(out.active, token, 0)
         log_prob = jnp.where(out.active, log_prob, 0.0)
-        drawn = out.drawn + out.active
-        ended = jnp.isin(token, jnp.array(settings.eos_ids, jnp.int32)) | (drawn >= state.budget)
-        at = (0, out.steps)
-        out = DecodeOutput(
-            tokens=jax.lax.dynamic_update_slice(out.tokens, token[:, None], at),
-            log_probs=jax.lax.dynamic_update_slice(out.log_probs, log_prob[:, None], at),
-            drawn=drawn,
-            active=out.active & ~ended,
-            steps=out.steps + 1,
-        )
-        return out, token, response_kv
+        return out.append(token, log_prob, settings.eos_ids, state.budget), token, response_kv
 
     out, _, response_kv = jax.lax.while_loop(unfinished, one_token, (empty, state.token, response_kv))
     # Replicated on every device, so that every host can read it.

@@ -21,6 +21,7 @@ import numpy as np
 
 from lpo_jax.models import decoder
 from lpo_jax.models.attention import Attention, Causal
+from lpo_jax.models.config import ModelConfig
 from lpo_jax.parallel import sharding
 from lpo_jax.sampling.padding import next_power_of_two, pad_to
 from lpo_jax.sampling.request import PromptBatch
@@ -71,7 +72,7 @@ class Capacity:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def allocate(config, dtype, sequences: int, tokens: int) -> KVCache:
+def allocate(config: ModelConfig, dtype: np.dtype, sequences: int, tokens: int) -> KVCache:
     """Returns a cache of zeros."""
     G, N = config.num_kv_heads, config.head_width
     keys, values = jnp.zeros((sequences, G, N, tokens), dtype), jnp.zeros((sequences, G, tokens, N), dtype)
@@ -80,7 +81,7 @@ def allocate(config, dtype, sequences: int, tokens: int) -> KVCache:
     return [(keys, values) for _ in range(config.num_layers)]
 
 
-def resize(cache: KVCache, sequences: np.ndarray | None, shift: int, tokens: int) -> KVCache:
+def resize(cache: KVCache, sequences: np.ndarray | None, shift: np.int32, tokens: int) -> KVCache:
     """Returns a cache of another size. The layers of `cache` are freed one by one, so two copies never coexist.
 
     Args:
@@ -106,7 +107,7 @@ def _resize(x, sequences, shift, tokens, axis):
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def insert_prompts(cache: KVCache, prefilled: KVCache, source, entry) -> KVCache:
+def insert_prompts(cache: KVCache, prefilled: KVCache, source: jax.Array, entry: jax.Array) -> KVCache:
     """Copies at most one prefilled prompt per shard into the cache.
 
     Args:
@@ -118,7 +119,14 @@ def insert_prompts(cache: KVCache, prefilled: KVCache, source, entry) -> KVCache
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def prefill(config, dtype, attention: Attention, weights, tokens, lengths) -> KVCache:
+def prefill(
+    config: ModelConfig,
+    dtype: np.dtype,
+    attention: Attention,
+    weights: decoder.Params,
+    tokens: jax.Array,
+    lengths: jax.Array,
+) -> KVCache:
     """Computes the keys and values of prompts `tokens [U, S]` with `lengths [U]`."""
     tokens = sharding.constrain(tokens, "batch", None)
     U, S = tokens.shape

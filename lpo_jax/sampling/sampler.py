@@ -9,12 +9,12 @@ Axes: P prompts · K responses · S prompt tokens (padded) · T response tokens 
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
 from lpo_jax.models import decoder
 from lpo_jax.models.attention import Attention
@@ -77,7 +77,7 @@ class Sampler:
 
     config: ModelConfig
     eos_ids: tuple[int, ...]
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
     decode: Callable[[list[int]], str] | None = None
     mesh: Mesh | None = None
     max_rows: int = 0

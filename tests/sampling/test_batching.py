@@ -80,7 +80,7 @@ def test_budgets_bound_each_response(sample):
     np.testing.assert_array_equal(bound.finished[~cut], free.finished[~cut])
 
 
-def test_ended_responses_are_reported_once_and_whole(sample):
+def test_finished_responses_are_reported_once_and_whole(sample):
     for max_rows, many in ((0, False), (6, False), (6, True)):
         reported = []
         got = sample(max_rows, many, stop=("q",), on_finished=lambda *row, to=reported: to.append(row))
@@ -97,9 +97,9 @@ def test_free_slots_are_filled_and_the_last_rows_move(sample, monkeypatch, many)
 
     monkeypatch.setattr(batching.device, "decode", decode)
     budgets = np.minimum(BUDGETS, 6)
-    budgets[::3, 0] = T  # one straggler on each of two shards
+    budgets[::3, 0] = T  # one long row on each of two shards
     got = sample(0, many, budgets=budgets)
-    all_rows = (P + many) * K  # two shards: as many prompts on each
+    all_rows = (P + many) * K  # each of two shards gets the same number of prompts
     assert slots[0] == all_rows and slots[-1] < all_rows and sorted(slots, reverse=True) == slots
     slots.clear()
     waited = sample(6, many, budgets=budgets)
