@@ -167,7 +167,7 @@ def setting_of(config: Config, work: Workload, target: Topology) -> Setting:
     # A run decides remat=auto by its free memory. The plan assumes recomputation, which needs less memory.
     training = config.training
     asked = Setting(sizes, training.token_budget, bool(training.remat), config.sampling.max_rows)
-    return dataclasses.replace(asked, rows=asked.room(work).rows)
+    return dataclasses.replace(asked, rows=asked.capacity(work).slots)
 
 
 def settings(config: Config, work: Workload, target: Topology) -> Iterator[Setting]:

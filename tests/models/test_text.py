@@ -198,7 +198,7 @@ def test_logits_of_ids_without_a_row_are_refused(tiny_model):
     V = model.config.vocab_size
     for wrong in (V, -1, 2**31):
         with pytest.raises(
-            UserError, match=rf"id {wrong} \(row 1, place 0\) has no row in the embedding, which has {V}"
+            UserError, match=rf"id {wrong} \(row 1, column 0\) has no row in the embedding, which has {V}"
         ):
             model.logits([[0, 1], [wrong, 1]])
     padded = model.logits([[0, 1], [-100, 1]], mask=[[1, 1], [0, 1]])

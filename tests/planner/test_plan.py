@@ -59,7 +59,7 @@ def test_arithmetic_of_a_step_by_hand():
     assert score.flops == 2 * matrices * tokens + 2 * head * 4 * K * T + 4 * attention
     decode = phases()["decode"]
     assert decode.times == T // 16  # tokens are drawn in calls of 16
-    of_a_token = 2 * (matrices + head) + 4 * c.num_layers * 4 * 8 * (S + roofline.mean_cache_length(T))
+    of_a_token = 2 * (matrices + head) + 4 * c.num_layers * 4 * 8 * (S + roofline.mean_cache_tokens(T))
     assert decode.flops == pytest.approx(16 * 32 * of_a_token)
     remat = phases(setting=dataclasses.replace(ALONE, remat=True))["update"]
     assert remat.flops - update.flops == score.flops - 2 * head * 4 * K * T
@@ -86,20 +86,20 @@ def test_memory_by_hand():
         "optimizer": 2 * total,
         "reference": 0,
         "sampler's weights": total,
-        # Each of 4 shards has both of its prompts in storage, one more prefilled, and 4 places; 2 devices share it.
+        # Each of 4 shards has both of its prompts in the cache, one more prefilled, and 4 slots; 2 devices share it.
         "keys and values": (2 * 16 + 16 + 4 * (32 + 16)) * kv / 2,
     }
     assert spread.waves(WORK) == 2
 
 
 @pytest.mark.parametrize("T", [1, 64, 65, 100, 300])
-def test_mean_cache_length_is_that_of_a_loop(T):
+def test_mean_cache_tokens_is_that_of_a_loop(T):
     size, total = min(64, T), 0
     for t in range(T):
         if t == size:
             size = min(2 * size, T)
         total += size
-    assert roofline.mean_cache_length(T) == pytest.approx(total / T)
+    assert roofline.mean_cache_tokens(T) == pytest.approx(total / T)
 
 
 def test_what_a_ring_sends():

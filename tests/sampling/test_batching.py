@@ -1,5 +1,4 @@
-"""Rows that wait, arrive, move and leave: every response is what it is when all rows run side by side, on one device
-or on many."""
+"""Continuous batching: no response depends on when its row is queued, admitted or moved, or on how many devices."""
 
 import dataclasses
 
@@ -10,8 +9,7 @@ from jax.sharding import AxisType, Mesh
 from precision import FORWARD_ROUNDING
 
 from lpo_jax.parallel.sharding import AXES
-from lpo_jax.sampling import PromptBatch, Sampler, SampleRequest, kv_cache
-from lpo_jax.sampling import batching as schedule
+from lpo_jax.sampling import PromptBatch, Sampler, SampleRequest, batching, kv_cache
 from lpo_jax.sampling.padding import pad_prompts
 
 P, K, T = 5, 4, 24
@@ -28,7 +26,7 @@ def sample(tiny_config, tiny_params):
     config = dataclasses.replace(tiny_config, num_layers=1)  # many shapes are compiled
     layers = jax.tree.map(lambda x: x[:1], tiny_params["layers"])
     params = tiny_params | {"layers": layers}
-    # Two shards of two devices each, so that the five prompts lie unevenly.
+    # Two shards of two devices each: five prompts do not divide evenly.
     devices = np.array(jax.devices()[:4]).reshape(2, 1, 2)
     meshes = {False: None, True: Mesh(devices, AXES, axis_types=(AxisType.Auto,) * 3)}
     prepared = {many: Sampler(config, EOS, mesh=mesh).prepare(params) for many, mesh in meshes.items()}
@@ -44,10 +42,10 @@ def sample(tiny_config, tiny_params):
 
 @pytest.fixture(autouse=True)
 def small_steps(monkeypatch):
-    monkeypatch.setattr(schedule, "FEWEST_ROWS", 4)
-    for module in (schedule, kv_cache):
+    monkeypatch.setattr(batching, "MIN_SLOTS", 4)
+    for module in (batching, kv_cache):
         monkeypatch.setattr(module, "CHUNK", 4)
-    monkeypatch.setattr(kv_cache, "FIRST_STORAGE", 16)
+    monkeypatch.setattr(kv_cache, "FIRST_TOKENS", 16)
 
 
 BUDGETS = np.random.default_rng(0).integers(1, T + 10, (P, K))
@@ -60,10 +58,10 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_how_rows_are_scheduled_changes_nothing(sample, case, monkeypatch):
+def test_batching_does_not_change_responses(sample, case, monkeypatch):
     options = CASES[case]
     with monkeypatch.context() as patch:
-        patch.setattr(schedule, "FEWEST_ROWS", P * K)  # no row ever moves
+        patch.setattr(batching, "MIN_SLOTS", P * K)  # rows never move
         whole = sample(0, **options)
     assert len(np.unique(whole.lengths)) > 3
     for max_rows, many in ((0, False), (6, False), (0, True), (6, True), (2, True)):
@@ -82,7 +80,7 @@ def test_budgets_bound_each_response(sample):
     np.testing.assert_array_equal(bound.finished[~cut], free.finished[~cut])
 
 
-def test_ended_responses_are_reported_once_and_whole(sample):
+def test_finished_responses_are_reported_once_and_whole(sample):
     for max_rows, many in ((0, False), (6, False), (6, True)):
         reported = []
         got = sample(max_rows, many, stop=("q",), on_finished=lambda *row, to=reported: to.append(row))
@@ -90,22 +88,22 @@ def test_ended_responses_are_reported_once_and_whole(sample):
 
 
 @pytest.mark.parametrize("many", [False, True])
-def test_places_are_filled_again_and_stragglers_move(sample, monkeypatch, many):
-    places = []
+def test_free_slots_are_filled_and_the_last_rows_move(sample, monkeypatch, many):
+    slots = []
 
-    def decode(*arguments, run=schedule.device.decode):
-        places.append(len(arguments[5].token))
-        return run(*arguments)
+    def decode(settings, weights, state, *arguments, run=batching.device.decode):
+        slots.append(len(state.token))
+        return run(settings, weights, state, *arguments)
 
-    monkeypatch.setattr(schedule.device, "decode", decode)
+    monkeypatch.setattr(batching.device, "decode", decode)
     budgets = np.minimum(BUDGETS, 6)
-    budgets[::3, 0] = T  # one straggler on each of two shards
+    budgets[::3, 0] = T  # one long row on each of two shards
     got = sample(0, many, budgets=budgets)
-    all_rows = (P + many) * K  # two shards: as many prompts on each
-    assert places[0] == all_rows and places[-1] < all_rows and sorted(places, reverse=True) == places
-    places.clear()
+    all_rows = (P + many) * K  # each of two shards gets the same number of prompts
+    assert slots[0] == all_rows and slots[-1] < all_rows and sorted(slots, reverse=True) == slots
+    slots.clear()
     waited = sample(6, many, budgets=budgets)
-    assert places[0] == 6 and sorted(places, reverse=True) == places
+    assert slots[0] == 6 and sorted(slots, reverse=True) == slots
     for responses in (got, waited):
         assert (responses.row_steps >= responses.lengths).all()
     assert waited.lengths.sum() / waited.row_steps.sum() > got.lengths.sum() / got.row_steps.sum()
@@ -113,16 +111,17 @@ def test_places_are_filled_again_and_stragglers_move(sample, monkeypatch, many):
 
 @pytest.mark.parametrize("many", [False, True])
 def test_kernels_need_one_program(sample, monkeypatch, many):
-    """With kernels neither rows nor storage change size, and the responses are those of plain products."""
+    """With kernels neither slots nor the cache change size, and the responses are those of plain products."""
     shapes = []
 
-    def decode(*arguments, run=schedule.device.decode):
-        rows, own_kv = arguments[5], arguments[8]
-        shapes.append((len(rows.token), own_kv[0][0].shape))
-        return run(*arguments)
+    def decode(
+        settings, weights, state, lengths, prompt_kv, response_kv, *scalars, run=batching.device.decode
+    ):
+        shapes.append((len(state.token), response_kv[0][0].shape))
+        return run(settings, weights, state, lengths, prompt_kv, response_kv, *scalars)
 
     plain = sample(6, many, budgets=BUDGETS)
-    monkeypatch.setattr(schedule.device, "decode", decode)
+    monkeypatch.setattr(batching.device, "decode", decode)
     got = sample(6, many, "interpret", budgets=BUDGETS)
     assert len(set(shapes)) == 1 < len(shapes)
     np.testing.assert_array_equal(got.tokens, plain.tokens)
@@ -131,36 +130,36 @@ def test_kernels_need_one_program(sample, monkeypatch, many):
 
 @pytest.mark.parametrize("shards", [1, 4])
 def test_work_on_long_responses_of_uneven_length_is_mostly_useful(monkeypatch, shards):
-    """Geometric lengths with a mean of an eighth of the most: the schedule alone, no device."""
+    """Geometric lengths with a mean of an eighth of the longest: the host side alone, without a device."""
     rng = np.random.default_rng(2)
     P, K, T, rows = 64, 8, 512, 64
     budgets = np.minimum(rng.geometric(8 / T, (P, K)), T)
 
-    def decode(*arguments):
-        state, storage, at, limit, fewest = arguments[5], *arguments[8:12]
-        assert at + limit <= storage
-        drawn, going, steps = state.drawn.copy(), state.going, 0
-        while steps < limit and going.sum() >= fewest:
-            drawn += going
-            going, steps = going & (drawn < state.budget), steps + 1
-        tokens = np.ones((len(drawn), schedule.device.CHUNK), np.int32)
-        return schedule.device.Drawn(tokens, tokens.astype(np.float32), drawn, going, steps), storage
+    def decode(settings, weights, state, lengths, prompt_kv, cache_tokens, index, limit, min_active):
+        assert index + limit <= cache_tokens
+        drawn, active, steps = state.drawn.copy(), state.active, 0
+        while steps < limit and active.sum() >= min_active:
+            drawn += active
+            active, steps = active & (drawn < state.budget), steps + 1
+        tokens = np.ones((len(drawn), batching.device.CHUNK), np.int32)
+        out = batching.device.DecodeOutput(tokens, tokens.astype(np.float32), drawn, active, steps)
+        return out, cache_tokens
 
-    monkeypatch.setattr(schedule.device, "decode", decode)
+    monkeypatch.setattr(batching.device, "decode", decode)
     fakes = {
-        "empty_storage": lambda config, shape, dtype: shape[1],
-        "move": lambda storage, rows, shift, tokens: tokens,
+        "allocate": lambda config, dtype, sequences, tokens: tokens,
+        "resize": lambda cache, sequences, shift, tokens: tokens,
         "prefill": lambda *arguments: None,
-        "put_prompts": lambda storage, *rest: storage,
+        "insert_prompts": lambda cache, *rest: cache,
     }
     for name, fake in fakes.items():
         monkeypatch.setattr(kv_cache, name, fake)
-    for module in (schedule, kv_cache):
-        monkeypatch.setattr(module, "CHUNK", schedule.device.CHUNK)
-    monkeypatch.setattr(schedule.sharding, "batch_shards", lambda: shards)
+    for module in (batching, kv_cache):
+        monkeypatch.setattr(module, "CHUNK", batching.device.CHUNK)
+    monkeypatch.setattr(batching.sharding, "batch_shards", lambda: shards)
     keys = np.zeros((P, K, 2), np.uint32)
-    run = schedule.Schedule(
-        (None, (), None, None),
+    batcher = batching.ContinuousBatcher(
+        batching.device.DecodeSettings(None, (), None, None),
         None,
         PromptBatch(np.ones((P, 4), np.int32), np.ones(P, np.int32), np.arange(P)),
         keys,
@@ -169,8 +168,7 @@ def test_work_on_long_responses_of_uneven_length_is_mostly_useful(monkeypatch, s
         rows,
         None,
         None,
-        "auto",
     )
-    _, _, drawn, _, row_steps = run.run()
+    _, _, drawn, _, row_steps = batcher.run()
     np.testing.assert_array_equal(drawn, budgets)
     assert drawn.sum() / row_steps.sum() > (0.8 if shards == 1 else 0.7)

@@ -1,4 +1,4 @@
-"""Sampling: the right distribution, the same tokens whatever the batch, log-probs that scoring agrees with."""
+"""Sampling: draws follow the distribution, tokens do not depend on the batch, and log-probs agree with scoring."""
 
 import chex
 import jax
@@ -19,7 +19,7 @@ from lpo_jax.sampling.text import encode, prompt_ids, response_text
 
 P, K, T = 4, 3, 12
 PROMPTS = [[5], [9, 30, 11, 7, 8, 40, 3], [12, 13, 14], [20, 21, 22, 23, 24]]
-EOS = (1, 17)  # two of them
+EOS = (1, 17)  # two end tokens
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def test_response_text_keeps_special_tokens_but_ends_and_padding_at_its_end():
     digits = tokenizer.encode("35", add_special_tokens=False)
     text = lambda ids, eos=(end,): response_text(tokenizer, ids, eos)  # noqa: E731
     assert text([tag, *digits, close, end]) == text([tag, *digits, close]) == "<answer>35</answer>"
-    assert text([*digits, close, end], (end, close)) == "35"  # a model may end with several
+    assert text([*digits, close, end], (end, close)) == "35"  # a model may have several end tokens
     assert text([*digits, pad, unknown, *digits, end, pad, pad]) == "35<pad><unk>35"
     assert text([end]) == text([]) == ""
 
@@ -91,9 +91,9 @@ def test_a_row_is_the_same_alone_and_in_any_batch(sample):
     assert fewer.ids(1, 1) == together.ids(1, 1)
 
 
-def test_storage_growth_and_chunks_change_nothing(sample, monkeypatch):
+def test_cache_growth_and_chunks_change_nothing(sample, monkeypatch):
     whole = sample()
-    monkeypatch.setattr(kv_cache, "FIRST_STORAGE", 2)
+    monkeypatch.setattr(kv_cache, "FIRST_TOKENS", 2)
     for other in (sample(), sample(stop=("never to be seen",))):
         np.testing.assert_array_equal(whole.tokens, other.tokens)
         np.testing.assert_allclose(whole.log_probs, other.log_probs, atol=2 * FORWARD_ROUNDING)
@@ -144,7 +144,7 @@ def test_empty_and_padding_rows_are_not_sampled(sample):
     assert (got.lengths[[1, 3]] == 0).all() and (got.lengths[[0, 2]] > 0).all() and not got.finished[1].any()
 
 
-def test_greedy_takes_the_likeliest_token(sample, tiny_config, tiny_params):
+def test_greedy_takes_the_most_probable_token(sample, tiny_config, tiny_params):
     got = sample(distribution=Sampling(0.0), num_responses=1)
     ids = got.ids(1, 0)
     logits = decoder.logits(tiny_config, tiny_params, jnp.array([PROMPTS[1] + ids]))[
@@ -200,7 +200,7 @@ def test_generate_texts(tiny_model):
     got = model.generate(prompts, num_responses=2, max_tokens=8, seed=5)
     assert got.tokens.shape[:2] == (3, 2) and len(got.texts) == 3 and got.finished.shape == (3, 2)
     assert got.texts[0][0] == response_text(model.tokenizer, got.ids(0, 0), model.eos_ids)
-    assert got.texts[0] != got.texts[2]  # the same prompt twice draws twice
+    assert got.texts[0] != got.texts[2]  # a repeated prompt gets other responses
     alone = model.generate(prompts[1:2], num_responses=2, max_tokens=8, seed=5)
     assert alone.texts[0] == got.texts[1]
     with pytest.raises(UserError, match="prompt 0 has 200 tokens"):
