@@ -62,7 +62,7 @@ METHODS = (
     ),
     method(
         "pipo",
-        "A = K (R - mu) / sum|R - mu|; one more update on the previous batch, weighted by the change of the reward since",
+        "A = K (R - mu) / sum|R - mu|; one more update on the previous batch, weighted by the change of reward",
         "PIPO",
         "note",
         advantage=Advantage(temperature="mean-abs"),
