@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypedDict
 
 from lpo_jax.objectives.aggregate import RESPONSE_BUDGET
-from lpo_jax.objectives.checks import nearest
+from lpo_jax.objectives.checks import did_you_mean
 from lpo_jax.objectives.method import Objective
 from lpo_jax.objectives.methods import guided, listwise, ratio, shaped, tokens
 from lpo_jax.objectives.options import OPTIONS
@@ -88,7 +88,9 @@ def get(name: str, **chosen: object) -> Objective:
       ValueError: a name or option is unknown, or a value is out of range; the message is one line.
     """
     if name not in CATALOGUE:
-        raise ValueError(f"unknown method {name!r}{nearest(name, CATALOGUE)} (known: {', '.join(CATALOGUE)})")
+        raise ValueError(
+            f"unknown method {name!r}{did_you_mean(name, CATALOGUE)} (known: {', '.join(CATALOGUE)})"
+        )
     objective = CATALOGUE[name].objective
     parts = {key: value for key, value in chosen.items() if key in ONE | SEVERAL}
     for key, value in parts.items():
@@ -100,9 +102,8 @@ def get(name: str, **chosen: object) -> Objective:
     known = options(objective)
     for key, value in chosen.items():
         if key not in known:
-            raise ValueError(
-                f"{name}: unknown option {key!r}{nearest(key, known)} (known: {', '.join([*known, *ONE, *SEVERAL])})"
-            )
+            every = ", ".join([*known, *ONE, *SEVERAL])
+            raise ValueError(f"{name}: unknown option {key!r}{did_you_mean(key, known)} (known: {every})")
         problem = OPTIONS[key](value)
         if problem:
             raise ValueError(f"{name}: {key} {problem}")

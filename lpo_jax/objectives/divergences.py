@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from lpo_jax.objectives.checks import nearest
+from lpo_jax.objectives.checks import did_you_mean
 from lpo_jax.objectives.simplex import as_float, masked_mean
 from lpo_jax.objectives.targets import HUGE
 
@@ -93,7 +93,7 @@ def divergence(name: str | Divergence) -> Divergence:
         return name
     if name not in DIVERGENCES:
         known = ", ".join(DIVERGENCES)
-        raise ValueError(f"unknown divergence {name!r}{nearest(name, DIVERGENCES)} (known: {known})")
+        raise ValueError(f"unknown divergence {name!r}{did_you_mean(name, DIVERGENCES)} (known: {known})")
     return DIVERGENCES[name]
 
 

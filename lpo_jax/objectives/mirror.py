@@ -97,7 +97,7 @@ def initial_map(seed: int) -> tuple[float, ...]:
 
 
 def map_problem(value: object) -> str | None:
-    """Return one line that says what is wrong with the parameters of a map, or None."""
+    """Describe in one line what is wrong with the parameters of a map, or None."""
     if not isinstance(value, Sequence) or isinstance(value, str) or len(value) not in (0, SIZE):
         return f"must be {SIZE} numbers, or the path of a file that `lpo meta` wrote"
     good = all(is_number(x) and 0 <= x < math.inf for x in value)

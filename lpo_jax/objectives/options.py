@@ -6,7 +6,7 @@ from typing import TypeAlias
 
 from lpo_jax.objectives.advantage import CENTRES
 from lpo_jax.objectives.aggregate import AGGREGATIONS
-from lpo_jax.objectives.checks import is_number, nearest
+from lpo_jax.objectives.checks import did_you_mean, is_number
 from lpo_jax.objectives.credit import BUDGET_WEIGHTS
 from lpo_jax.objectives.divergences import DIVERGENCES, Divergence
 from lpo_jax.objectives.mirror import map_problem
@@ -29,7 +29,7 @@ def one_of(*choices: object) -> Check:
         if not isinstance(value, bool) and value in choices:
             return None
         known = ", ".join(map(repr, choices))
-        return f"must be one of {known}, got {value!r}{nearest(value, choices)}"
+        return f"must be one of {known}, got {value!r}{did_you_mean(value, choices)}"
 
     return problem
 

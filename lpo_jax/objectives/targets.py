@@ -9,7 +9,7 @@ import numpy as np
 from jax.scipy import special
 from jax.typing import ArrayLike
 
-from lpo_jax.objectives.checks import is_number, nearest
+from lpo_jax.objectives.checks import did_you_mean, is_number
 from lpo_jax.objectives.simplex import (
     as_float,
     as_mask,
@@ -118,14 +118,14 @@ TEMPERATURES = ("grpo", "dr-grpo", "maxrl", *(word for word in SCALES if word !=
 
 
 def temperature_problem(rule: object) -> str | None:
-    """Return one line that says what is wrong with a temperature rule, or None."""
+    """Describe in one line what is wrong with a temperature rule, or None."""
     if isinstance(rule, str):
         if rule in TEMPERATURES:
             return None
     elif is_number(rule) and 0 < rule < math.inf:
         return None
     known = ", ".join(map(repr, TEMPERATURES))
-    return f"must be {known} or a positive number, got {rule!r}{nearest(rule, TEMPERATURES)}"
+    return f"must be {known} or a positive number, got {rule!r}{did_you_mean(rule, TEMPERATURES)}"
 
 
 def target_log_probs(

@@ -6,7 +6,7 @@ trust region.
 
 from lpo_jax.objectives import covariance_gates, entropy_adaptive, proximal, ranking, sequence_gates  # noqa: F401
 from lpo_jax.objectives.bias import Bias
-from lpo_jax.objectives.checks import nearest
+from lpo_jax.objectives.checks import did_you_mean
 from lpo_jax.objectives.credit import Credit
 from lpo_jax.objectives.hook_specs import HookSpec
 from lpo_jax.objectives.part import Part, word
@@ -45,7 +45,7 @@ def parts_named(kind: str, value: object) -> Part | tuple[Part, ...] | None:
     parts = []
     for name in [] if chosen == ["none"] else chosen:
         if not isinstance(name, str) or name not in known:
-            raise ValueError(f"has no {name!r}{nearest(name, known)} (known: {', '.join(known)}, none)")
+            raise ValueError(f"has no {name!r}{did_you_mean(name, known)} (known: {', '.join(known)}, none)")
         parts.append(known[name])
     if kind in SEVERAL:
         return tuple(parts)

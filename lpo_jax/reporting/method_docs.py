@@ -36,8 +36,8 @@ The options of a method are the fields of its parts, so
 
 is a method that no paper describes. The parts and their options are documented [at the end](#parts).
 
-The fidelity grade says what a row was checked against: *paper* (its text), *code* (public code), *note* (a third
-party's notes that quote the formulas), *reconstructed* (the abstract only), *derived* (ours). The note of a row says
+The fidelity grade states what a row was checked against: *paper* (its text), *code* (public code), *note* (a third
+party's notes that quote the formulas), *reconstructed* (the abstract only), *derived* (ours). The note of a row lists
 what is uncertain.
 
 The picture shows the updates of six methods for three responses with rewards 1, 0.5 and 0. A point of a triangle is a
