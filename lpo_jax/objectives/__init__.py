@@ -4,8 +4,8 @@
     objective = O.get("lpo-forward", temperature="grpo")
     (loss, metrics), gradient = jax.value_and_grad(objective, has_aux=True)(O.TokenStats(logp), scored)
 
-`gradient.logp` [P,K,T] is the coefficient of each token's log-prob. No model and no I/O here: jax and
-flax.struct only.
+`gradient.logp` [P,K,T] is the coefficient of each token's log-prob. Nothing here knows a model or does I/O: the
+package depends on jax, numpy and flax.struct alone, and imports no other package of `lpo_jax`.
 """
 
 from lpo_jax.objectives.advantage import Advantage, Utility, advantages

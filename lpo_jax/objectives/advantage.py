@@ -1,4 +1,4 @@
-"""From rewards to utilities u = (R - b) / tau: what a response is compared to, and the temperature."""
+"""From rewards to utilities u = (R - b) / tau: the baseline b and the temperature tau."""
 
 import dataclasses
 from collections.abc import Callable
@@ -16,21 +16,21 @@ from lpo_jax.objectives.targets import HUGE, TEMPERATURE_FLOOR, temperature
 
 @dataclasses.dataclass(frozen=True)
 class AdvantageRule(Part):
-    """The base: how rewards become the utilities that a projection works with."""
+    """The base class: computes the utilities of a projection from rewards."""
 
     def __call__(self, context: Context) -> tuple[jax.Array, jax.Array]:
-        """Utilities [P,K], 0 where invalid, and tau [P,1] in units of reward."""
+        """Return utilities [P,K], 0 where invalid, and tau [P,1] in units of reward."""
         raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
 class Utility(AdvantageRule):
-    """u = (R - mu) / tau: the exponent of the target of a listwise method, which sees differences only.
+    """u = (R - mu) / tau: the logits of a listwise method's target, which depends on differences only.
 
     Attributes:
-      temperature: what tau is, as `temperature` takes it.
-      ddof: of the group's standard deviation.
-      temperature_floor: least scale.
+      temperature: the rule for tau, see `temperature`.
+      ddof: degrees of freedom subtracted in the group's standard deviation.
+      temperature_floor: lower bound of the scale.
     """
 
     temperature: str | float = "grpo"
@@ -38,7 +38,7 @@ class Utility(AdvantageRule):
     temperature_floor: float = TEMPERATURE_FLOOR
 
     def difference(self, context: Context) -> jax.Array:
-        """R - b [P,K], 0 where invalid."""
+        """Return R - b [P,K], 0 where invalid."""
         return CENTRES["mean"](context)
 
     def __call__(self, context: Context) -> tuple[jax.Array, jax.Array]:
@@ -49,21 +49,21 @@ class Utility(AdvantageRule):
 
 @dataclasses.dataclass(frozen=True)
 class Advantage(Utility):
-    """A = (R - b) / tau: what a policy gradient weighs a response by.
+    """A = (R - b) / tau: the advantage of a policy gradient.
 
-    | centre | b | of |
+    | centre | b | used by |
     |---|---|---|
     | "mean" | mean of the group | GRPO |
     | "none" | 0 | REINFORCE |
-    | "loo" | mean of the others in the group | RLOO |
+    | "loo" | mean of the other responses of the group | RLOO |
     | "median" | median of the group | MC-GRPO |
-    | "length" | mean of the group, weighed by length | OPO |
+    | "length" | mean of the group, weighted by length | OPO |
     | "batch" | mean of all responses of the minibatch | REINFORCE++ |
-    | "baseline" | `Scored.baseline`, say the greedy response's reward | ReMax |
-    | "runner-up" | second best of the group; all but the best get 0 | pass@k GRPO |
+    | "baseline" | `Scored.baseline`, such as the reward of a greedy response | ReMax |
+    | "runner-up" | second best reward of the group; all responses but the best get 0 | pass@k GRPO |
 
     Attributes:
-      centre: what b is.
+      centre: the baseline b.
     """
 
     centre: str = "mean"
@@ -78,7 +78,7 @@ class Advantage(Utility):
 
 @dataclasses.dataclass(frozen=True)
 class NonzeroAdvantage(Advantage):
-    """`Advantage`, times K / K' where K' of the K advantages are not 0: ties at b do not dilute the step.
+    """`Advantage` times K / K', where K' of the K advantages are not 0, so that ties at b do not dilute the step.
 
     References:
       MC-GRPO, public code lotusroot-kim/MC-GRPO (its GSM8K trainer).
@@ -91,12 +91,18 @@ class NonzeroAdvantage(Advantage):
 
 
 def advantages(rewards: ArrayLike, temperature: ArrayLike, mask: ArrayLike | None = None) -> jax.Array:
-    """A = (R - mu) / tau [P,K], in units of tau; 0 where invalid, exactly 0 in a group of equal rewards."""
+    """Return A = (R - mu) / tau [P,K]: 0 where invalid, exactly 0 in a group of equal rewards.
+
+    Args:
+      rewards: [P,K].
+      temperature: tau, a number or [P,1], in units of reward.
+      mask: [P,K] the valid responses; None means all.
+    """
     return scaled(centred(rewards, mask), temperature)
 
 
 def scaled(difference: jax.Array, tau: ArrayLike) -> jax.Array:
-    """`difference` [P,K] in units of tau, kept finite in float32."""
+    """Return `difference` [P,K] in units of tau, clipped to finite float32 values."""
     return (difference / as_float(tau)).clip(-HUGE, HUGE)
 
 
@@ -109,7 +115,7 @@ def _none(context: Context) -> jax.Array:
 
 
 def _leave_one_out(context: Context) -> jax.Array:
-    # R_k - mean of the others = K / (K - 1) (R_k - mean); a response alone in its group has nobody, and gets 0.
+    # R_k - mean of the others = K / (K - 1) (R_k - mean); the only response of a group gets 0.
     return centred(context.rewards, context.valid) * context.size / jnp.maximum(context.size - 1, 1)
 
 
@@ -118,7 +124,7 @@ def _median(context: Context) -> jax.Array:
 
 
 def _length(context: Context) -> jax.Array:
-    # From the plain mean, so that a group of equal rewards gives exactly 0.
+    # Computed from differences to the plain mean, so that equal rewards give exactly 0.
     deviation = centred(context.rewards, context.valid)
     share = context.lengths / jnp.maximum(context.lengths.sum(-1, keepdims=True), 1)
     return jnp.where(context.valid, deviation - (share * deviation).sum(-1, keepdims=True), 0)
@@ -129,7 +135,7 @@ def _batch(context: Context) -> jax.Array:
 
 
 def _baseline(context: Context) -> jax.Array:
-    # A baseline that could not be had (its verifier broke) compares nothing.
+    # A baseline that is not finite, because its verifier failed, gives 0.
     b = as_float(required(context.scored.baseline))
     return jnp.where(context.valid & jnp.isfinite(b), context.rewards - b, 0)
 
@@ -141,7 +147,7 @@ def _runner_up(context: Context) -> jax.Array:
     return jnp.where(wins, best - second, 0)
 
 
-# word -> R - b [P,K], 0 where invalid
+# name -> R - b [P,K], 0 where invalid
 CENTRES: dict[str, Callable[[Context], jax.Array]] = {
     "mean": _mean,
     "none": _none,

@@ -1,7 +1,7 @@
-"""What an objective is given and what it can show: small pytrees of arrays.
+"""The inputs of an objective and its view of a group: small pytrees of arrays.
 
-Axis letters: P prompts, K responses per prompt, T response tokens, J of the likeliest tokens at a place.
-Log-probs are in nats.
+Axis letters: P prompts, K responses per prompt, T response tokens, J top-k tokens at a position. Log-probs are in nats.
+`fields.py` lists who fills each field.
 """
 
 from typing import Any, TypeAlias, TypeVar
@@ -28,17 +28,17 @@ def required(value: T | None) -> T:
 
 
 class TokenStats(flax.struct.PyTreeNode):
-    """What the current policy says about the sampled tokens; an objective is differentiated in these.
+    """Statistics of the current policy at the sampled tokens. An objective is differentiated with respect to them.
 
-    All but `logp` are None unless the method needs them (`objective.needs`).
+    All fields but `logp` are None unless the method needs them (`objective.needs`).
 
     Attributes:
-      logp: [P,K,T] log-prob of each sampled token under the current policy. Padded places may hold anything.
+      logp: [P,K,T] log-prob of each sampled token under the current policy. Padded positions may hold any value.
       entropy: [P,K,T] entropy of the next-token distribution.
-      ref_logp: [P,K,T] log-probs under a frozen reference.
+      ref_logp: [P,K,T] log-probs under a frozen reference policy.
       top_logp: [P,K,T,J] log-probs of the tokens `Scored.teacher.ids`.
       collision: [P,K,T] sum of the squared next-token probabilities.
-      hidden_norm: [P,K,T] Euclidean norm of the state that the next token is predicted from.
+      hidden_norm: [P,K,T] Euclidean norm of the hidden state from which the next token is predicted.
     """
 
     logp: jax.Array
@@ -50,13 +50,13 @@ class TokenStats(flax.struct.PyTreeNode):
 
 
 class Teacher(flax.struct.PyTreeNode):
-    """Next-token distributions to stay near or to learn from, each as its J likeliest tokens.
+    """Next-token distributions to stay near or to learn from, each reduced to its top-k tokens.
 
     Attributes:
-      ids: [P,K,T,J] int32.
-      logp: [P,K,T,J] their log-probs under the teacher; what they leave is one bin of its own.
-      entropy: [P,K,T] of the teacher's whole distribution.
-      valid: [P,K] bool: the responses that have a teacher.
+      ids: [P,K,T,J] int32, the top-k tokens of the teacher.
+      logp: [P,K,T,J] their log-probs under the teacher; all other tokens form one bin.
+      entropy: [P,K,T] entropy of the teacher's full distribution.
+      valid: [P,K] bool, the responses that have a teacher.
     """
 
     ids: jax.Array
@@ -68,31 +68,33 @@ class Teacher(flax.struct.PyTreeNode):
 class Scored(flax.struct.PyTreeNode):
     """Sampled and verified responses: constants of the update.
 
-    The first five say everything that most methods look at. The others are None unless the run has them to
-    give; what a method cannot do without is in `objective.needs`.
+    Most methods use the first five fields only. The others are None unless something fills them; `objective.needs`
+    names those that a method requires.
 
     Attributes:
-      behaviour_logp: [P,K,T] log-probs under the policy that sampled (pi_b).
-      rewards: [P,K] one number a response. Invalid responses may hold anything; a non-finite reward makes
-        its response invalid (and is counted in `lpo/nonfinite_rewards`).
+      behaviour_logp: [P,K,T] log-probs under the behaviour policy pi_b, which sampled the responses.
+      rewards: [P,K] one number per response. Invalid responses may hold any value; a non-finite reward makes its
+        response invalid (and is counted in `lpo/nonfinite_rewards`).
       mask: [P,K,T] 1 on response tokens, the end token included; 0 on padding.
-      anchor_logp: [P,K,T] log-probs under the policy at the start of the update (pi_t). None means that it is
-        the one that sampled.
-      valid: [P,K] 1 on the responses to learn from. None means all that have a token.
+      anchor_logp: [P,K,T] log-probs under pi_t, the policy at the start of the update. None means pi_t = pi_b, so that
+        s_t = 0 and the target of LPO is w* = softmax(R / tau). This is the case in every run of `lpo train`, as in
+        algorithm 1 of the paper, which sets pi_t and pi_b to the same policy at the start of an iteration. The field
+        is for callers of the public functions whose pi_t differs from pi_b.
+      valid: [P,K] 1 on the responses to train on. None means all that have a token.
       passed: [P,K] bool, the verifier's verdict. None means rewards above 0.5.
-      malformed: [P,K] bool: no answer in the asked form. None means none.
-      truncated: [P,K] bool: cut at the token limit. None means none.
+      malformed: [P,K] bool, no answer in the required format. None means none.
+      truncated: [P,K] bool, cut at the token limit. None means none.
       token_ids: [P,K,T] int32.
-      clusters: [P,K] int32: responses of a group with the same final answer share a number; -1 for no answer.
-      baseline: [P,K] or [P,1] what to compare a reward to: the greedy response's, or a probe's guess.
-      flawed: [P,K] bool: passed, but a judge found a wrong step.
-      credit: [P,K,T] what a judge or a probe says of each token.
-      prompt_confidence: [P] confidence of the policy in the prompt's own least likely tokens, 0 to 1.
-      features: [P,K,F] what a linear probe may look at; the last prompt features first.
+      clusters: [P,K] int32; responses of a group with the same final answer share a number, -1 means no answer.
+      baseline: [P,K] or [P,1] baseline of the rewards: the reward of a greedy response, or a probe's prediction.
+      flawed: [P,K] bool, passed, but a judge found a wrong step.
+      credit: [P,K,T] score of each token, from a judge or a probe.
+      prompt_confidence: [P] confidence of the policy in the least likely tokens of the prompt, 0 to 1.
+      features: [P,K,F] input of a linear probe; the features of the end of the prompt come first.
       teacher: next-token distributions of a teacher.
-      weight: [P] of each prompt's loss, from a hook.
-      sampler_logp: [P,K,T] log-probs as the sampler computed them, where `behaviour_logp` is the trainer's.
-      progress: scalar, 0 at the first step of the run and 1 at its last.
+      weight: [P] weight of each prompt's loss, from a hook.
+      sampler_logp: [P,K,T] log-probs as the sampler computed them, if `behaviour_logp` is the trainer's.
+      progress: scalar, 0 at the first step of the run and 1 at its last step.
       control: the state of `objective.control`.
     """
 
@@ -119,14 +121,14 @@ class Scored(flax.struct.PyTreeNode):
 
 
 class Context(flax.struct.PyTreeNode):
-    """A minibatch as the parts of a method see it: masked, shaped so far, and without gradient.
+    """A minibatch as the parts of a method see it: masked, with the rewards shaped so far, and without gradient.
 
     Attributes:
       rewards: [P,K] float, 0 where invalid.
-      valid: [P,K] bool, the response is in its group.
+      valid: [P,K] bool, the response belongs to its group.
       tokens: [P,K,T] bool, the tokens of valid responses.
-      delta: [P,K,T] log-ratio of the current policy to the one that sampled, 0 outside `tokens`.
-      stats, scored: everything as it was given.
+      delta: [P,K,T] log-ratio of the current policy to the behaviour policy, 0 outside `tokens`.
+      stats, scored: the inputs of the objective, unchanged.
     """
 
     rewards: jax.Array
@@ -138,40 +140,40 @@ class Context(flax.struct.PyTreeNode):
 
     @property
     def size(self) -> jax.Array:
-        """[P,1] valid responses of each group, at least 1."""
+        """Number of valid responses of each group [P,1], at least 1."""
         return jnp.maximum(self.valid.sum(-1, keepdims=True), 1)
 
     @property
     def lengths(self) -> jax.Array:
-        """[P,K] tokens of each response; 0 where invalid."""
+        """Number of tokens of each response [P,K]; 0 where invalid."""
         return self.tokens.sum(-1)
 
     @property
     def passed(self) -> jax.Array:
-        """[P,K] bool, False where invalid."""
+        """Which responses passed, [P,K] bool; False where invalid."""
         by_verdict = self.scored.rewards > 0.5 if self.scored.passed is None else self.scored.passed != 0
         return by_verdict & self.valid
 
     @property
     def pass_rate(self) -> jax.Array:
-        """[P,1] share of the valid responses that passed."""
+        """Share of the valid responses that passed [P,1]."""
         return self.passed.sum(-1, keepdims=True) / self.size
 
 
 class Listwise(flax.struct.PyTreeNode):
-    """The group-level view of an update; `objective.listwise` makes it, and rollouts are written from it.
+    """The group-level view of an update. `objective.listwise` computes it, and the rollout files are written from it.
 
     Attributes:
-      valid: [P,K] bool, the response is in its group: marked valid, has a token, has a finite reward, selected.
-      active: [P] bool, the group takes part in the loss and in every mean.
+      valid: [P,K] bool, the response belongs to its group: marked valid, has a token, has a finite reward, selected.
+      active: [P] bool, the group counts in the loss and in every mean.
       degenerate: [P] bool, the group is large enough but its rewards are all equal.
       temperature: [P,1] tau, in units of reward.
-      utilities: [P,K] u = (R - b) / tau with the method's biases: the "advantage"; 0 where invalid.
-      scores: [P,K] s_k, the log-ratio of response k to the policy that sampled it, in nats; 0 where invalid.
+      utilities: [P,K] u = (R - b) / tau with the method's biases, the advantage of a policy gradient; 0 where invalid.
+      scores: [P,K] s_k, the log-ratio of response k to the behaviour policy, in nats; 0 where invalid.
       log_policy: [P,K] log P = log softmax(s); -inf where invalid.
-      log_target: [P,K] log w*, of softmax(u + s_t) unless the method says otherwise; -inf where invalid.
+      log_target: [P,K] log w*, by default of w* = softmax(u + s_t); -inf where invalid.
       coefficients: [P,K] c_k = d (the prompt's loss) / d s_k, before the gate and the mean over prompts; 0 in
-        an inactive group. Where tokens of a response differ, their mean.
+        an inactive group. If the tokens of a response have different coefficients, their mean.
     """
 
     valid: jax.Array
@@ -186,10 +188,10 @@ class Listwise(flax.struct.PyTreeNode):
 
     @property
     def policy(self) -> jax.Array:
-        """[P,K] P, 0 where invalid."""
+        """P [P,K], 0 where invalid."""
         return jnp.exp(self.log_policy)
 
     @property
     def target(self) -> jax.Array:
-        """[P,K] w*, 0 where invalid."""
+        """w* [P,K], 0 where invalid."""
         return jnp.exp(self.log_target)

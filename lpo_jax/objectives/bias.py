@@ -1,4 +1,4 @@
-"""Biases: what is added to the advantages for reasons other than the response's own reward."""
+"""Biases: changes of the advantages that do not come from the reward of the response itself."""
 
 import dataclasses
 
@@ -14,23 +14,23 @@ from lpo_jax.objectives.simplex import as_float, masked_mean, masked_std
 
 @dataclasses.dataclass(frozen=True)
 class Bias(Part):
-    """The base."""
+    """The base class."""
 
     def __call__(self, context: Context, u: jax.Array) -> jax.Array:
-        """New utilities [P,K] from utilities [P,K]; what it says of invalid responses is ignored."""
+        """Return new utilities [P,K] from utilities [P,K]; values of invalid responses are ignored."""
         raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
 class ConfidenceGap(Bias):
-    """u + a (c(q) - c(o)) in groups with a pass: responses that the policy is too sure of gain less.
+    """u + a (c(q) - c(o)) in groups with a passing response: confident responses gain less.
 
-    c(o) = exp(mean log-prob of the response's least likely tokens), under the policy that sampled; c(q) is the
-    same of the prompt, `Scored.prompt_confidence`.
+    c(o) = exp(mean log-prob of the least likely tokens of the response) under the behaviour policy. c(q) is the same
+    quantity of the prompt, `Scored.prompt_confidence`.
 
     Attributes:
       confidence_weight: a. UNCERTAIN: the paper's value was not found; the default is ours.
-      unlikely_share: the share of a response's tokens that are its least likely.
+      unlikely_share: the share of a response's tokens that counts as least likely.
 
     References:
       ProGRPO, arXiv 2602.05281, advantage re-weighting, as third-party notes quote it.
@@ -51,11 +51,12 @@ class ConfidenceGap(Bias):
 
 @dataclasses.dataclass(frozen=True)
 class GlobalMix(Bias):
-    """w u + (1 - w) g: where a group's answers agree, the prompt is compared to the other prompts instead.
+    """w u + (1 - w) g: if the answers of a group agree, the prompt is compared with the other prompts instead.
 
-    g = (mu - mean of the mu) / their standard deviation, over the groups of the minibatch, and
-    w = sigmoid(slope (H - middle)), H the entropy of the group's answers. So groups that all fail, or all pass, in
-    the same way still learn. UNCERTAIN: the paper's w was not found; this form and its numbers are ours.
+    g = (mu - mean of mu) / (standard deviation of mu) over the groups of the minibatch, and
+    w = sigmoid(slope (H - middle)), where H is the entropy of the group's answers. So a group whose responses all fail
+    or all pass in the same way still has a signal. UNCERTAIN: the paper's w was not found; this form and its numbers
+    are ours.
 
     Attributes:
       mix_slope: in 1/nats.

@@ -1,11 +1,11 @@
-"""The methods by name. `get` builds one, `names` lists them all; `methods/` holds the rows."""
+"""The catalogue of methods: `get` builds one by name, `names` lists all; `methods/` holds the rows."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, TypedDict
 
 from lpo_jax.objectives.aggregate import RESPONSE_BUDGET
-from lpo_jax.objectives.checks import nearest
+from lpo_jax.objectives.checks import did_you_mean
 from lpo_jax.objectives.method import Objective
 from lpo_jax.objectives.methods import guided, listwise, ratio, shaped, tokens
 from lpo_jax.objectives.options import OPTIONS
@@ -20,7 +20,7 @@ CATALOGUE = {
 
 
 class MethodRecord(TypedDict):
-    """A row of the catalogue as plain data."""
+    """A row of the catalogue as plain data; see `Method` for the texts."""
 
     name: str
     formula: str
@@ -33,7 +33,7 @@ class MethodRecord(TypedDict):
 
 
 def names() -> dict[str, MethodRecord]:
-    """Every method by name, as plain data: formula, paper, fidelity, note, options, parts (by word) and needs."""
+    """Return every method by name, as plain data."""
     return {
         name: {
             "name": name,
@@ -52,7 +52,7 @@ def names() -> dict[str, MethodRecord]:
 
 
 def _parts(objective: Objective) -> dict[str, str | list[str]]:
-    """The parts that a config may name, by kind: a word, a list of words, or "none"."""
+    """Return the parts that a config may name, by kind: a name, a list of names, or "none"."""
     parts: dict[str, str | list[str]] = {}
     for kind in ONE:
         part = getattr(objective, kind)
@@ -61,34 +61,36 @@ def _parts(objective: Objective) -> dict[str, str | list[str]]:
 
 
 def options(objective: Objective) -> dict[str, object]:
-    """Every option of a method with its value: the fields of its parts."""
+    """Return every option of a method with its value: the fields of its parts."""
     of_parts = {f.name: getattr(part, f.name) for part in objective.parts for f in dataclasses.fields(part)}
     return of_parts | {name: getattr(objective, name) for name in _own_options(objective)}
 
 
 def _own_options(objective: Objective) -> tuple[str, ...]:
-    """Fields of the objective itself that are options; those that would change nothing are not."""
+    """Return the fields of the objective itself that are options, without those that have no effect."""
     weighs_targets = objective.prompt_weight is not None and isinstance(objective.projection, Simplex)
     return ("degenerate", "prompt_weight_inside") if weighs_targets else ("degenerate",)
 
 
 def get(name: str, **chosen: object) -> Objective:
-    """The method called `name`, as an objective.
+    """Build the method called `name`.
 
     Args:
-      name: lower case with hyphens, as `names` lists them: "lpo-forward", "grpo", ...
-      **chosen: what to set differently from the defaults that `names` shows: options, which are fields of the
-        method's parts, and parts themselves by word ("none", or a list of words for a kind that holds several).
+      name: lower case with hyphens, as `names` lists it: "lpo-forward", "grpo", ...
+      **chosen: changes of the defaults that `names` lists. They are options, which are fields of the method's parts, or
+        parts by name ("none", or a list of names for a kind that holds several).
 
     Returns:
-      An `Objective`: a pure function `(stats, scored) -> (loss, metrics)`. It compares equal to another made
-      with the same arguments, so it may be a static argument of a jitted function.
+      An `Objective`: a pure function `(stats, scored) -> (loss, metrics)`. It compares equal to another one built from
+      the same arguments, so it can be a static argument of a jitted function.
 
     Raises:
-      ValueError: one line: an unknown name or option, or a value out of range.
+      ValueError: a name or option is unknown, or a value is out of range; the message is one line.
     """
     if name not in CATALOGUE:
-        raise ValueError(f"unknown method {name!r}{nearest(name, CATALOGUE)} (known: {', '.join(CATALOGUE)})")
+        raise ValueError(
+            f"unknown method {name!r}{did_you_mean(name, CATALOGUE)} (known: {', '.join(CATALOGUE)})"
+        )
     objective = CATALOGUE[name].objective
     parts = {key: value for key, value in chosen.items() if key in ONE | SEVERAL}
     for key, value in parts.items():
@@ -100,9 +102,8 @@ def get(name: str, **chosen: object) -> Objective:
     known = options(objective)
     for key, value in chosen.items():
         if key not in known:
-            raise ValueError(
-                f"{name}: unknown option {key!r}{nearest(key, known)} (known: {', '.join([*known, *ONE, *SEVERAL])})"
-            )
+            every = ", ".join([*known, *ONE, *SEVERAL])
+            raise ValueError(f"{name}: unknown option {key!r}{did_you_mean(key, known)} (known: {every})")
         problem = OPTIONS[key](value)
         if problem:
             raise ValueError(f"{name}: {key} {problem}")
@@ -111,7 +112,7 @@ def get(name: str, **chosen: object) -> Objective:
 
 
 def with_options(objective: Objective, chosen: Mapping[str, object]) -> Objective:
-    """The objective with some fields of its parts set anew."""
+    """Return the objective with changed fields of its parts."""
 
     def renewed(part: Part) -> Part:
         known = {field.name for field in dataclasses.fields(part)}
@@ -122,9 +123,9 @@ def with_options(objective: Objective, chosen: Mapping[str, object]) -> Objectiv
 
 
 def with_response_budget(objective: Objective, max_tokens: int) -> Objective:
-    """The objective of a run with this response budget: the value of every `max_tokens` that stands for it.
+    """Return the objective of a run with this response budget, which replaces the default of every `max_tokens`.
 
-    A method whose paper has a constant of its own there, such as NFT's 1000, keeps it.
+    A method whose paper sets a constant, such as NFT's 1000, keeps it.
     """
 
     def renewed(part: Part) -> Part:
@@ -135,7 +136,7 @@ def with_response_budget(objective: Objective, max_tokens: int) -> Objective:
 
 
 def _with_parts(objective: Objective, change: Callable[[Part], Part]) -> Objective:
-    """The objective with every part changed."""
+    """Return the objective with `change` applied to every part."""
 
     def changed(value: object) -> Any:
         if isinstance(value, tuple):

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import TypeGuard
 
 
-def nearest(name: object, known: Iterable[object]) -> str:
+def did_you_mean(name: object, known: Iterable[object]) -> str:
     """Return `"; did you mean 'x'?"` for the known name closest to `name`, or `""` when none is close."""
     close = difflib.get_close_matches(str(name), [k for k in known if isinstance(k, str)], n=1)
     return f"; did you mean {close[0]!r}?" if close else ""

@@ -1,7 +1,7 @@
-"""What some methods keep from update to update: an explicit state, checkpointed with the run.
+"""State that some methods carry from update to update, explicit and checkpointed with the run.
 
-The state is a pytree of arrays. `Scored.control` carries it into the objective, `Objective.next_control` gives
-the one after; the parts of the method read it there, and never see the data of the update it is used in.
+The state is a pytree of arrays. `Scored.control` passes it to the objective, and `Objective.next_control` returns the
+next one. A state used in an update was computed from earlier updates only.
 """
 
 import dataclasses
@@ -13,14 +13,14 @@ from lpo_jax.objectives.part import Part
 
 @dataclasses.dataclass(frozen=True)
 class Control(Part):
-    """The base: a state, and what an update makes of it."""
+    """The base class: an initial state and its transition."""
 
     reads = (Field.CONTROL,)
 
     def init(self) -> ControlState:
-        """The state at the start of a run, a pytree of arrays of fixed shape."""
+        """Return the state at the start of a run, a pytree of arrays of fixed shapes."""
         raise NotImplementedError
 
     def update(self, state: ControlState, context: Context, view: Listwise) -> ControlState:
-        """The state after an update on the minibatch `context`, whose groups are `view`."""
+        """Return the state after an update on the minibatch `context`, whose groups are `view`."""
         raise NotImplementedError

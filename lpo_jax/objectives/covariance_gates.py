@@ -1,7 +1,8 @@
-"""Trust-region gates on the few tokens that drive the entropy down: those of high covariance.
+"""Trust-region gates on the few tokens that reduce the entropy most: those of high covariance.
 
-The change of a policy's entropy in an update is minus the covariance of log-prob and advantage. Of one token it is
-(A - mean A)(log pi - mean log pi), with means over the tokens of the minibatch. These gates pick tokens by it.
+The change of a policy's entropy in an update is minus the covariance of log-prob and advantage. The contribution of
+one token is (A - mean A)(log pi - mean log pi), with means over the tokens of the minibatch. These gates select tokens
+by it.
 
 References:
   The Entropy Mechanism of Reinforcement Learning, arXiv 2505.22617; verl, `compute_policy_loss_clip_cov` and
@@ -19,7 +20,7 @@ from lpo_jax.objectives.trust import Gate, RatioClip, implied_advantage, magnitu
 
 
 def covariance(c: jax.Array, context: Context) -> jax.Array:
-    """[P,K,T] each token's share of the covariance of advantage and log-prob; 0 outside `context.tokens`."""
+    """Return each token's part [P,K,T] of the covariance of advantage and log-prob; 0 outside the tokens."""
     tokens = context.tokens
     A = jnp.where(tokens, implied_advantage(c, context), 0)
     logp = jnp.where(tokens, as_float(context.stats.logp), 0)
@@ -27,22 +28,22 @@ def covariance(c: jax.Array, context: Context) -> jax.Array:
 
 
 def first_in_order(count: jax.Array, order: jax.Array, candidates: jax.Array) -> jax.Array:
-    """The `count` candidates that come first in `order`, or all there are: bool, in the shape of `order`."""
+    """Return which candidates are among the `count` first in `order`: bool, in the shape of `order`."""
     place = jnp.argsort(jnp.argsort(jnp.where(candidates, order, jnp.inf).ravel())).reshape(order.shape)
     return candidates & (place < count)
 
 
 @dataclasses.dataclass(frozen=True)
 class ClipCov(RatioClip):
-    """PPO's surrogate, silent on a few tokens whose covariance is in a range.
+    """PPO's surrogate, without gradient on a few tokens whose covariance lies in a range.
 
-    The public code draws them at random. Here they are drawn by a hash of each token's log-prob, so that the
-    objective stays a pure function and a token is drawn wherever it stands in the minibatch. When there are no
-    more candidates than are to be drawn, both take all.
+    The public code draws these tokens at random. Here a hash of each token's log-prob selects them, so that the
+    objective stays a pure function and the choice does not depend on the position in the minibatch. If there are no
+    more candidates than tokens to select, both versions take all of them.
 
     Attributes:
       cov_low, cov_high: the range of covariance.
-      cov_fraction: tokens that are silenced, as a share of the minibatch's; at least one.
+      cov_fraction: tokens without gradient, as a share of the minibatch's tokens; at least one.
     """
 
     cov_low: float = 1.0
@@ -50,7 +51,7 @@ class ClipCov(RatioClip):
     cov_fraction: float = 2e-4
 
     def silent(self, delta: jax.Array, c: jax.Array, context: Context) -> jax.Array:
-        """[P,K,T] bool, the tokens that are left out."""
+        """Return the tokens [P,K,T] that get no gradient, bool."""
         rho, cov = ratio(delta), covariance(c, context)
         shut = c * self.clipped(rho) > c * rho
         candidates = context.tokens & (cov > self.cov_low) & (cov < self.cov_high) & ~shut
@@ -63,11 +64,11 @@ class ClipCov(RatioClip):
 
 @dataclasses.dataclass(frozen=True)
 class KLCov(Gate):
-    """phi = c rho, and cov_kl_coef |delta| / K more on the tokens of the highest covariance.
+    """phi = c rho, plus cov_kl_coef |delta| / K on the tokens of the highest covariance.
 
     Attributes:
-      cov_fraction: tokens that are held back, as a share of the minibatch's; at least one.
-      cov_kl_coef: how strongly.
+      cov_fraction: tokens with the penalty, as a share of the minibatch's tokens; at least one.
+      cov_kl_coef: weight of the penalty.
     """
 
     cov_fraction: float = 2e-4
@@ -81,7 +82,7 @@ class KLCov(Gate):
 
 
 def _hash(x: jax.Array) -> jax.Array:
-    """Numbers in an order that has nothing to do with that of `x`: the same for the same float32."""
+    """Return a pseudo-random number for each float32 of `x`; equal inputs give equal numbers."""
     bits = jax.lax.bitcast_convert_type(jnp.asarray(x, jnp.float32), jnp.uint32)
     order: jax.Array = ((bits * jnp.uint32(2654435761)) >> 8).astype(
         jnp.float32

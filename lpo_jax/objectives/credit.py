@@ -1,4 +1,4 @@
-"""Credit: utilities of tokens, where a method knows more of a response than its reward."""
+"""Credit: utilities of single tokens, for methods with more information about a response than its reward."""
 
 import dataclasses
 
@@ -18,14 +18,14 @@ BUDGET_WEIGHTS = ("linear", "uniform", "last")
 
 @dataclasses.dataclass(frozen=True)
 class Credit(Part):
-    """The base."""
+    """The base class."""
 
     def __call__(self, context: Context, u: jax.Array, tau: jax.Array) -> jax.Array:
-        """Utilities [P,K,T] of the tokens, or [P,K,1] where those of a response do not differ.
+        """Return utilities [P,K,T] of the tokens, or [P,K,1] if all tokens of a response have the same.
 
         Args:
           context: the minibatch.
-          u: [P,K] the utilities of the responses.
+          u: [P,K] utilities of the responses.
           tau: [P,1] the temperature that they were divided by, in units of reward.
         """
         raise NotImplementedError
@@ -33,11 +33,11 @@ class Credit(Part):
 
 @dataclasses.dataclass(frozen=True)
 class EntropyCost(Credit):
-    """u - beta H of a response's mean entropy H, and 0 for a response that is too unsure.
+    """u - beta H, where H is the mean entropy of a response; 0 if H exceeds a limit.
 
     Attributes:
       entropy_cost: beta.
-      entropy_limit: largest H, in nats/token. The paper has ln 2, its code 0.7.
+      entropy_limit: upper limit of H, in nats per token. The paper has ln 2, its code 0.7.
 
     References:
       GTPO, public code winstonsmith1897/GTPO.
@@ -54,16 +54,15 @@ class EntropyCost(Credit):
 
 @dataclasses.dataclass(frozen=True)
 class Progress(Credit):
-    """u plus what a token's segment did for the chance of the right answer.
+    """u plus the gain in the probability of the right answer over a token's segment.
 
-    `Scored.credit` holds the gain in that chance over the segment that the token is in. It is taken relative to the
-    mean of all tokens of the group, in units of their standard deviation.
+    `Scored.credit` holds this gain, see `PrefixValues`. It is standardised over all tokens of the group.
 
     Attributes:
-      progress_weight: what a gain of one deviation adds to u.
+      progress_weight: what a gain of one standard deviation adds to u.
 
     References:
-      GRPO-VPS. How the gain and the advantage are joined was not found: RECONSTRUCTED.
+      GRPO-VPS. How the gain and the advantage are combined was not found: RECONSTRUCTED.
     """
 
     progress_weight: float = 1.0
@@ -77,7 +76,9 @@ class Progress(Credit):
 
 @dataclasses.dataclass(frozen=True)
 class StepPenalty(Credit):
-    """u less a penalty on the tokens of wrong steps, which `Scored.credit` marks with 1; then over the group's tokens.
+    """u minus a penalty on the tokens of wrong steps, standardised over the tokens of the group.
+
+    `Scored.credit` is 1 on the tokens of wrong steps.
 
     Attributes:
       step_penalty: in units of u before it is standardised.
@@ -97,21 +98,21 @@ class StepPenalty(Credit):
 
 @dataclasses.dataclass(frozen=True)
 class AnytimeReturns(Credit):
-    """What a response is worth from each of its segments on, had it been cut short at one of several budgets.
+    """The advantage of each segment of a response under several token budgets, each with an answer at its end.
 
-    A response is cut after 1/S, 2/S, ... of `max_tokens`; token t is in segment s = min(t S // max_tokens, S - 1).
-    `Scored.credit` holds, on the tokens of segment s, the mean reward r_s of answers given at the cut that ends it;
-    where a response has ended before, r_s is its own reward. With weights w of the budgets,
+    A response is cut after 1/S, 2/S, ... of `max_tokens`; token t is in segment s = min(t S // max_tokens, S - 1). On
+    the tokens of segment s, `Scored.credit` holds the mean reward r_s of answers given at the end of this segment. If
+    the response ended earlier, r_s is its own reward. With weights w of the budgets,
 
         return_s = sum_{s' >= s} w_s' r_s'        A_s = (return_s - (s V1 + (S - s) V2) / S) / tau
 
-    with V2 the group's mean return, and V1 the mean of the response's earlier r (each counting twice as much as the
-    one before it) times the weight of the budgets to come.
+    V2 is the mean return of the group. V1 is a weighted mean of the earlier r of the response, in which each value
+    counts twice as much as the one before it, times the weight of the remaining budgets.
 
     Attributes:
-      budgets: S.
-      budget_weights: "linear" (in the budget's length), "uniform", or "last" (the full budget alone).
-      max_tokens: the response budget of the run; `lpo train` sets it unless it is given.
+      budgets: S, the number of budgets.
+      budget_weights: "linear" (proportional to the budget), "uniform", or "last" (the full budget only).
+      max_tokens: the response budget of the run; `lpo train` sets it unless the config does.
 
     References:
       AnytimeReasoner (BRPO), arXiv 2505.13438; public code sail-sg/AnytimeReasoner.
@@ -123,7 +124,7 @@ class AnytimeReturns(Credit):
     reads = (Field.CREDIT,)
 
     def weights(self) -> jax.Array:
-        """w [S], of sum 1."""
+        """Return w [S], which sums to 1."""
         S = self.budgets
         lengths = {"linear": range(1, S + 1), "uniform": [1] * S, "last": [0] * (S - 1) + [1]}
         w = jnp.asarray(lengths[self.budget_weights], float)
@@ -140,7 +141,7 @@ class AnytimeReturns(Credit):
         returns = _sum_from(w * r)
         s = jnp.arange(S)
         twice = 2.0**s
-        # Of the segments before: the first has none, and its V1 has weight 0.
+        # Over earlier segments: the first segment has none, and its V1 has weight 0.
         earlier = jnp.cumsum(twice * r, -1) / jnp.cumsum(twice)
         V1 = jnp.pad(earlier[..., :-1], ((0, 0), (0, 0), (1, 0))) * _sum_from(w)
         V2 = masked_mean(returns, context.valid[..., None], 1, keepdims=True)
@@ -149,12 +150,12 @@ class AnytimeReturns(Credit):
 
 
 def _sum_from(x: jax.Array) -> jax.Array:
-    """Sums over the last axis from each place to the end."""
+    """Return the sums over the last axis from each index to the end."""
     return jnp.cumsum(x[..., ::-1], -1)[..., ::-1]
 
 
 def _standardised(x: jax.Array, tokens: jax.Array) -> jax.Array:
-    """`x` [P,K,T] over all tokens of its group: mean 0 and deviation 1, or 0 where they are equal; 0 outside."""
+    """Standardise `x` [P,K,T] over all tokens of its group; 0 if they are equal, and 0 outside the tokens."""
     flat, mask = (a.reshape(len(tokens), -1) for a in (as_float(x), tokens))
     deviation = jnp.maximum(masked_std(flat, mask), TEMPERATURE_FLOOR)
     return scaled(centred(flat, mask), deviation).reshape(tokens.shape)

@@ -1,14 +1,14 @@
-"""Projections of the policy onto the target: divergences on the simplex and their coefficients.
+"""Divergences on the simplex, which project the policy onto the target, and their coefficients.
 
-A divergence is one scalar function of (log P, log w*). Its coefficients are c_k = d loss / d s_k, where
-P = softmax(s): by the chain rule P_k (g_k - sum_j P_j g_j) with g = d loss / d P, which sums to 0 over the
-group whatever the divergence. Autodiff gives them; forward and reverse KL have their closed forms.
+A divergence is a scalar function of (log P, log w*). Its coefficients are c_k = d loss / d s_k for P = softmax(s). By
+the chain rule, c_k = P_k (g_k - sum_j P_j g_j) with g = d loss / d P, which sums to 0 over the group for every
+divergence. Autodiff computes them; forward and reverse KL have closed forms.
 
-Every divergence is scaled so that near a uniform P it is the same quadratic: for a high temperature the
-on-policy coefficients are c = -A / K, those of the policy gradient. One learning rate then serves all of them.
+Every divergence is scaled so that all agree to second order near a uniform P: at a high temperature, the on-policy
+coefficients are c = -A / K, those of the policy gradient. So one learning rate serves all of them.
 
-A new one is one scalar function: `f_divergence` of a convex f of the ratio w* / P, `bregman` of a convex
-generator h of a probability, or a `Divergence` of both log-probs. `O.get(method, divergence=mine)` takes it.
+A new divergence is one scalar function: `f_divergence` takes a convex f of the ratio w* / P, `bregman` a convex
+generator h of a probability, and `Divergence` a loss of both log-probs. Pass it as `O.get(method, divergence=mine)`.
 """
 
 import dataclasses
@@ -20,11 +20,11 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from lpo_jax.objectives.checks import nearest
+from lpo_jax.objectives.checks import did_you_mean
 from lpo_jax.objectives.simplex import as_float, masked_mean
 from lpo_jax.objectives.targets import HUGE
 
-# Least log-prob that `f_divergence` and `bregman` see: the square of its inverse is still a float32.
+# Lower bound of log-probs in `f_divergence` and `bregman`: the square of its inverse is still a finite float32.
 LOG_FLOOR = -40.0
 
 ALPHA = 0.5
@@ -32,16 +32,16 @@ ALPHA = 0.5
 
 @dataclasses.dataclass(frozen=True)
 class Divergence:
-    """One way to measure how far the policy P is from the target w*.
+    """A measure of how far the policy P is from the target w*.
 
     Attributes:
-      name: as `divergence(name)` knows it.
+      name: its name, as in `divergence(name)`.
       formula: the loss in one line.
-      loss: (log_p, log_w, inside) -> [P], of [P,K] arrays. They are finite: where a probability is 0 its log
-        is -1e30. `inside` marks the responses of the group, for a loss that counts them.
+      loss: (log_p, log_w, inside) -> [P], of finite [P,K] arrays: the log of a probability of 0 is -1e30. `inside`
+        marks the responses of the group, for a loss that counts them.
       closed_form: (log_p, log_w) -> [P,K] coefficients of the same finite arrays; None means autodiff.
-      through_softmax: False for a loss on each log-prob by itself, which leaves the other responses alone.
-      full_support: True for a loss that is infinite where the target is 0, and so needs one that never is.
+      through_softmax: False for a loss on each log-prob separately, whose gradient ignores the normaliser of P.
+      full_support: True for a loss that is infinite where the target is 0, and so requires a positive target.
     """
 
     name: str
@@ -52,11 +52,11 @@ class Divergence:
     full_support: bool = False
 
     def value(self, log_p: ArrayLike, log_w: ArrayLike) -> jax.Array:
-        """The loss of each group.
+        """Return the loss of each group.
 
         Args:
-          log_p: [P,K] log P, as `listwise_log_probs` gives it; -inf where the response is invalid.
-          log_w: [P,K] log w*, as `target_log_probs` gives it.
+          log_p: [P,K] log P, as `listwise_log_probs` returns it; -inf where the response is invalid.
+          log_w: [P,K] log w*, as `target_log_probs` returns it.
 
         Returns:
           [P], in nats; 0 for a group without valid responses.
@@ -64,12 +64,12 @@ class Divergence:
         return self.loss(*_finite(log_p, log_w))
 
     def coefficients(self, log_p: ArrayLike, log_w: ArrayLike) -> jax.Array:
-        """c_k = d value / d s_k for P = softmax(s), with w* held fixed.
+        """Return c_k = d value / d s_k for P = softmax(s), with w* constant.
 
         Args and shapes as for `value`.
 
         Returns:
-          [P,K], 0 where invalid; negative where the loss asks for a larger P_k.
+          [P,K], 0 where invalid; negative where a larger P_k lowers the loss.
         """
         if self.closed_form is None:
             return self.autodiff_coefficients(log_p, log_w)
@@ -77,38 +77,38 @@ class Divergence:
         return self.closed_form(log_p, log_w)
 
     def autodiff_coefficients(self, log_p: ArrayLike, log_w: ArrayLike) -> jax.Array:
-        """The same as `coefficients`, from `loss` alone."""
+        """Return the same as `coefficients`, by autodiff of `loss`. Args and shapes as for `value`."""
         log_p, log_w, inside = _finite(log_p, log_w)
         h: jax.Array = jax.grad(lambda x: self.loss(x, log_w, inside).sum())(log_p)  # [P,K] P_k g_k
         return h - jnp.exp(log_p) * h.sum(-1, keepdims=True) if self.through_softmax else h
 
 
 def divergence(name: str | Divergence) -> Divergence:
-    """The divergence called `name`: one of `DIVERGENCES`. A `Divergence` is its own name.
+    """Return the divergence called `name`, one of `DIVERGENCES`; a `Divergence` is returned unchanged.
 
     Raises:
-      ValueError: there is none of that name.
+      ValueError: no divergence has this name.
     """
     if isinstance(name, Divergence):
         return name
     if name not in DIVERGENCES:
         known = ", ".join(DIVERGENCES)
-        raise ValueError(f"unknown divergence {name!r}{nearest(name, DIVERGENCES)} (known: {known})")
+        raise ValueError(f"unknown divergence {name!r}{did_you_mean(name, DIVERGENCES)} (known: {known})")
     return DIVERGENCES[name]
 
 
 def f_divergence(
     name: str, formula: str, f: Callable[[jax.Array], jax.Array], full_support: bool = False
 ) -> Divergence:
-    """sum_k P_k f(w*_k / P_k) / f''(1), of a convex function of the ratio.
+    """Return the divergence sum_k P_k f(w*_k / P_k) / f''(1) of a convex function f of the ratio.
 
         O.f_divergence("triangle", "sum (P - w*)^2 / (P + w*)", lambda t: (t - 1) ** 2 / (t + 1))
 
     Args:
-      name, formula: what to call it.
-      f: elementwise in jax.numpy, for ratios > 0, convex, with f''(1) > 0. A constant or a multiple of t - 1
-        may be added without effect.
-      full_support: whether f(t) grows without bound as t goes to 0.
+      name, formula: its name and its loss in one line, for messages and tables.
+      f: elementwise function in jax.numpy for ratios > 0, convex, with f''(1) > 0. Adding a constant or a multiple of
+        t - 1 has no effect.
+      full_support: whether f(t) is unbounded as t tends to 0.
 
     References:
       Csiszar (1967); Ali and Silvey (1966).
@@ -123,9 +123,9 @@ def f_divergence(
     return Divergence(name, formula, loss, full_support=full_support)
 
 
-@functools.cache  # one object for one alpha, so that equal objectives stay equal
+@functools.cache  # one object per alpha, so that equal objectives compare equal
 def alpha_divergence(alpha: float) -> Divergence:
-    """(1 - sum_k w*_k^a P_k^(1-a)) / (a (1 - a)): reverse KL at a = 0, forward KL at a = 1, and all in between.
+    """Return the divergence (1 - sum_k w*_k^a P_k^(1-a)) / (a (1 - a)): reverse KL at a = 0, forward KL at a = 1.
 
     a = 1/2 is the squared Hellinger distance, a = 2 chi-squared, a = -1 chi-squared with P and w* exchanged.
 
@@ -148,16 +148,16 @@ def alpha_divergence(alpha: float) -> Divergence:
 def bregman(
     name: str, formula: str, h: Callable[[jax.Array], jax.Array], full_support: bool = False
 ) -> Divergence:
-    """sum_k h(w*_k) - h(P_k) - h'(P_k) (w*_k - P_k), over h''(1/K) / K: of a convex function of a probability.
+    """Return the divergence sum_k h(w*_k) - h(P_k) - h'(P_k) (w*_k - P_k), divided by h''(1/K) / K, of a convex h.
 
-    On-policy its coefficients are P - w* exactly, whatever h; they differ in how they go on from there.
+    On-policy, its coefficients are exactly P - w* for every h; they differ off-policy.
 
         O.bregman("entropy", "KL(w* || P)", lambda p: p * jnp.log(p))
 
     Args:
-      name, formula: what to call it.
-      h: elementwise in jax.numpy, for probabilities > 0, strictly convex, twice differentiable.
-      full_support: whether h(p) grows without bound as p goes to 0.
+      name, formula: its name and its loss in one line, for messages and tables.
+      h: elementwise function in jax.numpy for probabilities > 0, strictly convex, twice differentiable.
+      full_support: whether h(p) is unbounded as p tends to 0.
 
     References:
       Bregman (1967); Banerjee et al. (2005), "Clustering with Bregman divergences".
@@ -178,14 +178,14 @@ def bregman(
 
 
 def _finite(log_p: ArrayLike, log_w: ArrayLike) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Both logs with -1e30 for -inf, so that 0 log 0 is 0; and the mask of the responses in the group."""
+    """Return both logs with -1e30 for -inf, so that 0 log 0 is 0, and the mask of the responses in the group."""
     log_p, log_w = as_float(log_p), as_float(log_w)
     inside = (log_p > -jnp.inf) | (log_w > -jnp.inf)
     return jnp.maximum(log_p, -HUGE), jnp.maximum(log_w, -HUGE), inside
 
 
 def _floored(log_x: jax.Array, floor: float) -> jax.Array:
-    """`log_x`, at least `floor`, with derivative 1 also there: a policy that has left is still called back."""
+    """Clamp `log_x` to at least `floor`, straight-through: the derivative is 1 below the floor too."""
     return jax.lax.stop_gradient(jnp.maximum(log_x, floor)) + (log_x - jax.lax.stop_gradient(log_x))
 
 
@@ -211,14 +211,14 @@ def _logit_variance(log_p: jax.Array, log_w: jax.Array, inside: jax.Array) -> ja
 DIVERGENCES = {
     d.name: d
     for d in (
-        # LPO equation 10: c = P - w*, bounded by 1. A log-barrier: w*_k > 0 keeps P_k from 0 (corollary 2).
+        # LPO equation 10: c = P - w*, bounded by 1. w*_k > 0 acts as a log barrier that keeps P_k > 0 (corollary 2).
         Divergence(
             "forward-kl",
             "KL(w* || P)",
             lambda log_p, log_w, inside: _kl(log_w, log_p),
             lambda log_p, log_w: jnp.exp(log_p) - jnp.exp(log_w),
         ),
-        # LPO equation 11: c = P (d - dbar), d = s - R / tau - s_t. On-policy it equals the policy gradient.
+        # LPO equation 11: c = P (d - dbar), d = s - R / tau - s_t. On-policy, it equals the policy gradient.
         Divergence(
             "reverse-kl",
             "KL(P || w*)",
@@ -229,7 +229,7 @@ DIVERGENCES = {
         f_divergence(
             "jeffreys", "(KL(w* || P) + KL(P || w*)) / 2", lambda t: (t - 1) * jnp.log(t), full_support=True
         ),
-        # m = (P + w*) / 2. Bounded: it never punishes a policy by more than 4 log 2.
+        # m = (P + w*) / 2. It is at most 4 log 2.
         f_divergence(
             "js",
             "2 KL(w* || m) + 2 KL(P || m), m = (P + w*) / 2",
@@ -239,15 +239,15 @@ DIVERGENCES = {
         f_divergence("hellinger", "2 sum (sqrt P - sqrt w*)^2", lambda t: jnp.square(jnp.sqrt(t) - 1)),
         f_divergence("chi2", "1/2 sum (P - w*)^2 / P", lambda t: jnp.square(t - 1)),
         bregman("brier", "K/2 sum (P - w*)^2", lambda p: jnp.square(p) / 2),
-        # An even steeper barrier than forward KL's.
+        # A steeper barrier than that of forward KL.
         bregman("itakura-saito", "1/K sum (w*/P - log(w*/P) - 1)", lambda p: -jnp.log(p), full_support=True),
         # c = (d - mean d) / K: the second-order surrogate of reverse KL at a uniform P, unbounded away from it.
         Divergence("logit-var", "1/2 Var_k(log P_k - log w*_k)", _logit_variance, full_support=True),
-        # Control: forward KL whose coefficient is frozen where P is uniform, c = 1/K - w*. It is the policy
-        # gradient with A' = K w* - 1, so what it lacks against forward-kl is self-correction alone.
+        # Control: forward KL with the coefficient of a uniform P, c = 1/K - w*. It is the policy gradient with
+        # A' = K w* - 1, so it differs from forward-kl only in the lack of self-correction.
         Divergence("forward-onpolicy", "sum_k (1/K - w*_k) log P_k", _forward_onpolicy_loss),
         # Control: weighted regression (MPO, AWR) on the same target: c = -w* never vanishes (LPO, 5.4.1). The
-        # value is the cross-entropy to P; the coefficient leaves out P's normaliser, on purpose.
+        # value is the cross-entropy to P; the coefficient deliberately ignores the normaliser of P.
         Divergence(
             "pointwise",
             "- sum_k w*_k log pi(y_k)",

@@ -1,4 +1,4 @@
-"""One temperature for the minibatch, set by how far its targets may be from the policy."""
+"""One temperature for the whole minibatch, set by a KL budget on its targets (MPO)."""
 
 import dataclasses
 
@@ -16,11 +16,12 @@ _HALVINGS = 60
 
 @dataclasses.dataclass(frozen=True)
 class DualUtility(AdvantageRule):
-    """u = (R - mu) / eta with the eta >= 1e-6 at which the mean of KL(softmax(R / eta) || uniform) is the budget.
+    """u = (R - mu) / eta, with the eta >= 1e-6 at which the mean of KL(softmax(R / eta) || uniform) is the budget.
 
-    It minimises the convex dual eta epsilon + eta mean log mean_k exp(R_k / eta) of "most reward within
-    epsilon of the policy that sampled". Groups of equal rewards take no part in the mean: they have no target to
-    be far from. Where even the best responses alone stay within the budget, eta is 1e-6.
+    This eta minimises eta epsilon + eta mean log mean_k exp(R_k / eta), the convex dual of maximising the reward
+    within a KL of epsilon of the behaviour policy. Groups of equal rewards are left out of the mean, because their
+    target is uniform at every eta. If even the targets that keep only the best responses stay within the budget,
+    eta is 1e-6.
 
     Attributes:
       kl_budget: epsilon, in nats.

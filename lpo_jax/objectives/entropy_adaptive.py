@@ -1,4 +1,4 @@
-"""HAPO: how sure the policy is of a token decides how its advantage and its trust region are scaled.
+"""HAPO: the entropy at a token scales its advantage and its trust region.
 
 References:
   HAPO, public code starriver030515/HAPO (a fork of verl).
@@ -18,10 +18,12 @@ from lpo_jax.objectives.trust import RatioClip, ratio
 
 
 def relative_entropy(context: Context, pivot: float) -> jax.Array:
-    """h [P,K,T]: 1 at the highest entropy of the minibatch, 0 at its `pivot` quantile, -1 at the lowest, in its log.
+    """Return h [P,K,T], linear in the log entropy: 1 at its maximum, 0 at its `pivot` quantile, -1 at its minimum.
 
-    The public code divides what is below the pivot by its minimum, which is negative, so that its h is never below
-    0 and the branches for sure tokens are dead there; here they do what the paper says.
+    Maximum, quantile and minimum are over the tokens of the minibatch.
+
+    The public code divides the values below the pivot by their minimum, which is negative, so its h is never negative
+    and its branches for low-entropy tokens never run. Here these branches do what the paper says.
     """
     tokens = context.tokens
     log_entropy = jnp.log(jnp.maximum(jnp.where(tokens, as_float(required(context.stats.entropy)), 1), 1e-8))
@@ -32,7 +34,7 @@ def relative_entropy(context: Context, pivot: float) -> jax.Array:
 
 
 def _widths(h: jax.Array, growth: float) -> tuple[jax.Array, jax.Array]:
-    """What the lower and the upper width of the clip are multiplied by: sure tokens may fall, unsure ones rise."""
+    """Return the factors of the lower and the upper clip width: wider below if h < 0, wider above if h > 0."""
     return 1 - growth * jnp.minimum(h, 0), 1 + growth * jnp.maximum(h, 0)
 
 
@@ -40,11 +42,11 @@ def _widths(h: jax.Array, growth: float) -> tuple[jax.Array, jax.Array]:
 class TokenLevelUtility(Utility):
     """u = (R - mu) / tau with mean and deviation over the tokens of the group, so that long responses count more.
 
-    Temperatures other than "grpo", the deviation, are as ever. A group in which |u| would reach `most_utility` is
-    scaled by its responses instead.
+    Only the temperature "grpo" becomes the deviation over tokens; the others are unchanged. A group in which some |u|
+    would reach `most_utility` uses the statistics over its responses instead.
 
     Attributes:
-      most_utility: largest |u| that is trusted.
+      most_utility: bound of |u| above which statistics over tokens are not used.
     """
 
     most_utility: float = 5.0
@@ -52,7 +54,7 @@ class TokenLevelUtility(Utility):
     def __call__(self, context: Context) -> tuple[jax.Array, jax.Array]:
         u, tau = super().__call__(context)
         share = context.lengths / jnp.maximum(context.lengths.sum(-1, keepdims=True), 1)
-        # Of differences to the plain mean: equal rewards give exactly 0.
+        # Computed from differences to the plain mean, so that equal rewards give exactly 0.
         difference = self.difference(context)
         difference = difference - (share * difference).sum(-1, keepdims=True)
         deviation = tau
@@ -66,12 +68,12 @@ class TokenLevelUtility(Utility):
 
 @dataclasses.dataclass(frozen=True)
 class EntropyClip(RatioClip):
-    """PPO's clip, wider below for tokens the policy is sure of and wider above for those it is not.
+    """PPO's clip, wider below for tokens of low entropy and wider above for tokens of high entropy.
 
-    The widths are low (1 - g min(h, 0)) and high (1 + g max(h, 0)), h of `relative_entropy`.
+    The widths are low (1 - g min(h, 0)) and high (1 + g max(h, 0)), with h from `relative_entropy`.
 
     Attributes:
-      entropy_pivot: quantile of the entropy that is neither.
+      entropy_pivot: quantile of the entropy at which h is 0.
       clip_growth: g.
     """
 
@@ -88,9 +90,9 @@ class EntropyClip(RatioClip):
 
 @dataclasses.dataclass(frozen=True)
 class EntropyWeight(TokenWeight):
-    """1 + g h on unsure tokens that have moved and on sure tokens that have not, 1 on the others.
+    """1 + g h on tokens of high entropy that have moved and of low entropy that have not, 1 on the others.
 
-    A token has moved when its ratio is out of the inner half of `EntropyClip`'s range.
+    A token has moved if its ratio is outside the inner half of `EntropyClip`'s range.
 
     Attributes:
       epsilon_low, epsilon_high, entropy_pivot, clip_growth: as in `EntropyClip`.

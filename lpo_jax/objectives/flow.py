@@ -1,6 +1,6 @@
-"""Flow balance: the policy matches exp(reward) up to a constant of the prompt, which is learnt beside it.
+"""Flow balance (FlowRL): the policy matches exp(reward) up to a learnt constant of the prompt.
 
-The squared residual is that of the logit variance, with log Z(x) in the place of the group's mean.
+The squared residual is that of the logit variance, with log Z(x) in place of the group's mean.
 """
 
 import dataclasses
@@ -17,10 +17,10 @@ from lpo_jax.objectives.projection import ScoreLoss, reference_scores
 from lpo_jax.objectives.simplex import masked_mean
 from lpo_jax.objectives.trust import ratio
 
-# Numbers that a prompt's features are folded into: a state has one shape whatever the width of the model.
+# Features of a prompt after folding, so that the shape of the state does not depend on the width of the model.
 WIDTH = 256
 
-# Largest probability ratio that a response is weighed by.
+# Upper bound of the probability ratio that weights a response.
 RATIO_MAX = 10.0
 
 
@@ -42,8 +42,8 @@ class Scaled(Bias):
 class FlowBalance(ScoreLoss):
     """The mean over the group of w (log Z + s - u)^2 / 2, s the mean log-ratio to the reference.
 
-    w = min(rho, 10), rho the probability ratio of the whole response to the policy that sampled; no gradient
-    flows through it. `LogPartition` learns log Z by the same loss.
+    w = min(rho, 10), where rho is the probability ratio of the whole response to the behaviour policy; w is a constant
+    of the update. `LogPartition` learns log Z from the same loss.
 
     References:
       FlowRL, arXiv 2509.15207; public code Xuekai-Zhu/FlowRL.
@@ -67,10 +67,10 @@ class FlowBalance(ScoreLoss):
 
 @dataclasses.dataclass(frozen=True)
 class LogPartition(Control):
-    """log Z(x), linear in a sketch of the prompt's features: one normalised gradient step an update.
+    """log Z(x), a linear function of a sketch of the prompt's features, with one normalised gradient step per update.
 
     Attributes:
-      log_z_rate: the share of a prompt's weighted mean residual that a step on it alone takes away.
+      log_z_rate: the share of a prompt's weighted mean residual that one step on this prompt alone removes.
     """
 
     log_z_rate: float = 0.1
@@ -81,10 +81,10 @@ class LogPartition(Control):
     def update(self, state: ControlState, context: Context, view: Listwise) -> ControlState:
         residual = log_partition(state, context) + view.scores - view.utilities
         w = jnp.where(context.valid, response_weights(context), 0)
-        # The weighted mean is a whole step, so that a smaller one cannot overshoot, whatever the weights.
+        # A full step removes the weighted mean, so a smaller step cannot overshoot, whatever the weights are.
         mean = (w * residual).sum(-1) / jnp.maximum(w.sum(-1), 1e-30)  # [P]
         step = self.log_z_rate * jnp.where(view.active, mean, 0) / jnp.maximum(view.active.sum(), 1)
-        # A sketch has length 1 and so has the bias's constant input: half a step in each is a whole one.
+        # The sketch and the constant input of the bias both have length 1: half a step in each makes a full step.
         return {
             "weights": state["weights"] - step / 2 @ _sketch(context),
             "bias": state["bias"] - step.sum() / 2,
@@ -92,16 +92,16 @@ class LogPartition(Control):
 
 
 def response_weights(context: Context) -> jax.Array:
-    """w [P,K]."""
+    """Return w [P,K], the bounded probability ratio of each response."""
     return jnp.minimum(ratio(context.delta.sum(-1)), RATIO_MAX)
 
 
 def log_partition(state: dict[str, jax.Array], context: Context) -> jax.Array:
-    """log Z [P,1] of each prompt."""
+    """Return log Z [P,1] of each prompt."""
     return (_sketch(context) @ state["weights"] + state["bias"])[:, None]
 
 
 def _sketch(context: Context) -> jax.Array:
-    """[P,WIDTH] of length 1, or 0: the mean of a group's features, in which those of the prompt are themselves."""
+    """Return the mean features of each group [P,WIDTH], scaled to length 1, or 0."""
     x = folded(context, WIDTH).sum(1) / context.size
     return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-30)

@@ -1,18 +1,19 @@
-"""What a method asks of the run around its updates, as plain settings: `training/hooks/` does the work.
+"""Settings of the hooks: what a run does for a method around its updates. `rollout/hooks/` implements them.
 
-A hook has no arithmetic of its own here, so that a method is one frozen, hashable composition. Each hook acts in one
-phase of the step, and the phases run in the order of `HookPhase` whatever the order of a method's list of hooks:
+The settings hold no arithmetic, so that a method is one frozen, hashable composition. Each hook acts in one phase of
+the step. The phases run in the order of `HookPhase`, whatever the order of a method's list of hooks is:
 
 | phase | what happens | hooks |
 |---|---|---|
 | draw | chooses the prompts of a sampling round | `LearnabilitySampling`, `GaussianSampling` |
-| mend | replaces failed groups or responses of that round | `SolutionHints`, `LadderHints` |
-| select | chooses the groups to learn from, and may ask for a further sampling round | `DynamicSampling` |
-| annotate | gives the objective fields of `Scored` | teachers, judges, baselines, credits |
+| mend | replaces failed groups or responses of this round | `SolutionHints`, `LadderHints` |
+| select | chooses the groups to train on, and may request a further sampling round | `DynamicSampling` |
+| annotate | fills fields of `Scored` for the objective | teachers, judges, baselines, credits |
 | replay | adds an update on an earlier batch | `Replay` |
 
-Everything sampled in a step, before it is mended and selected, is what hooks observe: a curriculum's pass rates are
-those of the plain prompts, of solved and hopeless ones too. `problem` says which hooks cannot stand together.
+Hooks observe everything that was sampled in a step, before it is mended and selected. So the pass rates of a curriculum
+are those of the plain prompts, including the solved and the hopeless ones. `problem` reports hooks that cannot be
+combined.
 """
 
 import dataclasses
@@ -32,7 +33,7 @@ from lpo_jax.objectives.token_weight import Untaught
 
 
 class HookPhase(enum.Enum):
-    """The phases of a step in which hooks act, in order. The value says why a phase holds one hook, if it does."""
+    """The phases of a step in which hooks act, in order. The value is the reason why a phase holds only one hook."""
 
     DRAW = "both choose the prompts that are sampled"
     MEND = "both replace the groups in which every response fails"
@@ -43,14 +44,14 @@ class HookPhase(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class HookSpec(Part):
-    """The base: what happens around sampling, before the objective sees the round.
+    """The base class: settings of something that the run does around sampling, before the objective is evaluated.
 
     Attributes:
-      phase: when in a step the hook acts.
+      phase: the phase of the step in which the hook acts.
       gives: the fields of `Scored` that the hook fills.
-      readers: the parts that are made for these fields. A method with the hook holds the first of them, and no part
-        that reads the fields in another sense.
-      setting: the option of a config that puts the first reader into a method.
+      readers: the parts that are made for these fields. A method with the hook must contain the first of them, and no
+        part that interprets the fields differently.
+      setting: the option of a config that adds the first reader to a method.
     """
 
     phase: ClassVar[HookPhase]
@@ -60,7 +61,7 @@ class HookSpec(Part):
 
 
 def problem(parts: Sequence[Part]) -> str | None:
-    """Why the hooks of a method cannot work together, or with its other parts; None where they can.
+    """Return why the hooks of a method cannot be combined with each other or with its other parts, or None.
 
     Args:
       parts: all parts of the method.
@@ -92,7 +93,7 @@ def problem(parts: Sequence[Part]) -> str | None:
 
 
 def _conflict(one: HookSpec, other: HookSpec) -> str:
-    """Why two hooks cannot be combined; "" where they can."""
+    """Return why two hooks cannot be combined, or ""."""
     if type(one) is type(other):
         return "it is named twice"
     if one.phase is other.phase and one.phase.value:
@@ -103,16 +104,16 @@ def _conflict(one: HookSpec, other: HookSpec) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class DynamicSampling(HookSpec):
-    """Keep the groups whose rewards differ, and sample further prompts until the batch is full of them.
+    """Keep the groups whose rewards differ, and sample further prompts until they fill the batch.
 
-    Groups are judged by the verifier's rewards, before the method shapes them and after hints have mended them. If the
-    rounds run out before the batch is full, groups without signal fill it and are spread evenly over the step's
-    updates; where there are fewer groups with signal than updates, they are repeated so that each update has one. If no
-    round found a group with signal, the step's updates have none, as in a method without this hook: the optimizer
-    moves by its momentum, and `lpo/useful_group_frac` shows 0.
+    The criterion uses the verifier's rewards, after hints have mended the groups and before the method shapes the
+    rewards. If the batch is not full after the last round, groups without signal fill it and are spread evenly over the
+    updates of the step. If there are fewer groups with signal than updates, they are repeated so that each update has
+    one. If no round found a group with signal, the updates of the step have none, as in a method without this hook: the
+    optimizer moves by its momentum, and `lpo/useful_group_frac` is 0.
 
     Attributes:
-      max_rounds: sampling rounds at most.
+      max_rounds: maximum number of sampling rounds.
 
     References:
       DAPO, arXiv 2503.14476, section 3.2.
@@ -125,15 +126,15 @@ class DynamicSampling(HookSpec):
 
 @dataclasses.dataclass(frozen=True)
 class LearnabilitySampling(HookSpec):
-    """Part of each batch in the order of the data, the rest drawn in proportion to p (1 - p) of the pass rate p.
+    """Take part of each batch in the order of the data, and draw the rest in proportion to p (1 - p), p the pass rate.
 
     Attributes:
-      uniform_share: of the batch that keeps the order of the data.
-      rate_momentum: of the moving average of a prompt's pass rate; 0 keeps the last group's.
+      uniform_share: share of the batch that follows the order of the data.
+      rate_momentum: momentum of the moving average of a prompt's pass rate; 0 keeps the rate of the last group.
 
     References:
-      VAS, MMR1 (public code LengSicong/MMR1), which refreshes all pass rates every few steps with extra
-      rollouts; here they are those of the training groups.
+      VAS, MMR1 (public code LengSicong/MMR1), which refreshes all pass rates every few steps with extra rollouts. Here
+      they are the pass rates of the training groups.
     """
 
     phase = HookPhase.DRAW
@@ -144,10 +145,10 @@ class LearnabilitySampling(HookSpec):
 
 @dataclasses.dataclass(frozen=True)
 class GaussianSampling(HookSpec):
-    """Prompts drawn in proportion to exp(-(p - 1/2)^2 / (2 width^2)), p the moving average of the pass rate.
+    """Draw prompts in proportion to exp(-(p - 1/2)^2 / (2 width^2)), where p is the moving average of the pass rate.
 
     Attributes:
-      rate_momentum: of the moving average, which starts at 1/2.
+      rate_momentum: momentum of the moving average, which starts at 1/2.
       width: standard deviation of the curve, in pass rate.
 
     References:
@@ -162,12 +163,12 @@ class GaussianSampling(HookSpec):
 
 @dataclasses.dataclass(frozen=True)
 class SolutionHints(HookSpec):
-    """Groups that all fail are sampled again behind growing parts of the row's solution, until one passes.
+    """Sample groups in which every response fails again, with growing parts of the row's solution, until one passes.
 
     The group is then trained on with the hint in its prompt.
 
     Attributes:
-      hint_fractions: of the solution's text, tried in order.
+      hint_fractions: shares of the solution's text that are appended to the prompt, tried in order.
 
     References:
       GHPO (public code hkgc-1/GHPO).
@@ -180,13 +181,13 @@ class SolutionHints(HookSpec):
 
 @dataclasses.dataclass(frozen=True)
 class LadderHints(HookSpec):
-    """In groups that all fail, one response is replaced by one that passed with the least of the row's hints.
+    """In groups in which every response fails, replace one by a response that passed with the smallest sufficient hint.
 
-    Rows carry `hints`, a list of texts from the vaguest to the whole solution. The replacing response is trained
-    on under the prompt without the hint.
+    Rows have a field `hints`, a list of texts from the vaguest to the full solution. The new response is trained on
+    under the prompt without the hint.
 
     Attributes:
-      hint_after: steps before hints are given.
+      hint_after: number of steps before hints are used.
 
     References:
       Scaf-GRPO (public code dvlab-research/Scaf-GRPO).
@@ -199,16 +200,15 @@ class LadderHints(HookSpec):
 
 @dataclasses.dataclass(frozen=True)
 class Replay(HookSpec):
-    """One more clipped update on the batch before, weighed by how far this batch's reward beats the last ones'.
+    """Add a clipped update on the previous batch, weighted by how much the mean reward has improved since.
 
-    With xi = (mean reward - mean of the window) / deviation of the window, the weight is xi, or
-    `regress_scale` xi where it is negative. The deviation is taken to be no less than the standard error of the
-    batch's own mean reward, so that a window of equal means does not make the weight explode; where both are 0 there
-    is no scale, and the weight is 0.
+    With xi = (mean reward - mean of the window) / deviation of the window, the weight is xi, or `regress_scale` xi if
+    xi is negative. The deviation is at least the standard error of the batch's mean reward, so that a window of equal
+    means does not make the weight diverge. If both are 0, the weight is 0.
 
     Attributes:
-      window: steps in the window.
-      regress_scale: of a negative xi.
+      window: number of steps in the window.
+      regress_scale: factor of a negative xi.
 
     References:
       PIPO.
@@ -225,11 +225,11 @@ class Replay(HookSpec):
 
 @dataclasses.dataclass(frozen=True)
 class SiblingTeacher(HookSpec):
-    """Failed responses of a group that has a passing one get a teacher: the policy that has read the sibling.
+    """Give failed responses a teacher if a response of their group passed: the policy with that response in its prompt.
 
     Attributes:
-      top: likeliest tokens of the teacher that are kept.
-      reprompt: what is put behind the prompt; `{solution}` stands for the passing response.
+      top: number of top-k tokens of the teacher that are kept.
+      reprompt: text appended to the prompt; `{solution}` is replaced by the passing response.
 
     References:
       SRPO.
@@ -246,10 +246,10 @@ class SiblingTeacher(HookSpec):
 
 @dataclasses.dataclass(frozen=True)
 class PreviousPolicy(HookSpec):
-    """`Scored.teacher` is the policy that sampled the round.
+    """Set `Scored.teacher` to the behaviour policy of the round.
 
     Attributes:
-      top: likeliest tokens that are kept; the rest is one bin.
+      top: number of top-k tokens that are kept; all others form one bin.
     """
 
     phase = HookPhase.ANNOTATE
@@ -262,7 +262,7 @@ class PreviousPolicy(HookSpec):
 
 @dataclasses.dataclass(frozen=True)
 class GreedyBaseline(HookSpec):
-    """`Scored.baseline` is the reward of one greedy response a prompt, which is not learnt from.
+    """Set `Scored.baseline` to the reward of one greedy response per prompt, which is not trained on.
 
     References:
       ReMax, arXiv 2310.10505.
@@ -276,11 +276,11 @@ class GreedyBaseline(HookSpec):
 
 @dataclasses.dataclass(frozen=True)
 class Judge(HookSpec):
-    """`Scored.flawed` marks the passing responses in which a judge finds a wrong step.
+    """Set `Scored.flawed` on the passing responses in which a judge finds a wrong step.
 
     Attributes:
-      judge: "path/to/file.py:function", of a function (response, example) -> bool, True for a flawed one. The run
-        refuses to start without.
+      judge: "path/to/file.py:function" of a function (response, example) -> bool, which returns True for a flawed
+        response. A run does not start without it.
 
     References:
       FAPO (public code verl-recipe/fapo), whose judge is a generative reward model.
@@ -296,11 +296,11 @@ class Judge(HookSpec):
 
 @dataclasses.dataclass(frozen=True)
 class StepJudge(Judge):
-    """`Scored.credit` is 1 on the tokens of the steps that a judge finds wrong, 0 on the others.
+    """Set `Scored.credit` to 1 on the tokens of the steps that a judge finds wrong, and to 0 on the others.
 
     Attributes:
-      judge: as in `Judge`; the function gives a `Verdict` whose parts hold, under "wrong", the wrong steps as ranges of
-        characters of the response: "12:40 80:95", or "" for none.
+      judge: as in `Judge`, but the function returns a `Verdict`. Its parts hold, under "wrong", the wrong steps as
+        ranges of characters of the response: "12:40 80:95", or "" for none.
 
     References:
       CAPO (credit), whose judge is the majority of several critiques of a generative model.
@@ -314,18 +314,18 @@ class StepJudge(Judge):
 
 @dataclasses.dataclass(frozen=True)
 class PrefixValues(HookSpec):
-    """`Scored.credit` is what each part of a response did for the chance of the row's solution.
+    """Set `Scored.credit` to the change in the probability of the row's solution over each segment of a response.
 
-    A response of n tokens is cut in `segments` parts, token t being in part t segments // n. The chance after part m
-    is the probability of the row's solution behind the prompt, the response so far and the cue (before the first
-    part, behind the prompt and the cue); a token holds the difference over its part.
+    A response of n tokens is split into `segments` segments; token t is in segment t segments // n. The probability
+    after a segment is that of the row's solution after the prompt, the response so far and the cue; before the first
+    segment, it is that after the prompt and the cue. The credit of a token is the difference over its segment.
 
     Attributes:
-      segments: parts of a response.
-      cue: text that asks for the answer there and then.
+      segments: number of segments of a response.
+      cue: text that asks for the answer at this point.
 
     References:
-      GRPO-VPS, which cuts at the steps of the text.
+      GRPO-VPS, which splits at the steps of the text.
     """
 
     phase = HookPhase.ANNOTATE
@@ -339,20 +339,20 @@ class PrefixValues(HookSpec):
 
 @dataclasses.dataclass(frozen=True)
 class Budgets(HookSpec):
-    """`Scored.credit` is what a response is worth when it is cut at each of several budgets and must answer there.
+    """Set `Scored.credit` to the reward that a response would get if it had to answer at each of several budgets.
 
-    The layout is `credit.AnytimeReturns`'s: on the tokens of segment s the mean reward of `summaries` answers, sampled
-    behind the prompt, the response up to the end of that segment and the cue. A response that ends inside a segment
-    is not cut there: its tokens in it hold its own reward.
+    The layout is that of `credit.AnytimeReturns`: the tokens of segment s hold the mean reward of `summaries` answers,
+    sampled after the prompt, the response up to the end of this segment, and the cue. A response that ends inside a
+    segment is not cut there: its tokens in this segment hold its own reward.
 
     Attributes:
-      budgets: number of budgets, the last of them the whole response.
-      summaries: answers sampled at each cut.
-      summary_tokens: tokens of an answer at most.
-      cue: text that asks for the answer there and then.
+      budgets: number of budgets; the last one is the whole response.
+      summaries: number of answers sampled at each cut.
+      summary_tokens: maximum number of tokens of an answer.
+      cue: text that asks for the answer at this point.
 
     References:
-      AnytimeReasoner, arXiv 2505.13438; public code sail-sg/AnytimeReasoner, which trains on the answers too.
+      AnytimeReasoner, arXiv 2505.13438; public code sail-sg/AnytimeReasoner, which also trains on the answers.
     """
 
     phase = HookPhase.ANNOTATE

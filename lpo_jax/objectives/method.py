@@ -2,14 +2,14 @@
 
     grad = sum_k sum_t  W[k,t] * c_k(group) * gate(delta[k,t], c_k) * grad log pi(token)  +  grad of penalties
 
-    signal      rewards -> u = (R - b) / tau, and who counts    shape, advantage, select, bias, prompt_weight, credit
+    signal      rewards -> u = (R - b) / tau, valid responses     shape, advantage, select, bias, prompt_weight, credit
     project     (u, s, s_t) -> c, the coefficient of a response   projection
     trust       (delta, c) -> token loss                          gate
     aggregate   tokens -> weights W                               token_weight, aggregate
     regular     token penalties                                   regular
 
-c is a constant of the update: no gradient flows through it. `part.py` says what each kind of part is;
-`catalogue.py` names the compositions.
+c is a constant of the update: no gradient flows through it. `part.py` lists the kinds of parts, and `catalogue.py` the
+named compositions.
 """
 
 import dataclasses
@@ -39,20 +39,19 @@ from lpo_jax.objectives.trust import Gate, RatioClip
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """A method as a pure function `(stats, scored) -> (loss, metrics)`; hashable, and equal when built alike.
+    """A method as a pure function `(stats, scored) -> (loss, metrics)`, hashable and compared by value.
 
-    Make one with `get`, which checks the options. Each kind of part is documented in `part.py`.
+    Create one with `get`, which checks the options. `part.py` documents each kind of part.
 
     Attributes:
       name: its name in the catalogue.
-      aggregate: None for a loss on the scores, whose derivative says how tokens weigh.
-      prompt_weight_inside: True divides the temperature by the prompt's weight, so that the target of a prompt that
-        counts more is sharper; False multiplies the prompt's loss. The same thing for a policy gradient.
-      degenerate: what becomes of a group whose rewards are all equal. "keep": its target is P_t, so later
-        minibatches of LPO pull it back there, and it counts in the mean over prompts. "mask": it is left out
-        of everything, as if it had not been sampled. (LPO's paper is silent; "keep" is the literal reading.)
-      min_group_size: the fewest valid responses, before selection, that carry a signal. Smaller groups are left
-        out.
+      aggregate: None for a loss on the scores, whose derivative gives the token weights.
+      prompt_weight_inside: True divides the temperature by the prompt's weight, so that a larger weight makes the
+        target sharper; False multiplies the prompt's loss. For a policy gradient, both are the same.
+      degenerate: treatment of a group whose rewards are all equal. "keep": its target is P_t, so later minibatches of
+        LPO move it back there, and it counts in the mean over prompts. "mask": it is left out, as if it had not been
+        sampled. (LPO's paper does not specify this; "keep" is the literal reading.)
+      min_group_size: minimum number of valid responses of a group, before selection. Smaller groups are left out.
     """
 
     name: str
@@ -75,46 +74,48 @@ class Objective:
 
     def __post_init__(self) -> None:
         if self.credit is not None and type(self.projection) is not Projection:
-            raise ValueError("is for policy gradients: it tells tokens apart by their advantage")
+            raise ValueError(
+                "is for policy gradients: it gives the tokens of a response different advantages"
+            )
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        """Every part, in the order of the fields."""
+        """All parts, in the order of the fields."""
         values = (getattr(self, field.name) for field in dataclasses.fields(self))
         flat = (x for value in values for x in (value if isinstance(value, tuple) else (value,)))
         return tuple(x for x in flat if isinstance(x, Part))
 
     @property
     def needs(self) -> frozenset[Field]:
-        """Fields of `TokenStats` and `Scored` that may not be None, beside those that never may."""
+        """The optional fields of `TokenStats` and `Scored` that may not be None for this method."""
         return frozenset(name for part in self.parts for name in part.needs)
 
     @property
     def differentiates(self) -> frozenset[Field]:
-        """Fields of `TokenStats` that the loss has a gradient in; `logp` always is one."""
+        """The fields of `TokenStats` with respect to which the loss has a gradient; `logp` always is one."""
         penalties = (part for part in self.regular if part.coefficient)
         return frozenset({Field.LOGP}.union(*(part.differentiates for part in penalties)))
 
     @property
     def extra_updates(self) -> int:
-        """Most updates that the hooks add to those of a step."""
+        """Maximum number of updates that the hooks add to those of a step."""
         return sum(hook.phase is HookPhase.REPLAY for hook in self.hooks)
 
     def __call__(self, stats: TokenStats, scored: Scored) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """The loss of a minibatch of whole groups, to be minimised, and its metrics.
+        """Return the loss of a minibatch of whole groups, to be minimised, and its metrics.
 
         Args:
-          stats: what the current policy says; differentiate in these (`jax.grad(..., has_aux=True)`).
+          stats: statistics of the current policy; differentiate with respect to them (`jax.grad(..., has_aux=True)`).
           scored: the sampled and verified responses.
 
         Returns:
-          loss: for a listwise method the divergence in nats, mean over the active prompts, whose gradient is
-            the gated coefficients'; for a policy gradient the clipped surrogate. Token penalties are added.
-          metrics: float32 scalars. All are finite whenever the log-probs of the response tokens are; a NaN
-            there means a broken model and is let through to the loss, for the step's guard to see.
+          loss: for a listwise method, the divergence in nats, averaged over the active prompts; its gradient is that of
+            the gated coefficients. For a policy gradient, the clipped surrogate. Token penalties are added.
+          metrics: float32 scalars. All are finite if the log-probs of the response tokens are. A NaN log-prob means a
+            broken model: it reaches the loss, where the guard of the training step detects it.
 
         Raises:
-          ValueError: two arrays disagree in shape, or one that the method needs is missing.
+          ValueError: two arrays have inconsistent shapes, or a field that the method needs is None.
         """
         context, view, c, weight = self._look(jax.lax.stop_gradient(stats), scored)
         tokens = context.tokens & view.active[:, None, None]
@@ -124,38 +125,38 @@ class Objective:
             loss = (W * weight * self.gate(delta, c, context)).sum()
         value = self.projection.value(context, view.utilities, view.scores, view.log_target)
         if value is not None:
-            # The value is the projection's, the gradient is the surrogate's: the added term is exactly 0.
+            # The value is that of the projection, the gradient that of the surrogate: the added term is exactly 0.
             loss = masked_mean(value, view.active) + (loss - jax.lax.stop_gradient(loss))
         metrics = self._metrics(context, view, c, delta, tokens) | {"actor/pg_loss": loss}
         with jax.named_scope("regular"):
             for part in self.regular:
                 if part.coefficient:
-                    # W weighs a coefficient that holds 1 / K; a penalty is a plain mean over the responses.
+                    # W expects a coefficient that includes 1 / K; a penalty is a plain mean over the responses.
                     penalty = (W * part(stats, context) / context.size[..., None]).sum()
                     loss, metrics = loss + part.weight(context) * penalty, metrics | {part.metric: penalty}
         return loss, {k: jax.lax.stop_gradient(v).astype(jnp.float32) for k, v in metrics.items()}
 
     def listwise(self, stats: TokenStats, scored: Scored) -> Listwise:
-        """Target, policy and coefficients of each group, before the gate and before the mean over prompts."""
+        """Return target, policy and coefficients of each group, before the gate and the mean over prompts."""
         return self._look(stats, scored)[1]
 
     def token_weights(self, tokens: jax.Array) -> jax.Array:
-        """Weights W [P,K,T] of the tokens [P,K,T] that take part."""
+        """Return weights W [P,K,T] of the tokens [P,K,T] to include."""
         return (self.aggregate or self.projection.token_weights)(tokens)
 
     def init_control(self) -> ControlState:
-        """The state of the control at the start of a run, a pytree; None for a method without one."""
+        """Return the state of the control at the start of a run, a pytree; None for a method without one."""
         return None if self.control is None else self.control.init()
 
     def next_control(self, stats: TokenStats, scored: Scored) -> ControlState:
-        """The state of the control after an update on this minibatch."""
+        """Return the state of the control after an update on this minibatch."""
         if self.control is None:
             return None
         context, view, _, _ = self._look(jax.lax.stop_gradient(stats), scored)
         return self.control.update(scored.control, context, view)
 
     def _look(self, stats: TokenStats, scored: Scored) -> tuple[Context, Listwise, jax.Array, jax.Array]:
-        """The masked minibatch, its groups, and per token the coefficients and weights ([P,K,1] where equal)."""
+        """Return the masked minibatch, its groups, and coefficients and weights of the tokens ([P,K,1] if equal)."""
         _check_shapes(stats, scored)
         self._check_needs(stats, scored)
         rewards = as_float(scored.rewards)
@@ -170,7 +171,7 @@ class Objective:
                 active &= ~degenerate
             u, tau = self.advantage(context)
             if self.select is not None:
-                # Whoever is left out has still been compared to: advantages are of the group as sampled.
+                # Responses that are left out have still entered the baseline: advantages use the group as sampled.
                 valid &= self.select(context, u)
                 active &= valid.any(-1)
                 u = jnp.where(valid, u, 0)
@@ -199,7 +200,7 @@ class Objective:
         return self.projection.scores(logp, delta, context)
 
     def _anchor_scores(self, context: Context) -> jax.Array | None:
-        """s_t [P,K]; None when it is 0 for every response."""
+        """Return s_t [P,K], or None if it is 0 for every response."""
         anchor = context.scored.anchor_logp
         if anchor is None and not self.projection.absolute:
             return None
@@ -224,13 +225,13 @@ class Objective:
             "lpo/coef_l1": group_mean(jnp.abs(view.coefficients).sum(-1)),
             "lpo/coef_sum": jnp.abs(jnp.where(view.active, view.coefficients.sum(-1), 0)).max(initial=0),
             "lpo/score_abs_max": jnp.abs(view.scores).max(initial=0),
-            # Groups without signal have the floor for a temperature, which would hide the others'.
+            # Groups without signal are left out: their temperature is the floor, which would distort the mean.
             "lpo/temperature_mean": masked_mean(view.temperature[:, 0], view.active & ~view.degenerate),
             "lpo/degenerate_group_frac": masked_mean(view.degenerate, view.active | view.degenerate),
             "lpo/masked_response_frac": 1 - (view.valid & view.active[:, None]).mean(),
             "lpo/nonfinite_rewards": (marked & ~jnp.isfinite(as_float(context.scored.rewards))).sum(),
             "lpo/forward_kl": group_mean(DIVERGENCES["forward-kl"].value(view.log_policy, view.log_target)),
-            # Infinite where the target leaves a response out: over the other prompts.
+            # It is infinite if the target of a response is 0; such prompts are left out.
             "lpo/reverse_kl": masked_mean(
                 DIVERGENCES["reverse-kl"].value(view.log_policy, view.log_target),
                 view.active & ~(view.valid & (view.log_target == -jnp.inf)).any(-1),
@@ -248,7 +249,7 @@ class Objective:
 
 
 def _marked(scored: Scored) -> jax.Array:
-    """[P,K] the responses that the caller wants used and that have a token, whatever their reward."""
+    """Return the responses [P,K] that the caller marks as valid and that have a token, whatever their reward."""
     has_token = (jnp.asarray(scored.mask) != 0).any(-1)
     return has_token & as_mask(scored.valid, has_token)
 
@@ -260,7 +261,7 @@ def _context(rewards: jax.Array, valid: jax.Array, stats: TokenStats, scored: Sc
 
 
 def _log_ratio(logp: jax.Array, behaviour_logp: jax.Array, tokens: jax.Array) -> jax.Array:
-    """[P,K,T] delta, 0 outside `tokens`; exactly 0 where the two log-probs are the same number."""
+    """Return delta [P,K,T], 0 outside `tokens` and exactly 0 if the two log-probs are the same number."""
     return jnp.where(tokens, as_float(logp) - as_float(behaviour_logp), 0)
 
 

@@ -1,15 +1,15 @@
-"""GBMPO: penalties that are Bregman divergences of the sampled token's probability, and a learnable one.
+"""GBMPO: penalties that are Bregman divergences of the sampled token's probability, with a fixed or learnt mirror map.
 
-D_h(q || q0) = h(q) - h(q0) - h'(q0) (q - q0) for q = pi_theta(token), q0 = pi_ref(token) and a convex h. It stands
-where GRPO has its KL to the reference, and is one of many: h is the mirror map, and `lpo meta` learns one.
+D_h(q || q0) = h(q) - h(q0) - h'(q0) (q - q0) for q = pi_theta(token), q0 = pi_ref(token) and a convex function h, the
+mirror map. It replaces GRPO's KL to the reference. `lpo meta` learns a mirror map.
 
-The learnable map is a sum of 126 units of six activations, each increasing, with weights that are not negative:
+The learnable map is a sum of 126 units with six increasing activations and nonnegative weights:
 
     h'(y) = sum_j v_j act_j(w_j y + b_j) + a y + c log y
 
-The public code integrates each unit and subtracts, which in float32 loses the divergence to rounding (the
-integrals are up to 1 / w times larger). Here every unit's divergence is written as (q - q0)^2 times something
-positive, so that it is 0 at q = q0 and never negative.
+The public code integrates each unit and subtracts, which in float32 loses the divergence to rounding, because the
+integrals are up to 1 / w times larger. Here the divergence of each unit is computed as (q - q0)^2 times a positive
+factor, so that it is 0 at q = q0 and never negative.
 
 References:
   GBMPO, arXiv 2602.04380; public code Lexsi-Labs/aligntune (backends/trl/rl/gbmpo, neural_mirror_grpo).
@@ -38,10 +38,10 @@ LEAST_LOG_PROB = math.log(1e-10)
 
 @dataclasses.dataclass(frozen=True)
 class Bregman(Regular):
-    """The base, and the simplest: (log pi_theta - log pi_ref)^2, in the space of log-probs (L2-GRPO).
+    """(log pi_theta - log pi_ref)^2, in the space of log-probs (L2-GRPO). It is the base class of the others.
 
     Attributes:
-      mirror_coef: its weight in the loss; 0 is off.
+      mirror_coef: its weight in the loss; 0 switches it off.
     """
 
     mirror_coef: float = 1e-4
@@ -70,9 +70,9 @@ class NeuralMirror(Bregman):
     """The divergence of the learnable map (NM-GRPO).
 
     Attributes:
-      mirror: its 380 parameters, as `split_map` reads them; in a config, the file that `lpo meta` wrote. Empty draws
-        them at random.
-      mirror_seed: of that draw.
+      mirror: its 380 parameters in the order of `split_map`; in a config, the path of a file that `lpo meta` wrote. If
+        empty, they are drawn at random.
+      mirror_seed: seed of this draw.
     """
 
     mirror: tuple[float, ...] = ()
@@ -84,7 +84,7 @@ class NeuralMirror(Bregman):
 
 
 def _log_probs(stats: TokenStats, context: Context) -> tuple[jax.Array, jax.Array]:
-    """log q and log q0 [P,K,T], equal outside the tokens; the reference is a constant."""
+    """Return log q and log q0 [P,K,T], both 0 outside the tokens; the reference is a constant."""
     log_ref = jax.lax.stop_gradient(required(stats.ref_logp))
     log_q, log_q0 = (jnp.where(context.tokens, as_float(x), 0) for x in (stats.logp, log_ref))
     return log_q, log_q0
@@ -92,12 +92,12 @@ def _log_probs(stats: TokenStats, context: Context) -> tuple[jax.Array, jax.Arra
 
 @functools.cache
 def initial_map(seed: int) -> tuple[float, ...]:
-    """Parameters uniform in [0, 0.01)."""
+    """Return parameters drawn uniformly from [0, 0.01)."""
     return tuple((INIT_SCALE * np.random.default_rng(seed).random(SIZE)).tolist())
 
 
 def map_problem(value: object) -> str | None:
-    """One line that says what is wrong with the parameters of a map, or None."""
+    """Describe in one line what is wrong with the parameters of a map, or None."""
     if not isinstance(value, Sequence) or isinstance(value, str) or len(value) not in (0, SIZE):
         return f"must be {SIZE} numbers, or the path of a file that `lpo meta` wrote"
     good = all(is_number(x) and 0 <= x < math.inf for x in value)
@@ -105,13 +105,13 @@ def map_problem(value: object) -> str | None:
 
 
 def split_map(parameters: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """v, w, b of the units [21,3,6] (the last axis by activation), a and c, of the flat parameters [380]."""
+    """Split parameters [380] into v, w, b of the units [21,3,6] (the last axis is the activation), a and c."""
     units = parameters[: 3 * UNITS].reshape(3, len(ACTIVATIONS), -1)
     return jnp.moveaxis(units, -1, 0), parameters[-2], parameters[-1]
 
 
 def map_slope(parameters: jax.Array, log_y: jax.Array) -> jax.Array:
-    """h'(y) at y = exp(log_y), probabilities of any shape; those below 1e-10 count as 1e-10."""
+    """Return h'(y) at y = exp(log_y), probabilities of any shape, clipped to at least 1e-10."""
     units, a, c = split_map(parameters)
     log_y = jnp.maximum(log_y, LEAST_LOG_PROB)
     y = jnp.exp(log_y)
@@ -124,12 +124,13 @@ def map_slope(parameters: jax.Array, log_y: jax.Array) -> jax.Array:
 
 
 def map_divergence(parameters: jax.Array, log_q: jax.Array, log_q0: jax.Array) -> jax.Array:
-    """D_h(q || q0) of probabilities given by their logs, of any shape; those below 1e-10 count as 1e-10.
+    """Return D_h(q || q0) of probabilities given by their logs, of any shape, clipped to at least 1e-10.
 
-    Differentiable once, in `log_q` alone: dD / dq = h'(q) - h'(q0).
+    It is differentiable once, with respect to `log_q` only: dD / dq = h'(q) - h'(q0).
 
     Args:
-      parameters: [380], none negative.
+      parameters: [380], nonnegative.
+      log_q, log_q0: log-probs of the same shape.
     """
     moving = jnp.exp(jnp.maximum(log_q, LEAST_LOG_PROB))
     log_q, log_q0 = (jnp.maximum(jax.lax.stop_gradient(x), LEAST_LOG_PROB) for x in (log_q, log_q0))
@@ -147,7 +148,7 @@ def map_divergence(parameters: jax.Array, log_q: jax.Array, log_q0: jax.Array) -
     ratio = log_q - log_q0
     entropic = q * jnp.square(ratio) * _exp_curve(-ratio)  # q log(q / q0) - (q - q0)
     value = curvature * jnp.square(q - q0) + c * entropic
-    # The gradient by hand: autodiff would keep several numbers of each of the 126 units for each token.
+    # A closed-form gradient: autodiff would store several numbers per unit and token.
     slope = map_slope(parameters, log_q) - map_slope(parameters, log_q0)
     return value + slope * (moving - jax.lax.stop_gradient(moving))
 
@@ -157,7 +158,7 @@ def map_divergence(parameters: jax.Array, log_q: jax.Array, log_q0: jax.Array) -
 
 
 def _roots(u: jax.Array, u0: jax.Array, power: float) -> tuple[jax.Array, jax.Array]:
-    # 1 / sqrt(u) is infinite at 0, where only a unit with w = b = 0 is, whose divergence is 0.
+    # 1 / sqrt(u) is infinite at u = 0, which occurs only for a unit with w = b = 0, whose divergence is 0.
     return jnp.maximum(u, 1e-12) ** power, jnp.maximum(u0, 1e-12) ** power
 
 
@@ -172,7 +173,7 @@ def _cbrt_curve(u: jax.Array, u0: jax.Array) -> jax.Array:
 
 
 def _exp_curve(d: jax.Array) -> jax.Array:
-    """(e^d - 1 - d) / d^2, by its series where the difference would be rounding."""
+    """Return (e^d - 1 - d) / d^2, by its power series where the difference would be rounding error."""
     near = jnp.abs(d) < 0.5
     series = jnp.zeros_like(d)
     for n in range(12, 1, -1):
@@ -185,7 +186,7 @@ LOG_SHIFT = 1e-3
 
 
 def _log_curve(u: jax.Array, u0: jax.Array) -> jax.Array:
-    """Of log(u + 1e-3): with x = log((u + e) / (u0 + e)), ((u + e) x - (u - u0)) / (u - u0)^2."""
+    """Return the curve of log(u + 1e-3): ((u + e) x - (u - u0)) / (u - u0)^2, with x = log((u + e) / (u0 + e))."""
     x = jnp.log1p((u - u0) / (u0 + LOG_SHIFT))
     # x / (u - u0), where u - u0 = (u0 + e) (e^x - 1).
     rate = 1 / ((u0 + LOG_SHIFT) * (1 + x * _exp_curve(x)))

@@ -1,4 +1,4 @@
-"""What the options of methods may be: for every field of a part, what is wrong with a value."""
+"""The allowed values of the options of methods: a check for every field of a part."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -6,7 +6,7 @@ from typing import TypeAlias
 
 from lpo_jax.objectives.advantage import CENTRES
 from lpo_jax.objectives.aggregate import AGGREGATIONS
-from lpo_jax.objectives.checks import is_number, nearest
+from lpo_jax.objectives.checks import did_you_mean, is_number
 from lpo_jax.objectives.credit import BUDGET_WEIGHTS
 from lpo_jax.objectives.divergences import DIVERGENCES, Divergence
 from lpo_jax.objectives.mirror import map_problem
@@ -18,24 +18,24 @@ from lpo_jax.objectives.sparse import TARGETS
 from lpo_jax.objectives.targets import temperature_problem
 from lpo_jax.objectives.trust import CLIPS
 
-# What is wrong with a value, in words that follow the option's name; None when it is fine.
+# Returns what is wrong with a value, in words that follow the option's name, or None.
 Check: TypeAlias = Callable[[object], str | None]
 
 
 def one_of(*choices: object) -> Check:
-    """One of a few words or numbers."""
+    """Return a check for one of a few words or numbers."""
 
     def problem(value: object) -> str | None:
         if not isinstance(value, bool) and value in choices:
             return None
         known = ", ".join(map(repr, choices))
-        return f"must be one of {known}, got {value!r}{nearest(value, choices)}"
+        return f"must be one of {known}, got {value!r}{did_you_mean(value, choices)}"
 
     return problem
 
 
 def between(low: float, high: float) -> Check:
-    """A number inside an open interval."""
+    """Return a check for a number inside an open interval."""
 
     def problem(value: object) -> str | None:
         if is_number(value) and low < value < high:
@@ -47,7 +47,7 @@ def between(low: float, high: float) -> Check:
 
 
 def within(low: float, high: float) -> Check:
-    """A number inside a closed interval."""
+    """Return a check for a number inside a closed interval."""
 
     def problem(value: object) -> str | None:
         if is_number(value) and low <= value <= high:
@@ -59,7 +59,7 @@ def within(low: float, high: float) -> Check:
 
 
 def count(unit: str, least: int = 1) -> Check:
-    """A whole number."""
+    """Return a check for an integer of at least `least`."""
 
     def problem(value: object) -> str | None:
         if isinstance(value, int) and not isinstance(value, bool) and value >= least:
@@ -70,22 +70,22 @@ def count(unit: str, least: int = 1) -> Check:
 
 
 def either(what: str, *problems: Check) -> Check:
-    """What passes any of several checks; `what` says it in words."""
+    """Return a check that any of several checks passes; `what` describes the allowed values."""
     return lambda value: f"must be {what}, got {value!r}" if all(f(value) for f in problems) else None
 
 
 def flag(value: object) -> str | None:
-    """True or false."""
+    """Check for true or false."""
     return None if isinstance(value, bool) else f"must be true or false, got {value!r}"
 
 
 def string(value: object) -> str | None:
-    """Any text."""
+    """Check for a text."""
     return None if isinstance(value, str) else f"must be a text, got {value!r}"
 
 
 def function_path(value: object) -> str | None:
-    """Where a function of the user's is, or "" for nowhere."""
+    """Check for the path and name of a function of the user, or "" for none."""
     file, _, function = value.partition(":") if isinstance(value, str) else ("", "", "")
     if value == "" or (file.endswith(".py") and function):
         return None
@@ -93,7 +93,7 @@ def function_path(value: object) -> str | None:
 
 
 def fractions(value: object) -> str | None:
-    """Growing parts of a whole."""
+    """Check for a list of increasing fractions."""
     parts = list(value) if isinstance(value, tuple | list) else []
     if parts and all(between(0, 1.0001)(x) is None for x in parts) and parts == sorted(parts):
         return None
@@ -101,13 +101,13 @@ def fractions(value: object) -> str | None:
 
 
 def reprompt(value: object) -> str | None:
-    """A text with a place for the solution."""
+    """Check for a text with a placeholder for the solution."""
     if isinstance(value, str) and "{solution}" in value:
         return None
     return f"must be a text with {{solution}} in it, got {value!r}"
 
 
-# Option -> what is wrong with a value, or None.
+# Option -> its check.
 OPTIONS: Mapping[str, Check] = {
     # advantage.py
     "centre": one_of(*CENTRES),

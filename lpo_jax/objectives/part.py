@@ -1,7 +1,7 @@
-"""What methods are composed of: parts, small frozen dataclasses, each of one kind.
+"""Parts: the small frozen dataclasses that methods are composed of, each of one kind.
 
-A part's fields are options of every method that it is in, so field names mean the same everywhere. A part is
-a pure function of arrays:
+The fields of a part are options of every method that contains it, so a field name has one meaning in all parts. A
+part is a pure function of arrays:
 
     Shape         (context) -> rewards [P,K]                                          shaping.py
     Advantage     (context) -> u [P,K], tau [P,1]                                     advantage.py
@@ -15,7 +15,7 @@ a pure function of arrays:
     Aggregate     (tokens) -> weights [P,K,T]                                         aggregate.py
     Regular       (stats, context) -> token penalty [P,K,T]                           regular.py
     Control       state, and (state, context) -> state after an update                control.py
-    HookSpec          what the run must do around an update; no arithmetic of its own     hooks.py
+    HookSpec      settings of what the run does around an update; no arithmetic       hook_specs.py
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ from lpo_jax.objectives.fields import Field
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """The base of all kinds.
+    """The base class of all kinds.
 
     Attributes:
       reads: the fields that the part computes with.
@@ -39,10 +39,10 @@ class Part:
 
     @property
     def needs(self) -> tuple[Field, ...]:
-        """The fields that may not be None with these options: `reads`, unless an option switches the part off."""
+        """Fields that may not be None with these options: `reads`, unless an option switches the part off."""
         return self.reads
 
 
 def word(part: Part) -> str:
-    """What a part is called in a config: its class name in lower case with hyphens."""
+    """Return the name of a part in a config: its class name in lower case with hyphens."""
     return re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", type(part).__name__).lower()

@@ -1,7 +1,7 @@
-"""POISE: what a response is compared to is guessed by a linear probe on the states of the *other* responses.
+"""POISE: the baseline of a response is predicted by a linear probe from the hidden states of the *other* responses.
 
-The states of response j say nothing of how response k was drawn, so a baseline made of them leaves the policy
-gradient unbiased, and two responses a prompt are enough.
+The states of response j are independent of how response k was drawn, so such a baseline leaves the policy gradient
+unbiased, and two responses per prompt are enough.
 """
 
 import dataclasses
@@ -20,13 +20,13 @@ from lpo_jax.objectives.simplex import as_float, masked_mean
 class Probe(Control):
     """A ridge regression from a response's features to the mean reward of the others, refitted at every update.
 
-    It is fitted on the last rows that were seen, features brought to mean 0 and variance 1.
+    It is fitted on the most recent responses, with features standardised to mean 0 and variance 1.
 
     Attributes:
-      probe_buffer: rows (responses) that it is fitted on.
-      probe_width: features that it looks at. More are folded into so many by adding them up with random signs, so
-        that the state has one shape whatever the model is. UNCERTAIN: the paper does not fold.
-      probe_ridge: the penalty on its squared coefficients. UNCERTAIN: the paper's was not found; the default is ours.
+      probe_buffer: number of responses that it is fitted on.
+      probe_width: number of features. Additional features are folded into this number: they are added with random
+        signs, so that the shape of the state does not depend on the model. UNCERTAIN: the paper does not fold.
+      probe_ridge: penalty on the squared coefficients. UNCERTAIN: the paper's value was not found; the default is ours.
 
     References:
       POISE, arXiv 2605.07579.
@@ -68,7 +68,7 @@ class Probe(Control):
 
 @dataclasses.dataclass(frozen=True)
 class ProbeAdvantage(Utility):
-    """A_k = (R_k - mean over the others j of g(features of j)) / tau, g the probe; before it is fitted, RLOO.
+    """A_k = (R_k - mean over the others j of g(features of j)) / tau, where g is the probe; RLOO until it is fitted.
 
     References:
       POISE, arXiv 2605.07579, the cross-rollout baseline (for two responses: A_1 = R_1 - g(phi_2)).
@@ -87,10 +87,10 @@ class ProbeAdvantage(Utility):
 
 
 def folded(context: Context, width: int) -> jax.Array:
-    """The features [P,K,width] of the responses, 0 where invalid or not finite.
+    """Return the features [P,K,width] of the responses, 0 where invalid or not finite.
 
-    Fewer features are filled up with zeros; of more, feature i goes to place i modulo `width`, the first `width` as
-    they are and the rest with a random sign.
+    Fewer than `width` features are padded with zeros. Of more, feature i is added to index i modulo `width`: the first
+    `width` features unchanged, the others with a random sign.
     """
     features = as_float(required(context.scored.features))
     F = features.shape[-1]
@@ -102,6 +102,6 @@ def folded(context: Context, width: int) -> jax.Array:
 
 
 def _of_others(x: jax.Array, valid: jax.Array) -> jax.Array:
-    """Mean [P,K] of `x` [P,K] over the other valid responses of the group; 0 where there is none."""
+    """Return the mean [P,K] of `x` [P,K] over the other valid responses of the group; 0 if there are none."""
     other = valid[..., None, :] & ~jnp.eye(valid.shape[-1], dtype=bool)
     return masked_mean(jnp.broadcast_to(x[..., None, :], other.shape), other, -1)

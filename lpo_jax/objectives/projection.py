@@ -1,7 +1,7 @@
 """Projections: from utilities and scores to the coefficient of each response.
 
 listwise          P = softmax(s) moves to the target w*, by a divergence on the simplex
-policy gradient   c = -u / K, the straight line that every divergence starts as
+policy gradient   c = -u / K, which every divergence approximates near a uniform P
 """
 
 import dataclasses
@@ -21,37 +21,37 @@ from lpo_jax.objectives.sparse import ENTMAX_ALPHA, TARGETS, entmax_log_probs
 
 @dataclasses.dataclass(frozen=True)
 class Projection(Part):
-    """The policy gradient: c = -u / K. The base of the others.
+    """The policy gradient, c = -u / K. It is the base class of the other projections.
 
     Attributes:
-      absolute: whether scores are of log-probs themselves, and so not 0 on-policy.
+      absolute: whether scores are log-probs instead of log-ratios, and so not 0 on-policy.
     """
 
     absolute: ClassVar[bool] = False
 
     def scores(self, logp: jax.Array, delta: jax.Array, context: Context) -> jax.Array:
-        """s [P,K] in nats, of log-probs [P,K,T] and the log-ratios `delta` [P,K,T] that the gate lets count."""
+        """Return s [P,K], in nats, from log-probs [P,K,T] and the log-ratios `delta` [P,K,T] after the gate."""
         return sequence_scores(delta, context.tokens)
 
     def log_target(self, u: jax.Array, s_t: jax.Array | None, valid: jax.Array) -> jax.Array:
-        """log w* [P,K] of utilities [P,K] and the scores at the start of the update."""
+        """Return log w* [P,K] from utilities u [P,K] and s_t [P,K], the scores at the start of the update (None: 0)."""
         return TARGETS["softmax"](u, s_t, valid)
 
     def token_weights(self, tokens: jax.Array) -> jax.Array:
-        """d s_k / d delta [P,K,T], the mean over prompts included: what aggregates a loss on scores."""
+        """Return d s_k / d delta [P,K,T], divided by the number of prompts: the weights of a loss on scores."""
         return token_weights(tokens, "seq-mean-token-mean")
 
     def value(self, context: Context, u: jax.Array, s: jax.Array, log_w: jax.Array) -> jax.Array | None:
-        """The loss [P] that `coefficients` is the gradient of; None when it is the gate's surrogate."""
+        """Return the loss [P] whose gradient is `coefficients`; None if the loss is the gate's surrogate."""
         return None
 
     def coefficients(self, context: Context, u: jax.Array, s: jax.Array, log_w: jax.Array) -> jax.Array:
-        """c [P,K] = d loss / d s, or [P,K,T] for utilities [P,K,T]."""
+        """Return c = d loss / d s [P,K], or [P,K,T] for utilities [P,K,T]."""
         size = context.size if u.ndim == 2 else context.size[..., None]
         return -u / size
 
     def clipped(self, context: Context) -> jax.Array:
-        """The responses [P,K] whose importance weight in the coefficients is clipped: none."""
+        """Return the responses [P,K] whose importance weight in the coefficients is clipped: here none."""
         return jnp.zeros_like(context.valid)
 
 
@@ -60,14 +60,14 @@ class Simplex(Projection):
     """P = softmax(s) moves to w* = target(u + s_t).
 
     Attributes:
-      score: "mean" or "sum" of a response's token log-ratios: see `sequence_scores`.
-      target: "softmax" (the paper's); "entmax", "sparsemax" or "one-hot" give some responses exactly nothing.
-      target_alpha: of target "entmax": near 1 it is "softmax", at 2 "sparsemax".
-      divergence: a word of `DIVERGENCES`, or a `Divergence` of one's own.
-      alpha: of divergence "alpha": at 0 it is reverse KL, at 1 forward KL.
+      score: "mean" or "sum" of a response's token log-ratios, see `sequence_scores`.
+      target: "softmax" (the paper's), or "entmax", "sparsemax" or "one-hot", under which w* can be exactly 0.
+      target_alpha: alpha of the target "entmax"; near 1 it is "softmax", at 2 "sparsemax".
+      divergence: a name in `DIVERGENCES`, or a `Divergence`.
+      alpha: alpha of the divergence "alpha"; at 0 it is reverse KL, at 1 forward KL.
 
     Raises:
-      ValueError: an option that would change nothing, or a divergence that is infinite for the target.
+      ValueError: an option has no effect, or the divergence is infinite for the target.
     """
 
     score: str = "mean"
@@ -89,7 +89,7 @@ class Simplex(Projection):
 
     @property
     def measure(self) -> Divergence:
-        """The divergence itself."""
+        """The divergence as an object."""
         return alpha_divergence(self.alpha) if self.divergence == "alpha" else divergence(self.divergence)
 
     def scores(self, logp: jax.Array, delta: jax.Array, context: Context) -> jax.Array:
@@ -112,9 +112,9 @@ class Simplex(Projection):
 
 @dataclasses.dataclass(frozen=True)
 class RawSimplex(Simplex):
-    """Scores are the log-probs themselves, not ratios to the policy that sampled (TPO).
+    """`Simplex` with scores that are log-probs instead of log-ratios to the behaviour policy (TPO).
 
-    The weights then hold the sampling probability twice: once as the samples' frequency, once in P.
+    The sampling probability then counts twice: as the frequency of the samples, and in P.
 
     References:
       TPO, arXiv 2604.06159; public code JeanKaddour/tpo.
@@ -127,15 +127,15 @@ class RawSimplex(Simplex):
 
 
 def reference_scores(logp: jax.Array, context: Context, score: str = "mean") -> jax.Array:
-    """Scores [P,K] of log-ratios to the reference instead of the policy that sampled."""
+    """Return scores [P,K] from log-ratios to the reference policy instead of the behaviour policy."""
     return sequence_scores(as_float(logp) - as_float(required(context.stats.ref_logp)), context.tokens, score)
 
 
 @dataclasses.dataclass(frozen=True)
 class ReferenceSimplex(Simplex):
-    """Scores are log-ratios to the reference, and the target is the reference tilted by the rewards (CoPG).
+    """`Simplex` with log-ratios to the reference as scores, so that the target is pi_ref exp(R / tau) (CoPG).
 
-    So every update has the same optimum, pi_ref exp(R / tau), whichever policy sampled.
+    This optimum is the same in every update, whatever the behaviour policy is.
     """
 
     reads = (Field.REF_LOGP,)
@@ -149,9 +149,9 @@ class ReferenceSimplex(Simplex):
 
 @dataclasses.dataclass(frozen=True)
 class ScoreLoss(Projection):
-    """A loss on the scores of a group that is no divergence between P and a target.
+    """The base class of losses on the scores of a group that are not a divergence between P and a target.
 
-    Subclasses give `value`; the coefficients are its derivative.
+    Subclasses define `value`; the coefficients are its derivative.
     """
 
     def value(self, context: Context, u: jax.Array, s: jax.Array, log_w: jax.Array) -> jax.Array:

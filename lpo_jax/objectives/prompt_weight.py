@@ -1,6 +1,6 @@
-"""Prompt weights: how much a prompt's group counts beside the others of the minibatch.
+"""Prompt weights: how much a prompt's group counts relative to the others of the minibatch.
 
-`Objective.prompt_weight_inside` says whether a weight sharpens the target or multiplies the loss.
+`Objective.prompt_weight_inside` decides whether a weight sharpens the target or multiplies the loss.
 """
 
 import dataclasses
@@ -18,16 +18,16 @@ NFT_WEIGHTS = ("dr-grpo", "grpo")
 
 @dataclasses.dataclass(frozen=True)
 class PromptWeight(Part):
-    """The base: lambda of each prompt."""
+    """The base class: a weight lambda of each prompt."""
 
     def __call__(self, context: Context) -> jax.Array:
-        """Weights [P,1], finite whatever the rewards."""
+        """Return weights [P,1], finite whatever the rewards are."""
         raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
 class SignalShare(PromptWeight):
-    """N / N', N' of the N groups having rewards that differ: groups without signal do not dilute the step.
+    """N / N', where N' of the N groups have rewards that differ, so that groups without signal do not dilute the step.
 
     References:
       GPG, arXiv 2504.02546, the factor alpha.
@@ -40,10 +40,10 @@ class SignalShare(PromptWeight):
 
 @dataclasses.dataclass(frozen=True)
 class Difficulty(PromptWeight):
-    """N' softmax(-p / t) over the N' groups whose rewards differ, p their pass rates: harder prompts count more.
+    """N' softmax(-p / t) over the N' groups whose rewards differ, with pass rates p: harder prompts count more.
 
-    A group that got its rewards without a single pass counts as one that always passes. Groups of equal rewards
-    weigh 1; they have no advantage.
+    A group whose rewards differ although no response passes is treated as one that always passes. Groups of equal
+    rewards get weight 1; their advantages are 0.
 
     Attributes:
       difficulty_temperature: t, in pass rate.
@@ -57,19 +57,19 @@ class Difficulty(PromptWeight):
     def __call__(self, context: Context) -> jax.Array:
         mixed = _mixed(context)
         p = jnp.where(context.pass_rate > 0, context.pass_rate, 1)
-        # A softmax over nothing is NaN: without a mixed group it is taken over all, and hidden.
+        # A softmax over nothing is NaN: without a mixed group it is taken over all groups and then masked.
         share = jax.nn.softmax(-p / self.difficulty_temperature, axis=0, where=mixed | ~mixed.any())
         return jnp.where(mixed, mixed.sum() * share, 1)
 
 
 @dataclasses.dataclass(frozen=True)
 class LongerSuccess(PromptWeight):
-    """1 where the longest response that passed is longer than the mean of those that failed, less elsewhere.
+    """1 if the longest passing response is longer than the mean of the failing ones, `short_weight` otherwise.
 
-    Failures that were cut at the token limit do not count; without any other, a single pass is enough.
+    Failing responses that were truncated do not count. If there are no others, one passing response is enough.
 
     Attributes:
-      short_weight: what "less" is.
+      short_weight: the weight of the other prompts.
 
     References:
       ADORA, public code ShadeCloak/ADORA (its text variant).
@@ -88,10 +88,12 @@ class LongerSuccess(PromptWeight):
 
 @dataclasses.dataclass(frozen=True)
 class NftWeight(PromptWeight):
-    """What makes negative-aware fine-tuning a policy gradient on-policy, p the pass rate within [0.02, 0.98].
+    """The weight with which negative-aware fine-tuning is a policy gradient on-policy.
+
+    p is the pass rate of the group, clipped to [0.02, 0.98].
 
     Attributes:
-      nft_weight: "dr-grpo": 1 - p, "grpo": sqrt((1 - p) / p). Named after what they equal on-policy.
+      nft_weight: "dr-grpo": 1 - p, or "grpo": sqrt((1 - p) / p), named after the method that each equals on-policy.
 
     References:
       NFT, public code NVlabs/NFT.
@@ -105,13 +107,13 @@ class NftWeight(PromptWeight):
 
 
 def _mixed(context: Context) -> jax.Array:
-    """[P,1] the groups whose rewards differ."""
+    """Return which groups have rewards that differ, [P,1] bool."""
     return (centred(context.rewards, context.valid) != 0).any(-1, keepdims=True)
 
 
 @dataclasses.dataclass(frozen=True)
 class HookWeight(PromptWeight):
-    """What a hook of the run gives as `Scored.weight`; 1 where it gives none."""
+    """`Scored.weight`, which a hook of the run fills; 1 if it is None."""
 
     uses = (Field.WEIGHT,)
 

@@ -1,4 +1,4 @@
-"""Penalties whose strength the run itself sets: a schedule over its steps, or a dual variable that it adapts."""
+"""Proximal penalties with a scheduled weight (MDPO), and the dual variable of the ratio-variance penalty (R2VPO)."""
 
 import dataclasses
 
@@ -15,10 +15,10 @@ from lpo_jax.objectives.trust import ratio
 
 @dataclasses.dataclass(frozen=True)
 class PreviousKL(Regular):
-    """KL(pi_theta || pi_old) / t at every place of a response, over pi_old's likeliest tokens and one bin for the rest.
+    """KL(pi_theta || pi_old) / t at every position of a response, over pi_old's top-k tokens and one bin for the rest.
 
-    The weight 1 / t rises as the run goes on: t falls linearly from `step_size` to 0, and is held at a share of
-    `step_size`, since the last steps would otherwise not move at all.
+    The weight 1 / t rises during the run: t falls linearly from `step_size` towards 0 and stops at a share of
+    `step_size`, because otherwise the last steps would not change the policy at all.
 
     Attributes:
       step_size: t at the first step of the run.
@@ -46,21 +46,21 @@ class PreviousKL(Regular):
         tokens = context.tokens & teacher.valid[..., None]
         log_p, log_q = (with_rest(x, tokens) for x in (required(stats.top_logp), teacher.logp))
         p, q = jnp.exp(log_p), jnp.exp(log_q)
-        # The last two sum to 0 over the bins, and make the slope of each bin 0 by itself where p = q.
+        # -p + q sums to 0 over the bins, and makes the slope of each single bin 0 where p = q.
         return jnp.where(tokens, (p * (log_p - log_q) - p + q).sum(-1), 0)
 
 
 @dataclasses.dataclass(frozen=True)
 class RatioVarianceDual(Control):
-    """The price lambda on the variance of the ratio, by dual ascent: lambda <- max(0, lambda + eta (E - limit)).
+    """The multiplier lambda of the ratio's variance, by dual ascent: lambda <- max(0, lambda + eta (E - limit)).
 
     E is the mean of (rho - 1)^2 over the tokens of the minibatch. The state is lambda, a scalar, which the gate
     `RatioVariance` reads. The paper's constants were not found: these are ours.
 
     Attributes:
-      dual_start: lambda at the start; at 2.5 and |A| = 1 a ratio is at rest 0.2 from 1.
+      dual_start: lambda at the start; with 2.5 and |A| = 1, the stationary ratio differs from 1 by 0.2.
       dual_rate: eta.
-      variance_limit: what E may be for free.
+      variance_limit: the value of E above which lambda grows.
 
     References:
       R2VPO, arXiv 2601.03320.

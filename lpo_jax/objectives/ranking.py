@@ -1,7 +1,7 @@
-"""Methods that ask of a reward only who is better: labels, preferences, rankings.
+"""Methods that use only the order of the rewards: labels, preferences, rankings.
 
-They are losses on the scores of a group, or advantages made of pairs of responses, and have no target of their
-own; `Listwise.log_target` shows softmax(R) for them.
+They are losses on the scores of a group, or advantages computed from pairs of responses. They have no target;
+`Listwise.log_target` is log softmax(R) for them.
 """
 
 import dataclasses
@@ -31,14 +31,14 @@ class Difference(AdvantageRule):
 
 @dataclasses.dataclass(frozen=True)
 class RewardLabels(ScoreLoss):
-    """Rewards above the group's mean are labels: log(1 + sum_+ exp(-s / tau)) + log(1 + sum_- exp(s / tau)).
+    """Classification by whether R > mu: log(1 + sum_+ exp(-s / tau)) + log(1 + sum_- exp(s / tau)).
 
-    The 1 is an anchor logit: a response that is already on its side of s = 0 pulls little. |c| <= 1 / tau, and
-    on-policy c = -1 / (tau (1 + n)) for each of n above, 1 / (tau (1 + n)) for each of n below. A group of equal
-    rewards has no labels and gives 0.
+    The 1 is an anchor logit: a response on the right side of s = 0 has a small gradient. |c| <= 1 / tau. On-policy,
+    c = -1 / (tau (1 + n)) for each of n responses above the mean and 1 / (tau (1 + n)) for each of n below. A group of
+    equal rewards has no labels; its loss is 0.
 
     Attributes:
-      label_loss: "listwise" as above, or "bce": the mean of log(1 + exp(-+ s / tau)), one response at a time.
+      label_loss: "listwise" as above, or "bce": the mean of log(1 + exp(-+ s / tau)) over the responses.
       label_temperature: tau, in nats of score.
 
     References:
@@ -58,21 +58,21 @@ class RewardLabels(ScoreLoss):
 
 
 def _anchored(x: jax.Array, mask: jax.Array) -> jax.Array:
-    """log(1 + sum exp x) [P] over `mask` [P,K]."""
+    """Return log(1 + sum exp x) [P] over `mask` [P,K]."""
     return jax.nn.logsumexp(jnp.pad(jnp.where(mask, x, -jnp.inf), ((0, 0), (0, 1))), axis=-1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Preferences(ScoreLoss):
-    """Pairs of a better and a worse response: the mean of -log sigmoid(beta (s_i - s_j)).
+    """The mean of -log sigmoid(beta (s_i - s_j)) over pairs of a better response i and a worse response j.
 
-    A response that passed is better than one that did not, and a wrong one better than one without an answer in
-    the asked form. Scores are log-ratios to the reference. A group of one level has no pairs: it moves as a whole,
-    by the mean of -log sigmoid(+-s), up if it passed and down if it did not.
+    A passing response is better than a failing one, and a wrong answer is better than a malformed one. Scores are
+    log-ratios to the reference. A group with only one level has no pairs: its loss is the mean of -log sigmoid(+-s),
+    which raises s if it passed and lowers s otherwise.
 
     Attributes:
-      preference_beta: beta, of a score in nats.
-      anisotropy: what beta is multiplied by in a pair whose better response passed.
+      preference_beta: beta, in 1/nats.
+      anisotropy: factor of beta in a pair whose better response passed.
 
     References:
       TRPA, arXiv 2504.04524; public code XueruiSu/Trust-Region-Preference-Approximation.
@@ -96,13 +96,13 @@ class Preferences(ScoreLoss):
 
 
 def _pairs(valid: jax.Array) -> jax.Array:
-    """[P,K,K] bool: both are valid."""
+    """Return which pairs of responses are both valid, [P,K,K] bool."""
     return valid[:, :, None] & valid[:, None, :]
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplerKL(KL):
-    """`KL` from the policy that sampled, not from the reference: a trust region."""
+    """`KL` to the behaviour policy instead of the reference: a trust region."""
 
     kl_coef: float = 0.001
     reads: ClassVar[tuple[Field, ...]] = ()
@@ -113,18 +113,18 @@ class SamplerKL(KL):
 
 @dataclasses.dataclass(frozen=True)
 class RankingAdvantage(Bias):
-    """In place of u: how much each response is out of order with those of the other verdict.
+    """Replace u by how strongly the confidence of each response is in the wrong order with the other verdict.
 
-    With v_k the mean log-prob of response k under the policy that sampled, a response that passed gets
-    sum_j sigmoid(-(v_k - v_j) / tau) / tau over the j that did not, and each of these gets minus its share:
-    minus the gradient in v of sum_ij log(1 + exp(-(v_i - v_j) / tau)), a logistic surrogate of the AUC of
+    v_k is the mean log-prob of response k under the behaviour policy. A passing response gets
+    sum_j sigmoid(-(v_k - v_j) / tau) / tau over the failing responses j, and each of these gets minus its term. This is
+    minus the gradient with respect to v of sum_ij log(1 + exp(-(v_i - v_j) / tau)), a logistic surrogate of the AUC of
     confidence against correctness. The sum over a group is 0.
 
     Attributes:
       ranking_temperature: tau, in nats per token.
 
     References:
-      CAPO (calibration), arXiv 2604.12632, as a third party's notes quote it.
+      CAPO (calibration), arXiv 2604.12632, as third-party notes quote it.
     """
 
     ranking_temperature: float = 0.6

@@ -1,7 +1,7 @@
-"""Penalties on tokens, added to the loss: stay near a reference, keep entropy, learn from a teacher.
+"""Token penalties that are added to the loss: stay near a reference, keep the entropy, learn from a teacher.
 
-A penalty is a function of what the policy says of each token, differentiated as it stands; unlike the
-coefficients of the responses it needs no reward. `mirror.py` has the penalties of GBMPO.
+A penalty is a differentiable function of the policy's statistics at each token. Unlike the coefficients of the
+responses, it does not depend on rewards. `mirror.py` has the penalties of GBMPO.
 """
 
 import dataclasses
@@ -21,13 +21,13 @@ KLS = ("k1", "k2", "k3", "abs")
 
 @dataclasses.dataclass(frozen=True)
 class Regular(Part):
-    """A token penalty: the loss grows by `weight` times its mean, weighed over tokens as the method's loss is.
+    """The base class: adds `weight` times the mean penalty to the loss, averaged over tokens as the method's loss is.
 
-    A part whose `coefficient` is 0 is as good as absent: it needs nothing and shows nothing.
+    A part with `coefficient` 0 is inactive: it needs no field and writes no metric.
 
     Attributes:
-      metric: the name that the mean is shown under, before it is multiplied by the weight.
-      differentiates: fields of `TokenStats` that the penalty has a gradient in.
+      metric: name of the metric of the mean penalty, before it is multiplied by the weight.
+      differentiates: the fields of `TokenStats` with respect to which the penalty has a gradient.
     """
 
     metric: ClassVar[str]
@@ -35,7 +35,7 @@ class Regular(Part):
 
     @property
     def coefficient(self) -> float:
-        """The option that says how much the penalty counts; 0 is off."""
+        """The option that scales the penalty; 0 switches it off."""
         raise NotImplementedError
 
     @property
@@ -43,33 +43,33 @@ class Regular(Part):
         return self.reads if self.coefficient else ()
 
     def weight(self, context: Context) -> float | jax.Array:
-        """What the mean is multiplied by, a scalar."""
+        """Return the factor of the mean penalty, a scalar."""
         return self.coefficient
 
     def __call__(self, stats: TokenStats, context: Context) -> jax.Array:
-        """The penalty [P,K,T] of each token, 0 outside `context.tokens`.
+        """Return the penalty [P,K,T] of each token, 0 outside `context.tokens`.
 
         Args:
-          stats: what the current policy says, to be differentiated in; may hold anything outside the tokens.
+          stats: statistics of the current policy, to differentiate with respect to; any value outside the tokens.
           context: the minibatch, without gradient.
         """
         raise NotImplementedError
 
 
 def reference_log_ratio(stats: TokenStats, context: Context) -> jax.Array:
-    """log pi_theta - log pi_ref [P,K,T], 0 outside the tokens; the reference is a constant."""
+    """Return log pi_theta - log pi_ref [P,K,T], 0 outside the tokens; the reference is a constant."""
     log_ref = jax.lax.stop_gradient(as_float(required(stats.ref_logp)))
     return jnp.where(context.tokens, as_float(stats.logp) - log_ref, 0)
 
 
 @dataclasses.dataclass(frozen=True)
 class KL(Regular):
-    """An estimate of KL(pi_theta || pi_ref) from the sampled token alone, of d = log pi_theta - log pi_ref.
+    """An estimate of KL(pi_theta || pi_ref) from d = log pi_theta - log pi_ref at the sampled token.
 
     Attributes:
-      kl_coef: its weight in the loss; 0 is off, and then no reference model is needed.
-      kl: "k1": d, whose own gradient has mean 0: it shows the KL but does not hold it. "k2": d^2 / 2, whose
-        gradient is that of the KL. "k3": exp(-d) + d - 1, never negative (GRPO's). "abs": |d|.
+      kl_coef: its weight in the loss; 0 switches it off, and then no reference model is needed.
+      kl: "k1": d, whose gradient has mean 0, so that it measures the KL but does not limit it. "k2": d^2 / 2, whose
+        gradient is that of the KL. "k3": exp(-d) + d - 1, which is never negative (GRPO's choice). "abs": |d|.
 
     References:
       Schulman, Approximating KL Divergence (2020); verl, `kl_penalty`.
@@ -89,14 +89,14 @@ class KL(Regular):
         if self.kl == "k2":
             return jnp.square(d) / 2
         if self.kl == "k3":
-            # Beyond this the reference and the policy have nothing in common, and exp would overflow.
+            # Beyond this bound, exp would overflow.
             return jnp.exp(jnp.clip(-d, -MAX_LOG_RATIO, MAX_LOG_RATIO)) + d - 1
         return magnitude(d) if self.kl == "abs" else d
 
 
 @dataclasses.dataclass(frozen=True)
 class AdaptiveKL(KL):
-    """`KL` with the weight kl_coef (tanh(a) + 1) / 2, a the accuracy of the minibatch: held tighter once it succeeds.
+    """`KL` with the weight kl_coef (tanh(a) + 1) / 2, which grows with the accuracy a of the minibatch.
 
     References:
       FG-ExPO, accuracy-conditioned KL.
@@ -113,11 +113,11 @@ class AdaptiveKL(KL):
 class Entropy(Regular):
     """Minus the entropy of the next-token distribution.
 
-    Under LPO the same pull comes from a higher temperature: the target of an objective with gamma H added is
+    Under LPO, a higher temperature has the same effect: the target of an objective with an additional term gamma H is
     softmax(R / (tau + gamma)).
 
     Attributes:
-      entropy_coef: its weight in the loss; 0 is off.
+      entropy_coef: its weight in the loss; 0 switches it off.
     """
 
     entropy_coef: float = 0.0
@@ -137,12 +137,12 @@ class Entropy(Regular):
 class Distil(Regular):
     """Jensen-Shannon divergence between teacher and policy at the tokens of the responses that have a teacher.
 
-    a KL(teacher || m) + (1 - a) KL(policy || m), m = a teacher + (1 - a) policy, over the teacher's likeliest
-    tokens and one bin for all others. Tokens where the teacher itself is unsure count less: by exp(-b H), over its
-    mean at the taught tokens of the minibatch.
+    a KL(teacher || m) + (1 - a) KL(policy || m), m = a teacher + (1 - a) policy, over the teacher's top-k tokens and
+    one bin for all others. Tokens at which the teacher has a high entropy H count less: their weight is exp(-b H),
+    divided by its mean over the tokens with a teacher in the minibatch.
 
     Attributes:
-      distil_coef: its weight in the loss; 0 is off.
+      distil_coef: its weight in the loss; 0 switches it off.
       distil_share: a, the teacher's share of the mixture.
       distil_decay: b, in 1/nats.
 
@@ -169,15 +169,15 @@ class Distil(Regular):
         log_m = jnp.logaddexp(log_q + jnp.log(a), log_p + jnp.log1p(-a))
         divergence = a * jnp.exp(log_q) * (log_q - log_m) + (1 - a) * jnp.exp(log_p) * (log_p - log_m)
         sure = jnp.exp(-self.distil_decay * jnp.where(tokens, as_float(teacher.entropy), 0))
-        # The mean is positive wherever a token is taught; a constant there when none is keeps 0 / 0 away.
+        # The mean is positive if any token has a teacher; otherwise the constant avoids 0 / 0.
         mean = jnp.where(tokens.any(), masked_mean(sure, tokens), 1)
         return jnp.where(tokens, sure / mean * divergence.sum(-1), 0)
 
 
 def with_rest(logp: jax.Array, tokens: jax.Array) -> jax.Array:
-    """Log-probs [P,K,T,J+1] of J tokens and of all others together; equal for everyone outside `tokens`."""
+    """Append to log-probs of J tokens the log-prob of all others, [P,K,T,J+1]; uniform outside `tokens`."""
     J = logp.shape[-1]
     logp = jnp.where(tokens[..., None], as_float(logp), -jnp.log(J + 1.0))
-    # The tail of a float32 sum of probabilities is rounding: below this floor nothing is learnt from it.
+    # The rest of a float32 sum of probabilities is rounding error: below this floor it has no gradient.
     rest = jnp.log(jnp.maximum(1 - jnp.exp(logp).sum(-1, keepdims=True), 1e-6))
     return jnp.concatenate([logp, rest], -1)

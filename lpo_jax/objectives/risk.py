@@ -1,8 +1,8 @@
-"""RiskPO: bundles of prompts are scored together, and only scores below a tracked quantile call for more.
+"""RiskPO: a risk-averse advantage of bundles of prompts, relative to tracked quantiles of their scores.
 
-Five prompts make a bundle; the k-th responses of its prompts make a paper, and a paper's score is the sum of its
-rewards. Two quantiles of the scores are tracked over the run. What a paper lacks to the upper one is its
-advantage, counted more below the lower one; all its responses share it.
+A bundle has five prompts. Bundle score k sums the rewards of the k-th responses of its prompts. Two quantiles of these
+scores are tracked over the run. The shortfall of a score below the upper quantile is the advantage of its responses;
+the part below the lower quantile has a larger weight.
 """
 
 import dataclasses
@@ -18,16 +18,16 @@ from lpo_jax.objectives.part import Part
 from lpo_jax.objectives.simplex import masked_mean, masked_std
 from lpo_jax.objectives.targets import HUGE
 
-# A standard deviation below this one says that there is nothing to scale by.
+# A smaller standard deviation is not used as a scale.
 LEAST_STD = 1e-3
 
 
 @dataclasses.dataclass(frozen=True)
 class Bundles(Part):
-    """What the advantage and the quantiles of RiskPO agree on.
+    """The bundles and quantile levels that the advantage and the tracked quantiles of RiskPO share.
 
     Attributes:
-      bundle_size: prompts in a bundle, neighbours in the minibatch; the last one may have fewer.
+      bundle_size: number of prompts in a bundle, consecutive in the minibatch; the last bundle may have fewer.
       quantile_low, quantile_high: levels of the two quantiles.
     """
 
@@ -42,9 +42,9 @@ class Bundles(Part):
             )
 
     def scores(self, context: Context) -> tuple[jax.Array, jax.Array]:
-        """Scores of the papers [bundles, K], and which papers have a response.
+        """Return the bundle scores [bundles, K], and which of them have a response.
 
-        A bundle that lacks responses is scored as if those it has stood for the others.
+        A missing response counts with the mean reward of the others in its score.
         """
         P, K = context.valid.shape
         short = -P % self.bundle_size
@@ -55,7 +55,7 @@ class Bundles(Part):
         return self.bundle_size * masked_mean(rewards, valid, 1), valid.any(1)
 
     def quantiles(self, scores: jax.Array, there: jax.Array) -> jax.Array:
-        """[2] the two quantiles of the scores of one minibatch, between neighbours in proportion; 0 without scores."""
+        """Return the two quantiles [2] of the scores of one minibatch, linearly interpolated; 0 without scores."""
         ordered = jnp.where(there.any(), jnp.sort(jnp.where(there, scores, jnp.inf).ravel()), 0)
         last = jnp.maximum(there.sum() - 1, 0)
         place = jnp.array([self.quantile_low, self.quantile_high]) * last
@@ -68,10 +68,10 @@ class Bundles(Part):
 class Quantiles(Bundles, Control):
     """The tracked quantiles: those of the first minibatch, then q + rate (level - share of scores below q).
 
-    The step is that of stochastic gradient descent on the pinball loss, so q settles where the share is the level.
+    This is stochastic gradient descent on the pinball loss, so q converges to where the share equals the level.
 
     Attributes:
-      quantile_rate: in units of reward.
+      quantile_rate: step size, in units of reward.
 
     References:
       RiskPO, public code RTkenny/RiskPO.
@@ -96,10 +96,10 @@ class Quantiles(Bundles, Control):
 
 @dataclasses.dataclass(frozen=True)
 class RiskAdvantage(Bundles, AdvantageRule):
-    """Mixed value at risk: (w CVaR + RVaR) / (w + 1) of a paper's score S, over the deviations of bundle and group.
+    """Mixed value at risk: (w CVaR + RVaR) / (w + 1) of a bundle score S, over the deviations of bundle and group.
 
-    RVaR = (clip(S, q_low, q_high) - q_high) / (level_high - level_low) is what S lacks to q_high, down to q_low;
-    CVaR = -max(q_low - S, 0) / level_low is what it lacks to q_low.
+    RVaR = (clip(S, q_low, q_high) - q_high) / (level_high - level_low) is the shortfall of S below q_high, down to
+    q_low; CVaR = -max(q_low - S, 0) / level_low is its shortfall below q_low.
 
     Attributes:
       tail_weight: w.

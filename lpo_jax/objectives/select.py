@@ -1,7 +1,7 @@
-"""Selection: which responses of the sampled groups are learnt from.
+"""Selection: which responses of the sampled groups are trained on.
 
-Advantages are of the groups as sampled, so a selection may look at them, and leaving a response out does not
-change what the others were compared to.
+Advantages are computed on the groups as sampled, before the selection. So a selection can use them, and leaving a
+response out does not change the advantages of the others.
 """
 
 import dataclasses
@@ -17,24 +17,24 @@ from lpo_jax.objectives.simplex import as_float, masked_median, sequence_scores
 
 @dataclasses.dataclass(frozen=True)
 class Select(Part):
-    """The base."""
+    """The base class."""
 
     def __call__(self, context: Context, u: jax.Array) -> jax.Array:
-        """[P,K] bool, the responses to keep; those outside `context.valid` are left out anyway.
+        """Return the responses to keep, [P,K] bool; those outside `context.valid` are left out in any case.
 
         Args:
           context: the groups as sampled.
-          u: [P,K] their utilities, 0 where invalid.
+          u: [P,K] utilities, 0 where invalid.
         """
         raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
 class MixedGroups(Select):
-    """Groups in which some responses pass and some do not, whole.
+    """Keep the groups in which some responses pass and some do not.
 
     References:
-      DAPO, arXiv 2503.14476, equation 11, without sampling others in their place.
+      DAPO, arXiv 2503.14476, equation 11, without sampling further groups in place of the others.
     """
 
     def __call__(self, context: Context, u: jax.Array) -> jax.Array:
@@ -43,9 +43,9 @@ class MixedGroups(Select):
 
 @dataclasses.dataclass(frozen=True)
 class DropMedian(Select):
-    """All but one response at the median of its group: K of the K + 1 that were sampled when that is odd.
+    """Leave out one response at the median of its group: of an odd number K + 1 of samples, K are kept.
 
-    An even group whose two middle rewards differ has no such response and keeps all.
+    A group of even size whose two middle rewards differ has no such response and keeps all.
 
     References:
       MC-GRPO, public code lotusroot-kim/MC-GRPO.
@@ -58,17 +58,18 @@ class DropMedian(Select):
 
 @dataclasses.dataclass(frozen=True)
 class MaxVariance(Select):
-    """The share of the minibatch's responses whose advantages have the largest variance: the extremes of all groups.
+    """Keep the subset of the minibatch's responses, of a given size, whose advantages have the largest variance.
 
-    Of a sorted list it is a prefix and a suffix, and every split is tried. The share grows in a straight line
-    over the run. UNCERTAIN: the paper's shares were not found; the defaults are ours.
+    This subset is a prefix and a suffix of the sorted advantages, so every split into the two is tried. The size, a
+    share of the responses, changes linearly over the run. UNCERTAIN: the paper's shares were not found; the defaults
+    are ours.
 
     Attributes:
       responses_initial: share of the responses kept at the first step.
-      responses_final: share at the last.
+      responses_final: share kept at the last step.
 
     References:
-      D3S, sample level, as a third party's notes quote it. PODS (arXiv 2504.13818) does it in each group.
+      D3S, sample level, as third-party notes quote it. PODS (arXiv 2504.13818) does the same within each group.
     """
 
     responses_initial: float = 0.25
@@ -83,11 +84,11 @@ class MaxVariance(Select):
         )
         keep = jnp.round(share * total).astype(int).clip(jnp.minimum(2, total), total)
         order = jnp.argsort(jnp.where(valid, u.ravel(), jnp.inf))  # the invalid come last
-        # The variance does not change with the unit; in this one squares are exact enough and cannot overflow.
+        # The scale does not change which variance is largest; with this one, squares do not overflow.
         x = jnp.where(valid, u.ravel(), 0)[order] / jnp.maximum(jnp.abs(u).max(initial=0), 1e-30)
         first, second = (jnp.cumsum(jnp.concatenate([jnp.zeros(1, x.dtype), y])) for y in (x, x * x))
-        prefix = jnp.arange(x.size + 1)  # how many of the smallest, the rest of `keep` being of the largest
-        suffix = jnp.minimum(total - keep + prefix, total)  # where the largest begin
+        prefix = jnp.arange(x.size + 1)  # number of smallest values kept; the rest of `keep` are the largest
+        suffix = jnp.minimum(total - keep + prefix, total)  # index at which the largest values begin
         sums = (s[prefix] + s[total] - s[suffix] for s in (first, second))
         mean, square = (s / jnp.maximum(keep, 1) for s in sums)
         split = jnp.argmax(jnp.where(prefix <= keep, square - mean * mean, -jnp.inf))
@@ -97,14 +98,14 @@ class MaxVariance(Select):
 
 @dataclasses.dataclass(frozen=True)
 class PerplexityMask(Select):
-    """Without correct responses that the reference finds odd, and wrong ones that it finds all too natural.
+    """Leave out passing responses of high perplexity under the reference, and failing ones of low perplexity.
 
     Attributes:
       ppl_correct_max: largest perplexity, under the reference, of a response that passed.
       ppl_wrong_min: smallest perplexity of one that did not.
 
     References:
-      CAPO (calibration), as a third party's notes quote it.
+      CAPO (calibration), as third-party notes quote it.
     """
 
     ppl_correct_max: float = 2.5

@@ -1,9 +1,9 @@
-"""Trust-region gates that look beyond one token: at the response it is in, or at what came before it.
+"""Trust-region gates that depend on the whole response or on the tokens before, not only on one token.
 
-A ratio of the whole response is the exponential of its mean log-ratio (its sum, where the class says so). Where
-one number clips a whole response, each token's loss has that number for its value and its own log-ratio for its
-gradient, so that token weights and aggregations mean for these gates what they mean for the others. Under
-"seq-mean-token-mean" that is the exact gradient of the loss -A s_k of the sequence ratio s_k.
+The ratio of a response is the exponential of its mean log-ratio, or of the sum if the class says so. In a gate that
+clips whole responses, the loss of each token has the value of the sequence ratio and the gradient of the token's own
+log-ratio. So token weights and aggregations have the same meaning as for the other gates. With "seq-mean-token-mean",
+this is the exact gradient of the loss -A s_k of the sequence ratio s_k.
 """
 
 import dataclasses
@@ -18,12 +18,12 @@ from lpo_jax.objectives.trust import Gate, RatioClip, WeightClip, magnitude, rat
 
 
 def mean_log_ratio(delta: jax.Array, context: Context) -> jax.Array:
-    """[P,K,1] the mean of a response's log-ratios [P,K,T]."""
+    """Return the mean [P,K,1] of a response's log-ratios [P,K,T]."""
     return sequence_scores(delta, context.tokens)[..., None]
 
 
 def sequence_ratio(delta: jax.Array, context: Context) -> jax.Array:
-    """exp(mean delta) at every token [P,K,T], with the gradient of the token's own log-ratio."""
+    """Return exp(mean delta) at every token [P,K,T], with the gradient of the token's own log-ratio."""
     mean = jax.lax.stop_gradient(mean_log_ratio(delta, context))
     return ratio(mean + (delta - jax.lax.stop_gradient(delta)))
 
@@ -46,9 +46,9 @@ class SequenceClip(RatioClip):
 
 @dataclasses.dataclass(frozen=True)
 class GeometricClip(Gate):
-    """phi = c exp(mean of the log-ratios, each clipped to [-low, high]): tokens are clipped, the sequence is weighed.
+    """phi = c exp(mean of the log-ratios, each clipped to [-low, high]): per-token clips, one weight per sequence.
 
-    A token is clipped only in the direction its response pushes it, as in PPO.
+    A token is clipped only in the direction in which its response moves it, as in PPO.
 
     Attributes:
       log_epsilon_low, log_epsilon_high: the range, in nats.
@@ -68,16 +68,16 @@ class GeometricClip(Gate):
 
 @dataclasses.dataclass(frozen=True)
 class HybridClip(RatioClip):
-    """PPO's surrogate of a mixture a rho + (1 - a) s of token and sequence ratio, each clipped in a range of its own.
+    """PPO's surrogate of a mixture a rho + (1 - a) s of token and sequence ratio, each with its own clip range.
 
-    phi = max(c (a rho + (1 - a) s), c (a clip(rho) + (1 - a) clip(s))), s = exp(mean delta). That the two are
-    clipped before they are mixed is the abstract's; where PPO's pessimism enters is not, nor are the ranges.
+    phi = max(c (a rho + (1 - a) s), c (a clip(rho) + (1 - a) clip(s))), s = exp(mean delta). The abstract says that the
+    two are clipped before they are mixed. It does not say where PPO's minimum is taken, nor the ranges.
 
     Attributes:
-      token_share: a, or "entropy": of each token its entropy over the largest of the minibatch, so that tokens
-        where the policy is unsure go by their own ratio.
-      epsilon_low, epsilon_high: of the token ratio.
-      sequence_epsilon_low, sequence_epsilon_high: of the sequence ratio.
+      token_share: a, or "entropy", for which a is the entropy of the token divided by the largest of the minibatch, so
+        that tokens of high entropy use their own ratio.
+      epsilon_low, epsilon_high: clip range of the token ratio.
+      sequence_epsilon_low, sequence_epsilon_high: clip range of the sequence ratio.
 
     References:
       DHPO, arXiv 2601.05607, as third-party notes describe it.
@@ -92,14 +92,14 @@ class HybridClip(RatioClip):
         return (Field.ENTROPY,) if self.token_share == "entropy" else ()
 
     def share(self, context: Context) -> float | jax.Array:
-        """a, a number or [P,K,T] in [0, 1]."""
+        """Return a, a number or [P,K,T] in [0, 1]."""
         if not isinstance(self.token_share, str):
             return self.token_share
         entropy = jnp.where(context.tokens, as_float(required(context.stats.entropy)), 0)
         return entropy / jnp.maximum(entropy.max(initial=0), 1e-6)
 
     def ratios(self, delta: jax.Array, context: Context) -> tuple[jax.Array, ...]:
-        """rho, s, and their clipped selves, [P,K,T] each."""
+        """Return rho, s, and their clipped values, [P,K,T] each."""
         rho, s = ratio(delta), sequence_ratio(delta, context)
         clipped_s = jnp.clip(s, 1 - self.sequence_epsilon_low, 1 + self.sequence_epsilon_high)
         return rho, s, self.clipped(rho), clipped_s
@@ -110,7 +110,7 @@ class HybridClip(RatioClip):
         return self.pessimistic(a * rho + (1 - a) * s, a * clipped_rho + (1 - a) * clipped_s, c)
 
     def acts(self, delta: jax.Array, c: jax.Array, context: Context) -> jax.Array:
-        # One of the two ratios may be clipped by itself, which leaves the other's part of the slope.
+        # If only one of the two ratios is clipped, the gradient of the other remains.
         a = self.share(context)
         rho, s, clipped_rho, clipped_s = self.ratios(delta, context)
         out = (rho != clipped_rho) | (s != clipped_s)
@@ -120,15 +120,15 @@ class HybridClip(RatioClip):
 
 @dataclasses.dataclass(frozen=True)
 class FiberClip(Gate):
-    """phi = c r_b r_f: a clipped ratio of the response times clipped ratios of its tokens to it.
+    """phi = c r_b r_f: the clipped ratio of the response times the clipped ratios of its tokens relative to it.
 
-    r_b = exp(clip(m, +-base_epsilon)), r_f = exp(clip(delta - m, +-fiber_epsilon)), m = mean delta, all of it
-    differentiated. The residual is to the mean itself, so a response that drifted as a whole is held by its base
-    alone; the public code has it to the clipped mean.
+    r_b = exp(clip(m, +-base_epsilon)), r_f = exp(clip(delta - m, +-fiber_epsilon)), m = mean delta; both factors carry
+    a gradient. The residual is relative to the mean itself, so a response that drifted as a whole is clipped by r_b
+    only; in the public code, it is relative to the clipped mean.
 
     Attributes:
-      base_epsilon: range of a response, in nats.
-      fiber_epsilon: range of a token beside its response, in nats.
+      base_epsilon: clip range of a response, in nats.
+      fiber_epsilon: clip range of a token relative to its response, in nats.
 
     References:
       FiberPO, arXiv 2603.08239, section 4; a third party's code.
@@ -144,20 +144,20 @@ class FiberClip(Gate):
         return c * jnp.exp(base + fiber)
 
     def acts(self, delta: jax.Array, c: jax.Array, context: Context) -> jax.Array:
-        # Either clip leaves the other factor's slope.
+        # If one factor is clipped, the gradient of the other remains.
         mean = mean_log_ratio(delta, context)
         return (jnp.abs(mean) > self.base_epsilon) | (jnp.abs(delta - mean) > self.fiber_epsilon)
 
 
 @dataclasses.dataclass(frozen=True)
 class BudgetClip(Gate):
-    """phi = c (1 + clip(rho - 1, +-B)): a response has a budget of total variation, and a token what is left of it.
+    """phi = c (1 + clip(rho - 1, +-B)): a response has a budget of total variation, which its tokens share.
 
-    B_t = max(0, n D - sum over the other tokens of |rho - 1|), of n tokens, differentiated too: beyond the budget
-    every token is pulled back.
+    B_t = max(0, n D - sum over the other tokens of |rho - 1|) for n tokens is what the other tokens leave. It carries a
+    gradient too: beyond the budget, every token is moved back.
 
     Attributes:
-      variation_budget: D, the mean |rho - 1| that a response may reach.
+      variation_budget: D, the mean of |rho - 1| that a response may reach.
 
     References:
       APC-Obj, arXiv 2603.08239, definition 3.2; a third party's code, whose D has no default.
@@ -166,7 +166,7 @@ class BudgetClip(Gate):
     variation_budget: float = 0.2
 
     def moves(self, delta: jax.Array, context: Context) -> tuple[jax.Array, jax.Array]:
-        """rho - 1 and B_t, both [P,K,T]."""
+        """Return rho - 1 and B_t, both [P,K,T]."""
         moved = ratio(delta) - 1
         used = jnp.where(context.tokens, magnitude(moved), 0)
         others = used.sum(-1, keepdims=True) - used
@@ -177,7 +177,7 @@ class BudgetClip(Gate):
         return c * (1 + jnp.clip(moved, -budget, budget))
 
     def acts(self, delta: jax.Array, c: jax.Array, context: Context) -> jax.Array:
-        # A clipped token has a slope all the same: its movement is what the budgets of the others are cut by.
+        # A clipped token still has a gradient, because its change reduces the budgets of the others.
         moved, budget = self.moves(delta, context)
         return jnp.abs(moved) > budget
 
@@ -186,7 +186,7 @@ class BudgetClip(Gate):
 class PrefixWeightClip(WeightClip):
     """`WeightClip` of the weight rho_t min over i < t of rho_i; the minimum over an empty prefix is 1.
 
-    The exact weight is the product over the prefix, which explodes; its smallest factor stands in for it.
+    The exact weight is the product over the prefix, whose variance explodes; its smallest factor replaces it.
 
     References:
       MinPRO, arXiv 2601.22718, as third-party notes quote its objective.
@@ -202,14 +202,15 @@ class PrefixWeightClip(WeightClip):
 class TaperedWeight(Gate):
     """phi = c delta where c < 0, and c sg(min(1, rho_k)) delta where c > 0, rho_k = exp(sum delta).
 
-    Responses to be made likelier weigh fully however stale they are; the others fade as the policy leaves them.
+    Responses with c < 0 keep their full weight however off-policy they are; the weight of the others decreases with
+    their probability.
 
     References:
       TOPR, arXiv 2503.14286.
     """
 
     def total(self, delta: jax.Array, context: Context) -> jax.Array:
-        """log rho_k [P,K,1], without gradient."""
+        """Return log rho_k [P,K,1], without gradient."""
         return sequence_scores(jax.lax.stop_gradient(delta), context.tokens, "sum")[..., None]
 
     def __call__(self, delta: jax.Array, c: jax.Array, context: Context) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Reward shaping: what a response's reward becomes before it is compared to others."""
+"""Reward shaping: changes of the rewards before advantages are computed."""
 
 import dataclasses
 
@@ -13,16 +13,16 @@ from lpo_jax.objectives.part import Part
 
 @dataclasses.dataclass(frozen=True)
 class Shape(Part):
-    """The base."""
+    """The base class."""
 
     def __call__(self, context: Context) -> jax.Array:
-        """New rewards [P,K] from `context.rewards`; what it says of invalid responses is ignored."""
+        """Return new rewards [P,K] from `context.rewards`; values of invalid responses are ignored."""
         raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
 class Sign(Shape):
-    """1 for a response that passed, -1 for one that did not."""
+    """1 for a passing response, -1 for a failing one."""
 
     def __call__(self, context: Context) -> jax.Array:
         return jnp.where(context.passed, 1.0, -1.0)
@@ -30,11 +30,11 @@ class Sign(Shape):
 
 @dataclasses.dataclass(frozen=True)
 class FlawPenalty(Shape):
-    """R less a penalty for a response that passed although a judge found a wrong step in it.
+    """R minus a penalty for a passing response in which a judge found a wrong step.
 
     Attributes:
-      flaw_penalty: in units of reward. At 1, on rewards of 1 and -1, a flawed success is worth 0: learning turns
-        from flawed to clean successes as soon as there are more of the clean ones.
+      flaw_penalty: in units of reward. With 1 and rewards of 1 and -1, the reward of a flawed pass is 0: its advantage
+        becomes negative once the group has more clean passes than failures.
 
     References:
       FAPO, public code verl-recipe/fapo.
@@ -50,10 +50,10 @@ class FlawPenalty(Shape):
 
 @dataclasses.dataclass(frozen=True)
 class Overlong(Shape):
-    """R less a penalty that grows from 0 to 1 over the last stretch before the token limit.
+    """R minus a penalty that grows from 0 to 1 over a buffer before the token limit.
 
     Attributes:
-      overlong_buffer: length of the stretch, as a share of `max_tokens` (the paper: 4096 of 20480).
+      overlong_buffer: length of the buffer, as a share of `max_tokens` (the paper: 4096 of 20480).
       max_tokens: the response budget of the run.
 
     References:
@@ -70,11 +70,11 @@ class Overlong(Shape):
 
 @dataclasses.dataclass(frozen=True)
 class ClusterFrequency(Shape):
-    """The share of the group that gave the same answer: no verifier, no labels. 0 for a response without an answer.
+    """The share of the group with the same final answer, which needs no labels; 0 for a response without an answer.
 
     Attributes:
-      entropy_threshold: nats; a group whose answers have this entropy or more gets 0 throughout, for there is no
-        majority to follow.
+      entropy_threshold: in nats. If the entropy of a group's answers is not below it, all rewards of the group are 0,
+        because there is no majority.
 
     References:
       EMPO, arXiv 2504.05812; public code QingyangZhang/EMPO.
@@ -91,15 +91,15 @@ class ClusterFrequency(Shape):
 
 @dataclasses.dataclass(frozen=True)
 class RewardTiers(Shape):
-    """1 for a pass, and on top of it how near the reward came to 1, in steps.
+    """1 for a passing response, plus a bonus that grows with the reward in steps.
 
-    The steps leave out differences that are too small to mean anything, and keep the order: any pass is worth more
-    than any failure. UNCERTAIN: reconstructed; the paper's zones are of each task's own distances and its weight
-    was not found.
+    The steps remove differences that are too small to be meaningful, and keep the order: every pass gets more than
+    every failure. UNCERTAIN: reconstructed; the paper defines its zones by task-specific distances, and its weight was
+    not found.
 
     Attributes:
-      tiers: steps that [0, 1] is cut into.
-      tier_weight: what the highest step adds.
+      tiers: number of steps in [0, 1].
+      tier_weight: the bonus of the highest step.
 
     References:
       SSL (Sweet Spot Learning), from its abstract and reviews.
@@ -114,12 +114,12 @@ class RewardTiers(Shape):
 
 
 def agreement(context: Context) -> tuple[jax.Array, jax.Array]:
-    """How the answers of a group agree, from `Scored.clusters`.
+    """Measure how far the answers of each group agree, from `Scored.clusters`.
 
     Returns:
-      share: [P,K] part of the valid responses with this response's answer, itself included. A response without an
-        answer agrees with itself only.
-      entropy: [P,1] of the answers, in nats.
+      share: [P,K] share of the valid responses that have the answer of this response, itself included. A response
+        without an answer agrees with itself only.
+      entropy: [P,1] entropy of the answers, in nats.
     """
     clusters = required(context.scored.clusters)
     same = (clusters[..., :, None] == clusters[..., None, :]) & (clusters[..., None] >= 0)

@@ -1,8 +1,8 @@
-"""Targets other than the Gibbs one: they give some responses exactly nothing.
+"""Sparse targets, which give some responses exactly zero probability, beside the Gibbs target.
 
-All are w* = argmax <w, u> - D(w, P_t) over the simplex, u = R / tau: softmax for a KL, entmax and sparsemax for a
-Bregman divergence that lets w reach 0, one-hot for none. D is scaled so that for a high temperature all are
-the same, w* = (1 + u - mean u) / K on-policy: a temperature means the same whatever the target.
+Every target is w* = argmax <w, u> - D(w, P_t) over the simplex, with u = R / tau: softmax for a KL, entmax and
+sparsemax for a Bregman divergence under which w can reach 0, and one-hot for D = 0. D is scaled so that all targets
+agree at a high temperature: on-policy, w* = (1 + u - mean u) / K. So a temperature has the same meaning for all.
 """
 
 from collections.abc import Callable
@@ -15,31 +15,31 @@ from lpo_jax.objectives.targets import HUGE, target_log_probs
 
 ENTMAX_ALPHA = 1.5
 
-# Halvings of an interval of length 1 at most, until even float64 has nothing between its ends.
+# Bisection steps on an interval of length at most 1: even float64 has no number left between the ends.
 _HALVINGS = 60
 
 
 def entmax_log_probs(
     u: jax.Array, anchor: jax.Array | None, mask: jax.Array, alpha: float = ENTMAX_ALPHA
 ) -> jax.Array:
-    """Log of w* = argmax <w, u> - K^(a-1) D_h(w || P_t), h(p) = sum p^a / (a (a - 1)), a Tsallis entropy.
+    """Return log w*, w* = argmax <w, u> - K^(a-1) D_h(w || P_t), for the Tsallis entropy h(p) = sum p^a / (a (a - 1)).
 
-    The maximiser is w_k = [P_t^(a-1) + (a - 1) u_k / K^(a-1) - theta]_+ ^ (1 / (a-1)) with the theta that
-    makes it sum to 1, found by bisection. On-policy it is the alpha-entmax of u / K^(a-1); towards a = 1 it is the
-    softmax target, and a = 2 is `sparsemax_log_probs`.
+    The maximiser is w_k = [P_t^(a-1) + (a - 1) u_k / K^(a-1) - theta]_+ ^ (1 / (a-1)). Bisection finds the theta for
+    which it sums to 1. On-policy, it is the alpha-entmax of u / K^(a-1). As a tends to 1, it tends to the softmax
+    target; a = 2 is `sparsemax_log_probs`.
 
     Args:
       u: [P,K] utilities R / tau, up to a constant.
       anchor: [P,K] s_t, the scores at the start of the update; None means 0.
       mask: [P,K] bool, the valid responses.
-      alpha: above 1; the larger, the more responses get nothing.
+      alpha: a > 1; the larger it is, the more responses get probability 0.
 
     Returns:
       [P,K] log w*, -inf where w* is 0. A group of equal utilities gives exactly log P_t.
 
     References:
       Peters, Niculae and Martins (2019), "Sparse sequence-to-sequence models"; Blondel, Martins and Niculae
-      (2020), "Learning with Fenchel-Young losses", for the interval that is halved.
+      (2020), "Learning with Fenchel-Young losses", for the initial interval of the bisection.
     """
     log_p = listwise_log_probs(jnp.zeros_like(u) if anchor is None else anchor, mask)
     size = jnp.maximum(mask.sum(-1, keepdims=True), 1).astype(u.dtype)
@@ -66,7 +66,9 @@ def entmax_log_probs(
 
 
 def sparsemax_log_probs(u: jax.Array, anchor: jax.Array | None, mask: jax.Array) -> jax.Array:
-    """Log of w* = argmax <w, u> - K/2 ||w - P_t||^2: the point of the simplex nearest to P_t + u / K.
+    """Return log w*, w* = argmax <w, u> - K/2 ||w - P_t||^2: the point of the simplex nearest to P_t + u / K.
+
+    Args and shapes as for `entmax_log_probs`.
 
     References:
       Martins and Astudillo (2016), "From softmax to sparsemax".
@@ -75,13 +77,13 @@ def sparsemax_log_probs(u: jax.Array, anchor: jax.Array | None, mask: jax.Array)
 
 
 def one_hot_log_probs(u: jax.Array, anchor: jax.Array | None, mask: jax.Array) -> jax.Array:
-    """Log of the limit of every other target at temperature 0: the best responses alone, by P_t among ties."""
+    """Return the limit of the other targets at temperature 0: P_t restricted to the best responses, in logs."""
     best = mask & (u == jnp.where(mask, u, -jnp.inf).max(-1, keepdims=True))
     return listwise_log_probs(jnp.zeros_like(u) if anchor is None else anchor, best)
 
 
 def gibbs_log_probs(u: jax.Array, anchor: jax.Array | None, mask: jax.Array) -> jax.Array:
-    """Log of w* = softmax(u + s_t), which is positive everywhere."""
+    """Return log w*, w* = softmax(u + s_t), which is positive everywhere."""
     return target_log_probs(u, 1.0, anchor, mask)
 
 

@@ -1,4 +1,4 @@
-"""From rewards to a target on the simplex: the temperature that a method implies, and the Gibbs target."""
+"""From rewards to a target on the simplex: the temperature of a method, and the Gibbs target."""
 
 import math
 from collections.abc import Callable
@@ -9,7 +9,7 @@ import numpy as np
 from jax.scipy import special
 from jax.typing import ArrayLike
 
-from lpo_jax.objectives.checks import is_number, nearest
+from lpo_jax.objectives.checks import did_you_mean, is_number
 from lpo_jax.objectives.simplex import (
     as_float,
     as_mask,
@@ -22,7 +22,7 @@ from lpo_jax.objectives.simplex import (
 
 TEMPERATURE_FLOOR = 1e-6
 
-# Stands for infinity in R / tau: far beyond any real logit, and K of them still sum to a finite float32.
+# Replaces infinity in R / tau: far larger than any real logit, but the sum of K of them is a finite float32.
 HUGE = 1e30
 
 
@@ -34,16 +34,16 @@ def temperature(
     ddof: int = 0,
     floor: float = TEMPERATURE_FLOOR,
 ) -> jax.Array:
-    """The temperature tau of each group, in units of reward: what a method divides its advantage by.
+    """Return the temperature tau of each group, in units of reward, by which the advantages are divided.
 
-    | rule | tau | of |
+    | rule | tau | used by |
     |---|---|---|
     | "grpo" | sigma, the group's standard deviation | GRPO |
     | "dr-grpo" | 1 | Dr. GRPO, RLOO, ReMax |
     | "maxrl" | mu, the group's mean | MaxRL |
-    | "batch" | standard deviation over the batch of R - mu | REINFORCE++ with a baseline |
-    | "mean-abs" | mean of abs(R - mu) in the group | DGPO |
-    | "mad" | median of abs(R - median) in the group, + 0.001 | MC-GRPO |
+    | "batch" | standard deviation of R - mu over the batch | REINFORCE++ with a baseline |
+    | "mean-abs" | mean of abs(R - mu) over the group | DGPO |
+    | "mad" | median of abs(R - median) over the group, + 0.001 | MC-GRPO |
     | "beta" | density at mu of a Beta distribution fitted to the means of the batch | BNPO |
 
     Args:
@@ -51,12 +51,12 @@ def temperature(
       rule: one of the above, or a positive number.
       mask: [P,K] the valid responses; None means all. Rewards of the others may be NaN or inf.
       ddof: 0 divides the variances of "grpo" and "batch" by K, 1 by K - 1. UNCERTAIN in the paper: the text has
-        sigma = sqrt(mu (1 - mu)), so 0; the verl code it was run in has 1. At K = 8 they differ by 7%.
-      floor: least tau. A mean at or below it has no scale to give: tau is 1 there, as in Dr. GRPO (MaxRL is
-        defined for rewards >= 0, whose mean is 0 only in a group without signal).
+        sigma = sqrt(mu (1 - mu)), which means 0; the verl code of its experiments has 1. At K = 8, they differ by 7%.
+      floor: lower bound of tau. If the mean of a group is not above it, "maxrl" sets tau to 1, as in Dr. GRPO. (MaxRL
+        is defined for rewards >= 0, whose mean is 0 only in a group without signal.)
 
     Returns:
-      [P,1], finite and positive whatever the rewards.
+      [P,1], finite and positive whatever the rewards are.
 
     Raises:
       ValueError: `rule` is neither a known name nor a positive finite number.
@@ -89,24 +89,24 @@ def _mean_abs(rewards: jax.Array, mask: jax.Array, ddof: int) -> jax.Array:
 def _mad(rewards: jax.Array, mask: jax.Array, ddof: int) -> jax.Array:
     deviation = jnp.abs(jnp.where(mask, rewards - masked_median(rewards, mask), 0))
     mad = masked_median(deviation, mask)
-    # When most rewards are equal, as binary ones are, the MAD is 0 and 0.001 alone would make advantages of 1000.
+    # If most rewards are equal, as binary ones often are, the MAD is 0, and 0.001 alone would give advantages of 1000.
     return jnp.where(mad > 0, mad, masked_mean(deviation, mask, -1, keepdims=True)) + 1e-3
 
 
 def _beta_density(rewards: jax.Array, mask: jax.Array, ddof: int) -> jax.Array:
-    """By moments, a third of the way from the uniform density to the fit; rewards are meant to lie in [0, 1]."""
+    """Fit by moments, and move a third of the way from the uniform density to the fit; rewards should lie in [0, 1]."""
     p = masked_mean(rewards, mask, -1, keepdims=True).clip(0, 1)  # [P,1]
     sampled = mask.any(-1, keepdims=True)
     m = masked_mean(p, sampled)
     v = jnp.square(masked_std(p.T, sampled.T, ddof=1))  # [1,1]
-    # Means that are all equal have no spread to fit, so the uniform density stays; beyond a concentration of 1e4
-    # the float32 density is rounding.
+    # If all means are equal there is no variance to fit, so the density stays uniform; beyond a concentration of 1e4,
+    # the float32 density is rounding error.
     nu = jnp.where(v > 0, (m * (1 - m) / jnp.where(v > 0, v, 1) - 1).clip(0, 1e4), 0)
     a, b = 1 + m * nu / 3, 1 + (1 - m) * nu / 3
     return jnp.exp(special.xlogy(a - 1, p) + special.xlog1py(b - 1, -p) - special.betaln(a, b))
 
 
-# word -> (rewards [P,K], mask [P,K], ddof) -> [P,1] or [1,1], not yet kept from 0
+# name -> (rewards [P,K], mask [P,K], ddof) -> [P,1] or [1,1], before the floor is applied
 SCALES: dict[str, Callable[[jax.Array, jax.Array, int], jax.Array]] = {
     "grpo": masked_std,
     "batch": _batch_std,
@@ -118,14 +118,14 @@ TEMPERATURES = ("grpo", "dr-grpo", "maxrl", *(word for word in SCALES if word !=
 
 
 def temperature_problem(rule: object) -> str | None:
-    """One line that says what is wrong with a temperature rule, or None."""
+    """Describe in one line what is wrong with a temperature rule, or None."""
     if isinstance(rule, str):
         if rule in TEMPERATURES:
             return None
     elif is_number(rule) and 0 < rule < math.inf:
         return None
     known = ", ".join(map(repr, TEMPERATURES))
-    return f"must be {known} or a positive number, got {rule!r}{nearest(rule, TEMPERATURES)}"
+    return f"must be {known} or a positive number, got {rule!r}{did_you_mean(rule, TEMPERATURES)}"
 
 
 def target_log_probs(
@@ -134,20 +134,21 @@ def target_log_probs(
     anchor: ArrayLike | None = None,
     mask: ArrayLike | None = None,
 ) -> jax.Array:
-    """Log of the Gibbs target w* = softmax(R / tau + s_t), the maximiser of <w, R> - tau KL(w || P_t).
+    """Return log w* of the Gibbs target w* = softmax(R / tau + s_t), the maximiser of <w, R> - tau KL(w || P_t).
 
     Args:
-      rewards: [P,K]. Only their differences inside a group matter.
-      temperature: tau, a number or [P,1], in units of reward. Towards 0 the target is the best responses
-        alone (by P_t among ties); towards infinity it is P_t.
-      anchor: [P,K] s_t = log pi_t(y_k) - log pi_b(y_k), the scores at the start of the update; None means 0.
+      rewards: [P,K]. Only their differences within a group matter.
+      temperature: tau, a number or [P,1], in units of reward. As it tends to 0, the target tends to P_t restricted to
+        the best responses; as it tends to infinity, to P_t.
+      anchor: [P,K] s_t = log pi_t(y_k) - log pi_b(y_k), the scores at the start of the update; None means 0, which is
+        the case in every run of `lpo train` (see `Scored.anchor_logp`).
       mask: [P,K] the valid responses; None means all. Rewards of the others may be NaN or inf.
 
     Returns:
-      [P,K] -inf where invalid. A group of equal rewards gives exactly log P_t.
+      [P,K], -inf where invalid. A group of equal rewards gives exactly log P_t.
 
     Raises:
-      ValueError: the temperature is an array [P], which would be read as one tau a response.
+      ValueError: the temperature is an array [P], which would broadcast as one tau per response.
 
     References:
       LPO, arXiv 2605.06139, theorem 1, equation 8.
@@ -158,7 +159,7 @@ def target_log_probs(
         raise ValueError(
             f"temperature: expected a number or [P,1] beside rewards {rewards.shape}, got {tau.shape}"
         )
-    # The best reward is taken off before dividing: then equal rewards give exactly 0 whatever tau.
+    # Subtract the best reward before dividing, so that equal rewards give exactly 0 for every tau.
     top = jnp.where(mask, rewards, -jnp.inf).max(-1, keepdims=True)
     tau = jnp.maximum(tau, np.finfo(np.float32).tiny)
     logits = jnp.maximum(jnp.where(mask, rewards - top, 0) / tau, -HUGE)

@@ -1,6 +1,6 @@
-"""Token weights: which tokens of a response its coefficient reaches, and how strongly.
+"""Token weights: factors of the coefficient of a response at each of its tokens.
 
-They multiply the aggregate's weights, whose totals stay those of all tokens.
+They multiply the weights of the aggregation, whose denominators still count all tokens.
 """
 
 import dataclasses
@@ -17,14 +17,14 @@ from lpo_jax.objectives.simplex import as_float, centred
 
 @dataclasses.dataclass(frozen=True)
 class TokenWeight(Part):
-    """The base."""
+    """The base class."""
 
     def __call__(self, context: Context, u: jax.Array) -> jax.Array:
-        """Weights [P,K,T], finite everywhere.
+        """Return weights [P,K,T], finite everywhere.
 
         Args:
           context: the minibatch.
-          u: utilities [P,K], or [P,K,T] where a method gives credit to tokens.
+          u: utilities [P,K], or [P,K,T] if the method assigns credit to tokens.
         """
         raise NotImplementedError
 
@@ -41,7 +41,7 @@ class Untaught(TokenWeight):
 
 @dataclasses.dataclass(frozen=True)
 class TopEntropy(TokenWeight):
-    """1 on the tokens of the minibatch where the policy is least sure, 0 on the others.
+    """1 on the tokens of the highest entropy in the minibatch, 0 on the others.
 
     Attributes:
       top_tokens: their share of the tokens.
@@ -60,15 +60,15 @@ class TopEntropy(TokenWeight):
 
 @dataclasses.dataclass(frozen=True)
 class TopImpact(TokenWeight):
-    """1 on the tokens of the minibatch with the largest |A| H, 0 on the others; the share moves with the run.
+    """1 on the tokens of the minibatch with the largest |A| H, 0 on the others; the share changes over the run.
 
     Attributes:
       tokens_initial: their share of the tokens at the first step.
-      tokens_final: the share at the last, in a straight line over the steps. UNCERTAIN: the paper's shares were not
-        found; the defaults are ours.
+      tokens_final: their share at the last step; in between it is linear in the step. UNCERTAIN: the paper's shares
+        were not found; the defaults are ours.
 
     References:
-      D3S, token level, as a third party's notes quote it.
+      D3S, token level, as third-party notes quote it.
     """
 
     tokens_initial: float = 0.25
@@ -85,17 +85,17 @@ class TopImpact(TokenWeight):
 
 @dataclasses.dataclass(frozen=True)
 class CurvatureMask(TokenWeight):
-    """0 on the tokens where one step would bend the policy most, 1 on the others.
+    """0 on the tokens of the largest estimated curvature, 1 on the others.
 
-    The bend is A^2 |e - pi|^2 |h|^2: the squared gradient of the last layer, which its Fisher information is made
-    of; |e - pi|^2 = 1 - 2 pi(token) + sum pi^2.
+    The estimate is A^2 |e - pi|^2 |h|^2, the squared gradient of the last layer, from which its Fisher information is
+    computed; |e - pi|^2 = 1 - 2 pi(token) + sum pi^2.
 
     Attributes:
       reject_tokens: share of the minibatch's tokens that is left out.
 
     References:
-      CAPO (curvature), as a third party's notes quote it. The paper takes second moments of an Adam step, of the
-      objective and of the policy, against absolute thresholds (not found); it reports under 8% rejected.
+      CAPO (curvature), as third-party notes quote it. The paper compares second moments of an Adam step, of the
+      objective and of the policy, with absolute thresholds (not found); it reports that under 8% are rejected.
     """
 
     reject_tokens: float = 0.08
@@ -114,15 +114,16 @@ class CurvatureMask(TokenWeight):
 
 @dataclasses.dataclass(frozen=True)
 class Conflicts(TokenWeight):
-    """The runs of tokens that responses above and below the group's mean share: kept for the one, not the other.
+    """Weights for prefixes and suffixes shared by responses above and below the mean: kept above, removed below.
 
-    A token is in conflict where a response above the mean and one below it have the same token at the same place,
-    without a break from the start of the response, or, places counted from there, from its end. On a response above
-    the mean it weighs `conflict_weight` (squared where both hold), on one below 0. All weights of a response are
-    divided by the number of its tokens in conflict, at least 1. A response at the mean weighs 1 throughout.
+    A token is in conflict if, at every position up to it, some response above the group's mean and some response below
+    it have the same token as this response; or likewise at every position from it to the end, counted from the ends of
+    the responses. Its weight is `conflict_weight` on a response above the mean (squared if both hold) and 0 on one
+    below. All weights of a response are divided by the number of its tokens in conflict, at least 1. A response at the
+    mean has weight 1 on all tokens.
 
     Attributes:
-      conflict_weight: on the responses above the mean.
+      conflict_weight: weight of tokens in conflict on the responses above the mean.
 
     References:
       GTPO, public code winstonsmith1897/GTPO.
@@ -134,7 +135,7 @@ class Conflicts(TokenWeight):
     def __call__(self, context: Context, u: jax.Array) -> jax.Array:
         tokens, ids = context.tokens, required(context.scored.token_ids)
         above = centred(context.rewards, context.valid)
-        # The k-th last token of every response in one column, to look back from the end.
+        # Align the responses at their ends: column k holds the k-th last token.
         T = tokens.shape[-1]
         last_first = context.lengths[..., None] - 1 - jnp.arange(T)
         there = last_first >= 0
@@ -145,19 +146,19 @@ class Conflicts(TokenWeight):
         weight = jnp.where(above > 0, self.conflict_weight, 0.0)[..., None]
         shared = jnp.where(start, weight, 1) * jnp.where(end, weight, 1)
         count = jnp.maximum((start | end).sum(-1, keepdims=True), 1)
-        # A response at the mean has no side, hence no conflict. Its coefficient need not be 0: see `EntropyCost`.
+        # A response at the mean has no conflict. Its coefficient need not be 0: see `EntropyCost`.
         return (tokens * jnp.where((above == 0)[..., None], 1, shared / count)).astype(u.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
 class TruncatedImportance(TokenWeight):
-    """min(pi_b / pi_sampler, cap) of each token, where the sampler's arithmetic is not the trainer's.
+    """min(pi_b / pi_sampler, cap) of each token, for a sampler whose arithmetic differs from the trainer's.
 
-    pi_b is the policy that sampled as the trainer computes it, pi_sampler as the sampler did, in fewer bits. Their
-    ratio makes what was sampled count as if pi_b had sampled it; the cap bounds its variance.
+    pi_b is the behaviour policy as the trainer computes it; pi_sampler is the same policy as the sampler computed it,
+    in lower precision. The ratio corrects the expectation to that of samples from pi_b; the cap bounds its variance.
 
     Attributes:
-      importance_cap: the largest weight.
+      importance_cap: upper bound of the weight.
 
     References:
       Truncated importance sampling of Yao et al., Your Efficient RL Framework Secretly Brings You Off-Policy RL
@@ -179,7 +180,7 @@ Pair: TypeAlias = tuple[jax.Array, jax.Array]
 
 
 def _shared_run(ids: jax.Array, tokens: jax.Array, above: jax.Array) -> jax.Array:
-    """[P,K,T] bool: places 0, 1, ... of a response while both sides of its group have its token there."""
+    """Return the longest prefix [P,K,T] of each response that both sides of its group share, bool."""
 
     def look_at(seen: Pair, other: tuple[jax.Array, ...]) -> tuple[Pair, None]:
         ids_j, tokens_j, above_j = other  # of response j: [P,T], [P,T], [P]
@@ -188,7 +189,7 @@ def _shared_run(ids: jax.Array, tokens: jax.Array, above: jax.Array) -> jax.Arra
         above_side, below_side = (above_j > 0)[:, None, None], (above_j < 0)[:, None, None]
         return (by_above | (same & above_side), by_below | (same & below_side)), None
 
-    # One response at a time: [P,K,K,T] at once would be the largest array of the step.
+    # Scan over responses: an array [P,K,K,T] would be the largest of the step.
     others = tuple(jnp.moveaxis(x, 1, 0) for x in (ids, tokens, above))
     none = jnp.zeros(tokens.shape, bool)
     (by_above, by_below), _ = jax.lax.scan(look_at, (none, none), others)
@@ -196,7 +197,7 @@ def _shared_run(ids: jax.Array, tokens: jax.Array, above: jax.Array) -> jax.Arra
 
 
 def _cut(x: jax.Array, context: Context, quantile: float | jax.Array) -> jax.Array:
-    """The quantile of `x` over the tokens of the minibatch, a scalar; NaN, which nothing reaches, without tokens."""
+    """Return the quantile of `x` over the tokens of the minibatch, a scalar; NaN, which nothing exceeds, for none."""
     return jnp.nanquantile(jnp.where(context.tokens, x, jnp.nan), quantile)
 
 

@@ -1,12 +1,11 @@
-"""Trust-region gates: how far one token may move in one update.
+"""Trust-region gates: how far one token can move in one update.
 
-A gate is a primitive phi(delta, c) of the token log-ratio delta = log pi_theta - log pi_b (nats) and the
-coefficient c of its response (no gradient flows through c). Its derivative is c times a factor: 1 at
-delta = 0 unless its class says otherwise, and 0 on the tokens that the gate shuts. A descent step makes a
-response with c < 0 likelier.
+A gate is a function phi(delta, c) of the token log-ratio delta = log pi_theta - log pi_b (nats) and the coefficient c
+of its response (no gradient flows through c). Its derivative is c times a factor: 1 at delta = 0 unless its class says
+otherwise, and 0 on clipped tokens. A descent step raises the probability of a response with c < 0.
 
-Here are the gates that look at one token; `sequence_gates.py` has those that look at a whole response, and
-`covariance_gates.py` those that pick tokens from the whole minibatch.
+This file has the gates that depend on one token. `sequence_gates.py` has those that depend on a whole response, and
+`covariance_gates.py` those that select tokens from the whole minibatch.
 """
 
 import dataclasses
@@ -20,7 +19,7 @@ from lpo_jax.objectives.fields import Field
 from lpo_jax.objectives.part import Part
 from lpo_jax.objectives.simplex import masked_median, masked_std
 
-# verl's bound on the log-ratio before exp: beyond it the ratio is a broken model's and would overflow.
+# verl's bound of the log-ratio before exp: a larger one means a broken model, and the ratio would overflow.
 MAX_LOG_RATIO = 20.0
 
 CLIPS = ("hard", "ppo", "joint", "none")
@@ -28,23 +27,26 @@ CLIPS = ("hard", "ppo", "joint", "none")
 
 @dataclasses.dataclass(frozen=True)
 class Gate(Part):
-    """No trust region: phi = c delta. The base of the others."""
+    """No trust region: phi = c delta. It is the base class of the other gates."""
 
     def scored(self, delta: jax.Array) -> jax.Array:
-        """The log-ratios [P,K,T] that the scores s_k are made of."""
+        """Return the log-ratios [P,K,T] from which the scores s_k are computed."""
         return delta
 
     def __call__(self, delta: jax.Array, c: jax.Array, context: Context) -> jax.Array:
-        """Token loss [P,K,T] of log-ratios [P,K,T], 0 outside `context.tokens`, and coefficients [P,K,1] or [P,K,T].
+        """Return the token loss [P,K,T].
 
-        Only `delta` carries a gradient.
+        Args:
+          delta: [P,K,T] log-ratios, 0 outside `context.tokens`. Only they carry a gradient.
+          c: coefficients, [P,K,1] or [P,K,T].
+          context: the minibatch.
         """
         return c * delta
 
     def acts(self, delta: jax.Array, c: jax.Array, context: Context) -> jax.Array:
-        """The tokens [P,K,T] on which the trust region acts: those that it shuts, whose slope is 0.
+        """Return the tokens [P,K,T] on which the trust region acts: those whose gradient it sets to 0.
 
-        A gate that limits a token's weight without shutting the token overrides this.
+        A gate that limits the weight of a token without removing its gradient overrides this.
         """
         slope: jax.Array = jax.grad(lambda d: self(d, c, context).sum())(delta)
         return slope == 0
@@ -55,11 +57,11 @@ class LogClip(Gate):
     """The clip on token log-ratios of LPO: range [log(1 - epsilon), log(1 + epsilon)].
 
     Attributes:
-      clip: "hard": phi = c clip(delta), a token out of range is silent whatever c's sign: the literal reading of
-        the paper (variant A). "ppo": phi = max(c delta, c clip(delta)), a token may always come back (B).
-        "joint": as "hard", and the scores are of clipped log-ratios too, so that the gradient is that of
-        D(w*, softmax(mean clip(delta))) (C). "none": no clip. UNCERTAIN: the sentence that says A cites PPO,
-        which suggests B, and does not say whether s is clipped (C).
+      clip: "hard": phi = c clip(delta), so that a token out of range has no gradient, whatever the sign of c: the
+        literal reading of the paper (variant A). "ppo": phi = max(c delta, c clip(delta)), so that a token can always
+        return into the range (B). "joint": as "hard", with scores of clipped log-ratios, so that the gradient is that
+        of D(w*, softmax(mean clip(delta))) (C). "none": no clip. UNCERTAIN: the sentence in the paper that says A cites
+        PPO, which suggests B, and does not say whether s is clipped (C).
       epsilon: half the width of the range.
 
     References:
@@ -84,12 +86,12 @@ class LogClip(Gate):
 
 
 def ratio(delta: jax.Array) -> jax.Array:
-    """rho = exp(delta), kept finite."""
+    """Return rho = exp(delta), clipped to stay finite."""
     return jnp.exp(jnp.clip(delta, -MAX_LOG_RATIO, MAX_LOG_RATIO))
 
 
 def magnitude(x: jax.Array) -> jax.Array:
-    """|x| with slope 0 at 0, where `jnp.abs` has 1: a policy that has not moved must not be pushed."""
+    """Return |x| with derivative 0 at 0, where that of `jnp.abs` is 1: an unchanged policy must have no gradient."""
     return x * jnp.sign(x)
 
 
@@ -106,9 +108,9 @@ class RatioClip(Gate):
     """phi = max(c rho, c clip(rho, 1 - low, 1 + high)), rho = exp(delta): PPO's clipped surrogate.
 
     Attributes:
-      epsilon_low, epsilon_high: widths of the range below and above 1; 1 below is no lower clip.
-      dual_clip: where c > 0 (A < 0) the loss is at most c dual_clip, so a token that grew far beyond the range
-        no longer pulls; 0 is off. verl has 3, DAPO's recipe 10.
+      epsilon_low, epsilon_high: widths of the range below and above 1; a lower width of 1 disables the lower clip.
+      dual_clip: upper bound of the ratio if c > 0 (A < 0): the loss is at most c dual_clip, so a token far above the
+        range has no gradient. 0 disables it. verl has 3, DAPO's recipe 10.
 
     References:
       PPO, arXiv 1707.06347, equation 7; with c = -A / K it is GRPO's (LPO, equation 2). Dual clip: arXiv
@@ -120,11 +122,11 @@ class RatioClip(Gate):
     dual_clip: float = 0.0
 
     def clipped(self, rho: jax.Array, stretch: jax.Array | float = 1.0) -> jax.Array:
-        """`rho` in the range, whose widths are multiplied by `stretch`."""
+        """Return `rho` clipped to the range, whose widths are multiplied by `stretch`."""
         return jnp.clip(rho, 1 - self.epsilon_low * stretch, 1 + self.epsilon_high * stretch)
 
     def pessimistic(self, rho: jax.Array, clipped: jax.Array, c: jax.Array) -> jax.Array:
-        """The worse of the losses of a ratio and of its clipped self, under the dual clip."""
+        """Return the larger of the losses of a ratio and of its clipped value, with the dual clip."""
         loss = jnp.maximum(c * rho, c * clipped)
         return jnp.where(c > 0, jnp.minimum(loss, c * self.dual_clip), loss) if self.dual_clip else loss
 
@@ -135,14 +137,14 @@ class RatioClip(Gate):
 
 @dataclasses.dataclass(frozen=True)
 class ElasticClip(RatioClip):
-    """PPO's surrogate in a range that is wider where the signal is strong.
+    """PPO's surrogate with a wider range where the signal is stronger.
 
-    Both widths are multiplied by (1 + a tanh|A|) (1 + b Var R), with the variance of the group's rewards. The
-    abstract says as much; tanh, the plain variance and the two constants are RECONSTRUCTED.
+    Both widths are multiplied by (1 + a tanh|A|) (1 + b Var R), where Var R is the variance of the group's rewards. The
+    abstract describes the two factors; tanh, the plain variance and the two constants are RECONSTRUCTED.
 
     Attributes:
-      advantage_stretch: a, of one response.
-      variance_stretch: b, of its group; the variance of pass or fail is at most 1/4.
+      advantage_stretch: a, the factor of the advantage of a response.
+      variance_stretch: b, the factor of the variance of its group; the variance of binary rewards is at most 1/4.
 
     References:
       ETR, arXiv 2601.03723.
@@ -161,9 +163,9 @@ class ElasticClip(RatioClip):
 
 @dataclasses.dataclass(frozen=True)
 class WeightClip(Gate):
-    """phi = c sg(clip(rho, 1 - low, 1 + high)) delta: every token keeps a gradient, of bounded weight.
+    """phi = c sg(clip(rho, 1 - low, 1 + high)) delta: every token keeps a gradient, with a bounded weight.
 
-    The public losses have log pi where this has delta: another value by a constant, the same gradient.
+    The public losses use log pi in place of delta: the value differs by a constant, the gradient is the same.
 
     References:
       CISPO, MiniMax-M1, arXiv 2506.13585; verl, `compute_policy_loss_cispo`.
@@ -173,11 +175,11 @@ class WeightClip(Gate):
     epsilon_high: float = 0.28
 
     def log_weight(self, delta: jax.Array, context: Context) -> jax.Array:
-        """Log of the importance weight [P,K,T] before it is clipped."""
+        """Return the log of the importance weight [P,K,T] before clipping."""
         return delta
 
     def weights(self, delta: jax.Array, context: Context) -> tuple[jax.Array, jax.Array]:
-        """The importance weights [P,K,T], and their clipped selves."""
+        """Return the importance weights [P,K,T] and their clipped values."""
         weight = ratio(self.log_weight(jax.lax.stop_gradient(delta), context))
         return weight, jnp.clip(weight, 1 - self.epsilon_low, 1 + self.epsilon_high)
 
@@ -191,10 +193,10 @@ class WeightClip(Gate):
 
 @dataclasses.dataclass(frozen=True)
 class SoftGate(Gate):
-    """phi = c (4 / tau) sigmoid(tau (rho - 1)): the slope falls off smoothly on both sides of rho = 1.
+    """phi = c (4 / tau) sigmoid(tau (rho - 1)): the gradient decays smoothly on both sides of rho = 1.
 
     Attributes:
-      tau_pos, tau_neg: how fast, for responses with A > 0 and for the others.
+      tau_pos, tau_neg: decay rates for responses with A > 0 and for the others.
 
     References:
       SAPO, arXiv 2511.20347; verl, `compute_policy_loss_sapo`; TRL's `sapo`.
@@ -210,10 +212,10 @@ class SoftGate(Gate):
 
 @dataclasses.dataclass(frozen=True)
 class RatioVariance(Gate):
-    """phi = c rho + lambda (rho - 1)^2 / K: no clip, but a price on the variance of the ratio.
+    """phi = c rho + lambda (rho - 1)^2 / K: a penalty on the variance of the ratio instead of a clip.
 
-    The slope is rho (c + 2 lambda (rho - 1) / K), so a response is at rest at rho = 1 + A / (2 lambda). lambda is
-    the state of the method's `RatioVarianceDual`.
+    The derivative is rho (c + 2 lambda (rho - 1) / K), which is 0 at rho = 1 + A / (2 lambda). lambda is the state of
+    the method's `RatioVarianceDual`.
 
     References:
       R2VPO, arXiv 2601.03320.
@@ -229,14 +231,14 @@ class RatioVariance(Gate):
 
 @dataclasses.dataclass(frozen=True)
 class TargetRatio(Gate):
-    """phi = |c| |rho - r*|: every ratio moves to a target of its own inside the range, and stays there.
+    """phi = |c| |rho - r*|: every ratio moves to its own target inside the range.
 
-    r* = 1 - low + (low + high) sigmoid((A - median A) / lambda), over the group; with low = high = e it is
-    1 + e tanh((A - median A) / (2 lambda)).
+    r* = 1 - low + (low + high) sigmoid((A - median A) / lambda), with the median over the group. With low = high = e,
+    it is 1 + e tanh((A - median A) / (2 lambda)).
 
     Attributes:
       epsilon_low, epsilon_high: widths of the range below and above 1.
-      target_temperature: lambda, in units of A. Towards 0 the target is an end of the range, or 1 at the median.
+      target_temperature: lambda, in units of A. As it tends to 0, r* tends to an end of the range, or 1 at the median.
 
     References:
       BPO and GBPO, arXiv 2604.18578; public code bounded-ratio-rl/bounded_ratio_rl, `compute_policy_loss_gbpo`.
@@ -247,7 +249,7 @@ class TargetRatio(Gate):
     target_temperature: float = 1e-4
 
     def target(self, c: jax.Array, context: Context) -> jax.Array:
-        """r* of coefficients [P,K,1] or [P,K,T], in their shape."""
+        """Return r* of coefficients [P,K,1] or [P,K,T], in their shape."""
         A = implied_advantage(c, context)
         median = masked_median(A.swapaxes(1, 2), context.valid[:, None]).swapaxes(1, 2)  # [P,1,1] or [P,1,T]
         share = jax.nn.sigmoid((A - median) / self.target_temperature)
@@ -259,19 +261,19 @@ class TargetRatio(Gate):
 
 @dataclasses.dataclass(frozen=True)
 class ImplicitNegative(Gate):
-    """Likelihood of the passing responses under pi_theta, and of the failing ones under what pi_theta leaves them.
+    """Likelihood of passing responses under pi_theta, and of failing ones under the implicit negative policy pi_-.
 
-    With pass rate p the policy that sampled is p pi_+ + (1 - p) pi_-. If pi_theta stands for pi_+, then
+    With pass rate p, the behaviour policy is p pi_+ + (1 - p) pi_-. If pi_theta models pi_+, then
     pi_- / pi_b = (1 - p rho) / (1 - p), so
 
         c < 0    phi = c log rho
-        c > 0    phi = -c w log max(floor, (1 - p rho) / (1 - p)),   straight through the maximum
+        c > 0    phi = -c w log max(floor, (1 - p rho) / (1 - p)),   with a straight-through maximum
 
-    At rho = 1 the slopes are c and c w p / (1 - p).
+    At rho = 1, the derivatives are c and c w p / (1 - p).
 
     Attributes:
-      negative_floor: where the likelihood of the failing responses is not allowed to fall below.
-      negative_weight: w; 0 learns from the passing responses alone (rejection-sampling fine-tuning).
+      negative_floor: lower bound of the likelihood ratio of the failing responses.
+      negative_weight: w; with 0, only passing responses are trained on (rejection-sampling fine-tuning).
 
     References:
       NFT, arXiv 2505.18116; public code NVlabs/NFT, `clamp_negative` and `neg_weight`.
@@ -281,7 +283,7 @@ class ImplicitNegative(Gate):
     negative_weight: float = 1.0
 
     def left(self, delta: jax.Array, context: Context) -> jax.Array:
-        """(1 - p rho) / (1 - p), the ratio of pi_- to pi_b [P,K,T], before the floor."""
+        """Return (1 - p rho) / (1 - p), the ratio of pi_- to pi_b [P,K,T], before the floor."""
         p = context.pass_rate.clip(0.02, 0.98)[..., None]  # [P,1,1]
         return (1 - p * ratio(delta)) / (1 - p)
 
@@ -291,11 +293,11 @@ class ImplicitNegative(Gate):
     def __call__(self, delta: jax.Array, c: jax.Array, context: Context) -> jax.Array:
         left = self.left(delta, context)
         held = jnp.maximum(left, self.negative_floor)
-        # The value is `held`'s, the gradient is `left`'s: the added difference is exactly 0.
+        # The value is that of `held`, the gradient that of `left`: the added difference is exactly 0.
         held = jax.lax.stop_gradient(held) + (left - jax.lax.stop_gradient(left))
         return jnp.where(c < 0, c * delta, -c * self.negative_weight * jnp.log(held))
 
 
 def implied_advantage(c: jax.Array, context: Context) -> jax.Array:
-    """A of a policy gradient's coefficients c = -A / K [P,K,1] or [P,K,T], in their shape."""
+    """Return the A of a policy gradient's coefficients c = -A / K, [P,K,1] or [P,K,T], in their shape."""
     return -c * context.size[..., None]

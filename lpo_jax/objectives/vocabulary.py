@@ -1,11 +1,12 @@
-"""Parts by word, so that a method can be recombined from a config: `gate: soft-gate`, `hooks: [dynamic-sampling]`.
+"""Parts by name, so that a config can recombine a method: `gate: soft-gate`, `hooks: [dynamic-sampling]`.
 
-A part's word is its class name in lower case with hyphens; "none" is no such part (for a gate: no trust region).
+The name of a part is its class name in lower case with hyphens. "none" leaves the part out; for a gate, it means no
+trust region.
 """
 
 from lpo_jax.objectives import covariance_gates, entropy_adaptive, proximal, ranking, sequence_gates  # noqa: F401
 from lpo_jax.objectives.bias import Bias
-from lpo_jax.objectives.checks import nearest
+from lpo_jax.objectives.checks import did_you_mean
 from lpo_jax.objectives.credit import Credit
 from lpo_jax.objectives.hook_specs import HookSpec
 from lpo_jax.objectives.part import Part, word
@@ -16,7 +17,7 @@ from lpo_jax.objectives.shaping import Shape
 from lpo_jax.objectives.token_weight import TokenWeight
 from lpo_jax.objectives.trust import Gate
 
-# Field of `Objective` -> the base of the parts it may hold: one of them, or several.
+# Field of `Objective` -> base class of the parts that it may hold: one part, or several.
 ONE: dict[str, type[Part]] = {
     "select": Select,
     "bias": Bias,
@@ -29,22 +30,22 @@ SEVERAL: dict[str, type[Part]] = {"shape": Shape, "regular": Regular, "hooks": H
 
 
 def words(kind: str) -> dict[str, Part]:
-    """The parts of a kind with their defaults, by word; not its base, which does nothing."""
+    """Return the parts of a kind with their defaults, by name. The base class is not among them."""
     return {word(part()): part() for part in _below((ONE | SEVERAL)[kind])}
 
 
 def parts_named(kind: str, value: object) -> Part | tuple[Part, ...] | None:
-    """The part, or for a kind that holds several the parts, that a config's words stand for.
+    """Return the part that a config names, or the parts for a kind that holds several.
 
     Raises:
-      ValueError: an unknown word, or several where one is meant; the text completes "<kind> ...".
+      ValueError: a name is unknown, or several are given for a kind that holds one. The text completes "<kind> ...".
     """
     known = words(kind)
     chosen: list[object] = list(value) if isinstance(value, list | tuple) else [value]
     parts = []
     for name in [] if chosen == ["none"] else chosen:
         if not isinstance(name, str) or name not in known:
-            raise ValueError(f"has no {name!r}{nearest(name, known)} (known: {', '.join(known)}, none)")
+            raise ValueError(f"has no {name!r}{did_you_mean(name, known)} (known: {', '.join(known)}, none)")
         parts.append(known[name])
     if kind in SEVERAL:
         return tuple(parts)

@@ -1,6 +1,6 @@
-"""The catalogue of methods as Markdown, from the rows and the docstrings of their parts: `docs/methods.md`.
+"""The catalogue of methods as Markdown, generated from the rows and the docstrings of their parts: `docs/methods.md`.
 
-Beside the tables nothing is written here that the program does not know itself, so it cannot fall behind.
+Except for short introductions, all text comes from the code, so the page cannot become outdated.
 """
 
 import dataclasses
@@ -22,20 +22,27 @@ A method is a composition of parts:
 
     grad = sum_k sum_t  W[k,t] * c_k(group) * gate(delta[k,t], c_k) * grad log pi(token)  +  grad of penalties
 
-c_k is the coefficient of response k, a function of its whole group; c < 0 makes the response likelier. delta is a
-token's log-ratio to the policy that sampled, s_k the mean (or sum) of a response's, P = softmax(s), w\\* the target,
-and R, mu, sigma the group's rewards, their mean and deviation. A method's options are the fields of its parts, so that
+c_k is the coefficient of response k, a function of its whole group; c < 0 raises the probability of the response. delta
+is the log-ratio of a token to the behaviour policy, s_k the mean (or sum) of delta over response k, P = softmax(s),
+w\\* the target, and R, mu, sigma are the rewards of the group, their mean and their standard deviation.
+
+s_t are the scores of pi_t, the policy at the start of the update. As in algorithm 1 of the LPO paper, pi_t is the
+behaviour policy, so **s_t = 0 in every run** and the target is w\\* = softmax(R / tau). Only callers of the Python API
+can pass another pi_t, as `Scored.anchor_logp`.
+
+The options of a method are the fields of its parts, so
 
     lpo train CONFIG --objective.name=lpo-forward --objective.divergence=js
 
-is one that no paper has. What the parts and their options mean stands [at the end](#parts).
+is a method that no paper describes. The parts and their options are documented [at the end](#parts).
 
-Fidelity says what a row was checked against: *paper* (its text), *code* (public code), *note* (a third party's notes
-that quote the formulas), *reconstructed* (the abstract alone), *derived* (ours). Its note says what is uncertain.
+The fidelity grade states what a row was checked against: *paper* (its text), *code* (public code), *note* (a third
+party's notes that quote the formulas), *reconstructed* (the abstract only), *derived* (ours). The note of a row lists
+what is uncertain.
 
-Below, the updates of six methods for three responses with rewards 1, 0.5 and 0. A point of a triangle is a policy on
-these responses, an arrow says where one step takes it, and the line is the way from the policy that sampled. A
-projection stops at its target; a policy gradient passes by.
+The picture shows the updates of six methods for three responses with rewards 1, 0.5 and 0. A point of a triangle is a
+policy on these responses, an arrow shows where one step moves it, and the line is the path from the behaviour policy. A
+projection stops at its target; a policy gradient does not.
 
 ![Update fields of six methods on the triangle of three responses](simplex.png)
 
@@ -45,34 +52,34 @@ projection stops at its target; a policy gradient passes by.
 
 _DIVERGENCES = """## Divergences
 
-Words of the option `divergence`. All but the last are scaled so that for a high temperature the on-policy coefficients
-are those of the policy gradient, c = -A / K, and one learning rate serves all. One of your own is one function, and
-comes from Python, not from a config file:
+Values of the option `divergence`. All but the last are scaled so that at a high temperature the on-policy coefficients
+are those of the policy gradient, c = -A / K, so one learning rate serves all. A new divergence is one Python function;
+a config file cannot define one:
 
     from lpo_jax import objectives as O
     O.get("lpo-forward", divergence=O.f_divergence("mine", "of the ratio t = w* / P", lambda t: (t - 1) ** 2 / (t + 1)))
     O.get("lpo-forward", divergence=O.bregman("mine", "of a probability p", lambda p: p**1.5))
 
-| word | loss | targets with zeros |
+| name | loss | targets with zeros |
 |---|---|---|"""
 
 _HOOKS = """## Hooks
 
-What a method asks of the run around its updates. A step draws prompts and samples them, mends failed groups, selects
-the groups to learn from (which may take further rounds of prompts that the step has not seen yet), annotates them, and
-last replays an earlier batch, whatever the order in which a method lists its hooks. Pass rates and PIPO's mean
-rewards are of everything that was sampled, before it was mended and selected. A response on which the verifier failed
-counts neither as a pass nor as a failure, in any hook.
+Hooks are what the run does for a method around its updates. A step draws prompts and samples them, mends failed groups,
+selects the groups to train on (which can take further rounds of prompts that the step has not used yet), annotates
+them, and finally replays an earlier batch. The order in which a method lists its hooks has no effect. Pass rates and
+PIPO's mean rewards are those of everything that was sampled, before it was mended and selected. If the verifier itself
+failed on a response, no hook counts this response as a pass or as a failure.
 
-Hooks of different phases can be combined. Of the phases draw, mend, select and replay a method holds one hook each, and
-of annotate one for each field. A hook that gives a field works with the setting beside it, and is refused without.
+Hooks of different phases can be combined. A method can have one hook each of the phases draw, mend, select and replay,
+and one annotate hook per field. A hook that fills a field requires the setting in the last column.
 
-| hook | phase | gives | set with it |
+| hook | phase | fills | required setting |
 |---|---|---|---|"""
 
 
 def markdown() -> str:
-    """All methods in a table, then one by one with their parts and options: the text of `docs/methods.md`."""
+    """Return the text of `docs/methods.md`: a table of all methods, then each with its parts and options."""
     records = names()
     lines = [_INTRODUCTION, "| name | what it does | paper | fidelity |", "|---|---|---|---|"]
     for name, record in records.items():
@@ -81,8 +88,8 @@ def markdown() -> str:
     for name, record in records.items():
         lines += ["", *_method(name, record, CATALOGUE[name].objective)]
     lines += ["", _DIVERGENCES]
-    for word, divergence in DIVERGENCES.items():
-        lines.append(_row(f"`{word}`", _text(divergence.formula), "no" if divergence.full_support else "yes"))
+    for name, divergence in DIVERGENCES.items():
+        lines.append(_row(f"`{name}`", _text(divergence.formula), "no" if divergence.full_support else "yes"))
     lines += ["", _HOOKS]
     for word, hook in words("hooks").items():
         setting = f"`{hook.setting}`" if hook.setting else ""
@@ -98,7 +105,7 @@ def markdown() -> str:
         "",
         "## Parts",
         "",
-        "What methods are made of, as the code documents it. Attributes are options.",
+        "The parts of the methods, as documented in the code. Attributes are options.",
     ]
     for subject in (*_parts(), temperature, sequence_scores, token_weights):
         lines += ["", f"### {subject.__name__}", "", "```text", inspect.getdoc(subject), "```"]
@@ -128,7 +135,7 @@ def _options(options: dict[str, Any]) -> str:
 
 
 def _parts() -> list[type[Part]]:
-    """Every class of part in the catalogue that has a text of its own, in order of first use."""
+    """Return every class of part in the catalogue that has its own docstring, in order of first use."""
     used = dict.fromkeys(type(part) for row in CATALOGUE.values() for part in row.objective.parts)
     return [part for part in used if _documented(part)]
 
@@ -136,7 +143,7 @@ def _parts() -> list[type[Part]]:
 def _documented(part: type[Part]) -> bool:
     return not (part.__doc__ or f"{part.__name__}(").startswith(
         f"{part.__name__}("
-    )  # as dataclasses' own does
+    )  # the docstring that dataclasses generate
 
 
 def _link(part: type[Part]) -> str:
@@ -144,7 +151,7 @@ def _link(part: type[Part]) -> str:
 
 
 def _anchor(heading: str) -> str:
-    """What GitHub links a heading by."""
+    """Return the anchor that GitHub gives to a heading."""
     return "".join(c for c in heading.lower() if c.isalnum() or c in "-_")
 
 

@@ -1,7 +1,7 @@
 """Coefficients against verl's and TRL's own losses (golden/losses.npz, by scripts/make_golden_losses.py).
 
-A twin says how our objective is set to be a peer's formula. The goldens are d loss / d log-prob of every token:
-the coefficient of its response times gate and token weight.
+A twin holds the settings with which our objective is a peer's formula. The goldens are d loss / d log-prob of every
+token: the coefficient of its response times gate and token weight.
 """
 
 import dataclasses

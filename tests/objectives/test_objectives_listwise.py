@@ -157,7 +157,7 @@ def _log_z(objective, stats, scored):
 
 def test_flowrl_learns_log_z_by_the_same_loss():
     objective, stats, scored = case("flowrl", off=0.5)
-    # Prompts that features tell apart: what log Z is learnt of one says nothing of another.
+    # Features separate the prompts: what log Z learns from one prompt does not change it for another.
     scored = scored.replace(features=np.repeat(np.eye(3, 20, dtype=np.float32)[:, None], 4, 1))
     step = jax.jit(lambda stats, scored: objective.next_control(stats, scored))
     state = scored.control

@@ -1,4 +1,4 @@
-"""Methods that change the round itself: which prompts, which samples, hints, replay, teachers."""
+"""Methods that change the sampling round: choice of prompts and samples, hints, replay, teachers."""
 
 from lpo_jax.objectives.advantage import Advantage
 from lpo_jax.objectives.aggregate import Aggregate
@@ -21,7 +21,7 @@ from lpo_jax.objectives.trust import RatioClip
 METHODS = (
     method(
         "dapo",
-        "GRPO; clip 0.2 / 0.28, dual clip 10; token mean; overlong penalty; groups without signal sampled anew",
+        "GRPO; clip 0.2 / 0.28, dual clip 10; token mean; overlong penalty; groups without signal are resampled",
         "DAPO, arXiv 2503.14476",
         "code",
         shape=(Overlong(),),
@@ -47,7 +47,7 @@ METHODS = (
     ),
     method(
         "scaf-grpo",
-        "GRPO; in groups that all fail, one response is replaced by one that passed with the least hint",
+        "GRPO; if every response of a group fails, one is replaced by one that passed with the smallest hint",
         "Scaf-GRPO (public code dvlab-research/Scaf-GRPO)",
         "code",
         "rows carry `hints`, the vaguest first; the variant that trains under the hinted prompt is not built",
@@ -55,14 +55,14 @@ METHODS = (
     ),
     method(
         "ghpo",
-        "GRPO; groups that all fail are sampled anew behind 25%, 50%, 75% of the solution",
+        "GRPO; groups in which every response fails are sampled again with 25%, 50%, 75% of the solution",
         "GHPO (public code hkgc-1/GHPO)",
         "code",
         hooks=(SolutionHints(),),
     ),
     method(
         "pipo",
-        "A = K (R - mu) / sum|R - mu|; one more update on the batch before, weighed by how rewards moved since",
+        "A = K (R - mu) / sum|R - mu|; one more update on the previous batch, weighted by the change of reward",
         "PIPO",
         "note",
         advantage=Advantage(temperature="mean-abs"),
@@ -71,7 +71,7 @@ METHODS = (
     ),
     method(
         "srpo",
-        "GRPO; failed responses with a passing sibling learn from the policy that has read it, by JSD instead",
+        "GRPO; failed responses with a passing sibling learn by JSD from the policy prompted with it instead",
         "SRPO",
         "note",
         "the wording of the re-prompt was not found",

@@ -1,4 +1,4 @@
-"""Listwise methods: the policy on the response simplex moves to a target, or the group's scores to an order."""
+"""Listwise methods: projections onto a target on the response simplex, and losses on the scores of a group."""
 
 from typing import Any
 
@@ -26,7 +26,7 @@ def _lpo(divergence: str) -> dict[str, Any]:
 
 
 def _scores(projection: Projection, **parts: Any) -> dict[str, Any]:
-    """A loss on the scores as they are: no trust region, and tokens weigh as the scores say."""
+    """A loss on the scores without a trust region; its derivative gives the token weights."""
     return {"projection": projection, "gate": Gate(), "aggregate": None} | parts
 
 
@@ -64,8 +64,8 @@ METHODS = (
         "c = -w*, sum scores, eta from the dual: mean KL(w* || uniform) = epsilon; no clip",
         "Maximum a Posteriori Policy Optimisation, arXiv 1806.06920",
         "derived",
-        "E-step on the sampled responses; no KL trust region in the M-step. With one eta for good it is AWR with"
-        " weights normalised in the group: lpo-pointwise with score='sum', clip='none', temperature=eta",
+        "E-step on the sampled responses; no KL trust region in the M-step. With a constant eta, it is AWR with"
+        " weights normalised over the group: lpo-pointwise with score='sum', clip='none', temperature=eta",
         **_scores(Simplex(score="sum", divergence="pointwise"), advantage=DualUtility()),
     ),
     method(
@@ -106,7 +106,7 @@ METHODS = (
         "pairs of levels: mean -log sigmoid(beta (s_i - s_j)), s = mean log(pi / pi_ref); + KL to pi_b",
         "Trust Region Preference Approximation, arXiv 2504.04524",
         "code",
-        "public code averages pairs over a microbatch, and moves one-level groups only where it holds no pair at all",
+        "public code averages pairs over a microbatch, and uses one-level groups only if it has no pair at all",
         **_scores(Preferences(), advantage=Difference(), regular=(SamplerKL(),)),
     ),
     method(
@@ -121,7 +121,7 @@ METHODS = (
         "c = -A / K, A_i = +-sum_j sigmoid(-(v_i - v_j) / tau) / tau over the other verdict; PPO clip",
         "Calibration-Aware Policy Optimization, arXiv 2604.12632",
         "note",
-        "v is of the policy that sampled; a second temperature, 0.5, is quoted too, for what was not found",
+        "v is of the behaviour policy; a second temperature, 0.5, is quoted too; its use was not found",
         advantage=Difference(),
         bias=RankingAdvantage(),
         select=PerplexityMask(),

@@ -1,4 +1,4 @@
-"""Policy gradients that differ in their trust region: how far a ratio may go, of a token or of a sequence."""
+"""Policy gradients that differ in their trust region, of token ratios or of sequence ratios."""
 
 from typing import Any
 
@@ -35,11 +35,11 @@ VERDICT: dict[str, Any] = {"shape": (Sign(),), "advantage": Advantage(temperatur
 
 
 def _bounded(name: str, formula: str, paper: str, fidelity: str, note: str = "", **parts: Any) -> Method:
-    # The KL to a reference is there to be switched on, as in `shaped.py`.
+    # The KL to a reference is off by default; a config can switch it on, as in `shaped.py`.
     return method(name, formula, paper, fidelity, note, **{"regular": (KL(),), **parts})
 
 
-# All of them have GRPO's advantage A = (R - mu) / sigma unless the formula says otherwise, and c = -A / K.
+# Unless the formula says otherwise, all of them have GRPO's advantage A = (R - mu) / sigma, and c = -A / K.
 METHODS: tuple[Method, ...] = (
     _bounded(
         "gspo",
@@ -69,7 +69,7 @@ METHODS: tuple[Method, ...] = (
         "c = -A / K; loss c sg(clip(rho_t min_(i<t) rho_i)) log pi; token mean",
         "A Step Back: Prefix Importance Ratio (MinPRO), arXiv 2601.22718",
         "note",
-        "the range of the clip was not found: CISPO's stands in",
+        "the range of the clip was not found: CISPO's is used",
         gate=PrefixWeightClip(),
         aggregate=Aggregate("token-mean"),
     ),
@@ -128,7 +128,7 @@ METHODS: tuple[Method, ...] = (
         "pass: c = -q / K, loss c log rho; fail: c = q / K, loss -c log max(1, (1 - p rho) / (1 - p)); q = 1 - p",
         "Negative-aware Fine-Tuning, arXiv 2505.18116",
         "code",
-        "token ratios, as the code's runs; the code sums over the responses of a minibatch where this takes their mean",
+        "token ratios, as in the code's runs; the code sums over the responses of a minibatch, this takes their mean",
         **VERDICT,
         prompt_weight=NftWeight(),
         gate=ImplicitNegative(),
@@ -157,7 +157,7 @@ METHODS: tuple[Method, ...] = (
         "c = -A / K; loss c rho + KL(pi || pi_old) / (K t), t from 1 to 0 over the run",
         "Mirror Descent Policy Optimization, arXiv 2005.09814",
         "note",
-        "the KL is over the likeliest tokens of pi_old and one bin for the rest; the floor of t is ours",
+        "the KL is over the top-k tokens of pi_old and one bin for the rest; the floor of t is ours",
         gate=Ratio(),
         regular=(PreviousKL(),),
         hooks=(PreviousPolicy(),),
@@ -167,7 +167,7 @@ METHODS: tuple[Method, ...] = (
         "c = -A / K; PPO clip, and no gradient on a few tokens of covariance 1 to 5; token mean",
         "The Entropy Mechanism of RL, arXiv 2505.22617",
         "code",
-        "the few are drawn by a hash of the log-prob instead of at random",
+        "these tokens are selected by a hash of the log-prob instead of at random",
         gate=ClipCov(),
         aggregate=Aggregate("token-mean"),
     ),

@@ -1,4 +1,4 @@
-"""Policy gradients that differ in what a response is worth: baselines, scales, weights of prompts, shaped rewards."""
+"""Policy gradients that differ in their advantage: baselines, scales, prompt weights, shaped rewards."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ from lpo_jax.objectives.trust import Gate, LogClip, RatioClip
 
 
 def _gradient(name: str, formula: str, paper: str, fidelity: str, note: str = "", **parts: Any) -> Method:
-    # The KL to a reference is there to be switched on; the papers' runs, and most since DAPO, set its weight to 0.
+    # The KL to a reference is off by default, as in most papers since DAPO; a config can switch it on.
     return method(name, formula, paper, fidelity, note, regular=(KL(),), **parts)
 
 
@@ -68,7 +68,7 @@ METHODS = (
         "c = -A / K, A = R - sum T R / sum T; no ratio, no clip; token mean",
         "On-Policy RL with Optimal Reward Baseline, arXiv 2505.23585",
         "code",
-        "made for one update a round",
+        "designed for one update per round",
         advantage=Advantage(temperature="dr-grpo", centre="length"),
         gate=Gate(),
         aggregate=Aggregate("token-mean"),
@@ -104,7 +104,7 @@ METHODS = (
         "c = -A / K, A = (R - median) / (MAD + 0.001) x (K + 1) / (responses with A != 0); one at the median left out",
         "MC-GRPO (median-centred), public code lotusroot-kim/MC-GRPO",
         "code",
-        "sample an odd number; where the MAD is 0 (most binary groups) the mean deviation takes its place",
+        "sample an odd number; where the MAD is 0 (most binary groups), the mean deviation is used",
         advantage=NonzeroAdvantage(temperature="mad", centre="median"),
         select=DropMedian(),
     ),
@@ -123,7 +123,7 @@ METHODS = (
         "c = -lambda A / K, A = (R - mu) / mean abs(R - mu), lambda = N softmax(-p / 2) over groups with signal",
         "MathForge, public code AMAP-ML/MathForge",
         "code",
-        "groups of equal rewards are left out, which the code's length rebalancing amounts to; no rewritten questions",
+        "groups of equal rewards are left out, as by the code's length rebalancing; no rewritten questions",
         advantage=Advantage(temperature="mean-abs"),
         prompt_weight=Difficulty(),
         aggregate=Aggregate("token-mean"),
@@ -164,7 +164,7 @@ METHODS = (
         "c = -A / K, A = R - mean over the other responses of a linear probe on their states; PPO clip",
         "POISE, arXiv 2605.07579",
         "paper",
-        "made for K = 2; the probe's penalty and width are ours",
+        "designed for K = 2; the probe's penalty and width are ours",
         advantage=ProbeAdvantage(),
         control=Probe(),
     ),

@@ -1,4 +1,4 @@
-"""Methods that tell tokens apart: credit, weights, and token penalties."""
+"""Methods that treat the tokens of a response differently: credit, token weights, and token penalties."""
 
 from lpo_jax.objectives.advantage import Advantage, Utility
 from lpo_jax.objectives.aggregate import Aggregate
@@ -16,7 +16,7 @@ GBMPO_PAPER = "Group-Based Mirror Policy Optimization, arXiv 2602.04380"
 
 
 def _gbmpo(name: str, penalty: str, *regular: Regular, note: str = "") -> Method:
-    # Dr. GRPO is the paper's base; GRPO is temperature "grpo" and aggregation "seq-mean-token-mean".
+    # The paper builds on Dr. GRPO; for GRPO, set temperature "grpo" and aggregation "seq-mean-token-mean".
     return method(
         f"gbmpo-{name}",
         f"Dr. GRPO + {penalty}; q = pi(token), q0 = pi_ref(token)",
@@ -29,7 +29,7 @@ def _gbmpo(name: str, penalty: str, *regular: Regular, note: str = "") -> Method
     )
 
 
-# The public code leaves the weight of the KL at 0, which makes the mixtures what they are mixed from.
+# The public code's default weight of the KL is 0, for which the mixtures would equal the pure penalties.
 MIXED = KL(kl_coef=0.01)
 MIXED_NOTE = "the weight of the KL is that of a recipe of the public code, whose own default is 0"
 
@@ -39,7 +39,7 @@ METHODS = (
         "c = -A / K over the tokens of the group; advantage and clip scaled by the token's relative entropy h",
         "HAPO (public code starriver030515/HAPO)",
         "code",
-        "no entropy-adaptive rollout temperature; h of sure tokens is negative, as in the paper, not the code",
+        "no entropy-adaptive rollout temperature; h of low-entropy tokens is negative, as in the paper, not the code",
         advantage=TokenLevelUtility(ddof=1),
         gate=EntropyClip(dual_clip=10.0),
         token_weight=EntropyWeight(),
@@ -47,7 +47,7 @@ METHODS = (
     ),
     method(
         "gtpo",
-        "c = -(R - mu - 0.1 H) / K, 0 where H > 0.7; tokens that good and bad share count in the good; no clip",
+        "c = -(R - mu - 0.1 H) / K, 0 where H > 0.7; tokens shared by good and bad count in the good only; no clip",
         "GTPO (public code winstonsmith1897/GTPO)",
         "code",
         "means over responses and prompts where the public code has sums",
