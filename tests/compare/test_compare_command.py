@@ -107,18 +107,18 @@ def test_an_interrupted_comparison_has_the_same_table(compared, in_process, monk
 
     in_process.clear()
     monkeypatch.setattr(command, "save_figures", lambda *_: [])  # drawing takes longer than all cells
-    take_step = loop.take_step
+    run_step = loop.run_step
 
     def stop_in_the_second_cell(session, learner, position, data, recorder):
         if position.step == 1 and session.config.seed == 1:
             raise Interrupted
-        take_step(session, learner, position, data, recorder)
+        run_step(session, learner, position, data, recorder)
 
-    monkeypatch.setattr(loop, "take_step", stop_in_the_second_cell)
+    monkeypatch.setattr(loop, "run_step", stop_in_the_second_cell)
     with pytest.raises(Interrupted):
         compare(parse_config(stopped))
     assert in_process == everything[:3]
-    monkeypatch.setattr(loop, "take_step", take_step)
+    monkeypatch.setattr(loop, "run_step", run_step)
     with pytest.raises(UserError, match="continue it with --resume"):
         compare(parse_config(stopped))
     in_process.clear()
@@ -160,14 +160,14 @@ def check_start(config):
 @pytest.mark.slow
 def test_a_failing_cell_is_reported_and_the_others_continue(compared, in_process, monkeypatch):
     values = compared()
-    take_step = loop.take_step
+    run_step = loop.run_step
 
     def fail_in_one_cell(session, *arguments):
         if session.config.output.endswith("grpo-pg-seed1"):
             raise RuntimeError("out of memory")
-        take_step(session, *arguments)
+        run_step(session, *arguments)
 
-    monkeypatch.setattr(loop, "take_step", fail_in_one_cell)
+    monkeypatch.setattr(loop, "run_step", fail_in_one_cell)
     monkeypatch.setattr(command, "save_figures", lambda *_: [])
     says = r"1 of 4 cells failed .*: grpo-pg-seed1; grpo-pg-seed1: RuntimeError: out of memory; .* --resume"
     with pytest.raises(RunStopped, match=says):
