@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
       UserError: the topology is unknown, the config or mesh is invalid, or libtpu is missing.
     """
-    target = topology.parse(arguments.topology)
+    target = topology.parse_topology(arguments.topology)
     import jax
 
     jax.config.update("jax_platforms", "cpu")  # planning opens no accelerator, even if there is one

@@ -40,7 +40,7 @@ def run_config(
 
     config = load_config(arguments.config, arguments.overrides)
     use_compile_cache()
-    hosts.start()
+    hosts.connect()
     if open_devices:
         hosts.require_devices()
     try:

@@ -1,9 +1,9 @@
 """Softmax attention over one source in plain matrix products.
 
-A row of more than SHORT queries has a gradient of its own, which computes the weights again from the log-sum-exp,
-block by block, so that what stays in memory is the output and one number per query and head. All its products are of
-the form [rows, n] x [n, columns] in the layout they are stored in: where XLA for CPUs has to transpose a matrix of
-scores, that takes longer than the product.
+Rows of more than SHORT queries have a custom gradient, which recomputes the attention weights from the log-sum-exp,
+block by block. Only the output and one number per query and head are kept for the backward pass. All of its products
+have the form [rows, n] x [n, columns] in the layout in which the operands are stored, because XLA for CPUs takes longer
+to transpose a matrix of scores than to compute the product.
 
 Axes: B rows · X queries, Y keys of a source · H query heads · G key/value heads · I = H / G query heads of each ·
 N head width.
@@ -16,22 +16,23 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-# Queries of a row that is taken whole. A longer one is taken in blocks: its [X, Y] scores never exist at once.
+# Rows of up to this many queries are computed whole. Longer rows are computed in blocks, so that their [X, Y] scores
+# never exist at once.
 SHORT = 128
-# Queries times keys of a block, and the queries that it has at least. What is done to scores between two products reads
-# and writes them many times over: a block's should stay near the core.
+# Queries times keys of a block, and the fewest queries of a block. The operations between the two products read and
+# write the scores many times, so the scores of a block should fit into the core's cache.
 BLOCK_SCORES = 1 << 15
 FEWEST_QUERIES = 128
-# Where a query sees no key behind itself, the row is cut into at most so many strips, each with the keys it can see.
+# Where no query attends to later keys, a row is split into at most this many strips, each with the keys it attends to.
 STRIPS = 8
-# For checkpoint policies: output and normaliser of a long row. Where they are kept, the backward pass does not run the
-# forward pass again.
+# The name, for checkpoint policies, of the output and normaliser of a long row. If they are saved, the backward pass
+# does not recompute the forward pass.
 KEPT = "attention"
-LOWEST = jnp.finfo(jnp.float32).min  # score of a key that is not seen
+LOWEST = jnp.finfo(jnp.float32).min  # the score of a masked key
 
 
 def accumulator(dtype) -> jnp.dtype:
-    """The dtype in which products of `dtype` are summed and norms computed: at least float32."""
+    """Return the dtype in which products of `dtype` are summed and norms computed: at least float32."""
     return jnp.promote_types(dtype, jnp.float32)
 
 
@@ -43,9 +44,9 @@ def attend(
     Args:
       q: `[B, X, H, N]`.
       k, v: `[B, Y, G, N]`; each of the G heads serves H / G query heads.
-      mask: bool, broadcastable to `[B, X, Y]`, of three axes; a query without any key gets a finite output and a
-        normaliser so low that merging gives it no weight.
-      ordered: X = Y and no query sees a key of a higher index, which `mask` says too.
+      mask: bool, three axes, broadcastable to `[B, X, Y]`. A query without any key gets a finite output and a
+        normaliser so low that `merge` gives it no weight.
+      ordered: whether X = Y and no query attends to a key of a higher index. `mask` has to agree.
 
     Returns:
       `[B, X, H, N]` in q's dtype and the log-sum-exp of the scaled scores, `[B, X, H]` float32.
@@ -56,10 +57,11 @@ def attend(
 
 
 def _attend_row(q, k, v, mask):
-    """A short row whole, with autodiff's gradient.
+    """Attention of a short row, computed whole, with autodiff's gradient.
 
-    It is as fast as blocks there, and its products are rounded alike however many rows a device has: with those of
-    `_attend_block` gradients on a mesh and on one device were seen to differ by 1.5e-5 of the largest.
+    For short rows this is as fast as blocks, and the rounding of its products does not depend on the number of rows on
+    a device. With the products of `_attend_block`, gradients on a mesh and on one device differed by up to 1.5e-5 of
+    the largest.
     """
     B, X, H, N = q.shape
     G = k.shape[2]
@@ -86,8 +88,8 @@ def _forward(q, k, v, mask, ordered):
     results = []
     for start, stop, seen in _strips(X, Y, ordered):
 
-        def block(carry, pieces, seen=seen):
-            return carry, _attend_block(keys[..., :seen], values[:, :, :seen], *pieces)
+        def block(carry, arrays, seen=seen):
+            return carry, _attend_block(keys[..., :seen], values[:, :, :seen], *arrays)
 
         strip = q[:, start:stop], mask[:, start:stop, :seen]
         results.append(_by_blocks(block, (), queries_at_once(X, Y), strip)[1])
@@ -115,30 +117,32 @@ def _backward(ordered, kept, cotangents):
     d_q = []
     for start, stop, seen in _strips(X, Y, ordered):
 
-        def block(sums, pieces, seen=seen):
-            more, piece = _backward_block(keys[..., :seen], values[..., :seen], *pieces)
-            return jax.tree.map(jnp.add, sums, more), piece
+        def block(sums, arrays, seen=seen):
+            more, d_block = _backward_block(keys[..., :seen], values[..., :seen], *arrays)
+            return jax.tree.map(jnp.add, sums, more), d_block
 
         sums = d_keys[..., :seen], d_values[..., :seen]
         strip = [x[:, start:stop] for x in (q, mask[..., :seen], lse, d_out, d_lse)]
-        sums, piece = _by_blocks(block, sums, queries_at_once(X, Y), strip)
+        sums, d_strip = _by_blocks(block, sums, queries_at_once(X, Y), strip)
         d_keys, d_values = d_keys.at[..., :seen].set(sums[0]), d_values.at[..., :seen].set(sums[1])
-        d_q.append(piece)
+        d_q.append(d_strip)
     d_k, d_v = (x.transpose(0, 3, 1, 2).astype(k.dtype) for x in (d_keys, d_values))
     return jnp.concatenate(d_q, 1), d_k, d_v, None
 
 
 def _backward_block(keys, values, q, mask, lse, d_out, d_lse):
-    """Gradients of `keys, values [B, G, N, Y]`, float32, and of `q [B, X, H, N]`."""
+    """The gradients of `keys` and `values`, `[B, G, N, Y]` float32, and of `q`, `[B, X, H, N]`."""
     X, G = q.shape[1], keys.shape[1]
     rows, d_rows = _rows(q, G), _rows(d_out, G)
     lse, d_lse = (_rows(x[..., None], G).reshape(len(x), G, -1, X, 1) for x in (lse, d_lse))
     weights = jnp.exp(_scores(rows, keys, mask) - lse)
-    # However scores are rounded this time, weights add up to 1; and to 0 where a query sees no key.
+    # Normalise again, because the recomputed scores may be rounded differently. The weights are 0 for a query without
+    # any key.
     total = jnp.maximum(weights.sum(-1, keepdims=True), 0.5)
     weights *= jnp.where(lse > LOWEST / 2, 1 / total, 0.0)
     d_weights = _product("bgxn,bgny->bgxy", d_rows, values).reshape(weights.shape)
-    # Not the product of output and cotangent, which is the same but for rounding: what it is taken from sums to 0.
+    # The product of output and cotangent is the same up to rounding, but with this mean the gradient of the scores sums
+    # to 0 exactly.
     mean = (weights * d_weights).sum(-1, keepdims=True)
     d_scores = _flat(weights * (d_weights - mean + d_lse) * q.shape[-1] ** -0.5).astype(q.dtype)
     d_values = _product("bgnx,bgxy->bgny", d_rows.swapaxes(2, 3), _flat(weights).astype(q.dtype))
@@ -151,20 +155,23 @@ _attend_blocks.defvjp(_forward, _backward)
 
 
 def _product(axes: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    """Summed in float32; a gradient is made outside the caller's precision, so the operands' dtype says it again."""
+    """An einsum accumulated in float32.
+
+    The operands' dtype sets the precision, because a backward pass is traced outside the caller's precision context.
+    """
     precision = "float32" if x.dtype == jnp.float32 else "default"
     return jnp.einsum(axes, x, y, precision=precision, preferred_element_type=accumulator(x.dtype))
 
 
 def _scores(rows: jax.Array, keys: jax.Array, mask: jax.Array) -> jax.Array:
-    """`[B, G, I X, N]`, `[B, G, N, Y]` -> scaled and masked `[B, G, I, X, Y]`."""
+    """Scaled and masked scores `[B, G, I, X, Y]` of `rows [B, G, I X, N]` and `keys [B, G, N, Y]`."""
     scores = _product("bgxn,bgny->bgxy", rows, keys) * rows.shape[-1] ** -0.5
     scores = scores.reshape(*rows.shape[:2], -1, *mask.shape[1:])
     return jnp.where(mask[:, None, None], scores, LOWEST)
 
 
 def _rows(x: jax.Array, G: int) -> jax.Array:
-    """`[B, X, H, N]` -> `[B, G, I X, N]`, the form of products."""
+    """`[B, X, H, N]` -> `[B, G, I X, N]`, the layout of the products."""
     B, X, H, N = x.shape
     return x.reshape(B, X, G, H // G, N).transpose(0, 2, 3, 1, 4).reshape(B, G, -1, N)
 
@@ -175,14 +182,14 @@ def _flat(x: jax.Array) -> jax.Array:
 
 
 def _whole(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """The inverse of `_rows`, to `[B, X, H, ...]` of that shape's first axes."""
+    """The inverse of `_rows`: `[B, G, I X, N]` -> `[B, X, H, N]`, with B, X and H from `shape`."""
     B, X, H = shape[:3]
     G = x.shape[1]
     return x.reshape(B, G, H // G, X, -1).transpose(0, 3, 1, 2, 4).reshape(B, X, H, -1)
 
 
 def _strips(X: int, Y: int, ordered: bool) -> list[tuple[int, int, int]]:
-    """(first query, last + 1, keys that they can see) of parts of a row, whole blocks each."""
+    """Split a row into strips of whole blocks: (first query, last + 1, number of keys it attends to) of each."""
     if not ordered:
         return [(0, X, Y)]
     block = queries_at_once(X, Y)
@@ -191,18 +198,18 @@ def _strips(X: int, Y: int, ordered: bool) -> list[tuple[int, int, int]]:
 
 
 def queries_at_once(X: int, Y: int) -> int:
-    """Of a row of X queries with Y keys: all of a short one, else a block."""
+    """Queries computed at once in a row of X queries and Y keys: all of a short row, else a block."""
     return X if X <= SHORT else min(X, max(FEWEST_QUERIES, BLOCK_SCORES // Y))
 
 
 def _by_blocks(step, carry, size: int, arrays):
-    """Scans `step(carry, block) -> carry, results` over `[B, X, ...]`, `size` queries at a time; results are whole."""
+    """Scan `step(carry, block) -> carry, results` over `[B, X, ...]`, `size` queries at a time; concatenate results."""
     X = arrays[0].shape[1]
     if X <= size:
         return step(carry, arrays)
     blocks = math.ceil(X / size)
 
-    def split(x):  # [B, X, ...] -> [blocks, B, size, ...]; what is padded sees no key
+    def split(x):  # [B, X, ...] -> [blocks, B, size, ...]; padding has no keys
         x = jnp.pad(x, [(0, 0), (0, blocks * size - X)] + [(0, 0)] * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(len(x), blocks, size, *x.shape[2:]), 1, 0)
 

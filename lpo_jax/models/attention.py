@@ -1,17 +1,17 @@
-"""Who attends to whom: the three attention contexts of the one decoder.
+"""The three attention contexts of the decoder.
 
-A context is a small pytree that a block calls with its queries, keys and values. Training, prefill and
-decode differ in nothing else, so they cannot drift apart:
+A context is a small pytree that a block calls with its config, queries, keys and values. Training, prefill and decode
+differ only in their context, so they cannot drift apart:
 
   Causal        rows are independent sequences (plain logits, prefill, supervised training)
-  SharedPrefix  a row is some prompts and their K responses; a prompt's keys and values exist once
-  Decode        one new token for each of K rows of a prompt, against stored keys and values
+  SharedPrefix  a row holds some prompts and their K responses; a prompt's keys and values exist once
+  Decode        one new token for each row, with the KV cache of its prompt and its own
 
-Both shared forms attend to two sources, the prompt and the row's own tokens, each with its own softmax,
-merged by log-sum-exp. Every real sequence is left-aligned: position = index, padding comes last.
+The last two attend to two sources, the prompt and the row's own tokens. Each has its own softmax, and the results are
+merged by their log-sum-exps. Sequences are left-aligned: position = index, padding comes last.
 
-On a TPU all three go through Pallas kernels where the context's `attention` says so; what stands here is their
-plain twin. The choice is the caller's and static, so that a machine without a TPU can compile for one.
+On a TPU all three can use Pallas kernels; the code here is the plain twin. The caller chooses by the static argument
+`attention`, so that a machine without a TPU can compile for one.
 
 Axes: B rows · P prompts · K responses · S prompt tokens · T response tokens · H query heads ·
 G key/value heads · N head width · X tokens of a row, Y keys of a source (inside this file only).
@@ -27,24 +27,24 @@ from lpo_jax.models.attend import accumulator, attend
 from lpo_jax.models.kernels import decode, splash
 from lpo_jax.parallel.sharding import on_each_shard
 
-# plain: matrix products, on any device. pallas: the kernels for TPUs. auto: the kernels where the default
-# device is a TPU. interpret: the kernels step by step on any device, to test programs that use them.
+# plain: matrix products, on any device. pallas: the kernels for TPUs. auto: the kernels if the default device is a TPU,
+# else plain. interpret: the kernels in the interpreter, on any device, for tests.
 Attention = Literal["auto", "plain", "pallas", "interpret"]
 
 
 def uses_kernels(attention: Attention) -> bool:
-    """Whether this choice means the kernels."""
+    """Return whether this choice selects the kernels on the default device."""
     return jax.default_backend() == "tpu" if attention == "auto" else attention != "plain"
 
 
 def merge(parts: list[tuple[jax.Array, jax.Array]]) -> jax.Array:
-    """Joins attention over disjoint sources into attention over their union.
+    """Merge attention over disjoint sources into attention over their union.
 
     Args:
-      parts: `(out [..., H, N], lse [..., H])` per source, as `attend` returns them.
+      parts: `(out [..., H, N], lse [..., H])` for each source, as returned by `attend`.
 
     Returns:
-      `[..., H, N]`: sum of exp(lse_i - lse) out_i, lse the log-sum-exp over all sources.
+      `[..., H, N]`: the sum of exp(lse_i - lse) out_i, where lse is the log-sum-exp over all sources.
     """
     lses = jnp.stack([lse for _, lse in parts])
     weights = jax.nn.softmax(lses, axis=0)[..., None]
@@ -53,14 +53,14 @@ def merge(parts: list[tuple[jax.Array, jax.Array]]) -> jax.Array:
 
 
 def _within(window: int | None, query_position: jax.Array, key_position: jax.Array) -> jax.Array:
-    """Causal, and inside the sliding window where the model has one. Broadcasts to [..., X, Y]."""
+    """The causal mask `[..., X, Y]`, restricted to the sliding window if the model has one."""
     distance = query_position[..., :, None] - key_position[..., None, :]
     seen = distance >= 0
     return seen if window is None else seen & (distance < window)
 
 
 def _first_seen(window: int | None, query_position: jax.Array) -> jax.Array:
-    """The first key in the window of a query."""
+    """The first key that a query attends to: 0, or the start of its sliding window."""
     return jnp.zeros_like(query_position) if window is None else jnp.maximum(query_position - window + 1, 0)
 
 
@@ -74,14 +74,18 @@ def shared_prefix_attention(
     window: int | None = None,
     attention: Attention = "auto",
 ) -> jax.Array:
-    """Attention of rows `[P, S + K T]`, each one prompt and its K responses, padded to S and T.
+    """Attention of rows `[P, S + K T]`, each of one prompt and its K responses, padded to S and T.
 
     Args:
-      q: `[P, S + K T, H, N]`; k, v: `[P, S + K T, G, N]`.
+      q: `[P, S + K T, H, N]`.
+      k, v: `[P, S + K T, G, N]`.
       lengths: `[P]` real tokens of each prompt.
+      S, K: padded prompt tokens, and responses per prompt.
+      window: the number of keys that a query attends to, itself included; None: all before it.
+      attention: kernels or plain products.
 
     Returns:
-      `[P, S + K T, H, N]`; where the row is padding: finite, and of no meaning.
+      `[P, S + K T, H, N]`; finite but meaningless at padding.
     """
     if uses_kernels(attention):
         return splash.shared_prefix(q, k, v, lengths, S, K, window, interpret=attention == "interpret")
@@ -106,7 +110,7 @@ def shared_prefix_attention(
 
 
 def shared_prefix_positions(lengths: jax.Array, S: int, K: int, T: int) -> jax.Array:
-    """`[P, S + K T]`: a response continues where its own prompt ends, whatever the padding between."""
+    """Return positions `[P, S + K T]`: a response continues after the last real token of its prompt."""
     P = lengths.shape[0]
     prompt = jnp.broadcast_to(jnp.arange(S), (P, S))
     response = jnp.broadcast_to(lengths[:, None, None] + jnp.arange(T), (P, K, T)).reshape(P, K * T)
@@ -117,8 +121,10 @@ def shared_prefix_positions(lengths: jax.Array, S: int, K: int, T: int) -> jax.A
 class Causal:
     """Independent rows `[B, X]`.
 
-    valid: `[B, X]` bool, real tokens; positions: `[B, X]` of each token in its own sequence.
-    keep: whether the block's keys and values are returned (prefill).
+    Attributes:
+      valid: `[B, X]` bool, real tokens.
+      positions: `[B, X]` position of each token in its sequence.
+      keep: whether to return the block's keys and values (prefill).
     """
 
     valid: jax.Array
@@ -134,20 +140,22 @@ class Causal:
             return splash.causal(q, k, v, self.valid, window, interpret=self.attention == "interpret")
         X = q.shape[1]
         mask = _within(window, self.positions, self.positions) & self.valid[:, None, :]
-        # Indices, not positions, order the padding: a padded query sees itself and so never an empty row.
+        # Padding is ordered by index, and every query attends to itself, so that no row of the mask is empty.
         mask = (mask & jnp.tri(X, dtype=bool)) | jnp.eye(X, dtype=bool)
         return attend(q, k, v, mask, True)[0]
 
 
 @struct.dataclass
 class SharedPrefix:
-    """Rows of p prompts with their K responses each, padded `[B, p (S + K T)]` or packed `[B, C]`.
+    """Rows of p prompts with K responses each, padded `[B, p (S + K T)]` or packed `[B, C]`.
 
-    Attention runs on the padded form; cost grows with S + K T, not with K (S + T).
+    Attention runs on the padded form. Its cost grows with S + K T, not with K (S + T).
 
-    lengths: `[B, p]` real tokens of each prompt.
-    unpack: `[B, p (S + K T)]` where each padded place is in the packed row; pack: `[B, C]` the inverse. An index past
-      the end stands for padding. None where rows come padded.
+    Attributes:
+      lengths: `[B, p]` real tokens of each prompt.
+      unpack: `[B, p (S + K T)]` index in the packed row of each token of the padded row; past the end for padding. None
+        if rows are padded already.
+      pack: `[B, C]`, the inverse of `unpack`.
     """
 
     lengths: jax.Array
@@ -159,7 +167,7 @@ class SharedPrefix:
     attention: Attention = struct.field(pytree_node=False, default="auto")
 
     def positions(self) -> jax.Array:
-        """`[B, C]` of the row's tokens, each in its own sequence."""
+        """Return the position `[B, C]` of each of the row's tokens in its sequence."""
         S, K, T = self.prompt_size, self.num_responses, self.response_size
         positions = shared_prefix_positions(self.lengths.reshape(-1), S, K, T).reshape(len(self.lengths), -1)
         return positions if self.pack is None else _gather_rows(positions, self.pack)
@@ -177,7 +185,7 @@ class SharedPrefix:
 
 @jax.custom_vjp
 def rearrange(x: jax.Array, index: jax.Array, inverse: jax.Array) -> jax.Array:
-    """`x[b, index[b]]` of each row, 0 where the index is past the end; the gradient is a gather too, by `inverse`."""
+    """Gather `x[b, index[b]]` in each row, 0 where the index is past the end. The gradient is a gather by `inverse`."""
     return _gather_rows(x, index)
 
 
@@ -193,17 +201,21 @@ def _gather_rows(x, index):
 
 @struct.dataclass
 class Decode:
-    """One token for each of R rows `[R, 1]`, against the stored keys and values of its prompt and its own.
+    """One new token for each of R rows, `[R, 1]`, with the KV cache of its prompt and its own.
 
-    A layer's storage is `(prompt_k [U, G, N, S], prompt_v [U, G, S, N], own_k [R, G, N, T], own_v [R, G, T, N])` for
-    U prompts: what a product sums over lies where the product reads it, so that no step transposes storage.
-    All rows write at the same index `at`, one slice for all of them; a row owns what lies from `first` to there.
-    The C rows of a prompt attend to it side by side, as one matrix product. Returns the updated own part.
+    The cache of a layer is `(prompt_k [U, G, N, S], prompt_v [U, G, S, N], own_k [R, G, N, T], own_v [R, G, T, N])` for
+    U prompts. This layout suits the products, so that no step transposes the cache. All rows write at the same index
+    `at`, with one slice update; the tokens of a row are those from its `first` to `at`. The C rows of a prompt attend
+    to it together, as one matrix product. A call returns the updated `own_k` and `own_v`.
 
-    prompt_lengths: `[U]` keys of each prompt.
-    positions: `[R]` of the new token; first: `[R]` index of the row's first own key.
-    members: `[U, C]` the rows of each prompt, any row in places that are not taken; None: rows lie prompt by
-      prompt, R / U each. places: `[R]` where among these U C places a row is. On a mesh both count within the shard.
+    Attributes:
+      prompt_lengths: `[U]` keys of each prompt.
+      positions: `[R]` position of the new token.
+      first: `[R]` index of the row's first own key.
+      at: the index that all rows write at.
+      members: `[U, C]` the rows of each prompt, with any row in free slots. None: rows are ordered by prompt, R / U
+        each. On a mesh, rows are counted within the shard.
+      slots: `[R]` the index of each row among these U C slots, within the shard.
     """
 
     prompt_lengths: jax.Array
@@ -211,7 +223,7 @@ class Decode:
     first: jax.Array
     at: jax.Array
     members: jax.Array | None = None
-    places: jax.Array | None = None
+    slots: jax.Array | None = None
     attention: Attention = struct.field(pytree_node=False, default="auto")
 
     def __call__(self, config, q, k, v, kv):
@@ -228,12 +240,12 @@ class Decode:
         with jax.named_scope("response_to_prompt"):
             queries = jnp.swapaxes(self._by_prompt(q), 1, 2)  # [U, G, C, H/G, N]
             start = _first_seen(window, self._by_prompt(self.positions))  # [U, C]
-            to_prompt = attend_stored(queries, prompt_k, prompt_v, start, self.prompt_lengths, self.attention)
+            to_prompt = attend_cached(queries, prompt_k, prompt_v, start, self.prompt_lengths, self.attention)
             to_prompt = [self._by_row(jnp.swapaxes(x, 1, 2)) for x in to_prompt]
         with jax.named_scope("response_self"):
             start = jnp.maximum(self.first, _first_seen(window, self.at))[:, None]  # [R, 1]
             stop = jnp.broadcast_to(self.at + 1, R)
-            out, lse = attend_stored(q[:, :, None], own_k, own_v, start, stop, self.attention)
+            out, lse = attend_cached(q[:, :, None], own_k, own_v, start, stop, self.attention)
         out = merge([to_prompt, (out[:, :, 0], lse[:, :, 0])])
         return out.reshape(R, 1, H, N), (own_k, own_v)
 
@@ -246,22 +258,25 @@ class Decode:
     def _by_row(self, x):
         """`[U, C, ...]` -> `[R, ...]`."""
         x = x.reshape(-1, *x.shape[2:])
-        return x if self.places is None else on_each_shard(lambda x, places: x[places], x, self.places)
+        return x if self.slots is None else on_each_shard(lambda x, slots: x[slots], x, self.slots)
 
 
-def attend_stored(q, k, v, start, stop, attention: Attention = "auto") -> tuple[jax.Array, jax.Array]:
-    """Attention to the keys `start[b, c] <= y < stop[b]`, with its normaliser.
+def attend_cached(q, k, v, start, stop, attention: Attention = "auto") -> tuple[jax.Array, jax.Array]:
+    """Attention to the cached keys `start[b, c] <= y < stop[b]`, with its normaliser.
 
     Args:
-      q: `[B, G, C, I, N]`, C queries for each of the I heads that a key/value head serves.
-      k: `[B, G, N, Y]`; v: `[B, G, Y, N]`.
-      start: `[B, C]`; stop: `[B]`.
+      q: `[B, G, C, I, N]`, C queries for each of the I query heads of a key/value head.
+      k: `[B, G, N, Y]`.
+      v: `[B, G, Y, N]`.
+      start: `[B, C]`.
+      stop: `[B]`.
+      attention: kernels or plain products.
 
     Returns:
       `[B, G, C, I, N]`, and the log-sum-exp of the scaled scores `[B, G, C, I]` float32.
     """
     if uses_kernels(attention):
-        return decode.attend_stored(q, k, v, start, stop, interpret=attention == "interpret")
+        return decode.attend_cached(q, k, v, start, stop, interpret=attention == "interpret")
     index = jnp.arange(k.shape[-1])
     mask = (index >= start[..., None]) & (index < stop[:, None, None])  # [B, C, Y]
     B, G, C, I, N = q.shape

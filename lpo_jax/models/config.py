@@ -1,7 +1,7 @@
-"""The shape of a decoder, and where it is read from.
+"""The config of a decoder, and how it is read from and written to Hugging Face's `config.json`.
 
-One frozen record covers Llama (SmolLM2, Llama 3.x), Qwen2/2.5, Qwen3 and Mistral; a family is a set of
-switches (attention bias, norm on queries and keys, window, rope scaling), never a module of its own.
+One frozen record covers Llama (SmolLM2, Llama 3.x), Qwen2/2.5, Qwen3 and Mistral. A family is a set of switches
+(attention bias, norm on queries and keys, sliding window, rope scaling), not a module of its own.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ FAMILY_SWITCHES: Mapping[str, Mapping[str, Any]] = {"qwen2": {"qkv_bias": True},
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """Llama 3's frequency rescaling (`rope_type: llama3`) or plain position interpolation (`linear`)."""
+    """Rescaling of rotary frequencies: that of Llama 3 (`rope_type: llama3`) or position interpolation (`linear`)."""
 
     kind: str  # "llama3" | "linear"
     factor: float
@@ -29,7 +29,7 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Sizes and switches of a decoder. Axis letters as everywhere: L D H G N F V."""
+    """Sizes and switches of a decoder. The letters name axes, as in `lpo_jax.models.parameters`."""
 
     family: str
     vocab_size: int  # V
@@ -46,14 +46,18 @@ class ModelConfig:
     tie_embeddings: bool = False
     qkv_bias: bool = False  # Qwen2
     qk_norm: bool = False  # Qwen3
-    sliding_window: int | None = None  # Mistral 7B v0.1: a query sees this many keys, itself included
+    sliding_window: int | None = None  # Mistral 7B v0.1: a query attends to this many keys, itself included
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any], where: str = "config.json") -> "ModelConfig":
-        """Reads a Hugging Face `config.json` (as a dict; both the v4 and the v5 rope layout).
+        """Read a Hugging Face `config.json`, with the rope settings of transformers v4 or v5.
+
+        Args:
+          hf: the parsed file.
+          where: the name of the file, for messages.
 
         Raises:
-          UserError: for a family or a variant of one that this decoder does not compute exactly.
+          UserError: the family, or this variant of it, is not computed exactly by this decoder.
         """
         family = hf.get("model_type")
         if family not in FAMILIES:
@@ -99,9 +103,9 @@ class ModelConfig:
         )
 
     def to_hf(self) -> dict[str, Any]:
-        """The `config.json` that transformers and vLLM read; `from_hf` of it gives this config back.
+        """Return the `config.json` that transformers and vLLM read; `from_hf` restores this config from it.
 
-        Rotary settings stand there twice: `rope_theta` and `rope_scaling` for transformers v4,
+        Rotary settings are written twice: as `rope_theta` and `rope_scaling` for transformers v4, and as
         `rope_parameters` for v5.
         """
         scaling = None
@@ -151,8 +155,8 @@ _UNSUPPORTED = {
     "transformers_weights": "weights in files of another name",
 }
 
-# The values that the config classes of transformers give a field that config.json does not name. The sizes of a model
-# have none here: a file without them describes no model. A None says that the value follows from another field.
+# Defaults of transformers' config classes for fields that are missing from config.json. The sizes of a model have none
+# here, because a file without them does not describe a model. None: the value follows from another field.
 _DEFAULTS: Mapping[str, Any] = {
     "hidden_act": "silu",
     "head_dim": None,
@@ -174,20 +178,20 @@ _FAMILY_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 
 @dataclasses.dataclass(frozen=True)
 class _Fields:
-    """The fields of a `config.json` over their defaults. A value of a wrong type is refused, as transformers does."""
+    """The fields of a `config.json` and their defaults. Values of a wrong type are refused, as in transformers."""
 
     values: Mapping[str, Any]
     defaults: Mapping[str, Any]
     where: str
 
     def get(self, key: str) -> Any:
-        """The value of a field, or its default."""
+        """Return the value of a field, or its default."""
         if key not in self.values and key not in self.defaults:
             raise UserError(f"{self.where}: {key} is missing; is this the config of a language model?")
         return self.values.get(key, self.defaults.get(key))
 
     def integer(self, key: str, otherwise: int | None = None) -> int:
-        """A positive integer; `otherwise` stands for null, where a field may be null."""
+        """Return a positive integer; `otherwise` replaces null in fields that may be null."""
         value = self.get(key)
         if value is None and otherwise is not None:
             return otherwise
@@ -208,19 +212,19 @@ class _Fields:
         return value
 
     def origin(self, key: str) -> str:
-        """A remark for messages on a value that the file does not name."""
-        return "" if key in self.values else " (the family's default; the file names none)"
+        """Return a remark for messages about a value that the file does not contain."""
+        return "" if key in self.values else " (the family's default; the file has none)"
 
     def _refused(self, key: str, value: Any, expected: str) -> UserError:
         return UserError(f"{self.where}: {key} must be {expected}, got {value!r}")
 
 
 def _rope(fields: _Fields, max_positions: int) -> tuple[float, RopeScaling | None]:
-    """The base of the rotary frequencies and their rescaling, found in the order in which transformers looks."""
+    """Read the base of the rotary frequencies and their rescaling, in transformers' order of precedence."""
     hf, where = fields.values, fields.where
     rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
     if isinstance(rope, Mapping) and isinstance(rope.get("full_attention"), Mapping):
-        rope = rope["full_attention"]  # one set of parameters for each type of layer; the others are refused
+        rope = rope["full_attention"]  # one set of parameters for each type of layer; other types are refused
     if not isinstance(rope, Mapping) or any(isinstance(value, Mapping) for value in rope.values()):
         raise UserError(
             f"{where}: rope settings {str(rope)[:80]} are not supported; expected one flat object"
@@ -248,11 +252,11 @@ def _rope(fields: _Fields, max_positions: int) -> tuple[float, RopeScaling | Non
 
 
 def _sliding_window(fields: _Fields, family: str, num_layers: int) -> int | None:
-    """Keys that a query sees, itself included; None where every layer attends to all."""
+    """Return the number of keys that a query attends to, itself included; None: all."""
     if family == "llama":
         return None
     window = fields.get("sliding_window")
-    if family == "mistral":  # a config that is silent about the window has the one of Mistral 7B v0.1
+    if family == "mistral":  # a config without the key has the window of Mistral 7B v0.1
         return None if window is None else fields.integer("sliding_window")
     if (types := fields.values.get("layer_types")) is not None:
         sliding = any(kind != "full_attention" for kind in types)

@@ -1,13 +1,12 @@
 """One decoder for Llama, Qwen2/2.5, Qwen3 and Mistral.
 
-Flax NNX describes the parameters and their logical axes; what flows through jitted code is a plain nested
-dict of arrays. The graph definition is made once per config (`functools.cache`), and merging it with the
-arrays happens at trace time only.
+Flax NNX modules describe the parameters (declared in `lpo_jax.models.parameters`); jitted functions take a plain nested
+dict of arrays. The graph definition is made once for each config, and is merged with the arrays at trace time only.
 
-Two layouts of the same parameters:
-  stacked    every layer's arrays on one leading axis L; the layers run under `lax.scan` (training, prefill)
-  unstacked  one dict per layer (`sampling.decode.decode_layout`); the layers are unrolled (decode: no slice of
-             a stacked weight is copied for each new token)
+The parameters have two layouts:
+  stacked    the arrays of all layers on one leading axis L; the layers run under `lax.scan` (training)
+  unstacked  one dict for each layer (`sampling.decode.decode_layout`); the layers are unrolled (prefill and decode), so
+             that no slice of a stacked weight is copied for each new token
 
 Axes: P rows (prompts) · X tokens of a row · L D H G N F V.
 """
@@ -30,9 +29,9 @@ Params = dict[str, Any]
 
 
 class Block(nnx.Module):
-    """Attention and SwiGLU feed-forward with pre-norms; all L layers at once when `stacked`.
+    """Attention and SwiGLU feed-forward, with norms before both. If `stacked`, it describes all L layers at once.
 
-    Its parameters are shapes; `forward` merges it with arrays.
+    Its parameters are shapes; `forward` merges them with arrays.
     """
 
     def __init__(self, config: ModelConfig, stacked: bool):
@@ -42,7 +41,7 @@ class Block(nnx.Module):
                 setattr(self, parameter.name, _shape(config, parameter, stacked))
 
     def __call__(self, x, rope, context, kv=None):
-        """`x [P, X, D]` -> `[P, X, D]` and what the context keeps of the keys and values."""
+        """Return the new residual stream `[P, X, D]`, and the keys and values that the context keeps."""
         with jax.named_scope("attention"):
             h = self._norm(x, "attn_norm")
             q = self._product("rd,dhn->rhn", h, "wq")
@@ -67,10 +66,10 @@ class Block(nnx.Module):
         return rms_norm(x, _value(self, name), self.config.norm_eps)
 
     def _product(self, axes: str, x: jax.Array, name: str) -> jax.Array:
-        """`x [P, X, ...]` times the named weight, in x's dtype: where activations meet a layer's matrices.
+        """Multiply `x [P, X, ...]` by the named matrix, in x's dtype. All matrices of a layer are applied here.
 
-        `axes` has one letter for all tokens: on two axes, the gradient of a weight would take a transposed copy of
-        the activations, which on a CPU costs as much as the product.
+        `axes` is the einsum with one letter for all tokens: with two, the gradient of a weight would need a transposed
+        copy of the activations, which on a CPU costs as much as the product.
         """
         param, rows = getattr(self, name), x.reshape(-1, *x.shape[2:])
         weight = param.get_value()
@@ -85,7 +84,7 @@ class Block(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Token ids to final hidden states; the head is `lpo_jax.models.head`. Parameters are shapes."""
+    """From token ids to final hidden states. The head is in `lpo_jax.models.head`. Its parameters are shapes."""
 
     def __init__(self, config: ModelConfig, stacked: bool):
         self.config = config
@@ -101,7 +100,7 @@ class Decoder(nnx.Module):
         rope = positions if isinstance(positions, tuple) else rope_table(self.config, positions)
         if isinstance(self.layers, nnx.List):
             block_def, _ = nnx.split(self.layers[0])
-            # Under jit of its own, a layer is traced once for all of them.
+            # With a jit of its own, the layer is traced once for all layers.
             layer = jax.jit(lambda weights, *inputs: nnx.merge(block_def, weights)(*inputs))
             kept = []
             for block, layer_kv in zip(self.layers, kv):
@@ -114,8 +113,8 @@ class Decoder(nnx.Module):
                 weights, layer_kv = xs
                 return nnx.merge(block_def, weights)(x, rope, context, layer_kv)
 
-            # Without recomputing layers, what is kept is the outputs of their matrices, and of attention where rows are
-            # long: norms, rotations and activations cost less to compute again than to write and read.
+            # Without `remat`, the outputs of matrix products are saved, and those of attention over long rows. Norms,
+            # rotations and activation functions cost less to recompute than to write and read.
             policies = jax.checkpoint_policies
             products = policies.dots_with_no_batch_dims_saveable
             both = policies.save_from_both_policies(products, policies.save_only_these_names(KEPT))
@@ -135,21 +134,24 @@ def forward(
     dtype: Any = jnp.float32,
     remat: bool = False,
 ) -> tuple[jax.Array, Any]:
-    """The one forward pass behind training, prefill and decode.
+    """Run the forward pass, for training, prefill and decode.
 
     Args:
-      tokens, positions: `[P, X]` ids and their positions in the sequence, or the `rope_table` of these.
+      config: the model's config.
+      params: the parameters, stacked or unstacked.
+      tokens: `[P, X]` ids.
+      positions: `[P, X]` positions in the sequence, or their `rope_table`.
       context: one of `lpo_jax.models.attention`.
-      kv: what the context needs per layer: stacked on L, or a list when the layers are unstacked.
-      dtype: of activations and of the products; weights are cast where they are used.
-      remat: recompute each layer in the backward pass, so that only L residual streams are kept; else the outputs
-        of its matrix products, and of attention over long rows, are kept too.
+      kv: the KV cache of each layer, if the context needs one: stacked on L, or a list if the layers are unstacked.
+      dtype: the dtype of activations and products; weights are cast where they are used.
+      remat: whether to recompute each layer in the backward pass, so that only L residual streams are saved. Else the
+        outputs of its matrix products, and of attention over long rows, are saved too.
 
     Returns:
-      Normed hidden states `[P, X, D]`, and what the context kept of each layer.
+      Normed hidden states `[P, X, D]`, and the keys and values that the context kept for each layer.
     """
-    stacked = 0 not in params["layers"]  # else one dict for each layer, by its number
-    # Accelerators multiply float32 in lower precision unless told not to, and log-probs would show it.
+    stacked = 0 not in params["layers"]  # unstacked layers are keyed by their number
+    # By default accelerators multiply float32 in lower precision, which would change log-probs visibly.
     with jax.default_matmul_precision("float32" if jnp.dtype(dtype) == jnp.float32 else "default"):
         decoder = nnx.merge(_graph(config, stacked), nnx.State(params))
         return decoder(tokens, positions, context, kv, dtype=dtype, remat=remat)
@@ -163,11 +165,14 @@ def logits(
     *,
     dtype=jnp.float32,
 ):
-    """Next-token logits `[B, T, V]` float32 of independent rows.
+    """Compute next-token logits `[B, T, V]` float32 of independent rows.
 
     Args:
+      config: the model's config.
+      params: the parameters, stacked.
       tokens: `[B, T]` ids.
-      mask: `[B, T]`, true at real tokens; padding may stand on either side. None: no padding.
+      mask: `[B, T]`, true at real tokens; padding may be on either side. None: no padding.
+      dtype: the dtype of activations and products.
     """
     valid = jnp.ones(tokens.shape, bool) if mask is None else jnp.asarray(mask, bool)
     positions = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)
@@ -177,12 +182,12 @@ def logits(
 
 
 def unembedding(params: Params) -> jax.Array:
-    """`[V, D]`: the output matrix, which is the embedding itself in tied models."""
+    """Return the output matrix `[V, D]`, which is the embedding in tied models."""
     return params.get("unembed", params["embed"])
 
 
 def project(hidden: jax.Array, unembed: jax.Array) -> jax.Array:
-    """`[..., D] x [V, D] -> [..., V]` logits, accumulated in float32."""
+    """Compute logits `[..., V]` from `hidden [..., D]` and `unembed [V, D]`, accumulated in float32."""
     precision = "float32" if hidden.dtype == jnp.float32 else "default"
     with jax.named_scope("unembed"), jax.default_matmul_precision(precision):
         unembed = unembed.astype(hidden.dtype)
@@ -191,7 +196,7 @@ def project(hidden: jax.Array, unembed: jax.Array) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
-    """Root-mean-square norm over the last axis, computed in float32."""
+    """Root-mean-square norm over the last axis, computed in float32 (arXiv 1910.07467)."""
     return _rms_norm_forward(x, weight, eps)[0]
 
 
@@ -202,7 +207,7 @@ def _rms_norm_forward(x, weight, eps):
 
 
 def _rms_norm_backward(eps, kept, g):
-    # Autodiff's sums of products, written as einsums: XLA's CPU compiler runs the former 20 times slower.
+    # The same sums as autodiff's, written as einsums, because XLA's CPU compiler runs those 20 times faster.
     x, weight, scale = kept
     y, g = x.astype(scale.dtype) * scale, g.astype(scale.dtype)
     slope = g * weight.astype(scale.dtype)
@@ -215,14 +220,14 @@ rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
 
 
 def rope_table(config: ModelConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines `[P, X, 1, N/2]` float32 for `positions [P, X]`, rescaled as the config says."""
+    """Compute cosines and sines `[P, X, 1, N/2]` float32 of rotary embeddings for `positions [P, X]`."""
     N = config.head_width
     frequency = config.rope_theta ** (-jnp.arange(0, N, 2, dtype=jnp.float32) / N)
     scaling = config.rope_scaling
     if scaling is not None and scaling.kind == "linear":
         frequency = frequency / scaling.factor
     elif scaling is not None:
-        # Llama 3: long wavelengths are stretched by `factor`, short ones kept, the rest interpolated.
+        # Llama 3: long wavelengths are stretched by `factor`, short ones are kept, and the rest is interpolated.
         wavelength = 2 * jnp.pi / frequency
         smooth = (scaling.original_max_positions / wavelength - scaling.low_freq_factor) / (
             scaling.high_freq_factor - scaling.low_freq_factor
@@ -234,21 +239,21 @@ def rope_table(config: ModelConfig, positions: jax.Array) -> tuple[jax.Array, ja
 
 
 def rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotary embedding of `[P, X, heads, N]`, pairing element i with i + N/2 (the Hugging Face layout)."""
+    """Apply rotary embeddings to `[P, X, heads, N]`, pairing element i with i + N/2 as Hugging Face does."""
     cos, sin = rope
     a, b = jnp.split(x.astype(accumulator(x.dtype)), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
 def abstract_params(config: ModelConfig, dtype: Any = jnp.float32) -> Params:
-    """The parameter tree as `jax.ShapeDtypeStruct`s, layers stacked; allocates nothing."""
+    """Return the parameter tree as `jax.ShapeDtypeStruct`s, layers stacked, without allocating memory."""
     return parameters.tree_of(config, lambda p: jax.ShapeDtypeStruct(p.shape(config), jnp.dtype(dtype)))
 
 
 def init_params(
     config: ModelConfig, key: jax.Array, dtype: Any = jnp.float32, shardings: Any = None
 ) -> Params:
-    """Fresh parameters: matrices normal with deviation 0.02, norms one, biases zero; made where they are to lie."""
+    """Draw initial parameters (`Parameter.initial`), layers stacked, directly with the given shardings."""
 
     def make(key):
         next_key = nnx.Rngs(key).params

@@ -1,9 +1,9 @@
-"""A GGUF file: metadata, weights dequantised tensor by tensor.
+"""Reading GGUF files: the metadata, and the weights, which are dequantised tensor by tensor.
 
-The header is read here and not by the `gguf` package, whose reader takes seconds for the 100,000 strings of a
-vocabulary; dequantising is the package's.
+The header is parsed here, because the reader of the `gguf` package takes seconds for the 100,000 strings of a
+vocabulary. The package is used for dequantisation.
 
-Simplified: versions 2 and 3, little-endian; architectures llama (SmolLM2, Llama, Mistral), qwen2 and qwen3.
+Supported are versions 2 and 3, little-endian, and the architectures llama (SmolLM2, Llama, Mistral), qwen2 and qwen3.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from lpo_jax.models.config import FAMILY_SWITCHES, ModelConfig, RopeScaling
 from lpo_jax.models.parameters import Parameter, named
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
-# A GGUF file names one end token (or two); these are the others in the families' generation_config.json.
+# A GGUF file contains one or two end tokens; these are the others of the families' generation_config.json.
 _END_TOKENS = {
     "llama": ("<|eot_id|>", "<|eom_id|>", "<|end_of_text|>"),
     "qwen2": ("<|im_end|>", "<|endoftext|>"),
@@ -33,8 +33,8 @@ _STRING, _ARRAY = 8, 9
 
 @dataclasses.dataclass(frozen=True)
 class _Stored:
-    file: Path  # of a split model, the part that holds the tensor
-    kind: int  # ggml's number of the quantisation
+    file: Path  # the file with the tensor, which may be a part of a split model
+    kind: int  # ggml's number for the quantisation
     shape: tuple[int, ...]  # rows first
     start: int  # bytes from the beginning of the file
     size: int  # bytes
@@ -42,7 +42,7 @@ class _Stored:
 
 @dataclasses.dataclass(frozen=True)
 class GgufFile:
-    """An opened GGUF file, or all parts of a split one: its metadata is in memory, its tensors are not."""
+    """An open GGUF file, or all parts of a split one. The metadata is in memory; tensors are read on demand."""
 
     path: Path
     metadata: dict[str, Any]
@@ -50,10 +50,11 @@ class GgufFile:
 
     @classmethod
     def open(cls, path: Path) -> "GgufFile":
-        """Reads the headers of the file and, where it is the first part of a split model, of the others.
+        """Read the headers of the file and, if it is the first part of a split model, of the other parts.
 
         Raises:
-          UserError: not a GGUF file, cut short, of an unknown version or architecture, a part is missing.
+          UserError: the file is not a GGUF file, is cut short or has an unknown version or architecture, or a part is
+            missing.
         """
         file = cls(path, *_read_file(path))
         _add_parts(path, file.metadata, file.stored)
@@ -64,7 +65,7 @@ class GgufFile:
 
     @property
     def config(self) -> ModelConfig:
-        """From the metadata; tying and the vocabulary from the tensors."""
+        """The model's config, from the metadata. The vocabulary's size and tied embeddings follow from the tensors."""
         family = self.metadata["general.architecture"]
 
         def get(key, default=None):
@@ -75,7 +76,7 @@ class GgufFile:
                 if len(set(value)) != 1:
                     raise UserError(f"{self.path}: {family}.{key} differs between layers; not supported")
                 value = value[0]
-            # A float32 0.00001 becomes 9.99999975e-06 in float64; the shortest decimal is what was meant.
+            # The float32 value of 0.00001 is 9.99999975e-06 in float64; the shortest decimal is what was meant.
             return float(str(np.float32(value))) if isinstance(value, float) else value
 
         heads, width = get("attention.head_count"), get("embedding_length")
@@ -117,7 +118,7 @@ class GgufFile:
         return tokenizer.from_gguf(self.metadata, str(self.path))
 
     def eos_ids(self) -> tuple[int, ...]:
-        """The end-token ids the file names, then the others of its family that its vocabulary has."""
+        """Return the end-token ids in the file, then the others of its family that are in its vocabulary."""
         named = (self.metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot", "eom"))
         tokens = self.metadata.get("tokenizer.ggml.tokens", [])
         tokens = tokens[: self.config.vocab_size]
@@ -125,10 +126,10 @@ class GgufFile:
         return tuple(dict.fromkeys(i for i in (*named, *family) if i is not None))
 
     def params(self, dtype: str = "float32", shardings: Any = None) -> dict[str, Any]:
-        """The parameter tree (see `layout.read_params`).
+        """Read the parameter tree; arguments as in `layout.read_params`.
 
         Raises:
-          UserError: a missing or unexpected tensor, a wrong shape, a quantisation that cannot be read.
+          UserError: a tensor is missing or unexpected, or has a wrong shape or an unsupported quantisation.
         """
         config = self.config
         found = {name: t.shape for name, t in self.stored.items() if name != "rope_freqs.weight"}
@@ -138,14 +139,14 @@ class GgufFile:
         def read(parameter: Parameter, layer: int, index: layout.Index) -> np.ndarray:
             x = self.read(parameter.gguf.format(layer))
             if interleaved and parameter.rotated:
-                # llama.cpp rotates neighbours: its rows alternate between the two halves of a head.
+                # llama.cpp rotates neighbouring rows, which alternate between the two halves of a head.
                 x = x.reshape(-1, config.head_width // 2, 2, config.width).swapaxes(1, 2)
             return x.reshape(layout.file_shape(config, parameter))[index]
 
         return layout.read_params(config, read, dtype, shardings)
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor, dequantised to float32, rows first."""
+        """Read one tensor, dequantised to float32, rows first."""
         import gguf
 
         stored = self.stored[name]
@@ -166,7 +167,7 @@ class GgufFile:
         return RopeScaling("linear", factor) if kind == "linear" and factor else None
 
     def _llama3_scaling(self, divisors: np.ndarray, theta: float) -> RopeScaling | None:
-        """The file holds Llama 3's formula as the N/2 divisors of the frequencies; finds it again."""
+        """Recover Llama 3's rescaling from the N/2 divisors of the frequencies in the file."""
         if np.all(divisors == 1):
             return None
         s = RopeScaling("llama3", float(divisors.max()), 1.0, 4.0, 8192)  # as in every Llama 3.1 to 3.3
@@ -189,7 +190,7 @@ def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, _Stored]]:
 
 
 def _add_parts(path: Path, metadata: dict[str, Any], stored: dict[str, _Stored]) -> None:
-    """Adds the tensors of the further parts of a model that llama.cpp has split."""
+    """Add the tensors of the other parts of a model that llama.cpp has split."""
     count = metadata.get("split.count", 0)
     if count <= 1:
         return

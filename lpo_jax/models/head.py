@@ -1,14 +1,14 @@
-"""From hidden states to log-probs of given tokens, without ever holding `[tokens, V]`.
+"""The head: from hidden states to log-probs of given tokens, without storing logits of all tokens at once.
 
-Chunks of tokens run one after another; peak memory is one chunk of logits. A chunk is cut along the tokens of a row,
-never across rows, so that rows may lie on different devices; and the vocabulary axis is only ever compared and
-summed, so that it may too.
+Logits are computed for one chunk of tokens after another, and only one chunk of them exists at a time. Chunks divide
+the tokens of each row and never combine rows, so that rows can be on different devices. Operations along the vocabulary
+are only comparisons and sums, so that it can be split over devices too.
 
-`token_log_probs` gives the statistics alone. In training the cotangent of every statistic is known before the pass,
-so `weighted_log_probs` makes the gradient in the same pass: the logits are computed once, where autodiff with
+`token_log_probs` returns the statistics alone. In training, the cotangent of every statistic is known before the pass,
+so `weighted_log_probs` computes the gradient in the same pass. The logits are then computed once; autodiff with
 recomputed chunks would compute them twice.
 
-Axes: B rows · X tokens of a row · D width · V vocabulary · J likeliest tokens · C tokens of a chunk (this file only).
+Axes: B rows · X tokens of a row · D width · V vocabulary · J top-k tokens · C tokens of a chunk (this file only).
 """
 
 import functools
@@ -22,15 +22,15 @@ from lpo_jax.models.decoder import project
 from lpo_jax.objectives.fields import Field
 from lpo_jax.parallel.sharding import RULES, constrain, gathered, summed
 
-# Logits of one chunk of one row, in elements: 2^25 float32 values are 128 MiB; more where that is fewer tokens than
-# FEWEST_TOKENS. Every chunk reads the unembedding twice and its gradient once, and with fewer tokens than about 500 an
-# accelerator waits for its memory.
+# Logits in a chunk of one row: 2^25 float32 values are 128 MiB. A chunk has at least FEWEST_TOKENS tokens, even if that
+# is more logits: every chunk reads the unembedding twice and its gradient once, and with fewer than about 500 tokens an
+# accelerator is limited by memory bandwidth.
 CHUNK_ELEMENTS = 1 << 25
 FEWEST_TOKENS = 512
 
 
 def chunk_size(vocab_size: int) -> int:
-    """Tokens of a row whose logits exist at once: a power of two."""
+    """Return the number of tokens in a chunk of a row, a power of two."""
     return max(FEWEST_TOKENS, 1 << ((CHUNK_ELEMENTS // vocab_size).bit_length() - 1))
 
 
@@ -43,19 +43,19 @@ def token_log_probs(
     top_ids: jax.Array | None = None,
     extra: tuple[Field, ...] = (),
 ) -> dict[str, jax.Array]:
-    """What softmax(logits / temperature) says of each target; not for differentiation.
+    """Compute statistics of softmax(logits / temperature) for each target. Not meant to be differentiated.
 
     Args:
-      hidden: `[B, X, D]` normed states, each predicting the target at its place.
-      unembed: `[V, D]`.
-      targets: `[B, X]` ids.
-      temperature: the one the sampler used; scores are of the distribution that was sampled from.
-      top_ids: `[B, X, J]` ids whose log-probs are wanted too.
-      extra: which statistics of `Source.POLICY_EXTRA` are wanted too.
+      hidden: `[B, X, D]` normed states; each predicts the target at the same index.
+      unembed: `[V, D]` output matrix.
+      targets: `[B, X]` token ids.
+      temperature: the sampler's temperature, so that log-probs are those of the sampling distribution.
+      top_ids: `[B, X, J]` further ids to compute log-probs of.
+      extra: which statistics of `Source.POLICY_EXTRA` to compute.
 
     Returns:
-      Float32 arrays: "logp" `[B, X]`, "entropy" in nats `[B, X]`, and as asked "top_logp" `[B, X, J]`, "collision"
-      `[B, X]` (sum of squared probabilities) and "hidden_norm" `[B, X]` (Euclidean norm of the state).
+      Float32 arrays: "logp" `[B, X]`, "entropy" `[B, X]` in nats, and on request "top_logp" `[B, X, J]`, "collision"
+      `[B, X]` (the sum of squared probabilities) and "hidden_norm" `[B, X]` (the Euclidean norm of the state).
     """
 
     def chunk(_, xs):
@@ -77,11 +77,11 @@ def weighted_log_probs(
     top_ids: jax.Array | None = None,
     extra: tuple[Field, ...] = (),
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The sum of cotangent times statistic, for `jax.grad` with respect to `hidden` and `unembed`.
+    """Compute the sum of cotangent times statistic, for `jax.grad` with respect to `hidden` and `unembed`.
 
     Args:
-      cotangent: by the names of `token_log_probs`; constant, and only those of statistics that have a say.
-      others: as `token_log_probs`.
+      cotangent: constant arrays by the names of `token_log_probs`. Statistics without a cotangent do not contribute.
+      others: as in `token_log_probs`.
 
     Returns:
       A float32 scalar, and the statistics themselves, which carry no gradient.
@@ -109,7 +109,7 @@ def _weighted_forward(options, hidden, unembed, given):
         product = functools.partial(jnp.einsum, preferred_element_type=accumulator(h.dtype))
         with jax.default_matmul_precision("float32" if h.dtype == jnp.float32 else "default"):
             d_h = product("bcv,vd->bcd", slope, unembed.astype(h.dtype))
-            # On one axis of tokens: with two, a CPU would take a transposed copy of the slopes first.
+            # The tokens are on one axis: with two, XLA for CPUs would first make a transposed copy of the slopes.
             d_unembed += product("rv,rd->vd", slope.reshape(-1, slope.shape[-1]), h.reshape(-1, h.shape[-1]))
         if "hidden_norm" in cotangent:
             weight = cotangent["hidden_norm"] / jnp.maximum(stats["hidden_norm"], 1e-30)
@@ -142,7 +142,7 @@ _weighted.defvjp(_weighted_forward, _weighted_backward)
 def top_tokens(
     hidden: jax.Array, unembed: jax.Array, count: int, temperature: float = 1.0
 ) -> dict[str, jax.Array]:
-    """The likeliest next tokens: "ids" `[B, X, J]` int32, their "logp", and the "entropy" `[B, X]` of the whole."""
+    """Compute the top-k next tokens: "ids" `[B, X, J]` int32, their "logp", and the "entropy" `[B, X]` of all."""
 
     def chunk(_, xs):
         logits = _logits(xs[0], unembed, temperature)
@@ -162,11 +162,11 @@ def _logits(h, unembed, temperature):
 
 
 def _statistics(logits, h, target, top, extra):
-    """What is asked of a chunk, and its probabilities."""
+    """The requested statistics of a chunk, and its probabilities `[B, C, V]`."""
     lse = jax.nn.logsumexp(logits, axis=-1)
     p = jnp.exp(logits - lse[..., None])
     chosen = jnp.where(_is(target, logits), logits, 0).sum(-1)
-    # An einsum, for XLA's CPU compiler runs the sum of a product along the last axis 20 times slower.
+    # An einsum, because XLA's CPU compiler runs the sum of a product along the last axis 20 times slower.
     out = {"logp": chosen - lse, "entropy": lse - jnp.einsum("bcv,bcv->bc", p, logits)}
     if top is not None:
         out["top_logp"] = jnp.take_along_axis(logits, top, axis=-1) - lse[..., None]
@@ -178,7 +178,7 @@ def _statistics(logits, h, target, top, extra):
 
 
 def _slope(logits, p, stats, target, top, cotangent):
-    """d (cotangent times statistics) / d logits `[B, C, V]`, with logits already over temperature.
+    """d (cotangent times statistics) / d logits `[B, C, V]`, for logits that are already divided by the temperature.
 
     d logp / d z_j = [j is the target] - p_j; d entropy / d z_j = -p_j (log p_j + entropy);
     d collision / d z_j = 2 p_j (p_j - collision).
@@ -201,12 +201,12 @@ def _slope(logits, p, stats, target, top, cotangent):
 
 
 def _is(target, logits):
-    """One-hot `[B, C, V]`; never stored, as it is used inside a sum or a choice."""
+    """One-hot `[B, C, V]`. It is never stored, because it is fused into a sum or a `where`."""
     return target[..., None] == jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
 
 
 def _by_chunks(function, carry, vocab_size: int, *arrays):
-    """`function` scanned over chunks of arrays `[B, X, ...]`; its outputs are joined and cut back to X."""
+    """Scan `function` over chunks of arrays `[B, X, ...]`; its outputs are concatenated and cut back to X."""
     B, X = arrays[0].shape[:2]
     C = min(chunk_size(vocab_size), X)
 

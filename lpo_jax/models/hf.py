@@ -1,4 +1,4 @@
-"""A Hugging Face model directory, in and out: safetensors, configs and tokenizer files."""
+"""Reading and writing Hugging Face model directories: safetensors, configs and tokenizer files."""
 
 import contextlib
 import dataclasses
@@ -23,27 +23,31 @@ from lpo_jax.models.parameters import Parameter, named
 SHARD_BYTES = 5_000_000_000
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _EMBEDDING, _HEAD = named("embed").hf, named("unembed").hf
-# Frequencies of the rotary embedding, which old versions of transformers saved. They follow from the config, and
-# newer versions ignore them too.
+# Rotary frequencies, which old versions of transformers saved. They follow from the config and are ignored, as newer
+# versions do.
 _ROTARY_BUFFER = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
-_COMPARED = 1 << 24  # values of the head and the embedding that are in memory at once
+_COMPARED = 1 << 24  # values of the head and the embedding that are compared at once
 _FLOATS = ("F32", "BF16", "F16")
 _SAFETENSORS_NAME = {"float32": "F32", "bfloat16": "BF16"}
 
 
 @dataclasses.dataclass(frozen=True)
 class HfDirectory:
-    """A local directory with `config.json` and, for `params`, `*.safetensors`."""
+    """A local directory with `config.json` and, to read parameters, `*.safetensors`."""
 
     path: Path
     config: ModelConfig
 
     @classmethod
     def open(cls, path: Path, weights: bool = True) -> "HfDirectory":
-        """Reads the config, and whether the weights have a head of their own.
+        """Read the config, and check whether the weights contain a separate output head.
 
         Args:
-          weights: False goes by `tie_word_embeddings` alone. So does a directory without (all of) its weights.
+          path: the directory.
+          weights: False relies on `tie_word_embeddings` alone, as does a directory without all of its weights.
+
+        Raises:
+          UserError: a file cannot be read, or the model is not supported.
         """
         where = path / "config.json"
         config = ModelConfig.from_hf(_read_json(where), str(where))
@@ -61,7 +65,7 @@ class HfDirectory:
         return tokenizer.from_directory(self.path)
 
     def eos_ids(self) -> list[int | str]:
-        """What generation_config.json and config.json name as end tokens, in that order, as they name them."""
+        """Return the end tokens of generation_config.json and config.json, in that order, as ids or texts."""
         ids = []
         for name in ("generation_config.json", "config.json"):
             if (self.path / name).exists():
@@ -70,16 +74,16 @@ class HfDirectory:
         return ids
 
     def params(self, dtype: str = "float32", shardings: Any = None) -> dict[str, Any]:
-        """The parameter tree (see `layout.read_params`).
+        """Read the parameter tree; arguments as in `layout.read_params`.
 
         Raises:
-          UserError: no weights here, a broken file, a missing or unexpected tensor, a wrong shape.
+          UserError: there are no weights, a file is damaged, or a tensor is missing, unexpected or of a wrong shape.
         """
         with contextlib.ExitStack() as stack:
             files = _open_weights(self.path, stack)
             expected = layout.file_names(self.config, "hf")
             spare = {name for name in files if _ROTARY_BUFFER.fullmatch(name)}
-            spare |= {_HEAD} if self.config.tie_embeddings else set()  # equal to the embedding (`open`)
+            spare |= {_HEAD} if self.config.tie_embeddings else set()  # equal to the embedding, see `open`
             found = {}
             for name in files.keys() - spare:
                 view = files[name].get_slice(name)
@@ -97,7 +101,7 @@ class HfDirectory:
 
 
 def _weight_paths(path: Path) -> list[Path]:
-    """The safetensors files of a directory in the order in which transformers looks: one file before shards."""
+    """Return the safetensors files of a directory in transformers' order of precedence: one file before shards."""
     single, index = path / _WEIGHTS, path / _INDEX
     if single.exists():
         if index.exists():
@@ -116,7 +120,7 @@ def _weight_paths(path: Path) -> list[Path]:
 
 
 def _open_weights(path: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
-    """Tensor name to the open file that holds it."""
+    """Open all weights; return the file of each tensor by the tensor's name."""
     from safetensors import SafetensorError, safe_open
 
     paths = _weight_paths(path)
@@ -147,7 +151,7 @@ def _open_weights(path: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
 
 
 def _has_own_head(path: Path) -> bool:
-    """Whether the weights hold a head that is not the embedding; False where they are not all here."""
+    """Return whether the weights contain a head that differs from the embedding; False if weights are missing."""
     paths = _weight_paths(path)
     if not paths or not all(part.exists() for part in paths):
         return False
@@ -175,19 +179,22 @@ def save_hf(
     eos_ids: Sequence[int] = (),
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Writes a directory that transformers, vLLM and `load_model` read.
+    """Write a directory that transformers, vLLM and `load_model` can read.
 
-    It appears whole or not at all: everything is written beside it and renamed at the end. Host memory
-    needed: one tensor.
+    The write is atomic: files are written to a temporary directory beside `path`, which is renamed at the end. Host
+    memory is needed for one tensor at a time.
 
     Args:
-      path: must not exist, or be an empty directory.
+      path: the directory; it must not exist or must be empty.
+      config: the model's config.
+      params: the parameters, layers stacked.
       tokenizer: a transformers tokenizer, or None to write none.
       dtype: "float32" or "bfloat16"; None keeps the dtype of the parameters.
-      eos_ids: every id that ends a response; none: the tokenizer's.
+      eos_ids: every id that ends a response; if empty, the tokenizer's.
+      shard_bytes: the largest size of a file.
 
     Raises:
-      UserError: `path` is taken or cannot be written, or the dtype is unknown.
+      UserError: `path` exists or cannot be written, or the dtype is unknown.
     """
     path = Path(path).expanduser().absolute()
     if dtype is not None and dtype not in layout.DTYPES:
@@ -216,7 +223,7 @@ def save_hf(
 
 
 def _write_weights(path: Path, config: ModelConfig, params: Any, dtype: np.dtype | None, limit: int) -> str:
-    """Safetensors files of at most `limit` bytes each, tensor by tensor; returns the name of the dtype."""
+    """Write safetensors files of at most `limit` bytes each, tensor by tensor; return the name of the dtype."""
     shards: list[list] = [[]]
     used = total = 0
     for item in layout.file_tensors(config, params, dtype):
@@ -240,7 +247,7 @@ def _write_weights(path: Path, config: ModelConfig, params: Any, dtype: np.dtype
 
 
 def _write_shard(path: Path, shard: list) -> None:
-    # The library's own writer wants the whole shard in memory; the format is a JSON header, then the bytes.
+    # The library's writer needs the whole shard in memory. The format is a JSON header followed by the bytes.
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape, dtype, _ in shard:
@@ -263,7 +270,7 @@ def _write_shard(path: Path, shard: list) -> None:
 def write_configs(
     path: Path, config: ModelConfig, dtype: str, tokenizer: Any, eos_ids: Sequence[int] = ()
 ) -> None:
-    """Writes config.json and generation_config.json; `dtype`, `tokenizer` and `eos_ids` as in `save_hf`."""
+    """Write config.json and generation_config.json; arguments as in `save_hf`."""
     from importlib.metadata import version
 
     special = {key: getattr(tokenizer, key, None) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}

@@ -1,7 +1,8 @@
-"""How the parameters of the tree are stored in a file, read and written by their declarations.
+"""Conversion between the parameter tree and the tensors of a file, derived from the declarations.
 
-A file stores matrices `[out, in]` with the heads folded into one axis, one tensor per layer. The tree keeps
-the axes apart, contracts from the left, and stacks the layers. Axes: L D H G N F V, as everywhere.
+A file stores a matrix as `[out, in]`, with heads and head width folded into one axis, and one tensor per layer. In the
+tree, axes are separate, input axes come first, and layers are stacked. The axis letters are those of
+`lpo_jax.models.parameters`.
 """
 
 import functools
@@ -17,13 +18,13 @@ from lpo_jax.errors import UserError
 from lpo_jax.models.config import ModelConfig
 from lpo_jax.models.parameters import Parameter, axis_sizes, declared, tree_of
 
-Index = tuple[slice, ...]  # of a part of an array: start and stop of each axis, no steps
+Index = tuple[slice, ...]  # a part of an array: start and stop on each axis
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 
 def file_shape(config: ModelConfig, parameter: Parameter) -> tuple[int, ...]:
-    """The shape of a parameter's tensor in a file."""
+    """Return the shape of a parameter's tensor in a file."""
     sizes = axis_sizes(config)
     return tuple(math.prod(sizes[a] for a in axes) for axes in parameter.file_axes.split(","))
 
@@ -34,11 +35,13 @@ def from_file(
     read: Callable[[tuple[slice, ...]], np.ndarray],
     index: Index,
 ) -> np.ndarray:
-    """A part of a tensor, with the axes of the tree.
+    """Read a part of a tensor and convert it to the axes of the tree.
 
     Args:
-      read: gives a part of the file's tensor; it is asked for no more rows and columns than the part needs.
-      index: of the part, in the tree, without the leading L.
+      config: the model's config.
+      parameter: the parameter.
+      read: returns a part of the file's tensor. Only the rows and columns that are needed are requested.
+      index: the part, in the axes of the tree without the leading L.
     """
     sizes, axes = axis_sizes(config), parameter.axes()
     of = dict(zip(axes, index, strict=True))
@@ -47,21 +50,23 @@ def from_file(
         stride = math.prod(sizes[a] for a in inner)
         rows.append(slice(of[first].start * stride, of[first].stop * stride))
         shape += [of[first].stop - of[first].start, *(sizes[a] for a in inner)]
-        cut |= {first: slice(None)} | {a: of[a] for a in inner}  # folded axes behind the first come whole
+        cut |= {first: slice(None)} | {
+            a: of[a] for a in inner
+        }  # folded axes after the first are read completely
     stored = parameter.file_axes.replace(",", "")
     part = read(tuple(rows)).reshape(shape).transpose([stored.index(a) for a in axes])
     return part[tuple(cut[a] for a in axes)]
 
 
 def to_file(config: ModelConfig, parameter: Parameter, x: np.ndarray) -> np.ndarray:
-    """The inverse of `from_file` for a whole tensor, contiguous."""
+    """Convert a whole parameter of one layer to the tensor of a file, contiguous: the inverse of `from_file`."""
     axes = parameter.axes()
     moved = x.transpose([axes.index(a) for a in parameter.file_axes.replace(",", "")])
     return np.ascontiguousarray(moved).reshape(file_shape(config, parameter))
 
 
 def file_names(config: ModelConfig, form: str) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors that a file must hold; `form` is "hf" or "gguf"."""
+    """Return the names and shapes of the tensors that a file must contain; `form` is "hf" or "gguf"."""
     names = {}
     for parameter in declared(config):
         for layer in range(config.num_layers if parameter.in_layers else 1):
@@ -70,10 +75,15 @@ def file_names(config: ModelConfig, form: str) -> dict[str, tuple[int, ...]]:
 
 
 def check_names(where: str, expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> None:
-    """Compares the names and shapes a file must hold with those it holds.
+    """Compare the names and shapes of the tensors in a file with the expected ones.
+
+    Args:
+      where: the name of the file, for messages.
+      expected: the shapes of the tensors that the file must contain, by name.
+      found: those of the tensors that it contains.
 
     Raises:
-      UserError: for the first tensor that is missing, unexpected or of another shape.
+      UserError: a tensor is missing, unexpected or of another shape.
     """
     if missing := [name for name in expected if name not in found]:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -92,16 +102,16 @@ def read_params(
     dtype: str = "float32",
     shardings: Any = None,
 ) -> dict[str, Any]:
-    """Builds the parameter tree, one tensor of the file at a time.
+    """Build the parameter tree, one tensor of the file at a time.
 
-    On a CPU the host memory this needs is the model plus one tensor of the file; on an accelerator, one
-    parameter with all its layers. With shardings, a host reads and holds only what its own devices get, each
-    part once.
+    Host memory is needed, on a CPU, for the model and one tensor of the file, and on an accelerator for one parameter
+    with all its layers. With shardings, a host reads only the parts that its own devices hold, each part once.
 
     Args:
+      config: the model's config.
       read: returns a part of the tensor of `(parameter, layer, index)`, an array of any float dtype; `index` refers to
         the tensor's `file_shape`, and `layer` is 0 for parameters outside the layers.
-      dtype: of the parameters, "float32" or "bfloat16".
+      dtype: the dtype of the parameters, "float32" or "bfloat16".
       shardings: a tree of `jax.sharding.Sharding` shaped like the parameters; None: the default device.
     """
     if dtype not in DTYPES:
@@ -116,7 +126,7 @@ def read_params(
 
 
 def _read_part(config: ModelConfig, parameter: Parameter, read, dtype: np.dtype, index: Index) -> np.ndarray:
-    """A part of a parameter, layers first where it has them."""
+    """Read a part of a parameter, with the leading L if it has one."""
     part = _empty(tuple(s.stop - s.start for s in index), dtype)
     if parameter.in_layers:
         for layer in range(index[0].start, index[0].stop):
@@ -128,7 +138,7 @@ def _read_part(config: ModelConfig, parameter: Parameter, read, dtype: np.dtype,
 
 
 def file_tensors(config: ModelConfig, params: dict[str, Any], dtype: np.dtype | None) -> Iterator:
-    """Yields `(Hugging Face name, shape, dtype, fetch)`; `fetch()` brings that one tensor to the host."""
+    """Yield `(Hugging Face name, shape, dtype, fetch)` of every tensor; `fetch()` copies that tensor to the host."""
     for parameter in declared(config):
         leaf = (params["layers"] if parameter.in_layers else params)[parameter.name]
         if tuple(leaf.shape) != (expected := parameter.shape(config)):
@@ -144,7 +154,7 @@ def file_tensors(config: ModelConfig, params: dict[str, Any], dtype: np.dtype | 
 
 
 def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Uninitialised memory on a 64-byte boundary, which jax's CPU backend takes over without a copy."""
+    """Allocate uninitialised memory on a 64-byte boundary, which JAX's CPU backend uses without a copy."""
     size = int(np.prod(shape)) * dtype.itemsize
     raw = np.empty(size + 64, np.uint8)
     start = -raw.ctypes.data % 64
@@ -156,7 +166,7 @@ def _to_device(
 ) -> jax.Array:
     if sharding is None:
         return jax.device_put(part(tuple(slice(0, n) for n in shape)))
-    held: dict[tuple, np.ndarray] = {}  # devices that get the same part share one reading of it
+    held: dict[tuple, np.ndarray] = {}  # devices with the same part share one read
 
     def of_device(index: tuple[slice, ...]) -> np.ndarray:
         bounds = tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))

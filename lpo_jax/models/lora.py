@@ -1,14 +1,15 @@
-"""Low-rank adapters: y = x W + (x A) B alpha / r, where W is frozen and only A and B are trained.
+"""Low-rank adapters (LoRA): y = x W + (x A) B alpha / r, where W is frozen and only A and B are trained.
 
-Adapters are a tree of their own, `{"layers": {name: {"a": [L, in, r], "b": [L, r, out]}}}`, which the optimizer
-moves and checkpoints hold. `join` puts them into the frozen base; the forward pass takes the joined tree as it
-takes any other, and its backward pass makes no gradient of W. `merge` adds them to the weights, for export.
-B starts at zero, so an untrained adapter changes nothing. On a mesh the base is split as ever, and the adapters,
-about a hundredth of it, are whole on every device.
+Adapters are a separate tree, `{"layers": {name: {"a": [L, in, R], "b": [L, R, out]}}}`, which the optimizer updates
+and checkpoints contain. `with_adapters` inserts them into the frozen base. The forward pass takes the resulting tree
+like any other, and its backward pass computes no gradient of W. `merge_adapters` adds them to the weights, for export.
+B starts at zero, so an untrained adapter changes nothing. On a mesh, the base is split as usual; the adapters, about a
+hundredth of its size, are replicated on every device.
 
-In bfloat16 an early adapter is far below the rounding of what it is added to: of the weights, whose merged sum would
-be rounded back to the base, and of x W. So the products are kept apart, in sampling too, and their sum is rounded
-once, from float32: then what the adapter adds decides, in proportion, which way a sum is rounded.
+In bfloat16, an adapter that has had few updates is far below the rounding error of the weights and of x W: merged
+weights would be rounded back to the base. Therefore the two products are computed separately, in sampling too, and
+their float32 sum is rounded once. The adapter's contribution then changes the direction of rounding in proportion to
+its size.
 
 Axes: L layers · R rank; in and out are one or two of D H G N F. Source: LoRA, arXiv 2106.09685.
 """
@@ -33,11 +34,11 @@ from lpo_jax.models.parameters import matrix_names, named
 
 @dataclasses.dataclass(frozen=True)
 class Lora:
-    """Which layers are adapted, and how: the settings of `model.lora`.
+    """The settings of adapters, from the section `model.lora` of a config.
 
     Attributes:
-      rank: r; the adapter of a layer has r (in + out) parameters.
-      alpha: its output is multiplied by alpha / r.
+      rank: r; the adapter of a matrix has r (in + out) parameters.
+      alpha: the output of an adapter is multiplied by alpha / r.
       targets: names of matrices; by default all of a layer.
     """
 
@@ -51,7 +52,7 @@ class Lora:
         return self.alpha / self.rank
 
     def check(self, config: ModelConfig) -> None:
-        """Refuses what cannot be adapted. Raises `UserError`, one line."""
+        """Check that the targets exist and the rank fits. Raises `UserError` if not."""
         have = matrix_names()
         for name in self.targets:
             if name not in have:
@@ -73,10 +74,11 @@ class Lora:
 
 @struct.dataclass
 class Frozen:
-    """The base: weights that are never trained.
+    """The base of adapters: weights that are not trained.
 
     Attributes:
-      scale: alpha / r of the adapters that `join` puts in.
+      params: the parameter tree.
+      scale: alpha / r of the adapters.
     """
 
     params: decoder.Params
@@ -85,10 +87,13 @@ class Frozen:
 
 @struct.dataclass
 class Adapted:
-    """A layer's matrix with its adapter, in the place of the matrix.
+    """A matrix with its adapter. It replaces the matrix in the parameter tree.
 
     Attributes:
-      weight: [(L,) in, out], or an `Int8` of that shape; a: [(L,) in, R]; b: [(L,) R, out].
+      weight: `[(L,) in, out]`, or an `Int8` of that shape.
+      a: `[(L,) in, R]`.
+      b: `[(L,) R, out]`.
+      scale: alpha / r.
     """
 
     weight: Any
@@ -97,15 +102,15 @@ class Adapted:
     scale: float = struct.field(pytree_node=False)
 
     def product(self, axes: str, x: jax.Array) -> jax.Array:
-        """`jnp.einsum(axes, x, merged)` in x's dtype, without ever forming the merged matrix.
+        """Compute `jnp.einsum(axes, x, merged)` in x's dtype without forming the merged matrix.
 
-        No gradient of the weight is made: it is frozen.
+        The weight is frozen and has no gradient.
         """
-        # The sum's own name, so that a backward pass keeps it alone, not the two float32 terms.
+        # Only the sum is named, so that a backward pass saves it and not its two float32 terms.
         return checkpoint_name(_product(axes, self.scale, x, self.weight, self.a, self.b), KEPT)
 
     def merged(self) -> jax.Array:
-        """The one matrix that does the same, float32."""
+        """Return the equivalent plain matrix, float32."""
         product = functools.partial(jnp.tensordot, axes=1, precision="highest")
         stacked = self.a.ndim + self.b.ndim - 2 > self.weight.ndim
         change = (jax.vmap(product) if stacked else product)(self.a, self.b)
@@ -114,7 +119,7 @@ class Adapted:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _product(axes: str, scale: float, x: jax.Array, weight: Any, a: jax.Array, b: jax.Array) -> jax.Array:
-    """x W + scale (x A) B, added up in float32 and rounded once."""
+    """x W + scale (x A) B, summed in float32 and rounded once."""
     if hasattr(weight, "product"):  # quantised
         base = weight.product(axes, x, jnp.float32)
     else:
@@ -123,7 +128,7 @@ def _product(axes: str, scale: float, x: jax.Array, weight: Any, a: jax.Array, b
 
 
 def _low_rank(axes: str, x: jax.Array, a: jax.Array, b: jax.Array, dtype: Any) -> jax.Array:
-    """(x A) B, its last product added up in `dtype`."""
+    """(x A) B, with the last product accumulated in `dtype`."""
     of_x, of_weight, of_y = axes.replace("->", ",").split(",")
     into = "".join(i for i in of_weight if i in of_x)
     out = "".join(i for i in of_weight if i not in of_x)
@@ -137,15 +142,15 @@ def _product_forward(axes, scale, x, weight, a, b):
 
 
 def _product_backward(axes, scale, kept, g):
-    # The products of the backward pass are in x's dtype, as those of a plain matrix: left to autodiff they would be
-    # float32, which costs an accelerator twice the time.
+    # The products of the backward pass are in x's dtype, like those of a plain matrix. By autodiff they would be in
+    # float32, which takes an accelerator twice as long.
     x, weight, a, b = kept
 
     def rounded(x, a, b):
         base = jnp.einsum(axes, x, weight.astype(x.dtype))
         return base + scale * _low_rank(axes, x, a, b, x.dtype)
 
-    # Traced after `decoder.forward` has returned, so its precision is asked for again.
+    # This is traced after `decoder.forward` has returned, so the precision is set again.
     with jax.default_matmul_precision("float32" if x.dtype == jnp.float32 else "default"):
         d_x, d_a, d_b = jax.vjp(rounded, x, a, b)[1](g)
     return d_x, None, d_a, d_b
@@ -155,7 +160,7 @@ _product.defvjp(_product_forward, _product_backward)
 
 
 def configured(section: Any) -> Lora | None:
-    """The adapters that a config's section `model.lora` asks for; None at rank 0."""
+    """Return the adapters' settings from the section `model.lora` of a config; None if its rank is 0."""
     if not section.rank:
         return None
     targets = tuple(section.targets)
@@ -163,12 +168,12 @@ def configured(section: Any) -> Lora | None:
 
 
 def init(config: ModelConfig, lora: Lora, key: jax.Array) -> decoder.Params:
-    """Fresh adapters, float32: A normal with deviation 1 / sqrt(in), B zero."""
+    """Draw initial adapters, float32: A normal with standard deviation 1 / sqrt(in), B zero."""
     L, R, order = config.num_layers, lora.rank, matrix_names()
 
     def adapter(name: str) -> dict[str, jax.Array]:
         into, out = _sides(config, name)
-        # By name, so that a layer's adapter does not depend on which others are adapted.
+        # The key depends on the matrix, so that its adapter does not depend on which others are adapted.
         a = jax.random.normal(jax.random.fold_in(key, order.index(name)), (L, *into, R))
         return {"a": a / math.sqrt(math.prod(into)), "b": jnp.zeros((L, R, *out))}
 
@@ -176,12 +181,12 @@ def init(config: ModelConfig, lora: Lora, key: jax.Array) -> decoder.Params:
 
 
 def abstract_params(config: ModelConfig, lora: Lora) -> decoder.Params:
-    """The tree of adapters as `jax.ShapeDtypeStruct`s; allocates nothing."""
+    """Return the tree of adapters as `jax.ShapeDtypeStruct`s, without allocating memory."""
     return jax.eval_shape(lambda: init(config, lora, jax.random.key(0)))
 
 
-def join(frozen: Frozen | None, trained: decoder.Params) -> decoder.Params:
-    """The tree that the forward pass takes: the base with its adapters, or, without a base, what is trained."""
+def with_adapters(frozen: Frozen | None, trained: decoder.Params) -> decoder.Params:
+    """Return the tree for the forward pass: the base with its adapters, or `trained` itself if there is no base."""
     if frozen is None:
         return trained
     base = frozen.params["layers"]
@@ -189,14 +194,14 @@ def join(frozen: Frozen | None, trained: decoder.Params) -> decoder.Params:
     return {**frozen.params, "layers": {**base, **adapted}}
 
 
-def merge(params: Any) -> Any:
-    """A joined tree, stacked or of one layer, with plain matrices; the identity on trees without adapters."""
+def merge_adapters(params: Any) -> Any:
+    """Replace every `Adapted` in a tree, stacked or of one layer, by its merged matrix."""
     is_adapted = lambda x: isinstance(x, Adapted)  # noqa: E731
     return jax.tree.map(lambda x: x.merged() if is_adapted(x) else x, params, is_leaf=is_adapted)
 
 
 def _sides(config: ModelConfig, name: str) -> tuple[Sequence[int], Sequence[int]]:
-    """Sizes of a matrix's input axes and of its output axes."""
+    """The sizes of a matrix's input axes and of its output axes."""
     parameter = named(name)
     shape, inputs = parameter.shape(config, stacked=False), len(parameter.inputs)
     return shape[:inputs], shape[inputs:]

@@ -1,19 +1,19 @@
-"""Which tokens run together: whole groups packed into rows, so that padding costs almost nothing.
+"""Packing: groups of a prompt and its responses are packed into rows, so that little is spent on padding.
 
-A piece is a prompt with all of its responses, or, where a whole group exceeds the token budget, with some of them;
-then the prompt runs once with each piece. Pieces are dealt to M microbatches of B rows, one row for each
-shard of the batch, evenly in real tokens. Two forms of a row:
+A split is a prompt with all of its responses or, if the whole group exceeds the token budget, with some of them. The
+prompt then runs once with each split. Splits are assigned to M microbatches of B rows, one row for each shard of the
+batch, balanced by real tokens. A row has two forms:
 
-  packed  `[C]`            real tokens one after another; all matrix products run on it
-  padded  `[p (S + k T)]`  p pieces of one prompt and k responses, padded; attention runs on it
+  packed  `[C]`            the real tokens, concatenated; all matrix products run on this form
+  padded  `[p (S + k T)]`  p splits of one prompt and k responses, padded; attention runs on this form
 
-Lengths are known on the host, so a layout is planned there in numpy. Its sizes are static under jit and few: between
-two powers of two C takes 8 steps and X, which matters to the head alone, 4. A run whose responses grow compiles about
-twenty programs for each doubling of its tokens. Where nothing, or too little to matter, is padded, both forms are
-the same.
+Lengths are known on the host, so a layout is planned there with numpy. Its sizes are static under jit and take few
+values: between two powers of two, C has 8 steps, and X, which only the head depends on, has 4. A run with growing
+responses compiles about twenty programs for each doubling of its tokens. If there is no padding, or too little to
+matter, both forms are the same.
 
 Axes: P prompts · K responses · S prompt tokens · T response tokens · M microbatches · B rows of a microbatch ·
-C tokens of a packed row · p pieces of a row · k responses of a piece · X predicted tokens of a row.
+C tokens of a packed row · p splits of a row · k responses of a split · X predicted tokens of a row.
 """
 
 import jax
@@ -21,25 +21,28 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-# Padded attention holds at most this many times the token budget: one long response must not blow up the others' rows.
+# Limit on the padded tokens of a row, as a multiple of the token budget. It bounds the padding that one long response
+# causes in its row.
 PADDED_BUDGETS = 8
-# A layout may run this many times the tokens of the best one, where that saves a program.
+# A layout may run this many times the tokens of the best one if it reuses the size of another program.
 NEAR = 1.08
-Piece = tuple[int, list[int]]  # a prompt, and which of its responses
-NOWHERE = np.iinfo(np.int32).max  # an index past the end of every array: what is gathered there is 0
+Split = tuple[int, list[int]]  # a prompt, and the indices of its responses
+NOWHERE = np.iinfo(np.int32).max  # an index past the end of every array; gathering there gives 0
 
 
 @struct.dataclass
-class Layout:
-    """Where every token of a batch runs; int32 indices, `NOWHERE` in places that stay empty.
+class PackedLayout:
+    """The position of every token of a batch in packed rows. All indices are int32; `NOWHERE` marks empty positions.
 
     Attributes:
-      prompt: `[M, B, p]` of each piece.
-      token: `[M, B, C]` in the P S prompt tokens followed by the P K T response tokens.
-      unpack: `[M, B, p (S + k T)]` in the packed row; pack: `[M, B, C]` in the padded row. None where they are equal.
-      place: `[M, B, X]` of each predicted token in the row's p k T response places.
-      source: `[M, B, X]` of each predicted token in the batch's P K T; back: `[P, K, T]`, its inverse.
-      slot: `[P, K]` of each response in the M B p k of all rows.
+      prompt: `[M, B, p]` the prompt of each split.
+      token: `[M, B, C]` index of each token in the P S prompt tokens followed by the P K T response tokens.
+      unpack: `[M, B, p (S + k T)]` index in the packed row of each token of the padded row; None if both are the same.
+      pack: `[M, B, C]` the inverse of `unpack`; None if both are the same.
+      place: `[M, B, X]` index of each predicted token in the p k T response tokens of the padded row.
+      source: `[M, B, X]` index of each predicted token in the P K T response tokens of the batch.
+      back: `[P, K, T]` the inverse of `source`.
+      slot: `[P, K]` index of each response in the M B p k responses of all rows.
       num_responses: k.
     """
 
@@ -53,25 +56,25 @@ class Layout:
     slot: jax.Array
     num_responses: int = struct.field(pytree_node=False)
 
-    def split(self, x: jax.Array) -> jax.Array:
-        """`[P, K, T, ...]` to `[M, B, X, ...]`."""
+    def to_rows(self, x: jax.Array) -> jax.Array:
+        """Move `[P, K, T, ...]` into rows, `[M, B, X, ...]`."""
         return take(x.reshape(-1, *x.shape[3:]), self.source)
 
-    def join(self, x: jax.Array) -> jax.Array:
-        """`[M, B, X, ...]` back to `[P, K, T, ...]`; 0 at padding."""
+    def from_rows(self, x: jax.Array) -> jax.Array:
+        """Move rows `[M, B, X, ...]` back to `[P, K, T, ...]`; 0 at padding."""
         return take(x.reshape(-1, *x.shape[3:]), self.back)
 
-    def join_responses(self, x: jax.Array) -> jax.Array:
-        """`[M, B, p, k, ...]` back to `[P, K, ...]`."""
+    def responses_from_rows(self, x: jax.Array) -> jax.Array:
+        """Move responses of rows, `[M, B, p, k, ...]`, back to `[P, K, ...]`."""
         return take(x.reshape(-1, *x.shape[4:]), self.slot)
 
 
 def take(x: jax.Array, index: jax.Array) -> jax.Array:
-    """`x[index]` along the first axis; 0 where the index is `NOWHERE`."""
+    """Gather `x[index]` along the first axis; 0 where the index is `NOWHERE`."""
     return jnp.asarray(x).at[index].get(mode="fill", fill_value=0)
 
 
-def plan(
+def plan_layout(
     lengths: np.ndarray,
     response_lengths: np.ndarray,
     S: int,
@@ -79,28 +82,29 @@ def plan(
     token_budget: int,
     shards: int = 1,
     *,
-    cuts: tuple[int, ...] = (0, 1),
-) -> Layout:
-    """Packs a batch of groups.
+    extra_splits: tuple[int, ...] = (0, 1),
+) -> PackedLayout:
+    """Plan the packed layout of a batch of groups.
 
     Args:
-      lengths: `[P]` real tokens of the prompts; response_lengths: `[P, K]`.
-      S, T: what prompts and responses are padded to.
-      token_budget: most tokens in a packed row. One response with its prompt is the smallest piece there is, and
-        runs even where it exceeds this.
-      shards: B.
-      cuts: into how many pieces more than fit a group that exceeds the budget may be cut, where that runs fewer
-        tokens: three responses, three and two take longer than four times two.
+      lengths: `[P]` real tokens of the prompts.
+      response_lengths: `[P, K]` real tokens of the responses.
+      S, T: the padded lengths of prompts and responses.
+      token_budget: the most tokens in a packed row. The smallest split is one response with its prompt; it runs even if
+        it exceeds the budget.
+      shards: B, the number of shards of the batch.
+      extra_splits: numbers of splits to try beyond the fewest that fit, for groups that exceed the budget. Splits of
+        2 + 2 + 2 + 2 responses can need less padding than 3 + 3 + 2.
     """
     lengths, sizes = np.asarray(lengths), np.asarray(response_lengths)
     P, K = sizes.shape
-    pieces, k, rows = _best(lengths, sizes, S, T, token_budget, shards, cuts)
+    splits, k, rows = _best(lengths, sizes, S, T, token_budget, shards, extra_splits)
     R, p = len(rows), max(map(len, rows))
 
     prompt, response = np.full((R, p), P), np.full((R, p, k), P * K)
     for r, row in enumerate(rows):
-        for i, piece in enumerate(sorted(row)):
-            group, chosen = pieces[piece]
+        for i, split in enumerate(sorted(row)):
+            group, chosen = splits[split]
             prompt[r, i] = group
             response[r, i, : len(chosen)] = group * K + np.array(chosen)
     size = np.append(sizes.reshape(-1), 0)[response]  # [R, p, k]
@@ -121,7 +125,7 @@ def plan(
     place = np.broadcast_to(np.arange(own.shape[1]), own.shape) if place is None else place
     source = _along(source, place)
     shape = lambda x: None if x is None else x.reshape(-1, shards, *x.shape[1:]).astype(np.int32)  # noqa: E731
-    return Layout(
+    return PackedLayout(
         prompt=shape(np.where(prompt < P, prompt, NOWHERE)),
         token=shape(token if pack is None else _along(token, pack)),
         unpack=None if pack is None else shape(_inverse_rows(pack, real.shape[1])),
@@ -134,50 +138,54 @@ def plan(
     )
 
 
-def full(P: int, K: int, S: int, T: int, token_budget: int, shards: int = 1) -> Layout:
-    """The layout of a batch without padding, in rows as large as the budget allows: by these `lpo plan` knows what
-    memory takes, and ragged batches have such rows."""
-    return plan(np.full(P, S), np.full((P, K), T), S, T, token_budget, shards, cuts=(0,))
+def full_layout(P: int, K: int, S: int, T: int, token_budget: int, shards: int = 1) -> PackedLayout:
+    """Plan the layout of a batch without padding, in rows as large as the budget allows.
+
+    Its rows are the largest that batches with padding have, so `lpo plan` uses it to determine memory.
+    """
+    return plan_layout(np.full(P, S), np.full((P, K), T), S, T, token_budget, shards, extra_splits=(0,))
 
 
-def full_pieces(K: int, S: int, T: int, token_budget: int) -> int:
-    """How many pieces a group without padding is cut into there."""
+def full_splits(K: int, S: int, T: int, token_budget: int) -> int:
+    """Return the number of splits of a group in `full_layout`."""
     return -(-K // min(max((token_budget - S) // T, 1), K))
 
 
 def stepped(n: int, steps: int = 8) -> int:
-    """The padded size for n: 16 at least, then the power of two below and that many steps to the next."""
+    """Round n up to a padded size: at least 16, and one of `steps` values between two powers of two."""
     step = max(16, (1 << n.bit_length() - 1) // steps)
     return -(-n // step) * step
 
 
-def _best(lengths, sizes, S, T, budget, shards, cuts) -> tuple[list[Piece], int, list[list[int]]]:
-    """The pieces, k, and which of them lie in each of the M B rows."""
+def _best(lengths, sizes, S, T, budget, shards, extra_splits) -> tuple[list[Split], int, list[list[int]]]:
+    """Return the splits, k, and the indices of the splits in each of the M B rows."""
     found = []
-    for more in cuts:
-        pieces = [(p, part) for p in range(len(lengths)) for part in _cut(lengths[p], sizes[p], budget, more)]
-        tokens = np.array([lengths[p] + sizes[p, part].sum() for p, part in pieces])
-        k = max(len(part) for _, part in pieces)
-        cost, rows = _deal(tokens, S + k * T, budget, shards)
-        found.append((cost, pieces, k, rows))
+    for more in extra_splits:
+        splits = [
+            (p, part) for p in range(len(lengths)) for part in _divide(lengths[p], sizes[p], budget, more)
+        ]
+        tokens = np.array([lengths[p] + sizes[p, part].sum() for p, part in splits])
+        k = max(len(part) for _, part in splits)
+        cost, rows = _assign(tokens, S + k * T, budget, shards)
+        found.append((cost, splits, k, rows))
     best = min(cost for cost, *_ in found)
     return next(rest for cost, *rest in found if cost <= NEAR * best)
 
 
-def _cut(length: int, sizes: np.ndarray, budget: int, more: int) -> list[list[int]]:
-    """The responses of a group that run together: all, or as few parts as fit and `more`, as even as can be."""
+def _divide(length: int, sizes: np.ndarray, budget: int, more: int) -> list[list[int]]:
+    """Divide the responses of a group, if they do not fit, evenly into the fewest parts that fit and `more`."""
     if length + sizes.sum() <= budget or len(sizes) == 1:
         return [list(range(len(sizes)))]
     parts = min(len(_filled(sizes, budget - length)) + more, len(sizes))
     low, high = int(sizes.max()), max(int(sizes.max()), budget - length)
-    while low < high:  # the smallest size that does with so many parts
+    while low < high:  # find the smallest size that needs no more parts
         middle = (low + high) // 2
         low, high = (low, middle) if len(_filled(sizes, middle)) <= parts else (middle + 1, high)
     return _filled(sizes, low)
 
 
 def _filled(sizes: np.ndarray, most: int) -> list[list[int]]:
-    """Runs of responses, each as long as fits into `most` tokens; a response that alone does not fit is a run."""
+    """Fill parts of at most `most` tokens with consecutive responses; a response that is too long is a part alone."""
     parts, total = [[]], 0
     for k, size in enumerate(sizes.tolist()):
         if parts[-1] and total + size > most:
@@ -188,20 +196,23 @@ def _filled(sizes: np.ndarray, most: int) -> list[list[int]]:
     return parts
 
 
-def _deal(tokens: np.ndarray, padded: int, budget: int, shards: int) -> tuple[int, list[list[int]]]:
-    """Pieces to M B rows: of the least M that fits up to its double, the first that is near the best. With its cost.
+def _assign(tokens: np.ndarray, padded: int, budget: int, shards: int) -> tuple[int, list[list[int]]]:
+    """Assign splits to M B rows; return the cost, which is the number of tokens that run with padding, and the rows.
 
-    What counts is the tokens that run, padding included; the first, because the same M step after step is the same
-    program.
+    M ranges from the fewest microbatches that fit to twice as many. The first M whose cost is near the best is taken,
+    so that consecutive steps tend to have the same M and so the same program.
 
     Args:
-      tokens: of each piece; padded: of any, in the padded form.
+      tokens: real tokens of each split.
+      padded: tokens of any split in the padded form.
+      budget: the token budget.
+      shards: B.
     """
     n, widest = len(tokens), max(1, PADDED_BUDGETS * budget // padded)
     found, M, least = [], 1, n
     while not found or M <= min(2 * least, -(-n // shards)):
         rows = _balanced(tokens, M * shards)
-        load = max(sum(int(tokens[piece]) for piece in row) for row in rows)
+        load = max(sum(int(tokens[split]) for split in row) for row in rows)
         if found or (load <= budget and len(rows[0]) <= widest) or M * shards >= n:
             least = min(least, M)
             found.append((M * min(stepped(load), len(rows[0]) * padded), rows))
@@ -211,18 +222,18 @@ def _deal(tokens: np.ndarray, padded: int, budget: int, shards: int) -> tuple[in
 
 
 def _balanced(tokens: np.ndarray, R: int) -> list[list[int]]:
-    """Pieces to R rows, largest first, each to the emptiest row; no row takes more than its share of the pieces."""
+    """Assign splits to R rows, largest first, each to the row with the fewest tokens; rows have about equally many."""
     most = -(-len(tokens) // R)
     rows, loads = [[] for _ in range(R)], np.zeros(R)
-    for piece in np.argsort(-tokens, kind="stable"):
+    for split in np.argsort(-tokens, kind="stable"):
         r = int(np.argmin(loads))
-        rows[r].append(int(piece))
-        loads[r] = np.inf if len(rows[r]) == most else loads[r] + tokens[piece]
+        rows[r].append(int(split))
+        loads[r] = np.inf if len(rows[r]) == most else loads[r] + tokens[split]
     return sorted(rows, key=len, reverse=True)
 
 
 def _compressed(real: np.ndarray, size: int) -> np.ndarray | None:
-    """Indices `[R, size]` of each row's real places; None where that is no shorter than all of them."""
+    """Indices `[R, size]` of the real tokens of each row; None if `size` does not shorten the rows."""
     if size >= real.shape[1]:
         return None
     order = np.argsort(~real, axis=-1, kind="stable")[:, :size]
@@ -230,13 +241,13 @@ def _compressed(real: np.ndarray, size: int) -> np.ndarray | None:
 
 
 def _along(x: np.ndarray, index: np.ndarray) -> np.ndarray:
-    """`x[r, index[r]]` of each row; `NOWHERE` (False) where the index is."""
+    """Gather `x[r, index[r]]` in each row; `NOWHERE` (for bool: False) where the index is `NOWHERE`."""
     fill = False if x.dtype == bool else NOWHERE
     return np.where(index == NOWHERE, fill, np.take_along_axis(x, np.where(index == NOWHERE, 0, index), -1))
 
 
 def _inverse(index: np.ndarray, size: int) -> np.ndarray:
-    """`[size]`: where in the flat `index` each number stands."""
+    """Return `[size]`: the position in the flat `index` of each number."""
     flat = index.reshape(-1)
     inverse = np.full(size, NOWHERE)
     inverse[flat[flat != NOWHERE]] = np.flatnonzero(flat != NOWHERE)
@@ -244,5 +255,5 @@ def _inverse(index: np.ndarray, size: int) -> np.ndarray:
 
 
 def _inverse_rows(index: np.ndarray, size: int) -> np.ndarray:
-    """`_inverse` of each row: `[R, size]`."""
+    """Apply `_inverse` to each row: `[R, size]`."""
     return np.stack([_inverse(row, size) for row in index])

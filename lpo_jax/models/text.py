@@ -1,7 +1,7 @@
-"""A model's tokenizer as the program uses it: every id has a row in the embedding, chats go through the template.
+"""A tokenizer bound to its model: it checks that every id has a row in the embedding, and renders chat messages.
 
-A prompt depends on the model, the messages and the template's arguments alone: templates that write today's date get
-a fixed one, so that a run asks the same prompts whenever it is resumed.
+A prompt depends only on the model, the messages and the template's arguments. Templates that write the current date get
+a fixed one, so that a resumed run has the same prompts.
 """
 
 import dataclasses
@@ -15,27 +15,27 @@ from lpo_jax.errors import UserError, nearest
 
 Message = Mapping[str, str]
 
-# The date that Llama 3's templates write where they have no clock.
+# The date that Llama 3's templates write if they have no clock.
 DATE = datetime.datetime(2024, 7, 26)
 _DIRECTIVES = [f"%{code}" for code in ("-d", "-m", "-H", "-I", "-M", "-S", *"aAbBdeHIjmMpSuyY")]
 _REPLACED = "".join(f" | replace({code!r}, {DATE.strftime(code)!r})" for code in _DIRECTIVES)
-# Defined in front of a template, it goes before the function of that name, which reads the clock.
+# This macro, defined before a template, replaces the function of that name, which reads the clock.
 _CLOCK = f"{{%- macro strftime_now(format) -%}}{{{{ format{_REPLACED} }}}}{{%- endmacro %}}\n"
-_ANSWER = "<answer of the assistant>"  # stands for any answer, to see where a template puts it
+_ANSWER = "<answer of the assistant>"  # a placeholder that shows where a template writes the answer
 _TAG_AT_END = re.compile(r"<[^<>\s]+>$")
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelTokenizer:
-    """A tokenizer with what it cannot know of its model. All else of it (`decode`, ...) is there under its own name.
+    """A tokenizer and what depends on its model. All other attributes (`decode`, ...) are those of the tokenizer.
 
     Attributes:
       tokenizer: a `transformers.PreTrainedTokenizerFast`.
       model: the model's name, for messages.
-      vocab_size: V, rows of the embedding.
+      vocab_size: V, the number of rows of the embedding.
       eos_ids: every id that ends a response.
-      template_arguments: for the chat template, such as `enable_thinking`; `chat_template` is the name of one of
-        several templates, or a template.
+      template_arguments: arguments of the chat template, such as `enable_thinking`. `chat_template` is the name of one
+        of several templates, or a template.
     """
 
     tokenizer: Any
@@ -45,7 +45,7 @@ class ModelTokenizer:
     template_arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("tokenizer", "__setstate__"):  # asked for before the fields are there, by copies
+        if name in ("tokenizer", "__setstate__"):  # copies ask for these before the fields are set
             raise AttributeError(name)
         return getattr(self.tokenizer, name)
 
@@ -57,15 +57,15 @@ class ModelTokenizer:
 
     @property
     def eos_token_id(self) -> int | None:
-        """The tokenizer's end token; the model's first one where the tokenizer names none."""
+        """The tokenizer's end token, or the model's first one if the tokenizer has none."""
         own = self.tokenizer.eos_token_id
         return own if own is not None or not self.eos_ids else self.eos_ids[0]
 
     def encode(self, text: str, **options: Any) -> list[int]:
-        """The ids of a text, as the tokenizer's own `encode`.
+        """Encode a text, as the tokenizer's `encode` does.
 
         Raises:
-          UserError: one of them has no row in the embedding, where JAX would take the last row.
+          UserError: an id has no row in the embedding. JAX would use the last row for it.
         """
         ids = self.tokenizer.encode(text, **options)
         if max(ids, default=0) >= self.vocab_size:
@@ -78,10 +78,10 @@ class ModelTokenizer:
         return ids
 
     def with_arguments(self, arguments: Mapping[str, Any]) -> "ModelTokenizer":
-        """The same tokenizer with these template arguments.
+        """Return this tokenizer with other template arguments.
 
         Raises:
-          UserError: there is no chat template, or it does not use one of them.
+          UserError: there is no chat template, or it does not use one of the arguments.
         """
         if not arguments:
             return dataclasses.replace(self, template_arguments={})
@@ -98,13 +98,13 @@ class ModelTokenizer:
         return changed
 
     def render(self, messages: Sequence[Message]) -> str:
-        """The text that a response to chat messages continues.
+        """Render chat messages to the text that a response continues.
 
-        Where the last message is the assistant's, its text is put behind the prompt for an answer as it is: the
-        template would take it for a whole answer, trim it, or add an empty thought.
+        If the last message is the assistant's, its text is appended to the generation prompt unchanged. The template
+        would treat it as a complete answer, strip it, or add an empty thought.
 
         Raises:
-          UserError: there is no chat template, or it does not take these messages.
+          UserError: there is no chat template, or it does not accept these messages.
         """
         *asked, last = messages
         if last["role"] != "assistant":
@@ -121,7 +121,7 @@ class ModelTokenizer:
         return prompt + prefill
 
     def _before_answer(self, asked: Sequence[Message], prompt: str) -> str:
-        """Of a template without a generation prompt: the text up to where it puts the answer."""
+        """For a template without a generation prompt, return the text before the answer."""
         whole = self._apply([*asked, {"role": "assistant", "content": _ANSWER}], add_generation_prompt=False)
         before, found, _ = whole.partition(_ANSWER)
         if not found or not before.startswith(prompt):
@@ -156,7 +156,7 @@ class ModelTokenizer:
             return self.tokenizer.apply_chat_template(
                 list(messages), chat_template=clock + template, tokenize=False, **options, **arguments
             )
-        except Exception as error:  # of jinja, and whatever a template's expressions raise
+        except Exception as error:  # jinja's errors, and any that a template's expressions raise
             raise UserError(self._explain(error, messages, bool(clock))) from None
 
     def _explain(self, error: Exception, messages: Sequence[Message], has_clock: bool) -> str:

@@ -1,7 +1,7 @@
-"""Tokenizers: from a Hugging Face directory, or rebuilt from the metadata of a GGUF file.
+"""Tokenizers, loaded from a Hugging Face directory or rebuilt from the metadata of a GGUF file.
 
-Whatever the source, the result is a `transformers.PreTrainedTokenizerFast`: call it, `decode`,
-`apply_chat_template`. transformers is imported here, inside the functions: it takes a second.
+Both are returned as a `transformers.PreTrainedTokenizerFast`. transformers is imported inside the functions, because
+importing it takes a second.
 """
 
 import json
@@ -11,8 +11,8 @@ from typing import Any
 
 from lpo_jax.errors import UserError
 
-# How text is cut before the merges, by `tokenizer.ggml.pre`. "digits" stands for: single digits apart, then
-# GPT-2's rule; "gpt-2" for that rule alone, which tokenizers has built in.
+# How text is split before merging, by the value of `tokenizer.ggml.pre`. "gpt-2" is GPT-2's rule, which `tokenizers`
+# has built in; "digits" separates digits first.
 _GPT2, _DIGITS = "gpt-2", "digits"
 _QWEN2 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
@@ -32,15 +32,15 @@ _CONTROL, _USER_DEFINED, _BYTE = 3, 4, 6  # tokenizer.ggml.token_type
 
 
 def from_directory(path: Path) -> Any:
-    """The tokenizer of a Hugging Face directory, or None when it has none.
+    """Load the tokenizer of a Hugging Face directory; None if it has none.
 
     Raises:
-      UserError: its files cannot be read.
+      UserError: the files cannot be read.
     """
     if not any((path / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         return None
     transformers = _transformers()
-    # The serialized file is the tokenizer that the model was trained with; only without it is one rebuilt.
+    # The serialised file is the tokenizer that the model was trained with. It is rebuilt only if that is missing.
     serialized = (path / "tokenizer.json").exists()
     load = transformers.PreTrainedTokenizerFast if serialized else transformers.AutoTokenizer
     try:
@@ -50,14 +50,14 @@ def from_directory(path: Path) -> Any:
 
 
 def from_gguf(metadata: dict[str, Any], where: str) -> Any:
-    """Rebuilds the tokenizer that a GGUF file describes.
+    """Rebuild the tokenizer of a GGUF file.
 
     Args:
-      metadata: the file's, keys `tokenizer.*`.
-      where: the file's name, for messages.
+      metadata: the metadata of the file; the keys `tokenizer.*` are used.
+      where: the name of the file, for messages.
 
     Raises:
-      UserError: a kind of tokenizer or a pre-tokenizer that is not known to be exact here.
+      UserError: the kind of tokenizer or pre-tokenizer is not known to be reproduced exactly.
     """
     from tokenizers import AddedToken
 
@@ -72,7 +72,7 @@ def from_gguf(metadata: dict[str, Any], where: str) -> Any:
         backend = _sentencepiece(tokens, get("scores"), types, get("add_space_prefix", True))
     else:
         raise UserError(f"{where}: tokenizer model {model!r} is not supported; have gpt2, llama")
-    # Matched whole, before anything else; the ids stay those of the vocabulary.
+    # These tokens are matched as a whole before the text is split. Their ids stay those of the vocabulary.
     whole = [(text, kind) for text, kind in zip(tokens, types) if kind in (_CONTROL, _USER_DEFINED)]
     backend.add_tokens([AddedToken(t, special=kind == _CONTROL, normalized=False) for t, kind in whole])
     if backend.get_vocab_size() != len(tokens):
@@ -88,7 +88,7 @@ def from_gguf(metadata: dict[str, Any], where: str) -> Any:
         return tokens[i]
 
     special = {"bos": token("bos"), "eos": token("eos"), "unk": token("unknown"), "pad": token("padding")}
-    # As llama.cpp: a file that does not say gets a first token in these two cases.
+    # As in llama.cpp: without the key, a first token is added in these two cases.
     add_bos = get("add_bos_token", model == "llama" or _SPLITS.get(get("pre")) is _LLAMA3)
     _add_ends(backend, special["bos"] if add_bos else None, special["eos"] if get("add_eos_token") else None)
     return _transformers().PreTrainedTokenizerFast(
@@ -101,11 +101,11 @@ def from_gguf(metadata: dict[str, Any], where: str) -> Any:
 
 
 def save_tokenizer(tokenizer: Any, path: Path) -> None:
-    """Writes the tokenizer's files, chat template included, so that transformers v4 and v5 both read them."""
+    """Write the tokenizer's files, with the chat template, so that both transformers v4 and v5 read them."""
     tokenizer.save_pretrained(path)
     where = path / "tokenizer_config.json"
     settings = json.loads(where.read_text(encoding="utf-8"))
-    # v5 writes a class and a list that v4 does not know; v5 reads the older names too.
+    # v5 writes a class and a list that v4 does not know. v5 reads the older names too.
     if settings.get("tokenizer_class") == "TokenizersBackend":
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     if isinstance(settings.get("extra_special_tokens"), list):
@@ -121,7 +121,7 @@ def _byte_level(tokens: list[str], merges: list[str], pre: str, where: str) -> A
     split = _SPLITS[pre]
     vocab = {token: i for i, token in enumerate(tokens)}
     pairs = [tuple(merge.split(" ", 1)) for merge in merges]
-    # Llama 3 takes a piece that is itself a token as it is, without asking the merges.
+    # In Llama 3, a pre-token that is a token is kept as it is, without merges.
     backend = Tokenizer(models.BPE(vocab, pairs, ignore_merges=split is _LLAMA3))
     if split is _QWEN2:
         backend.normalizer = normalizers.NFC()
@@ -137,7 +137,7 @@ def _byte_level(tokens: list[str], merges: list[str], pre: str, where: str) -> A
 
 
 def _sentencepiece(tokens: list[str], scores: list[float], types: list[int], add_space: bool) -> Any:
-    """SentencePiece's BPE: the pair whose union scores highest merges first; unknown text falls to bytes."""
+    """SentencePiece's BPE: the pair whose union has the highest score merges first; unknown text becomes bytes."""
     from tokenizers import Tokenizer, decoders, models, normalizers
 
     vocab = {token: i for i, token in enumerate(tokens)}
@@ -162,7 +162,7 @@ def _sentencepiece(tokens: list[str], scores: list[float], types: list[int], add
 
 
 def _add_ends(backend: Any, first: str | None, last: str | None) -> None:
-    """Encoding with special tokens puts `first` before and `last` after the text; None puts nothing."""
+    """Make encoding with special tokens add `first` before and `last` after the text; None adds nothing."""
     from tokenizers import processors
 
     ends = [(token, backend.token_to_id(token)) for token in (first, last) if token is not None]
@@ -173,7 +173,7 @@ def _add_ends(backend: Any, first: str | None, last: str | None) -> None:
 
 
 def _transformers() -> Any:
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that torch is missing is no news
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # a missing torch is expected
     import transformers
 
     return transformers

@@ -1,9 +1,9 @@
-"""Many hosts, one program: every process runs the same Python on the same numbers, and the arrays are shared.
+"""Runs on several hosts: every process executes the same Python program on the same values and shares its arrays.
 
-Each process drives its own devices. What is decided on a host is decided on the first and told to the others
-(`on_first`), or is the same everywhere; what is worked on in shares is put together again (`gather`). Only the
-first process writes files; checkpoints are written by all of them. A process that has to stop takes the others
-with it: each hears of it within `HEARTBEAT` seconds, wherever it waits.
+Each process drives its own devices. A decision that depends on the host is made in the first process and sent to the
+others (`on_first`). Work that is divided among the processes (`share`) is collected again (`gather`). Only the first
+process writes files, except for checkpoints, which all processes write together. If one process stops, all others stop
+within `HEARTBEAT` seconds, whatever they are waiting for.
 """
 
 import atexit
@@ -20,26 +20,26 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax._src import distributed  # its client's store has no public name
+from jax._src import distributed  # the client's key-value store has no public name
 
 from lpo_jax.errors import RunStopped, UserError
 from lpo_jax.parallel.presence import SILENCE, Presence
 
-# Started by hand: the first process's address, how many there are, and which one this is.
+# Variables that start a job by hand: the address of the first process, the number of processes, and this one's index.
 BY_HAND = ("LPO_COORDINATOR", "LPO_NUM_PROCESSES", "LPO_PROCESS_ID")
-HEARTBEAT = 20  # seconds without a sign of life after which a process counts as gone
+HEARTBEAT = 20  # seconds without a heartbeat after which a process counts as lost
 
-_presence: Presence | None = None  # of this process, in a job of several
+_presence: Presence | None = None  # of this process; None in a job of one process
 
 
-def start() -> None:
-    """Joins the processes of this job, if there are several. Call it before anything touches a device.
+def connect() -> None:
+    """Connect the processes of this job, if there are several. Call this before any device is used.
 
-    By hand through the variables `BY_HAND`; on Cloud TPU, under Slurm's `srun` and Open MPI's `mpirun` as jax
-    detects it. Elsewhere nothing happens.
+    The job is described by the variables in `BY_HAND`, or detected by JAX on Cloud TPU, under Slurm's `srun` and under
+    Open MPI's `mpirun`. In all other cases this does nothing.
 
     Raises:
-      UserError: a variable is missing or makes no sense, or the first process cannot be reached.
+      UserError: a variable is missing or invalid, or the first process cannot be reached.
     """
     given = {name: os.environ[name] for name in BY_HAND if os.environ.get(name)}
     if jax.distributed.is_initialized() or not (given or _in_cluster()):
@@ -55,42 +55,42 @@ def start() -> None:
 
 
 def phase(name: str) -> None:
-    """Says what this process is doing (`verifying`), for the others to report should it end."""
+    """Set what this process is doing, such as "verifying". The other processes report it if this one ends."""
     if _presence is not None:
         _presence.phase = name
 
 
 def require_devices() -> None:
-    """Opens the devices. Call it before long work begins, and after `start`.
+    """Initialise the devices. Call this after `start` and before long work begins.
 
     Raises:
-      UserError: the platform that JAX_PLATFORMS names is not here.
+      UserError: the platform named by JAX_PLATFORMS is not available.
     """
     try:
         jax.devices()
     except Exception as error:  # RuntimeError, or AssertionError for a platform whose plugin is missing
         wanted = jax.config.jax_platforms
         reason = str(error).strip().partition("\n")[0].partition(" (set ")[0] or "it is not installed"
-        jax.config.update("jax_platforms", "")  # what jax would take by itself
+        jax.config.update("jax_platforms", "")  # let JAX choose
         found = ", ".join(sorted({device.platform for device in jax.devices()}))
         raise UserError(
             f"JAX_PLATFORMS = {wanted}: cannot be used here ({reason[:200]}); available is {found}: set it to that, or "
-            "not at all"
+            "unset it"
         ) from None
 
 
 def many() -> bool:
-    """Whether this job has several processes."""
+    """Return whether this job has several processes."""
     return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
-def first() -> bool:
-    """Whether this process is the one that decides and writes."""
+def is_first() -> bool:
+    """Return whether this process is the first, which makes decisions and writes files."""
     return not many() or jax.process_index() == 0
 
 
 def share(n: int) -> slice:
-    """This process's part of n things; the parts are contiguous and in the order of the processes."""
+    """Return this process's part of n items. The parts are contiguous and in the order of the processes."""
     if not many():
         return slice(0, n)
     i, count = jax.process_index(), jax.process_count()
@@ -98,7 +98,7 @@ def share(n: int) -> slice:
 
 
 def gather(value: Any) -> list[Any]:
-    """What every process gives (anything that pickles), in their order; all must call this together."""
+    """Collect one picklable value from every process, in process order. All processes must call this together."""
     if not many():
         return [value]
     from jax.experimental import multihost_utils
@@ -110,17 +110,17 @@ def gather(value: Any) -> list[Any]:
     return [pickle.loads(row[:size].tobytes()) for row, size in zip(received, sizes)]
 
 
-def join(shares: list[Any]) -> list[Any]:
-    """The lists of all processes, each holding those of its own `share`, as one."""
+def gather_lists(shares: list[Any]) -> list[Any]:
+    """Concatenate the lists of all processes, each of which holds the results of its own `share`."""
     return [item for part in gather(shares) for item in part]
 
 
 def on_first(function: Callable[[], Any]) -> Any:
-    """Runs `function` in the first process; its result, or the `UserError` it raised, comes out in all."""
+    """Run `function` in the first process only, and return its result or raise its `UserError` in all processes."""
     if not many():
         return function()
     outcome = None
-    if first():
+    if is_first():
         try:
             outcome = function(), None
         except UserError as error:
@@ -132,7 +132,7 @@ def on_first(function: Callable[[], Any]) -> Any:
 
 
 def to_host(tree: Any) -> Any:
-    """The whole arrays of a tree as numpy, in every process."""
+    """Copy every array of a tree, complete, to numpy in every process."""
     if not many():
         return jax.device_get(tree)
     whole = jax.sharding.NamedSharding(jax.sharding.get_mesh(), jax.sharding.PartitionSpec())
@@ -141,9 +141,10 @@ def to_host(tree: Any) -> Any:
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """A block that all processes leave together: where one cannot go on, it says why and ends at once.
+    """Context manager that ends this process at once if its body raises, so that the other processes can stop too.
 
-    A process that only raised would wait for the others at its exit, and they for it in their next step.
+    The reason is printed and sent to the other processes. If this process only raised the exception, it would wait for
+    the others in its exit handlers while they wait for it in their next collective.
     """
     try:
         yield
@@ -163,26 +164,32 @@ def together() -> Iterator[None]:
                 stream.flush()
         if _presence is not None:
             if isinstance(error, jax.errors.JaxRuntimeError):
-                time.sleep(
-                    SILENCE + 2
-                )  # it may be all that is left of another process, which is then known of
+                # The error may be a consequence of another process's death; wait until that death is detected.
+                time.sleep(SILENCE + 2)
             _presence.leave(reason)
         os._exit(2 if isinstance(error, UserError) else 1)
 
 
 def _announce() -> None:
-    """Lets the other processes know of this one, if there are any."""
+    """Start to exchange heartbeats with the other processes, if there are any."""
     global _presence
     client = getattr(distributed.global_state, "client", None)
     if client is None or not many():
         return
     _presence = Presence(client, jax.process_index(), jax.process_count())
     _presence.start()
-    atexit.register(_presence.leave)  # before jax leaves the job, which it does in its own exit handler
+    atexit.register(_presence.leave)  # runs before JAX's own exit handler, which leaves the job
 
 
 class Silent:
-    """In the place of a writer or a progress line, in processes that write and show nothing."""
+    """Stands in for a writer or a progress display in processes that write and display nothing.
+
+    Args:
+      of: the class that it stands in for. Its methods do nothing here, and other names raise `AttributeError`.
+    """
+
+    def __init__(self, of: type):
+        self._of = of
 
     def __enter__(self):
         return self
@@ -191,6 +198,7 @@ class Silent:
         return None
 
     def __getattr__(self, name: str) -> Callable[..., None]:
+        getattr(self._of, name)
         return lambda *args, **kwargs: None
 
 
@@ -213,7 +221,7 @@ def _by_hand(given: dict[str, str]) -> dict[str, Any]:
 
 
 def _in_cluster() -> bool:
-    """Whether something has started several of us, or we are on a Cloud TPU machine, which may be one of many."""
+    """Return whether a launcher started several processes, or this is a Cloud TPU machine, which may be one of many."""
     if (
         int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1
         or int(os.environ.get("OMPI_COMM_WORLD_SIZE", 1)) > 1

@@ -1,11 +1,13 @@
-"""Which mesh a run gets: chosen from its sizes or given in the config, and checked before anything is loaded.
+"""The device mesh of a run: derived from sizes or given in the config, and checked before anything is loaded.
 
-The rule, in the order in which an axis costs communication:
-  data    every minibatch is split over as many devices as divide its prompts; gradients are summed once an update
-  fsdp    as much of that split as the parameters with their optimizer need, so that each device holds a part:
-          layers are gathered as they run
-  tensor  what no prompt is left for, where it divides the heads: devices that compute a layer together
-One device has no mesh, and runs the program that it would without this file.
+The axes, in increasing order of communication cost, and how they are derived:
+  data    splits the prompts of a minibatch over devices that hold whole parameters; gradients are summed once per
+          update
+  fsdp    splits prompts too, and the parameters and optimizer state; layers are gathered as they run. It takes as few
+          devices of the data axis as are needed for the state to fit into memory
+  tensor  splits the heads, so that several devices compute a layer together. It takes the devices that are left when
+          there are more devices than prompts
+A single device has no mesh, and its program is the same as without this module.
 """
 
 import dataclasses
@@ -20,10 +22,10 @@ from lpo_jax.config import Config, MeshSection
 from lpo_jax.errors import UserError
 from lpo_jax.parallel.sharding import AXES
 
-# float32 parameter, gradient and the two moments of Adam.
+# Bytes per parameter of training: float32 parameter, gradient and the two moments of Adam.
 STATE_BYTES = 16
-# Shares of a device's memory that the state, and the weights that decode, may take; the rest is for activations,
-# keys and values.
+# Largest shares of a device's memory for the training state and for the sampler's weights. The rest is for activations
+# and the KV cache.
 STATE_SHARE, WEIGHTS_SHARE = 0.5, 0.4
 
 
@@ -43,7 +45,7 @@ class ModelSizes:
 
 @dataclasses.dataclass(frozen=True)
 class MeshSizes:
-    """How many devices lie along each axis; `decode_tensor` is the tensor axis while sampling."""
+    """The number of devices along each axis; `decode_tensor` is the tensor axis while sampling."""
 
     data: int
     fsdp: int
@@ -55,7 +57,7 @@ class MeshSizes:
         return self.data * self.fsdp * self.tensor
 
 
-def choose(
+def choose_mesh(
     given: MeshSection,
     devices: int,
     model: ModelSizes,
@@ -63,17 +65,18 @@ def choose(
     memory: float | None,
     weight_bytes: int = 4,
 ) -> MeshSizes:
-    """The mesh of a run.
+    """Choose the sizes of a run's mesh.
 
     Args:
-      given: the config's section; axes that are 0 are derived.
-      devices: how many there are. Where nothing is given, what no mesh can use is left idle.
-      prompts: of a minibatch.
-      memory: bytes of one device; None: unknown, and taken to be enough.
-      weight_bytes: of one parameter while sampling.
+      given: the config's section. Axes that are 0 are derived.
+      devices: the number of devices. If no axis is given, devices that no mesh can use stay idle.
+      model: the sizes of the model.
+      prompts: prompts in a minibatch.
+      memory: bytes of memory of one device. None: unknown, and assumed to be enough.
+      weight_bytes: bytes of one parameter while sampling.
 
     Raises:
-      UserError: the given axes do not multiply to the devices, or do not divide heads or prompts.
+      UserError: the product of the given axes is not the number of devices, or they do not divide heads or prompts.
     """
     asked = (given.data, given.fsdp, given.tensor)
     if any(asked):
@@ -84,23 +87,23 @@ def choose(
     return dataclasses.replace(sizes, decode_tensor=_decode_tensor(sizes, model, memory, weight_bytes))
 
 
-def build(sizes: MeshSizes, devices: list | None = None) -> Mesh:
-    """The mesh of these sizes, over the first devices."""
+def build_mesh(sizes: MeshSizes, devices: list | None = None) -> Mesh:
+    """Build a mesh of these sizes from the first devices."""
     devices = (jax.devices() if devices is None else devices)[: sizes.devices]
     return Mesh(arrange(sizes, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def arrange(sizes: MeshSizes, devices: list) -> np.ndarray:
-    """The devices `[data, fsdp, tensor]`: neighbours along `tensor` are neighbours in the machine.
+    """Arrange devices as `[data, fsdp, tensor]`, so that neighbours along `tensor` are neighbours in the machine.
 
-    Of several slices, which only a slow network connects, each holds parts of `data` of its own.
+    If there are several slices, which only a slow network connects, only the data axis crosses slices.
 
     Raises:
-      UserError: `data` does not divide into the slices.
+      UserError: the data axis is not a multiple of the number of slices.
     """
     shape = (sizes.data, sizes.fsdp, sizes.tensor)
     slices = len({getattr(device, "slice_index", 0) for device in devices})
-    # jax.make_mesh refuses axes that are no product of whole axes of the torus, such as 8 x 8 on 4 x 4 x 4.
+    # `jax.make_mesh` refuses axes that are not products of whole torus axes, such as 8 x 8 on 4 x 4 x 4.
     if slices == 1:
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     if sizes.data % slices:
@@ -114,10 +117,10 @@ def arrange(sizes: MeshSizes, devices: list) -> np.ndarray:
 
 
 def open_mesh(config: Config, model: ModelSizes) -> tuple[MeshSizes, Mesh | None]:
-    """The mesh of a run on this machine's devices, or pod's; None where it has a single one.
+    """Choose and build the mesh of a run on the available devices. The mesh is None if it has a single device.
 
     Raises:
-      UserError: as `choose`; or several hosts whose devices cannot all be used.
+      UserError: as in `choose_mesh`, or there are several hosts and not all of their devices can be used.
     """
     there = jax.device_count()
     if config.mesh.devices > there:
@@ -126,17 +129,17 @@ def open_mesh(config: Config, model: ModelSizes) -> tuple[MeshSizes, Mesh | None
     prompts = config.training.prompts_per_step // config.training.updates_per_step
     stats = jax.local_devices()[0].memory_stats() or {}
     itemsize = np.dtype(jax.numpy.dtype(config.model.dtype)).itemsize
-    sizes = choose(config.mesh, devices, model, prompts, stats.get("bytes_limit"), itemsize)
+    sizes = choose_mesh(config.mesh, devices, model, prompts, stats.get("bytes_limit"), itemsize)
     if jax.process_count() > 1 and sizes.devices < there:
         raise UserError(
-            f"mesh: {sizes.devices} of {there} devices would work, and those of some hosts not at all; "
+            f"mesh: only {sizes.devices} of {there} devices would be used, which leaves hosts without work; "
             f"choose training.prompts_per_step / training.updates_per_step ({prompts}) to be a multiple of {there}"
         )
-    return sizes, build(sizes) if sizes.devices > 1 else None
+    return sizes, build_mesh(sizes) if sizes.devices > 1 else None
 
 
 def _complete(asked, devices: int, model: ModelSizes, prompts: int, memory) -> MeshSizes:
-    """The axes that were given, and for the others what the devices leave: tensor 1, fsdp as memory asks."""
+    """Derive the axes that are not given: tensor is 1 unless the others leave devices over, fsdp depends on memory."""
     data, fsdp, tensor = asked
     tensor = tensor or (devices // (data * fsdp) if data and fsdp else 1) or 1
     left = max(devices // (tensor * (data or 1) * (fsdp or 1)), 1)
@@ -168,7 +171,7 @@ def _check(sizes: MeshSizes, devices: int, model: ModelSizes, prompts: int) -> N
 
 
 def _derive(devices: int, model: ModelSizes, prompts: int, memory: float | None) -> MeshSizes | None:
-    """The mesh of exactly this many devices by the rule above; None where there is none."""
+    """Derive a mesh of exactly this many devices by the rules above; None if there is none."""
     for tensor in range(1, devices + 1):
         shards = devices // tensor
         if devices % tensor == 0 and model.common_heads % tensor == 0 and prompts % shards == 0:
@@ -178,14 +181,14 @@ def _derive(devices: int, model: ModelSizes, prompts: int, memory: float | None)
 
 
 def _fsdp(shards: int, tensor: int, model: ModelSizes, memory: float | None) -> int:
-    """The fewest parts, of `shards`, whose share of parameters and optimizer fits; all where none does."""
+    """The smallest divisor of `shards` for which parameters and optimizer state fit; `shards` if none does."""
     state = STATE_BYTES * model.num_params / tensor
     fits = lambda n: memory is None or state / n <= STATE_SHARE * memory  # noqa: E731
     return next((n for n in range(1, shards + 1) if shards % n == 0 and fits(n)), shards)
 
 
 def _decode_tensor(sizes: MeshSizes, model: ModelSizes, memory: float | None, weight_bytes: int) -> int:
-    """The fewest devices whose shares of the sampler's weights fit, dividing the heads; 1: whole weights."""
+    """The smallest number of devices, a divisor of the heads, over which the sampler's weights fit."""
     allowed = [
         n for n in range(1, sizes.devices + 1) if sizes.devices % n == 0 and model.common_heads % n == 0
     ]

@@ -1,10 +1,10 @@
-"""What the processes of a job know of one another: that each is there, what it is doing, and why it ended.
+"""Heartbeats between the processes of a job: whether each is alive, what it is doing, and why it ended.
 
-Each process writes a line about itself into the store of jax's coordination service every `BEAT` seconds and reads the
-others'. A process that ends with an error leaves its reason there, and the others end at once with that reason. One
-that was killed leaves nothing: after `SILENCE` seconds the others say which it is and what it was doing, a few seconds
-before jax's runtime ends them with a message that says neither. Where the first process was killed the store is gone
-with it, and the runtime's message is all there is.
+Every `BEAT` seconds each process writes a status to the key-value store of JAX's coordination service and reads the
+others' statuses. A process that ends with an error writes the reason, and the others report it and end at once. A
+process that was killed writes nothing. After `SILENCE` seconds the others report its index and last phase, a few
+seconds before the JAX runtime ends them with a message that contains neither. If the first process was killed, the
+store is lost too, and only the runtime's message remains.
 """
 
 import contextlib
@@ -17,18 +17,19 @@ from collections.abc import Callable
 from typing import Any
 
 BEAT = 1.0
-SILENCE = 10.0  # less than `hosts.HEARTBEAT`, at which the runtime ends the process
+SILENCE = 10.0  # less than `hosts.HEARTBEAT`, after which the runtime ends the process
 FOLDER = "lpo/presence"
 
 
 class Presence:
-    """Of one process. `phase` is what it is doing, for the others' messages.
+    """The heartbeat of one process. Set `phase` to what the process is doing; the others report it.
 
     Args:
-      store: jax's distributed client, or what has its `key_value_set` and `key_value_dir_get`.
-      index, count: of this process, and how many there are.
-      end: called where another process has ended with an error; ends this one.
-      clock: seconds, for tests.
+      store: JAX's distributed client, or an object with its `key_value_set` and `key_value_dir_get`.
+      index: the index of this process.
+      count: the number of processes.
+      end: ends this process with an exit status; called when another process has ended with an error.
+      clock: returns seconds; tests replace it.
     """
 
     def __init__(
@@ -42,62 +43,65 @@ class Presence:
         self.phase = "starting"
         self._store, self._index, self._count, self._end, self._clock = store, index, count, end, clock
         self._beats = 0
-        self._heard: dict[int, tuple[dict, float]] = {}  # process -> its last line, and when it changed
+        self._last: dict[
+            int, tuple[dict[str, Any], float]
+        ] = {}  # process -> its last status, and when it changed
         self._silent: set[int] = set()
         self._stopped = threading.Event()
 
     def start(self) -> None:
-        """Writes and reads in a thread of its own until `leave`."""
+        """Start a daemon thread that calls `beat` every `BEAT` seconds until `leave`."""
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def leave(self, reason: str | None = None) -> None:
-        """The last line of this process: it has done its part, or it ends with an error for this reason."""
+        """Write the last status of this process: it has finished, or it ends with an error for this reason."""
         self._stopped.set()
-        with contextlib.suppress(Exception):  # the service may be gone, which the runtime reports
+        with contextlib.suppress(Exception):  # the service may be gone; the runtime reports that
             self._write(ended="with an error" if reason else "well", reason=reason)
         if reason:
             time.sleep(
                 3 * BEAT
-            )  # the store ends with the first process; the others read the reason until then
+            )  # the store ends with the first process; leave the others time to read the reason
 
     def beat(self) -> None:
-        """Writes a line, and reads the others'."""
+        """Write this process's status and read the others'."""
         self._beats += 1
         self._write()
         now = self._clock()
         for key, text in self._store.key_value_dir_get(FOLDER):
-            other, line = int(key.rpartition("/")[2]), json.loads(text)
+            other, status = int(key.rpartition("/")[2]), json.loads(text)
             if other != self._index:
-                self._hear(other, line, now)
+                self._check(other, status, now)
 
-    def _hear(self, other: int, line: dict, now: float) -> None:
-        before, since = self._heard.get(other, (None, now))
-        if line != before:
-            self._heard[other] = line, now
+    def _check(self, other: int, status: dict[str, Any], now: float) -> None:
+        """Compare a status with the previous one of that process; report its end or its silence."""
+        before, since = self._last.get(other, (None, now))
+        if status != before:
+            self._last[other] = status, now
             since = now
         name = f"process {other} of {self._count}"
-        if line.get("ended") == "with an error":
-            _say(f"{name} ended while it was {line['phase']}: {line['reason']}; so this one ends too")
+        if status.get("ended") == "with an error":
+            _report(f"{name} ended while it was {status['phase']}: {status['reason']}; so this one ends too")
             self._end(1)
-        elif not line.get("ended") and now - since > SILENCE and other not in self._silent:
+        elif not status.get("ended") and now - since > SILENCE and other not in self._silent:
             self._silent.add(other)
-            _say(
-                f"{name} has given no sign of life for {SILENCE:.0f} s and was {line['phase']} when last heard of; if "
+            _report(
+                f"{name} has sent no heartbeat for {SILENCE:.0f} s and was {status['phase']} in its last one; if "
                 "it was killed, this one ends in a moment: start all of them again with --resume"
             )
 
     def _write(self, **more: Any) -> None:
-        line = {"beat": self._beats, "phase": self.phase, **more}
-        self._store.key_value_set(f"{FOLDER}/{self._index}", json.dumps(line), allow_overwrite=True)
+        status = {"beat": self._beats, "phase": self.phase, **more}
+        self._store.key_value_set(f"{FOLDER}/{self._index}", json.dumps(status), allow_overwrite=True)
 
     def _run(self) -> None:
         while not self._stopped.wait(BEAT):
             try:
                 self.beat()
-            except Exception:  # of the service, which is ending: the runtime ends this process too
+            except Exception:  # the service is ending, and the runtime ends this process too
                 return
 
 
-def _say(line: str) -> None:
+def _report(line: str) -> None:
     print(f"lpo: {line}", file=sys.stderr, flush=True)

@@ -1,13 +1,13 @@
-"""Which axis of an array lies along which axis of the device mesh: one table for everything.
+"""Sharding rules: one table maps the logical axes of arrays to the axes of the device mesh.
 
-The mesh (`lpo_jax.parallel.mesh`) has three axes. `data` splits the prompts and nothing else. `fsdp` splits the
-prompts too, and the parameters with their optimizer state, of which each layer is gathered when it runs.
-`tensor` splits heads, feed-forward and vocabulary, so that a layer is computed by several devices together.
-Arrays carry no shardings of their own: the code names axes (`constrain`), the table places them, and the
-compiler puts in the communication. Without a mesh all of this does nothing.
+The mesh (`lpo_jax.parallel.mesh`) has three axes. `data` splits only the prompts. `fsdp` splits the prompts, the
+parameters and the optimizer state; each layer's parameters are gathered when the layer runs. `tensor` splits heads,
+feed-forward and vocabulary, so that several devices compute a layer together. Code names the logical axes of an array
+(`constrain`), the table places them, and the compiler inserts the communication. Without a mesh, all functions here
+are identities.
 
-Decoding reads every weight for each token, so nothing may be gathered there: `decode_mesh` lays the same
-devices out without `fsdp`, and the same table then keeps weights whole, or split over `tensor` alone.
+Decoding reads every weight for each token, so no weight may be gathered there. `decode_mesh` arranges the same devices
+without `fsdp`; by the same table, weights are then whole on every device or split over `tensor` alone.
 """
 
 import contextlib
@@ -21,11 +21,11 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor")
 
-# Logical axis -> mesh axes, outermost first. An axis that is not here is whole on every device.
+# Logical axis -> mesh axes, outermost first. An axis that is not listed is not split.
 RULES: Mapping[str, tuple[str, ...]] = {
-    "batch": ("data", "fsdp"),  # rows of activations: prompts, or packed rows of whole groups
+    "batch": ("data", "fsdp"),  # rows of activations: prompts, or packed rows of groups
     "vocab": ("tensor",),
-    "embed": ("fsdp",),  # D of a weight; activations keep D whole and leave it unnamed
+    "embed": ("fsdp",),  # the model width of a weight; that of activations is not split and not named
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "ffn": ("tensor",),
@@ -33,18 +33,18 @@ RULES: Mapping[str, tuple[str, ...]] = {
 
 
 def current_mesh() -> AbstractMesh | None:
-    """The mesh of `jax.set_mesh` around this code; None without one."""
+    """Return the mesh set by `jax.set_mesh`, or None."""
     mesh = jax.sharding.get_abstract_mesh()
     return None if mesh.empty else mesh
 
 
 def batch_shards() -> int:
-    """How many parts the prompts of a batch lie in: 1 without a mesh. Under `shard_map`, of this shard's own."""
+    """Return the number of shards of the batch axis: 1 without a mesh. Inside `shard_map`, those within this shard."""
     return _size(current_mesh(), RULES["batch"])
 
 
 def spec(mesh: Mesh | AbstractMesh, names: tuple[str | None, ...], shape: tuple[int, ...]) -> PartitionSpec:
-    """Where the axes `names` of an array of this shape lie. An axis that does not divide evenly stays whole."""
+    """Return the partition spec of an array with these logical axes. Axes that do not divide evenly are not split."""
     entries = []
     for name, size in zip(names, shape, strict=True):
         axes = tuple(a for a in RULES.get(name, ()) if _size(mesh, (a,)) > 1)
@@ -53,7 +53,7 @@ def spec(mesh: Mesh | AbstractMesh, names: tuple[str | None, ...], shape: tuple[
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-    """`x`, laid out as the table says of its axes' logical names; None: whole. Identity without a mesh."""
+    """Constrain the sharding of `x` to the table's for these logical axes. None: not split. Identity without a mesh."""
     mesh = current_mesh()
     if mesh is None:
         return x
@@ -61,10 +61,10 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
 
 
 def gathered(weight: jax.Array, dtype: Any, *names: str | None) -> jax.Array:
-    """A weight as products and look-ups want it: in `dtype`, and no longer split along `embed`.
+    """Cast a weight to `dtype` and gather its `embed` axis, before a product or a look-up.
 
-    Left to itself the compiler may move activations to the parts of the weight instead. Cast first, so that half
-    the bytes travel. Without a mesh: the weight as it is.
+    Without this constraint, the compiler may move activations to the shards of the weight instead. The weight is cast
+    first, so that a bfloat16 product gathers half the bytes. Without a mesh, the weight is returned as it is.
     """
     if current_mesh() is None:
         return weight
@@ -72,14 +72,15 @@ def gathered(weight: jax.Array, dtype: Any, *names: str | None) -> jax.Array:
 
 
 def summed(function: Callable, axes: tuple[str, ...], dim: int) -> Callable:
-    """`function(weights, batch) -> (total, outputs)` on each shard of a batch by itself, totals added once.
+    """Transform `function(weights, batch) -> (total, outputs)` to run on each shard of the batch and sum totals once.
 
-    Where the compiler splits a loop that adds up gradients, it adds up over the devices in every turn. Here each
-    shard runs the loop on its own rows, and the devices speak once, at the end.
+    If the compiler partitions a loop that accumulates gradients, it sums over the devices in every iteration. Here each
+    shard runs the loop on its own rows, and the devices communicate once, after the loop.
 
     Args:
-      axes: of the mesh, that the batch is split along; those that are taken already are left as they are.
-      dim: of the batch axis in the arrays of `batch` and `outputs`.
+      function: the function; it must be linear in the batch, in the sense that totals of shards can be added.
+      axes: the mesh axes that the batch is split along. Axes that an enclosing `shard_map` has taken are ignored.
+      dim: the batch axis of the arrays in `batch` and `outputs`.
     """
     axes = _free(axes)
     if not axes:
@@ -95,9 +96,9 @@ def summed(function: Callable, axes: tuple[str, ...], dim: int) -> Callable:
 
 
 def look_up(table: jax.Array, index: jax.Array) -> jax.Array:
-    """`table[index]`, of an index whose first axis is a batch's; each shard looks up its own.
+    """Return `table[index]` for an index whose first axis is the batch; each shard looks up its own rows.
 
-    Left to itself the compiler gathers all rows of the batch to make the table's gradient.
+    Without this, the compiler gathers all rows of the batch to compute the gradient of the table.
     """
     axes = _free(RULES["batch"])
     if not axes or index.shape[0] % batch_shards():
@@ -108,9 +109,10 @@ def look_up(table: jax.Array, index: jax.Array) -> jax.Array:
 
 
 def on_each_shard(function: Callable, *arrays: Any) -> Any:
-    """`function(*arrays)`, of trees of arrays whose first axes are a batch's: each shard by itself, with its own part.
+    """Apply `function` to each shard of the batch, the first axis of all arrays, by itself.
 
-    So indices into a batch are a shard's own, and nothing moves from device to device. Without a mesh: of the whole.
+    Indices into the batch are therefore relative to the shard, and no data moves between devices. Without a mesh,
+    `function` is applied to the whole arrays.
     """
     axes = _free(RULES["batch"])
     if not axes:
@@ -120,34 +122,36 @@ def on_each_shard(function: Callable, *arrays: Any) -> Any:
 
 
 def whole(tree: Any) -> Any:
-    """Every array of a tree whole on every device, where any host can read it; for small ones."""
+    """Replicate every array of a tree on all devices, so that any host can read it. Use it for small arrays."""
     if current_mesh() is None:
         return tree
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, PartitionSpec()), tree)
 
 
 def using(mesh: Mesh | None) -> Any:
-    """`jax.set_mesh(mesh)` for the length of a `with`; None: as it is."""
+    """Return a context manager that sets the mesh; None leaves the current one."""
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
 def decode_mesh(mesh: Mesh, tensor: int = 1) -> Mesh:
-    """The same devices in the same order with every weight split over `tensor` of them, and no `fsdp`.
+    """Return the mesh for sampling: the same devices in the same order, without `fsdp`.
 
     Args:
-      tensor: 1 where the weights fit on one device, else a divisor of the number of devices.
+      mesh: the mesh for training.
+      tensor: the number of devices that every weight is split over: 1 if the weights fit on one device, else a divisor
+        of the number of devices.
     """
     return Mesh(np.reshape(mesh.devices, (-1, 1, tensor)), mesh.axis_names, axis_types=mesh.axis_types)
 
 
 def _free(axes: tuple[str, ...]) -> tuple[str, ...]:
-    """Those of more than one device that are the compiler's to split."""
+    """The axes that have more than one device and that no enclosing `shard_map` has taken."""
     mesh = current_mesh()
     return tuple(axis for axis in axes if _size(mesh, (axis,)) > 1)
 
 
 def _size(mesh: Mesh | AbstractMesh | None, axes: tuple[str, ...]) -> int:
-    """Devices along some axes; an axis that `shard_map` has taken over counts once."""
+    """The number of devices along some axes; an axis taken by an enclosing `shard_map` counts as one."""
     if mesh is None:
         return 1
     manual = getattr(mesh, "manual_axes", ())

@@ -1,4 +1,4 @@
-"""Which data devices exchange in a compiled program: every collective, its place in loops and how often it runs."""
+"""The collectives of a compiled program: what devices exchange, in which loops, and how often."""
 
 import dataclasses
 import math
@@ -23,12 +23,12 @@ class Collective:
 
     Attributes:
       kind: one of `KINDS`.
-      shape: of its result on one device, as XLA writes it; several when operations were combined.
-      bytes: of that result.
-      devices: how many exchange with each other; 0 where the text does not say.
-      in_loop: how many loops it stands in.
-      times: how often it runs, with the turns of the loops that it stands in.
-      source: where in the Python program it comes from, as far as XLA remembers.
+      shape: the shape of its result on one device, as XLA prints it; several if operations were combined.
+      bytes: the size of that result.
+      devices: the number of devices in a group; 0 if the text does not contain it.
+      in_loop: the number of loops around it.
+      times: how often it runs, given the iterations of these loops.
+      source: the operation in the Python program, if XLA has recorded it.
     """
 
     kind: str
@@ -41,7 +41,7 @@ class Collective:
 
 
 def collectives(program: Program) -> list[Collective]:
-    """All of a compiled program, in the order of its text."""
+    """Return all collectives of a compiled program, in the order of its text."""
     return [
         Collective(
             kind,
@@ -59,14 +59,14 @@ def collectives(program: Program) -> list[Collective]:
 
 
 _SOURCE = re.compile(r'op_name="([^"]*)"')
-# Groups of devices come in three forms: {{0,1},{2,3}}, [2,2]<=[4], and mesh['a'=2,'b'=2] {'a', 'b':(1)2}.
+# Groups of devices are printed in three forms: {{0,1},{2,3}}, [2,2]<=[4], and mesh['a'=2,'b'=2] {'a', 'b':(1)2}.
 _LISTED = re.compile(r"replica_groups=\{\{([\d,]*)\}")
 _IOTA = re.compile(r"replica_groups=\[\d+,(\d+)\]")
 _MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}")
 
 
 def _received(i: Instruction) -> tuple[Array, ...]:
-    """The results of a collective; of an asynchronous one without its operands and tokens."""
+    """The results of a collective, without the operands and tokens in the tuple of an asynchronous one."""
     if i.opcode == "collective-permute-start":
         return i.arrays[1:2]  # (operand, result, two tokens)
     if i.opcode.endswith("-start") and i.opcode != "all-reduce-start":
@@ -75,7 +75,7 @@ def _received(i: Instruction) -> tuple[Array, ...]:
 
 
 def _devices(attributes: str) -> int:
-    """How many devices are in a group."""
+    """The number of devices in a group."""
     if match := _LISTED.search(attributes):
         return len(match[1].split(","))
     if match := _IOTA.search(attributes):

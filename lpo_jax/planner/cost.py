@@ -1,12 +1,12 @@
-"""What a compiled program does on one device, read from its text: matrix arithmetic and memory traffic.
+"""The cost of a compiled program on one device, read from its text: matrix FLOPs and memory traffic.
 
-XLA's own `cost_analysis` counts the body of a loop once, however often it runs, and a training step is a scan over
-microbatches around a scan over layers. Here a loop counts as often as its condition says. With every loop counted
-once, the arithmetic agrees with `cost_analysis` up to element-wise operations (a test holds it to that).
+XLA's `cost_analysis` counts the body of a loop once, however often it runs, and a training step is a scan over
+microbatches around a scan over layers. Here the body of a loop is multiplied by its number of iterations. If every loop
+is counted once, the FLOPs agree with `cost_analysis` up to element-wise operations, which a test checks.
 
-Counted: FLOPs of `dot` and `convolution` (the form that matrix products take on a TPU; of a Pallas kernel the text
-says nothing); bytes of the operands and results of every fused operation that lie in the device's main memory,
-slices by the part that is touched. What devices exchange is in `collectives`.
+FLOPs are those of `dot` and `convolution`, which matrix products become on a TPU; the text does not contain those of
+Pallas kernels. Bytes are those of the operands and results of every fused operation in main memory; for slices, only
+the part that is accessed. Communication between devices is in `collectives`.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ import numpy as np
 
 from lpo_jax.planner.hlo import Array, Instruction, Program
 
-# Operations without traffic of their own: they name, group or await what others have moved.
+# Operations without memory traffic: they name, group or await the results of others.
 _FREE = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call"),
     *("after-all", "partition-id", "replica-id", "opt-barrier", "iota", "add-dependency", "domain"),
@@ -28,22 +28,23 @@ _FREE = {
 
 @dataclasses.dataclass
 class Cost:
-    """Of one device: matrix FLOPs, and bytes from and to main memory."""
+    """Matrix FLOPs of one device, and bytes that it reads from and writes to main memory."""
 
     flops: float = 0.0
     bytes: float = 0.0
 
     def add(self, other: "Cost", times: int = 1) -> None:
-        """Adds `times` runs of `other`."""
+        """Add the cost of `times` runs of `other`."""
         self.flops += times * other.flops
         self.bytes += times * other.bytes
 
 
 def program_cost(program: Program, loops_once: bool = False) -> Cost:
-    """What an optimized program does in one run.
+    """Compute the cost of one run of an optimised program.
 
     Args:
-      loops_once: count every loop's body once, as XLA does.
+      program: the program.
+      loops_once: count the body of every loop once, as XLA does.
     """
     return _Reader(program, loops_once).cost()
 
@@ -58,14 +59,14 @@ class _Reader:
         return self.of(self.program.entry, True)
 
     def _of(self, name: str, traffic: bool) -> Cost:
-        """Of a computation; inside a fusion (`traffic` False) nothing goes through main memory."""
+        """The cost of a computation. Inside a fusion (`traffic` False) there is no traffic to main memory."""
         total = Cost()
         instructions = self.program.computations[name]
         for i in instructions.values():
             called = i.called
             if i.opcode == "while":
-                turns = 1 if self.loops_once else self.program.turns(i)
-                total.add(self.of(called["body"], traffic), turns)
+                iterations = 1 if self.loops_once else self.program.iterations(i)
+                total.add(self.of(called["body"], traffic), iterations)
             elif i.opcode == "conditional":
                 costs = (self.of(branch, traffic) for branch in i.branches)
                 total.add(max(costs, key=lambda c: (c.flops, c.bytes)))
@@ -88,10 +89,10 @@ class _Reader:
         if i.opcode == "dynamic-update-slice":
             return 2 * _main(operands[1].arrays)
         if i.opcode in ("copy-start", "slice-start"):
-            # From one memory to another. A copy names the destination first, a slice the source.
+            # Between two memories. The first result of a copy is the destination, and that of a slice the source.
             moved = i.arrays[i.opcode == "slice-start"]
             return moved.size * (moved.main + operands[0].arrays[0].main)
-        if i.opcode.endswith("-start"):  # the result names the source, the destination and a context
+        if i.opcode.endswith("-start"):  # the result has the source, the destination and a context
             return sum(_main(o.arrays) for o in operands) + _main(i.arrays[1:2])
         if fused is None:
             return _main(i.arrays) + sum(_main(o.arrays) for o in operands)
@@ -100,20 +101,20 @@ class _Reader:
         root = next(j for j in inner.values() if j.root)
         while root.opcode == "bitcast":
             root = inner[root.operands[0]]
-        if root.opcode == "dynamic-update-slice":  # in place: only the part
+        if root.opcode == "dynamic-update-slice":  # in place: only the updated part is written
             written = _main(inner[root.operands[1]].arrays) if _main(i.arrays) else 0.0
         read = (self._touched(fused, n) for n, operand in enumerate(operands) if _main(operand.arrays))
         return written + sum(read)
 
     def _touched(self, fused: str, number: int) -> float:
-        """Bytes of a fusion's input that are read: slices of it, unless something takes it whole."""
+        """Bytes of a fusion's input that are read: slices of it, unless an operation reads all of it."""
         inner = self.program.computations[fused].values()
         inputs = (j for j in inner if j.opcode == "parameter" and j.rest == str(number))
         return sum(self._read(j, inner) for j in inputs)
 
     def _read(self, array: Instruction, inner: Collection[Instruction]) -> float:
         whole = sum(a.size for a in array.arrays)
-        if array.root:  # handed on as it is
+        if array.root:  # returned unchanged
             return whole
         total = 0.0
         for user in inner:
@@ -152,9 +153,9 @@ def _matrix_flops(i: Instruction, instructions: dict[str, Instruction]) -> float
 
 
 def _meetings(inputs: int, kernel: int, outputs: int, window: dict[str, str]) -> int:
-    """Pairs of a kernel element and a real input element along one spatial axis.
+    """Count the pairs of a kernel element and a real input element along one spatial axis.
 
-    A batched product is a convolution whose padding and dilation leave one such pair per batch element.
+    A batched product is a convolution whose padding and dilation leave one such pair for each batch element.
     """
     low = int(re.match(r"-?\d+", window.get("pad", "0_0"))[0])
     number = lambda name: int(window.get(name, 1))  # noqa: E731

@@ -1,7 +1,7 @@
-"""The text of a compiled program, taken apart: its computations, their instructions, how often its loops run.
+"""A parser for the text of a compiled program: its computations, their instructions, and the iterations of loops.
 
-A text (`compiled.as_text()`) has one computation after another; loops, fusions and asynchronous operations name the
-computations that they run. `cost` and `collectives` walk them from the entry.
+The text (`compiled.as_text()`) is a list of computations. Loops, fusions and asynchronous operations refer to the
+computations that they run. `cost` and `collectives` walk them from the entry computation.
 """
 
 import dataclasses
@@ -17,7 +17,9 @@ class Array:
     """The type of a value.
 
     Attributes:
-      main: lies in main memory, not in a chip's own fast memory.
+      dtype: XLA's name of the element type.
+      dims: the shape.
+      main: whether the value is in main memory, and not in the chip's fast memory.
     """
 
     dtype: str
@@ -29,18 +31,22 @@ class Array:
 
     @property
     def size(self) -> int:
-        """Bytes; a predicate takes one, four-bit integers half of one."""
+        """The size in bytes; a predicate has one, and a four-bit integer half of one."""
         bits = _BITS.get(self.dtype) or int(re.sub(r"\D.*", "", self.dtype.lstrip("sufc")) or 0)
         return math.prod(self.dims) * bits // 8
 
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line `%name = type opcode(operands), attributes`.
+    """An instruction, from one line `%name = type opcode(operands), attributes`.
 
     Attributes:
-      arrays: of the result; several for a tuple.
-      rest: the attributes; of a parameter its number, of a constant its value.
+      name: its name.
+      arrays: the result; several for a tuple.
+      opcode: the operation.
+      operands: the names of the operands.
+      rest: the attributes; for a parameter its number, for a constant its value.
+      root: whether it is the result of its computation.
     """
 
     name: str
@@ -52,12 +58,12 @@ class Instruction:
 
     @property
     def called(self) -> dict[str, str]:
-        """Computations that it runs, by what they are to it (`body`, `calls`, ...)."""
+        """The names of the computations that it runs, by their role (`body`, `calls`, ...)."""
         return dict(_CALLED.findall(self.rest))
 
     @property
     def branches(self) -> list[str]:
-        """Computations of which a conditional runs one."""
+        """The names of the branches of a conditional."""
         if several := re.search(r"branch_computations=\{([^}]*)\}", self.rest):
             return re.findall(r"[\w.\-]+", several[1])
         return [name for key, name in self.called.items() if key in ("true_computation", "false_computation")]
@@ -65,49 +71,54 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """Attributes:
-    computations: by name, the instructions of each by their names.
-    entry: name of the one that runs first.
-    open_turns: what a loop is taken to run whose turns depend on data, as those of the decode loop.
+    """A compiled program.
+
+    Attributes:
+      computations: the instructions of each computation by name, by the name of the computation.
+      entry: the name of the computation that runs first.
+      open_iterations: the assumed iterations of loops whose number depends on data, such as the decode loop.
     """
 
     computations: dict[str, dict[str, Instruction]]
     entry: str
-    open_turns: int
+    open_iterations: int
 
-    def turns(self, loop: Instruction) -> int:
-        """How often a `while` runs: stated by the compiler (for CPU and GPU), or a counter from 0 compared with a
-        constant (for TPU)."""
+    def iterations(self, loop: Instruction) -> int:
+        """Return the iterations of a `while`.
+
+        The compilers for CPU and GPU state them; for TPU they follow from a counter that starts at 0 and is compared
+        with a constant.
+        """
         if stated := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.rest):
             return int(stated[1])
         instructions = self.computations[loop.called["condition"]]
         root = _root(instructions)
-        if root.opcode == "fusion":  # the comparison, with the constant as an operand or inside
+        if root.opcode == "fusion":  # the comparison, with the constant as an operand or inside the fusion
             inner = self.computations[root.called["calls"]]
             instructions = instructions | inner
             root = _root(inner)
         constants = [i for i in instructions.values() if i.opcode == "constant" and i.rest.isdigit()]
         if root.opcode == "compare" and "direction=LT" in root.rest and len(constants) == 1:
             return int(constants[0].rest)
-        return self.open_turns
+        return self.open_iterations
 
     def walk(self) -> Iterator[tuple[Instruction, int, int]]:
-        """Every instruction that runs, in the order of the text, with the loops it stands in and its runs."""
+        """Yield every instruction that runs, with the number of loops around it and how often it runs."""
         yield from self._walk(self.entry, 0, 1)
 
     def _walk(self, name: str, in_loop: int, times: int) -> Iterator[tuple[Instruction, int, int]]:
         for i in self.computations.get(name, {}).values():
             yield i, in_loop, times
             if i.opcode == "while":
-                yield from self._walk(i.called["body"], in_loop + 1, times * self.turns(i))
+                yield from self._walk(i.called["body"], in_loop + 1, times * self.iterations(i))
                 continue
             inner = (i.called[key] for key in ("calls", "to_apply") if key in i.called)
             for called in (*inner, *i.branches):
                 yield from self._walk(called, in_loop, times)
 
 
-def parse(text: str, open_turns: int = 1) -> Program:
-    """The program of a text that `jax.stages.Compiled.as_text` gave; `open_turns` as in `Program`."""
+def parse_hlo(text: str, open_iterations: int = 1) -> Program:
+    """Parse the text returned by `jax.stages.Compiled.as_text`; `open_iterations` as in `Program`."""
     computations: dict[str, dict[str, Instruction]] = {}
     entry, current = "", {}
     for line in text.splitlines():
@@ -116,7 +127,7 @@ def parse(text: str, open_turns: int = 1) -> Program:
             entry = header[2] if header[1] else entry
         elif instruction := _instruction(line):
             current[instruction.name] = instruction
-    return Program(computations, entry, open_turns)
+    return Program(computations, entry, open_iterations)
 
 
 def _root(instructions: dict[str, Instruction]) -> Instruction:
@@ -130,7 +141,7 @@ _LINE = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = ")
 
 
 def _instruction(line: str) -> Instruction | None:
-    """What a line says; None for what is no instruction."""
+    """Parse a line; None if it is not an instruction."""
     head = _LINE.match(line)
     if not head:
         return None

@@ -1,9 +1,8 @@
-"""`lpo plan`: whether a config fits a slice that nobody has paid for yet, how long a step takes there, and what would
-be better.
+"""`lpo plan`: whether a config fits into a slice, how long a step takes there, and which settings would be faster.
 
-A plan weighs settings: mesh, tokens in a microbatch, rematerialisation, rows sampled at once. The config's own is
-compiled phase by phase. Others are ranked by `roofline.estimate`, scaled by how the compiler's figures compare with
-the estimate for what has been compiled so far, and the best is compiled until one holds.
+A setting is a mesh, the tokens in a microbatch, rematerialisation, and the rows sampled at once. The config's own
+setting is compiled phase by phase. Other settings are ranked by `roofline.estimate_phases`, scaled by the ratio of
+compiled to estimated figures of the phases compiled so far, and the best are compiled until one fits.
 """
 
 import dataclasses
@@ -19,44 +18,53 @@ from lpo_jax.models.placement import model_sizes
 from lpo_jax.objectives import Objective
 from lpo_jax.parallel import mesh as meshes
 from lpo_jax.planner import roofline, topology
-from lpo_jax.planner.roofline import Phase, Setting, Sizes, Workload
+from lpo_jax.planner.roofline import Setting, Sizes, StepPhase, Workload
 from lpo_jax.planner.topology import Topology
 from lpo_jax.training.behaviour import choose_behaviour
 from lpo_jax.training.learner import scores_first
 
-# The phases that take nearly all of the time and of the memory: a suggestion is compiled in these.
+# The phases with nearly all of the time and memory. Only these phases of a suggestion are compiled.
 DECISIVE = ("update", "decode")
-TRIES = 3  # suggestions that are compiled at most
-# Of a chip's memory, what a suggestion must leave: batches of uneven lengths need a little more than full ones.
+TRIES = 3  # the most suggestions that are compiled
+# The share of a chip's memory that a suggestion leaves free, because batches of uneven lengths need a little more than
+# full ones.
 SPARE = 0.03
 
 
 @dataclasses.dataclass(frozen=True)
 class Proposal:
-    """A setting with the phases of a step under it.
+    """A setting and the phases of a step with it.
 
     Attributes:
-      compiled: names of the phases whose figures are the compiler's; those of the others are estimates.
+      setting: the setting.
+      phases: the phases of a step.
+      compiled: the names of the phases that were compiled; the figures of the others are estimates.
     """
 
     setting: Setting
-    phases: tuple[Phase, ...]
+    phases: tuple[StepPhase, ...]
     compiled: frozenset[str]
 
     @property
     def memory(self) -> float:
-        """Bytes of one device at the worst moment of a step."""
+        """The peak memory of one device during a step, in bytes."""
         return max(phase.memory for phase in self.phases)
+
+
+Compiler = Callable[[Setting, str], StepPhase]  # compiles the named phase of a setting
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What is known of a config on a slice.
+    """The result of planning a config on a slice.
 
     Attributes:
-      asked: the config's own setting; suggested: a better one that fits, if there is one.
-      searched: whether one was looked for.
-      seconds: that planning took.
+      topology: the slice.
+      work: the sizes of a step.
+      asked: the config's own setting.
+      suggested: a better setting that fits, or None.
+      searched: whether a better setting was searched for.
+      seconds: the time that planning took.
     """
 
     topology: Topology
@@ -67,27 +75,27 @@ class Plan:
     seconds: float
 
     def spare(self, proposal: Proposal) -> float:
-        """Bytes that are left on a device; negative: that are lacking."""
+        """Return the free bytes of a device; negative if the proposal does not fit."""
         return self.topology.chip.memory - proposal.memory
 
     def step_seconds(self, proposal: Proposal) -> float:
-        """Of a whole step at the hardware's limits, every response at full length."""
+        """Return the seconds of a step at the hardware's limits, with every response at full length."""
         return sum(phase.seconds(self.topology.chip) for phase in proposal.phases)
 
     def gradient_ratio(self, proposal: Proposal) -> float:
-        """Compiled FLOPs of an update over what it cannot do without."""
+        """Return the FLOPs of the compiled updates divided by their model FLOPs."""
         update = proposal.phases[-1]
         devices = proposal.setting.mesh.devices
         return update.flops * devices * self.work.updates / roofline.model_flops(self.work)
 
     def utilisation(self, proposal: Proposal) -> float:
-        """Model FLOPs, of sampling and updates, over what all devices could do in the time of a step."""
+        """Return the model FLOPs utilisation: those of sampling and updates over the peak of all devices."""
         sizes, work = Sizes.of(self.work.model), self.work
         sampled = 2 * (sizes.layers + sizes.head) * work.trained_tokens + roofline.attention_flops(
             work, work.P
         )
-        able = self.step_seconds(proposal) * self.topology.chip.peak * self.topology.num_devices
-        return (roofline.model_flops(work) + sampled) / able
+        peak = self.step_seconds(proposal) * self.topology.chip.peak * self.topology.num_devices
+        return (roofline.model_flops(work) + sampled) / peak
 
 
 def plan(
@@ -101,28 +109,33 @@ def plan(
     whole: bool = False,
     report: Callable[[str], None] = lambda line: None,
 ) -> Plan:
-    """Plans one step of a config on a slice.
+    """Plan one step of a config on a slice.
 
     Args:
-      suggest: whether to look for a better setting too.
-      whole: compile unrolled programs at full depth (see `programs`).
-      report: told what is being compiled.
+      config: the config.
+      target: the slice.
+      model: the model's config.
+      eos_ids: every id that ends a response.
+      objective: the objective.
+      suggest: whether to search for a better setting.
+      whole: whether to compile unrolled programs at full depth (see `programs`).
+      report: called with a line about each program before it is compiled.
 
     Raises:
-      UserError: libtpu is missing, or the config's mesh does not suit the slice.
+      UserError: libtpu is missing, or the config's mesh does not fit the slice.
     """
     started = time.perf_counter()
     config = choose_behaviour(config, objective).resolve(config)
     work = roofline.workload(config, model, objective.needs, scores_first(objective))
     asked = setting_of(config, work, target)
-    compiler = None
+    compiler: Compiler | None = None
     if target.chip.kind == "tpu":
         devices = topology.tpu_devices(target)
         from lpo_jax.planner.programs import Slice
 
-        def compiler(setting: Setting, name: str) -> Phase:
+        def compiler(setting: Setting, name: str) -> StepPhase:
             chosen = override_config(config, setting.overrides())
-            if chosen.model.attention == "auto":  # what a run on a TPU would take
+            if chosen.model.attention == "auto":  # the choice of a run on a TPU
                 chosen = override_config(chosen, ["--model.attention=pallas"])
             report(f"compiling {name} for {target.name}, {setting.describe()}")
             return Slice(chosen, model, eos_ids, objective, work, setting, devices, whole).phase(name)
@@ -133,17 +146,17 @@ def plan(
 
 
 def setting_of(config: Config, work: Workload, target: Topology) -> Setting:
-    """What the config chooses for a slice, its mesh derived where it does not say.
+    """Return the config's own setting on a slice, with the mesh derived if it is not given.
 
     Raises:
-      UserError: a mesh that does not suit the slice, the model or the batch.
+      UserError: the mesh does not fit the slice, the model or the batch.
     """
     devices = config.mesh.devices or target.num_devices
     if devices > target.num_devices:
         raise UserError(
             f"mesh.devices = {devices}: {target.name} has {target.num_devices}; 0 uses all of them"
         )
-    sizes = meshes.choose(
+    sizes = meshes.choose_mesh(
         config.mesh,
         devices,
         model_sizes(work.model),
@@ -151,14 +164,14 @@ def setting_of(config: Config, work: Workload, target: Topology) -> Setting:
         target.chip.memory,
         work.itemsize,
     )
-    # remat=auto is decided where the memory is known; here it is taken to recompute, which is the safe side.
+    # A run decides remat=auto by its free memory. The plan assumes recomputation, which needs less memory.
     training = config.training
     asked = Setting(sizes, training.token_budget, bool(training.remat), config.sampling.max_rows)
     return dataclasses.replace(asked, rows=asked.room(work).rows)
 
 
 def settings(config: Config, work: Workload, target: Topology) -> Iterator[Setting]:
-    """Settings worth weighing: all meshes of the slice, some budgets, remat or not, all or fewer rows at once."""
+    """Yield candidate settings: all meshes of the slice, some token budgets, remat or not, all rows or fewer."""
     n = config.mesh.devices or target.num_devices
     group, one = work.S + work.K * work.T, work.S + work.T
     budgets = sorted({one, max(group // 2, one), group, 2 * group, 4 * group})
@@ -177,10 +190,12 @@ def settings(config: Config, work: Workload, target: Topology) -> Iterator[Setti
             yield dataclasses.replace(start, token_budget=budget, remat=remat, rows=at_once)
 
 
-def _propose(work: Workload, setting: Setting, compiler, scales: dict[str, "_Scale"] | None) -> Proposal:
-    """A setting's phases, compiled where there is a compiler; with `scales`, only the decisive ones."""
+def _propose(
+    work: Workload, setting: Setting, compiler: Compiler | None, scales: dict[str, "_Scale"] | None
+) -> Proposal:
+    """Return a setting's phases, compiled if there is a compiler; with `scales`, only the decisive ones."""
     phases, compiled = [], set()
-    for phase in roofline.estimate(work, setting):
+    for phase in roofline.estimate_phases(work, setting):
         if compiler and (scales is None or phase.name in DECISIVE):
             made = compiler(setting, phase.name)
             if made.too_large:
@@ -196,26 +211,28 @@ def _propose(work: Workload, setting: Setting, compiler, scales: dict[str, "_Sca
 
 @dataclasses.dataclass
 class _Scale:
-    """How a compiled phase compares with its estimate."""
+    """The ratios of a compiled phase's figures to its estimate's."""
 
     flops: float = 1.0
     bytes: float = 1.0
     temporary: float = 1.0
 
-    def __call__(self, phase: Phase) -> Phase:
+    def __call__(self, phase: StepPhase) -> StepPhase:
         numbers = {name: scale * getattr(phase, name) for name, scale in vars(self).items()}
         return dataclasses.replace(phase, **numbers)
 
     @classmethod
-    def between(cls, made: Phase, estimate: Phase) -> "_Scale":
+    def between(cls, made: StepPhase, estimate: StepPhase) -> "_Scale":
         ratio = lambda name: getattr(made, name) / max(getattr(estimate, name), 1.0)  # noqa: E731
         if made.too_large:
             return cls(temporary=ratio("temporary"))
         return cls(*(ratio(field.name) for field in dataclasses.fields(cls)))
 
 
-def _suggest(config: Config, work: Workload, target: Topology, own: Proposal, compiler) -> Proposal | None:
-    """The fastest setting that fits, where it is faster than the config's own, or that one does not fit."""
+def _suggest(
+    config: Config, work: Workload, target: Topology, own: Proposal, compiler: Compiler | None
+) -> Proposal | None:
+    """Return the fastest setting that fits; None unless it is faster than the config's own, or that does not fit."""
     limit = (1 - SPARE) * target.chip.memory
     seconds = lambda proposal: sum(phase.seconds(target.chip) for phase in proposal.phases)  # noqa: E731
     scales = _scales(work, own)
@@ -237,7 +254,7 @@ def _suggest(config: Config, work: Workload, target: Topology, own: Proposal, co
 
 
 def _scales(work: Workload, proposal: Proposal) -> dict[str, _Scale]:
-    pairs = zip(proposal.phases, roofline.estimate(work, proposal.setting))
+    pairs = zip(proposal.phases, roofline.estimate_phases(work, proposal.setting))
     return {
         made.name: _Scale.between(made, estimate) if made.name in proposal.compiled else _Scale()
         for made, estimate in pairs
@@ -249,7 +266,7 @@ def _divisors(n: int) -> list[int]:
 
 
 def to_json(made: Plan) -> dict[str, Any]:
-    """The plan as plain values; sizes in bytes of one device, times in seconds."""
+    """Convert a plan to plain values; sizes are bytes on one device, and times are seconds."""
     chip = made.topology.chip
 
     def of(proposal: Proposal | None) -> dict[str, Any] | None:

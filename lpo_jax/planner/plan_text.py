@@ -1,25 +1,25 @@
-"""A plan as text for a terminal."""
+"""Prints a plan to the terminal."""
 
 from rich.table import Table
 
 from lpo_jax.planner import roofline
 from lpo_jax.planner.plan import Plan, Proposal
-from lpo_jax.planner.roofline import Phase
+from lpo_jax.planner.roofline import StepPhase
 from lpo_jax.reporting.text import console, duration
 
 GB = 1e9
 
 NOTES = (
-    "Every response is taken to run to its last token; short ones cost less.",
-    "A phase takes max(FLOPs / peak, bytes / bandwidth) plus bytes sent / ring: no kernel reaches its roof, and "
+    "All responses are assumed to have their full length; shorter ones cost less.",
+    "A phase takes max(FLOPs / peak, bytes / bandwidth) plus bytes sent / ring: no kernel reaches its roofline, and "
     "communication is partly hidden.",
-    "Left out: verifying rewards, the host, compiling, evaluation, checkpoints, and the network between slices. "
-    "Uneven lengths pad attention, which can take more memory than full ones; leave a few GB.",
+    "Not included: verifying rewards, the host, compiling, evaluation, checkpoints, and the network between slices. "
+    "Uneven lengths pad attention, which can need more memory than full ones; leave a few GB.",
 )
 
 
 def show(made: Plan, model: str) -> None:
-    """Prints a plan."""
+    """Print a plan for a model of this name."""
     out, work, chip = console(), made.work, made.topology.chip
     out.print(
         f"{model} ({roofline.Sizes.of(work.model).total / 1e9:.2f} B parameters) on {made.topology.name}: "
@@ -36,7 +36,7 @@ def show(made: Plan, model: str) -> None:
         _show(made, made.suggested, "suggested")
         out.print(f"  {' '.join(made.suggested.setting.overrides())}", highlight=False, soft_wrap=True)
     elif made.searched and made.spare(made.asked) < 0:
-        out.print("\nNo mesh, microbatch, remat or number of rows was found that fits: take a larger slice.")
+        out.print("\nNo mesh, microbatch, remat or number of rows was found that fits: use a larger slice.")
     out.print(f"\nplanned in {duration(made.seconds)}. {' '.join(NOTES)}", highlight=False)
 
 
@@ -101,14 +101,14 @@ def _show(made: Plan, proposal: Proposal, title: str) -> None:
     )
 
 
-def _origin(phase: Phase, proposal: Proposal) -> str:
+def _origin(phase: StepPhase, proposal: Proposal) -> str:
     if phase.too_large:
         return "too large to compile; times estimated"
     return "" if phase.name in proposal.compiled else "estimated"
 
 
-def exchanged(phase: Phase) -> str:
-    """A phase's collectives by kind and number of devices, the largest first, in one line."""
+def exchanged(phase: StepPhase) -> str:
+    """Describe a phase's collectives by kind and number of devices, the largest first, in one line."""
     totals: dict[tuple[str, int], list[float]] = {}
     for e in phase.exchanges:
         total = totals.setdefault((e.kind, e.devices), [0, 0.0, 0.0])

@@ -1,9 +1,9 @@
-"""The programs of a training step, compiled for a slice that is not here, from shapes alone.
+"""Ahead-of-time compilation of the programs of a training step, from shapes, for a slice that need not be present.
 
-They are the very functions that a run calls (`sampling.decode`, `training.step`), lowered under the run's own
-meshes and given `jax.ShapeDtypeStruct`s. Training scans its layers and is compiled whole. Sampling unrolls them:
-layers are all alike, so its programs are compiled at two small depths and carried on in a straight line, which
-takes seconds instead of minutes; `whole` compiles them at full depth too.
+These are the same functions that a run calls (`sampling.decode`, `training.step`), lowered with the run's meshes and
+`jax.ShapeDtypeStruct`s. Training scans its layers and is compiled at full depth. Sampling unrolls them. All layers are
+alike, so its programs are compiled at two small depths and their figures are extrapolated linearly, which takes seconds
+instead of minutes; `whole` compiles them at full depth.
 """
 
 import collections
@@ -28,8 +28,8 @@ from lpo_jax.parallel import mesh as meshes
 from lpo_jax.parallel import sharding
 from lpo_jax.planner import collectives as exchange
 from lpo_jax.planner.cost import program_cost
-from lpo_jax.planner.hlo import parse
-from lpo_jax.planner.roofline import Exchange, Phase, Setting, Workload, kernel_flops, mean_storage
+from lpo_jax.planner.hlo import parse_hlo
+from lpo_jax.planner.roofline import Exchange, Setting, StepPhase, Workload, kernel_flops, mean_cache_length
 from lpo_jax.runs.state import TrainState
 from lpo_jax.sampling import Sampling, kv_cache
 from lpo_jax.sampling import decode as sampler
@@ -37,15 +37,22 @@ from lpo_jax.training.model import TrainedModel
 from lpo_jax.training.optimizer import Optimizer, make_optimizer, planned_updates
 from lpo_jax.training.step import update
 
-DEPTHS = (2, 4)  # layers at which unrolled programs are compiled
+DEPTHS = (2, 4)  # numbers of layers at which unrolled programs are compiled
 
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-    """Devices to compile for, and what is compiled: a config whose choices are those of `setting`.
+    """Compiles the phases of a step for the devices of a slice.
 
     Attributes:
-      whole: compile unrolled programs at full depth too.
+      config: the config, with the choices of `setting`.
+      model: the model's config.
+      eos_ids: every id that ends a response.
+      objective: the objective.
+      work: the sizes of a step.
+      setting: the setting.
+      devices: the devices to compile for.
+      whole: whether to compile unrolled programs at full depth.
     """
 
     config: Config
@@ -57,8 +64,8 @@ class Slice:
     devices: Sequence[Any]
     whole: bool = False
 
-    def phase(self, name: str) -> Phase:
-        """Compiles one phase of the step: "layout", "prefill", "decode", "score" or "update"."""
+    def phase(self, name: str) -> StepPhase:
+        """Compile one phase of the step: "layout", "prefill", "decode", "score" or "update"."""
         if name in ("score", "update"):
             return self._training(name)
         if self.whole:
@@ -68,7 +75,7 @@ class Slice:
 
     @functools.cached_property
     def _mesh(self) -> jax.sharding.Mesh:
-        return meshes.build(self.setting.mesh, list(self.devices))
+        return meshes.build_mesh(self.setting.mesh, list(self.devices))
 
     @functools.cached_property
     def _decode_mesh(self) -> jax.sharding.Mesh:
@@ -88,12 +95,12 @@ class Slice:
         return make_optimizer(self.config.optimizer, updates)
 
     def _state(self, model: ModelConfig) -> TrainState:
-        """The train state on the training mesh."""
+        """The abstract train state on the training mesh."""
         with sharding.using(self._mesh):
             return TrainedModel(self.config, model).abstract_state(self._optimizer, self.objective)
 
     def _weights(self, model: ModelConfig, state: TrainState):
-        """The sampler's weights on the decode mesh."""
+        """The sampler's abstract weights on the decode mesh."""
         make = lambda params: sampler.decode_layout(model, params, self._dtype, self._int8)  # noqa: E731
         with sharding.using(self._decode_mesh):
             return placed(model, jax.eval_shape(make, state.policy))
@@ -110,7 +117,7 @@ class Slice:
             place, jax.eval_shape(functools.partial(kv_cache.empty_storage, model, size, self._dtype))
         )
 
-    def _sampling(self, name: str, model: ModelConfig) -> Phase:
+    def _sampling(self, name: str, model: ModelConfig) -> StepPhase:
         work, setting, attention = self.work, self.setting, self.config.model.attention
         dtype = self._dtype
         kernels = kernel_flops(dataclasses.replace(work, model=model), setting, name)
@@ -124,7 +131,7 @@ class Slice:
             weights = self._weights(model, state)
             sizes = (room.prompts, work.S), (room.rows, room.tokens)
             prompt_kv, own_kv = (self._storage(model, size) for size in sizes)
-            # Beside rows that wait lie the prompts that are prefilled next.
+            # With queued rows, the prompts that are prefilled next are in memory too.
             coming = self._storage(model, (room.batch, work.S)) if room.waits else []
             if name == "prefill":
                 arguments = weights, _ints(room.batch, work.S), _ints(room.batch), attention
@@ -144,16 +151,16 @@ class Slice:
             alive = state, arguments, coming
             times, turns = setting.waves(work) * work.calls, work.call_tokens
             phase = _measure(name, times, lowered, alive, kernels, turns)
-        # What was compiled is storage at its full length. Without kernels it grows with the rows; kernels read what
-        # rows have so far, and of prompts those that have rows.
-        mean, needed = mean_storage(work.T), 1.0
+        # The program was compiled with the KV cache at its full length. In a run without kernels, the cache grows with
+        # the rows; kernels read only the cached tokens of each row, and the prompts that have rows.
+        mean, needed = mean_cache_length(work.T), 1.0
         if uses_kernels(attention):
             mean, needed = work.T / 2, math.ceil(room.rows / work.K) / room.prompts
         unread = (1 - mean / room.tokens) * _bytes(own_kv) + (1 - needed) * _bytes(prompt_kv)
         least = (1 - unread / _bytes((own_kv, prompt_kv))) * phase.bytes
         return dataclasses.replace(phase, bytes=max(phase.bytes - turns * unread, least))
 
-    def _training(self, name: str) -> Phase:
+    def _training(self, name: str) -> StepPhase:
         work, state = self.work, self._state(self.model)
         with sharding.using(self._mesh):
             trained = TrainedModel(self.config, self.model)
@@ -168,7 +175,7 @@ class Slice:
                     work.updates,
                     update.lower(runner, self._optimizer, state, groups, cotangent),
                 )
-        # The sampler's weights stay as long as hooks may sample again, which ends before the first update.
+        # Hooks may sample until the first update, so the sampler's weights are in memory while responses are scored.
         alive = (state, self._weights(self.model, state)) if name == "score" else state
         return _measure(name, times, lowered, alive, kernel_flops(work, self.setting, name))
 
@@ -177,11 +184,11 @@ def _ints(*shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, jnp.int32)
 
 
-def extrapolate(few: Phase, more: Phase, steps: float) -> Phase:
-    """The phase `steps` times as far from `few` as `more` is."""
+def extrapolate(few: StepPhase, more: StepPhase, steps: float) -> StepPhase:
+    """Extrapolate linearly: the phase at `steps` times the distance from `few` to `more`."""
     line = lambda a, b: max(a + steps * (b - a), 0.0)  # noqa: E731
 
-    def totals(phase: Phase) -> dict[tuple[str, int], tuple[float, float]]:
+    def totals(phase: StepPhase) -> dict[tuple[str, int], tuple[float, float]]:
         found = collections.defaultdict(lambda: (0.0, 0.0))
         for e in phase.exchanges:
             size, times = found[e.kind, e.devices]
@@ -203,15 +210,22 @@ def extrapolate(few: Phase, more: Phase, steps: float) -> Phase:
 
 
 def _measure(
-    name: str, times: int, lowered: jax.stages.Lowered, alive: Any, kernels: float = 0.0, open_turns: int = 1
-) -> Phase:
-    """Compiles, and reads off what one run does.
+    name: str,
+    times: int,
+    lowered: jax.stages.Lowered,
+    alive: Any,
+    kernels: float = 0.0,
+    open_iterations: int = 1,
+) -> StepPhase:
+    """Compile a program, and read its memory, FLOPs, traffic and communication in one run.
 
     Args:
+      name: the name of the phase.
       times: how often it runs in a step.
-      alive: abstract arrays that lie in memory while it runs, its arguments included.
-      kernels: matrix FLOPs of its Pallas kernels where it has some: the compiler cannot look into those.
-      open_turns: of a loop whose turns depend on data.
+      lowered: the program.
+      alive: abstract arrays that are in memory while it runs, with its arguments.
+      kernels: matrix FLOPs of its Pallas kernels, which the compiler does not count.
+      open_iterations: assumed iterations of loops whose number depends on data.
     """
     started, held = time.perf_counter(), _bytes(alive)
     try:
@@ -220,12 +234,12 @@ def _measure(
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         arguments = _bytes(lowered.args_info)
-        return Phase(name, times, 0.0, 0.0, held, _needed(str(error), arguments), too_large=True)
+        return StepPhase(name, times, 0.0, 0.0, held, _needed(str(error), arguments), too_large=True)
     memory, text = compiled.memory_analysis(), compiled.as_text()
-    program = parse(text, open_turns)
+    program = parse_hlo(text, open_iterations)
     cost = program_cost(program)
     fresh = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return Phase(
+    return StepPhase(
         name,
         times,
         cost.flops + kernels * ("tpu_custom_call" in text),
@@ -238,16 +252,16 @@ def _measure(
 
 
 def _needed(complaint: str, arguments: float) -> float:
-    """Bytes of temporaries that a program would have taken, from what the compiler says of it."""
+    """Bytes of temporaries that a program would have needed, from the compiler's error message."""
     size = r"([\d.]+)([KMGT])"
     number = lambda match: float(match[1]) * 1024 ** (1 + "KMGT".index(match[2]))  # noqa: E731
-    if used := re.search(rf"Used {size} of", complaint):  # all that was to lie in memory
+    if used := re.search(rf"Used {size} of", complaint):  # everything in memory
         return number(used) - arguments
     return number(re.search(rf"temporaries \({size}\)", complaint))
 
 
 def _bytes(tree: Any) -> float:
-    """Of abstract arrays, on one device."""
+    """The size of abstract arrays on one device."""
     total = 0
     for leaf in jax.tree.leaves(tree):
         place = getattr(leaf, "sharding", None)

@@ -1,9 +1,9 @@
-"""How long a step takes at the limits of the hardware, and how much memory, by arithmetic alone.
+"""Roofline estimates: the time of a step at the limits of the hardware, and its memory, by arithmetic alone.
 
-Every phase is described by what each device does: matrix FLOPs, bytes from and to memory, bytes sent to others.
-At best it takes max(FLOPs / peak, bytes / bandwidth), and then the communication, taken not to overlap. `estimate`
-fills these in from the sizes of the model; `lpo_jax.planner.programs` reads them off the compiled programs instead.
-Estimates rank settings and stand alone for GPUs; what is compiled is what is promised.
+A phase is described by the work of each device: matrix FLOPs, bytes read and written, and bytes sent to other devices.
+It takes at least max(FLOPs / peak, bytes / bandwidth), plus the communication, which is assumed not to overlap.
+`estimate_phases` derives these figures from the sizes of the model; `lpo_jax.planner.programs` reads them from compiled
+programs. Estimates rank settings, and are the only figures for GPUs; for TPUs, plans report the compiled figures.
 
 Axes: P prompts · K responses · S prompt tokens · T response tokens · L D H G N F V of the model.
 """
@@ -15,24 +15,25 @@ from collections.abc import Iterator
 from lpo_jax.config import Config
 from lpo_jax.models.config import ModelConfig
 from lpo_jax.models.head import chunk_size
-from lpo_jax.models.packing import full_pieces
+from lpo_jax.models.packing import full_splits
 from lpo_jax.models.parameters import num_params
 from lpo_jax.objectives.fields import Field
 from lpo_jax.parallel.mesh import MeshSizes
 from lpo_jax.planner.topology import Chip
 from lpo_jax.sampling.kv_cache import CHUNK, Room
 
-HALF, FULL = 2, 4  # bytes of bfloat16 and float32
-# Logits of a chunk exist as float32 in about this many arrays at once (`models.head`).
+HALF, FULL = 2, 4  # bytes of bfloat16 and of float32
+# The number of float32 arrays of the size of a chunk's logits that exist at once (`models.head`).
 LOGIT_COPIES = 3
-# Queries of a row whose scores are taken to lie in memory at once: more than plain attention has, and kernels none, for
-# what an estimate says fits is then compiled, and a compilation that shows it does not is a minute lost.
+# Queries of a row whose scores are assumed to be in memory at once. Plain attention has fewer, and kernels have none.
+# The estimate is deliberately conservative: settings that it accepts are compiled next, and a failed compile costs a
+# minute.
 SCORED = 512
 
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """One step of a run: P prompts of at most S tokens, K responses of at most T each, in `updates` minibatches."""
+    """The sizes of one step: P prompts of at most S tokens, K responses of at most T each, in `updates` minibatches."""
 
     model: ModelConfig
     P: int
@@ -40,36 +41,35 @@ class Workload:
     S: int
     T: int
     updates: int
-    itemsize: int  # bytes of activations and of the sampler's weights
+    itemsize: int  # bytes of an activation and of one of the sampler's weights
     reference: bool  # whether a frozen copy of the parameters is kept
-    scorings: int  # minibatches that are scored in a step, the reference's included
+    scorings: int  # forward passes over a minibatch that only score, with those of the reference
 
     @property
     def trained_tokens(self) -> int:
-        """Of a step: every prompt once, every response, all at full length."""
+        """Tokens in a step: every prompt once and every response, at full length."""
         return self.P * (self.S + self.K * self.T)
 
     @property
-    def minibatch_tokens(self) -> int:
-        return self.trained_tokens // self.updates
-
-    @property
     def call_tokens(self) -> int:
-        """That every row draws in one call of `sampling.decode`."""
+        """Tokens that every row draws in one call of `sampling.decode`."""
         return min(CHUNK, self.T)
 
     @property
     def calls(self) -> int:
-        """Of `sampling.decode`, until a response has its full length."""
+        """Calls of `sampling.decode` until a response has its full length."""
         return math.ceil(self.T / self.call_tokens)
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What a user can choose for a given slice.
+    """The choices of a user for a given slice.
 
     Attributes:
-      rows: responses that are sampled at once; the others wait.
+      mesh: the sizes of the mesh.
+      token_budget: the most tokens in a row of a microbatch.
+      remat: whether layers are recomputed in the backward pass.
+      rows: responses that are sampled at once; the others are queued.
     """
 
     mesh: MeshSizes
@@ -79,30 +79,30 @@ class Setting:
 
     @property
     def shards(self) -> int:
-        """Parts of a minibatch."""
+        """The number of shards of a minibatch."""
         return self.mesh.data * self.mesh.fsdp
 
     @property
     def parts(self) -> int:
-        """Devices that share a parameter and its optimizer state."""
+        """The number of devices that a parameter and its optimizer state are split over."""
         return self.mesh.fsdp * self.mesh.tensor
 
     @property
     def decode_shards(self) -> int:
-        """Parts of the prompts while sampling."""
+        """The number of shards of the prompts while sampling."""
         return self.mesh.devices // self.mesh.decode_tensor
 
     def waves(self, work: Workload) -> int:
-        """How often the sampler fills its rows in a step, every response at full length."""
+        """How often the sampler fills all its rows in a step, with every response at full length."""
         return math.ceil(work.P * work.K / self.rows)
 
     def room(self, work: Workload) -> Room:
-        """What the sampler keeps on all devices together."""
+        """Return the capacity of the sampler's KV cache, over all devices."""
         shards = self.decode_shards
         return Room.of(work.P + -work.P % shards, work.K, work.T, self.rows, shards)
 
     def describe(self) -> str:
-        """In words, for a terminal."""
+        """Describe the setting in words."""
         m = self.mesh
         weights = f"split over {m.decode_tensor}" if m.decode_tensor > 1 else "whole on every device"
         return (
@@ -111,7 +111,7 @@ class Setting:
         )
 
     def overrides(self) -> list[str]:
-        """The config keys that choose it, as the command line takes them."""
+        """Return the setting as command-line overrides of the config."""
         keys = {
             "mesh.data": self.mesh.data,
             "mesh.fsdp": self.mesh.fsdp,
@@ -125,7 +125,7 @@ class Setting:
 
 @dataclasses.dataclass(frozen=True)
 class Exchange:
-    """A collective of a phase: `times` in one run, each with a result of `bytes` on one device of `devices`."""
+    """A collective that runs `times` in one run of a phase, each with a result of `bytes` on one of `devices`."""
 
     kind: str
     bytes: float
@@ -134,7 +134,7 @@ class Exchange:
 
     @property
     def sent(self) -> float:
-        """Bytes that each device of a ring passes on in one run of the phase."""
+        """Bytes that each device of a ring sends in one run of the phase."""
         others = max(self.devices - 1, 0)
         share = others / max(self.devices, 1)
         of = {"all-reduce": 2 * share, "reduce-scatter": others, "all-gather": share, "all-to-all": share}
@@ -142,17 +142,19 @@ class Exchange:
 
 
 @dataclasses.dataclass(frozen=True)
-class Phase:
+class StepPhase:
     """A part of a step, on one device.
 
     Attributes:
-      times: how often it runs in a step; all other figures are of one run.
-      flops: of matrix products, with what is recomputed.
-      bytes: moved between memory and chip.
-      held: bytes in memory while it runs, that stay: parameters, optimizer, weights, keys and values.
-      temporary: bytes that it needs beside them.
-      seconds_compiling: 0 for an estimate.
-      too_large: the compiler refused it, so that only its memory is known.
+      name: its name.
+      times: how often it runs in a step; all other figures are those of one run.
+      flops: FLOPs of matrix products, with recomputed ones.
+      bytes: bytes moved between memory and chip.
+      held: bytes in memory before, during and after a run: parameters, optimizer, weights, KV cache.
+      temporary: bytes that it needs in addition.
+      exchanges: its collectives.
+      seconds_compiling: the time that compilation took; 0 for an estimate.
+      too_large: whether the compiler refused it because of its memory, so that nothing else is known.
     """
 
     name: str
@@ -171,11 +173,11 @@ class Phase:
 
     @property
     def sent(self) -> float:
-        """Bytes that a device sends to others."""
+        """Bytes that a device sends to others in one run."""
         return sum(exchange.sent for exchange in self.exchanges)
 
     def shares(self, chip: Chip) -> dict[str, float]:
-        """Seconds that each resource is busy in one run."""
+        """Return the seconds that each resource is busy in one run."""
         return {
             "arithmetic": self.flops / chip.peak,
             "memory": self.bytes / chip.bandwidth,
@@ -183,14 +185,14 @@ class Phase:
         }
 
     def seconds(self, chip: Chip) -> float:
-        """Of all its runs in a step, at the hardware's limits."""
+        """Return the seconds of all its runs in a step, at the hardware's limits."""
         shares = self.shares(chip)
         return self.times * (max(shares["arithmetic"], shares["memory"]) + shares["network"])
 
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """Parameters of a model by the part they play."""
+    """The number of parameters of a model by their role."""
 
     layers: int  # matrices of all layers
     head: int  # the output matrix
@@ -209,7 +211,7 @@ class Sizes:
 
 
 def model_flops(work: Workload) -> float:
-    """What a step's updates cannot do without: 6 per parameter and token, and attention three times."""
+    """Return the model FLOPs of a step's updates: 6 per parameter and token, and three times those of attention."""
     sizes = Sizes.of(work.model)
     responses = work.P * work.K * work.T
     matrices = 6 * (sizes.layers * work.trained_tokens + sizes.head * responses)
@@ -217,16 +219,16 @@ def model_flops(work: Workload) -> float:
 
 
 def attention_flops(work: Workload, prompts: int) -> float:
-    """One forward pass of attention over whole groups; masked pairs are computed too, as the plain form does."""
+    """Return the FLOPs of attention in one forward pass. Masked pairs are computed too, as in plain attention."""
     m, S, K, T = work.model, work.S, work.K, work.T
     pairs = S * S + K * T * (S + T)
     return 4.0 * m.num_layers * m.num_heads * m.head_width * pairs * prompts
 
 
 def kernel_flops(work: Workload, setting: Setting, phase: str) -> float:
-    """Of attention on one device where Pallas kernels compute it: pairs behind the mask are skipped.
+    """Return the FLOPs of attention on one device with Pallas kernels, which skip masked pairs.
 
-    A backward pass computes the scores again and four more products of the forward's two.
+    The forward pass has two products. The backward pass recomputes the scores and has four more.
     """
     m, S, K, T = work.model, work.S, work.K, work.T
     pair = 4.0 * m.num_layers * m.num_heads * m.head_width
@@ -240,13 +242,13 @@ def kernel_flops(work: Workload, setting: Setting, phase: str) -> float:
 
 
 def kv_bytes(work: Workload) -> int:
-    """Keys and values of one token in all layers."""
+    """Return the bytes of the keys and values of one token in all layers."""
     m = work.model
     return 2 * m.num_layers * m.num_kv_heads * m.head_width * work.itemsize
 
 
-def mean_storage(T: int, first: int = 64) -> float:
-    """Mean size of the response storage over the T tokens of a response: it doubles from `first` as rows grow."""
+def mean_cache_length(T: int, first: int = 64) -> float:
+    """Return the mean length of the KV cache of responses of T tokens: it doubles from `first` as they grow."""
     total, size, done = 0, min(first, T), 0
     while done < T:
         total += (size - done) * size
@@ -255,7 +257,7 @@ def mean_storage(T: int, first: int = 64) -> float:
 
 
 def standing(work: Workload, setting: Setting) -> dict[str, float]:
-    """Bytes on a device that a run stores, by what they are."""
+    """Return the bytes on a device that are in memory during a whole step, by their use."""
     total, parts = Sizes.of(work.model).total, setting.mesh.decode_tensor
     room = setting.room(work)
     kept = (room.prompts + room.batch * room.waits) * work.S + room.rows * room.tokens
@@ -268,29 +270,29 @@ def standing(work: Workload, setting: Setting) -> dict[str, float]:
     }
 
 
-def estimate(work: Workload, setting: Setting) -> list[Phase]:
-    """The phases of a step by arithmetic, attention in its plain form."""
+def estimate_phases(work: Workload, setting: Setting) -> list[StepPhase]:
+    """Estimate the phases of a step, with plain attention."""
     apart = lambda phase: tuple(e for e in phase.exchanges if e.devices > 1)  # noqa: E731
     return [dataclasses.replace(phase, exchanges=apart(phase)) for phase in _phases(work, setting)]
 
 
-def _phases(work: Workload, setting: Setting) -> Iterator[Phase]:
+def _phases(work: Workload, setting: Setting) -> Iterator[StepPhase]:
     m, sizes, mesh = work.model, Sizes.of(work.model), setting.mesh
     D, L, K, S, T, item = m.width, m.num_layers, work.K, work.S, work.T, work.itemsize
     heads = m.num_heads * m.head_width
     *state, weights, stored = standing(work, setting).values()
     state = sum(state)
 
-    # Sampling: every device has whole weights or a part of each, and some prompts with their rows.
+    # Sampling: every device has all weights or a part of each, and some prompts with their rows.
     parts = mesh.decode_tensor
     prompts = math.ceil(setting.rows / K / setting.decode_shards)
     rows, waves = prompts * K, setting.waves(work)
-    read = prompts * (S + K * mean_storage(T)) * kv_bytes(work) / parts
-    width = 4 * D + (2 * heads + 3 * m.ffn_width) / parts  # of what a layer makes of one token
+    read = prompts * (S + K * mean_cache_length(T)) * kv_bytes(work) / parts
+    width = 4 * D + (2 * heads + 3 * m.ffn_width) / parts  # activations of one token in a layer
     sums = lambda tokens, turns=1: (Exchange("all-reduce", tokens * D * item, parts, 2 * L * turns),)  # noqa: E731
     moved = (Exchange("all-gather", weights / L, mesh.fsdp, 1),)
-    yield Phase("layout", L, 0.0, 3 * weights / L, state + weights, weights / L, moved)
-    yield Phase(
+    yield StepPhase("layout", L, 0.0, 3 * weights / L, state + weights, weights / L, moved)
+    yield StepPhase(
         "prefill",
         waves,
         prompts * S * (2 * sizes.layers + 4 * L * heads * S) / parts,
@@ -299,8 +301,8 @@ def _phases(work: Workload, setting: Setting) -> Iterator[Phase]:
         prompts * S * (item * width + 8 * m.num_heads / parts * min(S, SCORED)),
         sums(prompts * S),
     )
-    token = rows * (2 * (sizes.layers + sizes.head) + 4 * L * heads * (S + mean_storage(T))) / parts
-    yield Phase(
+    token = rows * (2 * (sizes.layers + sizes.head) + 4 * L * heads * (S + mean_cache_length(T))) / parts
+    yield StepPhase(
         "decode",
         waves * work.calls,
         work.call_tokens * token,
@@ -310,9 +312,9 @@ def _phases(work: Workload, setting: Setting) -> Iterator[Phase]:
         sums(rows, work.call_tokens),
     )
 
-    # Training: a microbatch is some groups on every device, or some responses of one.
+    # Training: a microbatch is some groups on every device, or some responses of one group.
     parts = mesh.tensor
-    group = full_pieces(K, S, T, setting.token_budget) * S + K * T  # the prompt runs once with each piece
+    group = full_splits(K, S, T, setting.token_budget) * S + K * T  # the prompt runs once with each split
     tokens = math.ceil(work.P / work.updates / setting.shards) * group
     micro = min(max(setting.token_budget, S + T), tokens)
     runs = math.ceil(tokens / micro)
@@ -327,7 +329,7 @@ def _phases(work: Workload, setting: Setting) -> Iterator[Phase]:
     scores = 8 * micro / (S + T) * m.num_heads / parts * min(T, SCORED) * (S + T)
     logits = LOGIT_COPIES * FULL * min(chunk_size(m.vocab_size), micro) * m.vocab_size / parts
     if work.scorings:
-        yield Phase(
+        yield StepPhase(
             "score",
             work.scorings,
             forward + head + attention,
@@ -337,7 +339,7 @@ def _phases(work: Workload, setting: Setting) -> Iterator[Phase]:
             (gathered(1), summed(1)),
         )
     again = 1 if setting.remat else 0
-    yield Phase(
+    yield StepPhase(
         "update",
         work.updates,
         (3 + again) * forward + 3 * head + (4 + again) * attention,
@@ -358,11 +360,13 @@ def _phases(work: Workload, setting: Setting) -> Iterator[Phase]:
 
 
 def workload(config: Config, model: ModelConfig, needs: frozenset[Field], scores_first: bool) -> Workload:
-    """What one step of a config has to do.
+    """Return the sizes of one step of a config.
 
     Args:
-      needs: of the objective.
-      scores_first: whether the first update after sampling is scored as well.
+      config: the config.
+      model: the model's config.
+      needs: the statistics that the objective needs.
+      scores_first: whether log-probs are computed before the first update after sampling too.
     """
     training, sampling = config.training, config.sampling
     updates = training.updates_per_step

@@ -1,7 +1,7 @@
-"""Accelerators by name: what one chip can do, and a slice of them to compile for without owning one.
+"""Specifications of accelerators, and topologies to compile for that need not be present.
 
-`v5p:4x4x4` is a slice of 64 TPU v5p; `h100:8` is eight GPUs. A TPU slice is described by libtpu, which compiles
-for it on any machine; for GPUs there is no such compiler, so that their plans are plain arithmetic.
+`v5p:4x4x4` is a slice of 64 TPU v5p, and `h100:8` is eight GPUs. libtpu describes a TPU slice and compiles for it on
+any machine. For GPUs there is no such compiler, so their plans are arithmetic alone.
 """
 
 import dataclasses
@@ -16,17 +16,19 @@ from lpo_jax.errors import UserError, nearest
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One device, as its maker states it.
+    """The specification of one device.
 
     Attributes:
-      memory: bytes that a program may use: of a TPU what its compiler allows, of a GPU the nominal size less
-        what driver and allocator keep (about 5%).
-      peak: bfloat16 operations a second, dense.
-      bandwidth: bytes a second between memory and chip.
-      link: bytes a second of one link to a neighbour, in one direction; of a GPU the sum of its NVLinks.
-      axes: dimensions of the torus (0: every device reaches every other through a switch).
+      name: its name in `--topology`.
+      kind: "tpu" or "gpu".
+      memory: bytes that a program can use: for a TPU the limit of its compiler, for a GPU the nominal size less about
+        5% for driver and allocator.
+      peak: dense bfloat16 operations per second.
+      bandwidth: bytes per second between memory and chip.
+      link: bytes per second of one link to a neighbour, in one direction; for a GPU the sum of its NVLinks.
+      axes: the dimensions of the torus; 0: all devices are connected by a switch.
       per_host: devices of one host.
-      pod: most devices that are connected.
+      pod: the largest number of connected devices.
     """
 
     name: str
@@ -41,13 +43,13 @@ class Chip:
 
     @property
     def ring(self) -> float:
-        """Bytes a second that a device passes on in a ring: both directions of one torus axis, or the switch."""
+        """Bytes per second that a device sends in a ring: both directions of one torus axis, or the switch."""
         return 2 * self.link if self.axes else self.link
 
 
-# TPU: docs.cloud.google.com/tpu/docs/{v5e,v5p,v6e}, "system architecture" tables; a link's one direction is the
-# bidirectional bandwidth of a chip over twice its ports (4 on a 2D torus, 6 on a 3D one). Memory is what the
-# compiler of libtpu 0.0.52 reports as the capacity when a program exceeds it.
+# TPU: docs.cloud.google.com/tpu/docs/{v5e,v5p,v6e}, "system architecture" tables. The bandwidth of a link in one
+# direction is the bidirectional bandwidth of a chip divided by twice its ports (4 on a 2D torus, 6 on a 3D one). The
+# memory is the capacity that the compiler of libtpu 0.0.52 reports when a program exceeds it.
 # GPU: NVIDIA data sheets of A100 SXM 80GB, H100 SXM and H200 SXM, without sparsity; NVLink in one direction.
 CHIPS = {
     chip.name: chip
@@ -64,7 +66,7 @@ CHIPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """A number of equal chips: `shape` is that of the torus, or the number of GPUs."""
+    """A number of equal chips; `shape` is that of the torus, or the number of GPUs."""
 
     chip: Chip
     shape: tuple[int, ...]
@@ -78,11 +80,11 @@ class Topology:
         return math.prod(self.shape)
 
 
-def parse(name: str) -> Topology:
-    """`v5p:4x4x4` or `h100:8` as a `Topology`.
+def parse_topology(name: str) -> Topology:
+    """Parse a topology such as `v5p:4x4x4` or `h100:8`.
 
     Raises:
-      UserError: not of this form, an unknown chip (the known ones are listed), or a shape it does not come in.
+      UserError: the name has another form, the chip is unknown, or it does not come in this shape.
     """
     match = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name.strip().lower())
     if not match:
@@ -102,22 +104,24 @@ def parse(name: str) -> Topology:
             f"--topology {name!r}: {chip.name} needs {max(chip.axes, 1)} numbers, e.g. {chip.name}:{example}"
         )
     if not 1 <= devices <= chip.pod:
-        limit = "one host" if chip.kind == "gpu" else "one pod; plan one slice of it"
-        raise UserError(f"--topology {name!r}: {devices} devices, but {chip.pod} are the most of {limit}")
+        limit, advice = ("host", "") if chip.kind == "gpu" else ("pod", "; plan one slice of it")
+        raise UserError(
+            f"--topology {name!r}: {devices} devices, but a {limit} has at most {chip.pod}{advice}"
+        )
     return Topology(chip, shape)
 
 
 def tpu_devices(topology: Topology) -> list[Any]:
-    """Devices to compile for, of a slice that is not here. No TPU is looked for, and none is needed.
+    """Return the devices of a TPU slice to compile for. No TPU is needed, and none is searched for.
 
     Raises:
-      UserError: libtpu is not installed, or knows no such slice.
+      UserError: libtpu is not installed, or does not know the slice.
     """
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
             "planning for a TPU compiles with libtpu, which is not installed; run: pip install 'lpo_jax[plan]'"
         )
-    # libtpu asks the metadata server of a Google machine and takes a lock, as if it were to open a TPU.
+    # Without these variables, libtpu queries the metadata server of a Google machine and takes the lock of the TPU.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", f"{topology.chip.name}-{topology.num_devices}")

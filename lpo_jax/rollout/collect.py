@@ -197,7 +197,7 @@ class Collector:
             hosts.phase("verifying")
         judged = dict(zip(handed_in, job.verdicts))
         verdicts = [judged[p, k] for p in range(len(own)) for k in range(K)]
-        texts, verdicts = hosts.join(texts), hosts.join(verdicts)
+        texts, verdicts = hosts.gather_lists(texts), hosts.gather_lists(verdicts)
         return Rollouts(
             ids=[row_id for row_id, _ in rows],
             prompt_texts=[self.tokenizer.decode(row) for row in ids],

@@ -176,7 +176,7 @@ class Checkpoints:
             return
         there = self._manager.all_steps()
         self._scores = {s: old for s, old in self._scores.items() if s in there} | {step: score}
-        if hosts.first():
+        if hosts.is_first():
             checksums.write_checked(self.directory / SCORES, json.dumps(self._scores))
 
     def _path(self, step: int) -> epath.Path:
@@ -290,7 +290,7 @@ def load_run(run: str | Path, checkpoint: str = "best") -> tuple[Model, int]:
         params = checkpoints.restore_params(step, placed(config, trained))
     if adapters is not None:
         base = load_weights(name, frozen_dtype, current_shardings(config))
-        params = lora.merge(lora.join(lora.Frozen(base, adapters.scale), params))
+        params = lora.merge_adapters(lora.with_adapters(lora.Frozen(base, adapters.scale), params))
     return Model(config, params, tokenizer, eos_ids), step
 
 

@@ -84,7 +84,7 @@ def damage(directory: epath.Path) -> str | None:
     names = sorted(listed)
     with ThreadPoolExecutor(_THREADS) as threads:
         mine = list(threads.map(differs, names[hosts.share(len(names))]))
-    return next((problem for problem in hosts.join(mine) if problem), None)
+    return next((problem for problem in hosts.gather_lists(mine) if problem), None)
 
 
 def write_checked(path: epath.Path, text: str) -> None:

@@ -84,7 +84,7 @@ class RunDirectory:
         return self
 
     def __exit__(self, *_):
-        if hosts.first():
+        if hosts.is_first():
             self._lock.close()
 
     def _open(self) -> None:
@@ -103,7 +103,7 @@ class RunDirectory:
 
     def note(self, **facts: Any) -> None:
         """Add facts to run.json that are known only after the start."""
-        if not hosts.first():
+        if not hosts.is_first():
             return
         write_file(self.path / "run.json", json.dumps(self._noted() | facts, indent=2) + "\n")
 

@@ -46,7 +46,9 @@ class Recorder:
             self.writer = stack.enter_context(open_writer(self.run.path))
             start = self.checkpoints.latest() or 0
             progress = reporting.Progress(self.total, start=start, console=self.console)
-            self.progress = stack.enter_context(progress if hosts.first() else hosts.Silent())
+            self.progress = stack.enter_context(
+                progress if hosts.is_first() else hosts.Silent(type(progress))
+            )
             self._stack = stack.pop_all()
         return self
 
@@ -125,7 +127,7 @@ class Recorder:
           example_prompt: for the suggested `lpo sample`.
         """
         self.checkpoints.wait()
-        if not hosts.first():
+        if not hosts.is_first():
             return
         self.progress.log(self._evaluations_table(position, task))
         run = self.run.path
@@ -171,7 +173,7 @@ class Recorder:
 
 def open_writer(directory: Path) -> reporting.RunWriter | hosts.Silent:
     """The writer of a directory's metrics and samples; of many hosts, only the first writes."""
-    return reporting.RunWriter(directory) if hosts.first() else hosts.Silent()
+    return reporting.RunWriter(directory) if hosts.is_first() else hosts.Silent(reporting.RunWriter)
 
 
 def missing_steps(run: Path, last: int) -> str:

@@ -8,7 +8,7 @@ from flax import struct
 
 from lpo_jax.evaluation.heldout import Evaluation
 from lpo_jax.models.decoder import Params
-from lpo_jax.models.lora import Frozen, join
+from lpo_jax.models.lora import Frozen, with_adapters
 
 
 @struct.dataclass
@@ -32,7 +32,7 @@ class TrainState:
     @property
     def policy(self) -> Params:
         """The parameters that the model runs with, adapters joined with their base."""
-        return join(self.frozen, self.params)
+        return with_adapters(self.frozen, self.params)
 
 
 @dataclasses.dataclass

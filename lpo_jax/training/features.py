@@ -64,10 +64,10 @@ def round_features(
         )
 
     layout, rows = runner.rows(groups)
-    xs = rows, layout.split(weight), take(groups.prompts, layout.prompt)
+    xs = rows, layout.to_rows(weight), take(groups.prompts, layout.prompt)
     entropy, *of_response = jax.lax.map(chunk, xs)
-    own, prompt, sure = (layout.join_responses(x) for x in of_response)
-    entropy = jnp.where(mask, layout.join(entropy), 0)
+    own, prompt, sure = (layout.responses_from_rows(x) for x in of_response)
+    entropy = jnp.where(mask, layout.from_rows(entropy), 0)
     ends = jnp.take_along_axis(entropy, jnp.maximum(count - 1, 0), axis=-1)[..., 0]
     mean = entropy.sum(-1) / jnp.maximum(count[..., 0], 1)
     summary = jnp.stack([mean, entropy.max(-1), entropy[..., 0], ends], -1)

@@ -3,7 +3,7 @@
 import jax
 
 from lpo_jax import objectives, reporting
-from lpo_jax.models.packing import full
+from lpo_jax.models.packing import full_layout
 from lpo_jax.models.runner import ModelRunner
 from lpo_jax.parallel.sharding import batch_shards
 from lpo_jax.rollout.encode import encode_prompt
@@ -67,7 +67,7 @@ def batch_sizes(session: Session, runner: ModelRunner) -> list[tuple[str, object
         for row in session.environment.train_rows
     )
     S, minibatch = bucket(longest, sampling.max_prompt_tokens), P // training.updates_per_step
-    layout = full(minibatch, K, S, T, runner.token_budget, batch_shards())
+    layout = full_layout(minibatch, K, S, T, runner.token_budget, batch_shards())
     M, B, tokens = layout.token.shape
     over = "" if tokens <= runner.token_budget else "; more than the token budget, and the least there is"
     shorter = runner.token_budget < training.token_budget

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lpo_jax.models.lora import join
+from lpo_jax.models.lora import with_adapters
 from lpo_jax.models.runner import ModelRunner, log_prob_gap, score
 from lpo_jax.objectives import Listwise, TokenStats
 from lpo_jax.objectives.fields import Field, Source, fields_from
@@ -144,7 +144,7 @@ def current_stats(learner: Learner, state: TrainState, batch: Batch, first: bool
         scored = score(learner.runner, state.policy, batch.groups)
         used = scored.replace(logp=used.logp) if first else scored
     if Field.REF_LOGP in learner.objective.needs:
-        reference = join(state.frozen, state.reference)
+        reference = with_adapters(state.frozen, state.reference)
         used = used.replace(ref_logp=score(learner.runner, reference, batch.groups).logp)
     return used
 

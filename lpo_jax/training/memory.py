@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from lpo_jax.config import Config
 from lpo_jax.models.config import ModelConfig
-from lpo_jax.models.packing import full_pieces
+from lpo_jax.models.packing import full_splits
 from lpo_jax.models.parameters import axis_sizes, declared
 from lpo_jax.parallel import hosts
 from lpo_jax.parallel.sharding import current_mesh
@@ -59,7 +59,7 @@ def fit_microbatch(config: Config, model: ModelConfig, state_bytes: int) -> Micr
     left = min(hosts.gather(free_memory())) - state_bytes / (fsdp * tensor)
 
     K, S, T = config.sampling.num_responses, config.sampling.max_prompt_tokens, config.sampling.max_tokens
-    run = lambda budget: full_pieces(K, S, T, budget) * S + K * T  # noqa: E731 - tokens of a group
+    run = lambda budget: full_splits(K, S, T, budget) * S + K * T  # noqa: E731 - tokens of a group
     update, budget = most_update_tokens(config), configured
     while kept_bytes(model, max(min(budget, update), S + T), config.model.dtype) > SHARE * left:
         budget //= 2

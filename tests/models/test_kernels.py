@@ -12,7 +12,7 @@ import pytest
 from lpo_jax.config import parse_config
 from lpo_jax.errors import UserError
 from lpo_jax.models import attention
-from lpo_jax.models.attention import Causal, attend_stored, shared_prefix_attention
+from lpo_jax.models.attention import Causal, attend_cached, shared_prefix_attention
 from lpo_jax.models.kernels import decode, splash
 from lpo_jax.models.runner import Groups, ModelRunner, score
 from lpo_jax.parallel import sharding
@@ -113,7 +113,7 @@ def test_stored_keys(small_blocks, num_keys):
     q, k, v = normal(B, G, C, I, N), normal(B, G, N, num_keys), normal(B, G, num_keys, N)
     stop = jnp.array([num_keys, num_keys - 5, 17, 1, 20, 0])
     start = jnp.array([[0, 0, 0], [3, 40, 11], [5, 5, 6], [0, 0, 0], [-7, 2, -1], [0, 0, 0]])
-    kernel, plain = (attend_stored(q, k, v, start, stop, choice) for choice in ("interpret", "plain"))
+    kernel, plain = (attend_cached(q, k, v, start, stop, choice) for choice in ("interpret", "plain"))
     some = lambda tree: jax.tree.map(lambda x: x[:-1], tree)  # noqa: E731
     chex.assert_trees_all_close(some(kernel), some(plain), atol=1e-5)
     nothing = jax.tree.map(lambda x: x[-1], kernel)
@@ -127,7 +127,7 @@ def test_storage_behind_the_last_key_is_never_looked_at(small_blocks):
     start, stop = jnp.array([[130]]), jnp.array([250])  # of the four blocks the second one
     spoiled = jnp.arange(512) // 128 != 1
     k, v = jnp.where(spoiled, jnp.nan, k), jnp.where(spoiled[:, None], jnp.nan, v)
-    out, lse = attend_stored(q, k, v, start, stop, "interpret")
+    out, lse = attend_cached(q, k, v, start, stop, "interpret")
     assert jnp.isfinite(out).all() and jnp.isfinite(lse).all()
 
 
@@ -139,7 +139,7 @@ def test_on_a_mesh(G):
     P, K, H = 4, 2, 4
     q, k, v = normal(P, G, K, H // G, 16), normal(P, G, 16, 40), normal(P, G, 40, 16)
     start, stop = jnp.zeros((P, K), jnp.int32), jnp.array([9, 3, 1, 40])
-    step = jax.jit(lambda *qkv: attend_stored(*qkv, start, stop, "interpret"))
+    step = jax.jit(lambda *qkv: attend_cached(*qkv, start, stop, "interpret"))
     alone = step(q, k, v)
     with jax.set_mesh(mesh):
         together = step(q, k, v)
@@ -233,5 +233,5 @@ def test_compiles_for_tpus(name, num_devices, model):
 
     stored = shape(P, G, K, H // G, N), shape(P, G, N, T), shape(P, G, T, N)
     bounds = shape(P, K, dtype=jnp.int32), shape(P, dtype=jnp.int32)
-    step = functools.partial(attend_stored, attention="pallas")
+    step = functools.partial(attend_cached, attention="pallas")
     assert "tpu_custom_call" in compile_for(devices, step, *stored, *bounds).as_text()

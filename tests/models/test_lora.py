@@ -39,26 +39,26 @@ def log_probs(config, params, rows):
 
 def test_untrained_adapters_change_nothing(tiny_config, tiny_params, rows):
     fresh = lora.init(tiny_config, LORA, jax.random.key(0))
-    joined = lora.join(Frozen(tiny_params, LORA.scale), fresh)
+    joined = lora.with_adapters(Frozen(tiny_params, LORA.scale), fresh)
     got, want = log_probs(tiny_config, joined, rows), log_probs(tiny_config, tiny_params, rows)
     chex.assert_trees_all_close(got, want, atol=1e-5)
-    chex.assert_trees_all_equal(lora.merge(joined), tiny_params)
-    assert lora.join(None, tiny_params) is tiny_params
+    chex.assert_trees_all_equal(lora.merge_adapters(joined), tiny_params)
+    assert lora.with_adapters(None, tiny_params) is tiny_params
 
 
 @pytest.mark.parametrize("targets", [matrix_names(), ("wo",), ("wq", "w_down")])
 def test_adapted_and_merged_models_agree(tiny_config, tiny_params, adapters, rows, targets):
     some = {"layers": {name: adapters["layers"][name] for name in targets}}
-    joined = lora.join(Frozen(tiny_params, LORA.scale), some)
+    joined = lora.with_adapters(Frozen(tiny_params, LORA.scale), some)
     adapted = log_probs(tiny_config, joined, rows)
     assert jnp.abs(adapted - log_probs(tiny_config, tiny_params, rows)).max() > 0.1
-    chex.assert_trees_all_close(adapted, log_probs(tiny_config, lora.merge(joined), rows), atol=2e-5)
+    chex.assert_trees_all_close(adapted, log_probs(tiny_config, lora.merge_adapters(joined), rows), atol=2e-5)
 
 
 def test_merging_one_layer_is_merging_all(tiny_config, tiny_params, adapters):
-    joined = lora.join(Frozen(tiny_params, LORA.scale), adapters)
-    one = lora.merge(jax.tree.map(lambda x: x[1], joined["layers"]))
-    want = jax.tree.map(lambda x: x[1], lora.merge(joined)["layers"])
+    joined = lora.with_adapters(Frozen(tiny_params, LORA.scale), adapters)
+    one = lora.merge_adapters(jax.tree.map(lambda x: x[1], joined["layers"]))
+    want = jax.tree.map(lambda x: x[1], lora.merge_adapters(joined)["layers"])
     chex.assert_trees_all_close(one, want, atol=1e-6)
 
 
@@ -76,7 +76,7 @@ def test_gradient_equals_that_of_the_merged_model(tiny_config, tiny_params, adap
 
     weight = np.random.default_rng(1).normal(size=(3, 9, tiny_config.vocab_size)).astype(np.float32)
     loss = lambda tree: (weight * log_probs(tiny_config, tree, rows)).sum()  # noqa: E731
-    got = jax.jit(jax.grad(lambda x: loss(lora.join(frozen, x))))(adapters)
+    got = jax.jit(jax.grad(lambda x: loss(lora.with_adapters(frozen, x))))(adapters)
     want = jax.jit(jax.grad(lambda x: loss(dense(x))))(adapters)
     assert all(float(jnp.abs(x).max()) > 1e-3 for x in jax.tree.leaves(want))
     chex.assert_trees_all_close(got, want, rtol=2e-3, atol=2e-3)
@@ -94,7 +94,7 @@ def test_backward_makes_no_gradient_of_the_base(tiny_config, tiny_params, adapte
         return {sizes(shape) for shape in _product_shapes(program.jaxpr)} & shapes
 
     assert products(tiny_params, lambda x: x) == shapes
-    assert not products(adapters, lambda x: lora.join(frozen, x))
+    assert not products(adapters, lambda x: lora.with_adapters(frozen, x))
 
 
 def _product_shapes(jaxpr):

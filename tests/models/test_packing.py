@@ -24,10 +24,10 @@ def test_every_token_runs_once(budget, shards):
     P, K, S, T = 8, 4, 16, 32
     prompts, sizes = lengths(P, K, S, T, 8)
     sizes[2] = 0  # nothing was said
-    layout = packing.plan(prompts, sizes, S, T, budget, shards)
+    layout = packing.plan_layout(prompts, sizes, S, T, budget, shards)
     assert layout.token.shape[1] == shards
     x = np.arange(1, P * K * T + 1).reshape(P, K, T)
-    np.testing.assert_array_equal(layout.join(layout.split(x)), x * (np.arange(T) < sizes[..., None]))
+    np.testing.assert_array_equal(layout.from_rows(layout.to_rows(x)), x * (np.arange(T) < sizes[..., None]))
     places = np.asarray(layout.token[layout.token != packing.NOWHERE])
     responses = places[places >= P * S] - P * S
     np.testing.assert_array_equal(np.sort(responses), np.flatnonzero(np.arange(T) < sizes[..., None]))
@@ -40,7 +40,7 @@ def test_every_token_runs_once(budget, shards):
 
 
 def test_packing_and_unpacking_are_inverse():
-    layout = packing.plan(*lengths(6, 4, 16, 64, 8), 16, 64, 300)
+    layout = packing.plan_layout(*lengths(6, 4, 16, 64, 8), 16, 64, 300)
     row = jax.tree.map(lambda x: x[0, 0], (layout.unpack, layout.pack))
     unpack, pack = row
     taken = pack != packing.NOWHERE
@@ -55,7 +55,7 @@ def test_nothing_padded_costs_nothing():
         (2, 4, 16, 16, 90),
         (6, 4, 10, 5, 65),
     ):
-        layout = packing.full(P, K, S, T, budget)
+        layout = packing.full_layout(P, K, S, T, budget)
         M, B, C = layout.token.shape
         assert layout.pack is None and M * B * C == P * (S + K * T)
         assert layout.place.shape == (M, B, P * K * T // M)
@@ -64,7 +64,7 @@ def test_nothing_padded_costs_nothing():
 def test_padding_is_small_and_shards_are_even():
     prompts, sizes = lengths(64, 8, 128, 512, 64)
     for shards in (1, 4):
-        layout = packing.plan(prompts, sizes, 128, 512, 4096, shards)
+        layout = packing.plan_layout(prompts, sizes, 128, 512, 4096, shards)
         tokens = real_tokens(layout)
         assert tokens.sum() >= 0.85 * layout.token.size
         assert tokens.min() >= 0.75 * tokens.max()
@@ -79,7 +79,7 @@ def test_padding_is_small_and_shards_are_even():
     ],
 )
 def test_groups_are_cut_evenly(P, K, S, T, budget, pieces):
-    layout = packing.plan(np.full(P, S), np.full((P, K), T), S, T, budget)
+    layout = packing.plan_layout(np.full(P, S), np.full((P, K), T), S, T, budget)
     tokens = real_tokens(layout)
     assert tokens.size == pieces and layout.num_responses == P * K // pieces
     assert (tokens == layout.token.shape[-1]).all()
@@ -88,7 +88,7 @@ def test_groups_are_cut_evenly(P, K, S, T, budget, pieces):
 def test_one_long_response_does_not_blow_up_the_padded_form():
     sizes = np.full((32, 4), 4)
     sizes[0, 0] = 1024
-    layout = packing.plan(np.full(32, 8), sizes, 8, 1024, 2048)
+    layout = packing.plan_layout(np.full(32, 8), sizes, 8, 1024, 2048)
     assert layout.prompt.shape[2] * (8 + 4 * 1024) <= packing.PADDED_BUDGETS * 2048
 
 
@@ -96,7 +96,7 @@ def test_few_sizes():
     """Two hundred steps of a run whose responses double in length."""
     shapes = set()
     for mean in np.geomspace(64, 128, 200):
-        layout = packing.plan(*lengths(64, 8, 64, 1024, mean), 64, 1024, 8192)
+        layout = packing.plan_layout(*lengths(64, 8, 64, 1024, mean), 64, 1024, 8192)
         shapes.add(tuple(x.shape for x in jax.tree.leaves(layout)))
     assert len(shapes) <= 25
 
@@ -109,5 +109,5 @@ def test_sizes_go_in_steps():
 
 @pytest.mark.parametrize("K, S, T, budget", [(8, 4, 8, 1000), (8, 4, 8, 36), (7, 4, 8, 30), (3, 4, 8, 5)])
 def test_full_groups_have_the_pieces_that_are_counted(K, S, T, budget):
-    pieces = packing.full(1, K, S, T, budget).prompt
-    assert (pieces != packing.NOWHERE).sum() == packing.full_pieces(K, S, T, budget)
+    pieces = packing.full_layout(1, K, S, T, budget).prompt
+    assert (pieces != packing.NOWHERE).sum() == packing.full_splits(K, S, T, budget)

@@ -18,7 +18,7 @@ from lpo_jax.models.parameters import Parameter
 from lpo_jax.models.placement import param_shardings
 from lpo_jax.models.quantize import quantise_layer
 from lpo_jax.models.runner import Groups, ModelRunner, score
-from lpo_jax.parallel.mesh import MeshSizes, build
+from lpo_jax.parallel.mesh import MeshSizes, build_mesh
 from lpo_jax.planner.roofline import Sizes
 from lpo_jax.sampling import PromptBatch, Sampler, SampleRequest
 from lpo_jax.training.memory import kept_bytes
@@ -101,7 +101,7 @@ def test_files_placement_and_estimates_know_the_additions(extended, tiny_config)
     read = lambda parameter, layer, index: files[parameter.hf.format(layer)][index]  # noqa: E731
     chex.assert_trees_all_equal(layout.read_params(config, read), params)
 
-    placed = param_shardings(config, build(MeshSizes(2, 2, 2)))["layers"]
+    placed = param_shardings(config, build_mesh(MeshSizes(2, 2, 2)))["layers"]
     assert placed["w_extra"].shard_shape((2, 32, 4, 8)) == (2, 16, 2, 8)
     assert placed["extra_norm"].shard_shape((2, 32)) == (2, 16)
 

@@ -23,9 +23,9 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_one_process_needs_no_others():
-    assert not hosts.many() and hosts.first()
+    assert not hosts.many() and hosts.is_first()
     assert hosts.share(7) == slice(0, 7)
-    assert hosts.gather({"a": 1}) == [{"a": 1}] and hosts.join([1, 2]) == [1, 2]
+    assert hosts.gather({"a": 1}) == [{"a": 1}] and hosts.gather_lists([1, 2]) == [1, 2]
     assert hosts.on_first(lambda: 3) == 3
     with pytest.raises(ZeroDivisionError), hosts.together():
         1 / 0  # noqa: B018 - nobody waits for this process, so the error goes its usual way
@@ -60,7 +60,7 @@ def test_a_wrong_start_is_refused(monkeypatch, variables, says):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError) as refused:
-        hosts.start()
+        hosts.connect()
     assert says in str(refused.value) and "\n" not in str(refused.value)
 
 

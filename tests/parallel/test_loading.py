@@ -7,7 +7,7 @@ import pytest
 from lpo_jax.models import decoder, layout, parameters
 from lpo_jax.models.config import ModelConfig
 from lpo_jax.models.placement import param_shardings
-from lpo_jax.parallel.mesh import MeshSizes, build
+from lpo_jax.parallel.mesh import MeshSizes, build_mesh
 
 CONFIG = ModelConfig("qwen2", 48, 16, 3, 4, 2, 8, 24, 64, qkv_bias=True)
 
@@ -39,7 +39,7 @@ class Reader:
 @pytest.mark.parametrize("shape", [(8, 1, 1), (1, 4, 2), (2, 2, 2)])
 def test_every_part_is_read_once(saved, shape):
     params = saved[1]
-    shardings = param_shardings(CONFIG, build(MeshSizes(*shape)))
+    shardings = param_shardings(CONFIG, build_mesh(MeshSizes(*shape)))
     reader = Reader(params)
     loaded = layout.read_params(CONFIG, reader, shardings=shardings)
     jax.tree.map(np.testing.assert_array_equal, loaded, params)
@@ -50,7 +50,7 @@ def test_every_part_is_read_once(saved, shape):
 def test_a_host_reads_only_what_its_devices_get(saved, monkeypatch):
     """Of two hosts with four devices each, by asking for the parts of four of the eight."""
     params = saved[1]
-    shardings = param_shardings(CONFIG, build(MeshSizes(1, 8, 1)))
+    shardings = param_shardings(CONFIG, build_mesh(MeshSizes(1, 8, 1)))
     mine = jax.devices()[:4]
 
     def of_this_host(shape, sharding, part):
@@ -80,7 +80,7 @@ def test_an_axis_folded_behind_another_is_cut_after_reading(saved):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_load_model_with_shardings(saved, dtype):
-    shardings = param_shardings(CONFIG, build(MeshSizes(2, 2, 2)))
+    shardings = param_shardings(CONFIG, build_mesh(MeshSizes(2, 2, 2)))
     whole, split = load_model_weights(saved[0], dtype), load_model_weights(saved[0], dtype, shardings)
     jax.tree.map(np.testing.assert_array_equal, split, whole)
     assert split["layers"]["wq"].addressable_shards[0].data.shape == (3, 8, 2, 8)

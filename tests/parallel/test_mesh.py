@@ -7,7 +7,7 @@ import pytest
 
 from lpo_jax.config import MeshSection
 from lpo_jax.errors import UserError
-from lpo_jax.parallel.mesh import MeshSizes, ModelSizes, arrange, build, choose
+from lpo_jax.parallel.mesh import MeshSizes, ModelSizes, arrange, build_mesh, choose_mesh
 
 # 1.7B parameters: 27 GB of state, 7 GB of float32 weights.
 MODEL = ModelSizes(num_heads=16, num_kv_heads=8, num_params=1_720_567_808)
@@ -15,7 +15,7 @@ GB = 1e9
 
 
 def sizes(devices, prompts, memory, model=MODEL, weight_bytes=2, **given):
-    chosen = choose(MeshSection(**given), devices, model, prompts, memory, weight_bytes)
+    chosen = choose_mesh(MeshSection(**given), devices, model, prompts, memory, weight_bytes)
     return dataclasses.astuple(chosen)
 
 
@@ -100,4 +100,4 @@ def test_only_data_crosses_from_slice_to_slice():
 
 
 def test_the_devices_are_used_in_order():
-    assert list(build(MeshSizes(3, 1, 2)).devices.flat) == jax.devices()[:6]
+    assert list(build_mesh(MeshSizes(3, 1, 2)).devices.flat) == jax.devices()[:6]

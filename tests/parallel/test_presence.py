@@ -66,7 +66,7 @@ def test_a_process_that_falls_silent_is_named_once_and_one_that_has_done_its_par
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and not ended
     assert said.startswith(
-        "lpo: process 1 of 2 has given no sign of life for 10 s and was learning when last heard of"
+        "lpo: process 1 of 2 has sent no heartbeat for 10 s and was learning in its last one"
     )
 
     third = Presence(one._store, 1, 2, clock=lambda: now[0])
@@ -86,7 +86,7 @@ def test_a_platform_that_is_not_here_is_one_line():
     assert lines[0].startswith(
         "lpo: JAX_PLATFORMS = nonsense: cannot be used here (Unable to initialize backend"
     )
-    assert lines[0].endswith("; available is cpu: set it to that, or not at all")
+    assert lines[0].endswith("; available is cpu: set it to that, or unset it")
 
 
 def test_the_platform_that_is_here_is_taken():
@@ -97,7 +97,7 @@ PROGRAM = """
     import sys, time
     from lpo_jax.errors import RunStopped
     from lpo_jax.planner import hosts
-    hosts.start()
+    hosts.connect()
     hosts.phase("verifying")
     with hosts.together():
         print("ready", flush=True)
@@ -146,7 +146,7 @@ def test_the_other_process_says_which_was_killed_in_verification():
     error = jobs[0].communicate(timeout=120)[1]
     assert jobs[0].returncode != 0
     assert error.startswith(
-        "lpo: process 1 of 2 has given no sign of life for 10 s and was verifying when last heard of"
+        "lpo: process 1 of 2 has sent no heartbeat for 10 s and was verifying in its last one"
     )
 
 

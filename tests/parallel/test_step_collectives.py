@@ -11,9 +11,9 @@ from lpo_jax.models import decoder
 from lpo_jax.models.placement import param_shardings, placed
 from lpo_jax.models.runner import Groups, ModelRunner
 from lpo_jax.objectives import TokenStats
-from lpo_jax.parallel.mesh import MeshSizes, build
+from lpo_jax.parallel.mesh import MeshSizes, build_mesh
 from lpo_jax.planner.collectives import collectives
-from lpo_jax.planner.hlo import parse
+from lpo_jax.planner.hlo import parse_hlo
 from lpo_jax.runs.state import TrainState
 from lpo_jax.training.optimizer import make_optimizer
 from lpo_jax.training.step import update
@@ -26,14 +26,14 @@ def test_weights_by_layer_and_gradients_once(tiny_config, data, fsdp, tensor):
     config = dataclasses.replace(tiny_config, vocab_size=64)  # divides over `tensor`
     runner = ModelRunner(config, token_budget=S + K * T)
     optimizer = make_optimizer(OptimizerConfig(), 1)
-    mesh = build(MeshSizes(data, fsdp, tensor))
+    mesh = build_mesh(MeshSizes(data, fsdp, tensor))
     groups = Groups(np.ones((P, S), np.int32), np.full(P, S, np.int32), np.ones((P, K, T), np.int32))
     cotangent = TokenStats(np.ones((P, K, T), np.float32))
     params = decoder.abstract_params(config)
     state = TrainState(params, jax.eval_shape(optimizer.init, params))
     with jax.set_mesh(mesh):
         compiled = update.lower(runner, optimizer, placed(config, state), groups, cotangent).compile()
-    found = collectives(parse(compiled.as_text()))
+    found = collectives(parse_hlo(compiled.as_text()))
 
     largest = max(leaf.size // (leaf.shape[0] if leaf.ndim > 2 else 1) for leaf in jax.tree.leaves(params))
     assert (

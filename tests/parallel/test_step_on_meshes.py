@@ -13,7 +13,7 @@ from lpo_jax.config import parse_config
 from lpo_jax.models.placement import param_shardings
 from lpo_jax.models.runner import Groups, ModelRunner
 from lpo_jax.objectives import TokenStats
-from lpo_jax.parallel.mesh import MeshSizes, build
+from lpo_jax.parallel.mesh import MeshSizes, build_mesh
 from lpo_jax.reporting import metric_names, read_metrics
 from lpo_jax.runs.checkpoint import load_run
 from lpo_jax.training.loop import train
@@ -103,7 +103,7 @@ def test_gradient_in_float64_is_exact(tiny_config, tiny_params, data, fsdp, tens
     runner = ModelRunner(tiny_config, token_budget=S + K * T, dtype=np.float64)
     pull_back = jax.jit(ModelRunner.pull_back, static_argnums=0)
     want, want_stats = pull_back(runner, tiny_params, groups, cotangent)
-    mesh = build(MeshSizes(data, fsdp, tensor))
+    mesh = build_mesh(MeshSizes(data, fsdp, tensor))
     with jax.set_mesh(mesh):
         params = jax.device_put(tiny_params, param_shardings(tiny_config, mesh))
         got, got_stats = pull_back(runner, params, groups, cotangent)

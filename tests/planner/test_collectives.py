@@ -7,7 +7,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from lpo_jax.parallel.sharding import AXES
 from lpo_jax.planner.collectives import collectives
-from lpo_jax.planner.hlo import parse
+from lpo_jax.planner.hlo import parse_hlo
 
 
 def test_a_scan_over_sharded_weights_gathers_inside_its_loop():
@@ -21,7 +21,7 @@ def test_a_scan_over_sharded_weights_gathers_inside_its_loop():
 
     weights = jax.device_put(np.ones((5, 16, 16), np.float32), split)
     x = jax.device_put(np.ones((64, 16), np.float32), rows)
-    found = collectives(parse(jax.jit(program).lower(x, weights).compile().as_text()))
+    found = collectives(parse_hlo(jax.jit(program).lower(x, weights).compile().as_text()))
     gathers = [c for c in found if c.kind == "all-gather"]
     assert [(c.bytes, c.devices, c.in_loop, c.times) for c in gathers] == [(16 * 16 * 4, 8, 1, 5)]
     assert [c.in_loop for c in found if c.kind == "all-reduce"] == [0]
@@ -49,7 +49,7 @@ ENTRY %main (p0: f32[2]) -> f32[2] {
 
 
 def test_asynchronous_and_combined_operations():
-    a, b, c, d = collectives(parse(TEXT))
+    a, b, c, d = collectives(parse_hlo(TEXT))
     assert (a.kind, a.shape, a.bytes, a.devices, a.in_loop, a.times) == (
         "all-gather",
         "bf16[64,4]",
@@ -66,7 +66,7 @@ def test_asynchronous_and_combined_operations():
 def test_turns_that_the_compiler_left_to_the_condition():
     unstated = TEXT.replace(', backend_config={"known_trip_count":{"n":"12"}}', "")
     text = unstated.replace("%body (arg", CONDITION)
-    assert [c.times for c in collectives(parse(text))] == [7, 7, 1, 1]
+    assert [c.times for c in collectives(parse_hlo(text))] == [7, 7, 1, 1]
 
 
 CONDITION = """%cond (arg.1: (s32[], bf16[8,4])) -> pred[] {

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from lpo_jax.planner.cost import program_cost
-from lpo_jax.planner.hlo import parse
+from lpo_jax.planner.hlo import parse_hlo
 
 # One batched product as a TPU program has it: the batch is a spatial axis that padding and dilation keep apart.
 TPU_TEXT = """HloModule jit_f
@@ -40,14 +40,14 @@ ENTRY %main (x: (s32[], bf16[3,8,16], bf16[3,32,16])) -> (s32[], bf16[3,8,16], b
 
 
 def test_a_batched_product_of_a_tpu_program_in_a_loop():
-    cost = program_cost(parse(TPU_TEXT))
+    cost = program_cost(parse_hlo(TPU_TEXT))
     assert cost.flops == 5 * 2 * 3 * 8 * 16 * 32
     # The input and the result lie in main memory, the other input, S(1), does not.
     assert cost.bytes == 5 * 2 * (3 * 8 * 16 + 3 * 8 * 32)
-    assert program_cost(parse(TPU_TEXT), loops_once=True).flops == cost.flops / 5
+    assert program_cost(parse_hlo(TPU_TEXT), loops_once=True).flops == cost.flops / 5
     by_data = TPU_TEXT.replace("compare(%j, %n), direction=LT", "and(%j, %n)")
-    assert program_cost(parse(by_data)).flops == cost.flops / 5
-    assert program_cost(parse(by_data, open_turns=16)).flops == cost.flops / 5 * 16
+    assert program_cost(parse_hlo(by_data)).flops == cost.flops / 5
+    assert program_cost(parse_hlo(by_data, open_iterations=16)).flops == cost.flops / 5 * 16
 
 
 # Weights on their way into a chip's fast memory: a copy names where it goes first, a slice where it comes from.
@@ -65,7 +65,7 @@ ENTRY %main (x: bf16[64,32], y: s8[4096]) -> bf16[64,32] {
 
 
 def test_what_is_fetched_ahead_is_read_once():
-    assert program_cost(parse(PREFETCH)).bytes == 2 * 64 * 32 + 1024
+    assert program_cost(parse_hlo(PREFETCH)).bytes == 2 * 64 * 32 + 1024
 
 
 # One layer of a stack of four goes into a product, and another input as it is: each by way of a fusion of its own.
@@ -102,7 +102,7 @@ ENTRY %main (x: bf16[4,8,16], n: s32[], y: bf16[32,16]) -> bf16[8,32] {
 
 
 def test_fusions_in_fusions_read_what_they_take():
-    cost = program_cost(parse(NESTED))
+    cost = program_cost(parse_hlo(NESTED))
     assert cost.flops == 2 * 8 * 16 * 32
     assert cost.bytes == 2 * (8 * 16 + 32 * 16 + 8 * 32)
 
@@ -124,11 +124,11 @@ def gradient():
 
 def test_arithmetic_of_a_scan_by_hand(gradient):
     # Forward, once more before the backward pass, and the two products of that.
-    assert program_cost(parse(gradient.as_text())).flops == 4 * L * 2 * B * D * D
+    assert program_cost(parse_hlo(gradient.as_text())).flops == 4 * L * 2 * B * D * D
 
 
 def test_with_loops_counted_once_xla_agrees(gradient):
-    ours = program_cost(parse(gradient.as_text()), loops_once=True)
+    ours = program_cost(parse_hlo(gradient.as_text()), loops_once=True)
     theirs = gradient.cost_analysis()
     assert ours.flops == 4 * 2 * B * D * D
     assert 0.8 * theirs["flops"] < ours.flops <= theirs["flops"]  # which counts element-wise operations too

@@ -17,16 +17,16 @@ from lpo_jax.parallel.mesh import MeshSizes
 from lpo_jax.planner import plan as plans
 from lpo_jax.planner import roofline, topology
 from lpo_jax.planner.programs import _needed, extrapolate
-from lpo_jax.planner.roofline import Exchange, Phase, Setting, Workload
+from lpo_jax.planner.roofline import Exchange, Setting, StepPhase, Workload
 from lpo_jax.training.check import check_config
 
 WORK = Workload(CONFIG, P=8, K=4, S=16, T=32, updates=2, itemsize=2, reference=False, scorings=1)
 ALONE = Setting(MeshSizes(1, 1, 1), token_budget=16 + 4 * 32, remat=False, rows=32)
-GPU = topology.parse("h100:8")
+GPU = topology.parse_topology("h100:8")
 
 
 def phases(work=WORK, setting=ALONE):
-    return {phase.name: phase for phase in roofline.estimate(work, setting)}
+    return {phase.name: phase for phase in roofline.estimate_phases(work, setting)}
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def test_arithmetic_of_a_step_by_hand():
     assert score.flops == 2 * matrices * tokens + 2 * head * 4 * K * T + 4 * attention
     decode = phases()["decode"]
     assert decode.times == T // 16  # tokens are drawn in calls of 16
-    of_a_token = 2 * (matrices + head) + 4 * c.num_layers * 4 * 8 * (S + roofline.mean_storage(T))
+    of_a_token = 2 * (matrices + head) + 4 * c.num_layers * 4 * 8 * (S + roofline.mean_cache_length(T))
     assert decode.flops == pytest.approx(16 * 32 * of_a_token)
     remat = phases(setting=dataclasses.replace(ALONE, remat=True))["update"]
     assert remat.flops - update.flops == score.flops - 2 * head * 4 * K * T
@@ -93,13 +93,13 @@ def test_memory_by_hand():
 
 
 @pytest.mark.parametrize("T", [1, 64, 65, 100, 300])
-def test_mean_storage_is_that_of_a_loop(T):
+def test_mean_cache_length_is_that_of_a_loop(T):
     size, total = min(64, T), 0
     for t in range(T):
         if t == size:
             size = min(2 * size, T)
         total += size
-    assert roofline.mean_storage(T) == pytest.approx(total / T)
+    assert roofline.mean_cache_length(T) == pytest.approx(total / T)
 
 
 def test_what_a_ring_sends():
@@ -111,7 +111,7 @@ def test_what_a_ring_sends():
 
 def test_a_phase_takes_as_long_as_its_worst_resource():
     chip = topology.CHIPS["v5e"]
-    phase = Phase(
+    phase = StepPhase(
         "update", 3, chip.peak, 2 * chip.bandwidth, 0, 0, (Exchange("all-to-all", chip.ring, 1, 1),)
     )
     assert phase.seconds(chip) == 3 * 2
@@ -195,8 +195,8 @@ def test_mistakes_end_in_one_line(config_file, capsys, arguments, says):
 
 
 def test_extrapolation_is_a_straight_line():
-    few = Phase("decode", 5, 10.0, 100.0, 7.0, 3.0, (Exchange("all-reduce", 8.0, 2, 4),))
-    more = Phase("decode", 5, 14.0, 120.0, 9.0, 3.0, (Exchange("all-reduce", 8.0, 2, 8),))
+    few = StepPhase("decode", 5, 10.0, 100.0, 7.0, 3.0, (Exchange("all-reduce", 8.0, 2, 4),))
+    more = StepPhase("decode", 5, 14.0, 120.0, 9.0, 3.0, (Exchange("all-reduce", 8.0, 2, 8),))
     far = extrapolate(few, more, 3)
     assert (far.flops, far.bytes, far.held, far.temporary) == (22.0, 160.0, 13.0, 3.0)
     assert far.exchanges == (Exchange("all-reduce", 8.0, 2, 16),)
@@ -215,7 +215,7 @@ def test_a_topology_that_libtpu_refuses():
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("needs libtpu: pip install 'lpo_jax[plan]'")
     with pytest.raises(UserError, match="no such slice"):
-        topology.tpu_devices(topology.parse("v5e:3x4"))
+        topology.tpu_devices(topology.parse_topology("v5e:3x4"))
 
 
 @pytest.mark.slow

@@ -280,7 +280,7 @@ from lpo_jax.errors import UserError
 from lpo_jax.planner import hosts
 from lpo_jax.runs.checkpoint import Checkpoints
 
-hosts.start()
+hosts.connect()
 mesh = jax.make_mesh((4,), ("x",))
 place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
 state = lambda step: {"params": {"w": jax.make_array_from_callback((8,), place, lambda i: np.arange(8.0)[i] + step)}}

@@ -69,7 +69,7 @@ def test_an_update_is_the_gradient_of_the_whole_batch(tiny_config, tiny_params, 
     start, (groups, coefficients) = lora.init(tiny_config, LORA, jax.random.key(0)), batch
 
     def loss(adapters):
-        policy = lora.merge(lora.join(state.frozen, adapters))
+        policy = lora.merge_adapters(lora.with_adapters(state.frozen, adapters))
         return (coefficients.logp * score(ModelRunner(tiny_config), policy, groups).logp).sum()
 
     want = jax.jit(jax.grad(loss))(start)

@@ -264,7 +264,7 @@ def test_gradient_reaches_the_parameters_through_every_statistic(tiny_config, ti
             "hidden_norm": jnp.linalg.norm(states, axis=-1),
             "top_logp": jnp.take_along_axis(logp, rows.top_ids, axis=-1),
         }
-        return sum((layout.join(stats[name][None]) * weight).sum() for name, weight in weights.items())
+        return sum((layout.from_rows(stats[name][None]) * weight).sum() for name, weight in weights.items())
 
     shapes = {name: (P, K, T) for name in ("entropy", "collision", "hidden_norm")} | {
         "top_logp": (P, K, T, 3)

@@ -1,10 +1,10 @@
-"""Attention of a few queries to stored keys and values of which each row has its own real length, on TPUs.
+"""Attention of a few queries to a KV cache in which each row has its own length, on TPUs.
 
-The plain twin is `attend_stored` in `lpo_jax.models.attention`. Decoding is bound by the bytes of keys and values: the
-kernel reads the blocks between a row's first and last key and no others, each once for all the queries that share
-it. One call serves the rows of a prompt, another each row's own keys; `merge` joins the two.
+The plain twin is `attend_cached` in `lpo_jax.models.attention`. Decoding is limited by the bytes of keys and values, so
+the kernel reads only the blocks between a row's first and last key, each once for all the queries that share it. One
+call attends to the prompts and another to the rows' own tokens; `merge` combines the two.
 
-Axes: B rows of storage · C queries of each, I for each key/value head · G key/value heads · N head width · Y keys.
+Axes: B rows of the cache · C queries of each, I for each key/value head · G key/value heads · N head width · Y keys.
 """
 
 import functools
@@ -17,45 +17,48 @@ from jax.experimental.pallas import tpu as pltpu
 
 from lpo_jax.models.kernels.devices import on_each_device
 
-# Bytes of a block of keys: a read long enough to hide what a step of the grid costs beside it (a third of a
-# microsecond). Two such blocks of keys and two of values are in VMEM at a time, of 16 MiB on every chip.
+# Bytes of a block of keys. Reading a block takes long enough to hide the overhead of a grid step (a third of a
+# microsecond). Two blocks of keys and two of values are in VMEM at a time, which is 16 MiB on every chip.
 BLOCK_BYTES = 1 << 20
 LANES, SUBLANES = 128, 16
 LOWEST = jnp.finfo(jnp.float32).min
 
 
-def attend_stored(q, k, v, start, stop, *, interpret: bool = False) -> tuple[jax.Array, jax.Array]:
-    """Query c of row b attends to the keys `start[b, c] <= y < stop[b]`.
+def attend_cached(q, k, v, start, stop, *, interpret: bool = False) -> tuple[jax.Array, jax.Array]:
+    """Attend from query c of row b to the keys `start[b, c] <= y < stop[b]`.
 
     Args:
-      q: `[B, G, C, I, N]`; k: `[B, G, N, Y]`; v: `[B, G, Y, N]`.
-      start: `[B, C]`, stop: `[B]`, int32. A query without keys gets zeros, and a normaliser that gives them no weight.
-      interpret: run on any device, slowly.
+      q: `[B, G, C, I, N]`.
+      k: `[B, G, N, Y]`.
+      v: `[B, G, Y, N]`.
+      start: `[B, C]` int32.
+      stop: `[B]` int32. A query without keys gets zeros, and a normaliser that gives them no weight in `merge`.
+      interpret: run in the interpreter, on any device but slowly.
 
     Returns:
       `[B, G, C, I, N]` in q's dtype and the log-sum-exp of the scaled scores, `[B, G, C, I]` float32.
     """
-    attention = functools.partial(_attend_stored, interpret=interpret)
+    attention = functools.partial(_attend_cached, interpret=interpret)
     return on_each_device(attention, ("batch", "kv_heads"), q, k, v, start, stop)
 
 
 def block_size(num_keys: int, num_heads: int, head_width: int, itemsize: int) -> int:
-    """Keys in a block: all, or as many whole lanes as fit `BLOCK_BYTES`."""
+    """Return the number of keys in a block: all, or as many multiples of `LANES` as fit into `BLOCK_BYTES`."""
     bytes_per_key = num_heads * math.ceil(head_width / SUBLANES) * SUBLANES * itemsize
     return min(num_keys, max(1, BLOCK_BYTES // bytes_per_key // LANES) * LANES)
 
 
-def _attend_stored(q, k, v, start, stop, *, interpret):
+def _attend_cached(q, k, v, start, stop, *, interpret):
     B, G, C, I, N = q.shape
     Y = k.shape[-1]
     block = block_size(Y, G, N, k.dtype.itemsize)
-    first = jax.lax.div(jnp.maximum(start.min(axis=1), 0), block)  # [B]: a row's first block and its last
+    first = jax.lax.div(jnp.maximum(start.min(axis=1), 0), block)  # [B]: the first and last block of each row
     last = jax.lax.div(jnp.maximum(stop - 1, 0), block)
 
     def rows(*shape):
         return pl.BlockSpec((None, *shape), lambda b, j, *_: (b,) + (0,) * len(shape))
 
-    # Behind the last block of a row the last one is asked for again, and so not read again.
+    # After the last block of a row, the index stays the same, so that no further block is read.
     at = lambda b, j, first, last, _: jnp.minimum(first[b] + j, last[b])  # noqa: E731
     out, lse = pl.pallas_call(
         functools.partial(_kernel, block=block, num_keys=Y),
@@ -77,7 +80,7 @@ def _attend_stored(q, k, v, start, stop, *, interpret):
         ],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
         interpret=interpret,
-        name="attend_stored",
+        name="attend_cached",
     )(
         first,
         last,
@@ -110,7 +113,7 @@ def _kernel(first, last, stop, start, q, k, v, out, lse, peak, total, weighted, 
             new_peak = jnp.maximum(peak[g], scores.max(-1, keepdims=True))
             weights = jnp.where(seen, jnp.exp(scores - new_peak), 0.0)
             values = v[g]
-            if num_keys % block:  # what a block holds behind the last key may be anything
+            if num_keys % block:  # a block's content after the last key is undefined
                 key = (first[b] + j) * block + jax.lax.broadcasted_iota(jnp.int32, values.shape, 0)
                 values = jnp.where(key < num_keys, values, 0)
             shrink = jnp.exp(peak[g] - new_peak)

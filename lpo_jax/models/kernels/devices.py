@@ -1,4 +1,4 @@
-"""Kernels on a mesh: the compiler cannot split one, so each device is handed its own rows and heads."""
+"""Kernels on a mesh: the compiler cannot partition a kernel, so each device runs it on its own rows and heads."""
 
 from collections.abc import Callable
 
@@ -9,12 +9,13 @@ from lpo_jax.parallel.sharding import current_mesh, spec
 
 
 def on_each_device(attention: Callable, axes: tuple[str | None, ...], q, k, v, *rows: jax.Array):
-    """`attention(q, k, v, *rows)`, on the current mesh with each device's part of the rows and of the heads.
+    """Run `attention(q, k, v, *rows)` on each device's part of the rows and heads on the current mesh.
 
     Args:
-      axes: logical names of the leading axes of q, k, v and of what is returned. k's sizes decide whether an axis is
-        split, so that query heads follow their key/value heads.
-      rows: arrays whose first axis is that of q.
+      attention: the kernel's function.
+      axes: logical names of the leading axes of q, k, v and of the results. The sizes of k decide whether an axis is
+        split, so that query heads stay with their key/value heads.
+      rows: arrays with the same first axis as q.
     """
     mesh = current_mesh()
     if mesh is None:

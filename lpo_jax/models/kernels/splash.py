@@ -1,12 +1,14 @@
-"""Attention on TPUs through splash attention, the Pallas kernel that jax ships: no scores in memory, and blocks
-that nobody may see are never computed.
+"""Attention on TPUs by splash attention, the Pallas kernel in JAX.
 
-The plain twins are `Causal` and `shared_prefix_attention` in `lpo_jax.models.attention`. The kernel takes one array
-of keys per row, so the shared form lays the prompt's keys in front of each response's own, in the copy that the
-kernel's head-major layout needs anyhow: K rows of T queries and S + T keys. One row with one mask would spare these
-(K - 1) S keys of one layer, but the kernel for the gradient of the keys visits as many blocks of queries for each
-block of keys as the most wanted one needs, and every response wants the prompt: ((S + K T) / block)^2 visits, nearly
-all of them idle, where K rows need K (S + T) T / block^2.
+Scores are never stored in main memory, and fully masked blocks are not computed. The plain twins are `Causal` and
+`shared_prefix_attention` in `lpo_jax.models.attention`.
+
+The kernel takes one array of keys per row, so the shared-prefix form puts the prompt's keys before each response's own:
+K rows of T queries and S + T keys. The copy is free, because the kernel's head-major layout needs one anyway. A single
+row with one mask would save these (K - 1) S keys of one layer, but it would be slower: for every block of keys, the
+kernel for the gradient of the keys visits as many blocks of queries as the block of keys with the most queries needs,
+and all responses attend to the prompt. That is ((S + K T) / block)^2 visits, nearly all of them idle, instead of
+K (S + T) T / block^2.
 
 Axes: B rows · P prompts · K responses · S prompt tokens · T response tokens · X queries · H query heads ·
 G key/value heads · N head width.
@@ -22,23 +24,25 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 
 from lpo_jax.models.kernels.devices import on_each_device
 
-# A block's scores are [QUERIES, KEYS] float32, 2 MiB: with what the backward kernels hold beside them this fits the
-# 16 MiB that the compiler grants a kernel on v5e, v5p and v6e, in float32 too.
+# The scores of a block are [QUERIES, KEYS] float32, 2 MiB. Together with the other arrays of the backward kernels they
+# fit into the 16 MiB that the compiler gives a kernel on v5e, v5p and v6e, for float32 inputs too.
 QUERIES, KEYS = 512, 1024
-LANES = 128  # a block is a multiple of this
+LANES = 128  # block sizes are multiples of this
 HEADS = ("batch", None, "kv_heads")
 
 
 def causal(q, k, v, valid, window: int | None = None, *, interpret: bool = False) -> jax.Array:
-    """Each row attends to itself, up to and including the query; real tokens see real ones only.
+    """Causal attention of independent rows; real tokens attend to real tokens only.
 
     Args:
-      q: `[B, X, H, N]`; k, v: `[B, X, G, N]`.
-      valid: `[B, X]` bool; the real tokens of a row stand together.
-      interpret: run on any device, slowly.
+      q: `[B, X, H, N]`.
+      k, v: `[B, X, G, N]`.
+      valid: `[B, X]` bool; the real tokens of a row are contiguous.
+      window: the number of keys that a query attends to, itself included; None: all before it.
+      interpret: run in the interpreter, on any device but slowly.
 
     Returns:
-      `[B, X, H, N]`; where the row is padding: finite, and of no meaning.
+      `[B, X, H, N]`; finite but meaningless at padding.
     """
 
     def attention(q, k, v, valid):
@@ -48,14 +52,15 @@ def causal(q, k, v, valid, window: int | None = None, *, interpret: bool = False
 
 
 def shared_prefix(q, k, v, lengths, S: int, K: int, window: int | None = None, *, interpret: bool = False):
-    """`shared_prefix_attention`: rows `[P, S + K T]` of one prompt, then its K responses."""
+    """Attention of rows of one prompt and its K responses; arguments as in `shared_prefix_attention`."""
 
     def attention(q, k, v, lengths):
         P, X = q.shape[:2]
         T = (X - S) // K
         real = jnp.arange(S) < lengths[:, None]  # [P, S]
         prompt_out = _attend(q[:, :S], k[:, :S], v[:, :S], real, real, 0, window, interpret)
-        if window is not None:  # shift prompts to end where responses begin: distances are those of indices
+        # With a window, shift prompts to end where responses begin, so that distances are differences of indices.
+        if window is not None:
             real = real[:, ::-1]
 
         def behind_prompt(own, prompt):  # [P, K T, ...], [P, S, ...] -> [P K, S + T, ...]
@@ -79,15 +84,14 @@ def shared_prefix(q, k, v, lengths, S: int, K: int, window: int | None = None, *
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
 def _attend(q, k, v, query_real, key_real, offset, window, interpret):
-    """Query i stands at key `offset + i` and sees this key and those before it, as far as both are real or neither.
+    """Attend from query i to the keys up to `offset + i` for which key and query are both real or both padding.
 
-    q `[B, X, H, N]`, k and v `[B, offset + X, G, N]`, what is real `[B, X]` and `[B, offset + X]`.
+    Shapes: q `[B, X, H, N]`, k and v `[B, offset + X, G, N]`, query_real `[B, X]`, key_real `[B, offset + X]`.
     """
     B, X, H, N = q.shape
     num_queries, queries = _blocks(X, QUERIES)
-    num_keys, keys = _blocks(
-        offset + num_queries, KEYS
-    )  # all queries have a key to see, the padding too: their own
+    # Padded queries need a key too: there is one at the position of every query.
+    num_keys, keys = _blocks(offset + num_queries, KEYS)
     mask = masks.LocalMask((num_queries, num_keys), (None if window is None else window - 1, 0), offset)
     sizes = dict.fromkeys(("block_q", "block_q_dkv", "block_q_dq"), queries)
     sizes |= dict.fromkeys(("block_kv", "block_kv_dkv", "block_kv_dq"), keys)
@@ -118,7 +122,7 @@ def _attend(q, k, v, query_real, key_real, offset, window, interpret):
     return jnp.moveaxis(out, 1, 2)[:, :X]
 
 
-# The kernel's own backward pass is traced when nobody's precision is in force: it is put in force again here.
+# The kernel's backward pass is traced outside the caller's precision context, so the precision is set here again.
 def _attend_forward(q, k, v, query_real, key_real, *static):
     return jax.vjp(lambda q, k, v: _attend.__wrapped__(q, k, v, query_real, key_real, *static), q, k, v)
 
@@ -132,7 +136,7 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _blocks(size: int, most: int) -> tuple[int, int]:
-    """The fewest blocks of at most `most` that cover `size`, all as short as lanes allow: their sum, and one's size."""
+    """Cover `size` with the fewest and shortest blocks of at most `most`: their total size, and the size of one."""
     count = math.ceil(size / most)
     block = LANES * math.ceil(size / (count * LANES))
     return count * block, block
