@@ -272,18 +272,18 @@ def standing(work: Workload, setting: Setting) -> dict[str, float]:
 
 def estimate_phases(work: Workload, setting: Setting) -> list[StepPhase]:
     """Estimate the phases of a step, with plain attention."""
+    phases = (*_sampling_phases(work, setting), *_training_phases(work, setting))
     apart = lambda phase: tuple(e for e in phase.exchanges if e.devices > 1)  # noqa: E731
-    return [dataclasses.replace(phase, exchanges=apart(phase)) for phase in _phases(work, setting)]
+    return [dataclasses.replace(phase, exchanges=apart(phase)) for phase in phases]
 
 
-def _phases(work: Workload, setting: Setting) -> Iterator[StepPhase]:
+def _sampling_phases(work: Workload, setting: Setting) -> Iterator[StepPhase]:
+    """Layout, prefill and decode: a device has all weights or a part of each, and some prompts with their rows."""
     m, sizes, mesh = work.model, Sizes.of(work.model), setting.mesh
     D, L, K, S, T, item = m.width, m.num_layers, work.K, work.S, work.T, work.itemsize
     heads = m.num_heads * m.head_width
-    *state, weights, stored = standing(work, setting).values()
-    state = sum(state)
-
-    # Sampling: every device has all weights or a part of each, and some prompts with their rows.
+    *parameters, weights, stored = standing(work, setting).values()
+    state = sum(parameters)
     parts = mesh.decode_tensor
     prompts = math.ceil(setting.rows / K / setting.decode_shards)
     rows, waves = prompts * K, setting.waves(work)
@@ -312,7 +312,14 @@ def _phases(work: Workload, setting: Setting) -> Iterator[StepPhase]:
         sums(rows, work.call_tokens),
     )
 
-    # Training: a microbatch is some groups on every device, or some responses of one group.
+
+def _training_phases(work: Workload, setting: Setting) -> Iterator[StepPhase]:
+    """Score and update: a microbatch is some groups on every device, or some responses of one group."""
+    m, sizes, mesh = work.model, Sizes.of(work.model), setting.mesh
+    D, L, K, S, T, item = m.width, m.num_layers, work.K, work.S, work.T, work.itemsize
+    heads = m.num_heads * m.head_width
+    *parameters, weights, _ = standing(work, setting).values()
+    state = sum(parameters)
     parts = mesh.tensor
     group = full_splits(K, S, T, setting.token_budget) * S + K * T  # the prompt runs once with each split
     tokens = math.ceil(work.P / work.updates / setting.shards) * group

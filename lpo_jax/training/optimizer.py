@@ -14,7 +14,7 @@ from lpo_jax.objectives import Objective
 
 
 def make_schedule(config: OptimizerConfig, total_updates: int) -> optax.Schedule:
-    """Learning rate by update: linear warm-up, then constant, linear or cosine decay to `final_fraction`."""
+    """Return the learning rate by update: linear warm-up, then constant or decaying to `final_fraction`."""
     peak, warmup = config.learning_rate, config.warmup_updates
     rest = max(total_updates - warmup, 1)
     after = {

@@ -97,7 +97,7 @@ def test_shared_prefix(small_blocks, sizes, window):
 
 
 def test_the_backward_pass_is_as_precise_as_the_forward_one():
-    """A float32 product is three bfloat16 ones on a TPU unless it is told otherwise, in either direction."""
+    """By default, a float32 product is a bfloat16 one on a TPU; both passes have to set the precision."""
     q = jax.ShapeDtypeStruct((1, 128, 2, 16), jnp.float32)
     valid = jnp.ones((1, 128), bool)
     loss = lambda q: splash.causal(q, q, q, valid, interpret=True).sum()  # noqa: E731
@@ -121,7 +121,7 @@ def test_stored_keys(small_blocks, num_keys):
     assert (nothing[1] == plain[1][-1]).all()
 
 
-def test_storage_behind_the_last_key_is_never_looked_at(small_blocks):
+def test_the_cache_after_the_last_key_is_never_read(small_blocks):
     """A row of which only a beginning is real costs the same whatever lies behind it, and nothing of it is read."""
     q, k, v = normal(1, 1, 1, 1, 16), normal(1, 1, 16, 512), normal(1, 1, 512, 16)
     start, stop = jnp.array([[130]]), jnp.array([250])  # of the four blocks the second one

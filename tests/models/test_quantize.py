@@ -1,4 +1,4 @@
-"""Weights of 8 bits while sampling: how far the model moves, and that the run knows of it."""
+"""Int8 weights while sampling: how much they change the model, and that a run accounts for it."""
 
 import chex
 import jax
@@ -32,7 +32,7 @@ def test_matrices_have_a_scale_for_each_output_channel(name, shape, axes):
 
 
 def test_sampler_of_8_bits_is_near_and_says_so(tiny_config, tiny_params):
-    """Log-probs are of the model that sampled: near the float one's, and not the same."""
+    """Log-probs are those of the quantised model: near those of the float model, but different."""
     prompts, lengths = np.array([[5, 6, 7, 8], [9, 4, 0, 0]], np.int32), np.array([4, 2])
     sampler = Sampler(tiny_config, eos_ids=(1,))
     weights = sampler.prepare(tiny_params, int8=True)

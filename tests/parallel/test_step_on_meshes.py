@@ -19,7 +19,7 @@ from lpo_jax.runs.checkpoint import load_run
 from lpo_jax.training.loop import train
 
 # Eight prompts in each of two updates. With an eps of 1 Adam's updates show the gradient itself, not its sign alone,
-# and so what was learnt tells whether the gradients agree.
+# so the trained parameters show whether the gradients agree.
 SETTINGS = {
     "training": {"steps": 1, "prompts_per_step": 16, "updates_per_step": 2, "token_budget": 80},
     "optimizer": {"learning_rate": 0.01, "eps": 1.0, "clip_norm": 0.0},

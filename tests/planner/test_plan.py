@@ -156,7 +156,7 @@ def test_a_setting_that_fits_is_suggested(run_config, tiny_model):
     less = plans.plan(config, dataclasses.replace(GPU, chip=tight), CONFIG, (1,), check_config(config))
     assert less.spare(less.asked) < 0 <= less.spare(less.suggested)
     chosen = less.suggested.setting
-    # What it says on the command line gives that setting back.
+    # Its command-line overrides give the same setting.
     again = plans.setting_of(override_config(config, chosen.overrides()), less.work, less.topology)
     assert again == chosen
 
