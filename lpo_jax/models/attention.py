@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from lpo_jax.models.attend import accumulator, attend
+from lpo_jax.models.config import ModelConfig
 from lpo_jax.models.kernels import decode, splash
 from lpo_jax.parallel.sharding import on_each_shard
 
@@ -132,7 +133,7 @@ class Causal:
     keep: bool = struct.field(pytree_node=False, default=False)
     attention: Attention = struct.field(pytree_node=False, default="auto")
 
-    def __call__(self, config, q, k, v, kv=None):
+    def __call__(self, config: ModelConfig, q, k, v, kv=None):
         return self._attend(config.sliding_window, q, k, v), (k, v) if self.keep else None
 
     def _attend(self, window, q, k, v):
@@ -172,7 +173,7 @@ class SharedPrefix:
         positions = shared_prefix_positions(self.lengths.reshape(-1), S, K, T).reshape(len(self.lengths), -1)
         return positions if self.pack is None else _gather_rows(positions, self.pack)
 
-    def __call__(self, config, q, k, v, kv=None):
+    def __call__(self, config: ModelConfig, q, k, v, kv=None):
         S, K, B = self.prompt_size, self.num_responses, len(self.lengths)
         lengths = self.lengths.reshape(-1)
         if self.unpack is not None:
@@ -226,7 +227,7 @@ class Decode:
     slots: jax.Array | None = None
     attention: Attention = struct.field(pytree_node=False, default="auto")
 
-    def __call__(self, config, q, k, v, kv):
+    def __call__(self, config: ModelConfig, q, k, v, kv):
         prompt_k, prompt_v, own_k, own_v = kv
         R, _, H, N = q.shape
         G, window = k.shape[2], config.sliding_window
@@ -259,6 +260,9 @@ class Decode:
         """`[U, C, ...]` -> `[R, ...]`."""
         x = x.reshape(-1, *x.shape[2:])
         return x if self.slots is None else on_each_shard(lambda x, slots: x[slots], x, self.slots)
+
+
+Context = Causal | SharedPrefix | Decode
 
 
 def attend_cached(q, k, v, start, stop, attention: Attention = "auto") -> tuple[jax.Array, jax.Array]:

@@ -215,7 +215,7 @@ class _Fields:
         """Return a remark for messages about a value that the file does not contain."""
         return "" if key in self.values else " (the family's default; the file has none)"
 
-    def _refused(self, key: str, value: Any, expected: str) -> UserError:
+    def _refused(self, key: str, value: object, expected: str) -> UserError:
         return UserError(f"{self.where}: {key} must be {expected}, got {value!r}")
 
 

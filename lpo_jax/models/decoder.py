@@ -17,15 +17,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from lpo_jax.models import parameters
 from lpo_jax.models.attend import KEPT, accumulator
-from lpo_jax.models.attention import Causal
+from lpo_jax.models.attention import Causal, Context
 from lpo_jax.models.config import ModelConfig
 from lpo_jax.models.parameters import Parameter
 from lpo_jax.parallel.sharding import constrain, gathered, look_up
 
 Params = dict[str, Any]
+# Keys and values: of all layers, stacked on L, or one tuple for each layer; None where a context has none.
+KV = tuple[jax.Array, ...] | list[tuple[jax.Array, ...] | None] | None
 
 
 class Block(nnx.Module):
@@ -128,12 +131,12 @@ def forward(
     params: Params,
     tokens: jax.Array,
     positions: jax.Array,
-    context: Any,
-    kv: Any = None,
+    context: Context,
+    kv: KV = None,
     *,
-    dtype: Any = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
     remat: bool = False,
-) -> tuple[jax.Array, Any]:
+) -> tuple[jax.Array, KV]:
     """Run the forward pass, for training, prefill and decode.
 
     Args:
@@ -245,13 +248,13 @@ def rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
-def abstract_params(config: ModelConfig, dtype: Any = jnp.float32) -> Params:
+def abstract_params(config: ModelConfig, dtype: DTypeLike = jnp.float32) -> Params:
     """Return the parameter tree as `jax.ShapeDtypeStruct`s, layers stacked, without allocating memory."""
     return parameters.tree_of(config, lambda p: jax.ShapeDtypeStruct(p.shape(config), jnp.dtype(dtype)))
 
 
 def init_params(
-    config: ModelConfig, key: jax.Array, dtype: Any = jnp.float32, shardings: Any = None
+    config: ModelConfig, key: jax.Array, dtype: DTypeLike = jnp.float32, shardings: Params | None = None
 ) -> Params:
     """Draw initial parameters (`Parameter.initial`), layers stacked, directly with the given shardings."""
 

@@ -11,14 +11,18 @@ import math
 import re
 import struct
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lpo_jax.errors import UserError
 from lpo_jax.models import layout
 from lpo_jax.models.config import FAMILY_SWITCHES, ModelConfig, RopeScaling
+from lpo_jax.models.decoder import Params
 from lpo_jax.models.parameters import Parameter, named
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 # A GGUF file contains one or two end tokens; these are the others of the families' generation_config.json.
@@ -112,7 +116,7 @@ class GgufFile:
             **FAMILY_SWITCHES.get(family, {}),
         )
 
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> "PreTrainedTokenizerFast":
         from lpo_jax.models import tokenizer
 
         return tokenizer.from_gguf(self.metadata, str(self.path))
@@ -125,7 +129,7 @@ class GgufFile:
         family = (tokens.index(t) for t in _END_TOKENS[self.metadata["general.architecture"]] if t in tokens)
         return tuple(dict.fromkeys(i for i in (*named, *family) if i is not None))
 
-    def params(self, dtype: str = "float32", shardings: Any = None) -> dict[str, Any]:
+    def params(self, dtype: str = "float32", shardings: Params | None = None) -> Params:
         """Read the parameter tree; arguments as in `layout.read_params`.
 
         Raises:
@@ -217,8 +221,6 @@ def _add_parts(path: Path, metadata: dict[str, Any], stored: dict[str, _Stored])
 
 
 def _read_header(path: Path, data: memoryview) -> tuple[dict[str, Any], dict[str, _Stored]]:
-    import gguf
-
     at = 0
     cut = UserError(f"{path}: the GGUF file is cut short; download it again")
 
@@ -266,15 +268,24 @@ def _read_header(path: Path, data: memoryview) -> tuple[dict[str, Any], dict[str
         (rank,) = take("<I")
         infos.append((name, take(f"<{rank}Q")[::-1], *take("<IQ")))
     align = metadata.get("general.alignment", 32)
-    base = math.ceil(at / align) * align
-    stored = {}
+    stored = _locate_tensors(path, infos, math.ceil(at / align) * align)
+    if any(tensor.start + tensor.size > len(data) for tensor in stored.values()):
+        raise cut
+    return metadata, stored
+
+
+def _locate_tensors(
+    path: Path, infos: list[tuple[str, tuple[int, ...], int, int]], base: int
+) -> dict[str, _Stored]:
+    """The position of every tensor in the file, from `(name, shape, kind, offset after base)` of each."""
+    import gguf
+
+    stored: dict[str, _Stored] = {}
     for name, shape, kind, offset in infos:
         if kind not in gguf.GGML_QUANT_SIZES:
             raise UserError(f"{path}: {name} is quantised in an unknown way ({kind}); update gguf")
-        block, block_size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
         if name in stored:
             raise UserError(f"{path}: holds tensor {name} twice; download it again")
+        block, block_size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
         stored[name] = _Stored(path, kind, shape, base + offset, math.prod(shape) // block * block_size)
-        if stored[name].start + stored[name].size > len(data):
-            raise cut
-    return metadata, stored
+    return stored

@@ -11,14 +11,22 @@ import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lpo_jax.errors import UserError
 from lpo_jax.models import layout
 from lpo_jax.models.config import ModelConfig
+from lpo_jax.models.decoder import Params
 from lpo_jax.models.parameters import Parameter, named
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from lpo_jax.models.text import ModelTokenizer
+
+    Tokenizer = PreTrainedTokenizerFast | ModelTokenizer
 
 SHARD_BYTES = 5_000_000_000
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -59,7 +67,7 @@ class HfDirectory:
             config = dataclasses.replace(config, tie_embeddings=False)
         return cls(path, config)
 
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> "PreTrainedTokenizerFast | None":
         from lpo_jax.models import tokenizer
 
         return tokenizer.from_directory(self.path)
@@ -73,7 +81,7 @@ class HfDirectory:
                 ids += eos if isinstance(eos, list) else [] if eos is None else [eos]
         return ids
 
-    def params(self, dtype: str = "float32", shardings: Any = None) -> dict[str, Any]:
+    def params(self, dtype: str = "float32", shardings: Params | None = None) -> Params:
         """Read the parameter tree; arguments as in `layout.read_params`.
 
         Raises:
@@ -172,8 +180,8 @@ def _has_own_head(path: Path) -> bool:
 def save_hf(
     path: str | os.PathLike,
     config: ModelConfig,
-    params: dict[str, Any],
-    tokenizer: Any = None,
+    params: Params,
+    tokenizer: "Tokenizer | None" = None,
     dtype: str | None = None,
     *,
     eos_ids: Sequence[int] = (),
@@ -222,7 +230,9 @@ def save_hf(
         raise
 
 
-def _write_weights(path: Path, config: ModelConfig, params: Any, dtype: np.dtype | None, limit: int) -> str:
+def _write_weights(
+    path: Path, config: ModelConfig, params: Params, dtype: np.dtype | None, limit: int
+) -> str:
     """Write safetensors files of at most `limit` bytes each, tensor by tensor; return the name of the dtype."""
     shards: list[list] = [[]]
     used = total = 0
@@ -268,7 +278,11 @@ def _write_shard(path: Path, shard: list) -> None:
 
 
 def write_configs(
-    path: Path, config: ModelConfig, dtype: str, tokenizer: Any, eos_ids: Sequence[int] = ()
+    path: Path,
+    config: ModelConfig,
+    dtype: str,
+    tokenizer: "Tokenizer | None",
+    eos_ids: Sequence[int] = (),
 ) -> None:
     """Write config.json and generation_config.json; arguments as in `save_hf`."""
     from importlib.metadata import version

@@ -8,7 +8,6 @@ tree, axes are separate, input axes come first, and layers are stacked. The axis
 import functools
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import jax
 import ml_dtypes
@@ -16,6 +15,7 @@ import numpy as np
 
 from lpo_jax.errors import UserError
 from lpo_jax.models.config import ModelConfig
+from lpo_jax.models.decoder import Params
 from lpo_jax.models.parameters import Parameter, axis_sizes, declared, tree_of
 
 Index = tuple[slice, ...]  # a part of an array: start and stop on each axis
@@ -100,8 +100,8 @@ def read_params(
     config: ModelConfig,
     read: Callable[[Parameter, int, Index], np.ndarray],
     dtype: str = "float32",
-    shardings: Any = None,
-) -> dict[str, Any]:
+    shardings: Params | None = None,
+) -> Params:
     """Build the parameter tree, one tensor of the file at a time.
 
     Host memory is needed, on a CPU, for the model and one tensor of the file, and on an accelerator for one parameter
@@ -137,7 +137,7 @@ def _read_part(config: ModelConfig, parameter: Parameter, read, dtype: np.dtype,
     return part
 
 
-def file_tensors(config: ModelConfig, params: dict[str, Any], dtype: np.dtype | None) -> Iterator:
+def file_tensors(config: ModelConfig, params: Params, dtype: np.dtype | None) -> Iterator:
     """Yield `(Hugging Face name, shape, dtype, fetch)` of every tensor; `fetch()` copies that tensor to the host."""
     for parameter in declared(config):
         leaf = (params["layers"] if parameter.in_layers else params)[parameter.name]

@@ -1,20 +1,28 @@
-"""Load weights, config and tokenizer of a model that is named by one string."""
+"""Loading the weights, config and tokenizer of a model by its name."""
 
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lpo_jax.errors import UserError
-from lpo_jax.models import decoder, layout
+from lpo_jax.models import layout
 from lpo_jax.models.config import ModelConfig
+from lpo_jax.models.decoder import Params
 from lpo_jax.models.gguf import GgufFile
 from lpo_jax.models.hf import HfDirectory
 from lpo_jax.models.sources import locate
 from lpo_jax.models.text import ModelTokenizer
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
-def load_weights(name: str | os.PathLike, dtype: str = "float32", shardings: Any = None) -> decoder.Params:
-    """The parameters alone of a model that is named as for `lpo_jax.load_model`."""
+
+def load_weights(name: str | os.PathLike, dtype: str = "float32", shardings: Params | None = None) -> Params:
+    """Load the parameters of a model; arguments as in `lpo_jax.load_model`.
+
+    Raises:
+      UserError: the model cannot be found, downloaded or read.
+    """
     check_dtype(dtype)
     return open_source(name).params(dtype, shardings)
 
@@ -22,13 +30,16 @@ def load_weights(name: str | os.PathLike, dtype: str = "float32", shardings: Any
 def load_config_and_tokenizer(
     name: str | os.PathLike, weights: bool = False, template_arguments: Mapping[str, Any] | None = None
 ) -> tuple[ModelConfig, ModelTokenizer | None, tuple[int, ...]]:
-    """Config, tokenizer and end-token ids of a model, without its parameters.
+    """Load the config, tokenizer and end-token ids of a model, without its parameters.
 
     Args:
-      name: as for `lpo_jax.load_model`.
-      template_arguments: for the chat template.
-      weights: whether the weights of an `hf:` model, which will be loaded later, are downloaded now. Whether a model
-        whose config ties the head to the embedding has a head of its own shows in the weights alone.
+      name: as in `lpo_jax.load_model`.
+      weights: whether to download the weights of an `hf:` model already, because they will be loaded later. Only the
+        weights show whether a model whose config ties the embeddings has a separate output head.
+      template_arguments: arguments of the chat template.
+
+    Raises:
+      UserError: the model cannot be found, downloaded or read.
     """
     source = open_source(name, weights)
     return source.config, *read_tokenizer(source, template_arguments or {})
@@ -64,7 +75,7 @@ def open_source(name: str | os.PathLike, weights: bool = True) -> HfDirectory | 
 def read_tokenizer(
     source: HfDirectory | GgufFile, template_arguments: Mapping[str, Any]
 ) -> tuple[ModelTokenizer | None, tuple[int, ...]]:
-    """The tokenizer, and the end-token ids that the configs and the tokenizer name, in that order."""
+    """Read the tokenizer, and the end-token ids of the configs and of the tokenizer, in that order."""
     own, model, V = source.tokenizer(), str(source.path), source.config.vocab_size
     named = [*source.eos_ids(), getattr(own, "eos_token_id", None)]
     eos_ids = tuple(dict.fromkeys(_eos_id(model, eos, own, V) for eos in named if eos is not None))
@@ -73,17 +84,17 @@ def read_tokenizer(
     return ModelTokenizer(own, model, V, eos_ids).with_arguments(template_arguments), eos_ids
 
 
-def _eos_id(model: str, eos: Any, tokenizer: Any, vocab_size: int) -> int:
-    """The id of an end token that is given as an id or as text.
+def _eos_id(model: str, eos: object, tokenizer: "PreTrainedTokenizerFast | None", vocab_size: int) -> int:
+    """Return the id of an end token that is given as an id or as text.
 
     Raises:
-      UserError: there is no such token, or the embedding has no row for it, so that no response could end with it.
+      UserError: the token does not exist, or has no row in the embedding, so that no response could end with it.
     """
     if isinstance(eos, str):
         known = tokenizer.get_vocab() if tokenizer is not None else {}
         if eos not in known:
             raise UserError(
-                f"{model}: eos_token_id is {eos!r}, which is no token of its tokenizer; set it to an id"
+                f"{model}: eos_token_id is {eos!r}, which is not a token of its tokenizer; set it to an id"
             )
         eos = known[eos]
     if type(eos) is not int:

@@ -18,18 +18,22 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 
+from lpo_jax.config import LoraSection
 from lpo_jax.errors import UserError, nearest
 from lpo_jax.models import decoder
 from lpo_jax.models.attend import KEPT
 from lpo_jax.models.config import ModelConfig
 from lpo_jax.models.parameters import matrix_names, named
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +131,7 @@ def _product(axes: str, scale: float, x: jax.Array, weight: Any, a: jax.Array, b
     return (base + scale * _low_rank(axes, x, a, b, jnp.float32)).astype(x.dtype)
 
 
-def _low_rank(axes: str, x: jax.Array, a: jax.Array, b: jax.Array, dtype: Any) -> jax.Array:
+def _low_rank(axes: str, x: jax.Array, a: jax.Array, b: jax.Array, dtype: DTypeLike) -> jax.Array:
     """(x A) B, with the last product accumulated in `dtype`."""
     of_x, of_weight, of_y = axes.replace("->", ",").split(",")
     into = "".join(i for i in of_weight if i in of_x)
@@ -159,7 +163,7 @@ def _product_backward(axes, scale, kept, g):
 _product.defvjp(_product_forward, _product_backward)
 
 
-def configured(section: Any) -> Lora | None:
+def configured(section: LoraSection) -> Lora | None:
     """Return the adapters' settings from the section `model.lora` of a config; None if its rank is 0."""
     if not section.rank:
         return None
@@ -194,7 +198,7 @@ def with_adapters(frozen: Frozen | None, trained: decoder.Params) -> decoder.Par
     return {**frozen.params, "layers": {**base, **adapted}}
 
 
-def merge_adapters(params: Any) -> Any:
+def merge_adapters(params: T) -> T:
     """Replace every `Adapted` in a tree, stacked or of one layer, by its merged matrix."""
     is_adapted = lambda x: isinstance(x, Adapted)  # noqa: E731
     return jax.tree.map(lambda x: x.merged() if is_adapted(x) else x, params, is_leaf=is_adapted)

@@ -1,6 +1,6 @@
-"""Where the parameters of a model lie on a device mesh, by the rules of `lpo_jax.parallel.sharding`."""
+"""Placement of a model's parameters on a device mesh, by the rules of `lpo_jax.parallel.sharding`."""
 
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -11,17 +11,27 @@ from lpo_jax.models.parameters import num_params, of_path
 from lpo_jax.parallel.mesh import ModelSizes
 from lpo_jax.parallel.sharding import current_mesh, spec
 
+T = TypeVar("T")
+
 
 def model_sizes(config: ModelConfig) -> ModelSizes:
     """The sizes of a model that the choice of a mesh depends on."""
     return ModelSizes(config.num_heads, config.num_kv_heads, num_params(config))
 
 
-def param_shardings(config: ModelConfig, mesh: Mesh, tree: Any = None) -> Any:
-    """The shardings of a tree that holds parameters, such as a train state; None: the parameters themselves.
+def param_shardings(config: ModelConfig, mesh: Mesh, tree: object = None) -> Any:
+    """Return the shardings of a tree that contains parameters, such as a train state.
 
-    A leaf lies as the parameter that its path names and whose shape it has, with the layers' leading axis or
-    without: so do gradients and the optimizer's moments. All others are whole on every device.
+    A leaf is placed like the parameter that its path names, if it has the same shape, with or without the leading L.
+    This includes gradients and optimizer moments. All other leaves are replicated.
+
+    Args:
+      config: the model's config.
+      mesh: the mesh.
+      tree: the tree, of arrays or abstract arrays; None: the parameters themselves.
+
+    Returns:
+      A tree of `NamedSharding`s of the same structure.
     """
 
     def place(path, leaf):
@@ -35,22 +45,22 @@ def param_shardings(config: ModelConfig, mesh: Mesh, tree: Any = None) -> Any:
     return jax.tree_util.tree_map_with_path(place, tree)
 
 
-def constrain_params(config: ModelConfig, tree: Any) -> Any:
-    """A tree that holds parameters, laid out as `param_shardings` says. Identity without a mesh."""
+def constrain_params(config: ModelConfig, tree: T) -> T:
+    """Constrain the shardings of a tree to `param_shardings`. Identity without a mesh."""
     mesh = current_mesh()
     return (
         tree if mesh is None else jax.lax.with_sharding_constraint(tree, param_shardings(config, mesh, tree))
     )
 
 
-def current_shardings(config: ModelConfig, tree: Any = None) -> Any:
-    """`param_shardings` on the mesh around this code; None without one."""
+def current_shardings(config: ModelConfig, tree: object = None) -> Any:
+    """Return `param_shardings` for the current mesh; None without one."""
     mesh = jax.sharding.get_mesh()
     return None if mesh.empty else param_shardings(config, mesh, tree)
 
 
-def placed(config: ModelConfig, abstract: Any) -> Any:
-    """Abstract arrays of a tree that holds parameters, with their shardings; without a mesh as they are."""
+def placed(config: ModelConfig, abstract: T) -> T:
+    """Add `param_shardings` to the abstract arrays of a tree; without a mesh, return it unchanged."""
     shardings = current_shardings(config, abstract)
     if shardings is None:
         return abstract

@@ -6,11 +6,11 @@ trainer recomputes the log-probs of the samples (`lpo_jax.training.behaviour`).
 """
 
 import importlib.util
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.typing import DTypeLike
 
 from lpo_jax.errors import UserError
 from lpo_jax.models.decoder import Params
@@ -24,7 +24,7 @@ class Int8:
 
     array: "qwix.QArray"  # noqa: F821
 
-    def product(self, axes: str, x: jax.Array, dtype: Any = None) -> jax.Array:
+    def product(self, axes: str, x: jax.Array, dtype: DTypeLike | None = None) -> jax.Array:
         """Compute `jnp.einsum(axes, x, matrix)` in x's dtype; the result is in `dtype`, by default x's too."""
         import qwix
 
@@ -41,7 +41,7 @@ def quantise_layer(layer: Params) -> Params:
     """Replace every matrix of a layer by an `Int8`; adapters are not quantised."""
     import qwix
 
-    def quantise(name: str, x: Any) -> Any:
+    def quantise(name: str, x: jax.Array | Adapted) -> jax.Array | Adapted | Int8:
         if isinstance(x, Adapted):
             return x.replace(weight=quantise(name, x.weight))
         parameter = named(name)

@@ -10,12 +10,12 @@ tokens of a row.
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.typing import DTypeLike
 
 from lpo_jax.models import decoder, packing
 from lpo_jax.models.attend import accumulator
@@ -65,7 +65,7 @@ class ModelRunner:
     config: ModelConfig
     temperature: float = 1.0
     token_budget: int = 8192
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
     remat: bool = True
     extra: tuple[Field, ...] = ()
     attention: Attention = "auto"

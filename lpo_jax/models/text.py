@@ -9,9 +9,12 @@ import datetime
 import inspect
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lpo_jax.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 Message = Mapping[str, str]
 
@@ -38,7 +41,7 @@ class ModelTokenizer:
         of several templates, or a template.
     """
 
-    tokenizer: Any
+    tokenizer: "PreTrainedTokenizerFast"
     model: str
     vocab_size: int
     eos_ids: tuple[int, ...] = ()

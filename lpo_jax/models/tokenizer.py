@@ -7,9 +7,14 @@ importing it takes a second.
 import json
 import os
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from lpo_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
 
 # How text is split before merging, by the value of `tokenizer.ggml.pre`. "gpt-2" is GPT-2's rule, which `tokenizers`
 # has built in; "digits" separates digits first.
@@ -31,7 +36,7 @@ _SPLITS = {
 _CONTROL, _USER_DEFINED, _BYTE = 3, 4, 6  # tokenizer.ggml.token_type
 
 
-def from_directory(path: Path) -> Any:
+def from_directory(path: Path) -> "PreTrainedTokenizerFast | None":
     """Load the tokenizer of a Hugging Face directory; None if it has none.
 
     Raises:
@@ -49,7 +54,7 @@ def from_directory(path: Path) -> Any:
         raise UserError(f"{path}: the tokenizer cannot be read ({_first_line(error)})") from None
 
 
-def from_gguf(metadata: dict[str, Any], where: str) -> Any:
+def from_gguf(metadata: dict[str, Any], where: str) -> "PreTrainedTokenizerFast":
     """Rebuild the tokenizer of a GGUF file.
 
     Args:
@@ -100,7 +105,7 @@ def from_gguf(metadata: dict[str, Any], where: str) -> Any:
     )
 
 
-def save_tokenizer(tokenizer: Any, path: Path) -> None:
+def save_tokenizer(tokenizer: "PreTrainedTokenizerFast", path: Path) -> None:
     """Write the tokenizer's files, with the chat template, so that both transformers v4 and v5 read them."""
     tokenizer.save_pretrained(path)
     where = path / "tokenizer_config.json"
@@ -113,7 +118,7 @@ def save_tokenizer(tokenizer: Any, path: Path) -> None:
     where.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _byte_level(tokens: list[str], merges: list[str], pre: str, where: str) -> Any:
+def _byte_level(tokens: list[str], merges: list[str], pre: str, where: str) -> "Tokenizer":
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     if pre not in _SPLITS:
@@ -136,7 +141,7 @@ def _byte_level(tokens: list[str], merges: list[str], pre: str, where: str) -> A
     return backend
 
 
-def _sentencepiece(tokens: list[str], scores: list[float], types: list[int], add_space: bool) -> Any:
+def _sentencepiece(tokens: list[str], scores: list[float], types: list[int], add_space: bool) -> "Tokenizer":
     """SentencePiece's BPE: the pair whose union has the highest score merges first; unknown text becomes bytes."""
     from tokenizers import Tokenizer, decoders, models, normalizers
 
@@ -161,7 +166,7 @@ def _sentencepiece(tokens: list[str], scores: list[float], types: list[int], add
     return backend
 
 
-def _add_ends(backend: Any, first: str | None, last: str | None) -> None:
+def _add_ends(backend: "Tokenizer", first: str | None, last: str | None) -> None:
     """Make encoding with special tokens add `first` before and `last` after the text; None adds nothing."""
     from tokenizers import processors
 
@@ -172,7 +177,7 @@ def _add_ends(backend: Any, first: str | None, last: str | None) -> None:
     backend.post_processor = processors.TemplateProcessing(single=single, pair=pair, special_tokens=ends)
 
 
-def _transformers() -> Any:
+def _transformers() -> ModuleType:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # a missing torch is expected
     import transformers
 

@@ -16,7 +16,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -28,6 +28,8 @@ from lpo_jax.parallel.presence import SILENCE, Presence
 # Variables that start a job by hand: the address of the first process, the number of processes, and this one's index.
 BY_HAND = ("LPO_COORDINATOR", "LPO_NUM_PROCESSES", "LPO_PROCESS_ID")
 HEARTBEAT = 20  # seconds without a heartbeat after which a process counts as lost
+
+T = TypeVar("T")
 
 _presence: Presence | None = None  # of this process; None in a job of one process
 
@@ -97,7 +99,7 @@ def share(n: int) -> slice:
     return slice(n * i // count, n * (i + 1) // count)
 
 
-def gather(value: Any) -> list[Any]:
+def gather(value: T) -> list[T]:
     """Collect one picklable value from every process, in process order. All processes must call this together."""
     if not many():
         return [value]
@@ -110,12 +112,12 @@ def gather(value: Any) -> list[Any]:
     return [pickle.loads(row[:size].tobytes()) for row, size in zip(received, sizes)]
 
 
-def gather_lists(shares: list[Any]) -> list[Any]:
+def gather_lists(shares: list[T]) -> list[T]:
     """Concatenate the lists of all processes, each of which holds the results of its own `share`."""
     return [item for part in gather(shares) for item in part]
 
 
-def on_first(function: Callable[[], Any]) -> Any:
+def on_first(function: Callable[[], T]) -> T:
     """Run `function` in the first process only, and return its result or raise its `UserError` in all processes."""
     if not many():
         return function()
@@ -131,7 +133,7 @@ def on_first(function: Callable[[], Any]) -> Any:
     return result
 
 
-def to_host(tree: Any) -> Any:
+def to_host(tree: T) -> T:
     """Copy every array of a tree, complete, to numpy in every process."""
     if not many():
         return jax.device_get(tree)

@@ -14,18 +14,26 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 BEAT = 1.0
 SILENCE = 10.0  # less than `hosts.HEARTBEAT`, after which the runtime ends the process
 FOLDER = "lpo/presence"
 
 
+class Store(Protocol):
+    """The methods of JAX's distributed client that are used here."""
+
+    def key_value_set(self, key: str, value: str, *, allow_overwrite: bool) -> None: ...
+
+    def key_value_dir_get(self, key: str) -> list[tuple[str, str]]: ...
+
+
 class Presence:
     """The heartbeat of one process. Set `phase` to what the process is doing; the others report it.
 
     Args:
-      store: JAX's distributed client, or an object with its `key_value_set` and `key_value_dir_get`.
+      store: JAX's distributed client.
       index: the index of this process.
       count: the number of processes.
       end: ends this process with an exit status; called when another process has ended with an error.
@@ -34,7 +42,7 @@ class Presence:
 
     def __init__(
         self,
-        store: Any,
+        store: Store,
         index: int,
         count: int,
         end: Callable[[int], None] = os._exit,
@@ -91,7 +99,7 @@ class Presence:
                 "it was killed, this one ends in a moment: start all of them again with --resume"
             )
 
-    def _write(self, **more: Any) -> None:
+    def _write(self, **more: str | None) -> None:
         status = {"beat": self._beats, "phase": self.phase, **more}
         self._store.key_value_set(f"{FOLDER}/{self._index}", json.dumps(status), allow_overwrite=True)
 

@@ -13,11 +13,14 @@ without `fsdp`; by the same table, weights are then whole on every device or spl
 import contextlib
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TypeVar
 
 import jax
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+from jax.typing import DTypeLike
+
+T = TypeVar("T")
 
 AXES = ("data", "fsdp", "tensor")
 
@@ -60,7 +63,7 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec(mesh, names, x.shape))
 
 
-def gathered(weight: jax.Array, dtype: Any, *names: str | None) -> jax.Array:
+def gathered(weight: jax.Array, dtype: DTypeLike, *names: str | None) -> jax.Array:
     """Cast a weight to `dtype` and gather its `embed` axis, before a product or a look-up.
 
     Without this constraint, the compiler may move activations to the shards of the weight instead. The weight is cast
@@ -108,7 +111,7 @@ def look_up(table: jax.Array, index: jax.Array) -> jax.Array:
     return jax.shard_map(lambda t, i: t[i], axis_names=set(axes), check_vma=False, **specs)(table, index)
 
 
-def on_each_shard(function: Callable, *arrays: Any) -> Any:
+def on_each_shard(function: Callable[..., T], *arrays: object) -> T:
     """Apply `function` to each shard of the batch, the first axis of all arrays, by itself.
 
     Indices into the batch are therefore relative to the shard, and no data moves between devices. Without a mesh,
@@ -121,14 +124,14 @@ def on_each_shard(function: Callable, *arrays: Any) -> Any:
     return jax.shard_map(function, axis_names=set(axes), check_vma=False, **specs)(*arrays)
 
 
-def whole(tree: Any) -> Any:
+def whole(tree: T) -> T:
     """Replicate every array of a tree on all devices, so that any host can read it. Use it for small arrays."""
     if current_mesh() is None:
         return tree
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, PartitionSpec()), tree)
 
 
-def using(mesh: Mesh | None) -> Any:
+def using(mesh: Mesh | None) -> contextlib.AbstractContextManager[object]:
     """Return a context manager that sets the mesh; None leaves the current one."""
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 

@@ -82,7 +82,7 @@ class Slice:
         return sharding.decode_mesh(self._mesh, self.setting.mesh.decode_tensor)
 
     @property
-    def _dtype(self) -> Any:
+    def _dtype(self) -> jnp.dtype:
         return jnp.dtype(self.config.model.dtype)
 
     @property
@@ -213,7 +213,7 @@ def _measure(
     name: str,
     times: int,
     lowered: jax.stages.Lowered,
-    alive: Any,
+    alive: object,
     kernels: float = 0.0,
     open_iterations: int = 1,
 ) -> StepPhase:
@@ -260,7 +260,7 @@ def _needed(complaint: str, arguments: float) -> float:
     return number(re.search(rf"temporaries \({size}\)", complaint))
 
 
-def _bytes(tree: Any) -> float:
+def _bytes(tree: object) -> float:
     """The size of abstract arrays on one device."""
     total = 0
     for leaf in jax.tree.leaves(tree):
