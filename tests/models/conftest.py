@@ -16,7 +16,7 @@ def golden():
 
 @pytest.fixture
 def llama(tmp_path):
-    """A copy of a golden directory, to be spoilt."""
+    """A copy of a golden directory that a test may damage."""
     return shutil.copytree(GOLDEN / "llama", tmp_path / "llama")
 
 

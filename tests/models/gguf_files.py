@@ -9,14 +9,15 @@ from lpo_jax.models.parameters import declared
 
 
 def interleave(x: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of a q or k matrix in llama.cpp's order: the two halves of a head alternate."""
+    """Order the rows of a query or key matrix as llama.cpp does: the two halves of a head alternate."""
     return x.reshape(heads, 2, x.shape[0] // heads // 2, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)
 
 
 def write_gguf(path, directory, *, kind="F32", tokenizer=None, skip=(), extra=None, split=0, **metadata):
-    """`metadata` keys have `__` for the dot and override what the config says; None leaves a key out.
+    """Write a GGUF file.
 
-    `split`: tensors in a part of a split model; 0 writes one file.
+    Keys of `metadata` have `__` instead of the dot and override those of the config; None omits a key. `split` is the
+    number of tensors in a part of a split model; 0 writes one file.
     """
     source = HfDirectory.open(directory)
     config = source.config

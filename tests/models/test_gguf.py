@@ -68,7 +68,7 @@ def test_end_ids_of_qwen_are_two(golden, tmp_path):
 
 
 def divisors(scaling, theta, head_width):
-    """What convert_hf_to_gguf writes as rope_freqs.weight: how much slower each frequency turns."""
+    """The rope_freqs.weight of convert_hf_to_gguf: the divisor of each frequency."""
     out = []
     for i in range(0, head_width, 2):
         wavelength = 2 * np.pi * theta ** (i / head_width)

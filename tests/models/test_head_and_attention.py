@@ -79,7 +79,7 @@ def test_chunked_log_probs_equal_plain_ones(small_chunks, tokens, weighted):
 
 
 def test_chunked_log_probs_in_float32_differ_by_rounding(small_chunks):
-    """A logit is rounded over D terms and a statistic over V; so, relatively, are the slopes of the logits."""
+    """The relative rounding error of a logit grows with D, and that of a statistic and of the slopes with V."""
     with jax.enable_x64(True):
         case = head_case(37, STATS, np.float64)
         want_gradient, want = jax.grad(by_chunks, (0, 1), has_aux=True)(*case)
@@ -126,7 +126,7 @@ def plain_attention(q, k, v, mask):
 
 
 def with_normaliser(q, k, v, mask):
-    """What `attend` returns, for autodiff."""
+    """The same results as `attend`, by autodiff."""
     k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
     scores = jnp.einsum("bxhn,byhn->bxhy", q, k) / q.shape[-1] ** 0.5
     scores = jnp.where(mask[:, :, None], scores, jnp.finfo(jnp.float32).min)

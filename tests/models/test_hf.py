@@ -1,4 +1,4 @@
-"""Hugging Face directories: in, out, in again; and what is wrong with a directory."""
+"""Hugging Face directories: read, written and read again; and errors in a directory."""
 
 import json
 import tracemalloc

@@ -1,4 +1,4 @@
-"""Kernels for TPUs against their plain twins, run by Pallas' interpreter; and compiled for TPUs that are not here."""
+"""TPU kernels against their plain twins in the Pallas interpreter, and compiled for TPUs that need not be present."""
 
 import dataclasses
 import functools
@@ -29,14 +29,14 @@ def normal(*shape):
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    """Several blocks in rows that a test can afford; programs of the other sizes are not found again."""
+    """Small blocks, so that short rows have several; cached programs of other block sizes are dropped."""
     monkeypatch.setattr(splash, "QUERIES", 128)
     monkeypatch.setattr(splash, "KEYS", 128)
     monkeypatch.setattr(decode, "BLOCK_BYTES", 1)  # the least there is: 128 keys
 
 
 def values_and_gradients(function, real, *qkv):
-    """What a function gives at real tokens, and how that depends on its arguments."""
+    """A function's values at real tokens, and their gradients with respect to its arguments."""
 
     @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # compiles sooner
     def both(*qkv):
@@ -122,7 +122,7 @@ def test_stored_keys(small_blocks, num_keys):
 
 
 def test_the_cache_after_the_last_key_is_never_read(small_blocks):
-    """A row of which only a beginning is real costs the same whatever lies behind it, and nothing of it is read."""
+    """Only the real beginning of a row is read, whatever the cache contains after it."""
     q, k, v = normal(1, 1, 1, 1, 16), normal(1, 1, 16, 512), normal(1, 1, 512, 16)
     start, stop = jnp.array([[130]]), jnp.array([250])  # of the four blocks the second one
     spoiled = jnp.arange(512) // 128 != 1
@@ -166,7 +166,7 @@ def test_the_gradient_on_a_mesh():
 
 @pytest.mark.slow
 def test_the_model_with_kernels_is_the_model(tiny_config, tiny_params):
-    """Sampling and scoring through the kernels: the same tokens, the same log-probs, and the two agree."""
+    """Sampling and scoring with the kernels give the same tokens and log-probs as without."""
     prompts, lengths = np.array([[5, 6, 7, 8], [9, 3, 0, 0]]), np.array([4, 2])
 
     def run(choice):

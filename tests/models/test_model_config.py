@@ -27,7 +27,7 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_fr
 
 
 def theirs(family, **fields):
-    """What the family's class of transformers makes of a config.json, as our record."""
+    """The config.json as read by the family's config class of transformers, converted to `ModelConfig`."""
     c = CLASSES[family](**json.loads(json.dumps(fields)))
     rope = c.rope_parameters
     scaling = None

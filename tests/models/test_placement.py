@@ -1,4 +1,4 @@
-"""Where parameters lie on a mesh of eight fake devices."""
+"""Placement of parameters on a mesh of eight fake devices."""
 
 import jax
 import optax
@@ -57,7 +57,7 @@ def test_decoding_gathers_nothing(tiny_config):
 
 
 def test_every_logical_axis_of_a_parameter_is_known(tiny_config):
-    """A misspelt name would silently keep an axis whole."""
+    """With a misspelt name, an axis would silently not be split."""
     whole = {"layers", "head_width"}
     axes = {axis for parameter in parameters.declared(tiny_config) for axis in parameter.logical_axes()}
     assert axes <= sharding.RULES.keys() | whole

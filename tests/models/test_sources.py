@@ -1,4 +1,4 @@
-"""Names of models: what is found, what is downloaded, what is refused."""
+"""Names of models: which are found, downloaded or refused."""
 
 import hashlib
 import os

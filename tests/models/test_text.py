@@ -41,7 +41,7 @@ SYSTEM = {"role": "system", "content": "be brief"}
 
 
 def byte_tokenizer(template=CHATML, extra=(), **named):
-    """One token a byte, ids 0 to 255; then <end>, 256, and `extra`."""
+    """A tokenizer with one token for each byte, ids 0 to 255, then <end>, 256, and `extra`."""
     backend = Tokenizer(
         models.BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, [])
     )

@@ -1,4 +1,4 @@
-"""Tokenizers rebuilt from GGUF metadata, and what happens to them on the way out and in."""
+"""Tokenizers rebuilt from GGUF metadata, and written and read again."""
 
 import json
 
@@ -39,7 +39,7 @@ def reference():
 
 
 def metadata(**changes):
-    """What a GGUF file says of that tokenizer, with one token matched whole but not special."""
+    """The GGUF metadata of that tokenizer, with one token that is matched as a whole but not special."""
     model = json.loads(reference().to_str())["model"]
     tokens = [*sorted(model["vocab"], key=model["vocab"].get), "<think>"]
     base = {

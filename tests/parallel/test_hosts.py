@@ -1,4 +1,4 @@
-"""Many processes as one job: started by hand on this machine, four fake devices each."""
+"""Several processes as one job: started by hand on this machine, with four fake devices each."""
 
 import json
 import os
@@ -79,7 +79,7 @@ def environment(devices):
 
 
 def start(config, devices, *overrides, processes=1):
-    """The processes of one job of `lpo train`; what process i says of errors goes to `i.log` beside the config."""
+    """The processes of one job of `lpo train`; the stderr of process i goes to `i.log` beside the config."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -99,7 +99,7 @@ def finish(config, *arguments):
 
 
 def rows(run):
-    """The metrics of a run but for times and the sampler's gap, which is rounding, and rows of times alone."""
+    """The metrics of a run, without times and the sampler's gap, which depends on rounding."""
     skip = lambda name: metric_names.is_timing(name) or name.startswith(("lpo/logp_gap", "training/rollout"))  # noqa: E731
     kept = [{k: v for k, v in row.items() if not skip(k)} for row in read_metrics(run)]
     return [row for row in kept if row.keys() != {"step"}]
@@ -113,7 +113,7 @@ def texts(run):
 
 
 def written(path, model, task):
-    """The config of a run into `path / "one"`, as a file."""
+    """Write the config of a run into `path / "one"`."""
     from tiny import run_values
 
     values = run_values(path / "one", model, task)
@@ -129,7 +129,7 @@ def written(path, model, task):
 
 
 def agree(run, other):
-    """The same responses and, but for rounding, the same metrics."""
+    """Check that responses are the same, and metrics up to rounding."""
     assert texts(run) == texts(other)
     found, expected = rows(run), rows(other)
     assert [row.keys() for row in found] == [row.keys() for row in expected]

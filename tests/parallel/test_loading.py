@@ -1,4 +1,4 @@
-"""Files straight into sharded arrays: every device's part, and no byte more than the parts of this process."""
+"""Files are read directly into sharded arrays, and a process reads only the parts of its own devices."""
 
 import jax
 import numpy as np
@@ -24,7 +24,7 @@ def saved(tmp_path_factory):
 
 
 class Reader:
-    """Stands in for the files of a model: hands out parts and counts their bytes."""
+    """Stands in for the files of a model: returns parts and counts their bytes."""
 
     def __init__(self, params):
         self.files = {name: fetch() for name, _, _, fetch in layout.file_tensors(CONFIG, params, None)}
@@ -48,7 +48,7 @@ def test_every_part_is_read_once(saved, shape):
 
 
 def test_a_host_reads_only_what_its_devices_get(saved, monkeypatch):
-    """Of two hosts with four devices each, by asking for the parts of four of the eight."""
+    """One of two hosts with four devices each: the parts of four of the eight devices are requested."""
     params = saved[1]
     shardings = param_shardings(CONFIG, build_mesh(MeshSizes(1, 8, 1)))
     mine = jax.devices()[:4]
@@ -68,7 +68,7 @@ def test_a_host_reads_only_what_its_devices_get(saved, monkeypatch):
 
 
 def test_an_axis_folded_behind_another_is_cut_after_reading(saved):
-    """Heads of a file are rows; parts of a head come with the whole head."""
+    """Heads are rows of a file; a part of a head is read with the whole head."""
     wq = parameters.named("wq")
     whole = np.asarray(saved[1]["layers"]["wq"][1])
     reader = Reader(saved[1])

@@ -1,4 +1,4 @@
-"""Which mesh a run gets, and what is refused."""
+"""The choice of a run's mesh, and meshes that are refused."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""What processes of a job say of one another, with a store in place of jax's; and two real ones, one of which dies."""
+"""Messages about other processes, with a fake store, and with two real processes, one of which dies."""
 
 import os
 import signal
@@ -28,7 +28,7 @@ class Store(dict):
 
 @pytest.fixture
 def pair(monkeypatch):
-    """Two processes on one store, a clock, and the statuses that the first was ended with."""
+    """Two processes on one store, a clock, and the exit statuses of the first."""
     monkeypatch.setattr(presence, "BEAT", 0.0)
     store, now, ended = Store(), [0.0], []
     one = Presence(store, 0, 2, end=ended.append, clock=lambda: now[0])

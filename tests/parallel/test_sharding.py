@@ -1,4 +1,4 @@
-"""The table of shardings, on eight fake devices."""
+"""The sharding rules on eight fake devices."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""What devices exchange in a compiled update: weights layer by layer, gradients once, never activations or logits."""
+"""Collectives of a compiled update: weights layer by layer, gradients once, never activations or logits."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""One training step on eight fake devices is the step of one device, whatever the mesh."""
+"""A training step on any mesh of eight fake devices equals that on one device."""
 
 import json
 
@@ -29,7 +29,7 @@ SETTINGS = {
 
 @pytest.fixture(scope="module")
 def step_on(tmp_path_factory, tiny_model, tiny_task):
-    """Runs a step and gives its metrics, rollouts and parameters."""
+    """Run a step and return its metrics, rollouts and parameters."""
     from tiny import run_values
 
     def run(**mesh):
@@ -84,7 +84,7 @@ def test_equals_one_device(step_on, one_device, tiny_model, data, fsdp, tensor):
 
 
 def close(found, expected, what="", rounding=0.0):
-    """Equal in norm but for the rounding of a gradient, once in each of the two runs."""
+    """Check that norms are equal up to the rounding of a gradient in each of the two runs."""
     found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
     scale = max(np.linalg.norm(expected), 1e-2)
     error = np.linalg.norm(found - expected)

@@ -1,4 +1,4 @@
-"""Reading collectives off compiled programs."""
+"""Reading the collectives of compiled programs."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Program texts read for what they do, against XLA's own count and against arithmetic."""
+"""Costs read from program texts, against XLA's cost analysis and against arithmetic."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Plans of tiny models: arithmetic by hand, what is said and with which exit status; compiled where libtpu is."""
+"""Plans of tiny models: arithmetic by hand, output and exit status; compiled if libtpu is installed."""
 
 import dataclasses
 import importlib.util

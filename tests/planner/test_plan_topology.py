@@ -1,4 +1,4 @@
-"""Topologies by name: what is parsed, what is refused, and in which words."""
+"""Topologies by name: which are parsed, which are refused, and the messages."""
 
 import pytest
 
