@@ -134,7 +134,14 @@ def test_a_gpu_plan_is_arithmetic(config_file, capsys):
 def test_text_names_memory_times_and_what_is_left_out(config_file, capsys):
     assert main(["plan", config_file(), "--topology", "h100:4"]) == 0
     text = capsys.readouterr().out
-    for part in ("as configured", "parameters", "sampler's weights", "GB to spare", "tokens/s", "Not included"):
+    for part in (
+        "as configured",
+        "parameters",
+        "sampler's weights",
+        "GB to spare",
+        "tokens/s",
+        "Not included",
+    ):
         assert part in text
     assert "estimated" in text
 
