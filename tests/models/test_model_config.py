@@ -128,7 +128,7 @@ def test_layers_share_the_rope_settings_that_stand_under_their_type():
         (
             "qwen3",
             {"num_attention_heads": 16},
-            r"num_key_value_heads = 32 \(the family's default; the file names none\) does not divide",
+            r"num_key_value_heads = 32 \(the family's default; the file has none\) does not divide",
         ),
         ("qwen3", {"head_dim": None}, "head_dim must be a positive integer, got None"),
         ("llama", {"rope_scaling": {"rope_type": "linear"}}, "rope scaling 'linear' lacks factor"),

@@ -96,7 +96,7 @@ def test_the_platform_that_is_here_is_taken():
 PROGRAM = """
     import sys, time
     from lpo_jax.errors import RunStopped
-    from lpo_jax.planner import hosts
+    from lpo_jax.parallel import hosts
     hosts.connect()
     hosts.phase("verifying")
     with hosts.together():
@@ -120,7 +120,7 @@ def two_processes(*arguments_of_each):
         jobs.append(subprocess.Popen(command, cwd=ROOT, env=os.environ | many, text=True, **pipes))
     for job in jobs:
         assert job.stdout.readline() == "ready\n"
-    time.sleep(3)  # until each has heard of the other
+    time.sleep(3)  # until each has seen a heartbeat of the other
     return jobs
 
 

@@ -134,7 +134,14 @@ def test_a_gpu_plan_is_arithmetic(config_file, capsys):
 def test_text_names_memory_times_and_what_is_left_out(config_file, capsys):
     assert main(["plan", config_file(), "--topology", "h100:4"]) == 0
     text = capsys.readouterr().out
-    for part in ("as configured", "parameters", "sampler's weights", "GB to spare", "tokens/s", "Left out"):
+    for part in (
+        "as configured",
+        "parameters",
+        "sampler's weights",
+        "GB to spare",
+        "tokens/s",
+        "Not included",
+    ):
         assert part in text
     assert "estimated" in text
 
@@ -144,7 +151,7 @@ def test_what_does_not_fit_is_said_with_exit_status_3(config_file, capsys, monke
     monkeypatch.setitem(topology.CHIPS, "h100", small)
     assert main(["plan", config_file(), "--topology", "h100:1"]) == 3
     text = " ".join(capsys.readouterr().out.split())
-    assert "does not fit" in text and "GB too much" in text and "take a larger slice" in text
+    assert "does not fit" in text and "GB too much" in text and "use a larger slice" in text
 
 
 def test_a_setting_that_fits_is_suggested(run_config, tiny_model):

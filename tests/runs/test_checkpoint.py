@@ -277,7 +277,7 @@ TWO = """
 import sys
 import jax, jax.numpy as jnp, numpy as np
 from lpo_jax.errors import UserError
-from lpo_jax.planner import hosts
+from lpo_jax.parallel import hosts
 from lpo_jax.runs.checkpoint import Checkpoints
 
 hosts.connect()
