@@ -5,13 +5,13 @@
 
 from lpo_jax.reporting.metric_names import is_timing, validation_metrics
 from lpo_jax.reporting.plots import diagnostics, learning_curves, save_plots
-from lpo_jax.reporting.progress import Progress
+from lpo_jax.reporting.progress import ProgressDisplay
 from lpo_jax.reporting.tables import batch_table, before_after_table, sample_panel
 from lpo_jax.reporting.text import console, duration, percent, sanitise
 from lpo_jax.reporting.writers import RunWriter, read_metrics
 
 __all__ = [
-    "Progress",
+    "ProgressDisplay",
     "RunWriter",
     "batch_table",
     "before_after_table",

@@ -1,6 +1,6 @@
 """Progress display of a run: a live display on a terminal, one plain line per step elsewhere.
 
-with Progress(total=200) as progress:
+with ProgressDisplay(total=200) as progress:
     progress.phase("sampling")
     ...
     progress.update(step, metrics)
@@ -32,7 +32,7 @@ _SHOWN: tuple[tuple[str, str, Callable[[float], str]], ...] = (
 )
 
 
-class Progress:
+class ProgressDisplay:
     """Display the step, the time left, the main metrics, skipped updates and the last evaluation.
 
     Args:

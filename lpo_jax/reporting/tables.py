@@ -1,6 +1,6 @@
 """Tables for the terminal: batch sizes, evaluations before and after training, benchmarks, methods, sample responses.
 
-Each function returns a rich renderable. Print it with `console().print(...)` or `Progress.log(...)`.
+Each function returns a rich renderable. Print it with `console().print(...)` or `ProgressDisplay.log(...)`.
 """
 
 import math

@@ -45,7 +45,7 @@ class Recorder:
             )
             self.writer = stack.enter_context(open_writer(self.run.path))
             start = self.checkpoints.latest() or 0
-            progress = reporting.Progress(self.total, start=start, console=self.console)
+            progress = reporting.ProgressDisplay(self.total, start=start, console=self.console)
             self.progress = stack.enter_context(
                 progress if hosts.is_first() else hosts.Silent(type(progress))
             )

@@ -15,7 +15,7 @@ from lpo_jax.training.session import Session
 
 
 def introduce(
-    session: Session, runner: ModelRunner, behaviour: Behaviour, progress: reporting.Progress
+    session: Session, runner: ModelRunner, behaviour: Behaviour, progress: reporting.ProgressDisplay
 ) -> None:
     """Model, task, method, devices, and the table of derived batch sizes."""
     config, model, environment = session.config, session.model.architecture, session.environment

@@ -66,7 +66,7 @@ def sft(config: Config, *, resume: bool = False) -> None:
 
 
 def warm_start(
-    session: Session, state: TrainState, run: RunDirectory, progress: reporting.Progress
+    session: Session, state: TrainState, run: RunDirectory, progress: reporting.ProgressDisplay
 ) -> TrainState:
     """The supervised steps before RL; their metrics go to `warm_start/` in the run directory."""
     warm = session.config.warm_start

@@ -10,7 +10,7 @@ import textwrap
 import pytest
 from rich.console import Console
 
-from lpo_jax.reporting import Progress, batch_table
+from lpo_jax.reporting import ProgressDisplay, batch_table
 from lpo_jax.reporting import console as make_console
 
 
@@ -46,7 +46,7 @@ STEP = {
 def test_log_file_gets_one_plain_line_per_step():
     out, console = _plain()
     clock = Clock()
-    with Progress(total=10, console=console, clock=clock) as progress:
+    with ProgressDisplay(total=10, console=console, clock=clock) as progress:
         progress.update(0, {"val-core/countdown/acc/pass@1": 0.135, "val-core/countdown/acc/pass@4": 0.5})
         for step in (1, 2):
             progress.phase("sampling")
@@ -64,7 +64,7 @@ def test_log_file_gets_one_plain_line_per_step():
 
 def test_messages_are_printed_without_markup():
     out, console = _plain()
-    with Progress(total=1, console=console) as progress:
+    with ProgressDisplay(total=1, console=console) as progress:
         progress.log("checkpoint [bold]saved[/bold] in " + "x" * 200, batch_table([("rows", 64, "all")]))
     assert "checkpoint [bold]saved[/bold] in " + "x" * 200 + "\n" in out.getvalue()
     assert "rows" in out.getvalue()
@@ -72,7 +72,7 @@ def test_messages_are_printed_without_markup():
 
 def test_missing_and_nonfinite_metrics_are_omitted():
     out, console = _plain()
-    with Progress(total=2, console=console) as progress:
+    with ProgressDisplay(total=2, console=console) as progress:
         progress.update(1, {"actor/entropy": float("nan"), "critic/rewards/mean": None, "train/loss": 2.5})
     assert "loss 2.500" in out.getvalue()
     assert not re.search("nan|None|entropy|reward", out.getvalue())
@@ -80,7 +80,7 @@ def test_missing_and_nonfinite_metrics_are_omitted():
 
 def test_skipped_updates_add_up():
     out, console = _plain()
-    with Progress(total=3, console=console) as progress:
+    with ProgressDisplay(total=3, console=console) as progress:
         for step, skipped in ((1, 0), (2, 2), (3, 1)):
             progress.update(step, {"lpo/skipped_updates": skipped})
     lines = out.getvalue().splitlines()
@@ -90,7 +90,7 @@ def test_skipped_updates_add_up():
 
 def test_time_left_is_robust_against_one_slow_step():
     clock = Clock()
-    progress = Progress(total=12, start=2, console=_plain()[1], clock=clock)
+    progress = ProgressDisplay(total=12, start=2, console=_plain()[1], clock=clock)
     with progress:
         assert progress.seconds_left() != progress.seconds_left()  # NaN before the first step
         for step, seconds in ((3, 60.0), (4, 10.0), (5, 10.0), (6, 10.0)):
@@ -108,7 +108,7 @@ def test_time_left_is_robust_against_one_slow_step():
 def test_terminal_shows_bar_phase_and_facts():
     out, console = _terminal()
     clock = Clock()
-    with Progress(total=10, console=console, clock=clock) as progress:
+    with ProgressDisplay(total=10, console=console, clock=clock) as progress:
         clock.now += 14.0
         progress.update(1, STEP | {"val-core/countdown/acc/pass@1": 0.25})
         progress.phase("sampling")
@@ -125,7 +125,7 @@ def test_terminal_shows_bar_phase_and_facts():
 
 def test_narrow_terminal_cuts_the_facts_to_one_line():
     _, console = _terminal(width=30)
-    progress = Progress(total=10, console=console)
+    progress = ProgressDisplay(total=10, console=console)
     progress.update(1, STEP)
     with console.capture() as capture:
         console.print(progress)
@@ -137,7 +137,7 @@ def test_narrow_terminal_cuts_the_facts_to_one_line():
 @pytest.mark.parametrize("terminal", [_plain, _terminal])
 def test_exceptions_pass_through_and_the_terminal_is_restored(terminal):
     out, console = terminal()
-    with pytest.raises(KeyboardInterrupt), Progress(total=3, console=console) as progress:
+    with pytest.raises(KeyboardInterrupt), ProgressDisplay(total=3, console=console) as progress:
         progress.update(1, STEP)
         raise KeyboardInterrupt
     if console.is_terminal:
@@ -153,8 +153,8 @@ def test_a_run_continues_when_its_output_is_closed(tmp_path, how):
     program = """
         import sys
         from pathlib import Path
-        from lpo_jax.reporting import Progress
-        with Progress(500) as progress:
+        from lpo_jax.reporting import ProgressDisplay
+        with ProgressDisplay(500) as progress:
             for step in range(500):
                 progress.update(step + 1, {"train/loss": 1.0})
                 progress.log("x" * 200)

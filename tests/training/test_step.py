@@ -155,7 +155,7 @@ def test_three_parts_in_float32_differ_by_rounding(tiny_config, tiny_params, rol
         np.testing.assert_array_less(relative_error(got, want), GRADIENT_ROUNDING)
 
 
-def test_packed_scores_and_likeliest_equal_padded_ones(tiny_config, tiny_params, rollouts):
+def test_packed_scores_and_top_k_equal_padded_ones(tiny_config, tiny_params, rollouts):
     groups, mask = rollouts.groups, rollouts.scored.mask
     runner = program_for(tiny_config, 30)
     packed = runner.pack(groups, mask)
