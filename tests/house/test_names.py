@@ -9,15 +9,8 @@ ROOT = Path(__file__).parents[2]
 # The same kind of thing in several rooms, so that the common name helps.
 SHARED: dict[str, str] = {
     "main": "entry point of a process",
-    "nearest": "one function twice: objectives/ imports nothing else of the package, so it has a copy",
     "get": "looks a name up in the registry of its room: objectives, rewards, tasks (public API)",
     "names": "lists the registry of its room: objectives, rewards, tasks (public API)",
-    "arithmetic": "task and the verifier of its answers, both registered by this name",
-    "code": "task and the verifier of its answers, both registered by this name",
-    "countdown": "task and the verifier of its answers, both registered by this name",
-    "gsm8k": "task and the verifier of its answers, both registered by this name",
-    "math": "task and the verifier of its answers, both registered by this name",
-    "reasoning_gym": "task and the verifier of its answers, both registered by this name",
 }
 
 
