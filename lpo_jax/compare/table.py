@@ -28,8 +28,8 @@ def make_table(grid: Grid, outcomes: Outcomes) -> dict[str, Any]:
       outcomes: the finished cells.
 
     Returns:
-      A dict with sizes, the names of the `missing` cells, `scores` [rule][method][measure] and `differences`
-      [against][rule][method][measure]. A score is `{"mean", "low", "high"}`, a difference is
+      A dict with sizes, the names of the `missing` cells, `scores[rule][method][measure]` and
+      `differences[against][rule][method][measure]`. A score is `{"mean", "low", "high"}`, a difference is
       `{"mean", "low", "high", "wins", "pairs"}`; low and high bound the 95% interval.
     """
     first = next(iter(outcomes.values()))

@@ -43,6 +43,19 @@ def test_every_public_name_has_a_docstring():
     assert not missing
 
 
+def test_no_docstring_reads_as_a_link():
+    """In Markdown `[rule][method]` is a link, which the site cannot resolve: it needs backticks."""
+    found = []
+    for module, path in reference.modules().items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and (
+                text := ast.get_docstring(node)
+            ):
+                prose = re.sub(r"`[^`]*`|^ {4}.*$", "", text, flags=re.M)
+                found += [(module, match[0]) for match in re.finditer(r"\w+\]\[\w+", prose)]
+    assert not found
+
+
 def test_the_definitions_of_a_module_are_found(tmp_path):
     path = tmp_path / "module.py"
     path.write_text(
