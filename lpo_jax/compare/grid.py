@@ -16,6 +16,7 @@ from lpo_jax.config import Config
 from lpo_jax.errors import UserError, nearest
 from lpo_jax.objectives.targets import temperature_problem
 from lpo_jax.runs.directory import RunDirectory
+from lpo_jax.training.behaviour import choose_behaviour
 from lpo_jax.training.check import check_config
 
 
@@ -168,7 +169,8 @@ def _cell_config(base: Config, rule: str | float, method: MethodSpec, seed: int)
 
 def _check(cell: Cell) -> None:
     try:
-        check_config(cell.config)
+        objective = check_config(cell.config)
     except UserError as error:
         raise UserError(f"compare: cell {cell.name}: {error}") from None
-    RunDirectory(cell.config, "train", resume=True)  # only checks the directory; errors name it
+    config = choose_behaviour(cell.config, objective).resolve(cell.config)  # as `train` records it
+    RunDirectory(config, "train", resume=True)  # only checks the directory; errors name it

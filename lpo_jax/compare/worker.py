@@ -79,11 +79,14 @@ def _warm(config: Any) -> None:
 def _cell(config: Any) -> None:
     """Run one cell of the grid, resuming it if it was started before; delete its checkpoints at the end."""
     from lpo_jax.compare.outcome import read_outcome
+    from lpo_jax.runs.directory import SAVED, RunDirectory, read_config
     from lpo_jax.training.loop import train
 
     train(config, resume=True)
     run = Path(config.output)
     read_outcome(run).save(run)
+    # Without this note a resume would report the deleted checkpoints as missing.
+    RunDirectory(read_config(run), "train", resume=True).note(**{SAVED: None})
     shutil.rmtree(run / "checkpoints")
 
 

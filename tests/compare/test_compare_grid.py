@@ -131,6 +131,15 @@ def test_a_directory_with_another_run_is_an_error_before_the_first_run(compared)
         make_grid(config)
 
 
+def test_a_started_cell_with_its_resolved_behaviour_can_be_resumed(compared):
+    config = parse_config(compared())
+    cell = make_grid(config).cells[0]
+    training = dataclasses.replace(cell.config.training, behaviour="sampled")
+    with RunDirectory(dataclasses.replace(cell.config, training=training), "train", resume=False) as run:
+        (run.path / "metrics.jsonl").write_text('{"step": 0}\n')
+    assert len(make_grid(config).cells) == 8
+
+
 def test_the_command_prints_one_line_errors(compared, tmp_path, capsys):
     path = tmp_path / "compare.yaml"
     path.write_text(yaml.safe_dump(compared(methods=["lpo-foward"])))

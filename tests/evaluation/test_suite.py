@@ -210,4 +210,4 @@ def test_without_a_suite_shared_names_are_config_keys(monkeypatch):
     called = []
     monkeypatch.setattr("lpo_jax.commands.evaluate.evaluate_heldout", lambda *a, **k: called.append(a))
     assert main(["eval", "c.yaml", "--task.n=1", "--seed=3", "--task=math"]) == 0
-    assert called == [("c.yaml", ["--task=math", "--seed=3", "--task.n=1"], "best", False)]
+    assert called == [("c.yaml", ["--task=math", "--seed=3", "--task.n=1"])]
