@@ -44,7 +44,7 @@ PHASES = {
     "evaluation": ("lpo_jax.training.session", "Session.evaluate"),
 }
 WRITES = {
-    "settings": ("lpo_jax.runs.directory", "RunDirectory._write"),
+    "settings": ("lpo_jax.runs.directory", "write_file"),
     "responses": ("lpo_jax.reporting.writers", "RunWriter.write_samples"),
     "metrics": ("lpo_jax.reporting.writers", "RunWriter.write"),
     "events": ("lpo_jax.reporting.writers", "RunWriter._write_events"),

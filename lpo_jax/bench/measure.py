@@ -79,11 +79,7 @@ def bench_session(model: str, shapes: Shapes, repeats: int, overrides: Sequence[
                 "max_tokens": shapes.tokens,
                 "max_prompt_tokens": shapes.prompt_tokens,
             },
-            "training": {
-                "steps": repeats + 1,
-                "prompts_per_step": shapes.prompts,
-                "updates_per_step": 1,
-            },
+            "training": {"steps": repeats + 1, "prompts_per_step": shapes.prompts, "updates_per_step": 1},
             "evaluation": {"every": 0, "problems": 1, "num_responses": 1},
         }
         config = override_config(parse_config(values), overrides)

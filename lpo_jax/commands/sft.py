@@ -8,11 +8,7 @@ from lpo_jax.commands.resumable import add_run_parser, run_config
 
 def add_parser(subparsers: Subparsers) -> None:
     """Add the parser of `lpo sft`."""
-    add_run_parser(
-        subparsers,
-        "sft",
-        "run the config's supervised warm start by itself",
-    )
+    add_run_parser(subparsers, "sft", "run the config's supervised warm start by itself")
 
 
 def run(arguments: argparse.Namespace) -> int | None:

@@ -65,10 +65,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
         "metavar": "N",
         "help": "maximum tokens per prompt (the model's positions less --max-tokens)",
     },
-    "overlong_prompts": {
-        "choices": ("error", "drop"),
-        "help": "refuse longer prompts, or drop them (error)",
-    },
+    "overlong_prompts": {"choices": ("error", "drop"), "help": "refuse longer prompts, or drop them (error)"},
     "stop": {
         "type": parsers.stop_string,
         "action": "append",
@@ -101,9 +98,7 @@ def add_options(command: CommandParser) -> None:
         "parquet) with --task, or YAML: a list of {name: mine, k: 16, task: {name: math, heldout: mine.jsonl}}.",
     )
     group.add_argument(
-        "--suite",
-        metavar="NAME|FILE",
-        help="math, countdown, countdown-generated, code, or your own file",
+        "--suite", metavar="NAME|FILE", help="math, countdown, countdown-generated, code, or your own file"
     )
     for name, option in _OPTIONS.items():
         dashes = f"--{name.replace('_', '-')}"

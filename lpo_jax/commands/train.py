@@ -9,9 +9,7 @@ from lpo_jax.commands.resumable import add_run_parser, run_config
 def add_parser(subparsers: Subparsers) -> None:
     """Add the parser of `lpo train`."""
     add_run_parser(
-        subparsers,
-        "train",
-        "train a model on a task with Listwise Policy Optimization or a related method",
+        subparsers, "train", "train a model on a task with Listwise Policy Optimization or a related method"
     )
 
 
