@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lpo_jax.errors import UserError
-from lpo_jax.models import layout
+from lpo_jax.models import tensors
 from lpo_jax.models.config import FAMILY_SWITCHES, ModelConfig, RopeScaling
 from lpo_jax.models.decoder import Params
 from lpo_jax.models.parameters import Parameter, named
@@ -130,24 +130,24 @@ class GgufFile:
         return tuple(dict.fromkeys(i for i in (*named, *family) if i is not None))
 
     def params(self, dtype: str = "float32", shardings: Params | None = None) -> Params:
-        """Read the parameter tree; arguments as in `layout.read_params`.
+        """Read the parameter tree; arguments as in `tensors.read_params`.
 
         Raises:
           UserError: a tensor is missing or unexpected, or has a wrong shape or an unsupported quantisation.
         """
         config = self.config
         found = {name: t.shape for name, t in self.stored.items() if name != "rope_freqs.weight"}
-        layout.check_names(str(self.path), layout.file_names(config, "gguf"), found)
+        tensors.check_names(str(self.path), tensors.file_names(config, "gguf"), found)
         interleaved = self.metadata["general.architecture"] == "llama"
 
-        def read(parameter: Parameter, layer: int, index: layout.Index) -> np.ndarray:
+        def read(parameter: Parameter, layer: int, index: tensors.Index) -> np.ndarray:
             x = self.read(parameter.gguf.format(layer))
             if interleaved and parameter.rotated:
                 # llama.cpp rotates neighbouring rows, which alternate between the two halves of a head.
                 x = x.reshape(-1, config.head_width // 2, 2, config.width).swapaxes(1, 2)
-            return x.reshape(layout.file_shape(config, parameter))[index]
+            return x.reshape(tensors.file_shape(config, parameter))[index]
 
-        return layout.read_params(config, read, dtype, shardings)
+        return tensors.read_params(config, read, dtype, shardings)
 
     def read(self, name: str) -> np.ndarray:
         """Read one tensor, dequantised to float32, rows first."""

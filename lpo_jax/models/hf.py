@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lpo_jax.errors import UserError
-from lpo_jax.models import layout
+from lpo_jax.models import tensors
 from lpo_jax.models.config import ModelConfig
 from lpo_jax.models.decoder import Params
 from lpo_jax.models.parameters import Parameter, named
@@ -82,14 +82,14 @@ class HfDirectory:
         return ids
 
     def params(self, dtype: str = "float32", shardings: Params | None = None) -> Params:
-        """Read the parameter tree; arguments as in `layout.read_params`.
+        """Read the parameter tree; arguments as in `tensors.read_params`.
 
         Raises:
           UserError: there are no weights, a file is damaged, or a tensor is missing, unexpected or of a wrong shape.
         """
         with contextlib.ExitStack() as stack:
             files = _open_weights(self.path, stack)
-            expected = layout.file_names(self.config, "hf")
+            expected = tensors.file_names(self.config, "hf")
             spare = {name for name in files if _ROTARY_BUFFER.fullmatch(name)}
             spare |= {_HEAD} if self.config.tie_embeddings else set()  # equal to the embedding, see `open`
             found = {}
@@ -99,13 +99,13 @@ class HfDirectory:
                 if (stored := view.get_dtype()) not in _FLOATS:
                     have = ", ".join(_FLOATS)
                     raise UserError(f"{self.path}: {name} is stored as {stored}; only {have} are read")
-            layout.check_names(str(self.path), expected, found)
+            tensors.check_names(str(self.path), expected, found)
 
-            def read(parameter: Parameter, layer: int, index: layout.Index) -> np.ndarray:
+            def read(parameter: Parameter, layer: int, index: tensors.Index) -> np.ndarray:
                 name = parameter.hf.format(layer)
                 return files[name].get_slice(name)[index]
 
-            return layout.read_params(self.config, read, dtype, shardings)
+            return tensors.read_params(self.config, read, dtype, shardings)
 
 
 def _weight_paths(path: Path) -> list[Path]:
@@ -205,8 +205,8 @@ def save_hf(
       UserError: `path` exists or cannot be written, or the dtype is unknown.
     """
     path = Path(path).expanduser().absolute()
-    if dtype is not None and dtype not in layout.DTYPES:
-        raise UserError(f"dtype {dtype!r} is not supported; have {', '.join(layout.DTYPES)}")
+    if dtype is not None and dtype not in tensors.DTYPES:
+        raise UserError(f"dtype {dtype!r} is not supported; have {', '.join(tensors.DTYPES)}")
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{path}: exists and is not an empty directory; name another place or remove it")
     try:
@@ -215,7 +215,7 @@ def save_hf(
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); name another place") from None
     try:
-        saved = _write_weights(beside, config, params, layout.DTYPES.get(dtype), shard_bytes)
+        saved = _write_weights(beside, config, params, tensors.DTYPES.get(dtype), shard_bytes)
         write_configs(beside, config, saved, tokenizer, eos_ids)
         if tokenizer is not None:
             from lpo_jax.models.tokenizer import save_tokenizer
@@ -236,7 +236,7 @@ def _write_weights(
     """Write safetensors files of at most `limit` bytes each, tensor by tensor; return the name of the dtype."""
     shards: list[list] = [[]]
     used = total = 0
-    for item in layout.file_tensors(config, params, dtype):
+    for item in tensors.file_tensors(config, params, dtype):
         size = math.prod(item[1]) * item[2].itemsize
         if shards[-1] and used + size > limit:
             shards.append([])

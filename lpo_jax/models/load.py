@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from lpo_jax.errors import UserError
-from lpo_jax.models import layout
+from lpo_jax.models import tensors
 from lpo_jax.models.config import ModelConfig
 from lpo_jax.models.decoder import Params
 from lpo_jax.models.gguf import GgufFile
@@ -49,10 +49,10 @@ def check_dtype(dtype: str) -> None:
     """Check the name of a parameter dtype.
 
     Raises:
-      UserError: it is not one of `layout.DTYPES`.
+      UserError: it is not one of `tensors.DTYPES`.
     """
-    if dtype not in layout.DTYPES:
-        raise UserError(f"dtype {dtype!r} is not supported; have {', '.join(layout.DTYPES)}")
+    if dtype not in tensors.DTYPES:
+        raise UserError(f"dtype {dtype!r} is not supported; have {', '.join(tensors.DTYPES)}")
 
 
 def open_source(name: str | os.PathLike, weights: bool = True) -> HfDirectory | GgufFile:

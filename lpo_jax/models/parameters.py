@@ -19,16 +19,8 @@ from lpo_jax.models.config import ModelConfig
 
 Kind = Literal["matrix", "norm", "bias", "embedding"]
 
-# The logical name of each axis, by which `lpo_jax.parallel.sharding.RULES` places it on a mesh.
-LOGICAL_AXES = {
-    "L": "layers",
-    "V": "vocab",
-    "D": "embed",
-    "H": "heads",
-    "G": "kv_heads",
-    "N": "head_width",
-    "F": "ffn",
-}
+# Logical name of each axis, by which `lpo_jax.parallel.sharding.RULES` places it on a mesh.
+LOGICAL_AXES = dict(L="layers", V="vocab", D="embed", H="heads", G="kv_heads", N="head_width", F="ffn")
 
 
 @dataclasses.dataclass(frozen=True)

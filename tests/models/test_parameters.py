@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from lpo_jax.config import OptimizerConfig
-from lpo_jax.models import decoder, layout, lora, parameters
+from lpo_jax.models import decoder, lora, parameters, tensors
 from lpo_jax.models.config import ModelConfig
 from lpo_jax.models.parameters import Parameter
 from lpo_jax.models.placement import param_shardings
@@ -95,11 +95,11 @@ def test_weight_decay_lora_and_int8_know_the_additions(extended):
 
 def test_files_placement_and_estimates_know_the_additions(extended, tiny_config):
     config, params = extended
-    files = {name: fetch() for name, _, _, fetch in layout.file_tensors(config, params, None)}
-    assert {name: x.shape for name, x in files.items()} == layout.file_names(config, "hf")
+    files = {name: fetch() for name, _, _, fetch in tensors.file_tensors(config, params, None)}
+    assert {name: x.shape for name, x in files.items()} == tensors.file_names(config, "hf")
     assert files["model.layers.1.extra.weight"].shape == (32, 32)
     read = lambda parameter, layer, index: files[parameter.hf.format(layer)][index]  # noqa: E731
-    chex.assert_trees_all_equal(layout.read_params(config, read), params)
+    chex.assert_trees_all_equal(tensors.read_params(config, read), params)
 
     placed = param_shardings(config, build_mesh(MeshSizes(2, 2, 2)))["layers"]
     assert placed["w_extra"].shard_shape((2, 32, 4, 8)) == (2, 16, 2, 8)

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from lpo_jax.models import decoder, layout, parameters
+from lpo_jax.models import decoder, parameters, tensors
 from lpo_jax.models.config import ModelConfig
 from lpo_jax.models.placement import param_shardings
 from lpo_jax.parallel.mesh import MeshSizes, build_mesh
@@ -27,7 +27,7 @@ class Reader:
     """Stands in for the files of a model: returns parts and counts their bytes."""
 
     def __init__(self, params):
-        self.files = {name: fetch() for name, _, _, fetch in layout.file_tensors(CONFIG, params, None)}
+        self.files = {name: fetch() for name, _, _, fetch in tensors.file_tensors(CONFIG, params, None)}
         self.bytes = 0
 
     def __call__(self, parameter, layer, index):
@@ -41,7 +41,7 @@ def test_every_part_is_read_once(saved, shape):
     params = saved[1]
     shardings = param_shardings(CONFIG, build_mesh(MeshSizes(*shape)))
     reader = Reader(params)
-    loaded = layout.read_params(CONFIG, reader, shardings=shardings)
+    loaded = tensors.read_params(CONFIG, reader, shardings=shardings)
     jax.tree.map(np.testing.assert_array_equal, loaded, params)
     assert jax.tree.map(lambda p: p.sharding, loaded) == shardings
     assert reader.bytes == sum(p.nbytes for p in jax.tree.leaves(params))
@@ -59,7 +59,7 @@ def test_a_host_reads_only_what_its_devices_get(saved, monkeypatch):
 
     monkeypatch.setattr(jax, "make_array_from_callback", of_this_host)
     reader = Reader(params)
-    layout.read_params(CONFIG, reader, shardings=shardings)
+    tensors.read_params(CONFIG, reader, shardings=shardings)
     expected = sum(
         p.nbytes // (1 if s.is_fully_replicated else 2)
         for p, s in zip(jax.tree.leaves(params), jax.tree.leaves(shardings))
@@ -73,7 +73,7 @@ def test_an_axis_folded_behind_another_is_cut_after_reading(saved):
     whole = np.asarray(saved[1]["layers"]["wq"][1])
     reader = Reader(saved[1])
     index = (slice(4, 8), slice(1, 3), slice(2, 5))
-    part = layout.from_file(CONFIG, wq, lambda rows: reader(wq, 1, rows), index)
+    part = tensors.from_file(CONFIG, wq, lambda rows: reader(wq, 1, rows), index)
     np.testing.assert_array_equal(part, whole[index])
     assert reader.bytes == 2 * CONFIG.head_width * 4 * 4  # two heads of eight rows, four columns
 
