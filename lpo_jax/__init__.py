@@ -8,13 +8,13 @@
 Importing this starts no accelerator: jax is first touched when a model is loaded or a step is taken.
 """
 
-from typing import Any
+from lpo_jax.types import Json
 
 __version__ = "0.1.0"
 __all__ = ["load_model"]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> Json:
     if name == "load_model":
         from lpo_jax.sampling.model import load_model
 

@@ -8,13 +8,14 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import pydantic
 import yaml
 from pydantic import ConfigDict, Field
 
 from lpo_jax.errors import UserError, nearest
+from lpo_jax.types import Json
 from lpo_jax.yaml_text import parse_yaml, read_yaml
 
 Positive = Annotated[int, Field(gt=0)]
@@ -28,7 +29,7 @@ Text = Annotated[str, Field(min_length=1)]
 Word = Annotated[str, Field(pattern=r"\S")]
 
 
-def _option(default: Any, doc: str) -> Any:
+def _option(default: Json, doc: str) -> Json:
     return dataclasses.field(default=default, metadata={"doc": doc})
 
 
@@ -65,7 +66,7 @@ class ModelSection(_Strict):
     attention: Literal["auto", "plain", "pallas"] = _option(
         "auto", "plain: matrix products; pallas: TPU kernels; auto: pallas on TPUs, else plain."
     )
-    template_arguments: dict[str, Any] = dataclasses.field(
+    template_arguments: dict[str, Json] = dataclasses.field(
         default_factory=dict,
         metadata={
             "doc": "Chat template arguments, such as {enable_thinking: false}; `chat_template` selects a template."
@@ -231,7 +232,7 @@ class CompareSection(_Strict):
     """A grid of runs (`lpo compare`): every rule with every method, all with the same seeds."""
 
     rules: tuple[Word | float, ...] = _option((), "Temperatures: rules such as grpo and maxrl, or numbers.")
-    methods: tuple[Word | dict[str, Any], ...] = _option(
+    methods: tuple[Word | dict[str, Json], ...] = _option(
         (),
         "Names of methods, or {name: ..., label: ..., and options of the method}; each runs with every temperature.",
     )
@@ -249,10 +250,10 @@ class Config(_Strict):
     output: str = _option("", "Run directory. `--resume` continues the run in it.")
     seed: NonNegative = _option(0, "Seed of the data order, sampling and evaluation.")
     model: ModelSection = ModelSection()
-    task: dict[str, Any] = dataclasses.field(
+    task: dict[str, Json] = dataclasses.field(
         default_factory=dict, metadata={"doc": "Name and options of the task."}
     )
-    objective: dict[str, Any] = dataclasses.field(
+    objective: dict[str, Json] = dataclasses.field(
         default_factory=lambda: {"name": "lpo-forward"},
         metadata={"doc": "Name and options of the method; see `lpo methods`."},
     )
@@ -267,7 +268,7 @@ class Config(_Strict):
     compare: CompareSection = CompareSection()
     mesh: MeshSection = MeshSection()
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Json]:
         """Return the config as plain values, which YAML and JSON can represent."""
         return pydantic.TypeAdapter(Config).dump_python(self, mode="json")
 
@@ -305,7 +306,7 @@ def override_config(config: Config, overrides: Sequence[str]) -> Config:
     return parse_config(values)
 
 
-def parse_config(values: Mapping[str, Any], where: str = "config") -> Config:
+def parse_config(values: Mapping[str, Json], where: str = "config") -> Config:
     """Check plain values and convert them to a `Config`.
 
     Args:
@@ -357,7 +358,7 @@ def _show(value) -> str:
     )[0]
 
 
-def _numbers(key: str, value: Any) -> Iterator[tuple[str, float]]:
+def _numbers(key: str, value: Json) -> Iterator[tuple[str, float]]:
     """Yield (dotted key, number) for every floating-point number in plain values."""
     if isinstance(value, float):
         yield key, value
@@ -378,7 +379,7 @@ def _get(config, dotted: str):
     return config
 
 
-def _apply(values: dict[str, Any], override: str) -> None:
+def _apply(values: dict[str, Json], override: str) -> None:
     key, equals, text = override.removeprefix("--").partition("=")
     if not override.startswith("--") or not equals or not key:
         raise UserError(f"override {override!r}: write it as --section.key=value")

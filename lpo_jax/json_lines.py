@@ -9,16 +9,16 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
 
 from lpo_jax.errors import UserError
+from lpo_jax.types import Json
 
 MAX_DEPTH = 100  # nested lists and objects; code that handles rows recurses into them
 
 _SEPARATORS = str.maketrans({c: f"\\u{ord(c):04x}" for c in "\u0085\u2028\u2029"})
 
 
-def dump_line(row: Mapping[str, Any]) -> bytes:
+def dump_line(row: Mapping[str, Json]) -> bytes:
     """Encode a row as one line of valid JSON, including the newline.
 
     Arrays become lists, numbers that are not finite become null, and values that JSON cannot represent become text.
@@ -28,12 +28,12 @@ def dump_line(row: Mapping[str, Any]) -> bytes:
     return text.encode("utf-8", "backslashreplace") + b"\n"
 
 
-def print_line(row: Mapping[str, Any]) -> None:
+def print_line(row: Mapping[str, Json]) -> None:
     """Print a row as one line of valid JSON, in ASCII, because standard output may have any encoding."""
     print(json.dumps(_plain(row), allow_nan=False))
 
 
-def loads(text: str | bytes) -> Any:
+def loads(text: str | bytes) -> Json:
     """Parse a JSON text.
 
     Raises:
@@ -43,19 +43,21 @@ def loads(text: str | bytes) -> Any:
         value = json.loads(text)
     except RecursionError:
         raise ValueError(too_deep()) from None
-    brackets = ("[", "{") if isinstance(text, str) else (b"[", b"{")
-    if sum(map(text.count, brackets)) > MAX_DEPTH and deeper_than(value, MAX_DEPTH):
+    brackets = (
+        text.count("[") + text.count("{") if isinstance(text, str) else text.count(b"[") + text.count(b"{")
+    )
+    if brackets > MAX_DEPTH and deeper_than(value, MAX_DEPTH):
         raise ValueError(too_deep())
     return value
 
 
 def read_lines(
     path: str | os.PathLike,
-    check: Callable[[Any], None] = lambda value: None,
+    check: Callable[[Json], None] = lambda value: None,
     *,
     may_be_torn: bool = False,
     remedy: str = "repair or remove that line",
-) -> Iterator[tuple[bytes, Any]]:
+) -> Iterator[tuple[bytes, Json]]:
     """Yield (line, value) for each line of a file. Lines include their newline, which the last one may lack.
 
     Args:
@@ -80,7 +82,7 @@ def read_lines(
             yield line, value
 
 
-def read_rows(path: str | os.PathLike, needs: Sequence[str] = (), **options: Any) -> list[dict[str, Any]]:
+def read_rows(path: str | os.PathLike, needs: Sequence[str] = (), **options: Json) -> list[dict[str, Json]]:
     """Read all rows of a file of JSON objects.
 
     Args:
@@ -92,7 +94,7 @@ def read_rows(path: str | os.PathLike, needs: Sequence[str] = (), **options: Any
       UserError, OSError: see `read_lines`.
     """
 
-    def check(row: Any) -> None:
+    def check(row: Json) -> None:
         if not isinstance(row, dict):
             raise ValueError("not a JSON object")
         for name in needs:
@@ -101,7 +103,7 @@ def read_rows(path: str | os.PathLike, needs: Sequence[str] = (), **options: Any
     return [row for _, row in read_lines(path, check, **options)]
 
 
-def read_object(path: str | os.PathLike, remedy: str) -> dict[str, Any]:
+def read_object(path: str | os.PathLike, remedy: str) -> dict[str, Json]:
     """Read a file that holds one JSON object.
 
     Args:
@@ -121,7 +123,7 @@ def read_object(path: str | os.PathLike, remedy: str) -> dict[str, Any]:
     return value
 
 
-def deeper_than(value: Any, limit: int) -> bool:
+def deeper_than(value: Json, limit: int) -> bool:
     """Return whether lists and mappings are nested more than `limit` deep, without recursion."""
     level = [value]
     for _ in range(limit):
@@ -130,7 +132,7 @@ def deeper_than(value: Any, limit: int) -> bool:
     return any(isinstance(x, Mapping | list | tuple) for x in level)
 
 
-def lone_surrogate(value: Any) -> str | None:
+def lone_surrogate(value: Json) -> str | None:
     """Return a description, for error messages, of a lone surrogate anywhere in a value; None if there is none.
 
     JSON can contain half of a surrogate pair, but a tokenizer cannot encode it.
@@ -153,7 +155,7 @@ def reason(error: Exception) -> str:
     return text or type(error).__name__
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Json) -> Json:
     if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, Mapping):

@@ -2,11 +2,11 @@
 
 import re
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from lpo_jax.errors import UserError
+from lpo_jax.types import Json
 
 
 class _Loader(yaml.SafeLoader):
@@ -35,12 +35,12 @@ for _side in (_Loader, _Dumper):
     )
 
 
-def dump_yaml(values: Any) -> str:
+def dump_yaml(values: Json) -> str:
     """Write plain values as YAML that `parse_yaml` reads as the same values."""
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False)
 
 
-def parse_yaml(text: str) -> Any:
+def parse_yaml(text: str) -> Json:
     """Parse a YAML text.
 
     Raises:
@@ -58,7 +58,7 @@ def parse_yaml(text: str) -> Any:
         raise ValueError(" ".join(str(error).split())) from None
 
 
-def read_yaml(path: str | Path, what: str) -> Any:
+def read_yaml(path: str | Path, what: str) -> Json:
     """Read a YAML file.
 
     Args:

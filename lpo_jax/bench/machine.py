@@ -6,10 +6,10 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 # Width of the square matrix product, and number of elements copied. Both are large enough for full speed; on an
 # accelerator a smaller product or copy takes little longer than its launch.
@@ -30,7 +30,7 @@ class Machine:
     copy_bytes: float
 
     @classmethod
-    def measure(cls, dtype: Any, repeats: int = 5) -> "Machine":
+    def measure(cls, dtype: DTypeLike, repeats: int = 5) -> "Machine":
         """Measure the rates: the medians of `repeats` timed calls after one untimed call.
 
         The operands are random, because accelerators multiply constants faster than real data.
@@ -48,20 +48,20 @@ class Machine:
         )
 
 
-def seconds(function: Callable[[], Any]) -> float:
+def seconds(function: Callable[[], object]) -> float:
     """Return the wall-clock seconds that a call of `function` takes, including the computation of its result."""
     started = time.perf_counter()
     jax.block_until_ready(function())
     return time.perf_counter() - started
 
 
-def median(function: Callable[[], Any], repeats: int) -> float:
+def median(function: Callable[[], object], repeats: int) -> float:
     """Return the median seconds of `repeats` calls, after one uncounted call."""
     seconds(function)
     return statistics.median(seconds(function) for _ in range(repeats))
 
 
-def alternate(function: Callable[[], Any], repeats: int, dtype: Any) -> tuple[list[float], Machine]:
+def alternate(function: Callable[[], object], repeats: int, dtype: DTypeLike) -> tuple[list[float], Machine]:
     """Time calls of a function and measure the machine before, between and after them.
 
     The rates of a shared machine change from minute to minute, so the measurements alternate.

@@ -11,7 +11,6 @@ import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -35,6 +34,7 @@ from lpo_jax.training.check import check_config
 from lpo_jax.training.learner import Learner
 from lpo_jax.training.loop import run_step
 from lpo_jax.training.session import Session, open_session
+from lpo_jax.types import Json
 
 # Words that stay one token each when repeated: the first pair for byte-pair tokenizers, the second for character
 # tokenizers.
@@ -90,7 +90,7 @@ def bench_session(model: str, shapes: Shapes, repeats: int, overrides: Sequence[
             yield dataclasses.replace(session, environment=environment)
 
 
-def sampling_call(session: Session, shapes: Shapes) -> Callable[[], Any]:
+def sampling_call(session: Session, shapes: Shapes) -> Callable[[], object]:
     """Return a call that samples with prepared weights, every row to its given length."""
     sampler = session.environment.collect.sampler
     return functools.partial(
@@ -106,7 +106,7 @@ def sampling_call(session: Session, shapes: Shapes) -> Callable[[], Any]:
     )
 
 
-def gradient_call(session: Session, shapes: Shapes) -> Callable[[], Any]:
+def gradient_call(session: Session, shapes: Shapes) -> Callable[[], object]:
     """Return a call that computes the gradient of all parameters and the token statistics."""
     params, mask, runner = session.model.load_params(), shapes.mask(), session.model.runner(1.0)
     groups = Groups(
@@ -121,7 +121,7 @@ def gradient_call(session: Session, shapes: Shapes) -> Callable[[], Any]:
 
 
 @contextlib.contextmanager
-def step_call(session: Session) -> Iterator[Callable[[], Any]]:
+def step_call(session: Session) -> Iterator[Callable[[], object]]:
     """Return a call that takes the next training step as `lpo train` does: sampling, verification, updates, records."""
     config, objective = session.config, check_config(session.config)
     with open_hooks(objective, session.environment) as hooks:
@@ -134,8 +134,8 @@ def step_call(session: Session) -> Iterator[Callable[[], Any]]:
 
 
 def time_call(
-    what: str, session: Session, shapes: Shapes, run: Callable[[], Any], repeats: int
-) -> dict[str, Any]:
+    what: str, session: Session, shapes: Shapes, run: Callable[[], object], repeats: int
+) -> dict[str, Json]:
     """Time a call of one of the functions above and compare it with the machine's rates.
 
     Args:

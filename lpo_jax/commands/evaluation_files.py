@@ -5,7 +5,6 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -15,6 +14,7 @@ from lpo_jax.files import LOCK, lock_directory, write_file
 from lpo_jax.json_lines import dump_line, read_object
 from lpo_jax.runs.directory import any_child, differences
 from lpo_jax.sampling.model import Model
+from lpo_jax.types import Json
 
 
 def weights_hash(model: Model) -> str:
@@ -28,7 +28,7 @@ def weights_hash(model: Model) -> str:
 
 
 @contextlib.contextmanager
-def opened(directory: Path, identity: Mapping[str, Any]) -> Iterator[None]:
+def opened(directory: Path, identity: Mapping[str, Json]) -> Iterator[None]:
     """Create or continue the directory of one evaluation, locked against other processes.
 
     Args:
@@ -61,7 +61,7 @@ def responses_file(directory: Path, name: str) -> Path:
     return directory / "responses" / f"{name}.jsonl"
 
 
-def write_summary(directory: Path, summary: Mapping[str, Any]) -> None:
+def write_summary(directory: Path, summary: Mapping[str, Json]) -> None:
     """Write summary.json.
 
     Raises:

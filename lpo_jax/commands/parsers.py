@@ -2,7 +2,9 @@
 
 import argparse
 import math
-from typing import Any, TypeAlias
+from typing import TypeAlias
+
+from lpo_jax.types import Json
 
 Subparsers: TypeAlias = "argparse._SubParsersAction[CommandParser]"
 
@@ -83,7 +85,7 @@ def stop_string(text: str) -> str:
     return text
 
 
-def _mapping(text: str) -> dict[str, Any]:
+def _mapping(text: str) -> dict[str, Json]:
     import yaml
 
     try:
@@ -96,7 +98,7 @@ def _mapping(text: str) -> dict[str, Any]:
 
 
 # Keyword arguments of `add_argument` for --template-arguments.
-TEMPLATE_ARGUMENTS: dict[str, Any] = {
+TEMPLATE_ARGUMENTS: dict[str, Json] = {
     "type": _mapping,
     "metavar": "{NAME: VALUE}",
     "help": "variables of the chat template, such as '{enable_thinking: false}' (default for a run: its own)",

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lpo_jax import __version__
 from lpo_jax.commands import parsers
@@ -17,6 +17,7 @@ from lpo_jax.commands.parsers import CommandParser
 from lpo_jax.commands.resumable import STOPPED
 from lpo_jax.errors import UserError
 from lpo_jax.json_lines import print_line
+from lpo_jax.types import Json
 
 if TYPE_CHECKING:
     from lpo_jax.evaluation.suite import Settings
@@ -27,7 +28,7 @@ _MAX_TOKENS = {"math": 4096, "code": 4096}
 _DATA = (".jsonl", ".json", ".parquet", ".jsonl.gz", ".json.gz", ".csv", ".arrow")
 _SECONDS_BETWEEN_LINES = 15.0
 # Options that require --suite. Except for data_dir, task and out they are fields of `evaluation.suite.Settings`.
-_OPTIONS: dict[str, dict[str, Any]] = {
+_OPTIONS: dict[str, dict[str, Json]] = {
     "data_dir": {
         "type": parsers.some_text,
         "metavar": "DIR",
@@ -108,7 +109,7 @@ def add_options(command: CommandParser) -> None:
             group.add_argument(f"--{name}", dest=name, default=argparse.SUPPRESS, **hidden)
 
 
-def given_options(arguments: argparse.Namespace) -> dict[str, Any]:
+def given_options(arguments: argparse.Namespace) -> dict[str, Json]:
     """Return the options that require --suite and are on the command line, by name."""
     values = vars(arguments)
     return {name: values[name] for name in _OPTIONS if name in values}
@@ -128,7 +129,7 @@ def run(arguments: argparse.Namespace) -> int | None:
     return None
 
 
-def _evaluate(arguments: argparse.Namespace, given: dict[str, Any]) -> None:
+def _evaluate(arguments: argparse.Namespace, given: dict[str, Json]) -> None:
     """Evaluate, write and print; `given` is the result of `given_options`."""
     import jax.numpy as jnp
 
@@ -191,7 +192,7 @@ def _evaluate(arguments: argparse.Namespace, given: dict[str, Any]) -> None:
         print(f"results in {directory}/summary.json, all responses in {directory}/responses")
 
 
-def _settings(suite: str, template_arguments: Mapping[str, Any], given: Mapping[str, Any]) -> "Settings":
+def _settings(suite: str, template_arguments: Mapping[str, Json], given: Mapping[str, Json]) -> "Settings":
     from lpo_jax.evaluation.suite import Settings
 
     values = {"max_tokens": _MAX_TOKENS.get(suite, 1024), "template_arguments": template_arguments, **given}

@@ -5,7 +5,6 @@ of the mean to either side.
 """
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -14,12 +13,13 @@ from lpo_jax.compare.outcome import CURVES
 from lpo_jax.compare.pairs import solved
 from lpo_jax.compare.table import POOLED, Outcomes
 from lpo_jax.reporting.plots import COLORS, Panel, panel_axes, style_axes
+from lpo_jax.types import Json
 
 DPI = 90
 _TICKS = (-100, -30, -10, -3, -2, -1, 0, 1, 2, 3, 10, 30, 100)  # percentage points
 
 
-def save_figures(folder: Path, grid: Grid, outcomes: Outcomes, table: dict[str, Any]) -> list[Path]:
+def save_figures(folder: Path, grid: Grid, outcomes: Outcomes, table: dict[str, Json]) -> list[Path]:
     """Draw `<rule>.png` for each rule with results, and `differences.png`; return their paths."""
     drawn = {}
     for rule in grid.rules:
@@ -64,7 +64,7 @@ def draw_curves(rule: str, grid: Grid, outcomes: Outcomes, k: int):
     return figure
 
 
-def draw_differences(table: dict[str, Any]):
+def draw_differences(table: dict[str, Json]):
     """Draw the paired differences of mean and final pass@1 and pass@k with their intervals.
 
     Args:

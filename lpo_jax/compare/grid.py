@@ -9,7 +9,6 @@ its rewards.
 import dataclasses
 import re
 from pathlib import Path
-from typing import Any
 
 from lpo_jax import objectives
 from lpo_jax.config import Config
@@ -18,6 +17,7 @@ from lpo_jax.objectives.targets import temperature_problem
 from lpo_jax.runs.directory import RunDirectory
 from lpo_jax.training.behaviour import choose_behaviour
 from lpo_jax.training.check import check_config
+from lpo_jax.types import Json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +25,7 @@ class MethodSpec:
     """A method of the grid: its label, and the objective's name and options without the temperature."""
 
     label: str
-    objective: dict[str, Any]
+    objective: dict[str, Json]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +114,7 @@ def make_grid(config: Config) -> Grid:
     return Grid(rules, labels, section.seeds, section.against or labels[:1], cells)
 
 
-def read_method_spec(spec: str | dict[str, Any]) -> MethodSpec:
+def read_method_spec(spec: str | dict[str, Json]) -> MethodSpec:
     """Parse an entry of `compare.methods`: a name, or a mapping with `name`, options, and `label` (default: the name).
 
     Raises:

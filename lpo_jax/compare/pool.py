@@ -13,13 +13,14 @@ import sys
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 
 from lpo_jax.config import Config
 from lpo_jax.errors import UserError
 from lpo_jax.json_lines import dump_line
+from lpo_jax.types import Json
 
 WORKER = (sys.executable, "-m", "lpo_jax.compare.worker")
 
@@ -53,7 +54,7 @@ def run_jobs(
       ended: called with each job that has ended, and an error message or None.
     """
     logs.mkdir(parents=True, exist_ok=True)
-    waiting, workers = deque(jobs), {}
+    waiting, workers = deque(jobs), dict[int, _Worker]()
     try:
         while waiting or any(worker.job for worker in workers.values()):
             for index, part in enumerate(resources):
@@ -75,7 +76,8 @@ def run_jobs(
 
 class _Worker:
     def __init__(self, resources: Resources, log: Path):
-        self.log, self.job = log, None
+        self.log = log
+        self.job: Job | None = None
         with open(log, "a") as output:
             self.process = subprocess.Popen(
                 [*WORKER, json.dumps(resources.cores)],
@@ -149,10 +151,10 @@ def _gpus() -> list[str]:
     return [str(i) for i in range(len(listed.splitlines()))]
 
 
-def _compile_cache() -> dict[str, Any]:
+def _compile_cache() -> dict[str, Json]:
     """Environment variables that make the workers share this process's compilation cache."""
-    folder = jax.config.jax_compilation_cache_dir
-    seconds = jax.config.jax_persistent_cache_min_compile_time_secs
+    folder = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+    seconds = jax.config.jax_persistent_cache_min_compile_time_secs  # type: ignore[attr-defined]
     if not folder:
         return {}
     return {

@@ -3,13 +3,13 @@
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from lpo_jax.compare.grid import Grid
 from lpo_jax.compare.outcome import Outcome
 from lpo_jax.compare.table import POOLED, Outcomes
 from lpo_jax.config import Config
 from lpo_jax.reporting.text import duration
+from lpo_jax.types import Json
 
 # Titles of the measures in tables. Measures of pass@k are their own titles and are shown in percent.
 _NAMES = {
@@ -21,7 +21,7 @@ _NAMES = {
 
 
 def render_report(
-    config: Config, grid: Grid, outcomes: Outcomes, table: dict[str, Any], figures: Sequence[Path]
+    config: Config, grid: Grid, outcomes: Outcomes, table: dict[str, Json], figures: Sequence[Path]
 ) -> str:
     """Render the content of `report.md`.
 
@@ -55,7 +55,7 @@ def render_report(
     return "\n\n".join(parts) + "\n"
 
 
-def _what_was_run(config: Config, grid: Grid, outcomes: Outcomes, table: dict[str, Any]) -> str:
+def _what_was_run(config: Config, grid: Grid, outcomes: Outcomes, table: dict[str, Json]) -> str:
     training, sampling, k = config.training, config.sampling, table["samples_per_problem"]
     start = {name: _share(of) for name, of in table["start"].items()}
     warm = (
@@ -101,7 +101,7 @@ def _methods(config: Config) -> str:
     return _markdown(("label", "method", "formula, with the rule's temperature"), rows)
 
 
-def _how_to_read(table: dict[str, Any]) -> str:
+def _how_to_read(table: dict[str, Json]) -> str:
     if len(table["seeds"]) < 2:
         return "With one seed there are no intervals, so no difference can be distinguished from chance."
     return (
@@ -111,7 +111,7 @@ def _how_to_read(table: dict[str, Any]) -> str:
     )
 
 
-def _statements(table: dict[str, Any], other: str) -> str:
+def _statements(table: dict[str, Json], other: str) -> str:
     lines, significant, total = [], 0, 0
     for rule, by_method in table["differences"][other].items():
         for method, by_name in by_method.items():
@@ -127,7 +127,7 @@ def _statements(table: dict[str, Any], other: str) -> str:
     )
 
 
-def _scores(table: dict[str, Any], rule: str) -> str:
+def _scores(table: dict[str, Json], rule: str) -> str:
     by_method = {m: of for m, of in table["scores"][rule].items() if of}
     names = list(next(iter(by_method.values()), ()))
     rows = [
@@ -137,7 +137,7 @@ def _scores(table: dict[str, Any], rule: str) -> str:
     return f"### {rule}\n\n" + _markdown(("method", *map(_title, names)), rows)
 
 
-def _differences(table: dict[str, Any], other: str) -> str:
+def _differences(table: dict[str, Json], other: str) -> str:
     by_rule = table["differences"][other]
     names = list(next((of for by_method in by_rule.values() for of in by_method.values() if of), ()))
     rows = [
@@ -207,7 +207,7 @@ def _interval(of: dict[str, float], scale: float) -> str:
     return f"{scale * of['low']:.{digits}f} to {scale * of['high']:.{digits}f}"
 
 
-def _intervals(table: dict[str, Any]) -> int:
+def _intervals(table: dict[str, Json]) -> int:
     return sum(
         len(by_name)
         for by_rule in table["differences"].values()

@@ -7,20 +7,20 @@ Axes: R rules · S seeds · E evaluations · P held-out problems.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
 from lpo_jax.compare.grid import Grid
 from lpo_jax.compare.outcome import CURVES, Outcome
 from lpo_jax.compare.pairs import Estimate, estimate_mean, solved
+from lpo_jax.types import Json
 
 Outcomes = Mapping[tuple[str, str, int], Outcome]  # by (rule, method, seed)
 
 POOLED = "all"  # stands for the mean over the rules at each seed and problem
 
 
-def make_table(grid: Grid, outcomes: Outcomes) -> dict[str, Any]:
+def make_table(grid: Grid, outcomes: Outcomes) -> dict[str, Json]:
     """Compute the content of `table.json`.
 
     Args:

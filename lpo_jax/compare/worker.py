@@ -13,11 +13,11 @@ import sys
 import threading
 import traceback
 from pathlib import Path
-from typing import Any
 
 from lpo_jax.allocator import keep_freed_memory
 from lpo_jax.errors import RunStopped, UserError
 from lpo_jax.json_lines import dump_line
+from lpo_jax.types import Json
 
 
 def main(cores: str) -> None:
@@ -51,7 +51,7 @@ def _listen(jobs: queue.SimpleQueue) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _run(job: dict[str, Any]) -> str | None:
+def _run(job: dict[str, Json]) -> str | None:
     """Run a job and return an error message of one line, or None."""
     from lpo_jax.config import parse_config
     from lpo_jax.parallel import hosts
@@ -67,7 +67,7 @@ def _run(job: dict[str, Any]) -> str | None:
     return None
 
 
-def _warm(config: Any) -> None:
+def _warm(config: Json) -> None:
     """Run the common warm start and export the model to `hf` in its directory."""
     from lpo_jax.runs.checkpoint import load_run
     from lpo_jax.training.sft import sft
@@ -76,7 +76,7 @@ def _warm(config: Any) -> None:
     load_run(config.output, "latest")[0].save(Path(config.output) / "hf")
 
 
-def _cell(config: Any) -> None:
+def _cell(config: Json) -> None:
     """Run one cell of the grid, resuming it if it was started before; delete its checkpoints at the end."""
     from lpo_jax.compare.outcome import read_outcome
     from lpo_jax.runs.directory import SAVED, RunDirectory, read_config

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -10,6 +9,8 @@ from lpo_jax.evaluation.metrics import summarise
 from lpo_jax.rollout.collect import Collector, Rollouts
 from lpo_jax.rollout.failures import Failures, failures, require_judged
 from lpo_jax.sampling import SampleRequest
+from lpo_jax.tasks import Row
+from lpo_jax.types import Json, PyTree
 
 # Added to the run's seed, so that held-out samples never share random numbers with training.
 SEED_OFFSET = 0x5EED
@@ -30,7 +31,7 @@ class Evaluation:
       failures: the verifier's failures.
     """
 
-    summary: dict[str, Any]
+    summary: dict[str, Json]
     passed: np.ndarray
     valid: np.ndarray
     records: list[dict]
@@ -52,8 +53,8 @@ def powers_of_two(n: int) -> tuple[int, ...]:
 
 def sample_rows(
     collect: Collector,
-    weights: Any,
-    rows: Sequence[dict],
+    weights: PyTree,
+    rows: Sequence[Row],
     request: SampleRequest,
     *,
     prompts_per_batch: int,
@@ -83,8 +84,8 @@ def sample_rows(
 
 def evaluate_rows(
     collect: Collector,
-    weights: Any,
-    rows: Sequence[dict],
+    weights: PyTree,
+    rows: Sequence[Row],
     request: SampleRequest,
     *,
     prompts_per_batch: int,

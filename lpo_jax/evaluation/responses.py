@@ -8,10 +8,11 @@ and batches have a fixed shape.
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from lpo_jax.files import append, cannot_write
 from lpo_jax.json_lines import dump_line, read_lines
+from lpo_jax.types import Json
 
 
 class ResponseSummary(NamedTuple):
@@ -67,7 +68,7 @@ class ResponseFile:
         self._file.truncate(0)
         self.summaries.clear()
 
-    def append(self, records: Iterable[Mapping[str, Any]]) -> None:
+    def append(self, records: Iterable[Mapping[str, Json]]) -> None:
         """Write one batch and sync it to the disk. Raises `UserError` if it cannot be written."""
         records = list(records)
         try:
@@ -79,7 +80,7 @@ class ResponseFile:
     def _read(self) -> int:
         """Fill `summaries` with the complete batches and return the byte offset at which the last one ends."""
 
-        def check(record: Any) -> None:
+        def check(record: Json) -> None:
             if (record["id"], record["k"]) != divmod(len(self.summaries), self._K):
                 raise ValueError("the response is out of order")
             self.summaries.append(_summary(record))
@@ -97,7 +98,7 @@ class ResponseFile:
         return end
 
 
-def _summary(record: Mapping[str, Any]) -> ResponseSummary:
+def _summary(record: Mapping[str, Json]) -> ResponseSummary:
     answer = record["parts"].get("answer")
     # A user's verifier may return a number as the answer.
     answer = None if answer is None else str(answer)

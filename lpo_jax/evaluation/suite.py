@@ -13,7 +13,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -30,6 +30,7 @@ from lpo_jax.sampling import Sampler, SampleRequest, Sampling
 from lpo_jax.tasks import Task
 from lpo_jax.tasks.benchmarks import Benchmark
 from lpo_jax.tasks.data import content_hash
+from lpo_jax.types import Json, PyTree, Tokenizer
 
 DEFAULT_BATCH = 64  # responses sampled together by default
 VERIFIER_SECONDS = 10.0  # time limit for one response
@@ -70,7 +71,7 @@ class Settings:
     problems: int = 0
     batch: int = 0
     chat: bool | None = None
-    template_arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    template_arguments: Mapping[str, Json] = dataclasses.field(default_factory=dict)
     dtype: str = "float32"
     seed: int = 0
     allow_weak_sandbox: bool = False
@@ -103,13 +104,13 @@ class PreparedBenchmark:
     batch: int
     limit: int
     task: Task
-    rows: Sequence[Mapping[str, Any]]
+    rows: Sequence[Mapping[str, Json]]
     prompts_hash: str
     left_out: int
     verifier: VerifierSpec
     sandbox: str
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, Json]:
         """JSON values that, with the model and the settings, determine the responses and their verdicts."""
         problems = [{"prompt": self.task.prompt(row), "row": row} for row in self.rows]
         return {
@@ -125,7 +126,7 @@ class PreparedBenchmark:
 
 
 def prepare_benchmarks(
-    benchmarks: Sequence[Benchmark], settings: Settings, tokenizer: Any, max_positions: int
+    benchmarks: Sequence[Benchmark], settings: Settings, tokenizer: Tokenizer, max_positions: int
 ) -> list[PreparedBenchmark]:
     """Read the problems of all benchmarks and check prompts and verifiers.
 
@@ -154,7 +155,7 @@ def prepare_benchmarks(
 
 
 def _prepare(
-    benchmark: Benchmark, task: Task, settings: Settings, tokenizer: Any, limit: int
+    benchmark: Benchmark, task: Task, settings: Settings, tokenizer: Tokenizer, limit: int
 ) -> PreparedBenchmark:
     rows, left_out, prompts_hash = within_limit(
         task,
@@ -179,11 +180,11 @@ def run_benchmark(
     benchmark: PreparedBenchmark,
     settings: Settings,
     sampler: Sampler,
-    weights: Any,
-    tokenizer: Any,
+    weights: PyTree,
+    tokenizer: Tokenizer,
     path: Path,
     progress: Callable[[str, int, int], None] = lambda name, done, total: None,
-) -> dict[str, Any]:
+) -> dict[str, Json]:
     """Sample the responses that are not in the file yet, and compute the scores of all responses.
 
     Args:
@@ -244,7 +245,7 @@ def _require_judged(responses: ResponseFile, name: str) -> None:
 
 def score_responses(
     summaries: Sequence[ResponseSummary], num_responses: int, seed: int = 0
-) -> dict[str, Any]:
+) -> dict[str, Json]:
     """Compute the scores of one benchmark.
 
     Args:
@@ -280,6 +281,6 @@ def score_responses(
     }
 
 
-def mean_pass_at_1(results: Mapping[str, Mapping[str, Any]]) -> float:
+def mean_pass_at_1(results: Mapping[str, Mapping[str, Json]]) -> float:
     """pass@1 averaged over the benchmarks, as in the LPO paper's curves."""
     return float(np.mean([result["pass@1"]["mean"] for result in results.values()]))

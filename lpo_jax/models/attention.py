@@ -118,8 +118,7 @@ def shared_prefix_positions(lengths: jax.Array, S: int, K: int, T: int) -> jax.A
     return jnp.concatenate([prompt, response], axis=1)
 
 
-@struct.dataclass
-class Causal:
+class Causal(struct.PyTreeNode):
     """Independent rows `[B, X]`.
 
     Attributes:
@@ -146,8 +145,7 @@ class Causal:
         return attend(q, k, v, mask, True)[0]
 
 
-@struct.dataclass
-class SharedPrefix:
+class SharedPrefix(struct.PyTreeNode):
     """Rows of p prompts with K responses each, padded `[B, p (S + K T)]` or packed `[B, C]`.
 
     Attention runs on the padded form. Its cost grows with S + K T, not with K (S + T).
@@ -200,8 +198,7 @@ def _gather_rows(x, index):
     return jax.vmap(lambda row, i: row.at[i].get(mode="fill", fill_value=0))(x, index)
 
 
-@struct.dataclass
-class Decode:
+class Decode(struct.PyTreeNode):
     """One new token for each of R rows, `[R, 1]`, with the KV cache of its prompt and its own.
 
     The cache of a layer is `(prompt_k [U, G, N, S], prompt_v [U, G, S, N], own_k [R, G, N, T], own_v [R, G, T, N])` for
@@ -242,7 +239,7 @@ class Decode:
             queries = jnp.swapaxes(self._by_prompt(q), 1, 2)  # [U, G, C, H/G, N]
             start = _first_seen(window, self._by_prompt(self.positions))  # [U, C]
             to_prompt = attend_cached(queries, prompt_k, prompt_v, start, self.prompt_lengths, self.attention)
-            to_prompt = [self._by_row(jnp.swapaxes(x, 1, 2)) for x in to_prompt]
+            to_prompt = [self._by_row(jnp.swapaxes(x, 1, 2)) for x in to_prompt]  # type: ignore[assignment]
         with jax.named_scope("response_self"):
             start = jnp.maximum(self.first, _first_seen(window, self.at))[:, None]  # [R, 1]
             stop = jnp.broadcast_to(self.at + 1, R)

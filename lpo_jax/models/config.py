@@ -7,13 +7,13 @@ One frozen record covers Llama (SmolLM2, Llama 3.x), Qwen2/2.5, Qwen3 and Mistra
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
 
 from lpo_jax.errors import UserError
+from lpo_jax.types import Json
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 # Fields of `ModelConfig` that all models of a family share.
-FAMILY_SWITCHES: Mapping[str, Mapping[str, Any]] = {"qwen2": {"qkv_bias": True}, "qwen3": {"qk_norm": True}}
+FAMILY_SWITCHES: Mapping[str, Mapping[str, Json]] = {"qwen2": {"qkv_bias": True}, "qwen3": {"qk_norm": True}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +49,7 @@ class ModelConfig:
     sliding_window: int | None = None  # Mistral 7B v0.1: a query attends to this many keys, itself included
 
     @classmethod
-    def from_hf(cls, hf: Mapping[str, Any], where: str = "config.json") -> "ModelConfig":
+    def from_hf(cls, hf: Mapping[str, Json], where: str = "config.json") -> "ModelConfig":
         """Read a Hugging Face `config.json`, with the rope settings of transformers v4 or v5.
 
         Args:
@@ -62,7 +62,7 @@ class ModelConfig:
         family = hf.get("model_type")
         if family not in FAMILIES:
             raise UserError(f"{where}: model family {family!r} is not supported; have {', '.join(FAMILIES)}")
-        fields = _Fields(hf, _DEFAULTS | _FAMILY_DEFAULTS[family], where)
+        fields = _Fields(hf, {**_DEFAULTS, **_FAMILY_DEFAULTS[family]}, where)
         if (activation := fields.get("hidden_act")) != "silu":
             raise UserError(f"{where}: hidden_act {activation!r} is not supported; only silu is")
         if hf.get("mlp_bias") or (family in ("llama", "mistral", "qwen3") and hf.get("attention_bias")):
@@ -102,7 +102,7 @@ class ModelConfig:
             **FAMILY_SWITCHES.get(family, {}),
         )
 
-    def to_hf(self) -> dict[str, Any]:
+    def to_hf(self) -> dict[str, Json]:
         """Return the `config.json` that transformers and vLLM read; `from_hf` restores this config from it.
 
         Rotary settings are written twice: as `rope_theta` and `rope_scaling` for transformers v4, and as
@@ -157,7 +157,7 @@ _UNSUPPORTED = {
 
 # Defaults of transformers' config classes for fields that are missing from config.json. The sizes of a model have none
 # here, because a file without them does not describe a model. None: the value follows from another field.
-_DEFAULTS: Mapping[str, Any] = {
+_DEFAULTS: Mapping[str, Json] = {
     "hidden_act": "silu",
     "head_dim": None,
     "num_key_value_heads": None,
@@ -168,7 +168,7 @@ _DEFAULTS: Mapping[str, Any] = {
     "sliding_window": 4096,
     "max_window_layers": 28,
 }
-_FAMILY_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+_FAMILY_DEFAULTS: Mapping[str, Mapping[str, Json]] = {
     "llama": {"max_position_embeddings": 2048},
     "mistral": {"num_key_value_heads": 8, "max_position_embeddings": 131072},
     "qwen2": {"num_key_value_heads": 32, "max_position_embeddings": 32768},
@@ -180,11 +180,11 @@ _FAMILY_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 class _Fields:
     """The fields of a `config.json` and their defaults. Values of a wrong type are refused, as in transformers."""
 
-    values: Mapping[str, Any]
-    defaults: Mapping[str, Any]
+    values: Mapping[str, Json]
+    defaults: Mapping[str, Json]
     where: str
 
-    def get(self, key: str) -> Any:
+    def get(self, key: str) -> Json:
         """Return the value of a field, or its default."""
         if key not in self.values and key not in self.defaults:
             raise UserError(f"{self.where}: {key} is missing; is this the config of a language model?")
@@ -246,9 +246,9 @@ def _rope(fields: _Fields, max_positions: int) -> tuple[float, RopeScaling | Non
         )
     numbers = [float(rope.number(key)) for key in needed]
     if kind == "linear":
-        return theta, RopeScaling("linear", *numbers)
+        return theta, RopeScaling("linear", *numbers)  # type: ignore[arg-type]
     length = rope.integer("original_max_position_embeddings")
-    return theta, RopeScaling("llama3", *numbers, length)
+    return theta, RopeScaling("llama3", *numbers, length)  # type: ignore[arg-type, call-arg]
 
 
 def _sliding_window(fields: _Fields, family: str, num_layers: int) -> int | None:

@@ -12,7 +12,6 @@ Axes: P rows (prompts) · X tokens of a row · L D H G N F V.
 """
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +24,9 @@ from lpo_jax.models.attention import Causal, Context
 from lpo_jax.models.config import ModelConfig
 from lpo_jax.models.parameters import Parameter
 from lpo_jax.parallel.sharding import constrain, gathered, look_up
+from lpo_jax.types import PyTree
 
-Params = dict[str, Any]
+Params = dict[str, PyTree]
 # Keys and values: of all layers, stacked on L, or one tuple for each layer; None where a context has none.
 KV = tuple[jax.Array, ...] | list[tuple[jax.Array, ...] | None] | None
 

@@ -11,7 +11,7 @@ import math
 import re
 import struct
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from lpo_jax.models import tensors
 from lpo_jax.models.config import FAMILY_SWITCHES, ModelConfig, RopeScaling
 from lpo_jax.models.decoder import Params
 from lpo_jax.models.parameters import Parameter, named
+from lpo_jax.types import Json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -49,7 +50,7 @@ class GgufFile:
     """An open GGUF file, or all parts of a split one. The metadata is in memory; tensors are read on demand."""
 
     path: Path
-    metadata: dict[str, Any]
+    metadata: dict[str, Json]
     stored: dict[str, _Stored]
 
     @classmethod
@@ -185,15 +186,15 @@ class GgufFile:
         return s
 
 
-def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, _Stored]]:
+def _read_file(path: Path) -> tuple[dict[str, Json], dict[str, _Stored]]:
     try:
         data = np.memmap(path, np.uint8, "r")
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
-    return _read_header(path, memoryview(data))
+    return _read_header(path, memoryview(data))  # type: ignore[arg-type]
 
 
-def _add_parts(path: Path, metadata: dict[str, Any], stored: dict[str, _Stored]) -> None:
+def _add_parts(path: Path, metadata: dict[str, Json], stored: dict[str, _Stored]) -> None:
     """Add the tensors of the other parts of a model that llama.cpp has split."""
     count = metadata.get("split.count", 0)
     if count <= 1:
@@ -220,7 +221,7 @@ def _add_parts(path: Path, metadata: dict[str, Any], stored: dict[str, _Stored])
         )
 
 
-def _read_header(path: Path, data: memoryview) -> tuple[dict[str, Any], dict[str, _Stored]]:
+def _read_header(path: Path, data: memoryview) -> tuple[dict[str, Json], dict[str, _Stored]]:
     at = 0
     cut = UserError(f"{path}: the GGUF file is cut short; download it again")
 

@@ -11,7 +11,7 @@ import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
@@ -20,13 +20,14 @@ from lpo_jax.models import tensors
 from lpo_jax.models.config import ModelConfig
 from lpo_jax.models.decoder import Params
 from lpo_jax.models.parameters import Parameter, named
+from lpo_jax.types import Json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
     from lpo_jax.models.text import ModelTokenizer
 
-    Tokenizer = PreTrainedTokenizerFast | ModelTokenizer
+    Tokenizer: TypeAlias = PreTrainedTokenizerFast | ModelTokenizer
 
 SHARD_BYTES = 5_000_000_000
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -127,7 +128,7 @@ def _weight_paths(path: Path) -> list[Path]:
     return [path / name for name in sorted(names)]
 
 
-def _open_weights(path: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
+def _open_weights(path: Path, stack: contextlib.ExitStack) -> dict[str, Json]:
     """Open all weights; return the file of each tensor by the tensor's name."""
     from safetensors import SafetensorError, safe_open
 
@@ -139,7 +140,7 @@ def _open_weights(path: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
         elif any(path.glob("*.bin")):
             hint = "convert its .bin files"
         raise UserError(f"{path}: no weights ({_WEIGHTS} or its index); {hint}")
-    files: dict[str, Any] = {}
+    files: dict[str, Json] = {}
     origin: dict[str, str] = {}
     for part in paths:
         if not part.exists():
@@ -244,7 +245,7 @@ def _write_weights(
         shards[-1].append(item)
         used += size
         total += size
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i, shard in enumerate(shards):
         part = f"-{i + 1:05}-of-{len(shards):05}" if len(shards) > 1 else ""
         name = f"model{part}.safetensors"
@@ -258,7 +259,7 @@ def _write_weights(
 
 def _write_shard(path: Path, shard: list) -> None:
     # The library's writer needs the whole shard in memory. The format is a JSON header followed by the bytes.
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Json] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape, dtype, _ in shard:
         start, end = end, end + math.prod(shape) * dtype.itemsize
@@ -297,7 +298,7 @@ def write_configs(
     _write_json(path / "generation_config.json", common)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> dict[str, Json]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -309,5 +310,5 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _write_json(path: Path, value: dict[str, Any]) -> None:
+def _write_json(path: Path, value: dict[str, Json]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lpo_jax.errors import UserError
 from lpo_jax.models import tensors
@@ -12,6 +12,7 @@ from lpo_jax.models.gguf import GgufFile
 from lpo_jax.models.hf import HfDirectory
 from lpo_jax.models.sources import locate
 from lpo_jax.models.text import ModelTokenizer
+from lpo_jax.types import Json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -28,7 +29,7 @@ def load_weights(name: str | os.PathLike, dtype: str = "float32", shardings: Par
 
 
 def load_config_and_tokenizer(
-    name: str | os.PathLike, weights: bool = False, template_arguments: Mapping[str, Any] | None = None
+    name: str | os.PathLike, weights: bool = False, template_arguments: Mapping[str, Json] | None = None
 ) -> tuple[ModelConfig, ModelTokenizer | None, tuple[int, ...]]:
     """Load the config, tokenizer and end-token ids of a model, without its parameters.
 
@@ -73,7 +74,7 @@ def open_source(name: str | os.PathLike, weights: bool = True) -> HfDirectory | 
 
 
 def read_tokenizer(
-    source: HfDirectory | GgufFile, template_arguments: Mapping[str, Any]
+    source: HfDirectory | GgufFile, template_arguments: Mapping[str, Json]
 ) -> tuple[ModelTokenizer | None, tuple[int, ...]]:
     """Read the tokenizer, and the end-token ids of the configs and of the tokenizer, in that order."""
     own, model, V = source.tokenizer(), str(source.path), source.config.vocab_size

@@ -18,7 +18,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,7 @@ from lpo_jax.models import decoder
 from lpo_jax.models.attend import KEPT
 from lpo_jax.models.config import ModelConfig
 from lpo_jax.models.parameters import matrix_names, named
+from lpo_jax.types import PyTree
 
 T = TypeVar("T")
 
@@ -76,8 +77,7 @@ class Lora:
             )
 
 
-@struct.dataclass
-class Frozen:
+class Frozen(struct.PyTreeNode):
     """The base of adapters: weights that are not trained.
 
     Attributes:
@@ -89,8 +89,7 @@ class Frozen:
     scale: float = struct.field(pytree_node=False)
 
 
-@struct.dataclass
-class Adapted:
+class Adapted(struct.PyTreeNode):
     """A matrix with its adapter. It replaces the matrix in the parameter tree.
 
     Attributes:
@@ -100,7 +99,7 @@ class Adapted:
       scale: alpha / r.
     """
 
-    weight: Any
+    weight: PyTree
     a: jax.Array
     b: jax.Array
     scale: float = struct.field(pytree_node=False)
@@ -122,7 +121,7 @@ class Adapted:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _product(axes: str, scale: float, x: jax.Array, weight: Any, a: jax.Array, b: jax.Array) -> jax.Array:
+def _product(axes: str, scale: float, x: jax.Array, weight: PyTree, a: jax.Array, b: jax.Array) -> jax.Array:
     """x W + scale (x A) B, summed in float32 and rounded once."""
     if hasattr(weight, "product"):  # quantised
         base = weight.product(axes, x, jnp.float32)

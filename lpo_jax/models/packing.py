@@ -30,8 +30,7 @@ Split = tuple[int, list[int]]  # a prompt, and the indices of its responses
 NOWHERE = np.iinfo(np.int32).max  # an index past the end of every array; gathering there gives 0
 
 
-@struct.dataclass
-class PackedLayout:
+class PackedLayout(struct.PyTreeNode):
     """The position of every token of a batch in packed rows. All indices are int32; `NOWHERE` marks empty positions.
 
     Attributes:
@@ -169,7 +168,7 @@ def _best(lengths, sizes, S, T, budget, shards, extra_splits) -> tuple[list[Spli
         cost, rows = _assign(tokens, S + k * T, budget, shards)
         found.append((cost, splits, k, rows))
     best = min(cost for cost, *_ in found)
-    return next(rest for cost, *rest in found if cost <= NEAR * best)
+    return next((splits, k, rows) for cost, splits, k, rows in found if cost <= NEAR * best)
 
 
 def _divide(length: int, sizes: np.ndarray, budget: int, more: int) -> list[list[int]]:
@@ -186,7 +185,8 @@ def _divide(length: int, sizes: np.ndarray, budget: int, more: int) -> list[list
 
 def _filled(sizes: np.ndarray, most: int) -> list[list[int]]:
     """Fill parts of at most `most` tokens with consecutive responses; a response that is too long is a part alone."""
-    parts, total = [[]], 0
+    parts: list[list[int]] = [[]]
+    total = 0
     for k, size in enumerate(sizes.tolist()):
         if parts[-1] and total + size > most:
             parts.append([])
@@ -209,7 +209,8 @@ def _assign(tokens: np.ndarray, padded: int, budget: int, shards: int) -> tuple[
       shards: B.
     """
     n, widest = len(tokens), max(1, PADDED_BUDGETS * budget // padded)
-    found, M, least = [], 1, n
+    found: list[tuple[int, list[list[int]]]] = []
+    M, least = 1, n
     while not found or M <= min(2 * least, -(-n // shards)):
         rows = _balanced(tokens, M * shards)
         load = max(sum(int(tokens[split]) for split in row) for row in rows)
@@ -224,7 +225,8 @@ def _assign(tokens: np.ndarray, padded: int, budget: int, shards: int) -> tuple[
 def _balanced(tokens: np.ndarray, R: int) -> list[list[int]]:
     """Assign splits to R rows, largest first, each to the row with the fewest tokens; rows have about equally many."""
     most = -(-len(tokens) // R)
-    rows, loads = [[] for _ in range(R)], np.zeros(R)
+    rows: list[list[int]] = [[] for _ in range(R)]
+    loads = np.zeros(R)
     for split in np.argsort(-tokens, kind="stable"):
         r = int(np.argmin(loads))
         rows[r].append(int(split))

@@ -11,11 +11,12 @@ Axes: L layers · V vocabulary · D model width · H query heads · G key/value 
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 
 from lpo_jax.models.config import ModelConfig
+from lpo_jax.types import Json, PyTree
 
 Kind = Literal["matrix", "norm", "bias", "embedding"]
 
@@ -90,7 +91,7 @@ class Parameter:
         return 0.02 * jax.random.normal(next_key(), shape)
 
 
-def _layer(name: str, kind: Kind, dims: str, hf: str, gguf: str, **more: Any) -> Parameter:
+def _layer(name: str, kind: Kind, dims: str, hf: str, gguf: str, **more: Json) -> Parameter:
     return Parameter(name, kind, dims, f"model.layers.{{}}.{hf}", f"blk.{{}}.{gguf}", **more)
 
 
@@ -141,7 +142,7 @@ def named(name: str) -> Parameter:
     return {parameter.name: parameter for parameter in DECLARATIONS}[name]
 
 
-def of_path(path: tuple[Any, ...]) -> Parameter | None:
+def of_path(path: tuple[PyTree, ...]) -> Parameter | None:
     """The parameter that the path of a leaf names, in any tree that holds parameters: gradients, optimizer moments,
     adapters. None for other leaves, such as counters."""
     names = {parameter.name: parameter for parameter in DECLARATIONS}
@@ -154,9 +155,9 @@ def matrix_names() -> tuple[str, ...]:
     return tuple(p.name for p in DECLARATIONS if p.kind == "matrix" and p.in_layers)
 
 
-def tree_of(config: ModelConfig, leaf: Callable[[Parameter], Any]) -> dict[str, Any]:
+def tree_of(config: ModelConfig, leaf: Callable[[Parameter], PyTree]) -> dict[str, PyTree]:
     """A tree shaped like the parameters with layers stacked, made leaf by leaf in the order of the declarations."""
-    tree: dict[str, Any] = {"layers": {}}
+    tree: dict[str, PyTree] = {"layers": {}}
     for parameter in declared(config):
         (tree["layers"] if parameter.in_layers else tree)[parameter.name] = leaf(parameter)
     return tree

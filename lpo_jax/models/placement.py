@@ -1,15 +1,16 @@
 """Placement of a model's parameters on a device mesh, by the rules of `lpo_jax.parallel.sharding`."""
 
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from lpo_jax.models import decoder
 from lpo_jax.models.config import ModelConfig
 from lpo_jax.models.parameters import num_params, of_path
 from lpo_jax.parallel.mesh import ModelSizes
 from lpo_jax.parallel.sharding import current_mesh, spec
+from lpo_jax.types import PyTree
 
 T = TypeVar("T")
 
@@ -19,7 +20,7 @@ def model_sizes(config: ModelConfig) -> ModelSizes:
     return ModelSizes(config.num_heads, config.num_kv_heads, num_params(config))
 
 
-def param_shardings(config: ModelConfig, mesh: Mesh, tree: object = None) -> Any:
+def param_shardings(config: ModelConfig, mesh: Mesh | AbstractMesh, tree: object = None) -> PyTree:
     """Return the shardings of a tree that contains parameters, such as a train state.
 
     A leaf is placed like the parameter that its path names, if it has the same shape, with or without the leading L.
@@ -53,7 +54,7 @@ def constrain_params(config: ModelConfig, tree: T) -> T:
     )
 
 
-def current_shardings(config: ModelConfig, tree: object = None) -> Any:
+def current_shardings(config: ModelConfig, tree: object = None) -> PyTree:
     """Return `param_shardings` for the current mesh; None without one."""
     mesh = jax.sharding.get_mesh()
     return None if mesh.empty else param_shardings(config, mesh, tree)

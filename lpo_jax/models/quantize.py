@@ -18,11 +18,10 @@ from lpo_jax.models.lora import Adapted
 from lpo_jax.models.parameters import named
 
 
-@struct.dataclass
-class Int8:
+class Int8(struct.PyTreeNode):
     """A quantised matrix, which replaces the array in the tree: int8 values and a scale per output channel."""
 
-    array: "qwix.QArray"  # noqa: F821
+    array: "qwix.QArray"  # type: ignore[name-defined]  # noqa: F821
 
     def product(self, axes: str, x: jax.Array, dtype: DTypeLike | None = None) -> jax.Array:
         """Compute `jnp.einsum(axes, x, matrix)` in x's dtype; the result is in `dtype`, by default x's too."""

@@ -29,8 +29,7 @@ from lpo_jax.objectives.fields import Field
 from lpo_jax.parallel.sharding import batch_shards, summed, whole
 
 
-@struct.dataclass
-class Groups:
+class Groups(struct.PyTreeNode):
     """Token ids of groups, left-aligned and padded with 0. The mask of response tokens is in `objectives.Scored`.
 
     Attributes:
@@ -170,8 +169,7 @@ class ModelRunner:
         return summed(microbatches, ("data",), dim=1)((params, frozen), (rows, given))
 
 
-@struct.dataclass
-class PackedRows:
+class PackedRows(struct.PyTreeNode):
     """The packed rows of a microbatch, of groups or splits of groups (`packing.PackedLayout`).
 
     Attributes:

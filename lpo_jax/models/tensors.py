@@ -45,8 +45,10 @@ def from_file(
     """
     sizes, axes = axis_sizes(config), parameter.axes()
     of = dict(zip(axes, index, strict=True))
-    rows, shape, cut = [], [], {}
-    for first, *inner in parameter.file_axes.split(","):
+    rows: list[slice] = []
+    shape: list[int] = []
+    cut: dict[str, slice] = {}
+    for first, *inner in map(list, parameter.file_axes.split(",")):
         stride = math.prod(sizes[a] for a in inner)
         rows.append(slice(of[first].start * stride, of[first].stop * stride))
         shape += [of[first].stop - of[first].start, *(sizes[a] for a in inner)]
@@ -120,7 +122,7 @@ def read_params(
     def leaf(parameter: Parameter) -> jax.Array:
         part = functools.partial(_read_part, config, parameter, read, DTYPES[dtype])
         where = shardings and (shardings["layers"] if parameter.in_layers else shardings)[parameter.name]
-        return _to_device(part, parameter.shape(config), where)
+        return _to_device(part, parameter.shape(config), where)  # type: ignore[arg-type]
 
     return tree_of(config, leaf)
 

@@ -9,9 +9,10 @@ import datetime
 import inspect
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lpo_jax.errors import UserError, nearest
+from lpo_jax.types import Json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -45,14 +46,14 @@ class ModelTokenizer:
     model: str
     vocab_size: int
     eos_ids: tuple[int, ...] = ()
-    template_arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    template_arguments: Mapping[str, Json] = dataclasses.field(default_factory=dict)
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> Json:
         if name in ("tokenizer", "__setstate__"):  # copies ask for these before the fields are set
             raise AttributeError(name)
         return getattr(self.tokenizer, name)
 
-    def __call__(self, *texts: Any, **options: Any) -> Any:
+    def __call__(self, *texts: Json, **options: Json) -> Json:
         return self.tokenizer(*texts, **options)
 
     def __len__(self) -> int:
@@ -64,7 +65,7 @@ class ModelTokenizer:
         own = self.tokenizer.eos_token_id
         return own if own is not None or not self.eos_ids else self.eos_ids[0]
 
-    def encode(self, text: str, **options: Any) -> list[int]:
+    def encode(self, text: str, **options: Json) -> list[int]:
         """Encode a text, as the tokenizer's `encode` does.
 
         Raises:
@@ -80,7 +81,7 @@ class ModelTokenizer:
             )
         return ids
 
-    def with_arguments(self, arguments: Mapping[str, Any]) -> "ModelTokenizer":
+    def with_arguments(self, arguments: Mapping[str, Json]) -> "ModelTokenizer":
         """Return this tokenizer with other template arguments.
 
         Raises:
@@ -151,7 +152,7 @@ class ModelTokenizer:
             )
         return self.tokenizer.get_chat_template(chosen)
 
-    def _apply(self, messages: Sequence[Message], **options: Any) -> str:
+    def _apply(self, messages: Sequence[Message], **options: Json) -> str:
         template = self._template()
         arguments = {key: x for key, x in self.template_arguments.items() if key != "chat_template"}
         clock = _CLOCK if "strftime_now" in template else ""

@@ -8,9 +8,10 @@ import json
 import os
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lpo_jax.errors import UserError
+from lpo_jax.types import Json, Tokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -54,7 +55,7 @@ def from_directory(path: Path) -> "PreTrainedTokenizerFast | None":
         raise UserError(f"{path}: the tokenizer cannot be read ({_first_line(error)})") from None
 
 
-def from_gguf(metadata: dict[str, Any], where: str) -> "PreTrainedTokenizerFast":
+def from_gguf(metadata: dict[str, Json], where: str) -> "PreTrainedTokenizerFast":
     """Rebuild the tokenizer of a GGUF file.
 
     Args:
@@ -127,7 +128,7 @@ def _byte_level(tokens: list[str], merges: list[str], pre: str, where: str) -> "
     vocab = {token: i for i, token in enumerate(tokens)}
     pairs = [tuple(merge.split(" ", 1)) for merge in merges]
     # In Llama 3, a pre-token that is a token is kept as it is, without merges.
-    backend = Tokenizer(models.BPE(vocab, pairs, ignore_merges=split is _LLAMA3))
+    backend = Tokenizer(models.BPE(vocab, pairs, ignore_merges=split is _LLAMA3))  # type: ignore[arg-type]
     if split is _QWEN2:
         backend.normalizer = normalizers.NFC()
     if split in (_GPT2, _DIGITS):

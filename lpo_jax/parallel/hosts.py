@@ -16,7 +16,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -24,6 +24,7 @@ from jax._src import distributed  # the client's key-value store has no public n
 
 from lpo_jax.errors import RunStopped, UserError
 from lpo_jax.parallel.presence import SILENCE, Presence
+from lpo_jax.types import Json
 
 # Variables that start a job by hand: the address of the first process, the number of processes, and this one's index.
 BY_HAND = ("LPO_COORDINATOR", "LPO_NUM_PROCESSES", "LPO_PROCESS_ID")
@@ -71,7 +72,7 @@ def require_devices() -> None:
     try:
         jax.devices()
     except Exception as error:  # RuntimeError, or AssertionError for a platform whose plugin is missing
-        wanted = jax.config.jax_platforms
+        wanted = jax.config.jax_platforms  # type: ignore[attr-defined]
         reason = str(error).strip().partition("\n")[0].partition(" (set ")[0] or "it is not installed"
         jax.config.update("jax_platforms", "")  # let JAX choose
         found = ", ".join(sorted({device.platform for device in jax.devices()}))
@@ -121,7 +122,7 @@ def on_first(function: Callable[[], T]) -> T:
     """Run `function` in the first process only, and return its result or raise its `UserError` in all processes."""
     if not many():
         return function()
-    outcome = None
+    outcome: tuple[T | None, str | None] | None = None
     if is_first():
         try:
             outcome = function(), None
@@ -204,7 +205,7 @@ class Silent:
         return lambda *args, **kwargs: None
 
 
-def _by_hand(given: dict[str, str]) -> dict[str, Any]:
+def _by_hand(given: dict[str, str]) -> dict[str, Json]:
     if missing := [name for name in BY_HAND if name not in given]:
         raise UserError(
             f"{', '.join(given)} is set but not {', '.join(missing)}; set all three, or none for one process"

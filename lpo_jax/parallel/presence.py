@@ -14,7 +14,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Protocol
+
+from lpo_jax.types import Json
 
 BEAT = 1.0
 SILENCE = 10.0  # less than `hosts.HEARTBEAT`, after which the runtime ends the process
@@ -52,7 +54,7 @@ class Presence:
         self._store, self._index, self._count, self._end, self._clock = store, index, count, end, clock
         self._beats = 0
         self._last: dict[
-            int, tuple[dict[str, Any], float]
+            int, tuple[dict[str, Json], float]
         ] = {}  # process -> its last status, and when it changed
         self._silent: set[int] = set()
         self._stopped = threading.Event()
@@ -82,7 +84,7 @@ class Presence:
             if other != self._index:
                 self._check(other, status, now)
 
-    def _check(self, other: int, status: dict[str, Any], now: float) -> None:
+    def _check(self, other: int, status: dict[str, Json], now: float) -> None:
         """Compare a status with the previous one of that process; report its end or its silence."""
         before, since = self._last.get(other, (None, now))
         if status != before:

@@ -95,7 +95,7 @@ def summed(function: Callable, axes: tuple[str, ...], dim: int) -> Callable:
         return jax.lax.psum(total, axes), outputs
 
     specs = {"in_specs": (weights, batch), "out_specs": (weights, batch)}
-    return jax.shard_map(shard, axis_names=set(axes), check_vma=False, **specs)
+    return jax.shard_map(shard, axis_names=set(axes), check_vma=False, **specs)  # type: ignore[call-overload]
 
 
 def look_up(table: jax.Array, index: jax.Array) -> jax.Array:
@@ -108,7 +108,7 @@ def look_up(table: jax.Array, index: jax.Array) -> jax.Array:
         return table[index]
     split = PartitionSpec(axes)
     specs = {"in_specs": (PartitionSpec(), split), "out_specs": split}
-    return jax.shard_map(lambda t, i: t[i], axis_names=set(axes), check_vma=False, **specs)(table, index)
+    return jax.shard_map(lambda t, i: t[i], axis_names=set(axes), check_vma=False, **specs)(table, index)  # type: ignore[call-overload]
 
 
 def on_each_shard(function: Callable[..., T], *arrays: object) -> T:
@@ -121,7 +121,7 @@ def on_each_shard(function: Callable[..., T], *arrays: object) -> T:
     if not axes:
         return function(*arrays)
     specs = {"in_specs": PartitionSpec(axes), "out_specs": PartitionSpec(axes)}
-    return jax.shard_map(function, axis_names=set(axes), check_vma=False, **specs)(*arrays)
+    return jax.shard_map(function, axis_names=set(axes), check_vma=False, **specs)(*arrays)  # type: ignore[call-overload]
 
 
 def whole(tree: T) -> T:

@@ -97,7 +97,7 @@ class _Reader:
         if fused is None:
             return _main(i.arrays) + sum(_main(o.arrays) for o in operands)
         inner = self.program.computations[fused]
-        written = _main(i.arrays)
+        written: float = _main(i.arrays)
         root = next(j for j in inner.values() if j.root)
         while root.opcode == "bitcast":
             root = inner[root.operands[0]]

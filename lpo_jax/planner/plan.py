@@ -9,7 +9,6 @@ import dataclasses
 import itertools
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
 
 from lpo_jax.config import Config, override_config
 from lpo_jax.errors import UserError
@@ -22,6 +21,7 @@ from lpo_jax.planner.roofline import Setting, Sizes, StepPhase, Workload
 from lpo_jax.planner.topology import Topology
 from lpo_jax.training.behaviour import choose_behaviour
 from lpo_jax.training.learner import scores_first
+from lpo_jax.types import Json
 
 # The phases with nearly all of the time and memory. Only these phases of a suggestion are compiled.
 DECISIVE = ("update", "decode")
@@ -265,11 +265,11 @@ def _divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]
 
 
-def to_json(made: Plan) -> dict[str, Any]:
+def to_json(made: Plan) -> dict[str, Json]:
     """Convert a plan to plain values; sizes are bytes on one device, and times are seconds."""
     chip = made.topology.chip
 
-    def of(proposal: Proposal | None) -> dict[str, Any] | None:
+    def of(proposal: Proposal | None) -> dict[str, Json] | None:
         if proposal is None:
             return None
         return {

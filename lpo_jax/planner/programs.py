@@ -13,7 +13,6 @@ import math
 import re
 import time
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -61,7 +60,7 @@ class Slice:
     objective: Objective
     work: Workload
     setting: Setting
-    devices: Sequence[Any]
+    devices: Sequence[jax.Device]
     whole: bool = False
 
     def phase(self, name: str) -> StepPhase:
@@ -136,9 +135,9 @@ class Slice:
             if name == "prefill":
                 arguments = weights, _ints(size.prefill_batch, work.S), _ints(size.prefill_batch)
                 lowered = kv_cache.prefill.lower(model, dtype, attention, *arguments)
-                alive = (state, weights) + ((prompt_kv, own_kv) if size.queued else ())
+                alive = (state, weights) + ((prompt_kv, own_kv) if size.queued else ())  # type: ignore[assignment]
                 return _measure(name, setting.waves(work), lowered, alive, kernels)
-            rows = sampler.DecodeState(
+            rows = sampler.DecodeState(  # type: ignore[misc]
                 *(_ints(size.slots) for _ in range(4)),
                 active=jax.ShapeDtypeStruct((size.slots,), bool),
                 keys=jax.ShapeDtypeStruct((size.slots, 2), jnp.uint32),
@@ -147,9 +146,9 @@ class Slice:
             )
             distribution = Sampling(self.config.sampling.temperature)
             settings = sampler.DecodeSettings(model, self.eos_ids, distribution, dtype, attention)
-            arguments = weights, rows, _ints(size.prompts), prompt_kv, own_kv
+            arguments = weights, rows, _ints(size.prompts), prompt_kv, own_kv  # type: ignore[assignment]
             lowered = sampler.decode.lower(settings, *arguments, _ints(), _ints(), _ints())
-            alive = state, arguments, coming
+            alive = state, arguments, coming  # type: ignore[assignment]
             times, turns = setting.waves(work) * work.calls, work.call_tokens
             phase = _measure(name, times, lowered, alive, kernels, turns)
         # The program was compiled for a response cache of full length. With plain attention the cache grows with the
@@ -190,7 +189,7 @@ def extrapolate(few: StepPhase, more: StepPhase, steps: float) -> StepPhase:
     line = lambda a, b: max(a + steps * (b - a), 0.0)  # noqa: E731
 
     def totals(phase: StepPhase) -> dict[tuple[str, int], tuple[float, float]]:
-        found = collections.defaultdict(lambda: (0.0, 0.0))
+        found: dict[tuple[str, int], tuple[float, float]] = collections.defaultdict(lambda: (0.0, 0.0))
         for e in phase.exchanges:
             size, times = found[e.kind, e.devices]
             found[e.kind, e.devices] = size + e.bytes * e.times, times + e.times

@@ -9,7 +9,6 @@ import importlib.util
 import math
 import os
 import re
-from typing import Any
 
 from lpo_jax.errors import UserError, nearest
 
@@ -111,7 +110,7 @@ def parse_topology(name: str) -> Topology:
     return Topology(chip, shape)
 
 
-def tpu_devices(topology: Topology) -> list[Any]:
+def tpu_devices(topology: Topology) -> list[object]:
     """Return the devices of a TPU slice to compile for. No TPU is needed, and none is searched for.
 
     Raises:

@@ -6,10 +6,11 @@ Except for short introductions, all text comes from the code, so the page cannot
 import dataclasses
 import inspect
 import json
-from typing import Any
+from collections.abc import Mapping
 
 from lpo_jax.objectives import DIVERGENCES, Objective, names, sequence_scores, temperature, token_weights
-from lpo_jax.objectives.catalogue import CATALOGUE
+from lpo_jax.objectives.catalogue import CATALOGUE, MethodRecord
+from lpo_jax.objectives.hook_specs import HookSpec
 from lpo_jax.objectives.part import Part
 from lpo_jax.objectives.vocabulary import words
 from lpo_jax.reporting.simplex import DRAWABLE
@@ -83,8 +84,8 @@ def markdown() -> str:
     records = names()
     lines = [_INTRODUCTION, "| name | what it does | paper | fidelity |", "|---|---|---|---|"]
     for name, record in records.items():
-        cells = (_text(record[key]) for key in ("formula", "paper", "fidelity"))
-        lines.append(_row(f"[`{name}`](#{_anchor(name)})", *cells))
+        cells = record["formula"], record["paper"], record["fidelity"]
+        lines.append(_row(f"[`{name}`](#{_anchor(name)})", *map(_text, cells)))
     for name, record in records.items():
         lines += ["", *_method(name, record, CATALOGUE[name].objective)]
     lines += ["", _DIVERGENCES]
@@ -92,6 +93,7 @@ def markdown() -> str:
         lines.append(_row(f"`{name}`", _text(divergence.formula), "no" if divergence.full_support else "yes"))
     lines += ["", _HOOKS]
     for word, hook in words("hooks").items():
+        assert isinstance(hook, HookSpec)
         setting = f"`{hook.setting}`" if hook.setting else ""
         lines.append(
             _row(
@@ -107,12 +109,13 @@ def markdown() -> str:
         "",
         "The parts of the methods, as documented in the code. Attributes are options.",
     ]
-    for subject in (*_parts(), temperature, sequence_scores, token_weights):
-        lines += ["", f"### {subject.__name__}", "", "```text", inspect.getdoc(subject), "```"]
+    functions = {f.__name__: f for f in (temperature, sequence_scores, token_weights)}
+    for heading, subject in ({part.__name__: part for part in _parts()} | functions).items():
+        lines += ["", f"### {heading}", "", "```text", inspect.getdoc(subject) or "", "```"]
     return "\n".join(lines) + "\n"
 
 
-def _method(name: str, record: dict[str, Any], objective: Objective) -> list[str]:
+def _method(name: str, record: MethodRecord, objective: Objective) -> list[str]:
     lines = [f"## {name}", "", f"    {record['formula']}", ""]
     lines.append(
         f"{_text(record['paper'])}. Fidelity: {record['fidelity']}. Needs {', '.join(record['needs'])}."
@@ -130,7 +133,7 @@ def _method(name: str, record: dict[str, Any], objective: Objective) -> list[str
     return lines
 
 
-def _options(options: dict[str, Any]) -> str:
+def _options(options: Mapping[str, object]) -> str:
     return ": " * bool(options) + ", ".join(f"`{key}={json.dumps(value)}`" for key, value in options.items())
 
 

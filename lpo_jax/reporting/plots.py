@@ -191,7 +191,7 @@ def panel_axes(panels: int, title: str = ""):
     columns = min(panels, 2 if panels in (2, 4) else 3)
     lines = math.ceil(panels / columns)
     figure = Figure(figsize=(4.4 * columns, 3.0 * lines + 0.5), layout="constrained", facecolor="white")
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1, wspace=0.03, hspace=0.04)
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1, wspace=0.03, hspace=0.04)  # type: ignore[call-arg]
     if title:
         figure.suptitle(title, fontsize=13, fontweight="bold", color=_INK, x=0.015, ha="left")
     return figure, [figure.add_subplot(lines, columns, index + 1) for index in range(panels)]

@@ -57,7 +57,7 @@ class ProgressDisplay:
         self._shown: dict[str, str] = {}
         self._evaluation = ""
         self._skipped = 0
-        self._durations = collections.deque(maxlen=20)
+        self._durations: collections.deque[float] = collections.deque(maxlen=20)
         self._since = clock()
         terminal = self.console.is_terminal and not self.console.is_dumb_terminal
         # Live redraws from a thread, so the time left is updated during a step.

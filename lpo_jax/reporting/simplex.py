@@ -51,7 +51,7 @@ def draw(rewards: Sequence[float], methods: Mapping[str, Objective], path: str |
     # All triangles share one colour scale: every divergence is scaled to the same initial speed.
     fastest = max(np.quantile(_speed(field), 0.95) for _, _, field, _ in fields) or 1.0
     panels = [figure.add_subplot(lines, columns, index + 1) for index in range(len(fields))]
-    shown = {}
+    shown: dict = {}
     for axes, (label, objective), field in zip(panels, methods.items(), fields):
         arrows = _triangle(axes, label, rewards, field, fastest)
         _star(axes, objective, field[1])

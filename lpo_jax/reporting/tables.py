@@ -76,7 +76,7 @@ def sample_panel(
         max_chars: longer texts are shortened in the middle; the number of omitted characters is shown.
         title: title of the panel.
     """
-    parts = []
+    parts: list[Text | Rule] = []
     for sample in list(samples)[:limit]:
         outcome = str(sample.get("outcome", "?"))
         verdict = Text.assemble(

@@ -8,16 +8,22 @@ rows exist.
 """
 
 import contextlib
+import io
 import math
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lpo_jax.errors import UserError
 from lpo_jax.files import append, cannot_write, write_atomically, write_file
 from lpo_jax.json_lines import dump_line, read_lines
 from lpo_jax.reporting import metric_names
+from lpo_jax.types import Json
+
+if TYPE_CHECKING:
+    from tensorboardX.event_file_writer import EventsWriter
 
 METRICS_FILE = "metrics.jsonl"
 SAMPLE_FOLDERS = ("rollouts", "validation")
@@ -39,9 +45,10 @@ class RunWriter:
     def __init__(self, run_dir: str | os.PathLike):
         self.run_dir = Path(run_dir)
         self._path = self.run_dir / METRICS_FILE
-        self._file = None
-        self._events = None
-        self._purge_step = None
+        self._file: io.FileIO | None = None
+        self._events: EventsWriter | None = None
+        self._purge_step: int | None = None
+        self._last_step = -1
         try:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             self._keep_rows(lambda row: True)
@@ -65,7 +72,9 @@ class RunWriter:
             raise ValueError(f"step {step} after step {self._last_step}: call truncate_after first")
         values = {name: _number(name, value) for name, value in metrics.items()}
         nonfinite = {name: str(value) for name, value in values.items() if not math.isfinite(value)}
-        row = {"step": int(step)} | {n: None if n in nonfinite else v for n, v in values.items()}
+        row: dict[str, Json] = {"step": int(step)} | {
+            n: None if n in nonfinite else v for n, v in values.items()
+        }
         if nonfinite:
             row["nonfinite"] = nonfinite
         try:

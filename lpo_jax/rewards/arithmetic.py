@@ -2,12 +2,12 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from lpo_jax.rewards.answers import last_tagged
 from lpo_jax.rewards.countdown import three_scores
 from lpo_jax.rewards.descriptor import Verifier, VerifierDescriptor
 from lpo_jax.rewards.verdict import Verdict
+from lpo_jax.types import Json
 
 MAX_CHARS = 1000  # Python does not convert integers of more than 4,300 digits
 
@@ -36,7 +36,7 @@ def arithmetic_verifier(*, scores: Sequence[float] = (1.0, 0.0, 0.0)) -> Verifie
     """
     correct, wrong, malformed = three_scores("arithmetic", scores)
 
-    def verify(response: str, example: Mapping[str, Any]) -> Verdict:
+    def verify(response: str, example: Mapping[str, Json]) -> Verdict:
         expected = int(str(example["answer"]).replace(",", ""))
         answer = last_tagged(response)
         if answer is None:

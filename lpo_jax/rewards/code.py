@@ -5,7 +5,6 @@ See `sandbox.py` for what the sandbox protects against.
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from lpo_jax.errors import UserError, nearest
 from lpo_jax.rewards import sandbox as sandboxes
@@ -15,6 +14,7 @@ from lpo_jax.rewards.descriptor import Verifier, VerifierDescriptor
 from lpo_jax.rewards.packages import check_package_names
 from lpo_jax.rewards.same import same_output, same_result
 from lpo_jax.rewards.verdict import Verdict, infrastructure
+from lpo_jax.types import Json
 
 _MEMORY_MB = 1024
 _MARGIN = (
@@ -72,7 +72,7 @@ def code_verifier(
     packages = check_package_names(packages)
     sandbox_works = False
 
-    def verify(response: str, example: Mapping[str, Any]) -> Verdict:
+    def verify(response: str, example: Mapping[str, Json]) -> Verdict:
         nonlocal sandbox_works
         tests = read_tests(example["tests"], example.get("metadata"))
         program = last_program(response)
@@ -132,7 +132,7 @@ def _run_tests(
     return Verdict(reward, "timeout" if late else "wrong", parts | {"reason": reasons[best]})
 
 
-def _failure(report: sandboxes.Report, expected: Any, function: bool) -> str:
+def _failure(report: sandboxes.Report, expected: Json, function: bool) -> str:
     """Return why a test has failed; empty if it has passed."""
     if report.status == "timeout":
         return f"out of time ({report.detail})"
@@ -145,7 +145,7 @@ def _failure(report: sandboxes.Report, expected: Any, function: bool) -> str:
     return "" if same_output(report.output.decode(errors="replace"), expected) else "wrong output"
 
 
-def _confine(options: Mapping[str, Any], allow_weak: bool, timeout: float) -> tuple[dict[str, Any], str]:
+def _confine(options: Mapping[str, Json], allow_weak: bool, timeout: float) -> tuple[dict[str, Json], str]:
     """Set the sandbox and the time limit in the options; see `VerifierSpec.confined`.
 
     Returns:

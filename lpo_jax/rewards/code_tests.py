@@ -5,7 +5,8 @@ import dataclasses
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+
+from lpo_jax.types import Json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,15 +21,15 @@ class ProblemTests:
     """
 
     function: str
-    cases: tuple[tuple[Any, Any], ...]
+    cases: tuple[tuple[Json, Json], ...]
     wrapped: bool = False
 
-    def readings(self, wanted: Any) -> tuple[Any, ...]:
+    def readings(self, wanted: Json) -> tuple[Json, ...]:
         """Return the values that a test may expect. A program must match the same reading in all of its tests."""
         return (wanted, _integer_keys(wanted[0])) if self.wrapped else (wanted,)
 
 
-def read_tests(stored: Any, metadata: Any = None) -> ProblemTests:
+def read_tests(stored: Json, metadata: Json = None) -> ProblemTests:
     """Read the tests of a problem as datasets store them.
 
     These formats are known:
@@ -65,7 +66,7 @@ def read_tests(stored: Any, metadata: Any = None) -> ProblemTests:
     return ProblemTests(function, cases, bool(function) and wrapped)
 
 
-def as_columns(stored: Any, metadata: Any = None) -> dict[str, Any]:
+def as_columns(stored: Json, metadata: Json = None) -> dict[str, Json]:
     """Convert tests to one object with `inputs`, `outputs` and, if they call a function, its name as `fn_name`.
 
     Args:
@@ -79,7 +80,7 @@ def as_columns(stored: Any, metadata: Any = None) -> dict[str, Any]:
     if isinstance(stored, Sequence):
         if not all(isinstance(test, Mapping) and {"input", "output"} <= set(test) for test in stored):
             raise ValueError("tests: a list must hold objects with input and output")
-        columns: dict[str, Any] = {key + "s": [test[key] for test in stored] for key in ("input", "output")}
+        columns: dict[str, Json] = {key + "s": [test[key] for test in stored] for key in ("input", "output")}
         metadata = [metadata, *(test.get("metadata") for test in stored)]
         names = {name for name in map(_func_name, metadata) if name}
         kinds = {str(test.get("testtype") or ("functional" if names else "stdin")) for test in stored}
@@ -99,7 +100,7 @@ def as_columns(stored: Any, metadata: Any = None) -> dict[str, Any]:
     return dict(stored)
 
 
-def _func_name(metadata: Any) -> str:
+def _func_name(metadata: Json) -> str:
     if isinstance(metadata, str):
         try:
             metadata = json.loads(metadata)
@@ -109,11 +110,11 @@ def _func_name(metadata: Any) -> str:
     return name if isinstance(name, str) else ""
 
 
-def _lines(given: Any, wanted: Any) -> tuple[str, str]:
+def _lines(given: Json, wanted: Json) -> tuple[str, str]:
     return _text(given), _text(wanted)
 
 
-def _text(value: Any) -> str:
+def _text(value: Json) -> str:
     if isinstance(value, list | tuple) and all(isinstance(line, str) for line in value):
         return "\n".join(value)
     if not isinstance(value, str):
@@ -121,7 +122,7 @@ def _text(value: Any) -> str:
     return value
 
 
-def _call(given: Any, wanted: Any) -> tuple[tuple[Any, ...], Any]:
+def _call(given: Json, wanted: Json) -> tuple[tuple[Json, ...], Json]:
     if not isinstance(given, str):
         if not isinstance(given, list | tuple):
             raise ValueError(f"tests: arguments must be a list, not {str(given)[:60]}")
@@ -130,7 +131,7 @@ def _call(given: Any, wanted: Any) -> tuple[tuple[Any, ...], Any]:
     return tuple(arguments), _literal(wanted) if isinstance(wanted, str) else wanted
 
 
-def _literal(text: str) -> Any:
+def _literal(text: str) -> Json:
     try:
         return _integer_keys(json.loads(text))
     except ValueError:
@@ -140,14 +141,14 @@ def _literal(text: str) -> Any:
             raise ValueError(f"tests: neither JSON nor a Python literal: {text[:60]}") from None
 
 
-def _integer_keys(value: Any) -> Any:
+def _integer_keys(value: Json) -> Json:
     """Convert keys that are all integers in text form to integers, as PRIME does: keys in JSON are always text."""
     if isinstance(value, dict) and value and all(re.fullmatch(r"-?[0-9]{1,18}", str(key)) for key in value):
         return {int(key): item for key, item in value.items()}
     return value
 
 
-def asserts_to_tests(code: str) -> dict[str, Any] | None:
+def asserts_to_tests(code: str) -> dict[str, Json] | None:
     """Convert assertions about one function to tests, whose expected values stay outside the sandbox.
 
     The assertions have the form `assert f(3, [1]) == (4, 5)`. They stand alone (MBPP), or in `def check(candidate):`
@@ -195,7 +196,7 @@ def _idle(node: ast.Assert) -> bool:
     return isinstance(node.test, ast.Constant) and node.test.value is True
 
 
-def _called(test: ast.expr) -> tuple[str, list[Any], tuple[str | None, ...], Any]:
+def _called(test: ast.expr) -> tuple[str, list[Json], tuple[str | None, ...], Json]:
     """Return the function, the arguments, the names of keyword arguments, and the expected value of an assertion.
 
     Raises:

@@ -12,7 +12,6 @@ import collections
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from lpo_jax.errors import UserError
 from lpo_jax.rewards import expression, tinyzero
@@ -20,6 +19,7 @@ from lpo_jax.rewards.answers import last_tagged
 from lpo_jax.rewards.descriptor import Verifier, VerifierDescriptor
 from lpo_jax.rewards.expression import parse_expression
 from lpo_jax.rewards.verdict import Verdict
+from lpo_jax.types import Json
 
 _EQUATION = re.compile(r"(?P<left>[^=]*)=\s*(?P<right>-?[0-9]{1,30})")
 
@@ -46,7 +46,7 @@ def countdown_verifier(
             "countdown: strict scores as TinyZero does, which requires all numbers to be used; set use_all: true"
         )
 
-    def verify(response: str, example: Mapping[str, Any]) -> Verdict:
+    def verify(response: str, example: Mapping[str, Json]) -> Verdict:
         numbers, target = sorted(int(n) for n in example["numbers"]), int(example["target"])
         if strict:
             grade, parts = tinyzero.grade(response, numbers, target)

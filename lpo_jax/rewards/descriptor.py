@@ -2,11 +2,11 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from lpo_jax.rewards.verdict import Verdict
+from lpo_jax.types import Json
 
-Verifier = Callable[[str, Mapping[str, Any]], Verdict]
+Verifier = Callable[[str, Mapping[str, Json]], Verdict]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,4 +35,4 @@ class VerifierDescriptor:
     slow_imports: tuple[str, ...] = ()
     memory: int | None = None
     least_timeout: float = 0.0
-    confine: Callable[[Mapping[str, Any], bool, float], tuple[dict[str, Any], str]] | None = None
+    confine: Callable[[Mapping[str, Json], bool, float], tuple[dict[str, Json], str]] | None = None

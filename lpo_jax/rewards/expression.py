@@ -69,9 +69,9 @@ def _value(node: ast.expr) -> Fraction:
         return _OPERATORS[type(node.op)](_value(node.left), _value(node.right))
     if isinstance(node, ast.UnaryOp):
         return -_value(node.operand)
-    return Fraction(node.value)
+    return Fraction(node.value)  # type: ignore[attr-defined]
 
 
 def integers(tree: ast.expr) -> list[int]:
     """Return the integers in a tree, in ascending order."""
-    return sorted(node.value for node in ast.walk(tree) if isinstance(node, ast.Constant))
+    return sorted(node.value for node in ast.walk(tree) if isinstance(node, ast.Constant))  # type: ignore[misc]

@@ -2,11 +2,11 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from lpo_jax.errors import UserError
 from lpo_jax.rewards.descriptor import Verifier, VerifierDescriptor
 from lpo_jax.rewards.verdict import Verdict
+from lpo_jax.types import Json
 
 
 def format_verifier(*, tags: Sequence[str] = ("think", "answer")) -> Verifier:
@@ -28,7 +28,7 @@ def format_verifier(*, tags: Sequence[str] = ("think", "answer")) -> Verifier:
     if not words or not tags or len(set(tags)) < len(tags):
         raise UserError(f"format: tags {tags!r}: need a list of different words, such as [think, answer]")
 
-    def verify(response: str, example: Mapping[str, Any]) -> Verdict:
+    def verify(response: str, example: Mapping[str, Json]) -> Verdict:
         at = 0
         for tag in tags:
             opening, closing = f"<{tag}>", f"</{tag}>"

@@ -17,12 +17,12 @@ import re
 import unicodedata
 from collections.abc import Mapping
 from fractions import Fraction
-from typing import Any
 
 from lpo_jax.errors import UserError
 from lpo_jax.rewards.answers import last_boxed
 from lpo_jax.rewards.descriptor import Verifier, VerifierDescriptor
 from lpo_jax.rewards.verdict import Verdict, infrastructure
+from lpo_jax.types import Json
 
 MODES = ("robust", "strict", "flexible")
 TAIL = 300  # characters that verl reads, from the end
@@ -81,7 +81,7 @@ def gsm8k_verifier(*, mode: str = "robust", format_score: float = 0.0) -> Verifi
             "format_score a finite number"
         )
 
-    def verify(response: str, example: Mapping[str, Any]) -> Verdict:
+    def verify(response: str, example: Mapping[str, Json]) -> Verdict:
         gold = str(example["answer"]).rpartition("####")[2].translate(_SIGNS).strip().replace(",", "")
         expected = _value(gold)
         if expected is None:

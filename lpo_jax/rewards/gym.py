@@ -9,13 +9,13 @@ import ast
 import inspect
 import re
 from collections.abc import Mapping
-from typing import Any
 
 from lpo_jax.errors import UserError, nearest
 from lpo_jax.rewards.answers import last_tagged
 from lpo_jax.rewards.descriptor import Verifier, VerifierDescriptor
 from lpo_jax.rewards.limits import OutOfTime, cpu_limit
 from lpo_jax.rewards.verdict import Verdict, as_verdict
+from lpo_jax.types import Json
 
 # Well below the pool's wall-clock limit, so that a slow answer is scored and not masked.
 CPU_SECONDS = 2.5
@@ -30,7 +30,7 @@ _FUNCTIONS = {"sin", "cos", "tan", "cot", "sec", "csc", "asin", "acos", "atan", 
 _FUNCTIONS |= {"log", "ln", "exp", "sqrt", "Abs"}
 
 
-def reasoning_gym_verifier(*, dataset: str, config: Mapping[str, Any] | None = None) -> Verifier:
+def reasoning_gym_verifier(*, dataset: str, config: Mapping[str, Json] | None = None) -> Verifier:
     """Build the verifier of one of reasoning-gym's datasets. Examples are its entries (`question, answer, metadata`).
 
     The answer is the content of the last `<answer>...</answer>` pair. The reward is the dataset's score, from 0 to 1,
@@ -50,7 +50,7 @@ def reasoning_gym_verifier(*, dataset: str, config: Mapping[str, Any] | None = N
     scorer = inspect.getsource(type(data).score_answer)
     symbolic, evaluates = _SYMBOLIC.search(scorer), _EVALUATES.search(scorer)
 
-    def verify(response: str, example: Mapping[str, Any]) -> Verdict:
+    def verify(response: str, example: Mapping[str, Json]) -> Verdict:
         answer = last_tagged(response)
         if not answer:
             return Verdict(0.0, "malformed", {"reason": "no <answer>...</answer>, or nothing in it"})
@@ -83,7 +83,7 @@ DESCRIPTOR = VerifierDescriptor(
 )
 
 
-def open_dataset(name: str, config: Mapping[str, Any] | None, *, seed: int, size: int) -> Any:
+def open_dataset(name: str, config: Mapping[str, Json] | None, *, seed: int, size: int) -> Json:
     """Open a dataset of reasoning-gym.
 
     Args:

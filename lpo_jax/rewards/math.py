@@ -14,7 +14,6 @@ import functools
 import re
 from collections.abc import Mapping
 from fractions import Fraction
-from typing import Any
 
 from lpo_jax.errors import UserError
 from lpo_jax.rewards import hendrycks, rational, structure
@@ -25,6 +24,7 @@ from lpo_jax.rewards.limits import OutOfTime, cpu_limit
 from lpo_jax.rewards.structure import Value
 from lpo_jax.rewards.units import clash
 from lpo_jax.rewards.verdict import Verdict, infrastructure
+from lpo_jax.types import Json
 
 # Processor time for the comparison in sympy; the comparison before it gets half as much. Most answers take microseconds
 # or milliseconds, hard ones a tenth of a second.
@@ -59,7 +59,7 @@ def math_verifier(*, mode: str = "robust", extract: str = "boxed") -> Verifier:
             "math: mode strict reads \\boxed{} as verl does; use extract answer_line with mode robust"
         )
 
-    def verify(response: str, example: Mapping[str, Any]) -> Verdict:
+    def verify(response: str, example: Mapping[str, Json]) -> Verdict:
         gold = str(example["answer"])
         if not (parses(gold) if mode == "robust" else gold.strip()):
             return infrastructure(f"the gold answer cannot be read: {gold[:200]}")

@@ -15,12 +15,12 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 from lpo_jax.errors import UserError
 from lpo_jax.rewards.registry import VerifierSpec
 from lpo_jax.rewards.verdict import Verdict, infrastructure
 from lpo_jax.rewards.worker_process import BadReply, WorkerProcess
+from lpo_jax.types import Json
 
 _START_ATTEMPTS = 3
 
@@ -41,7 +41,7 @@ class Judging:
     """Responses that are judged while more are submitted; created by `VerifierPool.judging`."""
 
     def __init__(self):
-        self.items: list[tuple[str, Mapping[str, Any]]] = []
+        self.items: list[tuple[str, Mapping[str, Json]]] = []
         self.settled: dict[int, Verdict] = {}
         self.complete = False  # True once no more responses will be submitted
         self.error: BaseException | None = None
@@ -49,7 +49,7 @@ class Judging:
         for end in (self.wake_reader, self.wake_writer):
             end.setblocking(False)
 
-    def submit(self, response: str, example: Mapping[str, Any]) -> None:
+    def submit(self, response: str, example: Mapping[str, Json]) -> None:
         """Submit one response (without prompt and prefill) to the data row `example`. Returns immediately."""
         self.items.append((response, example))
         self.wake()
@@ -138,7 +138,7 @@ class VerifierPool:
         """The process ids of the workers, for logs and tests."""
         return [worker.process.pid for worker in self._workers]
 
-    def verify(self, responses: Sequence[str], examples: Sequence[Mapping[str, Any]]) -> list[Verdict]:
+    def verify(self, responses: Sequence[str], examples: Sequence[Mapping[str, Json]]) -> list[Verdict]:
         """Judge responses in parallel.
 
         Args:
@@ -299,7 +299,7 @@ class VerifierPool:
             return []
         item, worker.item = worker.item, None
         worker.judged += 1
-        return [(item, content)]
+        return [(item, content)]  # type: ignore[list-item]
 
     def _replace(self, slot: int, reason: str | None) -> list[tuple[int, Verdict]]:
         """Replace a worker that hangs or died; return the items that this settles.

@@ -4,12 +4,12 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from lpo_jax.errors import UserError, nearest
 from lpo_jax.rewards import arithmetic, code, countdown, format, gsm8k, gym, math
 from lpo_jax.rewards.descriptor import Verifier, VerifierDescriptor
 from lpo_jax.rewards.user_code import load_function, split_reference
+from lpo_jax.types import Json
 
 _BUILT_IN = {
     module.DESCRIPTOR.name: module.DESCRIPTOR
@@ -22,7 +22,7 @@ def names() -> list[str]:
     return sorted(_BUILT_IN)
 
 
-def get(name: str, *, prefill: str = "", **options: Any) -> Verifier:
+def get(name: str, *, prefill: str = "", **options: Json) -> Verifier:
     """Build a built-in verifier.
 
     Args:
@@ -47,7 +47,7 @@ def get(name: str, *, prefill: str = "", **options: Any) -> Verifier:
     return _after(prefill, build(**options))
 
 
-def check_options(what: str, build: Callable[..., Any], options: Mapping[str, Any]) -> None:
+def check_options(what: str, build: Callable[..., object], options: Mapping[str, Json]) -> None:
     """Check options against the keyword arguments of a builder.
 
     Types are checked only for arguments annotated as exactly bool, int, float or str. An int is accepted for a float.
@@ -95,7 +95,7 @@ class VerifierSpec:
     """
 
     source: str
-    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    options: Mapping[str, Json] = dataclasses.field(default_factory=dict)
     prefill: str = ""
 
     def __post_init__(self):

@@ -13,7 +13,8 @@ import json
 import math
 import re
 from collections.abc import Mapping, Set
-from typing import Any
+
+from lpo_jax.types import Json
 
 _INTEGER = re.compile(r"[+-]?[0-9]++")
 _NUMBER = re.compile(r"[+-]?(?:[0-9]++(?:\.[0-9]*+)?|\.[0-9]++)(?:[eE][+-]?[0-9]{1,4})?")
@@ -64,7 +65,7 @@ def _close(value: float, wanted: float) -> bool:
     return value == wanted or abs(value - wanted) <= 1e-8 + 1e-5 * abs(wanted)
 
 
-def same_result(claim: bytes, expected: Any) -> bool:
+def same_result(claim: bytes, expected: Json) -> bool:
     """Return whether a function's result, encoded by `sandbox_child.encode_result` as JSON, is the expected value.
 
     The comparison is Python's `==` on builtin types, except that tuples equal lists, and floats have the tolerance
@@ -82,7 +83,7 @@ def same_result(claim: bytes, expected: Any) -> bool:
         return False
 
 
-def _same(claim: Any, expected: Any) -> bool:
+def _same(claim: Json, expected: Json) -> bool:
     kind, held = _tagged(claim)
     match expected:
         case None | str() | bytes():
@@ -111,7 +112,7 @@ def _same(claim: Any, expected: Any) -> bool:
     return False
 
 
-def _tagged(claim: Any) -> tuple[str, Any]:
+def _tagged(claim: Json) -> tuple[str, Json]:
     """Return (key, content) of an object with one key, which `encode_result` makes; else `""` and the claim."""
     if not isinstance(claim, dict):
         return "", claim
@@ -119,18 +120,18 @@ def _tagged(claim: Any) -> tuple[str, Any]:
     return kind, held
 
 
-def _found(claims: list[Any], expected: Set[Any] | Mapping[Any, Any]) -> set[Any]:
+def _found(claims: list[Json], expected: Set[Json] | Mapping[Json, Json]) -> set[Json]:
     """Look up claims in a trusted set, because hashes in a set of claims may collide on purpose."""
     return {key for key in map(_key, claims) if key in expected}
 
 
-def _number(kind: str, held: Any) -> int | float | None:
+def _number(kind: str, held: Json) -> int | float | None:
     if kind == "int":
         return int(held, 16)
     return held if isinstance(held, int | float) else None
 
 
-def _key(claim: Any) -> Any:
+def _key(claim: Json) -> Json:
     """Convert a claim to a hashable value, for an element of a set or a key."""
     if isinstance(claim, list):
         return tuple(map(_key, claim))

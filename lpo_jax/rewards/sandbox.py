@@ -127,12 +127,12 @@ class Sandbox:
             "temporary_files": 0 if weak else _TEMPORARY_FILES,
             "count_processes": weak,
         }
-        self._function, self._nonce, self._packages = function, job["nonce"].encode(), packages
+        self._function, self._nonce, self._packages = function, job["nonce"].encode(), packages  # type: ignore[attr-defined]
         self._files = contextlib.ExitStack()
         self._errors = self._files.enter_context(os.fdopen(os.memfd_create("errors"), "w+b"))
         self._socket, theirs = map(self._files.enter_context, socket.socketpair())
         try:
-            self._process = subprocess.Popen(
+            self._process = subprocess.Popen(  # type: ignore[call-overload]
                 command,
                 stdin=theirs,
                 stdout=subprocess.DEVNULL,
@@ -307,7 +307,7 @@ def choose_kind(kind: str, *, allow_weak: bool) -> str:
 
 def _interpreter() -> str:
     """Return the path of the interpreter itself, outside any virtual environment."""
-    return os.path.realpath(sys._base_executable)
+    return os.path.realpath(sys._base_executable)  # type: ignore[attr-defined]
 
 
 def _own_user() -> int:
@@ -359,7 +359,7 @@ def _bubblewrap(*packages: str) -> list[str]:
 
 def _open_parents(path: str) -> list[str]:
     """Return the options that create the parent folders of a path readable for all, not only for their owner."""
-    parents = []
+    parents: list[str] = []
     while (path := os.path.dirname(path)) != "/":
         parents = ["--perms", "0755", "--dir", path, *parents]
     return parents

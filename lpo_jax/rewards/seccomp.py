@@ -137,7 +137,7 @@ def filter_program(*, read_only: bool, machine: str | None = None) -> bytes:
         raise UserError(f"code: programs can only be confined by Linux on {known}, and this is {here}")
     column, architecture = _MACHINES[machine]
     allowed = _FILES | _MEMORY | _SELF | _PAIRS
-    fcntl = _FCNTL
+    fcntl: tuple[int, ...] = _FCNTL
     if not read_only:
         allowed |= _CHANGING
         fcntl += _FCNTL_LOCKS

@@ -19,7 +19,8 @@ There are three deviations from the original, which affect no reasonable answer:
 import ast
 import operator
 import re
-from typing import Any
+
+from lpo_jax.types import Json
 
 MAX_CHARS = 1000
 MAX_DEPTH = 200
@@ -67,7 +68,7 @@ def _extract(text: str) -> str | None:
     return pairs[-1].strip() if pairs else None
 
 
-def _power(base: Any, exponent: Any) -> Any:
+def _power(base: Json, exponent: Json) -> Json:
     whole = isinstance(base, int) and isinstance(exponent, int)
     if whole and abs(base) > 1 and base.bit_length() * exponent > MAX_POWER_BITS:
         raise OverflowError("power too large")
@@ -85,14 +86,14 @@ _BINARY = {
 _UNARY = {ast.USub: operator.neg, ast.UAdd: operator.pos}
 
 
-def _value(node: ast.expr, depth: int) -> Any:
+def _value(node: ast.expr, depth: int) -> Json:
     """Return the value that Python computes: an integer, a float, or a complex number from a power."""
     if depth == 0:
         raise RecursionError
     if isinstance(node, ast.BinOp):
         return _BINARY[type(node.op)](_value(node.left, depth - 1), _value(node.right, depth - 1))
     if isinstance(node, ast.UnaryOp):
-        return _UNARY[type(node.op)](_value(node.operand, depth - 1))
+        return _UNARY[type(node.op)](_value(node.operand, depth - 1))  # type: ignore[operator]
     if isinstance(node, ast.Constant) and isinstance(node.value, int | float):
         return node.value
     raise TypeError(type(node).__name__)

@@ -9,11 +9,11 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping
 from types import ModuleType
-from typing import Any
 
 from lpo_jax.errors import UserError, nearest
 from lpo_jax.rewards.descriptor import Verifier
 from lpo_jax.rewards.verdict import Verdict, as_verdict, infrastructure
+from lpo_jax.types import Json
 
 
 def split_reference(reference: str) -> tuple[str, str] | None:
@@ -75,7 +75,7 @@ def _frames(error: BaseException) -> list[tuple[str, int]]:
     return [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
 
 
-def find_function(module: ModuleType, name: str, path: str) -> Callable[..., Any]:
+def find_function(module: ModuleType, name: str, path: str) -> Callable[..., object]:
     """Return the function `name` of a module.
 
     Args:
@@ -117,7 +117,7 @@ def load_function(reference: str) -> Verifier:
     defined = getattr(getattr(inspect.unwrap(function), "__code__", None), "co_firstlineno", "?")
 
     @functools.wraps(function)
-    def verify(response: str, example: Mapping[str, Any]) -> Verdict:
+    def verify(response: str, example: Mapping[str, Json]) -> Verdict:
         returned = function(response, example)
         verdict = as_verdict(returned)
         if verdict.masked and not (isinstance(returned, Verdict) and returned.masked):

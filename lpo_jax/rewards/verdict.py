@@ -5,7 +5,8 @@ import math
 import numbers
 import struct
 from collections.abc import Mapping
-from typing import Any
+
+from lpo_jax.types import Json
 
 OUTCOMES = ("pass", "wrong", "malformed", "timeout", "infrastructure")
 
@@ -59,7 +60,7 @@ def unusable(reward: float) -> str:
     return ""
 
 
-def as_verdict(value: Any) -> Verdict:
+def as_verdict(value: Json) -> Verdict:
     """Convert the return value of a verifier to a verdict whose reward is finite in float32.
 
     Args:
@@ -85,6 +86,6 @@ def as_verdict(value: Any) -> Verdict:
     return Verdict(reward, outcome or ("pass" if reward >= 1 else "wrong"), _plain(parts))
 
 
-def _plain(parts: Mapping[str, Any]) -> dict[str, float | str]:
+def _plain(parts: Mapping[str, Json]) -> dict[str, float | str]:
     """Convert parts to text and floats, so that JSON lines hold them unchanged."""
     return {str(k): float(v) if isinstance(v, numbers.Real) else str(v) for k, v in parts.items()}

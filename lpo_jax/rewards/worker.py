@@ -15,11 +15,11 @@ import signal
 import socket
 import struct
 import sys
-from typing import Any
 
 from lpo_jax.errors import UserError
 from lpo_jax.rewards.user_code import innermost_frame, split_reference
 from lpo_jax.rewards.verdict import Verdict, infrastructure, unusable
+from lpo_jax.types import Json
 
 HEADER = struct.Struct("!Q")
 MAX_REPLY = 16 << 20  # bytes; the pool reads no longer reply into memory
@@ -89,7 +89,7 @@ class _Channel:
             # The parent or the verifier has closed the socket: nobody will read what remains to be written.
             os._exit(0)
 
-    def receive(self) -> Any:
+    def receive(self) -> Json:
         """Return the next request; exit once the parent has closed the socket."""
         return pickle.loads(self._read(*HEADER.unpack(self._read(HEADER.size))))
 

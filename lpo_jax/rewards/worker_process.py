@@ -9,11 +9,11 @@ import socket
 import subprocess
 import sys
 import time
-from typing import Any
 
 from lpo_jax.rewards.registry import VerifierSpec
 from lpo_jax.rewards.verdict import Verdict
 from lpo_jax.rewards.worker import HEADER, MAX_REPLY, frame, parse_reply
+from lpo_jax.types import Json
 
 # The worker has the same module path as the parent. -P keeps the current folder from shadowing modules before it is
 # set.
@@ -66,7 +66,7 @@ class WorkerProcess:
         """Whether the worker is ready and judges no item."""
         return self.ready and self.item is None
 
-    def request(self, limit: float, *message: Any) -> None:
+    def request(self, limit: float, *message: Json) -> None:
         """Send a request whose reply is due within `limit` seconds."""
         self._requests += 1
         self._open, self._extended = True, False
@@ -108,8 +108,8 @@ class WorkerProcess:
         while (payload := self._payload()) is not None:
             try:
                 token, content = parse_reply(payload)
-                nonce, _, number = token.partition(":")
-                number = int(number)
+                nonce, _, text = token.partition(":")
+                number = int(text)
             except ValueError as error:
                 raise BadReply(f"{error}") from None
             if nonce != self._nonce or not 0 < number <= self._requests:

@@ -8,8 +8,7 @@ from lpo_jax.models.runner import Groups
 from lpo_jax.objectives import Scored
 
 
-@struct.dataclass
-class Batch:
+class Batch(struct.PyTreeNode):
     """Token ids of groups, and everything that the objective needs to know about their responses."""
 
     groups: Groups

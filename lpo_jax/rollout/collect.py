@@ -8,7 +8,6 @@ import hashlib
 import time
 from array import array
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -20,7 +19,8 @@ from lpo_jax.rollout.failures import Failures, failures
 from lpo_jax.sampling import PromptBatch, Responses, Sampler, SampleRequest
 from lpo_jax.sampling.padding import NO_LIMIT, pad_prompts, pad_to
 from lpo_jax.sampling.text import response_text
-from lpo_jax.tasks import Task
+from lpo_jax.tasks import Row, Task
+from lpo_jax.types import PyTree, Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +131,7 @@ def replace_response(batch: Rollouts, p: int, k: int, source: Rollouts, q: int, 
     texts, verdicts = ([list(group) for group in groups[:-1]] for groups in (both.texts, both.verdicts))
     texts[p][k], verdicts[p][k] = source.texts[q][j], source.verdicts[q][j]
     kept = both.take(range(len(batch.ids)))
-    return dataclasses.replace(kept, responses=Responses(**fields), texts=texts, verdicts=verdicts)
+    return dataclasses.replace(kept, responses=Responses(**fields), texts=texts, verdicts=verdicts)  # type: ignore[arg-type]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +139,7 @@ class Collector:
     """Samples with one model and task; `weights` come from `sampler.prepare`."""
 
     task: Task
-    tokenizer: Any
+    tokenizer: Tokenizer
     sampler: Sampler
     pool: VerifierPool
     max_prompt_tokens: int
@@ -150,8 +150,8 @@ class Collector:
 
     def __call__(
         self,
-        weights: Any,
-        rows: Sequence[tuple[int, dict]],
+        weights: PyTree,
+        rows: Sequence[tuple[int, Row]],
         request: SampleRequest,
         *,
         prompts: Sequence[list[int]] | None = None,
@@ -213,8 +213,8 @@ class Collector:
 
 def within_limit(
     task: Task,
-    tokenizer: Any,
-    rows: Sequence[dict],
+    tokenizer: Tokenizer,
+    rows: Sequence[Row],
     limit: int,
     drop: bool,
     what: str,

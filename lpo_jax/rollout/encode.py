@@ -1,19 +1,19 @@
 """Task rows to token ids."""
 
 from collections.abc import Collection, Mapping
-from typing import Any
 
 from lpo_jax.errors import UserError
 from lpo_jax.sampling.text import encode, response_text
 from lpo_jax.tasks.task import Task
+from lpo_jax.types import Json, Tokenizer
 
 
-def encode_prompt(task: Task, tokenizer: Any, row: Mapping[str, Any]) -> list[int]:
+def encode_prompt(task: Task, tokenizer: Tokenizer, row: Mapping[str, Json]) -> list[int]:
     """The ids a response to this row continues, the task's prefill included."""
     return encode(tokenizer, task.prompt(row))
 
 
-def encode_hinted(task: Task, tokenizer: Any, row: Mapping[str, Any], hint: str) -> list[int]:
+def encode_hinted(task: Task, tokenizer: Tokenizer, row: Mapping[str, Json], hint: str) -> list[int]:
     """The row's prompt with a hint at the end of the question, before the prefill."""
     prompt = task.prompt(row)
     if isinstance(prompt, str):
@@ -23,7 +23,7 @@ def encode_hinted(task: Task, tokenizer: Any, row: Mapping[str, Any], hint: str)
     return encode(tokenizer, [*prompt[:last], asked, *prompt[last + 1 :]])
 
 
-def encode_solution(task: Task, tokenizer: Any, row: Mapping[str, Any]) -> list[int]:
+def encode_solution(task: Task, tokenizer: Tokenizer, row: Mapping[str, Json]) -> list[int]:
     """The ids of the row's solution and the end token: what a supervised response must be.
 
     Encoded apart from the prompt: a sampled response begins at a token boundary too.
@@ -39,6 +39,6 @@ def encode_solution(task: Task, tokenizer: Any, row: Mapping[str, Any]) -> list[
     return [*tokenizer.encode(task.solution(row), add_special_tokens=False), tokenizer.eos_token_id]
 
 
-def solution_text(task: Task, tokenizer: Any, row: Mapping[str, Any], eos_ids: Collection[int]) -> str:
+def solution_text(task: Task, tokenizer: Tokenizer, row: Mapping[str, Json], eos_ids: Collection[int]) -> str:
     """The row's solution as the verifier sees it once a model has written its tokens."""
     return response_text(tokenizer, tokenizer.encode(task.solution(row), add_special_tokens=False), eos_ids)

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +15,7 @@ from lpo_jax.models.config import ModelConfig
 from lpo_jax.models.decoder import Params
 from lpo_jax.rollout.collect import Collector, within_limit
 from lpo_jax.sampling import Sampler
+from lpo_jax.types import Json, Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,14 +32,14 @@ class Environment:
 
     config: Config
     task: tasks.Task
-    tokenizer: Any
+    tokenizer: Tokenizer
     collect: Collector
     train_rows: list[tasks.Row]
     heldout_rows: list[tasks.Row]
     dropped: int
     prompts_hash: str
 
-    def prompts(self, batch_size: int, state: Any, *, backward: bool = False) -> tasks.PromptIterator:
+    def prompts(self, batch_size: int, state: Json, *, backward: bool = False) -> tasks.PromptIterator:
         """Batches of training rows.
 
         Args:
@@ -65,7 +65,7 @@ class Environment:
 
 
 def check_prompts(
-    config: Config, task: tasks.Task, tokenizer: Any
+    config: Config, task: tasks.Task, tokenizer: Tokenizer
 ) -> tuple[list[tasks.Row], list[tasks.Row], int, str]:
     """Encodes all prompts once and applies the length limit.
 
@@ -98,7 +98,7 @@ def open_environment(
     config: Config,
     task: tasks.Task,
     model: ModelConfig,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     eos_ids: tuple[int, ...],
     decoding: jax.sharding.Mesh | None,
 ) -> Iterator[Environment]:

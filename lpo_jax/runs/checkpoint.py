@@ -14,7 +14,6 @@ import math
 import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
@@ -27,6 +26,7 @@ from lpo_jax.parallel import hosts
 from lpo_jax.runs import checksums
 from lpo_jax.runs.directory import checkpoint_directory, read_config
 from lpo_jax.sampling.model import Model, load_model
+from lpo_jax.types import Json, PyTree
 
 SCORES = "scores.json"
 
@@ -96,7 +96,7 @@ class Checkpoints:
         best = self._best_of(self.steps())
         return self.latest() if best is None else best
 
-    def save(self, step: int, state: Any, record: dict[str, Any], score: float | None = None) -> bool:
+    def save(self, step: int, state: Json, record: dict[str, Json], score: float | None = None) -> bool:
         """Save in the background, after waiting for the previous save. Returns False if the step is already saved.
 
         Only the score of a saved step is updated, because it may have been saved before it was evaluated.
@@ -127,7 +127,7 @@ class Checkpoints:
         if not self._manager.is_saving_in_progress():  # `wait` would block
             self.wait()
 
-    def record(self, step: int) -> dict[str, Any]:
+    def record(self, step: int) -> dict[str, Json]:
         """Read the JSON record of a checkpoint.
 
         Raises (like `restore` and `restore_params`):
@@ -138,13 +138,13 @@ class Checkpoints:
                 "record"
             ]
 
-    def restore(self, step: int, abstract_state: Any) -> Any:
+    def restore(self, step: int, abstract_state: PyTree) -> PyTree:
         """Restore the train state, with the shardings of the abstract one, or on the default device."""
         restored = ocp.args.Composite(state=ocp.args.StandardRestore(_somewhere(abstract_state)))
         with self._reading(step):
             return self._manager.restore(step, args=restored)["state"]
 
-    def restore_params(self, step: int, abstract_params: Any) -> Any:
+    def restore_params(self, step: int, abstract_params: PyTree) -> PyTree:
         """Restore the parameters only, without reading the optimizer state."""
         item = {"params": _somewhere(abstract_params)}
         arguments = jax.tree.map(lambda p: ocp.ArrayRestoreArgs(dtype=p.dtype, sharding=p.sharding), item)
@@ -155,7 +155,7 @@ class Checkpoints:
             )
             return restored["params"]
 
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+    def should_preserve(self, checkpoints: Sequence[PyTree], *, context: PyTree) -> list[bool]:
         """Called by Orbax: keep the latest few checkpoints, and the best."""
         steps = sorted(checkpoint.step for checkpoint in checkpoints)
         kept = {*steps[-self._keep :], self._best_of(steps)}
@@ -278,20 +278,20 @@ def load_run(run: str | Path, checkpoint: str = "best") -> tuple[Model, int]:
         known = {"best": checkpoints.best(), "latest": checkpoints.latest()} | {str(s): s for s in steps}
         if checkpoint not in known:
             raise UserError(f"{run}: no checkpoint {checkpoint!r}; there are {', '.join(known)}")
-        config, tokenizer, eos_ids = load_config_and_tokenizer(
+        model_config, tokenizer, eos_ids = load_config_and_tokenizer(
             name, config.model.init == "weights", config.model.template_arguments
         )
         step = known[checkpoint]
         trained = (
-            lora.abstract_params(config, adapters)
+            lora.abstract_params(model_config, adapters)
             if adapters is not None
-            else decoder.abstract_params(config)
+            else decoder.abstract_params(model_config)
         )
-        params = checkpoints.restore_params(step, placed(config, trained))
+        params = checkpoints.restore_params(step, placed(model_config, trained))
     if adapters is not None:
-        base = load_weights(name, frozen_dtype, current_shardings(config))
+        base = load_weights(name, frozen_dtype, current_shardings(model_config))
         params = lora.merge_adapters(lora.with_adapters(lora.Frozen(base, adapters.scale), params))
-    return Model(config, params, tokenizer, eos_ids), step
+    return Model(model_config, params, tokenizer, eos_ids), step
 
 
 def load_model_or_run(name: str) -> Model:
@@ -317,7 +317,7 @@ def _reason(error: Exception) -> str:
     return str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
 
 
-def _somewhere(abstract: Any) -> Any:
+def _somewhere(abstract: PyTree) -> PyTree:
     """Set a device where there is no sharding: Orbax would restore to the saved devices, which may not exist."""
     first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or first)  # noqa: E731

@@ -8,7 +8,6 @@ import os
 import platform
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
 from etils import epath
@@ -19,6 +18,7 @@ from lpo_jax.files import LOCK, lock_directory, write_file
 from lpo_jax.json_lines import read_object
 from lpo_jax.parallel import hosts
 from lpo_jax.rewards.user_code import file_hash, split_reference
+from lpo_jax.types import Json, PyTree
 from lpo_jax.yaml_text import dump_yaml, read_yaml
 
 PACKAGES = ("lpo_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
@@ -101,7 +101,7 @@ class RunDirectory:
         write_file(self.path / "run.json", json.dumps(about, indent=2) + "\n")
         write_file(self.path / "config.yaml", dump_yaml(self.config.to_dict()))
 
-    def note(self, **facts: Any) -> None:
+    def note(self, **facts: Json) -> None:
         """Add facts to run.json that are known only after the start."""
         if not hosts.is_first():
             return
@@ -124,7 +124,7 @@ class RunDirectory:
                 "to where it is now, or start a new run with another --output=..."
             )
 
-    def _noted(self) -> dict[str, Any]:
+    def _noted(self) -> dict[str, Json]:
         """Read run.json; empty if it does not exist.
 
         Raises:
@@ -223,7 +223,7 @@ def any_child(directory: Path | epath.Path, but: Collection[str] = ()) -> bool:
     return directory.is_dir() and any(child.name not in but for child in directory.iterdir())
 
 
-def _surroundings() -> dict[str, Any]:
+def _surroundings() -> dict[str, Json]:
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     devices = [f"{d.platform} {d.device_kind}" for d in jax.devices()]
     return {"python": platform.python_version(), "versions": versions, "devices": devices}
@@ -235,7 +235,7 @@ def _at(values: dict, dotted: str):
     return values
 
 
-def differences(key: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
+def differences(key: str, old: PyTree, new: PyTree) -> Iterator[tuple[str, PyTree, PyTree]]:
     """Yield (dotted key, old, new) for every difference between two trees of settings."""
     if isinstance(old, dict) and isinstance(new, dict):
         for name in sorted(old.keys() | new.keys()):

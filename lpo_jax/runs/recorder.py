@@ -4,7 +4,6 @@ import contextlib
 import itertools
 import shlex
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -22,6 +21,7 @@ from lpo_jax.runs.checkpoint import Checkpoints
 from lpo_jax.runs.directory import RunDirectory
 from lpo_jax.runs.signals import Signals
 from lpo_jax.runs.state import Position
+from lpo_jax.types import PyTree
 
 
 class Recorder:
@@ -55,7 +55,7 @@ class Recorder:
     def __exit__(self, *exception):
         return self._stack.__exit__(*exception)
 
-    def restore(self, abstract_state: Any) -> Position | None:
+    def restore(self, abstract_state: PyTree) -> Position | None:
         """Restores the newest checkpoint and truncates the files to its step.
 
         Args:
@@ -149,7 +149,8 @@ class Recorder:
 
     def _evaluations_table(self, position: Position, task: str):
         """Each evaluation compared with the one above it, problem by problem."""
-        rows, above = [], None
+        rows: list[tuple[str, dict, dict | None]] = []
+        above: tuple[np.ndarray, np.ndarray] | None = None
         for label, outcomes in position.milestones.items():
             passed, valid = np.array(outcomes["passed"], bool), np.array(outcomes["valid"], bool)
             ks = self.config.evaluation.ks or powers_of_two(passed.shape[1])

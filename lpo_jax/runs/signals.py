@@ -3,9 +3,9 @@
 import contextlib
 import signal
 import sys
-from typing import Any
 
 from lpo_jax.parallel import hosts
+from lpo_jax.types import PyTree
 
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -53,7 +53,7 @@ class Signals:
         if self._waiting and not self._many:
             raise Interrupted
 
-    def _unraisable(self, unraisable: Any) -> None:
+    def _unraisable(self, unraisable: PyTree) -> None:
         # Python prints and drops an exception that is raised in a finaliser or in a callback of the garbage collector.
         # The signal is not lost: it takes effect at the end of the next deferred block.
         if not issubclass(unraisable.exc_type, Interrupted):

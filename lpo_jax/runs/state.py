@@ -2,17 +2,16 @@
 
 import dataclasses
 import math
-from typing import Any
 
 from flax import struct
 
 from lpo_jax.evaluation.heldout import Evaluation
 from lpo_jax.models.decoder import Params
 from lpo_jax.models.lora import Frozen, with_adapters
+from lpo_jax.types import Json, PyTree
 
 
-@struct.dataclass
-class TrainState:
+class TrainState(struct.PyTreeNode):
     """The arrays that an update changes, and those that belong to them.
 
     Attributes:
@@ -24,8 +23,8 @@ class TrainState:
     """
 
     params: Params
-    opt_state: Any
-    control: Any = None
+    opt_state: PyTree
+    control: PyTree = None
     reference: Params | None = None
     frozen: Frozen | None = None
 
@@ -54,23 +53,23 @@ class Position:
 
     state: TrainState
     step: int = 0
-    data: Any = None
+    data: Json = None
     evaluated: bool = False
     evaluations: int = 0
     score: float | None = None
     best: float | None = None
     best_step: int | None = None
     skipped: int = 0
-    hooks: list[Any] | None = None
+    hooks: list[Json] | None = None
     schedule_steps: int = 0
     milestones: dict[str, dict] = dataclasses.field(default_factory=dict)
 
-    def advance(self, state: TrainState, data: Any, hooks: list[Any] | None = None) -> None:
+    def advance(self, state: TrainState, data: Json, hooks: list[Json] | None = None) -> None:
         """Moves the position one step on."""
         self.state, self.data, self.hooks = state, data, hooks
         self.step, self.evaluated, self.evaluations, self.score = self.step + 1, False, 0, None
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> dict[str, Json]:
         """Everything but the arrays, as JSON."""
         names = [field.name for field in dataclasses.fields(self) if field.name != "state"]
         return {name: getattr(self, name) for name in names}

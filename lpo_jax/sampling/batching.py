@@ -223,7 +223,7 @@ class ContinuousBatcher:
         members = np.zeros((len(prompt_of), C), np.int32)
         member_index = np.zeros(len(self.row_of), np.int32)
         entry_of = {prompt: u for u, prompt in enumerate(prompt_of.tolist())}
-        counts = collections.Counter()
+        counts: collections.Counter[int] = collections.Counter()
         for slot in slots.tolist():
             u = entry_of[self.row_of[slot] // self.K]
             members[u, counts[u]] = slot % R
@@ -258,4 +258,4 @@ class ContinuousBatcher:
     def _report(self, ended: Iterable[int]) -> None:
         if self.on_finished:
             for row in ended:
-                self.on_finished(*divmod(row, self.K), self.tokens[row, : self.lengths[row]].tolist())
+                self.on_finished(*divmod(row, self.K), self.tokens[row, : self.lengths[row]].tolist())  # type: ignore[call-arg]

@@ -42,8 +42,7 @@ class DecodeSettings:
     attention: Attention = "auto"
 
 
-@struct.dataclass
-class DecodeState:
+class DecodeState(struct.PyTreeNode):
     """The rows in the slots before a call of `decode`. All arrays are `[R]` unless stated otherwise.
 
     Attributes:
@@ -68,8 +67,7 @@ class DecodeState:
     member_index: jax.Array | None = None
 
 
-@struct.dataclass
-class DecodeOutput:
+class DecodeOutput(struct.PyTreeNode):
     """The result of a call of `decode`.
 
     Attributes:

@@ -134,7 +134,7 @@ def prefill(
     positions = jnp.broadcast_to(jnp.arange(S), (U, S))
     context = Causal(valid, positions, keep=True, attention=attention)
     no_kv = [None] * config.num_layers
-    _, kept = decoder.forward(config, weights, tokens, positions, context, no_kv, dtype=dtype)
+    _, kept = decoder.forward(config, weights, tokens, positions, context, no_kv, dtype=dtype)  # type: ignore[arg-type]
     return [(jnp.transpose(k, (0, 2, 3, 1)), jnp.swapaxes(v, 1, 2)) for k, v in kept]
 
 
@@ -197,7 +197,7 @@ class PromptCache:
             row[: len(coming)] = coming
             self._prefilled |= {prompt: i for i, prompt in enumerate(coming)}
         self._prefilled_kv = None  # freed before the next one is computed
-        batch = batch.ravel()
+        batch = batch.ravel()  # type: ignore[assignment]
         self._prefilled_kv = self._prefill(self._prompts.tokens[batch], self._prompts.lengths[batch])
 
     def keep(self, needed: Sequence[np.ndarray]) -> None:

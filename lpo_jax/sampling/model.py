@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +21,7 @@ from lpo_jax.sampling.padding import pad_prompts
 from lpo_jax.sampling.request import PromptBatch, SampleRequest
 from lpo_jax.sampling.sampler import Responses, Sampler
 from lpo_jax.sampling.text import Prompt, encode, prompt_ids, response_text
+from lpo_jax.types import Json, PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Model:
         min_p: float = 0.0,
         stop: Sequence[str] = (),
         seed: int = 0,
-        template_arguments: Mapping[str, Any] | None = None,
+        template_arguments: Mapping[str, Json] | None = None,
     ) -> Generated:
         """Samples responses to prompts.
 
@@ -156,7 +156,7 @@ class Model:
         save_hf(path, self.config, self.params, self.tokenizer, dtype, eos_ids=self.eos_ids)
 
 
-def load_model(name: str | os.PathLike, dtype: str = "float32", shardings: Any = None) -> Model:
+def load_model(name: str | os.PathLike, dtype: str = "float32", shardings: PyTree = None) -> Model:
     """Loads a model by name.
 
     Args:

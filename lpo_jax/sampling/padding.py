@@ -3,6 +3,8 @@
 Every real sequence is left-aligned: padding comes last.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 SMALLEST_BUCKET = 16
@@ -38,7 +40,7 @@ def pad_rows(x: np.ndarray, more: int, value: int = 0) -> np.ndarray:
     return pad_to(x, len(x) + more, 0, value) if more else x
 
 
-def pad_prompts(ids: list[list[int]], limit: int) -> tuple[np.ndarray, np.ndarray]:
+def pad_prompts(ids: Sequence[Sequence[int]], limit: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns token lists as an array `[P, S]` int32, with S a bucket, and their lengths `[P]` int32."""
     lengths = np.array([len(row) for row in ids], np.int32)
     prompts = np.zeros((len(ids), bucket(int(lengths.max()), limit)), np.int32)

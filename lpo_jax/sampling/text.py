@@ -50,7 +50,7 @@ def prompt_ids(ids: Sequence[Sequence[int]]) -> np.ndarray:
     It is a hash of the prompt's tokens and of the number of equal prompts before it. A prompt's responses are then the
     same alone and among others, and a repeated prompt gets different ones.
     """
-    seen = collections.Counter()
+    seen: collections.Counter[tuple[int, ...]] = collections.Counter()
     identities = []
     for row in map(tuple, ids):
         digest = hashlib.sha256(f"{seen[row]} {row}".encode()).digest()

@@ -1,12 +1,12 @@
 """Generated sums of integers: the smallest task on which a model visibly learns."""
 
 import random
-from typing import Any
 
 from lpo_jax.errors import UserError
 from lpo_jax.rewards import VerifierSpec
 from lpo_jax.tasks.generate import train_and_heldout
 from lpo_jax.tasks.task import Task, with_prefill
+from lpo_jax.types import Json
 
 PREFILL = "<answer>"
 
@@ -36,7 +36,7 @@ def arithmetic_task(
             "and max_number of at least 1"
         )
 
-    def draw(rng: random.Random) -> dict[str, Any]:
+    def draw(rng: random.Random) -> dict[str, Json]:
         numbers = [rng.randrange(max_number + 1) for _ in range(terms)]
         return {"terms": numbers, "answer": sum(numbers)}
 

@@ -24,11 +24,11 @@ import dataclasses
 import os
 import warnings
 from collections.abc import Mapping
-from typing import Any
 
 from lpo_jax.errors import UserError, nearest
 from lpo_jax.tasks.registry import get as get_task
 from lpo_jax.tasks.task import Task
+from lpo_jax.types import Json
 from lpo_jax.yaml_text import read_yaml
 
 
@@ -44,9 +44,9 @@ class Benchmark:
 
     name: str
     k: int
-    task: Mapping[str, Any]
+    task: Mapping[str, Json]
 
-    def build(self, **options: Any) -> Task:
+    def build(self, **options: Json) -> Task:
         """Build the task.
 
         Args:
@@ -70,7 +70,7 @@ class _Known:
     task: str
     files: tuple[str, ...] = ()
     hub: str = ""
-    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    options: Mapping[str, Json] = dataclasses.field(default_factory=dict)
 
 
 _TINYZERO = "countdown/tinyzero_test_2001.parquet"

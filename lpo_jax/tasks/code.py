@@ -9,7 +9,6 @@ assertions of such programs are parsed as pairs of input and output, and never r
 import contextlib
 import json
 from collections.abc import Mapping
-from typing import Any
 
 from lpo_jax.errors import UserError
 from lpo_jax.rewards import VerifierSpec
@@ -19,6 +18,7 @@ from lpo_jax.tasks.prepared import Recipe, Unusable
 from lpo_jax.tasks.splits import as_text, check_fields, field, splits, squeezed
 from lpo_jax.tasks.task import Row, Task
 from lpo_jax.tasks.templates import CODE, bare, prompt_function
+from lpo_jax.types import Json
 
 _PROBLEM = ("problem", "question", "text", "prompt")
 _TESTS = ("tests", "test_cases", "test_list", "test", "reward_model.ground_truth")
@@ -35,7 +35,7 @@ def code_task(
     template: str = "prime",
     fields: Mapping[str, str] | None = None,
     strict: bool = False,
-    verifier_options: Mapping[str, Any] | None = None,
+    verifier_options: Mapping[str, Json] | None = None,
 ) -> Task:
     """Build the code task: rows `{"problem": ..., "tests": {"inputs", "outputs", "fn_name"?}, "solution": ...}`.
 
@@ -52,7 +52,7 @@ def code_task(
     ask = prompt_function("code", template, CODE, "problem")
     fields = check_fields("code", fields, ("problem", "tests", "solution"))
 
-    def convert(row: Row) -> dict[str, Any] | None:
+    def convert(row: Row) -> dict[str, Json] | None:
         if row.get("ability", "code") != "code":
             return None  # PRIME's own file also has mathematics problems
         problem = as_text(bare(field(row, "problem", _PROBLEM, fields), CODE, "problem"), "problem")
@@ -78,7 +78,7 @@ def code_task(
     return Task("code", rows.train, rows.heldout, ask, verifier, _solve, rows.about)
 
 
-def _tests(stored: Any, entry_point: str | None, metadata: Any) -> dict[str, Any]:
+def _tests(stored: Json, entry_point: str | None, metadata: Json) -> dict[str, Json]:
     """Convert tests to the format that the verifier reads without the rest of the row.
 
     Raises:

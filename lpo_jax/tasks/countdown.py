@@ -3,14 +3,14 @@
 import random
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import Any
 
 from lpo_jax.errors import UserError, nearest
 from lpo_jax.rewards import VerifierSpec
 from lpo_jax.tasks.generate import train_and_heldout
 from lpo_jax.tasks.prepared import Recipe
 from lpo_jax.tasks.splits import Splits, field, splits
-from lpo_jax.tasks.task import Row, Task, with_prefill
+from lpo_jax.tasks.task import Prompt, Row, Task, with_prefill
+from lpo_jax.types import Json
 
 # name: (prompt, prefill, target response after the prefill)
 TEMPLATES = {
@@ -100,7 +100,7 @@ def countdown_task(
         rows = _generate(counts, max_number, max_target, operators, train_size, heldout_size, seed)
     prompt, prefill, response = TEMPLATES[template]
 
-    def ask(row: Row) -> str:
+    def ask(row: Row) -> Prompt:
         return with_prefill(prompt.format(numbers=list(row["numbers"]), target=row["target"]), prefill)
 
     def solve(row: Row) -> str | None:
@@ -117,7 +117,7 @@ def _key(row: Row) -> tuple[tuple[int, ...], int]:
 def _recipe(counts: list[int]) -> Recipe:
     """Return the recipe for files, which keeps rows with these counts of numbers."""
 
-    def convert(row: Row) -> dict[str, Any] | None:
+    def convert(row: Row) -> dict[str, Json] | None:
         numbers = field(row, "numbers", ("nums", "numbers"), {})
         target = field(row, "target", ("target",), {})
         whole = isinstance(numbers, list) and all(
@@ -143,7 +143,7 @@ def _generate(
     heldout_size: int,
     seed: int,
 ) -> Splits:
-    def draw(rng: random.Random) -> dict[str, Any] | None:
+    def draw(rng: random.Random) -> dict[str, Json] | None:
         given = [1 + rng.randrange(max_number) for _ in range(counts[rng.randrange(len(counts))])]
         solution, value = _random_expression(rng, given, operators)
         if value is None or value.denominator != 1 or not 1 <= value <= max_target:

@@ -3,12 +3,12 @@
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 from lpo_jax.errors import UserError
+from lpo_jax.types import Json
 
 
-def plain(value: Any) -> Any:
+def plain(value: Json) -> Json:
     """Convert a value to JSON types: arrays to lists, NumPy scalars to numbers, bytes to text."""
     if hasattr(value, "tolist"):
         value = value.tolist()
@@ -21,7 +21,7 @@ def plain(value: Any) -> Any:
     return value
 
 
-def content_hash(*parts: Sequence[Mapping[str, Any]]) -> str:
+def content_hash(*parts: Sequence[Mapping[str, Json]]) -> str:
     """Return the SHA-256 of the rows of each part as canonical JSON, in hexadecimal.
 
     The same rows in the same order have the same hash. A value that JSON cannot represent, such as a fraction, counts
@@ -43,7 +43,7 @@ _HASHED = {
 }
 
 
-class PromptIterator(Iterator[list[tuple[int, Mapping[str, Any]]]]):
+class PromptIterator(Iterator[list[tuple[int, Mapping[str, Json]]]]):
     """An endless iterator over batches of P training rows with their indices, built on grain.
 
     Every epoch is shuffled anew from the seed. A batch never spans two epochs, so no row occurs twice in one batch: two
@@ -68,7 +68,7 @@ class PromptIterator(Iterator[list[tuple[int, Mapping[str, Any]]]]):
 
     def __init__(
         self,
-        rows: Sequence[Mapping[str, Any]],
+        rows: Sequence[Mapping[str, Json]],
         *,
         prompts: int,
         seed: int,
@@ -83,7 +83,7 @@ class PromptIterator(Iterator[list[tuple[int, Mapping[str, Any]]]]):
                 f"data: {prompts} prompts per step from {len(rows)} training rows; need 1 to {len(rows)} prompts"
             )
         self._rows = rows
-        self._about = {"prompts": prompts, "seed": seed, "rows": len(rows)}
+        self._about: dict[str, Json] = {"prompts": prompts, "seed": seed, "rows": len(rows)}
         self._about |= {"data_hash": data_hash, "prompts_hash": prompts_hash}
         indices = grain.MapDataset.source(range(len(rows))).seed(seed).shuffle()
         if backward:
@@ -92,7 +92,7 @@ class PromptIterator(Iterator[list[tuple[int, Mapping[str, Any]]]]):
         self._batches = indices.batch(prompts, drop_remainder=True, batch_fn=list).repeat()
         self._next = 0
 
-    def __next__(self) -> list[tuple[int, Mapping[str, Any]]]:
+    def __next__(self) -> list[tuple[int, Mapping[str, Json]]]:
         batch = [(int(index), self._rows[int(index)]) for index in self._batches[self._next]]
         self._next += 1
         return batch

@@ -2,10 +2,10 @@
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 from lpo_jax.rewards import Verdict, VerifierPool
 from lpo_jax.tasks.task import Prompt, Row, Task
+from lpo_jax.types import Json
 
 _JUDGED = 256  # solutions judged in one call
 _NAMED = 5  # rows with a failing solution that are shown
@@ -16,8 +16,8 @@ def describe_task(
     encode: Callable[[Prompt], list[int]] | None = None,
     decode: Callable[[list[int]], str] | None = None,
     written: Callable[[Row], str] | None = None,
-    pool: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
+    pool: Mapping[str, Json] | None = None,
+) -> dict[str, Json]:
     """Summarise a task: counts, the content hash, and the first row as the model and the verifier see it.
 
     Args:
@@ -38,7 +38,7 @@ def describe_task(
     Raises:
       UserError: if the verifier cannot be started.
     """
-    encode, unit = (encode, "tokens") if encode else (str, "characters")
+    encode, unit = (encode, "tokens") if encode else (str, "characters")  # type: ignore[assignment]
     decode, written = decode or str, written or task.solution
     splits = {"train": task.train, "heldout": task.heldout}
     summaries, prompts = {}, {}
@@ -59,7 +59,7 @@ def describe_task(
         "verifier": {"name": task.verifier.source, **task.verifier.options},
         "prefill": task.prefill,
         "unit": unit,
-        **{name: summary | task.about.get(name, {}) for name, summary in summaries.items()},
+        **{name: {**summary, **task.about.get(name, {})} for name, summary in summaries.items()},
         "overlap": sum(prompt in prompts["train"] for prompt in prompts["heldout"]),
     }
     summary |= {"prompt": decode(encode(task.prompt(first))), "row": dict(first), "solution": solution}
@@ -70,7 +70,7 @@ def describe_task(
 
 def _failing(
     task: Task, rows: Sequence[Row], written: Callable[[Row], str], judges: VerifierPool
-) -> dict[str, Any]:
+) -> dict[str, Json]:
     """Count the rows whose solution the verifier does not pass; the first ones are listed with the reason."""
     failing, first = 0, []
     solved = ((index, row) for index, row in enumerate(rows) if task.solution(row) is not None)
@@ -90,8 +90,8 @@ def _why(verdict: Verdict) -> str:
 
 
 def _split(
-    task: Task, rows: Sequence[Row], encode: Callable[[Prompt], Any]
-) -> tuple[dict[str, Any], set[int]]:
+    task: Task, rows: Sequence[Row], encode: Callable[[Prompt], Json]
+) -> tuple[dict[str, Json], set[int]]:
     """Return the figures of one split, and the hashes of its prompts, which may be too many to keep."""
     prompts, longest, total, solved = set(), 0, 0, 0
     for row in rows:
@@ -109,7 +109,7 @@ def _split(
     }, prompts
 
 
-def description_lines(summary: dict[str, Any]) -> list[str]:
+def description_lines(summary: dict[str, Json]) -> list[str]:
     """Format a summary of `describe_task` as lines of text."""
     splits = [summary["train"], summary["heldout"]]
     named = ("first_skipped", "first_failing")

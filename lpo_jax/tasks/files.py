@@ -7,7 +7,6 @@ import math
 import os
 import random
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 from lpo_jax.errors import UserError, nearest
 from lpo_jax.json_lines import lone_surrogate
@@ -17,6 +16,7 @@ from lpo_jax.tasks.records import find_files, read_data_file, unique_ids
 from lpo_jax.tasks.splits import check_gold, refuse_or_warn
 from lpo_jax.tasks.task import Row, Task, warn_overlap, with_prefill
 from lpo_jax.tasks.templates import FIELD, fill
+from lpo_jax.types import Json
 
 
 def jsonl_task(
@@ -29,7 +29,7 @@ def jsonl_task(
     seed: int = 0,
     strict: bool = False,
     fields: Mapping[str, str] | None = None,
-    verifier_options: Mapping[str, Any] | None = None,
+    verifier_options: Mapping[str, Json] | None = None,
     prefill: str = "",
     solution: str | None = None,
 ) -> Task:
@@ -56,7 +56,8 @@ def jsonl_task(
     if not path and heldout is None:
         raise UserError("task jsonl needs the option 'path', or 'heldout' for evaluation only")
     form = _Form(prompt, verifier, fields, verifier_options, prefill, solution)
-    train, about = (), {}
+    train: list[Row] = []
+    about: dict[str, Json] = {}
     if path:
         train, about["train"] = form.rows(path, "train", strict)
     if heldout is not None:
@@ -74,7 +75,7 @@ def tfds_task(
     train: str = "train",
     heldout: str = "test",
     fields: Mapping[str, str] | None = None,
-    verifier_options: Mapping[str, Any] | None = None,
+    verifier_options: Mapping[str, Json] | None = None,
     prefill: str = "",
     solution: str | None = None,
 ) -> Task:
@@ -139,7 +140,7 @@ class _Form:
                 f"task: the prompt template {prompt!r} has no {{field}}, so every prompt would be the same"
             )
 
-    def row(self, where: str, row: Row) -> dict[str, Any]:
+    def row(self, where: str, row: Row) -> dict[str, Json]:
         """Check a row of the file, and add its fields under the verifier's names.
 
         Raises:
@@ -174,9 +175,10 @@ class _Form:
             check_gold(self._verify, named)
         return named
 
-    def rows(self, source: str, split: str, strict: bool) -> tuple[list[Row], dict[str, Any]]:
+    def rows(self, source: str, split: str, strict: bool) -> tuple[list[Row], dict[str, Json]]:
         """Read the rows of a source; return them with the counts of `prepared.prepare_rows`."""
-        kept, skips = [], []
+        kept: list[Row] = []
+        skips: list[str] = []
         for path in find_files(source, split):
             for where, row in unique_ids(read_data_file(path)):
                 try:
@@ -193,9 +195,11 @@ class _Form:
         return kept, about
 
     def prompt(self, row: Row) -> str:
-        return with_prefill(fill(self._template, row), self._verifier.prefill)
+        return with_prefill(fill(self._template, row), self._verifier.prefill)  # type: ignore[return-value]
 
-    def task(self, name: str, train: Sequence[Row], heldout: Sequence[Row], about: Mapping[str, Any]) -> Task:
+    def task(
+        self, name: str, train: Sequence[Row], heldout: Sequence[Row], about: Mapping[str, Json]
+    ) -> Task:
         solution = (lambda row: fill(self._solution, row)) if self._solution else lambda row: None
         return Task(name, train, heldout, self.prompt, self._verifier, solution, about)
 

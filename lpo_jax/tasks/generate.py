@@ -2,22 +2,22 @@
 
 import random
 from collections.abc import Callable, Hashable
-from typing import Any
 
 from lpo_jax.errors import UserError
+from lpo_jax.types import Json
 
 _PATIENCE = 20_000  # stop after this many draws in a row without a new problem
 
 
 def train_and_heldout(
-    draw: Callable[[random.Random], dict[str, Any] | None],
-    key: Callable[[dict[str, Any]], Hashable],
+    draw: Callable[[random.Random], dict[str, Json] | None],
+    key: Callable[[dict[str, Json]], Hashable],
     *,
     name: str,
     train_size: int,
     heldout_size: int,
     seed: int,
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+) -> tuple[list[dict[str, Json]], list[dict[str, Json]]]:
     """Draw a list of training rows and a list of held-out rows; no problem occurs twice, within a list or across.
 
     The held-out rows are drawn first, from their own random stream. So they do not depend on `train_size`, and a larger
@@ -43,8 +43,9 @@ def train_and_heldout(
         )
     seen: set[Hashable] = set()
 
-    def rows(size: int, stream: str) -> list[dict[str, Any]]:
-        rng, found, misses = random.Random(f"{name}/{seed}/{stream}"), [], 0
+    def rows(size: int, stream: str) -> list[dict[str, Json]]:
+        found: list[dict[str, Json]] = []
+        rng, misses = random.Random(f"{name}/{seed}/{stream}"), 0
         while len(found) < size:
             row = draw(rng)
             if row is not None and key(row) not in seen:

@@ -1,13 +1,13 @@
 """The reasoning-gym task: any of its generated datasets, by name (extra `[envs]`)."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 from lpo_jax.errors import UserError
 from lpo_jax.rewards import VerifierSpec
 from lpo_jax.rewards.gym import open_dataset
 from lpo_jax.tasks.task import Row, Task
 from lpo_jax.tasks.templates import GYM, prompt_function
+from lpo_jax.types import Json
 
 _PATIENCE = 1000  # stop after this many entries in a row without a new question
 
@@ -15,7 +15,7 @@ _PATIENCE = 1000  # stop after this many entries in a row without a new question
 def reasoning_gym_task(
     *,
     dataset: str,
-    config: Mapping[str, Any] | None = None,
+    config: Mapping[str, Json] | None = None,
     train_size: int = 1000,
     heldout_size: int = 128,
     seed: int = 0,
@@ -50,7 +50,7 @@ def reasoning_gym_task(
     return Task("reasoning-gym", train, heldout, ask, verifier, _solve)
 
 
-def _different(name: str, data: Any, wanted: int) -> Iterator[dict[str, Any]]:
+def _different(name: str, data: Json, wanted: int) -> Iterator[dict[str, Json]]:
     """Yield entries with different questions.
 
     Raises:

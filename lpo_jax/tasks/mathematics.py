@@ -6,7 +6,6 @@ only in the last `\boxed{}` of a `solution`. For other names, set the option `fi
 
 import re
 from collections.abc import Mapping
-from typing import Any
 
 from lpo_jax import rewards
 from lpo_jax.errors import UserError
@@ -15,6 +14,7 @@ from lpo_jax.tasks.prepared import Recipe, Unusable
 from lpo_jax.tasks.splits import as_text, check_answer, check_fields, check_gold, field, splits, squeezed
 from lpo_jax.tasks.task import Row, Task
 from lpo_jax.tasks.templates import GSM8K, MATH, bare, prompt_function
+from lpo_jax.types import Json
 
 _PROBLEM = ("problem", "question", "extra_info.question", "prompt")
 _ANSWER = ("answer", "final_answer", "expected_answer", "reward_model.ground_truth")
@@ -30,7 +30,7 @@ def math_task(
     template: str = "boxed",
     fields: Mapping[str, str] | None = None,
     strict: bool = False,
-    verifier_options: Mapping[str, Any] | None = None,
+    verifier_options: Mapping[str, Json] | None = None,
 ) -> Task:
     r"""Build a task of mathematics problems: rows `{"problem": ..., "answer": "\\frac{1}{2}", "solution": ...}`.
 
@@ -47,7 +47,7 @@ def math_task(
     ask, verify = prompt_function("math", template, MATH, "problem"), rewards.get("math")
     fields = check_fields("math", fields, ("problem", "answer", "solution"))
 
-    def convert(row: Row) -> dict[str, Any] | None:
+    def convert(row: Row) -> dict[str, Json] | None:
         if row.get("ability", "math") != "math":
             return None
         problem, solution = _problem(row, "problem", MATH, fields), _solution(row, fields)
@@ -73,7 +73,7 @@ def gsm8k_task(
     template: str = "hashes",
     fields: Mapping[str, str] | None = None,
     strict: bool = False,
-    verifier_options: Mapping[str, Any] | None = None,
+    verifier_options: Mapping[str, Json] | None = None,
 ) -> Task:
     """Build a task of grade-school word problems: rows `{"question": ..., "answer": "72", "solution": "...\\n####
     72"}`.
@@ -93,7 +93,7 @@ def gsm8k_task(
     ask, verify = prompt_function("gsm8k", template, GSM8K, "question"), rewards.get("gsm8k")
     fields = check_fields("gsm8k", fields, ("question", "answer"))
 
-    def convert(row: Row) -> dict[str, Any]:
+    def convert(row: Row) -> dict[str, Json]:
         question = _problem(row, "question", GSM8K, fields)
         derivation = _gold(row, "", fields)
         row = {"question": question, "answer": derivation.rpartition("####")[2].strip()}

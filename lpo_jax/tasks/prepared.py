@@ -16,13 +16,13 @@ import sys
 import tempfile
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from lpo_jax.errors import UserError
 from lpo_jax.hub import cache_dir
 from lpo_jax.tasks.data import plain
 from lpo_jax.tasks.records import find_files, read_data_file, unique_ids
 from lpo_jax.tasks.task import Row
+from lpo_jax.types import Json
 
 _BLOCK = 1024  # rows read at once; reading one at a time takes ten times as long
 _NAMED = 5  # skipped rows whose location and reason are recorded
@@ -50,7 +50,7 @@ class Recipe:
     columns: Mapping[str, str]
     convert: Callable[[Row], Row | None]
     key: Callable[[Row], Hashable]
-    settings: Mapping[str, Any]
+    settings: Mapping[str, Json]
 
 
 class DiskRows(Sequence):
@@ -62,14 +62,16 @@ class DiskRows(Sequence):
       indices: the rows of the source that the sequence consists of, in order; by default all.
     """
 
-    def __init__(self, source: Any, convert: Callable[[int, Row], Row], indices: Sequence[int] | None = None):
+    def __init__(
+        self, source: Json, convert: Callable[[int, Row], Row], indices: Sequence[int] | None = None
+    ):
         self._source, self._convert = source, convert
         self._indices = range(len(source)) if indices is None else indices
 
     def __len__(self) -> int:
         return len(self._indices)
 
-    def __getitem__(self, index: int | slice) -> Row | list[Row]:
+    def __getitem__(self, index: int | slice) -> Row | list[Row]:  # type: ignore[override]
         if isinstance(index, slice):
             return list(self._read(self._indices[index]))
         if not 0 <= index < len(self):
@@ -91,7 +93,7 @@ class DiskRows(Sequence):
 
 def prepare_rows(
     recipe: Recipe, source: str, split: str, leave_out: Collection[Hashable] = ()
-) -> tuple[DiskRows, dict[str, Any]]:
+) -> tuple[DiskRows, dict[str, Json]]:
     """Return the converted rows of a source, in its order; they are written to the cache unless they are there already.
 
     Args:
@@ -107,9 +109,9 @@ def prepare_rows(
       UserError: if a file is missing or damaged, a row is invalid, an id occurs twice, no row is left, or the cache
         cannot be written.
     """
-    files, leave_out = find_files(source, split), {_digest(key) for key in leave_out}
+    files, held_out = find_files(source, split), {_digest(key) for key in leave_out}
     fingerprint = hashlib.sha256(_code_digest())
-    settings = [recipe.name, recipe.columns, recipe.settings, sorted(leave_out)]
+    settings = [recipe.name, recipe.columns, recipe.settings, sorted(held_out)]
     fingerprint.update(json.dumps(settings, sort_keys=True).encode())
     for path in files:
         try:
@@ -119,7 +121,7 @@ def prepare_rows(
             raise UserError(f"{path}: {error.strerror}") from None
     folder = cache_dir() / "tasks" / fingerprint.hexdigest()[:24]
     if not folder.exists():
-        _write(recipe, source, files, leave_out, folder)
+        _write(recipe, source, files, held_out, folder)
 
     import tensorflow_datasets  # imported here, because it is slow to import
 
@@ -164,7 +166,7 @@ def _builder(recipe: Recipe, source: str, files: list[Path], leave_out: set[str]
         "ints": lambda: tfds.features.Sequence(np.int64),
     }
 
-    class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
         name = recipe.name.replace("-", "_")
         VERSION = tfds.core.Version(_VERSION)
         code_path = None  # TFDS must not search for checksums and citations beside this file
@@ -191,7 +193,7 @@ def _builder(recipe: Recipe, source: str, files: list[Path], leave_out: set[str]
 
 
 def _converted(
-    recipe: Recipe, source: str, files: list[Path], leave_out: set[str], about: dict[str, Any]
+    recipe: Recipe, source: str, files: list[Path], leave_out: set[str], about: dict[str, Json]
 ) -> Iterator[Row]:
     """Yield the rows to keep, and count all rows in `about`."""
     about |= dict.fromkeys(("read", "kept", "skipped", "other_kind", "duplicates", "held_out"), 0)

@@ -14,7 +14,6 @@ every worker process, so load large data inside `dataset`, not at the top of the
 import json
 import os
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from lpo_jax.errors import UserError
 from lpo_jax.json_lines import MAX_DEPTH, deeper_than, lone_surrogate, too_deep
@@ -22,6 +21,7 @@ from lpo_jax.rewards import VerifierSpec
 from lpo_jax.rewards.user_code import error_line, find_function, load_module
 from lpo_jax.tasks.data import plain
 from lpo_jax.tasks.task import Prompt, Row, Task, warn_overlap, with_prefill
+from lpo_jax.types import Json
 
 
 def python_task(*, file: str, prefill: str = "") -> Task:
@@ -44,7 +44,7 @@ def python_task(*, file: str, prefill: str = "") -> Task:
     def prompt(row: Row) -> Prompt:
         return with_prefill(ask(row), prefill)
 
-    def split(name: str) -> list[dict[str, Any]]:
+    def split(name: str) -> list[dict[str, Json]]:
         rows = _call(file, f"dataset({name!r})", dataset, name)
         if not isinstance(rows, list | tuple) or not rows:
             raise UserError(f"{file}: dataset({name!r}) did not return a list of rows")
@@ -57,7 +57,7 @@ def python_task(*, file: str, prefill: str = "") -> Task:
     return warn_overlap(Task("python", split("train"), split("heldout"), prompt, verifier, solution))
 
 
-def _check(where: str, file: str, row: Any, ask: Callable[[Row], Prompt]) -> dict[str, Any]:
+def _check(where: str, file: str, row: Json, ask: Callable[[Row], Prompt]) -> dict[str, Json]:
     if not isinstance(row, Mapping) or not row:
         raise UserError(f"{where}: a row must be a dict with at least one field, not {str(row)[:60]!r}")
     if deeper_than(row, MAX_DEPTH):
@@ -86,7 +86,7 @@ def _check(where: str, file: str, row: Any, ask: Callable[[Row], Prompt]) -> dic
     return row
 
 
-def _call(file: str, what: str, function: Callable[..., Any], *arguments: Any) -> Any:
+def _call(file: str, what: str, function: Callable[..., object], *arguments: Json) -> Json:
     """Call a user's function; convert the exceptions that it raises to `UserError`."""
     try:
         return function(*arguments)

@@ -20,11 +20,11 @@ import re
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 from lpo_jax.errors import UserError
 from lpo_jax.hub import hub_failure
 from lpo_jax.json_lines import MAX_DEPTH, deeper_than, loads, too_deep
+from lpo_jax.types import Json
 
 SUFFIXES = (".parquet", ".jsonl", ".json", ".jsonl.gz", ".json.gz")
 
@@ -60,7 +60,7 @@ def find_files(source: str, split: str) -> list[Path]:
     return found
 
 
-def read_data_file(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_data_file(path: Path) -> Iterator[tuple[str, dict[str, Json]]]:
     """Yield the location and content of every row of a file, such as `("a.jsonl:7", {...})`.
 
     Raises:
@@ -83,7 +83,7 @@ def read_data_file(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise UserError(f"{path}: the file is empty")
 
 
-def unique_ids(rows: Iterable[tuple[str, dict[str, Any]]]) -> Iterator[tuple[str, dict[str, Any]]]:
+def unique_ids(rows: Iterable[tuple[str, dict[str, Json]]]) -> Iterator[tuple[str, dict[str, Json]]]:
     """Yield rows unchanged, and check that no `id` occurs twice.
 
     Raises:
@@ -98,7 +98,7 @@ def unique_ids(rows: Iterable[tuple[str, dict[str, Any]]]) -> Iterator[tuple[str
         yield where, row
 
 
-def _json(path: Path) -> Iterator[tuple[str, Any]]:
+def _json(path: Path) -> Iterator[tuple[str, Json]]:
     opener = gzip.open if path.suffix == ".gz" else open
     # Only newlines end a line: universal newlines would split a row at a carriage return.
     with opener(path, "rt", encoding="utf-8-sig", newline="\n") as file:
@@ -118,7 +118,7 @@ def _json(path: Path) -> Iterator[tuple[str, Any]]:
             yield f"{path}:{number}", row
 
 
-def _array(path: Path, text: str) -> list[Any]:
+def _array(path: Path, text: str) -> list[Json]:
     """Return the rows of a JSON list, and check their depth of nesting."""
     try:
         rows = json.loads(text)
@@ -140,7 +140,7 @@ def _first_character(file) -> str:
     return character
 
 
-def _parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _parquet(path: Path) -> Iterator[tuple[str, dict[str, Json]]]:
     import pyarrow  # imported here, because it is slow to import
     import pyarrow.parquet
 

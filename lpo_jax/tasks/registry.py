@@ -1,7 +1,6 @@
 """Look up tasks by name."""
 
 from collections.abc import Callable
-from typing import Any
 
 from lpo_jax.errors import UserError, nearest
 from lpo_jax.rewards.registry import check_options
@@ -13,6 +12,7 @@ from lpo_jax.tasks.gym import reasoning_gym_task
 from lpo_jax.tasks.mathematics import gsm8k_task, math_task
 from lpo_jax.tasks.python_file import python_task
 from lpo_jax.tasks.task import Task, as_chat
+from lpo_jax.types import Json
 
 _BUILDERS: dict[str, Callable[..., Task]] = {
     "arithmetic": arithmetic_task,
@@ -32,7 +32,7 @@ def names() -> list[str]:
     return sorted(_BUILDERS)
 
 
-def get(name: str, *, chat: bool = False, system: str = "", **options: Any) -> Task:
+def get(name: str, *, chat: bool = False, system: str = "", **options: Json) -> Task:
     """Build a task and check all its rows.
 
     Args:

@@ -5,13 +5,13 @@ import math
 import random
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from lpo_jax.errors import UserError, nearest
 from lpo_jax.json_lines import lone_surrogate
 from lpo_jax.rewards import Verifier
 from lpo_jax.tasks.prepared import Recipe, Unusable, prepare_rows
 from lpo_jax.tasks.task import Row
+from lpo_jax.types import Json
 
 MOST_HELD_OUT = 512  # largest default number of held-out rows
 
@@ -22,7 +22,7 @@ class Splits:
 
     train: Sequence[Row]
     heldout: Sequence[Row]
-    about: Mapping[str, Mapping[str, Any]]
+    about: Mapping[str, Mapping[str, Json]]
 
 
 def splits(
@@ -56,7 +56,7 @@ def splits(
         raise UserError(
             f"task {recipe.name}: train_size {train_size}, heldout_size {heldout_size}: must be 0 or more"
         )
-    about: dict[str, Any] = {}
+    about: dict[str, Json] = {}
 
     def load(source: str, split: str, leave_out=()):
         rows, about[split] = prepare_rows(recipe, source, split, leave_out)
@@ -77,7 +77,7 @@ def splits(
         if not path:
             return Splits((), kept, about)
     rows = load(path, "train", {recipe.key(row) for row in whole} if heldout else ())
-    left = range(len(rows))
+    left: Sequence[int] = range(len(rows))
     if not heldout:
         size = heldout_size or max(1, min(MOST_HELD_OUT, len(rows) // 10))
         held = draw("heldout", left, size, path)
@@ -89,7 +89,7 @@ def splits(
     return Splits(rows.select(draw("train", left, train_size, path)), kept, about)
 
 
-def refuse_or_warn(task: str, source: str, about: Mapping[str, Any], strict: bool) -> None:
+def refuse_or_warn(task: str, source: str, about: Mapping[str, Json], strict: bool) -> None:
     """Warn if rows of a source were skipped, by the counts of `prepare_rows`.
 
     Raises:
@@ -121,7 +121,7 @@ def check_gold(verify: Verifier, row: Row) -> None:
         raise Unusable(str(verdict.parts.get("reason", "the verifier cannot judge it")))
 
 
-def check_answer(gold: Any) -> None:
+def check_answer(gold: Json) -> None:
     """Check that a gold answer is a value whose text is meaningful, unlike `nan`.
 
     Raises:
@@ -136,7 +136,7 @@ def check_answer(gold: Any) -> None:
             check_answer(item)
 
 
-def field(row: Row, name: str, known: Sequence[str], fields: Mapping[str, str]) -> Any:
+def field(row: Row, name: str, known: Sequence[str], fields: Mapping[str, str]) -> Json:
     """Return the value of a field of a file's row, which may have one of several names.
 
     Args:
@@ -149,7 +149,7 @@ def field(row: Row, name: str, known: Sequence[str], fields: Mapping[str, str]) 
       UserError: if there is no such field.
     """
     for path in [fields[name]] if name in fields else known:
-        value: Any = row
+        value: Json = row
         for part in path.split("."):
             value = value.get(part, _ABSENT) if isinstance(value, Mapping) else _ABSENT
         if value is not _ABSENT:
@@ -164,7 +164,7 @@ def field(row: Row, name: str, known: Sequence[str], fields: Mapping[str, str]) 
 _ABSENT = object()
 
 
-def as_text(value: Any, name: str) -> str:
+def as_text(value: Json, name: str) -> str:
     """Check that a field is text that can be used in a prompt, and return it.
 
     Raises:

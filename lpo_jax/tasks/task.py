@@ -4,12 +4,12 @@ import dataclasses
 import functools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 from lpo_jax.rewards import VerifierSpec
 from lpo_jax.tasks.data import content_hash
+from lpo_jax.types import Json
 
-Row = Mapping[str, Any]
+Row = Mapping[str, Json]
 Prompt = str | list[dict[str, str]]
 
 
@@ -34,7 +34,7 @@ class Task:
     prompt: Callable[[Row], Prompt]
     verifier: VerifierSpec
     solution: Callable[[Row], str | None] = lambda row: None
-    about: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    about: Mapping[str, Mapping[str, Json]] = dataclasses.field(default_factory=dict)
 
     @property
     def prefill(self) -> str:
@@ -68,7 +68,7 @@ def as_chat(task: Task, system: str = "") -> Task:
         if isinstance(prompt, str):
             user = {"role": "user", "content": prompt.removesuffix(task.prefill).strip()}
             prompt = with_prefill([user], task.prefill)
-        return [{"role": "system", "content": system}, *prompt] if system else prompt
+        return [{"role": "system", "content": system}, *prompt] if system else prompt  # type: ignore[return-value]
 
     return dataclasses.replace(task, prompt=messages)
 

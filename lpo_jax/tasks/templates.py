@@ -6,10 +6,10 @@ does not give two instructions for the form of the answer.
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 from lpo_jax.errors import UserError, nearest
 from lpo_jax.tasks.task import Prompt, Row
+from lpo_jax.types import Json
 
 # Matches only {field}: \boxed{} and other braces in a template are kept.
 FIELD = re.compile(r"\{(\w+)\}")
@@ -101,7 +101,7 @@ def prompt_function(
     ]
 
 
-def bare(prompt: Any, known: Mapping[str, Template], field: str) -> Any:
+def bare(prompt: Json, known: Mapping[str, Template], field: str) -> Json:
     """Return the problem inside a prompt: the last user message, without a known template or an R1-style conversation.
 
     A value that is not a prompt is returned unchanged.

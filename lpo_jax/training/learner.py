@@ -5,7 +5,6 @@ Axes: P prompts · K responses · T response tokens.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +24,7 @@ from lpo_jax.training.measure import over_updates
 from lpo_jax.training.model import TrainedModel
 from lpo_jax.training.optimizer import Optimizer, make_optimizer, planned_updates
 from lpo_jax.training.step import signal, token_metrics, update
+from lpo_jax.types import Json, PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,11 +70,11 @@ class Learner:
         """Metrics of all hooks for the last step."""
         return {name: value for hook in self.hooks for name, value in hook.metrics().items()}
 
-    def state(self) -> list[Any]:
+    def state(self) -> list[Json]:
         """States of all hooks, as JSON."""
         return [hook.state() for hook in self.hooks]
 
-    def restore(self, states: Sequence[Any]) -> None:
+    def restore(self, states: Sequence[PyTree]) -> None:
         """Restores the hooks from `state()`."""
         for hook, state in zip(self.hooks, states, strict=True):
             hook.restore(state)

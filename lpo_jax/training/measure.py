@@ -5,7 +5,6 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import jax
 import jax.monitoring
@@ -16,6 +15,7 @@ from lpo_jax.evaluation.heldout import Evaluation
 from lpo_jax.reporting import validation_metrics
 from lpo_jax.rewards.verdict import OUTCOMES
 from lpo_jax.rollout.collect import Rollouts
+from lpo_jax.types import Json
 
 # Reduced by max over the updates of a step; all others by mean.
 WORST = {"lpo/score_abs_max", "lpo/coef_sum"}
@@ -38,7 +38,7 @@ def stopwatch() -> Iterator[Callable[[], float]]:
     end = time.perf_counter()
 
 
-def _count_compile(event: str, duration: float, **_: Any) -> None:
+def _count_compile(event: str, duration: float, **_: Json) -> None:
     global _compiles
     _compiles += event == "/jax/core/compile/backend_compile_duration"
 
@@ -46,7 +46,7 @@ def _count_compile(event: str, duration: float, **_: Any) -> None:
 jax.monitoring.register_event_duration_secs_listener(_count_compile)
 
 
-def over_updates(updates: list[dict[str, Any]]) -> dict[str, float]:
+def over_updates(updates: list[dict[str, Json]]) -> dict[str, float]:
     """Reduces the metrics of a step's updates to one value each."""
     merged = {}
     for name in updates[0]:

@@ -6,10 +6,10 @@ Axes: K responses · S prompt tokens · T response tokens.
 import dataclasses
 import math
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from lpo_jax.config import Config
 from lpo_jax.models.config import ModelConfig
@@ -77,7 +77,7 @@ def most_update_tokens(config: Config) -> int:
     return max(update, warm.batch_size * (S + T) if warm.steps else 0)
 
 
-def kept_bytes(model: ModelConfig, tokens: int, dtype: Any) -> int:
+def kept_bytes(model: ModelConfig, tokens: int, dtype: DTypeLike) -> int:
     """Return the bytes of the activations saved for the backward pass, over all layers.
 
     These are the outputs of the matrix products, those of attention to the prompt and to the response itself, and the

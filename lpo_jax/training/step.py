@@ -17,7 +17,6 @@ M microbatches · B rows of one · C tokens of a row · p prompts, k responses o
 """
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,10 +28,10 @@ from lpo_jax.objectives import Listwise, Objective, Scored, TokenStats
 from lpo_jax.parallel.sharding import whole
 from lpo_jax.runs.state import TrainState
 from lpo_jax.training.optimizer import Optimizer
+from lpo_jax.types import PyTree
 
 
-@struct.dataclass
-class Signal:
+class Signal(struct.PyTreeNode):
     """The output of a method for a minibatch.
 
     Attributes:
@@ -45,7 +44,7 @@ class Signal:
     cotangent: TokenStats
     view: Listwise
     metrics: dict[str, jax.Array]
-    control: Any
+    control: PyTree
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -15,7 +15,6 @@ combined with. Each hook overrides the methods of its phases. Its state is JSON 
 
 import dataclasses
 from collections.abc import Callable, Collection
-from typing import Any
 
 import numpy as np
 
@@ -29,6 +28,7 @@ from lpo_jax.rollout.batch import Batch
 from lpo_jax.rollout.collect import Rollouts
 from lpo_jax.rollout.environment import Environment
 from lpo_jax.sampling import SampleRequest, Sampling
+from lpo_jax.types import Json, PyTree
 
 Rows = list[tuple[int, tasks.Row]]
 
@@ -51,7 +51,7 @@ class Tools:
     runner: ModelRunner
     step: int
     params: Params
-    weights: Any
+    weights: PyTree
 
     def sample(
         self,
@@ -61,7 +61,7 @@ class Tools:
         num_responses: int = 0,
         max_tokens: int = 0,
         greedy: bool = False,
-        **options: Any,
+        **options: Json,
     ) -> Rollouts:
         """Samples and verifies responses with the run's settings.
 
@@ -132,7 +132,7 @@ class RunHook:
     def observe(self, sampled: Rollouts) -> None:
         """Reads everything that the step sampled, as it was before it was mended and selected."""
 
-    def annotate(self, batch: Batch, rollouts: Rollouts, tools: Tools) -> dict[str, Any]:
+    def annotate(self, batch: Batch, rollouts: Rollouts, tools: Tools) -> dict[str, Json]:
         """Returns fields of `Scored` by name."""
         return {}
 
@@ -144,11 +144,11 @@ class RunHook:
         """Metrics of the last step."""
         return {}
 
-    def state(self) -> Any:
+    def state(self) -> PyTree:
         """The state to save, as JSON."""
         return None
 
-    def restore(self, state: Any) -> None:
+    def restore(self, state: Json) -> None:
         """Restores what `state()` returned."""
 
 

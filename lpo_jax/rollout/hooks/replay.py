@@ -85,5 +85,5 @@ def _batch(arrays: dict[str, np.ndarray]) -> Batch:
 
     scored, teacher = fields("scored."), fields("scored.teacher.")
     if teacher:
-        scored["teacher"] = Teacher(**teacher)
+        scored["teacher"] = Teacher(**teacher)  # type: ignore[assignment]
     return Batch(Groups(**fields("groups.")), Scored(**scored))
