@@ -1,4 +1,4 @@
-"""Responses to task rows, sampled and verified: what training learns from and evaluation counts.
+"""Sampling and verification of responses to task rows, for training and for evaluation.
 
 Axes: P prompts · K responses · T response tokens.
 """
@@ -25,7 +25,7 @@ from lpo_jax.types import PyTree, Tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class Rollouts:
-    """One batch, row by row; lists are `[P]`, or `[P][K]` for responses."""
+    """Sampled and verified responses to a batch of rows. Lists are `[P]`, or `[P][K]` for responses."""
 
     ids: list[int]
     prompt_texts: list[str]
@@ -42,31 +42,31 @@ class Rollouts:
 
     @property
     def rewards(self) -> np.ndarray:
-        """`[P, K]` float32."""
+        """Rewards `[P, K]`, float32."""
         return np.array([[v.reward for v in group] for group in self.verdicts], np.float32)
 
     @property
     def passed(self) -> np.ndarray:
-        """`[P, K]` bool."""
+        """Whether a response passed, `[P, K]` bool."""
         return np.array([[v.outcome == "pass" for v in group] for group in self.verdicts])
 
     @property
     def malformed(self) -> np.ndarray:
-        """`[P, K]` bool: no answer in the asked form."""
+        """Whether a response has no answer in the required form, `[P, K]` bool."""
         return np.array([[v.outcome == "malformed" for v in group] for group in self.verdicts])
 
     @property
     def valid(self) -> np.ndarray:
-        """`[P, K]` bool: False where the verifier, not the response, failed."""
+        """Whether a response was judged, `[P, K]` bool; False if the verifier itself failed."""
         return np.array([[not v.masked for v in group] for group in self.verdicts])
 
     @property
     def failures(self) -> Failures:
-        """Responses that could not be judged, and why."""
+        """The responses that could not be judged, by reason."""
         return failures(verdict for group in self.verdicts for verdict in group)
 
     def take(self, prompts: Sequence[int]) -> "Rollouts":
-        """Some of the groups, in the given order."""
+        """Select groups by index, in the given order."""
         some = np.asarray(prompts, int)
         of = lambda items: [items[p] for p in some]  # noqa: E731
         return dataclasses.replace(
@@ -81,7 +81,7 @@ class Rollouts:
         )
 
     def records(self) -> list[dict]:
-        """One dict a response, group by group, under verl's names where it has them."""
+        """Return one dict for each response, group by group, with verl's names where it has them."""
         return [
             {
                 "id": row_id,
@@ -100,7 +100,7 @@ class Rollouts:
 
 
 def concatenate(batches: Sequence[Rollouts]) -> Rollouts:
-    """Concatenates rollouts of equal K; prompts and responses are padded to the longest."""
+    """Concatenate rollouts of equal K; prompts and responses are padded to the longest."""
     responses = [vars(batch.responses) for batch in batches]
     S = max(batch.prompts.shape[-1] for batch in batches)
     T = max(r["tokens"].shape[-1] for r in responses)
@@ -123,7 +123,7 @@ def concatenate(batches: Sequence[Rollouts]) -> Rollouts:
 
 
 def replace_response(batch: Rollouts, p: int, k: int, source: Rollouts, q: int, j: int) -> Rollouts:
-    """Response (p, k) of a batch becomes response (q, j) of another; its prompt stays."""
+    """Replace response (p, k) of a batch by response (q, j) of another; the prompt stays."""
     both = concatenate([batch, source.take([q])])
     fields = {name: x[:-1].copy() for name, x in vars(both.responses).items()}
     for name, x in vars(both.responses).items():
@@ -136,7 +136,7 @@ def replace_response(batch: Rollouts, p: int, k: int, source: Rollouts, q: int, 
 
 @dataclasses.dataclass(frozen=True)
 class Collector:
-    """Samples with one model and task; `weights` come from `sampler.prepare`."""
+    """Samples and verifies responses with one model and one task."""
 
     task: Task
     tokenizer: Tokenizer
@@ -145,7 +145,7 @@ class Collector:
     max_prompt_tokens: int
 
     def text(self, ids: Sequence[int]) -> str:
-        """The text of a response, or of the beginning of one, as the verifier sees it."""
+        """Return the text of a response, or of its first tokens, as the verifier receives it."""
         return response_text(self.tokenizer, ids, self.sampler.eos_ids)
 
     def __call__(
@@ -158,28 +158,32 @@ class Collector:
         written: Sequence[str] | None = None,
         at_least: int = 0,
     ) -> Rollouts:
-        """Samples `request.num_responses` responses to each `(id, row)` and verifies them.
+        """Sample `request.num_responses` responses to each row and verify them.
 
         Args:
+          weights: from `sampler.prepare`.
+          rows: pairs of id and row; random numbers depend on the id.
+          request: settings of the sampler.
           prompts: token ids to continue instead of the rows' own prompts.
-          written: for each row, what of the response its prompt holds already: the verifier sees it in front.
+          written: for each row, the text of the response that its prompt already contains; the verifier receives it
+            before the sampled text.
           at_least: see `Sampler`.
         """
         started = time.perf_counter()
         hosts.phase("sampling")
         ids = prompts or [encode_prompt(self.task, self.tokenizer, row) for _, row in rows]
-        # Prompts that were made longer go to the next power of two, not each to a size of its own.
+        # Extended prompts are padded to a power of two, which bounds the number of compiled programs.
         limit = self.max_prompt_tokens if max(map(len, ids)) <= self.max_prompt_tokens else NO_LIMIT
         padded, lengths = pad_prompts(ids, limit)
         P, K = len(ids), request.num_responses
-        own = range(P)[hosts.share(P)]  # of many hosts each decodes and verifies its part
+        own = range(P)[hosts.share(P)]  # each host decodes and verifies its share
         texts = [[""] * K for _ in own]
         handed_in: list[tuple[int, int]] = []
         written = written or [""] * P
         with self.pool.judging() as job:
 
             def hand_in(p: int, k: int, token_ids: list[int]) -> None:
-                """Verifies finished responses while others are still sampled."""
+                """Submit a finished response to the verifiers while others are still sampled."""
                 if p in own:
                     text = self.text(token_ids)
                     texts[p - own.start][k] = text
@@ -220,10 +224,10 @@ def within_limit(
     what: str,
     settings: tuple[str, str] = ("sampling.max_prompt_tokens", "sampling.overlong_prompts"),
 ):
-    """The rows whose prompts fit, how many do not, and the SHA-256 of the token ids of all prompts.
+    """Return the rows whose prompts fit, the number that do not fit, and the SHA-256 of the token ids of all prompts.
 
     Args:
-      settings: what the user calls `limit` and `drop`.
+      settings: the names of the settings that `limit` and `drop` come from, for messages.
 
     Raises:
       UserError: a prompt cannot be encoded, some do not fit and `drop` is off, or none is left.

@@ -1,4 +1,4 @@
-"""Task rows to token ids."""
+"""Encoding of task rows as token ids."""
 
 from collections.abc import Collection, Mapping
 
@@ -9,12 +9,12 @@ from lpo_jax.types import Json, Tokenizer
 
 
 def encode_prompt(task: Task, tokenizer: Tokenizer, row: Mapping[str, Json]) -> list[int]:
-    """The ids a response to this row continues, the task's prefill included."""
+    """Return the token ids of a row's prompt, including the task's prefill."""
     return encode(tokenizer, task.prompt(row))
 
 
 def encode_hinted(task: Task, tokenizer: Tokenizer, row: Mapping[str, Json], hint: str) -> list[int]:
-    """The row's prompt with a hint at the end of the question, before the prefill."""
+    """Return the token ids of a row's prompt with a hint at the end of the question, before the prefill."""
     prompt = task.prompt(row)
     if isinstance(prompt, str):
         return encode(tokenizer, f"{prompt.removesuffix(task.prefill).rstrip()}\n{hint}\n{task.prefill}")
@@ -24,9 +24,9 @@ def encode_hinted(task: Task, tokenizer: Tokenizer, row: Mapping[str, Json], hin
 
 
 def encode_solution(task: Task, tokenizer: Tokenizer, row: Mapping[str, Json]) -> list[int]:
-    """The ids of the row's solution and the end token: what a supervised response must be.
+    """Return the token ids of a row's solution and the end token, as a supervised response.
 
-    Encoded apart from the prompt: a sampled response begins at a token boundary too.
+    The solution is encoded separately from the prompt, because a sampled response begins at a token boundary too.
 
     Raises:
       UserError: the model has no end token.
@@ -40,5 +40,5 @@ def encode_solution(task: Task, tokenizer: Tokenizer, row: Mapping[str, Json]) -
 
 
 def solution_text(task: Task, tokenizer: Tokenizer, row: Mapping[str, Json], eos_ids: Collection[int]) -> str:
-    """The row's solution as the verifier sees it once a model has written its tokens."""
+    """Return the text that the verifier would receive for a response with the tokens of the row's solution."""
     return response_text(tokenizer, tokenizer.encode(task.solution(row), add_special_tokens=False), eos_ids)

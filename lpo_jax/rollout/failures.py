@@ -1,7 +1,7 @@
-"""Responses that no verifier judged: how many, why, and whether a run can go on.
+"""Responses that the verifier could not judge: their number, the reasons, and whether a run can continue.
 
 An `infrastructure` verdict masks its sample, because it contains no information about the response. A verifier that
-fails on every response therefore leaves nothing to learn from and nothing to score, and the run must stop.
+fails on every response therefore leaves nothing to learn from and nothing to score, so the run must stop.
 """
 
 import collections
@@ -17,11 +17,11 @@ QUIET = 10  # steps or evaluations within which a warning with the same reason i
 
 @dataclasses.dataclass(frozen=True)
 class Failures:
-    """What became of a set of responses.
+    """Counts of the responses of a step or an evaluation that could not be judged.
 
     Attributes:
-      responses: how many there are.
-      reasons: reason -> how many of them were masked for it.
+      responses: number of all responses.
+      reasons: number of masked responses by reason.
     """
 
     responses: int
@@ -29,35 +29,35 @@ class Failures:
 
     @property
     def masked(self) -> int:
-        """Responses that could not be judged."""
+        """Number of responses that could not be judged."""
         return sum(self.reasons.values())
 
     @property
     def share(self) -> float:
-        """Of masked responses; 0 where there are no responses."""
+        """Share of masked responses; 0 without responses."""
         return self.masked / max(self.responses, 1)
 
     @property
     def reason(self) -> str:
-        """The most frequent one; empty where nothing was masked."""
+        """The most frequent reason; empty if no response is masked."""
         return max(self.reasons, key=self.reasons.__getitem__, default="")
 
 
 def failures(verdicts: Iterable[Verdict]) -> Failures:
-    """Counts the masked responses and their reasons."""
+    """Count the masked responses and their reasons."""
     verdicts = list(verdicts)
     reasons = (str(v.parts.get("reason") or "no reason was given") for v in verdicts if v.masked)
     return Failures(len(verdicts), dict(collections.Counter(reasons)))
 
 
 def require_judged(found: Failures, where: str) -> None:
-    """Stops a run that has nothing to go on.
+    """Raise an error if no response could be judged.
 
     Args:
       where: the step or the evaluation, for the message.
 
     Raises:
-      VerifierFailed: every one of the responses was masked.
+      VerifierFailed: all responses are masked.
     """
     if found.responses and found.masked == found.responses:
         raise VerifierFailed(
@@ -67,7 +67,7 @@ def require_judged(found: Failures, where: str) -> None:
 
 
 def warning(found: Failures, where: str) -> str | None:
-    """One line on more masked responses than `WARN_ABOVE`; None where there are fewer."""
+    """Return a one-line warning if the share of masked responses exceeds `WARN_ABOVE`, else None."""
     if found.share <= WARN_ABOVE:
         return None
     return (
@@ -77,13 +77,17 @@ def warning(found: Failures, where: str) -> str | None:
 
 
 class Watch:
-    """Checks one step or evaluation after another, and does not repeat itself."""
+    """Checks the responses of successive steps and evaluations, without repeating a warning too often."""
 
     def __init__(self):
         self._checked, self._warned = 0, {}
 
     def check(self, found: Failures, where: str) -> str | None:
-        """The warning that is due, if any. Raises `VerifierFailed` as `require_judged`."""
+        """Return a warning if one is due.
+
+        Raises:
+          VerifierFailed: as `require_judged`.
+        """
         require_judged(found, where)
         message, self._checked = warning(found, where), self._checked + 1
         if message and self._checked - self._warned.get(found.reason, -QUIET) >= QUIET:
