@@ -67,7 +67,7 @@ class Environment:
 def check_prompts(
     config: Config, task: tasks.Task, tokenizer: Tokenizer
 ) -> tuple[list[tasks.Row], list[tasks.Row], int, str]:
-    """Encodes all prompts once and applies the length limit.
+    """Encode all prompts once and apply the length limit.
 
     Returns:
       Training rows, held-out rows, the number of dropped rows, and the SHA-256 of the training prompts.
@@ -102,7 +102,7 @@ def open_environment(
     eos_ids: tuple[int, ...],
     decoding: jax.sharding.Mesh | None,
 ) -> Iterator[Environment]:
-    """Checks the prompts, starts the verifiers and makes the sampler.
+    """Check the prompts, start the verifiers and make the sampler.
 
     Args:
       decoding: the mesh to sample on; None without a mesh.

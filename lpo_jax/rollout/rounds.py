@@ -26,7 +26,7 @@ def sample_round(
     data: tasks.PromptIterator,
     step: int,
 ) -> tuple[Rollouts, Tools]:
-    """Samples the groups of a step, phase by phase (`hooks/base.py`).
+    """Sample the groups of a step, phase by phase (`hooks/base.py`).
 
     Args:
       hooks: the method's, in its order.
@@ -44,7 +44,7 @@ def sample_round(
         hook.begin()
 
     def more() -> Rollouts | None:
-        """Samples a further batch of prompts that the step has not seen yet; None if the data offers no others."""
+        """Sample a further batch of prompts that the step has not seen yet; None if the data offers no others."""
         seen = {row for rollouts in sampled for row in rollouts.ids}
         rows = next(data)
         wanted = len(rows)

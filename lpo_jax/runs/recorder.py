@@ -56,7 +56,7 @@ class Recorder:
         return self._stack.__exit__(*exception)
 
     def restore(self, abstract_state: PyTree) -> Position | None:
-        """Restores the newest checkpoint and truncates the files to its step.
+        """Restore the newest checkpoint and truncate the files to its step.
 
         Args:
           abstract_state: shapes and shardings of the train state; its frozen base is not in the checkpoint.
@@ -81,7 +81,7 @@ class Recorder:
         return Position(self.checkpoints.restore(step, abstract_state.replace(frozen=None)), **record)
 
     def save(self, position: Position) -> bool:
-        """Saves the position, unless its step is saved already, and its score. Returns whether anything was saved."""
+        """Save the position, unless its step is saved already, and its score. Returns whether anything was saved."""
         changing = position.state.replace(frozen=None)  # the base of adapters is read from the model's files
         fresh = self.checkpoints.save(position.step, changing, position.record(), position.score)
         if not self._saved:  # later saves run in the background; the first one is noted once it is complete
@@ -94,14 +94,14 @@ class Recorder:
         self.run.note_saved(step)
 
     def check_verdicts(self, found: Failures, where: str) -> None:
-        """Logs a warning if many responses could not be judged. Raises `VerifierFailed` if none could."""
+        """Log a warning if many responses could not be judged. Raises `VerifierFailed` if none could."""
         if warning := self._watch.check(found, where):
             self.progress.log(warning)
 
     def write_evaluation(
         self, position: Position, evaluation: Evaluation, row: dict[str, float], label: str | None
     ) -> None:
-        """Writes the metrics and the responses of a held-out evaluation, and notes it in the position.
+        """Write the metrics and the responses of a held-out evaluation, and note it in the position.
 
         Args:
           label: shows the evaluation at the end of the run, under this name.
@@ -113,14 +113,14 @@ class Recorder:
         self.progress.update(position.step, row)
 
     def write_step(self, step: int, row: dict[str, float], rollouts: Rollouts, views: list[Listwise]) -> None:
-        """Writes the metrics of a step, and its responses with the objective's view of them."""
+        """Write the metrics of a step, and its responses with the objective's view of them."""
         if self.config.training.save_rollouts:
             self.writer.write_samples(step, rollout_records(rollouts, views))
         self.writer.write(step, row)
         self.progress.update(step, row)
 
     def finish(self, position: Position, task: str, example_prompt: str) -> None:
-        """Prints the end of a run: evaluations before and after, sample responses, plots, and the next commands.
+        """Print the end of a run: evaluations before and after, sample responses, plots, and the next commands.
 
         Args:
           task: its name.

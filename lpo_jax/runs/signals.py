@@ -60,7 +60,7 @@ class Signals:
             self._hook(unraisable)
 
     def agree(self) -> None:
-        """Raises `Interrupted` on all hosts if any has received a signal; called by all together, between two steps."""
+        """Raise `Interrupted` on all hosts if any has received a signal; called by all together, between two steps."""
         if self._many and any(hosts.gather(self._waiting)):
             raise Interrupted
 

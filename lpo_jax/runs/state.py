@@ -65,7 +65,7 @@ class Position:
     milestones: dict[str, dict] = dataclasses.field(default_factory=dict)
 
     def advance(self, state: TrainState, data: Json, hooks: list[Json] | None = None) -> None:
-        """Moves the position one step on."""
+        """Move the position one step on."""
         self.state, self.data, self.hooks = state, data, hooks
         self.step, self.evaluated, self.evaluations, self.score = self.step + 1, False, 0, None
 
@@ -75,7 +75,7 @@ class Position:
         return {name: getattr(self, name) for name in names}
 
     def add_evaluation(self, evaluation: Evaluation, label: str | None) -> None:
-        """Records the held-out evaluation of `step`; one with a label is shown at the end of the run."""
+        """Record the held-out evaluation of `step`; one with a label is shown at the end of the run."""
         self.evaluated, self.evaluations = True, self.evaluations + 1
         if self.step > 0 and math.isfinite(evaluation.score):
             self.score = evaluation.score

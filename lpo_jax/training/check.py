@@ -12,7 +12,7 @@ from lpo_jax.training.mirror_file import read_map
 
 
 def check_config(config: Config) -> objectives.Objective:
-    """Refuses settings that cannot train, before anything is loaded. Returns the objective.
+    """Refuse settings that cannot train, before anything is loaded, and return the objective.
 
     Raises:
       UserError: one line naming the key and the way out.

@@ -17,7 +17,7 @@ from lpo_jax.training.session import Session
 def drive(
     session: Session, recorder: Recorder, position: Position, run_step: Callable[[Position], None]
 ) -> None:
-    """Runs steps until the last one, evaluates and saves as the config says, and prints the end of the run.
+    """Run steps until the last one, evaluate and save as the config says, and print the end of the run.
 
     Args:
       run_step: moves the position one step on.
@@ -54,7 +54,7 @@ def restore(session: Session, recorder: Recorder, abstract_state: TrainState) ->
 
 
 def note_facts(session: Session, recorder: Recorder) -> None:
-    """Notes in run.json what is known once the session is open: data, microbatch and sandbox."""
+    """Note in run.json what is known once the session is open: data, microbatch and sandbox."""
     environment = session.environment
     task = environment.task
     hashes = {"content_hash": task.content_hash, "prompts_hash": environment.prompts_hash}
@@ -65,7 +65,7 @@ def note_facts(session: Session, recorder: Recorder) -> None:
 
 
 def evaluate_and_save(session: Session, recorder: Recorder, position: Position) -> None:
-    """Evaluates and saves the position if they are due at its step."""
+    """Evaluate and save the position if they are due at its step."""
     config, step, last = recorder.config, position.step, position.step >= recorder.total
     if not position.evaluated and (step == 0 or last or _due(step, config.evaluation.every)):
         record_evaluation(
@@ -81,7 +81,7 @@ def evaluate_and_save(session: Session, recorder: Recorder, position: Position) 
 def record_evaluation(
     session: Session, recorder: Recorder, position: Position, label: str | None = None
 ) -> Evaluation:
-    """Evaluates the current parameters on the held-out problems and records the result.
+    """Evaluate the current parameters on the held-out problems and record the result.
 
     Args:
       label: shows the evaluation at the end of the run, under this name.

@@ -75,7 +75,7 @@ class Learner:
         return [hook.state() for hook in self.hooks]
 
     def restore(self, states: Sequence[PyTree]) -> None:
-        """Restores the hooks from `state()`."""
+        """Restore the hooks from `state()`."""
         for hook, state in zip(self.hooks, states, strict=True):
             hook.restore(state)
 
@@ -92,7 +92,7 @@ def scores_first(objective: Objective) -> bool:
 def complete_batch(
     learner: Learner, batch: Batch, rollouts: Rollouts, tools: Tools
 ) -> tuple[Batch, dict[str, float]]:
-    """Adds what the objective needs beyond the samples and takes from the policy before its first update.
+    """Add the fields that the objective needs from forward passes of the policy, before its first update.
 
     Returns:
       The batch, and metrics of the log-prob gap between sampler and trainer, if the trainer computes the behaviour

@@ -30,7 +30,7 @@ from lpo_jax.training.sft import check_solutions, warm_start
 
 
 def train(config: Config, *, resume: bool = False) -> None:
-    """Runs `lpo train`: a warm start if the cold model fails, RL, evaluations, checkpoints, report.
+    """Run `lpo train`: a warm start if the cold model fails, RL, evaluations, checkpoints, report.
 
     Raises:
       UserError: something in the config, the data or the model cannot work; before work begins.
@@ -63,7 +63,7 @@ def train(config: Config, *, resume: bool = False) -> None:
 
 
 def check_extension(config: Config, schedule_steps: int) -> None:
-    """Refuses steps beyond the end of a schedule that ends at a rate of 0, because they would learn nothing.
+    """Refuse steps beyond the end of a schedule that ends at a rate of 0, because they would learn nothing.
 
     The schedule and `progress` keep the number of steps that the run was started with. With a new number, progress
     would jump back and the rate would jump up.

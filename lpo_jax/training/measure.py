@@ -32,7 +32,7 @@ _compiles = 0
 
 @contextlib.contextmanager
 def stopwatch() -> Iterator[Callable[[], float]]:
-    """Yields a function that returns the seconds since the start of the block, or of the whole block after its end."""
+    """Yield a function that returns the seconds since the start of the block, or of the whole block after its end."""
     start, end = time.perf_counter(), None
     yield lambda: (end or time.perf_counter()) - start
     end = time.perf_counter()

@@ -32,7 +32,7 @@ from lpo_jax.training.mirror_file import write_map
 
 
 def meta(config: Config, *, resume: bool = False, fitness: Callable[[Config], float] | None = None) -> None:
-    """Runs `lpo meta`.
+    """Run `lpo meta`.
 
     Writes to `config.output`: mirror.json (the map learnt so far, for `objective.mirror`), metrics.jsonl (one row per
     round), maps/ and runs/ (each candidate's map and run, without its checkpoints).

@@ -82,7 +82,7 @@ class TrainedModel:
         return fit_microbatch(self.config, self.architecture, state)
 
     def runner(self, temperature: float, objective: Objective | None = None) -> ModelRunner:
-        """Runs the model over groups with the run's memory settings.
+        """Return a runner of the model over groups with the memory settings of the run.
 
         Args:
           temperature: of the distribution that responses were sampled from.

@@ -54,7 +54,7 @@ class Session:
 
 @contextlib.contextmanager
 def open_session(config: Config) -> Iterator[Session]:
-    """Builds the task, opens the model and the mesh, and starts the verifiers.
+    """Build the task, open the model and the mesh, and start the verifiers.
 
     Raises:
       UserError: something in the task, the data or the model cannot work; before long work begins.

@@ -32,7 +32,7 @@ from lpo_jax.training.step import update
 
 
 def sft(config: Config, *, resume: bool = False) -> None:
-    """Runs `lpo sft`: the config's `warm_start` section as a run of its own.
+    """Run `lpo sft`: the config's `warm_start` section as a run of its own.
 
     Raises:
       UserError: no steps are configured, or the task has no solutions.
@@ -123,7 +123,7 @@ def supervised_batch(session: Session, rows: Sequence[tasks.Row]) -> tuple[Group
 
 
 def check_solutions(session: Session) -> None:
-    """Refuses a task without solutions, and solutions longer than `sampling.max_tokens`."""
+    """Refuse a task without solutions, and solutions longer than `sampling.max_tokens`."""
     environment, limit = session.environment, session.config.sampling.max_tokens
     if session.config.warm_start.batch_size > len(environment.train_rows):
         raise UserError(

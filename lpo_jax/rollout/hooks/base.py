@@ -63,7 +63,7 @@ class Tools:
         greedy: bool = False,
         **options: Json,
     ) -> Rollouts:
-        """Samples and verifies responses with the run's settings.
+        """Sample and verify responses with the run's settings.
 
         Args:
           stream: of random numbers.
@@ -107,7 +107,7 @@ class RunHook:
         """Called at the beginning of a step; resets what `metrics` counts."""
 
     def draw(self, rows: Rows, step: int, seen: Collection[int]) -> Rows:
-        """Returns the rows to sample.
+        """Return the rows to sample.
 
         Args:
           rows: the next rows in the order of the data.
@@ -117,11 +117,11 @@ class RunHook:
         return rows
 
     def mend(self, rollouts: Rollouts, tools: Tools) -> Rollouts:
-        """Returns the rollouts of a round with some groups or responses replaced."""
+        """Return the rollouts of a round with some groups or responses replaced."""
         return rollouts
 
     def select(self, rollouts: Rollouts, more: Callable[[], Rollouts | None]) -> Rollouts:
-        """Returns the groups that the step learns from, as many as it was given.
+        """Return the groups that the step learns from, as many as it was given.
 
         Args:
           rollouts: the step's first round.
@@ -130,14 +130,14 @@ class RunHook:
         return rollouts
 
     def observe(self, sampled: Rollouts) -> None:
-        """Reads everything that the step sampled, as it was before it was mended and selected."""
+        """Read everything that the step sampled, as it was before it was mended and selected."""
 
     def annotate(self, batch: Batch, rollouts: Rollouts, tools: Tools) -> dict[str, Json]:
-        """Returns fields of `Scored` by name."""
+        """Return fields of `Scored` by name."""
         return {}
 
     def replay(self, batch: Batch) -> Batch | None:
-        """Returns a batch for one more update after the step's own; None for no such update."""
+        """Return a batch for one more update after the step's own; None for no such update."""
         return None
 
     def metrics(self) -> dict[str, float]:
@@ -149,7 +149,7 @@ class RunHook:
         return None
 
     def restore(self, state: Json) -> None:
-        """Restores what `state()` returned."""
+        """Restore what `state()` returned."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,7 +188,7 @@ def judged(rollouts: Rollouts) -> Judged:
 
 
 def require_solutions(environment: Environment, objective: Objective, use: str) -> None:
-    """Raises `UserError`, naming the row, if a training row has no solution.
+    """Raise `UserError`, naming the row, if a training row has no solution.
 
     Args:
       use: what the solution is needed for; ends the message.

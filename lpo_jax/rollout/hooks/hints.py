@@ -20,7 +20,7 @@ class Hints(RunHook):
         raise NotImplementedError
 
     def use(self, rollouts: Rollouts, p: int, hinted: Rollouts, q: int) -> Rollouts:
-        """Returns the rollouts with failed group `p` repaired by group `q` of the hinted samples, which has a pass."""
+        """Return the rollouts with failed group `p` repaired by group `q` of the hinted samples, which has a pass."""
         raise NotImplementedError
 
     def begin(self) -> None:

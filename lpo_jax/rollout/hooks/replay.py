@@ -26,7 +26,7 @@ class PreviousBatch(RunHook):
         self.weight = 0.0
 
     def replay(self, batch):
-        """Returns the previous batch with its weight, if there is one, and keeps `batch` for the next step."""
+        """Return the previous batch with its weight, if there is one, and keep `batch` for the next step."""
         again, self.before = self.before, jax.device_get(batch)
         if again is None or self.weight == 0 or not np.any(again.scored.valid):
             return None
