@@ -51,7 +51,7 @@ def failures(verdicts: Iterable[Verdict]) -> Failures:
 
 
 def require_judged(found: Failures, where: str) -> None:
-    """Stops a run that has nothing to go on.
+    """Stop a run or an evaluation of which no response was judged.
 
     Args:
       where: the step or the evaluation, for the message.
@@ -67,7 +67,7 @@ def require_judged(found: Failures, where: str) -> None:
 
 
 def warning(found: Failures, where: str) -> str | None:
-    """One line on more masked responses than `WARN_ABOVE`; None where there are fewer."""
+    """Return a one-line warning if the share of masked responses exceeds `WARN_ABOVE`, else None."""
     if found.share <= WARN_ABOVE:
         return None
     return (
@@ -77,13 +77,13 @@ def warning(found: Failures, where: str) -> str | None:
 
 
 class Watch:
-    """Checks one step or evaluation after another, and does not repeat itself."""
+    """Checks consecutive steps and evaluations, without repeating the same warning each time."""
 
     def __init__(self):
         self._checked, self._warned = 0, {}
 
     def check(self, found: Failures, where: str) -> str | None:
-        """The warning that is due, if any. Raises `VerifierFailed` as `require_judged`."""
+        """Return the warning that is due, if any. Raises `VerifierFailed` like `require_judged`."""
         require_judged(found, where)
         message, self._checked = warning(found, where), self._checked + 1
         if message and self._checked - self._warned.get(found.reason, -QUIET) >= QUIET:
