@@ -17,7 +17,7 @@ QUIET = 10  # steps or evaluations within which a warning with the same reason i
 
 @dataclasses.dataclass(frozen=True)
 class Failures:
-    """What became of a set of responses.
+    """Counts of the responses of a step or an evaluation that no verifier judged.
 
     Attributes:
       responses: how many there are.
@@ -34,17 +34,17 @@ class Failures:
 
     @property
     def share(self) -> float:
-        """Of masked responses; 0 where there are no responses."""
+        """Share of masked responses; 0 if there are no responses."""
         return self.masked / max(self.responses, 1)
 
     @property
     def reason(self) -> str:
-        """The most frequent one; empty where nothing was masked."""
+        """The most frequent reason; empty if no response was masked."""
         return max(self.reasons, key=self.reasons.__getitem__, default="")
 
 
 def failures(verdicts: Iterable[Verdict]) -> Failures:
-    """Counts the masked responses and their reasons."""
+    """Count the masked responses and their reasons."""
     verdicts = list(verdicts)
     reasons = (str(v.parts.get("reason") or "no reason was given") for v in verdicts if v.masked)
     return Failures(len(verdicts), dict(collections.Counter(reasons)))
