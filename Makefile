@@ -11,7 +11,8 @@ COMMA := ,
 
 # Limiting the instruction sets of XLA simulates other CPUs: sums are rounded in a different order, with or without FMA.
 # The compiled programs do not mix, because the key of jax's compilation cache contains XLA_FLAGS.
-ISAS ?= SSE4_2 AVX AVX2 AVX512
+# Tests skip most optimisations (tests/conftest.py); these runs do not.
+ISAS ?= default SSE4_2 AVX AVX2 AVX512
 NUMERIC ?= tests/objectives tests/models tests/sampling tests/rollout tests/parallel tests/planner tests/training \
   tests/runs tests/evaluation tests/reporting
 # The subset that every `make test` repeats: the step against autodiff, and the model against transformers.
@@ -27,13 +28,15 @@ test: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:gl
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 ifeq ($(ARGS)-$(shell uname -m),-x86_64)
-	$(MAKE) test-isa ISAS=SSE4_2 NUMERIC='$(NUMERIC_CORE)'
+	$(MAKE) test-isa ISAS='default SSE4_2' NUMERIC='$(NUMERIC_CORE)'
 endif
 
 # All instruction sets are tested even after a failure. Each run ends with its smallest margins (tests/margins.py).
+test-isa: export JAX_DISABLE_MOST_OPTIMIZATIONS = 0
 test-isa: .venv/installed
-	@failed=; for isa in $(ISAS); do echo "XLA_FLAGS=--xla_cpu_max_isa=$$isa"; \
-	XLA_FLAGS="$$XLA_FLAGS --xla_cpu_max_isa=$$isa" $(BIN)/python -m pytest -n 2 --dist worksteal $(NUMERIC) $(ARGS) \
+	@failed=; for isa in $(ISAS); do \
+	flags="$$XLA_FLAGS $$([ $$isa = default ] || echo --xla_cpu_max_isa=$$isa)"; echo "XLA_FLAGS=$$flags"; \
+	XLA_FLAGS="$$flags" $(BIN)/python -m pytest -n 2 --dist worksteal $(NUMERIC) $(ARGS) \
 	|| failed="$$failed $$isa"; done; if [ -n "$$failed" ]; then echo "failed under$$failed"; exit 1; fi
 
 lint: .venv/installed

@@ -5,8 +5,10 @@ import json
 import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from precision import EXACT, in_float64
 from tiny import character_tokenizer
 
 from lpo_jax import objectives as O
@@ -389,18 +391,19 @@ def test_cuts_hold_the_mean_reward_of_their_answers():
     assert [TOKENIZER.decode(ids) for ids in options["prompts"]] == ["p0abc=", "p3abc="]
 
 
+@in_float64
 def test_siblings_teach_the_failed_responses_of_mixed_groups(tiny_config, tiny_params):
     batch = collected([0, 1, 2], [[1, 0], [0, 0], [1, None]])
     rollouts = make_batch(batch, 6, 0.0)
     tools = Tools(environment(ROWS))
-    tools.runner, tools.params = ModelRunner(tiny_config, 0.7), tiny_params
+    tools.runner, tools.params = ModelRunner(tiny_config, 0.7, dtype=jnp.float64), tiny_params
     spec = hook_specs.SiblingTeacher(top=4, reprompt="see {solution}:")
     teacher = teachers.Sibling(spec, tools.environment, None).annotate(rollouts, batch, tools)["teacher"]
     assert np.asarray(teacher.valid).tolist() == [[False, True], [False, False], [False, False]]
     ids = encode_hinted(tools.environment.task, TOKENIZER, ROWS[0], "see r0:")
     groups = Groups(np.array([ids]), np.array([len(ids)]), rollouts.groups.responses[:1], teacher.ids[:1])
     want = score(tools.runner, tiny_params, groups).top_logp
-    np.testing.assert_allclose(teacher.logp[:1], want, atol=2e-5)
+    np.testing.assert_allclose(teacher.logp[:1], want, atol=EXACT)
 
 
 def test_replay_weighs_the_batch_before_and_survives_a_resume():

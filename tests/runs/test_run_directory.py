@@ -87,14 +87,14 @@ def test_a_directory_that_holds_no_checkpoint_but_something_else(run):
 
 def test_a_run_that_ends_before_its_first_checkpoint_begins_again(run_config, monkeypatch):
     config = run_config(checkpoint={"every": 0}, evaluation={"every": 0}, training={"steps": 3})
-    take_step = loop.take_step
+    run_step = loop.run_step
 
     def killed(session, learner, position, *rest):
         if position.step == 2:
             raise SystemError
-        take_step(session, learner, position, *rest)
+        run_step(session, learner, position, *rest)
 
-    monkeypatch.setattr(loop, "take_step", killed)
+    monkeypatch.setattr(loop, "run_step", killed)
     with pytest.raises(SystemError):
         train(parse_config(config))
     assert max(row["step"] for row in read_metrics(config["output"])) == 2
