@@ -2,7 +2,7 @@
 #   make run       run the quickstart: a 135M model learns a task with verifiable answers (ARGS="--training.steps=20" ...)
 #   make test      run lint and tests (ARGS='-m slow': every method end to end, and other tests that take minutes)
 #   make docs      build the documentation site in build/site; warnings are errors
-#   make test-isa  run the numeric tests with XLA limited to each instruction set in ISAS (25 minutes each, empty caches)
+#   make test-isa  run the numeric tests fully optimised, with XLA limited to each instruction set in ISAS
 PYTHON ?= python3
 BIN := .venv/bin
 # The extra of jax to install depends on the accelerator of this machine; EXTRAS= or EXTRAS=cuda overrides the choice.
