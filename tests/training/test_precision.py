@@ -11,7 +11,7 @@ from lpo_jax.config import parse_config
 from lpo_jax.errors import UserError
 from lpo_jax.models import quantize
 from lpo_jax.reporting import read_metrics
-from lpo_jax.training import measure
+from lpo_jax.training import learner
 from lpo_jax.training.behaviour import choose_behaviour
 from lpo_jax.training.check import check_config
 from lpo_jax.training.loop import train
@@ -97,9 +97,9 @@ def test_a_policy_at_rest_is_not_clipped_in_bfloat16(
 
     The choice is printed and recorded, and a resume with another choice is refused.
     """
-    updates, over_updates = [], measure.over_updates
+    updates, over_updates = [], learner.over_updates
     monkeypatch.setattr(
-        measure, "over_updates", lambda of_step: updates.extend(of_step) or over_updates(of_step)
+        learner, "over_updates", lambda of_step: updates.extend(of_step) or over_updates(of_step)
     )
     values = run_config(
         objective={"name": name},

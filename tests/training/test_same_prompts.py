@@ -11,7 +11,7 @@ from lpo_jax.config import parse_config
 from lpo_jax.errors import UserError
 from lpo_jax.models.hf import save_hf
 from lpo_jax.runs.checkpoint import load_run
-from lpo_jax.sampling import text
+from lpo_jax.sampling import model as sampling_model
 from lpo_jax.training.loop import train
 
 TEMPLATE = (
@@ -76,7 +76,8 @@ def test_template_arguments_reach_every_prompt(
         assert asked(out / "responses") == [end]
 
     seen = []
-    monkeypatch.setattr(text, "encode", lambda *given, of=text.encode: seen.append(of(*given)) or seen[-1])
+    encode = sampling_model.encode
+    monkeypatch.setattr(sampling_model, "encode", lambda *given: seen.append(encode(*given)) or seen[-1])
     tokenizer = load_run(run)[0].tokenizer
     for more, end in (([], "say 7<>="), (["--template-arguments", "{}"], "say 7=")):
         assert main(["sample", str(run), "say 7", "--chat", "--max-tokens", "2", *more]) == 0
