@@ -1,6 +1,7 @@
 """Shared implementation of the commands that run a config and can be resumed: `lpo train`, `sft`, `meta`, `compare`."""
 
 import argparse
+import shlex
 from collections.abc import Callable
 
 from lpo_jax.commands.devices import use_compile_cache
@@ -47,7 +48,7 @@ def run_config(
         with hosts.together():
             run(config, resume=arguments.resume)
     except Interrupted:
-        again = " ".join(["lpo", arguments.command, arguments.config, *arguments.overrides, "--resume"])
+        again = shlex.join(["lpo", arguments.command, arguments.config, *arguments.overrides, "--resume"])
         # The signal may be a hangup; `console` ignores a terminal that no longer exists.
         line = f"lpo: stopped by a signal; everything up to the last finished step is saved. Resume with: {again}"
         console().print(line, markup=False, highlight=False, soft_wrap=True)

@@ -102,7 +102,7 @@ def begin(session: Session, learner: Learner, recorder: Recorder) -> Position:
 def run_step(
     session: Session, learner: Learner, position: Position, data: tasks.PromptIterator, recorder: Recorder
 ) -> None:
-    """One sampling round and its updates; moves `position` one step on and writes what happened."""
+    """Sample a round, verify it and learn from it; then move `position` one step on and write metrics and responses."""
     config, step = session.config, position.step + 1
     started = time.perf_counter()
     recorder.progress.phase("sampling")

@@ -7,13 +7,12 @@
 The sum over part 3 is the exact gradient of the loss of whole groups, however groups are split into microbatches (chain
 rule: the objective depends on the parameters through the token statistics only). In the first update after sampling the
 behaviour log-probs replace part 1; `behaviour.py` decides whether they are the sampler's. The layout decides which
-tokens run together (`packing.py`).
+tokens run together (`models/packing.py`).
 
 Parts 1 and 3 are the large programs. They are independent of the method, so that all methods share them. Part 2 is a
 small program for each method.
 
-Axes: P prompts · K responses · S prompt tokens · T response tokens · D width ·
-M microbatches · B rows of one · C tokens of a row · p prompts, k responses of each, X predicted tokens in it.
+Axes: P prompts · K responses · T response tokens.
 """
 
 import functools

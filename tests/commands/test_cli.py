@@ -1,6 +1,7 @@
 """Test the command line: every user error prints one line and exits with status 2 before work begins."""
 
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -86,8 +87,10 @@ def test_run_stopped_by_a_signal_exits_with_130(config_file, capsys, monkeypatch
     )
     monkeypatch.setattr(f"lpo_jax.{module}.{command}", stopped)
     path = config_file()
-    assert main([command, path, "--seed=1"]) == 130  # launchers interpret 0 as a finished job
-    assert f"lpo {command} {path} --seed=1 --resume" in capsys.readouterr().out
+    arguments = [command, path, "--seed=1", "--evaluation.ks=[1, 2]"]
+    assert main(arguments) == 130  # launchers interpret 0 as a finished job
+    again = capsys.readouterr().out.split("Resume with: ")[1]
+    assert shlex.split(again) == ["lpo", *arguments, "--resume"]  # a shell reads it as it was given
 
 
 def test_mistakes_in_a_config_file(fails, tmp_path):
