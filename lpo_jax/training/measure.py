@@ -75,6 +75,10 @@ def rollout_metrics(rollouts: Rollouts, sampling: SamplingSection) -> dict[str, 
             metrics[f"{prefix}/{how}"] = float(getattr(values, how)()) if values.size else float("nan")
     for how in ("mean", "max", "min"):  # rewards are not shaped between verifier and objective
         metrics[f"critic/rewards/{how}"] = metrics[f"critic/score/{how}"]
+    tokens = rollouts.responses.mask
+    metrics["actor/entropy"] = (
+        float(rollouts.responses.entropies[tokens].mean()) if tokens.any() else float("nan")
+    )
     metrics["response_length/clip_ratio"] = float(np.mean(~rollouts.responses.finished))
     metrics["prompt_length/clip_ratio"] = float(np.mean(prompts >= sampling.max_prompt_tokens))
     metrics["perf/total_num_tokens"] = int(lengths.sum() + prompts.sum())
