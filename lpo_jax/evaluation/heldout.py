@@ -24,7 +24,7 @@ class Evaluation:
       summary: the dict of `metrics.summarise`.
       passed: `[P, N]` bool, true where a response passes.
       valid: `[P, N]` bool, false where the verifier failed, so that the sample does not count.
-      records: one dict for each response, as written to `validation/<step>.jsonl`.
+      batches: the responses, as many prompts in each as were sampled together.
       truncated: fraction of responses that hit the length limit.
       mean_reward: mean over the valid responses; NaN without any.
       mean_length: mean number of response tokens.
@@ -34,7 +34,7 @@ class Evaluation:
     summary: dict[str, Json]
     passed: np.ndarray
     valid: np.ndarray
-    records: list[dict]
+    batches: list[Rollouts]
     truncated: float
     mean_reward: float
     mean_length: float
@@ -114,7 +114,7 @@ def evaluate_rows(
         summary=summarise(passed, valid, ks=ks or powers_of_two(request.num_responses), seed=request.seed),
         passed=passed,
         valid=valid,
-        records=[record for batch in batches for record in batch.records()],
+        batches=batches,
         truncated=float(np.mean(~finished)),
         mean_reward=float(rewards[valid].mean()) if valid.any() else float("nan"),
         mean_length=float(lengths.mean()),

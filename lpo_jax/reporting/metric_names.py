@@ -4,8 +4,8 @@ Metrics that verl also has use verl's names, so that its dashboards can read our
 are under `lpo/`, `reward/` and `val-aux/`. `RunWriter` rejects names that are not in the table, so the table and
 `docs/metrics.md`, which `metrics_markdown` renders from it, are always complete.
 
-In a name, `{a,b}` stands for each of the words, `<data>` for the name of a data set (it may contain slashes), and `<n>`
-and `<k>` for integers.
+In a name, `{a,b}` stands for each of the words, `<data>` and `<name>` for the name of a data set or of a value (it may
+contain slashes), and `<n>` and `<k>` for integers.
 """
 
 import functools
@@ -44,7 +44,17 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "critic/rewards/{mean,max,min}",
         "reward",
-        "reward that the objective receives: the score after shaping",
+        "reward after the method's shaping, over the responses that belong to their groups",
+    ),
+    Metric(
+        "critic/advantages/{mean,max,min}",
+        "-",
+        "advantage, over the same responses: for LPO the utility u = (R - b) / tau, whose softmax is the target",
+    ),
+    Metric(
+        "reward/parts/<name>",
+        "-",
+        "mean of a numeric part of the verdicts, over the valid responses that have it",
     ),
     Metric("reward/pass_rate", "fraction", "valid responses whose outcome is `pass`"),
     Metric(
@@ -129,6 +139,8 @@ METRICS: tuple[Metric, ...] = (
         "updates",
         "updates of the step that were skipped because the gradient was not finite",
     ),
+    Metric("objective/<name>", "-", "a metric of an objective that is not part of this package"),
+    Metric("hook/<name>", "-", "a metric of a hook that is not part of this package"),
     # The run.
     Metric("training/global_step", "steps", "training steps done"),
     Metric("training/epoch", "epochs", "complete passes over the training data"),
@@ -200,7 +212,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("train/global_tokens", "tokens", "target tokens of the step"),
 )
 
-_PLACEHOLDERS = {"<data>": r".+", "<n>": r"\d+", "<k>": r"\d+"}
+_PLACEHOLDERS = {"<data>": r".+", "<name>": r".+", "<n>": r"\d+", "<k>": r"\d+"}
 
 
 def _pattern(name: str) -> re.Pattern:
@@ -265,9 +277,10 @@ def metrics_markdown() -> str:
         "# Metrics",
         "",
         "All metrics that a run can write to `metrics.jsonl` and TensorBoard. `{a,b}` stands for each of the words,",
-        "`<data>` for the name of a data set, `<n>` and `<k>` for integers. Metrics marked † depend on the machine and",
-        "the process. Two runs with the same seed on the same kind of machine agree on all others. A non-finite value",
-        'is `null` in `metrics.jsonl`; the `"nonfinite"` entry of its row contains the value as text.',
+        "`<data>` for the name of a data set, `<name>` for the name of a value, `<n>` and `<k>` for integers. Metrics",
+        "marked † depend on the machine and the process. Two runs with the same seed on the same kind of machine agree",
+        'on all others. A non-finite value is `null` in `metrics.jsonl`; the `"nonfinite"` entry of its row contains',
+        "the value as text.",
     ]
     section = None
     for metric in METRICS:

@@ -12,16 +12,17 @@ from lpo_jax.errors import UserError
 from lpo_jax.evaluation.heldout import Evaluation, powers_of_two
 from lpo_jax.evaluation.metrics import paired_difference, summarise
 from lpo_jax.json_lines import read_rows
-from lpo_jax.objectives import Listwise
 from lpo_jax.parallel import hosts
-from lpo_jax.reporting.writers import METRICS_FILE
+from lpo_jax.reporting.writers import METRICS_FILE, sample_files
 from lpo_jax.rollout.collect import Rollouts
 from lpo_jax.rollout.failures import Failures, Watch
+from lpo_jax.rollout.records import TokenTexts, evaluation_records, response_records, token_records
 from lpo_jax.runs.checkpoint import Checkpoints
 from lpo_jax.runs.directory import RunDirectory
+from lpo_jax.runs.learned import Learned
 from lpo_jax.runs.signals import Signals
-from lpo_jax.runs.state import Position
-from lpo_jax.types import PyTree
+from lpo_jax.runs.state import WARM_STARTED, Position
+from lpo_jax.types import PyTree, Tokenizer
 
 
 class Recorder:
@@ -30,13 +31,15 @@ class Recorder:
     Args:
       run: the directory of the run, entered.
       total_steps: of the run.
+      tokenizer: the model's, for the texts of single tokens.
     """
 
-    def __init__(self, run: RunDirectory, signals: Signals, total_steps: int):
+    def __init__(self, run: RunDirectory, signals: Signals, total_steps: int, tokenizer: Tokenizer):
         self.run, self.signals, self.total = run, signals, total_steps
         self.config = run.config
         self.console = reporting.console()
         self._watch, self._saved = Watch(), False
+        self._token_texts = TokenTexts(tokenizer)
 
     def __enter__(self):
         with contextlib.ExitStack() as stack:
@@ -106,16 +109,21 @@ class Recorder:
         Args:
           label: shows the evaluation at the end of the run, under this name.
         """
+        phase = position.phase
+        records = evaluation_records(evaluation.batches, self._token_texts, phase, position.step)
         with self.signals.deferred():  # the position counts as evaluated as soon as the row is written
-            self.writer.write_samples(position.step, evaluation.records, folder="validation")
+            again = phase == WARM_STARTED
+            self.writer.write_samples(position.step, records, folder="validation", again=again)
             self.writer.write(position.step, row)
             position.add_evaluation(evaluation, label)
         self.progress.update(position.step, row)
 
-    def write_step(self, step: int, row: dict[str, float], rollouts: Rollouts, views: list[Listwise]) -> None:
-        """Write the metrics of a step, and its responses with the objective's view of them."""
+    def write_step(self, step: int, row: dict[str, float], rollouts: Rollouts, learned: Learned) -> None:
+        """Write the metrics of a step, and its responses with what the updates computed about them."""
         if self.config.training.save_rollouts:
-            self.writer.write_samples(step, rollout_records(rollouts, views))
+            of_tokens = token_records(rollouts, self._token_texts, learned.of_tokens())
+            parts = response_records(rollouts, "train", step - 1), learned.records(), of_tokens
+            self.writer.write_samples(step, [a | b | c for a, b, c in zip(*parts)])
         self.writer.write(step, row)
         self.progress.update(step, row)
 
@@ -161,14 +169,11 @@ class Recorder:
 
     def _last_samples(self) -> list[dict]:
         """One response to each of the first held-out problems, from the last evaluation's file."""
-        folder = self.run.path / "validation"
-        newest = max(
-            (path for path in folder.glob("*.jsonl") if path.stem.isdigit()), key=_step, default=None
-        )
-        if newest is None:
-            raise UserError(f"{folder} holds no evaluation")
+        files = sample_files(self.run.path, "validation")
+        if not files:
+            raise UserError(f"{self.run.path / 'validation'} holds no evaluation")
         shown = {"prompt": "input", "response": "output", "reward": "score", "outcome": "outcome"}
-        rows = read_rows(newest, needs=(*shown.values(), "k"))
+        rows = read_rows(files[-1].path, needs=(*shown.values(), "k"))
         return [{ours: row[name] for ours, name in shown.items()} for row in rows if row["k"] == 0]
 
 
@@ -188,26 +193,3 @@ def missing_steps(run: Path, last: int) -> str:
     spelled = [f"{span[0]}-{span[-1]}" if len(span) > 1 else str(span[0]) for span in spans]
     more = [f"and {len(spelled) - 5} more ranges"] if len(spelled) > 5 else []
     return f"step{'s' * (len(missing) > 1)} {', '.join([*spelled[:5], *more])}" if missing else ""
-
-
-def _step(path: Path) -> int:
-    return int(path.stem)
-
-
-def rollout_records(rollouts: Rollouts, views: list[Listwise]) -> list[dict]:
-    """One record for each response, with its target w*, policy P and coefficient c."""
-    views = hosts.to_host(views)
-    of = {
-        name: np.concatenate([getattr(view, name) for view in views]).ravel()
-        for name in ("target", "policy", "coefficients", "valid")
-    }
-    return [
-        record
-        | {
-            "target": float(of["target"][i]),
-            "policy": float(of["policy"][i]),
-            "coefficient": float(of["coefficients"][i]),
-            "valid": bool(of["valid"][i]),
-        }
-        for i, record in enumerate(rollouts.records())
-    ]

@@ -10,6 +10,8 @@ from lpo_jax.models.decoder import Params
 from lpo_jax.models.lora import Frozen, with_adapters
 from lpo_jax.types import Json, PyTree
 
+WARM_STARTED = "warm-started"  # the phase of a second evaluation at step 0
+
 
 class TrainState(struct.PyTreeNode):
     """The arrays that an update changes, and those that belong to them.
@@ -63,6 +65,11 @@ class Position:
     hooks: list[Json] | None = None
     schedule_steps: int = 0
     milestones: dict[str, dict] = dataclasses.field(default_factory=dict)
+
+    @property
+    def phase(self) -> str:
+        """The kind of the next held-out evaluation: of the "cold" or the "warm-started" model, or of a "step"."""
+        return "step" if self.step else WARM_STARTED if self.evaluations else "cold"
 
     def advance(self, state: TrainState, data: Json, hooks: list[Json] | None = None) -> None:
         """Move the position one step on."""

@@ -41,6 +41,13 @@ class Task:
         """The text with which the prompt begins the model's answer, such as `<answer>`; often empty."""
         return self.verifier.prefill
 
+    def gold(self, row: Row) -> str | None:
+        """Return the reference answer to show beside the responses: the row's `answer`, its solution or its target."""
+        for value in (row.get("answer"), self.solution(row), row.get("target")):
+            if value is not None:
+                return str(value)
+        return None
+
     @functools.cached_property
     def content_hash(self) -> str:
         """The SHA-256 of all rows, which a resume compares in order to refuse changed data."""

@@ -15,6 +15,7 @@ from lpo_jax.parallel import hosts
 from lpo_jax.rollout.hooks import open_hooks
 from lpo_jax.rollout.rounds import make_batch, sample_round
 from lpo_jax.runs.directory import RunDirectory
+from lpo_jax.runs.learned import Learned
 from lpo_jax.runs.recorder import Recorder
 from lpo_jax.runs.signals import Signals
 from lpo_jax.runs.state import Position
@@ -46,7 +47,8 @@ def train(config: Config, *, resume: bool = False) -> None:
         if config.warm_start.steps:
             check_solutions(session)
         learner = Learner.of(session.model, objective, hooks, config.training.steps)
-        with run, Signals() as signals, Recorder(run, signals, config.training.steps) as recorder:
+        tokenizer = session.environment.tokenizer
+        with run, Signals() as signals, Recorder(run, signals, config.training.steps, tokenizer) as recorder:
             note_facts(session, recorder)
             run.note(behaviour=dataclasses.asdict(behaviour))
             introduce(session, learner.runner, behaviour, recorder.progress)
@@ -119,13 +121,13 @@ def run_step(
     learning = time.perf_counter()
 
     with recorder.signals.deferred():  # parameters, position and files change together
-        state, of_updates, views = take_step(learner, position.state, batch)
+        state, of_updates, updates = take_step(learner, position.state, batch)
         position.advance(state, data.state(), learner.state())
         seconds = time.perf_counter() - started
         in_a_row, skipped = skipped_updates(state.opt_state)
-        row = (
-            of_updates | sampler_gap | learner.metrics() | measure.rollout_metrics(rollouts, config.sampling)
-        )
+        learned = Learned.on_host(updates)
+        row = of_updates | sampler_gap | learner.metrics() | learned.metrics()
+        row |= measure.rollout_metrics(rollouts, config.sampling)
         row |= measure.machine_metrics(seconds, row["perf/total_num_tokens"])
         row |= {
             "actor/lr": learner.optimizer.rate_used(state.opt_state),
@@ -137,7 +139,7 @@ def run_step(
             "timing_s/step": seconds,
         }
         position.skipped = skipped
-        recorder.write_step(step, row, rollouts, views)
+        recorder.write_step(step, row, rollouts, learned)
     if in_a_row >= config.training.max_skipped_updates:
         raise Diverged(
             f"step {step}: the last {in_a_row} gradients were not finite (training.max_skipped_updates); none of them "

@@ -1,6 +1,8 @@
 """Metrics of a step and of an evaluation, under the names of `lpo_jax.reporting.metric_names`."""
 
+import collections
 import contextlib
+import numbers
 import resource
 import sys
 import time
@@ -73,8 +75,7 @@ def rollout_metrics(rollouts: Rollouts, sampling: SamplingSection) -> dict[str, 
     ):
         for how in ("mean", "max", "min"):
             metrics[f"{prefix}/{how}"] = float(getattr(values, how)()) if values.size else float("nan")
-    for how in ("mean", "max", "min"):  # rewards are not shaped between verifier and objective
-        metrics[f"critic/rewards/{how}"] = metrics[f"critic/score/{how}"]
+    metrics |= {f"reward/parts/{name}": value for name, value in part_means(rollouts).items()}
     metrics["response_length/clip_ratio"] = float(np.mean(~rollouts.responses.finished))
     metrics["prompt_length/clip_ratio"] = float(np.mean(prompts >= sampling.max_prompt_tokens))
     metrics["perf/total_num_tokens"] = int(lengths.sum() + prompts.sum())
@@ -82,6 +83,16 @@ def rollout_metrics(rollouts: Rollouts, sampling: SamplingSection) -> dict[str, 
     metrics["timing_s/gen"] = rollouts.seconds_sampling
     metrics["timing_s/reward"] = rollouts.seconds_verifying
     return metrics
+
+
+def part_means(rollouts: Rollouts) -> dict[str, float]:
+    """Mean of each numeric part of the verdicts, over the valid responses that have it."""
+    values: dict[str, list[float]] = collections.defaultdict(list)
+    for verdict in (verdict for group in rollouts.verdicts for verdict in group if not verdict.masked):
+        for name, value in verdict.parts.items():
+            if isinstance(value, numbers.Real):
+                values[name].append(float(value))
+    return {name: float(np.mean(held)) for name, held in sorted(values.items())}
 
 
 def evaluation_metrics(name: str, evaluation: Evaluation) -> dict[str, float]:
