@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from lpo_jax.errors import nearest
+from lpo_jax.types import Json
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,11 @@ METRICS: tuple[Metric, ...] = (
         "response_length/clip_ratio",
         "fraction",
         "responses that reached the length limit without an end token",
+    ),
+    Metric(
+        "response/repetition",
+        "fraction",
+        "sequences of four tokens that occurred before in the same response, mean over responses",
     ),
     Metric("prompt_length/{mean,max,min}", "tokens", "length of the prompts without padding"),
     Metric("prompt_length/clip_ratio", "fraction", "prompts at the length limit"),
@@ -175,6 +181,13 @@ METRICS: tuple[Metric, ...] = (
     _timing("timing_s/step", "s", "the whole step"),
     # Held-out evaluation.
     Metric(
+        "val-core/<data>/score/mean@<n>",
+        "-",
+        "what `evaluation.score` names, mean over problems: the pass rate, the reward, or a part of the verdicts. The"
+        " best checkpoint and the run doctor follow it",
+    ),
+    Metric("val-aux/<data>/score/{ci_low,ci_high}", "-", "its 95% bootstrap interval over problems"),
+    Metric(
         "val-core/<data>/acc/mean@<n>", "fraction", "fraction of <n> samples that pass, mean over problems"
     ),
     Metric(
@@ -212,6 +225,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("train/global_tokens", "tokens", "target tokens of the step"),
 )
 
+_SCORE, _PASS_AT_1 = re.compile(r"val-core/(.+)/score/mean@\d+"), re.compile(r"val-core/(.+)/acc/pass@1")
 _PLACEHOLDERS = {"<data>": r".+", "<name>": r".+", "<n>": r"\d+", "<k>": r"\d+"}
 
 
@@ -258,7 +272,7 @@ def validation_metrics(data: str, summary: Mapping) -> dict[str, float]:
 
     Args:
         data: name of the data set.
-        summary: the dict of `lpo_jax.evaluation.metrics.summarise`.
+        summary: of `lpo_jax.evaluation.heldout.Evaluation`.
     """
     metrics = {}
     for k in summary["ks"]:
@@ -268,7 +282,23 @@ def validation_metrics(data: str, summary: Mapping) -> dict[str, float]:
             metrics[f"val-aux/{data}/acc/pass@{k}/{part}"] = interval[part]
     metrics[f"val-core/{data}/acc/mean@{summary['samples_per_problem']}"] = summary["mean"]
     metrics[f"val-aux/{data}/invalid_samples"] = summary["invalid_samples"]
+    metrics[f"val-core/{data}/score/mean@{summary['samples_per_problem']}"] = summary["score"]["mean"]
+    for part in ("ci_low", "ci_high"):
+        metrics[f"val-aux/{data}/score/{part}"] = summary["score"][part]
     return metrics
+
+
+def heldout_score(row: Mapping[str, Json]) -> tuple[float, float, float] | None:
+    """Return the held-out score of a row of metrics with the bounds of its interval; None for a row without one.
+
+    In runs of older versions it is pass@1.
+    """
+    for pattern, interval in ((_SCORE, "score"), (_PASS_AT_1, "acc/pass@1")):
+        for name, value in row.items():
+            if value is not None and (found := pattern.fullmatch(name)):
+                low, high = (row.get(f"val-aux/{found[1]}/{interval}/{end}") for end in ("ci_low", "ci_high"))
+                return value, value if low is None else low, value if high is None else high
+    return None
 
 
 def metrics_markdown() -> str:

@@ -10,13 +10,15 @@ import numpy as np
 from lpo_jax import reporting
 from lpo_jax.errors import UserError
 from lpo_jax.evaluation.heldout import Evaluation, powers_of_two
-from lpo_jax.evaluation.metrics import paired_difference, summarise
+from lpo_jax.evaluation.metrics import mean_score, paired_difference, score_difference, summarise
 from lpo_jax.json_lines import read_rows
 from lpo_jax.parallel import hosts
+from lpo_jax.reporting.doctor import Doctor, masked_responses, name_of
 from lpo_jax.reporting.writers import METRICS_FILE, sample_files
 from lpo_jax.rollout.collect import Rollouts
-from lpo_jax.rollout.failures import Failures, Watch
+from lpo_jax.rollout.failures import QUIET, Failures, Watch
 from lpo_jax.rollout.records import TokenTexts, evaluation_records, response_records, token_records
+from lpo_jax.runs import compiles
 from lpo_jax.runs.checkpoint import Checkpoints
 from lpo_jax.runs.directory import RunDirectory
 from lpo_jax.runs.learned import Learned
@@ -39,6 +41,7 @@ class Recorder:
         self.config = run.config
         self.console = reporting.console()
         self._watch, self._saved = Watch(), False
+        self._doctor, self._told = Doctor(), dict[str, int]()
         self._token_texts = TokenTexts(tokenizer)
 
     def __enter__(self):
@@ -52,6 +55,9 @@ class Recorder:
             self.progress = stack.enter_context(
                 progress if hosts.is_first() else hosts.Silent(type(progress))
             )
+            if hosts.is_first():
+                stack.enter_context(hosts.watch_phases(self.progress.phase))
+                stack.enter_context(compiles.watch(self.progress.compiling))
             self._stack = stack.pop_all()
         return self
 
@@ -76,6 +82,8 @@ class Recorder:
         record = self.checkpoints.record(step)
         self.writer.truncate_after(step, evaluations=record["evaluations"])
         self.progress.log(f"resumed from the checkpoint of step {step}")
+        if hosts.is_first():
+            self._doctor = Doctor(reporting.read_metrics(self.run.path))
         if lost := hosts.on_first(lambda: missing_steps(self.run.path, step)):
             self.progress.log(
                 f"warning: {self.run.path}/metrics.jsonl has no rows of {lost}, which the checkpoint of step {step} "
@@ -117,15 +125,29 @@ class Recorder:
             self.writer.write(position.step, row)
             position.add_evaluation(evaluation, label)
         self.progress.update(position.step, row)
+        self._examine(position.step, row)
 
     def write_step(self, step: int, row: dict[str, float], rollouts: Rollouts, learned: Learned) -> None:
         """Write the metrics of a step, and its responses with what the updates computed about them."""
-        if self.config.training.save_rollouts:
+        training = self.config.training
+        if training.save_rollouts:
             of_tokens = token_records(rollouts, self._token_texts, learned.of_tokens())
             parts = response_records(rollouts, "train", step - 1), learned.records(), of_tokens
             self.writer.write_samples(step, [a | b | c for a, b, c in zip(*parts)])
+        if training.show_every and step % training.show_every == 0:
+            self.progress.log(reporting.group_panel(response_records(rollouts, "train", step - 1), step))
         self.writer.write(step, row)
         self.progress.update(step, row)
+        self._examine(step, row)
+
+    def _examine(self, step: int, row: dict[str, float]) -> None:
+        """Log what is wrong with the run at a step, each diagnosis once in a while."""
+        for found in self._doctor.observe({**row, "step": step}):
+            # `check_verdicts` has reported masked responses with their reason.
+            known = found.name == name_of(masked_responses)
+            if not known and step - self._told.get(found.name, -QUIET) >= QUIET:
+                self._told[found.name] = step
+                self.progress.log(found.line())
 
     def finish(self, position: Position, task: str, example_prompt: str) -> None:
         """Print the end of a run: evaluations before and after, sample responses, plots, and the next commands.
@@ -158,13 +180,20 @@ class Recorder:
     def _evaluations_table(self, position: Position, task: str):
         """Each evaluation compared with the one above it, problem by problem."""
         rows: list[tuple[str, dict, dict | None]] = []
-        above: tuple[np.ndarray, np.ndarray] | None = None
+        above: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
         for label, outcomes in position.milestones.items():
             passed, valid = np.array(outcomes["passed"], bool), np.array(outcomes["valid"], bool)
+            scores = np.array(outcomes.get("scores", outcomes["passed"]), float)
             ks = self.config.evaluation.ks or powers_of_two(passed.shape[1])
-            change = paired_difference(above[0], passed, above[1], valid, ks=ks) if above else None
-            rows.append((label, summarise(passed, valid, ks=ks, seed=self.config.seed), change))
-            above = passed, valid
+            summary = summarise(passed, valid, ks=ks, seed=self.config.seed)
+            name = outcomes.get("score_name", "pass")
+            summary["score"] = {"name": name, **mean_score(scores, valid, self.config.seed)}
+            change = None
+            if above:
+                change = paired_difference(above[0], passed, above[1], valid, ks=ks)
+                change["score"] = score_difference(above[2], scores, above[1], valid)
+            rows.append((label, summary, change))
+            above = passed, valid, scores
         return reporting.before_after_table(rows, f"Held-out {task}")
 
     def _last_samples(self) -> list[dict]:

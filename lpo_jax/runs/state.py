@@ -44,8 +44,8 @@ class Position:
       data: state of the prompt iterator after `step` batches; None before the first.
       evaluated: whether the held-out evaluation of `step` is done.
       evaluations: number of evaluations at `step`; two if the cold model was evaluated before a warm start.
-      score: held-out pass@1 of `step`, by which checkpoints are compared; None if not evaluated.
-      best: best held-out pass@1 so far.
+      score: held-out score (`evaluation.score`) of `step`, by which checkpoints are compared; None if not evaluated.
+      best: best held-out score so far.
       best_step: the first step with that score.
       skipped: number of non-finite gradients so far.
       hooks: states of the method's hooks; None before the first step.
@@ -92,4 +92,6 @@ class Position:
             self.milestones[label] = {
                 "passed": evaluation.passed.astype(int).tolist(),
                 "valid": evaluation.valid.astype(int).tolist(),
+                "scores": evaluation.scores.tolist(),
+                "score_name": evaluation.score_name,
             }

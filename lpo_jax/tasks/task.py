@@ -26,6 +26,7 @@ class Task:
       verifier: the verifier as plain data. It prepends the prefill to each response.
       solution: maps a row to a response that the verifier passes, for the supervised warm start; None if none is known.
       about: for tasks from files, the counts of `prepared.prepare_rows` by split.
+      score: what is maximised: "pass", "reward", or the name of a numeric part of the verdicts.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Task:
     verifier: VerifierSpec
     solution: Callable[[Row], str | None] = lambda row: None
     about: Mapping[str, Mapping[str, Json]] = dataclasses.field(default_factory=dict)
+    score: str = "pass"
 
     @property
     def prefill(self) -> str:

@@ -84,7 +84,7 @@ def begin(session: Session, learner: Learner, recorder: Recorder) -> Position:
     warm = session.config.warm_start
     position = Position(session.model.load_state())
     if warm.steps:
-        cold = record_evaluation(session, recorder, position, "cold model").score
+        cold = record_evaluation(session, recorder, position, "cold model").summary["pass@1"]["mean"]
         if cold > warm.only_below:
             recorder.progress.log(f"the cold model passes {cold:.1%} of held-out samples: no warm start")
         else:
@@ -107,12 +107,10 @@ def run_step(
     """Sample a round, verify it and learn from it; then move `position` one step on and write metrics and responses."""
     config, step = session.config, position.step + 1
     started = time.perf_counter()
-    recorder.progress.phase("sampling")
     rollouts, tools = sample_round(
         session.environment, learner.hooks, learner.runner, position.state.policy, data, step
     )
     recorder.check_verdicts(rollouts.failures, f"step {step}")
-    recorder.progress.phase("learning")
     hosts.phase("learning")
     batch = make_batch(rollouts, config.sampling.max_tokens, learner.progress(step))
     scoring = time.perf_counter()

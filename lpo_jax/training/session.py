@@ -49,6 +49,7 @@ class Session:
             ),
             prompts_per_batch=min(config.training.prompts_per_step, len(environment.heldout_rows)),
             ks=config.evaluation.ks,
+            score=environment.task.score if config.evaluation.score == "auto" else config.evaluation.score,
         )
 
 
