@@ -197,6 +197,16 @@ class CheckpointSection(_Strict):
 
 
 @dataclasses.dataclass(frozen=True)
+class TrackingSection(_Strict):
+    """Copies of the metrics in the tracking libraries of others."""
+
+    wandb: str = _option("", "Project in Weights & Biases (extra [wandb]). Empty: none.")
+    trackio: str = _option(
+        "", "Project in trackio (extra [trackio]), which stays on this machine. Empty: none."
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class MeshSection(_Strict):
     """Number of devices along each axis of the mesh; see `lpo_jax.parallel.mesh` for the derived values."""
 
@@ -272,6 +282,7 @@ class Config(_Strict):
     optimizer: OptimizerConfig = OptimizerConfig()
     evaluation: EvaluationSection = EvaluationSection()
     checkpoint: CheckpointSection = CheckpointSection()
+    tracking: TrackingSection = TrackingSection()
     warm_start: WarmStartSection = WarmStartSection()
     meta: MetaSection = MetaSection()
     compare: CompareSection = CompareSection()

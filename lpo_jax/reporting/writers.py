@@ -12,7 +12,7 @@ import io
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -38,13 +38,18 @@ class RunWriter:
 
     Args:
         run_dir: the run directory; created if needed.
+        send: called with the index, the step and the metrics of each new row.
 
     Raises:
         UserError: the directory cannot be written, or a line before the last is damaged.
     """
 
-    def __init__(self, run_dir: str | os.PathLike):
-        self.run_dir = Path(run_dir)
+    def __init__(
+        self,
+        run_dir: str | os.PathLike,
+        send: Callable[[int, int, Mapping[str, float]], None] = lambda index, step, values: None,
+    ):
+        self.run_dir, self._send, self._rows = Path(run_dir), send, 0
         self._path = self.run_dir / METRICS_FILE
         self._file: io.FileIO | None = None
         self._events: EventsWriter | None = None
@@ -84,6 +89,8 @@ class RunWriter:
         except OSError as error:
             raise cannot_write(self._path, error) from error
         self._last_step = int(step)
+        self._send(self._rows, int(step), values)
+        self._rows += 1
 
     def write_samples(
         self, step: int, rows: Iterable[Mapping], folder: str = "rollouts", again: bool = False
@@ -165,6 +172,7 @@ class RunWriter:
         if after != before:
             write_atomically(self._path, after)
         self._last_step = rows[-1][1]["step"] if rows else -1
+        self._rows = len(rows)
 
     def _append(self, row: Mapping) -> None:
         if self._file is None:

@@ -30,7 +30,7 @@ def watch(show: Callable[[str, float], None]) -> Iterator[None]:
         _watchers.remove(show)
 
 
-def _listen(event: str, duration: float, **about: str | int) -> None:
+def _listen(event: str, duration_secs: float, **about: str | int) -> None:
     global _count
     _count += event == _COMPILED
     if event in (_LOWERED, _COMPILED):
@@ -40,7 +40,7 @@ def _listen(event: str, duration: float, **about: str | int) -> None:
             else ""
         )
         for show in _watchers:
-            show(name, duration)
+            show(name, duration_secs)
 
 
 jax.monitoring.register_event_duration_secs_listener(_listen)

@@ -1,6 +1,7 @@
 """The recorder of a run: metrics, responses, checkpoints, and the progress on the console."""
 
 import contextlib
+import dataclasses
 import itertools
 import shlex
 from pathlib import Path
@@ -14,6 +15,7 @@ from lpo_jax.evaluation.metrics import mean_score, paired_difference, score_diff
 from lpo_jax.json_lines import read_rows
 from lpo_jax.parallel import hosts
 from lpo_jax.reporting.doctor import Doctor, masked_responses, name_of
+from lpo_jax.reporting.trackers import Trackers
 from lpo_jax.reporting.writers import METRICS_FILE, sample_files
 from lpo_jax.rollout.collect import Rollouts
 from lpo_jax.rollout.failures import QUIET, Failures, Watch
@@ -24,7 +26,7 @@ from lpo_jax.runs.directory import RunDirectory
 from lpo_jax.runs.learned import Learned
 from lpo_jax.runs.signals import Signals
 from lpo_jax.runs.state import WARM_STARTED, Position
-from lpo_jax.types import PyTree, Tokenizer
+from lpo_jax.types import Json, PyTree, Tokenizer
 
 
 class Recorder:
@@ -49,7 +51,12 @@ class Recorder:
             self.checkpoints = stack.enter_context(
                 Checkpoints(self.run.checkpoints, self.config.checkpoint.keep)
             )
-            self.writer = stack.enter_context(open_writer(self.run.path))
+            options = {}
+            if hosts.is_first():
+                projects = dataclasses.asdict(self.config.tracking)
+                trackers = Trackers(self.run.path, projects, self.config.to_dict())
+                options["send"] = stack.enter_context(trackers).send
+            self.writer = stack.enter_context(open_writer(self.run.path, **options))
             start = self.checkpoints.latest() or 0
             progress = reporting.ProgressDisplay(self.total, start=start, console=self.console)
             self.progress = stack.enter_context(
@@ -206,9 +213,11 @@ class Recorder:
         return [{ours: row[name] for ours, name in shown.items()} for row in rows if row["k"] == 0]
 
 
-def open_writer(directory: Path) -> reporting.RunWriter | hosts.Silent:
+def open_writer(directory: Path, **options: Json) -> reporting.RunWriter | hosts.Silent:
     """The writer of a directory's metrics and samples; of many hosts, only the first writes."""
-    return reporting.RunWriter(directory) if hosts.is_first() else hosts.Silent(reporting.RunWriter)
+    return (
+        reporting.RunWriter(directory, **options) if hosts.is_first() else hosts.Silent(reporting.RunWriter)
+    )
 
 
 def missing_steps(run: Path, last: int) -> str:
