@@ -37,7 +37,7 @@ import time
 from lpo_jax.rewards import Verdict
 
 def dataset(split):
-    first, count = {"train": (0, 48), "heldout": (100, 16)}[split]
+    first, count = {"train": (0, 48), "heldout": (100, 48)}[split]
     return [{"n": n, "answer": "7" * (1 + n % 4)} for n in range(first, first + count)]
 
 def prompt(row):
@@ -77,6 +77,10 @@ RUNS = {
     "reward-without-passes": (
         "Verdict(len(response) / 8, exact(response, row).outcome)",
         {"training": {"steps": 40}},
+    ),
+    "heldout-falls": (
+        "Verdict(len(response) / 8, exact(response, row).outcome)",
+        {"training": {"steps": 16, "updates_per_step": 4}, "optimizer": {"learning_rate": 5e-3}},
     ),
     "sampler-gap": ("exact(response, row)", {}),
     "gradient-spike": (
@@ -118,7 +122,7 @@ def record(name: str, folder: Path, model: Path) -> None:
         "sampling": {"num_responses": 8, "max_tokens": 8},
         "training": {"steps": 24, "updates_per_step": 1, "prompts_per_step": 8, "save_plots": False},
         "optimizer": {"learning_rate": 2e-3},
-        "evaluation": {"every": 8, "problems": 16},
+        "evaluation": {"every": 8, "problems": 48},
         "checkpoint": {"every": 0},
         "warm_start": {"steps": 30, "batch_size": 32, "learning_rate": 1e-2},
     }
@@ -132,6 +136,7 @@ def record(name: str, folder: Path, model: Path) -> None:
         {key: row[key] for key in row if key in ALSO or read.fullmatch(key) or "/score/" in key}
         for row in read_metrics(values["output"])
     ]
+    rows = [row for row in rows if len(row) > 1]
     lines = (
         json.dumps({k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()})
         for row in rows

@@ -58,11 +58,19 @@ class Evaluated:
 
 @dataclasses.dataclass(frozen=True)
 class History:
-    """The rows so far: the first training steps, the recent ones, and all held-out evaluations."""
+    """The rows so far.
 
-    first: Sequence[Mapping] = ()
-    recent: Sequence[Mapping] = ()
-    evaluations: Sequence[Evaluated] = ()
+    Attributes:
+      first: of the first `BEGINNING` training steps.
+      recent: of the last `RECENT` training steps.
+      evaluations: all held-out evaluations.
+      passed: whether any response has passed in training.
+    """
+
+    first: Sequence[Mapping]
+    recent: Sequence[Mapping]
+    evaluations: Sequence[Evaluated]
+    passed: bool
 
     def last(self, name: str, count: int) -> list[float]:
         """Values of a metric in the last `count` training steps; empty if one of them has none."""
@@ -218,8 +226,7 @@ def unreachable_pass(history: History) -> Found | None:
     """Rewards differ, but no response has ever counted as a pass."""
     passes = history.last("reward/pass_rate", TREND)
     lowest, highest = (history.last(f"critic/score/{how}", TREND) for how in ("min", "max"))
-    seen = [*history.first, *history.recent]
-    if not passes or not highest or any(row.get("reward/pass_rate") for row in seen):
+    if not passes or not highest or history.passed:
         return None
     if max(highest) <= min(lowest) or any(evaluated.score > 0 for evaluated in history.evaluations):
         return None
@@ -281,6 +288,7 @@ class Doctor:
         self._first: list[Mapping] = []
         self._recent: collections.deque[Mapping] = collections.deque(maxlen=RECENT)
         self._evaluations: list[Evaluated] = []
+        self._passed = False
         for row in rows:
             self._add(row)
 
@@ -288,7 +296,7 @@ class Doctor:
         """Add a row of metrics, with its step, and return what is wrong at that step."""
         if not self._add(row):
             return []
-        history = History(self._first, list(self._recent), self._evaluations)
+        history = History(self._first, list(self._recent), self._evaluations, self._passed)
         found = ((check, check(history)) for check in CHECKS)
         return [Diagnosis(name_of(check), (row["step"],), *why) for check, why in found if why]
 
@@ -302,6 +310,7 @@ class Doctor:
             self._evaluations.append(Evaluated(row["step"], *score, mean))
         if "actor/grad_norm" in row:
             self._recent.append(row)
+            self._passed |= bool(row.get("reward/pass_rate"))
             if len(self._first) < BEGINNING:
                 self._first.append(row)
         return bool(self._recent) and (score is not None or "actor/grad_norm" in row)
@@ -320,13 +329,12 @@ def diagnose(rows: Iterable[Mapping]) -> list[Diagnosis]:
       last step at which it did.
     """
     doctor = Doctor()
-    found: dict[str, Diagnosis] = {}
+    found: dict[str, list[Diagnosis]] = collections.defaultdict(list)
     for row in rows:
         for diagnosis in doctor.observe(row):
-            before = found.get(diagnosis.name)
-            steps = dict.fromkeys((*before.steps, *diagnosis.steps)) if before else diagnosis.steps
-            found[diagnosis.name] = dataclasses.replace(diagnosis, steps=tuple(steps))
-    return list(found.values())
+            found[diagnosis.name].append(diagnosis)
+    steps = {name: dict.fromkeys(d.steps[0] for d in all_of_it) for name, all_of_it in found.items()}
+    return [dataclasses.replace(found[name][-1], steps=tuple(steps[name])) for name in found]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import itertools
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from lpo_jax.evaluation.heldout import Evaluation, powers_of_two
 from lpo_jax.evaluation.metrics import mean_score, paired_difference, score_difference, summarise
 from lpo_jax.json_lines import read_rows
 from lpo_jax.parallel import hosts
-from lpo_jax.reporting.doctor import Doctor, masked_responses, name_of
+from lpo_jax.reporting import doctor
 from lpo_jax.reporting.trackers import Trackers
 from lpo_jax.reporting.writers import METRICS_FILE, sample_files
 from lpo_jax.rollout.collect import Rollouts
@@ -43,7 +44,7 @@ class Recorder:
         self.config = run.config
         self.console = reporting.console()
         self._watch, self._saved = Watch(), False
-        self._doctor, self._told = Doctor(), dict[str, int]()
+        self._doctor, self._told = doctor.Doctor(), dict[str, int]()
         self._token_texts = TokenTexts(tokenizer)
 
     def __enter__(self):
@@ -90,7 +91,7 @@ class Recorder:
         self.writer.truncate_after(step, evaluations=record["evaluations"])
         self.progress.log(f"resumed from the checkpoint of step {step}")
         if hosts.is_first():
-            self._doctor = Doctor(reporting.read_metrics(self.run.path))
+            self._doctor = doctor.Doctor(reporting.read_metrics(self.run.path))
         if lost := hosts.on_first(lambda: missing_steps(self.run.path, step)):
             self.progress.log(
                 f"warning: {self.run.path}/metrics.jsonl has no rows of {lost}, which the checkpoint of step {step} "
@@ -151,7 +152,7 @@ class Recorder:
         """Log what is wrong with the run at a step, each diagnosis once in a while."""
         for found in self._doctor.observe({**row, "step": step}):
             # `check_verdicts` has reported masked responses with their reason.
-            known = found.name == name_of(masked_responses)
+            known = found.name == doctor.name_of(doctor.masked_responses)
             if not known and step - self._told.get(found.name, -QUIET) >= QUIET:
                 self._told[found.name] = step
                 self.progress.log(found.line())
@@ -174,6 +175,7 @@ class Recorder:
             self.progress.log(f"samples      none to show: {error}")
         if self.config.training.save_plots:
             self.progress.log(f"curves       {', '.join(map(str, reporting.save_plots(run)))}")
+        self.progress.log(f"doctor       {diagnoses_line(doctor.diagnose(reporting.read_metrics(run)))}")
         self.progress.log(
             f"metrics      {run}/metrics.jsonl, {run}/tensorboard",
             f"responses    {run}/rollouts, {run}/validation",
@@ -218,6 +220,12 @@ def open_writer(directory: Path, **options: Json) -> reporting.RunWriter | hosts
     return (
         reporting.RunWriter(directory, **options) if hosts.is_first() else hosts.Silent(reporting.RunWriter)
     )
+
+
+def diagnoses_line(diagnoses: Sequence[doctor.Diagnosis]) -> str:
+    """The diagnoses of a run in one line, with the number of steps and the last one of each."""
+    found = (f"{d.name} at {len(d.steps)} steps, last {d.steps[-1]}" for d in diagnoses)
+    return "; ".join(found) or "nothing found"
 
 
 def missing_steps(run: Path, last: int) -> str:

@@ -48,6 +48,7 @@ def drive(
 
 def restore(session: Session, recorder: Recorder, abstract_state: TrainState) -> Position | None:
     """The position of the newest checkpoint, with the frozen base of adapters; None in a fresh run."""
+    hosts.phase("restoring")
     position = recorder.restore(abstract_state)
     if position is not None:
         position.state = position.state.replace(frozen=session.model.load_frozen())

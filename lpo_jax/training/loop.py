@@ -82,6 +82,7 @@ def check_extension(config: Config, schedule_steps: int) -> None:
 def begin(session: Session, learner: Learner, recorder: Recorder) -> Position:
     """Step 0 of a fresh run: the model as it is loaded, or warm-started if it fails cold."""
     warm = session.config.warm_start
+    hosts.phase("loading the model")
     position = Position(session.model.load_state())
     if warm.steps:
         cold = record_evaluation(session, recorder, position, "cold model").summary["pass@1"]["mean"]
