@@ -310,7 +310,7 @@ class Doctor:
             self._evaluations.append(Evaluated(row["step"], *score, mean))
         if "actor/grad_norm" in row:
             self._recent.append(row)
-            self._passed |= bool(row.get("reward/pass_rate"))
+            self._passed |= _finite(row.get("reward/pass_rate")) and row["reward/pass_rate"] > 0
             if len(self._first) < BEGINNING:
                 self._first.append(row)
         return bool(self._recent) and (score is not None or "actor/grad_norm" in row)
