@@ -169,11 +169,12 @@ def heldout_falls(history: History) -> Found | None:
     now, best = history.evaluations[-1], max(history.evaluations[:-1], key=lambda e: e.score)
     if now.step < history.recent[-1]["step"]:
         return None
-    if not (now.high < best.score and now.score < best.low and now.reward > best.reward):
+    reward = best.reward if best.step else history.first[0].get("critic/rewards/mean", math.nan)
+    if not (now.high < best.score and now.score < best.low and now.reward > reward):
         return None
     return (
         f"the held-out score fell from {best.score:.3g} at step {best.step} to {now.score:.3g} while the training "
-        f"reward rose from {best.reward:.3g} to {now.reward:.3g}",
+        f"reward rose from {reward:.3g} to {now.reward:.3g}",
         "take the best checkpoint instead of the last, lower optimizer.learning_rate, or train on more problems",
     )
 

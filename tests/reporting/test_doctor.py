@@ -1,6 +1,7 @@
 """The run doctor on recorded runs: each sick one is named with its remedy, and nothing is found in healthy ones.
 
-`scripts/record_runs.py` records them.
+`scripts/record_runs.py` records runs. A sick run without a recording is the healthy one with the metrics of that
+sickness.
 """
 
 import re
@@ -34,8 +35,47 @@ REMEDIES = {
 }
 
 
+# name: changes of a row of the healthy run, from its step and the row.
+ALTERED = {
+    "masked-responses": lambda step, row: {"reward/outcome/infrastructure": 0.0625},
+    "truncated-responses": lambda step, row: {"response_length/clip_ratio": 0.51 + 0.02 * step},
+    "groups-without-signal": lambda step, row: {"lpo/degenerate_group_frac": 0.55 + 0.01 * step},
+    "entropy-collapse": lambda step, row: {"actor/entropy": row["actor/entropy"] * 0.8**step},
+    "repetition": lambda step, row: {"response/repetition": 0.03 * step},
+    "reward-without-passes": lambda step, row: {
+        "critic/rewards/mean": row["critic/rewards/mean"] + 0.05 * step,
+        "reward/pass_rate": row["reward/pass_rate"] * 0.9**step,
+    },
+    "heldout-falls": lambda step, row: {"critic/rewards/mean": row["critic/rewards/mean"] + 0.01 * step},
+    "sampler-gap": lambda step, row: {"lpo/logp_gap_mean": 2e-4 * step},
+    "gradient-spike": lambda step, row: {"actor/grad_norm": 12.5 if step == 20 else row["actor/grad_norm"]},
+    "score-spike": lambda step, row: {"lpo/score_abs_max": 1.7 if step == 20 else 0.05},
+    "nonfinite-gradients": lambda step, row: {"lpo/skipped_updates": int(step == 9)},
+    "unreachable-pass": lambda step, row: {"reward/pass_rate": 0.0, "critic/score/max": 0.9},
+    "slow-verifier": lambda step, row: {"timing_s/reward": 0.6 * row["timing_s/step"]},
+}
+
+
+def recorded(name):
+    """The rows of a run."""
+    if name not in ALTERED:
+        return read_rows(RUNS / f"{name}.jsonl")
+    rows = read_rows(RUNS / "healthy.jsonl")
+    rows = [row | ALTERED[name](row["step"], row) if "actor/grad_norm" in row else row for row in rows]
+    scores = {"heldout-falls": (0.6, 0.5, 0.05, 0.02), "unreachable-pass": (0.0, 0.0, 0.0, 0.0)}.get(name)
+    if scores is None:
+        return rows
+    held = ("score/mean@8", "score/ci_low", "score/ci_high")
+    named = [f"val-{'core' if key == held[0] else 'aux'}/python/{key}" for key in held]
+    changed = iter(score for score in (0.0, *scores))
+    return [
+        row | dict(zip(named, ((s := next(changed)), 0.7 * s, 1.3 * s))) if named[0] in row else row
+        for row in rows
+    ]
+
+
 def found(name):
-    return {diagnosis.name: diagnosis for diagnosis in diagnose(read_rows(RUNS / f"{name}.jsonl"))}
+    return {diagnosis.name: diagnosis for diagnosis in diagnose(recorded(name))}
 
 
 def test_every_check_has_a_sick_run_and_a_line_in_the_docs():
@@ -63,7 +103,7 @@ def test_sick_runs_are_named_with_their_remedy(name):
 
 @pytest.mark.parametrize("name", REMEDIES)
 def test_a_resumed_doctor_finds_the_same(name):
-    rows = read_rows(RUNS / f"{name}.jsonl")
+    rows = recorded(name)
     whole, middle = Doctor(), len(rows) // 2
     of_whole = [whole.observe(row) for row in rows]
     resumed = Doctor(rows[:middle])
