@@ -149,6 +149,10 @@ class TrainingSection(_Strict):
         5, "Stop the run after this many consecutive updates with non-finite gradients."
     )
     save_rollouts: bool = _option(True, "Write every response to rollouts/<step>.jsonl.")
+    show_every: NonNegative = _option(
+        10,
+        "Steps between prints of the best, the worst and the most surprising response of a group. 0 prints none.",
+    )
     save_plots: bool = _option(True, "Draw plots/*.png at the end of the run.")
 
 
@@ -178,6 +182,11 @@ class EvaluationSection(_Strict):
     num_responses: NonNegative = _option(0, "Samples per held-out problem. 0 uses sampling.num_responses.")
     temperature: NonNegativeFloat = _option(1.0, "Sampling temperature in evaluation. The paper uses 0.6.")
     top_p: PositiveFraction = _option(1.0, "top_p in evaluation. 1 disables it.")
+    score: Word = _option(
+        "auto",
+        "What the run maximises, by which the best checkpoint is chosen: pass (the share of responses whose outcome is "
+        "`pass`), reward (their mean reward), or the name of a numeric part of the verdicts; auto: the task's (pass).",
+    )
     ks: tuple[Positive, ...] = _option((), "Values of k in pass@k. By default powers of 2 up to the samples.")
 
 
@@ -186,9 +195,19 @@ class CheckpointSection(_Strict):
     """When and where checkpoints are saved."""
 
     every: NonNegative = _option(50, "Steps between checkpoints. 0 saves only at the end.")
-    keep: Positive = _option(2, "Latest checkpoints to keep, in addition to the best by held-out pass@1.")
+    keep: Positive = _option(2, "Latest checkpoints to keep, in addition to the best by evaluation.score.")
     directory: Word = _option(
         "auto", "Directory of the checkpoints, which may be gs://...; auto is `checkpoints` in `output`."
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class TrackingSection(_Strict):
+    """Copies of the metrics in the tracking libraries of others."""
+
+    wandb: str = _option("", "Project in Weights & Biases (extra [wandb]). Empty: none.")
+    trackio: str = _option(
+        "", "Project in trackio (extra [trackio]), which stays on this machine. Empty: none."
     )
 
 
@@ -268,6 +287,7 @@ class Config(_Strict):
     optimizer: OptimizerConfig = OptimizerConfig()
     evaluation: EvaluationSection = EvaluationSection()
     checkpoint: CheckpointSection = CheckpointSection()
+    tracking: TrackingSection = TrackingSection()
     warm_start: WarmStartSection = WarmStartSection()
     meta: MetaSection = MetaSection()
     compare: CompareSection = CompareSection()

@@ -34,8 +34,8 @@ def test_no_key_accepts_a_non_finite_number_or_an_empty_string(value):
             assert key.rpartition(".")[2] in str(error) and "\n" not in str(error)
         else:
             taken.append(key)
-    # String-valued keys accept "nan": it may be the name of a directory or a model.
-    texts = {"output", "model.path", "checkpoint.directory"}
+    # String-valued keys accept "nan": it may be the name of a directory, a model or a part of a verdict.
+    texts = {"output", "model.path", "checkpoint.directory", "evaluation.score"}
     assert set(taken) <= (texts if value not in ("''", "'  '") else set())
 
 

@@ -127,7 +127,8 @@ def step_call(session: Session) -> Iterator[Callable[[], object]]:
     with open_hooks(objective, session.environment) as hooks:
         learner = Learner.of(session.model, objective, hooks, config.training.steps)
         run = RunDirectory(config, "train", resume=False)
-        with run, Signals() as signals, Recorder(run, signals, config.training.steps) as recorder:
+        tokenizer = session.environment.tokenizer
+        with run, Signals() as signals, Recorder(run, signals, config.training.steps, tokenizer) as recorder:
             position = Position(session.model.start(session.model.load_state(), learner.optimizer, objective))
             data = session.environment.prompts(config.training.prompts_per_step, None)
             yield lambda: run_step(session, learner, position, data, recorder)

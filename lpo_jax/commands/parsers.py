@@ -51,7 +51,7 @@ def add_checkpoint_option(command: CommandParser) -> None:
     command.add_argument(
         "--checkpoint",
         default="best",
-        help="best (by held-out pass@1), latest, or the number of a step (best)",
+        help="best (by evaluation.score), latest, or the number of a step (best)",
     )
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from lpo_jax import reporting
 from lpo_jax.files import write_file
 from lpo_jax.json_lines import read_object, read_rows
+from lpo_jax.reporting.writers import sample_files
 
 FILE = "outcome.json"
 
@@ -72,13 +73,15 @@ class Outcome:
 
 def read_outcome(run: Path) -> Outcome:
     """Compute the results of a finished run from the files in its directory."""
-    evaluated = sorted(int(path.stem) for path in (run / "validation").glob("*.jsonl") if path.stem.isdigit())
-    counts = [_count(run / "validation" / f"{step}.jsonl") for step in evaluated]
+    files = {
+        file.step: file.path for file in sample_files(run, "validation")
+    }  # of a step, the last evaluation
+    counts = [_count(path) for path in files.values()]
     rows = reporting.read_metrics(run)
     trained = [row for row in rows if "timing_s/step" in row]
     spent = ("timing_s/step", "timing_s/testing", "timing_s/save_checkpoint")
     return Outcome(
-        evaluated=np.array(evaluated),
+        evaluated=np.array(list(files)),
         passed=np.array([passed for passed, _ in counts]),
         valid=np.array([valid for _, valid in counts]),
         steps=np.array([row["step"] for row in trained], int),

@@ -131,6 +131,42 @@ def summarise(
     return summary
 
 
+def mean_score(scores, valid, seed: int = 0) -> dict[str, float]:
+    """Compute the mean of one number per sample, with a 95% interval over problems.
+
+    Args:
+        scores: [P, N] numbers; invalid samples may hold any.
+        valid: [P, N] mask of the samples that count.
+        seed: of the bootstrap.
+
+    Returns:
+        `{"mean", "ci_low", "ci_high", "problems"}`: the mean over problems of the mean over a problem's valid samples.
+    """
+    values = _problem_means(scores, valid)
+    values = values[~np.isnan(values)]
+    bounds = (float(scores[valid].min()), float(scores[valid].max())) if valid.any() else (0.0, 1.0)
+    low, high = bootstrap_interval(values, min(0.0, bounds[0]), max(1.0, bounds[1]), seed=seed)
+    return {"mean": _mean(values), "ci_low": low, "ci_high": high, "problems": values.size}
+
+
+def score_difference(before, after, valid_before, valid_after, seed: int = 0) -> dict[str, float]:
+    """Compute the change of `mean_score` between two evaluations of the same problems in the same order.
+
+    Args:
+        before, after: [P, N] and [P, M] numbers.
+        valid_before, valid_after: masks of the samples that count.
+        seed: of the bootstrap.
+
+    Returns:
+        `{"mean", "ci_low", "ci_high", "problems"}`, where `mean` is after minus before.
+    """
+    change = _problem_means(after, valid_after) - _problem_means(before, valid_before)
+    change = change[~np.isnan(change)]
+    reach = max(1.0, float(np.abs(change).max(initial=0.0)))
+    low, high = bootstrap_interval(change, -reach, reach, seed=seed)
+    return {"mean": _mean(change), "ci_low": low, "ci_high": high, "problems": change.size}
+
+
 def paired_difference(
     before,
     after,
@@ -176,6 +212,12 @@ def paired_difference(
             "problems": change.size,
         }
     return differences
+
+
+def _problem_means(scores: np.ndarray, valid: np.ndarray) -> np.ndarray:
+    """Mean over the valid samples of each problem [P]; NaN without any."""
+    counts = valid.sum(axis=1)
+    return np.where(counts > 0, np.where(valid, scores, 0.0).sum(axis=1) / np.maximum(counts, 1), np.nan)
 
 
 def _per_problem(outcomes: np.ndarray, valid: np.ndarray, k: int) -> np.ndarray:

@@ -67,6 +67,11 @@ class PackedLayout(struct.PyTreeNode):
         """The number of tokens that run, without padding. A layout on the host only."""
         return int((self.token != NOWHERE).sum())
 
+    @property
+    def ran(self) -> jax.Array:
+        """The response tokens that run, `[P, K, T]` bool."""
+        return self.back != NOWHERE
+
     def to_rows(self, x: jax.Array) -> jax.Array:
         """Move `[P, K, T, ...]` into rows, `[M, B, X, ...]`."""
         return take(x.reshape(-1, *x.shape[3:]), self.source)

@@ -167,6 +167,7 @@ class Listwise(flax.struct.PyTreeNode):
       valid: [P,K] bool, the response belongs to its group: marked valid, has a token, has a finite reward, selected.
       active: [P] bool, the group counts in the loss and in every mean.
       degenerate: [P] bool, the group is large enough but its rewards are all equal.
+      rewards: [P,K] the rewards after shaping; 0 where the response has no valid reward.
       temperature: [P,1] tau, in units of reward.
       utilities: [P,K] u = (R - b) / tau with the method's biases, the advantage of a policy gradient; 0 where invalid.
       scores: [P,K] s_k, the log-ratio of response k to the behaviour policy, in nats; 0 where invalid.
@@ -174,17 +175,20 @@ class Listwise(flax.struct.PyTreeNode):
       log_target: [P,K] log w*, by default of w* = softmax(u + s_t); -inf where invalid.
       coefficients: [P,K] c_k = d (the prompt's loss) / d s_k, before the gate and the mean over prompts; 0 in
         an inactive group. If the tokens of a response have different coefficients, their mean.
+      clipped: [P,K,T] bool, the tokens with a coefficient whose gradient the trust region removes or limits.
     """
 
     valid: jax.Array
     active: jax.Array
     degenerate: jax.Array
+    rewards: jax.Array
     temperature: jax.Array
     utilities: jax.Array
     scores: jax.Array
     log_policy: jax.Array
     log_target: jax.Array
     coefficients: jax.Array
+    clipped: jax.Array
 
     @property
     def policy(self) -> jax.Array:

@@ -127,7 +127,7 @@ class Objective:
         if value is not None:
             # The value is that of the projection, the gradient that of the surrogate: the added term is exactly 0.
             loss = masked_mean(value, view.active) + (loss - jax.lax.stop_gradient(loss))
-        metrics = self._metrics(context, view, c, delta, tokens) | {"actor/pg_loss": loss}
+        metrics = self._metrics(context, view, delta, tokens) | {"actor/pg_loss": loss}
         with jax.named_scope("regular"):
             for part in self.regular:
                 if part.coefficient:
@@ -192,8 +192,13 @@ class Objective:
             c = jnp.where(valid[..., None] & active[:, None, None], c, 0)
             c_k = c[..., 0] if c.shape[-1] == 1 else masked_mean(c, context.tokens, -1)
             weight = jnp.ones_like(c) if self.token_weight is None else self.token_weight(context, by_token)
+        delta = jnp.where(active[:, None, None], context.delta, 0)
+        clipped = self.gate.acts(delta, c, context) | self.projection.clipped(context)[..., None]
+        clipped &= context.tokens & (c != 0)
         log_p = listwise_log_probs(s, valid)
-        return context, Listwise(valid, active, degenerate, tau, u, s, log_p, log_w, c_k), c, weight
+        rewards = context.rewards
+        view = Listwise(valid, active, degenerate, rewards, tau, u, s, log_p, log_w, c_k, clipped)
+        return context, view, c, weight
 
     def _scores(self, logp: jax.Array, context: Context) -> jax.Array:
         delta = self.gate.scored(_log_ratio(logp, context.scored.behaviour_logp, context.tokens))
@@ -207,13 +212,11 @@ class Objective:
         return self._scores(context.scored.behaviour_logp if anchor is None else anchor, context)
 
     def _metrics(
-        self, context: Context, view: Listwise, c: jax.Array, delta: jax.Array, tokens: jax.Array
+        self, context: Context, view: Listwise, delta: jax.Array, tokens: jax.Array
     ) -> dict[str, jax.Array]:
         delta = jax.lax.stop_gradient(delta)
         size = view.valid.sum(-1)  # [P]
         uniform = jnp.where(view.valid, 1 / jnp.maximum(size, 1)[:, None], 0)  # [P,K]
-        pulled = tokens & (c != 0)
-        clipped = self.gate.acts(delta, c, context) | self.projection.clipped(context)[..., None]
         marked = _marked(context.scored)
 
         def group_mean(x: jax.Array) -> jax.Array:
@@ -236,7 +239,7 @@ class Objective:
                 DIVERGENCES["reverse-kl"].value(view.log_policy, view.log_target),
                 view.active & ~(view.valid & (view.log_target == -jnp.inf)).any(-1),
             ),
-            "actor/pg_clipfrac": masked_mean(pulled & clipped, tokens),
+            "actor/pg_clipfrac": masked_mean(view.clipped, tokens),
             "actor/ppo_kl": masked_mean(-delta, tokens),
         }
 

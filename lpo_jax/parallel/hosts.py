@@ -32,6 +32,7 @@ HEARTBEAT = 20  # seconds without a heartbeat after which a process counts as lo
 
 T = TypeVar("T")
 
+_watchers: list[Callable[[str], None]] = []
 _presence: Presence | None = None  # of this process; None in a job of one process
 
 
@@ -61,6 +62,18 @@ def phase(name: str) -> None:
     """Set what this process is doing, such as "verifying". The other processes report it if this one ends."""
     if _presence is not None:
         _presence.phase = name
+    for show in _watchers:
+        show(name)
+
+
+@contextlib.contextmanager
+def watch_phases(show: Callable[[str], None]) -> Iterator[None]:
+    """Call a function with the name of each phase that begins."""
+    _watchers.append(show)
+    try:
+        yield
+    finally:
+        _watchers.remove(show)
 
 
 def require_devices() -> None:

@@ -6,7 +6,7 @@
 from lpo_jax.reporting.metric_names import is_timing, validation_metrics
 from lpo_jax.reporting.plots import diagnostics, learning_curves, save_plots
 from lpo_jax.reporting.progress import ProgressDisplay
-from lpo_jax.reporting.tables import batch_table, before_after_table, sample_panel
+from lpo_jax.reporting.tables import batch_table, before_after_table, group_panel, sample_panel
 from lpo_jax.reporting.text import console, duration, percent, sanitise
 from lpo_jax.reporting.writers import RunWriter, read_metrics
 
@@ -18,6 +18,7 @@ __all__ = [
     "console",
     "diagnostics",
     "duration",
+    "group_panel",
     "is_timing",
     "learning_curves",
     "percent",

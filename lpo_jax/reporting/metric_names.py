@@ -4,8 +4,8 @@ Metrics that verl also has use verl's names, so that its dashboards can read our
 are under `lpo/`, `reward/` and `val-aux/`. `RunWriter` rejects names that are not in the table, so the table and
 `docs/metrics.md`, which `metrics_markdown` renders from it, are always complete.
 
-In a name, `{a,b}` stands for each of the words, `<data>` for the name of a data set (it may contain slashes), and `<n>`
-and `<k>` for integers.
+In a name, `{a,b}` stands for each of the words, `<data>` and `<name>` for the name of a data set or of a value (it may
+contain slashes), and `<n>` and `<k>` for integers.
 """
 
 import functools
@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from lpo_jax.errors import nearest
+from lpo_jax.types import Json
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,17 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "critic/rewards/{mean,max,min}",
         "reward",
-        "reward that the objective receives: the score after shaping",
+        "reward after the method's shaping, over the responses that belong to their groups",
+    ),
+    Metric(
+        "critic/advantages/{mean,max,min}",
+        "-",
+        "advantage, over the same responses: for LPO the utility u = (R - b) / tau, whose softmax is the target",
+    ),
+    Metric(
+        "reward/parts/<name>",
+        "-",
+        "mean of a numeric part of the verdicts, over the valid responses that have it",
     ),
     Metric("reward/pass_rate", "fraction", "valid responses whose outcome is `pass`"),
     Metric(
@@ -59,6 +70,11 @@ METRICS: tuple[Metric, ...] = (
         "response_length/clip_ratio",
         "fraction",
         "responses that reached the length limit without an end token",
+    ),
+    Metric(
+        "response/repetition",
+        "fraction",
+        "sequences of four tokens that occurred before in the same response, mean over responses",
     ),
     Metric("prompt_length/{mean,max,min}", "tokens", "length of the prompts without padding"),
     Metric("prompt_length/clip_ratio", "fraction", "prompts at the length limit"),
@@ -134,6 +150,8 @@ METRICS: tuple[Metric, ...] = (
         "updates",
         "updates of the step that were skipped because the gradient was not finite",
     ),
+    Metric("objective/<name>", "-", "a metric of an objective that is not part of this package"),
+    Metric("hook/<name>", "-", "a metric of a hook that is not part of this package"),
     # The run.
     Metric("training/global_step", "steps", "training steps done"),
     Metric("training/epoch", "epochs", "complete passes over the training data"),
@@ -173,6 +191,13 @@ METRICS: tuple[Metric, ...] = (
     _timing("timing_s/step", "s", "the whole step"),
     # Held-out evaluation.
     Metric(
+        "val-core/<data>/score/mean@<n>",
+        "-",
+        "what `evaluation.score` names, mean over problems: the pass rate, the reward, or a part of the verdicts. The"
+        " best checkpoint and the run doctor follow it",
+    ),
+    Metric("val-aux/<data>/score/{ci_low,ci_high}", "-", "its 95% bootstrap interval over problems"),
+    Metric(
         "val-core/<data>/acc/mean@<n>", "fraction", "fraction of <n> samples that pass, mean over problems"
     ),
     Metric(
@@ -210,7 +235,8 @@ METRICS: tuple[Metric, ...] = (
     Metric("train/global_tokens", "tokens", "target tokens of the step"),
 )
 
-_PLACEHOLDERS = {"<data>": r".+", "<n>": r"\d+", "<k>": r"\d+"}
+_SCORE, _PASS_AT_1 = re.compile(r"val-core/(.+)/score/mean@\d+"), re.compile(r"val-core/(.+)/acc/pass@1")
+_PLACEHOLDERS = {"<data>": r".+", "<name>": r".+", "<n>": r"\d+", "<k>": r"\d+"}
 
 
 def _pattern(name: str) -> re.Pattern:
@@ -256,7 +282,7 @@ def validation_metrics(data: str, summary: Mapping) -> dict[str, float]:
 
     Args:
         data: name of the data set.
-        summary: the dict of `lpo_jax.evaluation.metrics.summarise`.
+        summary: of `lpo_jax.evaluation.heldout.Evaluation`.
     """
     metrics = {}
     for k in summary["ks"]:
@@ -266,7 +292,23 @@ def validation_metrics(data: str, summary: Mapping) -> dict[str, float]:
             metrics[f"val-aux/{data}/acc/pass@{k}/{part}"] = interval[part]
     metrics[f"val-core/{data}/acc/mean@{summary['samples_per_problem']}"] = summary["mean"]
     metrics[f"val-aux/{data}/invalid_samples"] = summary["invalid_samples"]
+    metrics[f"val-core/{data}/score/mean@{summary['samples_per_problem']}"] = summary["score"]["mean"]
+    for part in ("ci_low", "ci_high"):
+        metrics[f"val-aux/{data}/score/{part}"] = summary["score"][part]
     return metrics
+
+
+def heldout_score(row: Mapping[str, Json]) -> tuple[float, float, float] | None:
+    """Return the held-out score of a row of metrics with the bounds of its interval; None for a row without one.
+
+    In runs of older versions it is pass@1.
+    """
+    for pattern, interval in ((_SCORE, "score"), (_PASS_AT_1, "acc/pass@1")):
+        for name, value in row.items():
+            if value is not None and (found := pattern.fullmatch(name)):
+                low, high = (row.get(f"val-aux/{found[1]}/{interval}/{end}") for end in ("ci_low", "ci_high"))
+                return value, value if low is None else low, value if high is None else high
+    return None
 
 
 def metrics_markdown() -> str:
@@ -275,9 +317,10 @@ def metrics_markdown() -> str:
         "# Metrics",
         "",
         "All metrics that a run can write to `metrics.jsonl` and TensorBoard. `{a,b}` stands for each of the words,",
-        "`<data>` for the name of a data set, `<n>` and `<k>` for integers. Metrics marked † depend on the machine and",
-        "the process. Two runs with the same seed on the same kind of machine agree on all others. A non-finite value",
-        'is `null` in `metrics.jsonl`; the `"nonfinite"` entry of its row contains the value as text.',
+        "`<data>` for the name of a data set, `<name>` for the name of a value, `<n>` and `<k>` for integers. Metrics",
+        "marked † depend on the machine and the process. Two runs with the same seed on the same kind of machine agree",
+        'on all others. A non-finite value is `null` in `metrics.jsonl`; the `"nonfinite"` entry of its row contains',
+        "the value as text.",
     ]
     section = None
     for metric in METRICS:

@@ -24,10 +24,13 @@ from lpo_jax.reporting.text import duration, percent
 
 # The displayed metrics: name, label, format. Metrics that are missing in a step are not displayed.
 _SHOWN: tuple[tuple[str, str, Callable[[float], str]], ...] = (
-    ("critic/rewards/mean", "reward", "{:.3f}".format),
+    ("critic/score/mean", "reward", "{:.3f}".format),
     ("reward/pass_rate", "pass", percent),
+    ("response_length/clip_ratio", "cut", percent),
+    ("lpo/degenerate_group_frac", "no signal", percent),
     ("train/loss", "loss", "{:.3f}".format),
     ("actor/entropy", "entropy", "{:.2f}".format),
+    ("actor/grad_norm", "grad", "{:.2g}".format),
     ("perf/throughput", "tok/s", "{:,.0f}".format),
 )
 
@@ -53,7 +56,8 @@ class ProgressDisplay:
         self.console = console or default_console()
         self._clock = clock
         self._step = start
-        self._phase = ""
+        self._phase = self._task = self._compiling = ""
+        self._compile_seconds = 0.0
         self._shown: dict[str, str] = {}
         self._evaluation = ""
         self._skipped = 0
@@ -72,13 +76,27 @@ class ProgressDisplay:
         return self
 
     def __exit__(self, *exception):
-        self._phase = ""
+        self._phase = self._task = ""
         if self._live:
             self._live.stop()  # keeps the last lines and restores the cursor
 
     def phase(self, name: str) -> None:
-        """Set the name of the current phase ("compiling", "sampling"), which the live display shows."""
+        """Set the name of the current phase ("sampling", "saving"), which the live display shows."""
         self._phase = name
+
+    def during(self, task: str) -> None:
+        """Set what the next phases are part of, such as "evaluating", until the next `update`."""
+        self._task = task
+
+    def compiling(self, name: str, seconds: float) -> None:
+        """Show which program is being compiled; "" when it is done. The estimate of the time left excludes the seconds.
+
+        Args:
+            name: of the program.
+            seconds: time that it took to get here since the last call.
+        """
+        self._compiling = name
+        self._compile_seconds += seconds
 
     def update(self, step: int, metrics: Mapping[str, float]) -> None:
         """Display a finished step. Call it once per step; step 0 displays an evaluation before training.
@@ -89,16 +107,19 @@ class ProgressDisplay:
         """
         now = self._clock()
         if step > self._step:
-            self._durations.append((now - self._since) / (step - self._step))
-        self._since, self._step, self._phase = now, step, ""
-        self._shown = {
-            label: show(metrics[name]) for name, label, show in _SHOWN if _is_number(metrics.get(name))
-        }
+            working = max(now - self._since - self._compile_seconds, 0.0)
+            self._durations.append(working / (step - self._step))
+        self._since, self._step, self._phase, self._task, self._compile_seconds = now, step, "", "", 0.0
+        shown = {label: show(metrics[name]) for name, label, show in _SHOWN if _is_number(metrics.get(name))}
+        if shown or not _evaluation(
+            step, metrics
+        ):  # the row of an evaluation does not hide those of the step
+            self._shown = shown
         skipped = metrics.get("lpo/skipped_updates", 0)
         self._skipped += int(skipped) if _is_number(skipped) else 0
         self._evaluation = _evaluation(step, metrics) or self._evaluation
         if not self._live:
-            self._print_line()
+            self._print_line(shown, _evaluation(step, metrics))
 
     def log(self, *messages) -> None:
         """Print messages above the live display: text without markup, or rich renderables such as tables."""
@@ -108,8 +129,8 @@ class ProgressDisplay:
     def seconds_left(self) -> float:
         """Estimate the remaining time in seconds; NaN before the first step is finished.
 
-        The estimate is the median time of the last 20 steps times the number of steps left, minus the time since
-        the last step. The median makes it robust against steps with a compilation or an evaluation.
+        The estimate is the median time of the last 20 steps, without compilations, times the number of steps left,
+        minus the time since the last step. The median makes it robust against steps with an evaluation.
         """
         if self._step >= self.total:
             return 0.0
@@ -119,28 +140,35 @@ class ProgressDisplay:
         used = min(self._clock() - self._since, typical)
         return typical * (self.total - self._step) - used
 
-    def _facts(self) -> list[str]:
-        facts = [f"{label} {value}" for label, value in self._shown.items()]
+    def _facts(self, shown: Mapping[str, str]) -> list[str]:
+        facts = [f"{label} {value}" for label, value in shown.items()]
         if self._skipped:
             facts.append(f"skipped updates {self._skipped}")
         return facts
 
-    def _print_line(self) -> None:
+    def _print_line(self, shown: Mapping[str, str], evaluation: str) -> None:
         head = f"step {self._step}/{self.total}"
         took = [f"{self._durations[-1]:.1f} s/step"] if self._durations else []
-        evaluation = [self._evaluation] if self._evaluation else []
-        line = [head, *self._facts(), *evaluation, *took, f"left {duration(self.seconds_left())}"]
+        line = [
+            head,
+            *self._facts(shown),
+            *[evaluation][: bool(evaluation)],
+            *took,
+            f"left {duration(self.seconds_left())}",
+        ]
         self.console.print(Text("  ".join(line)), soft_wrap=True)
 
     def __rich__(self) -> Group:
+        now = ": ".join(filter(None, (self._task, self._phase)))
+        now += f" (compiling {self._compiling})" if self._compiling else ""
         bar = Table.grid(padding=(0, 1))
         bar.add_row(
             Text(f"step {self._step}/{self.total}", "bold"),
             ProgressBar(total=max(self.total, 1), completed=self._step, width=30),
             Text(f"{duration(self.seconds_left())} left", "cyan"),
-            Text(f"{self._phase} {duration(self._clock() - self._since)}" if self._phase else "", "dim"),
+            Text(f"{now} {duration(self._clock() - self._since)}" if now else "", "dim"),
         )
-        lines = [" · ".join(self._facts()), self._evaluation]
+        lines = [" · ".join(self._facts(self._shown)), self._evaluation]
         return Group(bar, *(Text(line, no_wrap=True, overflow="ellipsis") for line in lines if line))
 
 
@@ -149,13 +177,15 @@ def _is_number(value) -> bool:
 
 
 def _evaluation(step: int, metrics: Mapping[str, float]) -> str:
-    """Format the val-core metrics of a row as `eval pass@1 13.5% pass@4 50.0% (step 20)`; "" without any."""
-    scores = {
-        name.rsplit("/", 1)[1]: value
-        for name, value in metrics.items()
-        if name.startswith("val-core/") and "/acc/pass@" in name and _is_number(value)
-    }
+    """Format a held-out evaluation as `held-out pass@1 13.5% pass@4 50.0% reward 0.21 (step 20)`; "" for other rows."""
+    scores, rewards = {}, []
+    for name, value in metrics.items():
+        if name.startswith("val-core/") and "/acc/pass@" in name and _is_number(value):
+            scores[name.rsplit("/", 1)[1]] = value
+        if name.startswith("val-aux/") and "/reward/mean@" in name and _is_number(value):
+            rewards.append(f"reward {value:.3g}")
     if not scores:
         return ""
     ordered = sorted(scores.items(), key=lambda item: int(item[0].split("@")[1]))
-    return "eval " + " ".join(f"{name} {percent(value)}" for name, value in ordered) + f" (step {step})"
+    passes = (f"{name} {percent(value)}" for name, value in ordered)
+    return f"held-out {' '.join([*passes, *rewards])} (step {step})"

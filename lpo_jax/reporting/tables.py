@@ -3,8 +3,9 @@
 Each function returns a rich renderable. Print it with `console().print(...)` or `ProgressDisplay.log(...)`.
 """
 
+import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from rich import box
 from rich.console import Group
@@ -46,21 +47,26 @@ def before_after_table(
         title: title of the table.
     """
     ks = sorted({k for _, summary, _ in rows for k in summary["ks"]})
+    scores = {summary["score"]["name"] for _, summary, _ in rows if "score" in summary} - {"pass"}
+    columns: list[tuple[str, str, Callable[[float], str]]] = [
+        (name, "score", number) for name in sorted(scores)
+    ]
+    columns += [(f"pass@{k}", f"pass@{k}", percent) for k in ks]
     with_change = any(difference for *_, difference in rows)
     table = _table(title)
     table.add_column("model")
-    for k in ks:
-        table.add_column(f"pass@{k}", justify="right")
+    for heading, *_ in columns:
+        table.add_column(heading, justify="right")
         if with_change:
             table.add_column("change", justify="right")
     for index, (label, summary, difference) in enumerate(rows):
         if index:
             table.add_row()
         cells = [Text(label)]
-        for k in ks:
-            cells.append(_score(summary.get(f"pass@{k}")))
+        for _, key, show in columns:
+            cells.append(_score(summary.get(key), show))
             if with_change:
-                cells.append(_change((difference or {}).get(f"pass@{k}")))
+                cells.append(_change((difference or {}).get(key), show))
         table.add_row(*cells)
     return Group(table, _caption([summary for _, summary, _ in rows], with_change))
 
@@ -94,6 +100,49 @@ def sample_panel(
     )
 
 
+def notable_responses(group: Sequence[Mapping]) -> list[tuple[str, Mapping]]:
+    """Choose the best, the worst and the most surprising response of a group, fewer if they are the same.
+
+    Args:
+        group: records of responses (`docs/records.md`). The most surprising one has the lowest mean log-prob.
+    """
+    chosen: dict[int, list[str]] = {}
+    for label, key in (
+        ("best", lambda r: -r["score"]),
+        ("worst", lambda r: r["score"]),
+        ("surprising", _logp),
+    ):
+        chosen.setdefault(min(range(len(group)), key=lambda k: key(group[k])), []).append(label)
+    return [(", ".join(labels), group[k]) for k, labels in chosen.items()]
+
+
+def group_panel(records: Sequence[Mapping], step: int, max_chars: int = 400) -> Panel:
+    """Return a panel with a few responses of one group: the first of those whose rewards differ most.
+
+    Args:
+        records: of a step, group by group.
+        step: for the title.
+        max_chars: longer texts are shortened in the middle.
+    """
+    groups = [list(group) for _, group in itertools.groupby(records, key=lambda record: record["id"])]
+    group = max(groups, key=lambda group: max(r["score"] for r in group) - min(r["score"] for r in group))
+    parts: list[Text | Rule] = [Text(_shorten(sanitise(str(group[0]["input"])), max_chars), "dim")]
+    for label, record in notable_responses(group):
+        numbers = [f"{name} {value:g}" for name, value in record["parts"].items() if isinstance(value, float)]
+        facts = f" · {label} · reward {_reward({'reward': record['score']})}"
+        facts += "".join(f" · {sanitise(fact)}" for fact in numbers)
+        outcome = str(record["outcome"])
+        verdict = Text.assemble((outcome, _OUTCOME_STYLE.get(outcome, "magenta")), facts)
+        parts.append(Rule(verdict, align="left", style="dim"))
+        parts.append(Text(_shorten(sanitise(str(record["output"])), max_chars) or "(empty response)", "bold"))
+    title = Text(f"Responses of step {step}")
+    return Panel(Group(*parts), title=title, title_align="left", box=box.ROUNDED)
+
+
+def _logp(record: Mapping) -> float:
+    return record["logp"]
+
+
 def _table(title: str) -> Table:
     return Table(
         title=Text(title, "bold"),
@@ -103,17 +152,23 @@ def _table(title: str) -> Table:
     )
 
 
-def _score(score: Mapping | None) -> Text:
+def number(value: float) -> str:
+    """Format a score that is not a fraction."""
+    return f"{value:.3f}"
+
+
+def _score(score: Mapping | None, show: Callable[[float], str] = percent) -> Text:
     if score is None or not math.isfinite(score["mean"]):
         return Text("-")
-    interval = f"{percent(score['ci_low'])} to {percent(score['ci_high'])}"
-    return Text.assemble((percent(score["mean"]), "bold"), "\n", (interval, "dim"))
+    interval = f"{show(score['ci_low'])} to {show(score['ci_high'])}"
+    return Text.assemble((show(score["mean"]), "bold"), "\n", (interval, "dim"))
 
 
-def _change(change: Mapping | None) -> Text:
+def _change(change: Mapping | None, show: Callable[[float], str] = percent) -> Text:
     if change is None or not math.isfinite(change["mean"]):
         return Text("")
-    mean, low, high = (f"{100 * change[part]:+.1f}" for part in ("mean", "ci_low", "ci_high"))
+    signed = (lambda value: f"{100 * value:+.1f}") if show is percent else (lambda value: f"{value:+.3f}")
+    mean, low, high = (signed(change[part]) for part in ("mean", "ci_low", "ci_high"))
     # Only changes whose interval excludes 0 are coloured.
     style = "bold green" if change["ci_low"] > 0 else "bold red" if change["ci_high"] < 0 else ""
     return Text.assemble((mean, style), "\n", (f"{low} to {high}", "dim"))

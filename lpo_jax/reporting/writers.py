@@ -12,9 +12,9 @@ import io
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from lpo_jax.errors import UserError
 from lpo_jax.files import append, cannot_write, write_atomically, write_file
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 METRICS_FILE = "metrics.jsonl"
 SAMPLE_FOLDERS = ("rollouts", "validation")
+AGAIN = ".warm-started"  # in the name of the file of a step's second evaluation
 
 
 class RunWriter:
@@ -37,13 +38,18 @@ class RunWriter:
 
     Args:
         run_dir: the run directory; created if needed.
+        send: called with the index, the step and the metrics of each new row.
 
     Raises:
         UserError: the directory cannot be written, or a line before the last is damaged.
     """
 
-    def __init__(self, run_dir: str | os.PathLike):
-        self.run_dir = Path(run_dir)
+    def __init__(
+        self,
+        run_dir: str | os.PathLike,
+        send: Callable[[int, int, Mapping[str, float]], None] = lambda index, step, values: None,
+    ):
+        self.run_dir, self._send, self._rows = Path(run_dir), send, 0
         self._path = self.run_dir / METRICS_FILE
         self._file: io.FileIO | None = None
         self._events: EventsWriter | None = None
@@ -83,14 +89,19 @@ class RunWriter:
         except OSError as error:
             raise cannot_write(self._path, error) from error
         self._last_step = int(step)
+        self._send(self._rows, int(step), values)
+        self._rows += 1
 
-    def write_samples(self, step: int, rows: Iterable[Mapping], folder: str = "rollouts") -> Path:
+    def write_samples(
+        self, step: int, rows: Iterable[Mapping], folder: str = "rollouts", again: bool = False
+    ) -> Path:
         """Write `<folder>/<step>.jsonl` atomically, one response per line, and return its path.
 
         Args:
             step: added to each row, as in verl (whose keys are input, output, gts, score, step, ...).
             rows: dicts of text, numbers, lists and arrays; non-finite numbers become null.
             folder: "rollouts" for training responses, "validation" for held-out ones.
+            again: for the second evaluation at a step, after a warm start: the file is `<step>.warm-started.jsonl`.
 
         Raises:
             ValueError: unknown folder.
@@ -98,7 +109,7 @@ class RunWriter:
         """
         if folder not in SAMPLE_FOLDERS:
             raise ValueError(f"folder must be one of {SAMPLE_FOLDERS}, got {folder!r}")
-        path = self.run_dir / folder / f"{step}.jsonl"
+        path = self.run_dir / folder / f"{step}{AGAIN if again else ''}.jsonl"
         write_file(path, b"".join(dump_line({**row, "step": int(step)}) for row in rows))
         return path
 
@@ -129,8 +140,9 @@ class RunWriter:
             self._keep_rows(keep)
             for folder in SAMPLE_FOLDERS:
                 for path in (self.run_dir / folder).glob("*.jsonl*"):
-                    name = path.name.split(".")[0]
-                    first_removed = step if folder == "validation" and evaluations == 0 else step + 1
+                    name, number = path.name.split(".")[0], 2 if AGAIN in path.name else 1
+                    uncounted = folder == "validation" and evaluations is not None and number > evaluations
+                    first_removed = step if uncounted else step + 1
                     if path.suffix == ".tmp" or (name.isdigit() and int(name) >= first_removed):
                         path.unlink()
         except OSError as error:
@@ -160,6 +172,7 @@ class RunWriter:
         if after != before:
             write_atomically(self._path, after)
         self._last_step = rows[-1][1]["step"] if rows else -1
+        self._rows = len(rows)
 
     def _append(self, row: Mapping) -> None:
         if self._file is None:
@@ -185,6 +198,24 @@ class RunWriter:
         scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
         self._events.write_event(Event(step=step, wall_time=now, summary=Summary(value=scalars)))
         self._events.flush()
+
+
+class SampleFile(NamedTuple):
+    """A file of responses: the step, whether it is of the step's second evaluation, and the path."""
+
+    step: int
+    again: bool
+    path: Path
+
+
+def sample_files(run_dir: str | os.PathLike, folder: str) -> list[SampleFile]:
+    """Return the files of a folder of `SAMPLE_FOLDERS` in the order in which they were written; others are left out."""
+    found = [
+        SampleFile(int(path.name.split(".")[0]), AGAIN in path.name, path)
+        for path in (Path(run_dir) / folder).glob("*.jsonl")
+        if path.name.removesuffix(".jsonl").removesuffix(AGAIN).isdigit()
+    ]
+    return sorted(found)
 
 
 def read_metrics(run_dir: str | os.PathLike) -> list[dict]:

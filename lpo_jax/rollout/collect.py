@@ -28,6 +28,7 @@ class Rollouts:
     """Sampled and verified responses to a batch of rows. Lists are `[P]`, or `[P][K]` for responses."""
 
     ids: list[int]
+    golds: list[str | None]  # reference answers, for readers
     prompt_texts: list[str]
     prompts: np.ndarray  # [P, S]
     prompt_lengths: np.ndarray  # [P]
@@ -72,6 +73,7 @@ class Rollouts:
         return dataclasses.replace(
             self,
             ids=of(self.ids),
+            golds=of(self.golds),
             prompt_texts=of(self.prompt_texts),
             prompts=self.prompts[some],
             prompt_lengths=self.prompt_lengths[some],
@@ -88,6 +90,7 @@ class Rollouts:
                 "k": k,
                 "input": prompt,
                 "output": text,
+                "gts": self.golds[p],
                 "score": verdict.reward,
                 "outcome": verdict.outcome,
                 "parts": verdict.parts,
@@ -110,6 +113,7 @@ def concatenate(batches: Sequence[Rollouts]) -> Rollouts:
     }
     return Rollouts(
         ids=[x for batch in batches for x in batch.ids],
+        golds=[x for batch in batches for x in batch.golds],
         prompt_texts=[x for batch in batches for x in batch.prompt_texts],
         prompts=np.concatenate([pad_to(batch.prompts, S) for batch in batches]),
         prompt_lengths=np.concatenate([batch.prompt_lengths for batch in batches]),
@@ -204,6 +208,7 @@ class Collector:
         texts, verdicts = hosts.gather_lists(texts), hosts.gather_lists(verdicts)
         return Rollouts(
             ids=[row_id for row_id, _ in rows],
+            golds=[self.task.gold(row) for _, row in rows],
             prompt_texts=[self.tokenizer.decode(row) for row in ids],
             prompts=padded,
             prompt_lengths=lengths,

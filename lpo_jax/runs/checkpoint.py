@@ -2,7 +2,7 @@
 
 A checkpoint holds the train state (parameters, optimizer), a JSON record (step, random state, state of the data
 iterator, hooks, best score so far) and the checksums of its files. Orbax writes to a temporary directory, which is
-renamed to a checkpoint once all files are on the disk. The latest few checkpoints and the best by held-out pass@1 are
+renamed to a checkpoint once all files are on the disk. The latest few checkpoints and the best by held-out score are
 kept. The scores are in a separate file, because a step may be saved before it is evaluated.
 """
 
@@ -259,7 +259,7 @@ def load_run(run: str | Path, checkpoint: str = "best") -> tuple[Model, int]:
 
     Args:
       run: a run directory.
-      checkpoint: "best" by held-out pass@1, "latest", or a step.
+      checkpoint: "best" by held-out score, "latest", or a step.
 
     Raises:
       UserError: there is no such run or checkpoint.

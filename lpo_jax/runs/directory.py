@@ -31,12 +31,13 @@ VERIFIER_FAILED = "verifier_failed"  # in run.json: the last start ended because
 # A resumed run must compute the same as an uninterrupted one, so that these settings must not change between starts.
 # Others (steps, evaluation, checkpoints, workers, token budget) may change.
 _BOTH = ("seed", "model", "task", "sampling", "optimizer")
+_SCORE = "evaluation.score"  # positions compare it with earlier ones
 _ROUND = ("training.prompts_per_step", "training.updates_per_step", "training.behaviour")
 _FITNESS = tuple(f"evaluation.{key}" for key in ("problems", "num_responses", "temperature", "top_p"))
 _SEARCH = ("meta.population", "meta.sigma", "meta.decay", "meta.alpha")
 FIXED = {
-    "train": (*_BOTH, "objective", "warm_start", *_ROUND),
-    "sft": (*_BOTH, "warm_start.batch_size", "warm_start.learning_rate"),
+    "train": (*_BOTH, "objective", "warm_start", *_ROUND, _SCORE),
+    "sft": (*_BOTH, _SCORE, "warm_start.batch_size", "warm_start.learning_rate"),
     "meta": (*_BOTH, "objective", "warm_start", *_ROUND, "training.steps", *_FITNESS, *_SEARCH),
     "compare": (*_BOTH, "warm_start", *_ROUND, "training.steps", "evaluation"),
 }

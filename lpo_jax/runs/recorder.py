@@ -1,8 +1,10 @@
 """The recorder of a run: metrics, responses, checkpoints, and the progress on the console."""
 
 import contextlib
+import dataclasses
 import itertools
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,18 +12,22 @@ import numpy as np
 from lpo_jax import reporting
 from lpo_jax.errors import UserError
 from lpo_jax.evaluation.heldout import Evaluation, powers_of_two
-from lpo_jax.evaluation.metrics import paired_difference, summarise
+from lpo_jax.evaluation.metrics import mean_score, paired_difference, score_difference, summarise
 from lpo_jax.json_lines import read_rows
-from lpo_jax.objectives import Listwise
 from lpo_jax.parallel import hosts
-from lpo_jax.reporting.writers import METRICS_FILE
+from lpo_jax.reporting import doctor
+from lpo_jax.reporting.trackers import Trackers
+from lpo_jax.reporting.writers import METRICS_FILE, sample_files
 from lpo_jax.rollout.collect import Rollouts
-from lpo_jax.rollout.failures import Failures, Watch
+from lpo_jax.rollout.failures import QUIET, Failures, Watch
+from lpo_jax.rollout.records import TokenTexts, evaluation_records, response_records, token_records
+from lpo_jax.runs import compiles
 from lpo_jax.runs.checkpoint import Checkpoints
 from lpo_jax.runs.directory import RunDirectory
+from lpo_jax.runs.learned import Learned
 from lpo_jax.runs.signals import Signals
-from lpo_jax.runs.state import Position
-from lpo_jax.types import PyTree
+from lpo_jax.runs.state import WARM_STARTED, Position
+from lpo_jax.types import Json, PyTree, Tokenizer
 
 
 class Recorder:
@@ -30,25 +36,36 @@ class Recorder:
     Args:
       run: the directory of the run, entered.
       total_steps: of the run.
+      tokenizer: the model's, for the texts of single tokens.
     """
 
-    def __init__(self, run: RunDirectory, signals: Signals, total_steps: int):
+    def __init__(self, run: RunDirectory, signals: Signals, total_steps: int, tokenizer: Tokenizer):
         self.run, self.signals, self.total = run, signals, total_steps
         self.config = run.config
         self.console = reporting.console()
         self._watch, self._saved = Watch(), False
+        self._doctor, self._told = doctor.Doctor(), dict[str, int]()
+        self._token_texts = TokenTexts(tokenizer)
 
     def __enter__(self):
         with contextlib.ExitStack() as stack:
             self.checkpoints = stack.enter_context(
                 Checkpoints(self.run.checkpoints, self.config.checkpoint.keep)
             )
-            self.writer = stack.enter_context(open_writer(self.run.path))
+            options = {}
+            if hosts.is_first():
+                projects = dataclasses.asdict(self.config.tracking)
+                trackers = Trackers(self.run.path, projects, self.config.to_dict())
+                options["send"] = stack.enter_context(trackers).send
+            self.writer = stack.enter_context(open_writer(self.run.path, **options))
             start = self.checkpoints.latest() or 0
             progress = reporting.ProgressDisplay(self.total, start=start, console=self.console)
             self.progress = stack.enter_context(
                 progress if hosts.is_first() else hosts.Silent(type(progress))
             )
+            if hosts.is_first():
+                stack.enter_context(hosts.watch_phases(self.progress.phase))
+                stack.enter_context(compiles.watch(self.progress.compiling))
             self._stack = stack.pop_all()
         return self
 
@@ -73,6 +90,8 @@ class Recorder:
         record = self.checkpoints.record(step)
         self.writer.truncate_after(step, evaluations=record["evaluations"])
         self.progress.log(f"resumed from the checkpoint of step {step}")
+        if hosts.is_first():
+            self._doctor = doctor.Doctor(reporting.read_metrics(self.run.path))
         if lost := hosts.on_first(lambda: missing_steps(self.run.path, step)):
             self.progress.log(
                 f"warning: {self.run.path}/metrics.jsonl has no rows of {lost}, which the checkpoint of step {step} "
@@ -106,18 +125,37 @@ class Recorder:
         Args:
           label: shows the evaluation at the end of the run, under this name.
         """
+        phase = position.phase
+        records = evaluation_records(evaluation.batches, self._token_texts, phase, position.step)
         with self.signals.deferred():  # the position counts as evaluated as soon as the row is written
-            self.writer.write_samples(position.step, evaluation.records, folder="validation")
+            again = phase == WARM_STARTED
+            self.writer.write_samples(position.step, records, folder="validation", again=again)
             self.writer.write(position.step, row)
             position.add_evaluation(evaluation, label)
         self.progress.update(position.step, row)
+        self._examine(position.step, row)
 
-    def write_step(self, step: int, row: dict[str, float], rollouts: Rollouts, views: list[Listwise]) -> None:
-        """Write the metrics of a step, and its responses with the objective's view of them."""
-        if self.config.training.save_rollouts:
-            self.writer.write_samples(step, rollout_records(rollouts, views))
+    def write_step(self, step: int, row: dict[str, float], rollouts: Rollouts, learned: Learned) -> None:
+        """Write the metrics of a step, and its responses with what the updates computed about them."""
+        training = self.config.training
+        if training.save_rollouts:
+            of_tokens = token_records(rollouts, self._token_texts, learned.of_tokens())
+            parts = response_records(rollouts, "train", step - 1), learned.records(), of_tokens
+            self.writer.write_samples(step, [a | b | c for a, b, c in zip(*parts)])
+        if training.show_every and step % training.show_every == 0:
+            self.progress.log(reporting.group_panel(response_records(rollouts, "train", step - 1), step))
         self.writer.write(step, row)
         self.progress.update(step, row)
+        self._examine(step, row)
+
+    def _examine(self, step: int, row: dict[str, float]) -> None:
+        """Log what is wrong with the run at a step, each diagnosis once in a while."""
+        for found in self._doctor.observe({**row, "step": step}):
+            # `check_verdicts` has reported masked responses with their reason.
+            known = found.name == doctor.name_of(doctor.masked_responses)
+            if not known and step - self._told.get(found.name, -QUIET) >= QUIET:
+                self._told[found.name] = step
+                self.progress.log(found.line())
 
     def finish(self, position: Position, task: str, example_prompt: str) -> None:
         """Print the end of a run: evaluations before and after, sample responses, plots, and the next commands.
@@ -137,6 +175,7 @@ class Recorder:
             self.progress.log(f"samples      none to show: {error}")
         if self.config.training.save_plots:
             self.progress.log(f"curves       {', '.join(map(str, reporting.save_plots(run)))}")
+        self.progress.log(f"doctor       {diagnoses_line(doctor.diagnose(reporting.read_metrics(run)))}")
         self.progress.log(
             f"metrics      {run}/metrics.jsonl, {run}/tensorboard",
             f"responses    {run}/rollouts, {run}/validation",
@@ -150,31 +189,43 @@ class Recorder:
     def _evaluations_table(self, position: Position, task: str):
         """Each evaluation compared with the one above it, problem by problem."""
         rows: list[tuple[str, dict, dict | None]] = []
-        above: tuple[np.ndarray, np.ndarray] | None = None
+        above: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
         for label, outcomes in position.milestones.items():
             passed, valid = np.array(outcomes["passed"], bool), np.array(outcomes["valid"], bool)
+            scores = np.array(outcomes.get("scores", outcomes["passed"]), float)
             ks = self.config.evaluation.ks or powers_of_two(passed.shape[1])
-            change = paired_difference(above[0], passed, above[1], valid, ks=ks) if above else None
-            rows.append((label, summarise(passed, valid, ks=ks, seed=self.config.seed), change))
-            above = passed, valid
+            summary = summarise(passed, valid, ks=ks, seed=self.config.seed)
+            name = outcomes.get("score_name", "pass")
+            summary["score"] = {"name": name, **mean_score(scores, valid, self.config.seed)}
+            change = None
+            if above:
+                change = paired_difference(above[0], passed, above[1], valid, ks=ks)
+                change["score"] = score_difference(above[2], scores, above[1], valid)
+            rows.append((label, summary, change))
+            above = passed, valid, scores
         return reporting.before_after_table(rows, f"Held-out {task}")
 
     def _last_samples(self) -> list[dict]:
         """One response to each of the first held-out problems, from the last evaluation's file."""
-        folder = self.run.path / "validation"
-        newest = max(
-            (path for path in folder.glob("*.jsonl") if path.stem.isdigit()), key=_step, default=None
-        )
-        if newest is None:
-            raise UserError(f"{folder} holds no evaluation")
+        files = sample_files(self.run.path, "validation")
+        if not files:
+            raise UserError(f"{self.run.path / 'validation'} holds no evaluation")
         shown = {"prompt": "input", "response": "output", "reward": "score", "outcome": "outcome"}
-        rows = read_rows(newest, needs=(*shown.values(), "k"))
+        rows = read_rows(files[-1].path, needs=(*shown.values(), "k"))
         return [{ours: row[name] for ours, name in shown.items()} for row in rows if row["k"] == 0]
 
 
-def open_writer(directory: Path) -> reporting.RunWriter | hosts.Silent:
+def open_writer(directory: Path, **options: Json) -> reporting.RunWriter | hosts.Silent:
     """The writer of a directory's metrics and samples; of many hosts, only the first writes."""
-    return reporting.RunWriter(directory) if hosts.is_first() else hosts.Silent(reporting.RunWriter)
+    return (
+        reporting.RunWriter(directory, **options) if hosts.is_first() else hosts.Silent(reporting.RunWriter)
+    )
+
+
+def diagnoses_line(diagnoses: Sequence[doctor.Diagnosis]) -> str:
+    """The diagnoses of a run in one line, with the number of steps and the last one of each."""
+    found = (f"{d.name} at {len(d.steps)} steps, last {d.steps[-1]}" for d in diagnoses)
+    return "; ".join(found) or "nothing found"
 
 
 def missing_steps(run: Path, last: int) -> str:
@@ -188,26 +239,3 @@ def missing_steps(run: Path, last: int) -> str:
     spelled = [f"{span[0]}-{span[-1]}" if len(span) > 1 else str(span[0]) for span in spans]
     more = [f"and {len(spelled) - 5} more ranges"] if len(spelled) > 5 else []
     return f"step{'s' * (len(missing) > 1)} {', '.join([*spelled[:5], *more])}" if missing else ""
-
-
-def _step(path: Path) -> int:
-    return int(path.stem)
-
-
-def rollout_records(rollouts: Rollouts, views: list[Listwise]) -> list[dict]:
-    """One record for each response, with its target w*, policy P and coefficient c."""
-    views = hosts.to_host(views)
-    of = {
-        name: np.concatenate([getattr(view, name) for view in views]).ravel()
-        for name in ("target", "policy", "coefficients", "valid")
-    }
-    return [
-        record
-        | {
-            "target": float(of["target"][i]),
-            "policy": float(of["policy"][i]),
-            "coefficient": float(of["coefficients"][i]),
-            "valid": bool(of["valid"][i]),
-        }
-        for i, record in enumerate(rollouts.records())
-    ]

@@ -10,6 +10,8 @@ from lpo_jax.models.decoder import Params
 from lpo_jax.models.lora import Frozen, with_adapters
 from lpo_jax.types import Json, PyTree
 
+WARM_STARTED = "warm-started"  # the phase of a second evaluation at step 0
+
 
 class TrainState(struct.PyTreeNode):
     """The arrays that an update changes, and those that belong to them.
@@ -42,8 +44,8 @@ class Position:
       data: state of the prompt iterator after `step` batches; None before the first.
       evaluated: whether the held-out evaluation of `step` is done.
       evaluations: number of evaluations at `step`; two if the cold model was evaluated before a warm start.
-      score: held-out pass@1 of `step`, by which checkpoints are compared; None if not evaluated.
-      best: best held-out pass@1 so far.
+      score: held-out score (`evaluation.score`) of `step`, by which checkpoints are compared; None if not evaluated.
+      best: best held-out score so far.
       best_step: the first step with that score.
       skipped: number of non-finite gradients so far.
       hooks: states of the method's hooks; None before the first step.
@@ -63,6 +65,11 @@ class Position:
     hooks: list[Json] | None = None
     schedule_steps: int = 0
     milestones: dict[str, dict] = dataclasses.field(default_factory=dict)
+
+    @property
+    def phase(self) -> str:
+        """The kind of the next held-out evaluation: of the "cold" or the "warm-started" model, or of a "step"."""
+        return "step" if self.step else WARM_STARTED if self.evaluations else "cold"
 
     def advance(self, state: TrainState, data: Json, hooks: list[Json] | None = None) -> None:
         """Move the position one step on."""
@@ -85,4 +92,6 @@ class Position:
             self.milestones[label] = {
                 "passed": evaluation.passed.astype(int).tolist(),
                 "valid": evaluation.valid.astype(int).tolist(),
+                "scores": evaluation.scores.tolist(),
+                "score_name": evaluation.score_name,
             }

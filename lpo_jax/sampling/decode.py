@@ -92,10 +92,14 @@ class DecodeOutput(struct.PyTreeNode):
         """Adds a token, its log-prob and its entropy, `[R]` each, to the active slots. Deactivates finished rows."""
         count = self.drawn + self.active
         ended = jnp.isin(drawn[0], jnp.array(eos_ids, jnp.int32)) | (count >= budget)
-        before = self.tokens, self.log_probs, self.entropies
         write = lambda kept, x: jax.lax.dynamic_update_slice(kept, x[:, None], (0, self.steps))  # noqa: E731
         return DecodeOutput(
-            *map(write, before, drawn), drawn=count, active=self.active & ~ended, steps=self.steps + 1
+            tokens=write(self.tokens, drawn[0]),
+            log_probs=write(self.log_probs, drawn[1]),
+            entropies=write(self.entropies, drawn[2]),
+            drawn=count,
+            active=self.active & ~ended,
+            steps=self.steps + 1,
         )
 
 

@@ -7,8 +7,9 @@
         return float(response.strip() == str(example["answer"]))
 
 Optional functions: `prompt(example)` returns text or chat messages (by default the row's field `prompt` is used), and
-`solution(example)` returns a target response for the supervised warm start. The file is imported by the trainer and by
-every worker process, so load large data inside `dataset`, not at the top of the file.
+`solution(example)` returns a target response for the supervised warm start. `score = "reward"`, or the name of a
+numeric part of the verdicts, makes that the held-out score (`evaluation.score`) instead of the pass rate. The file is
+imported by the trainer and by every worker process, so load large data inside `dataset`, not at the top of the file.
 """
 
 import json
@@ -54,7 +55,13 @@ def python_task(*, file: str, prefill: str = "") -> Task:
         ]
 
     verifier = VerifierSpec(f"{file}:verify", prefill=prefill)
-    return warn_overlap(Task("python", split("train"), split("heldout"), prompt, verifier, solution))
+    score = getattr(module, "score", "pass")
+    if not isinstance(score, str):
+        raise UserError(
+            f"{file}: score = {score!r}: expected pass, reward, or the name of a part of the verdicts"
+        )
+    rows = split("train"), split("heldout")
+    return warn_overlap(Task("python", *rows, prompt, verifier, solution, score=score))
 
 
 def _check(where: str, file: str, row: Json, ask: Callable[[Row], Prompt]) -> dict[str, Json]:

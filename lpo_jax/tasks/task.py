@@ -26,6 +26,7 @@ class Task:
       verifier: the verifier as plain data. It prepends the prefill to each response.
       solution: maps a row to a response that the verifier passes, for the supervised warm start; None if none is known.
       about: for tasks from files, the counts of `prepared.prepare_rows` by split.
+      score: what is maximised: "pass", "reward", or the name of a numeric part of the verdicts.
     """
 
     name: str
@@ -35,11 +36,19 @@ class Task:
     verifier: VerifierSpec
     solution: Callable[[Row], str | None] = lambda row: None
     about: Mapping[str, Mapping[str, Json]] = dataclasses.field(default_factory=dict)
+    score: str = "pass"
 
     @property
     def prefill(self) -> str:
         """The text with which the prompt begins the model's answer, such as `<answer>`; often empty."""
         return self.verifier.prefill
+
+    def gold(self, row: Row) -> str | None:
+        """Return the reference answer to show beside the responses: the row's `answer`, its solution or its target."""
+        for value in (row.get("answer"), self.solution(row), row.get("target")):
+            if value is not None:
+                return str(value)
+        return None
 
     @functools.cached_property
     def content_hash(self) -> str:

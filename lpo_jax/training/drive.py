@@ -35,6 +35,7 @@ def drive(
                 recorder.checkpoints.check()
                 run_step(position)
         except (Interrupted, VerifierFailed) as reason:
+            hosts.phase("stopping: saving the position")
             if isinstance(reason, VerifierFailed):
                 recorder.run.note(**{VERIFIER_FAILED: True})
             recorder.save(position)
@@ -47,6 +48,7 @@ def drive(
 
 def restore(session: Session, recorder: Recorder, abstract_state: TrainState) -> Position | None:
     """The position of the newest checkpoint, with the frozen base of adapters; None in a fresh run."""
+    hosts.phase("restoring")
     position = recorder.restore(abstract_state)
     if position is not None:
         position.state = position.state.replace(frozen=session.model.load_frozen())
@@ -73,6 +75,7 @@ def evaluate_and_save(session: Session, recorder: Recorder, position: Position) 
         )
     better = position.best_step == step
     if step > 0 and (better or last or _due(step, config.checkpoint.every)):
+        hosts.phase("saving")
         with recorder.signals.deferred(), measure.stopwatch() as seconds:
             if recorder.save(position):
                 recorder.writer.write(step, {"timing_s/save_checkpoint": seconds()})
@@ -86,7 +89,7 @@ def record_evaluation(
     Args:
       label: shows the evaluation at the end of the run, under this name.
     """
-    recorder.progress.phase("evaluating")
+    recorder.progress.during("evaluating")
     with measure.stopwatch() as seconds:
         evaluation = session.evaluate(position.state.policy)
     recorder.check_verdicts(evaluation.failures, f"held-out evaluation after {position.step} steps")

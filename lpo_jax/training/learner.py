@@ -11,12 +11,13 @@ import jax.numpy as jnp
 
 from lpo_jax.models.lora import with_adapters
 from lpo_jax.models.runner import ModelRunner, log_prob_gap, score
-from lpo_jax.objectives import Listwise, TokenStats
+from lpo_jax.objectives import TokenStats
 from lpo_jax.objectives.fields import Field, Source, fields_from
 from lpo_jax.objectives.method import Objective
 from lpo_jax.rollout.batch import Batch
 from lpo_jax.rollout.collect import Rollouts
 from lpo_jax.rollout.hooks import RunHook, Tools
+from lpo_jax.runs.learned import Learned
 from lpo_jax.runs.state import TrainState
 from lpo_jax.training.behaviour import choose_behaviour
 from lpo_jax.training.features import round_features
@@ -154,15 +155,15 @@ def current_stats(learner: Learner, state: TrainState, batch: Batch, first: bool
 
 def take_step(
     learner: Learner, state: TrainState, batch: Batch
-) -> tuple[TrainState, dict[str, float], list[Listwise]]:
+) -> tuple[TrainState, dict[str, float], list[Learned]]:
     """All updates of a step: one on each minibatch of the batch, and those that hooks replay.
 
     Returns:
-      The new state, the metrics of the updates, and the objective's view of each minibatch.
+      The new state, the metrics of the updates, and what each of them computed about its minibatch.
     """
     minibatches = batch.split(learner.updates_per_step)
     replayed = [extra for hook in learner.hooks if (extra := hook.replay(batch)) is not None]
-    metrics, views = [], []
+    metrics, learned = [], []
     for index, minibatch in enumerate([*minibatches, *replayed]):
         minibatch = learner.pack(minibatch)
         scored = minibatch.scored.replace(control=state.control)
@@ -173,8 +174,10 @@ def take_step(
         state, stats, norm = update(learner.runner, learner.optimizer, state, groups, found.cotangent)
         state = state.replace(control=found.control)
         run = groups.layout.num_tokens / max(minibatch.groups.layout.num_tokens, 1)
-        gap = log_prob_gap(used, stats, tokens)
+        ran = scored.mask & groups.layout.ran
+        gap = log_prob_gap(used, stats, ran)
         metrics.append(found.metrics | gap | {"actor/grad_norm": norm, "perf/signal_fraction": run})
-        views.append(found.view)
+        logp = jnp.where(ran, stats.logp, jnp.nan)
+        learned.append(Learned(found.view, scored.mask, scored.behaviour_logp, used.logp, logp))
     # The updates were dispatched without waiting for one another; this waits for all of them.
-    return state, over_updates(jax.device_get(metrics)), views[: len(minibatches)]
+    return state, over_updates(jax.device_get(metrics)), learned[: len(minibatches)]

@@ -15,6 +15,7 @@ from lpo_jax.parallel import hosts
 from lpo_jax.rollout.hooks import open_hooks
 from lpo_jax.rollout.rounds import make_batch, sample_round
 from lpo_jax.runs.directory import RunDirectory
+from lpo_jax.runs.learned import Learned
 from lpo_jax.runs.recorder import Recorder
 from lpo_jax.runs.signals import Signals
 from lpo_jax.runs.state import Position
@@ -46,7 +47,8 @@ def train(config: Config, *, resume: bool = False) -> None:
         if config.warm_start.steps:
             check_solutions(session)
         learner = Learner.of(session.model, objective, hooks, config.training.steps)
-        with run, Signals() as signals, Recorder(run, signals, config.training.steps) as recorder:
+        tokenizer = session.environment.tokenizer
+        with run, Signals() as signals, Recorder(run, signals, config.training.steps, tokenizer) as recorder:
             note_facts(session, recorder)
             run.note(behaviour=dataclasses.asdict(behaviour))
             introduce(session, learner.runner, behaviour, recorder.progress)
@@ -80,9 +82,10 @@ def check_extension(config: Config, schedule_steps: int) -> None:
 def begin(session: Session, learner: Learner, recorder: Recorder) -> Position:
     """Step 0 of a fresh run: the model as it is loaded, or warm-started if it fails cold."""
     warm = session.config.warm_start
+    hosts.phase("loading the model")
     position = Position(session.model.load_state())
     if warm.steps:
-        cold = record_evaluation(session, recorder, position, "cold model").score
+        cold = record_evaluation(session, recorder, position, "cold model").summary["pass@1"]["mean"]
         if cold > warm.only_below:
             recorder.progress.log(f"the cold model passes {cold:.1%} of held-out samples: no warm start")
         else:
@@ -105,12 +108,10 @@ def run_step(
     """Sample a round, verify it and learn from it; then move `position` one step on and write metrics and responses."""
     config, step = session.config, position.step + 1
     started = time.perf_counter()
-    recorder.progress.phase("sampling")
     rollouts, tools = sample_round(
         session.environment, learner.hooks, learner.runner, position.state.policy, data, step
     )
     recorder.check_verdicts(rollouts.failures, f"step {step}")
-    recorder.progress.phase("learning")
     hosts.phase("learning")
     batch = make_batch(rollouts, config.sampling.max_tokens, learner.progress(step))
     scoring = time.perf_counter()
@@ -119,13 +120,13 @@ def run_step(
     learning = time.perf_counter()
 
     with recorder.signals.deferred():  # parameters, position and files change together
-        state, of_updates, views = take_step(learner, position.state, batch)
+        state, of_updates, updates = take_step(learner, position.state, batch)
         position.advance(state, data.state(), learner.state())
         seconds = time.perf_counter() - started
         in_a_row, skipped = skipped_updates(state.opt_state)
-        row = (
-            of_updates | sampler_gap | learner.metrics() | measure.rollout_metrics(rollouts, config.sampling)
-        )
+        learned = Learned.on_host(updates)
+        row = of_updates | sampler_gap | learner.metrics() | learned.metrics()
+        row |= measure.rollout_metrics(rollouts, config.sampling)
         row |= measure.machine_metrics(seconds, row["perf/total_num_tokens"])
         row |= {
             "actor/lr": learner.optimizer.rate_used(state.opt_state),
@@ -137,7 +138,7 @@ def run_step(
             "timing_s/step": seconds,
         }
         position.skipped = skipped
-        recorder.write_step(step, row, rollouts, views)
+        recorder.write_step(step, row, rollouts, learned)
     if in_a_row >= config.training.max_skipped_updates:
         raise Diverged(
             f"step {step}: the last {in_a_row} gradients were not finite (training.max_skipped_updates); none of them "

@@ -20,6 +20,7 @@ from lpo_jax.models.load import load_config_and_tokenizer
 from lpo_jax.models.placement import model_sizes
 from lpo_jax.parallel.mesh import open_mesh
 from lpo_jax.parallel.sharding import decode_mesh, using
+from lpo_jax.reporting.trackers import require_trackers
 from lpo_jax.rollout.environment import Environment, open_environment
 from lpo_jax.sampling import SampleRequest, Sampling
 from lpo_jax.training.model import TrainedModel
@@ -49,6 +50,7 @@ class Session:
             ),
             prompts_per_batch=min(config.training.prompts_per_step, len(environment.heldout_rows)),
             ks=config.evaluation.ks,
+            score=environment.task.score if config.evaluation.score == "auto" else config.evaluation.score,
         )
 
 
@@ -59,6 +61,7 @@ def open_session(config: Config) -> Iterator[Session]:
     Raises:
       UserError: something in the task, the data or the model cannot work; before long work begins.
     """
+    require_trackers(dataclasses.asdict(config.tracking))
     options = dict(config.task)
     task = tasks.get(options.pop("name"), **options)
     model, tokenizer, eos_ids = load_config_and_tokenizer(

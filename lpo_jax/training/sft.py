@@ -47,7 +47,8 @@ def sft(config: Config, *, resume: bool = False) -> None:
     with open_session(config) as session:
         check_solutions(session)
         optimizer = make_optimizer(warm_start_config(session.config), warm.steps)
-        with run, Signals() as signals, Recorder(run, signals, warm.steps) as recorder:
+        tokenizer = session.environment.tokenizer
+        with run, Signals() as signals, Recorder(run, signals, warm.steps, tokenizer) as recorder:
             note_facts(session, recorder)
             position = restore(session, recorder, session.model.abstract_state(optimizer)) or Position(
                 session.model.start(session.model.load_state(), optimizer)

@@ -136,3 +136,21 @@ def test_paired_difference_uses_problems_valid_on_both_sides():
     assert same["mean"] == 0 and same["ci_low"] == pytest.approx(-same["ci_high"]) and same["ci_high"] > 0.5
     with pytest.raises(ValueError, match="same problems"):
         M.paired_difference(before, after[:2])
+
+
+def test_mean_score_of_passes_is_pass_at_1():
+    rng = np.random.default_rng(3)
+    passed, valid = rng.random((20, 4)) < 0.4, rng.random((20, 4)) < 0.9
+    expected = M.summarise(passed, valid, ks=[1], seed=5)["pass@1"]
+    found = M.mean_score(passed.astype(float), valid, seed=5)
+    np.testing.assert_allclose([found[key] for key in expected], list(expected.values()), rtol=1e-12)
+
+
+def test_mean_score_weighs_problems_equally_and_masks():
+    scores = np.array([[4.0, 100.0], [1.0, 3.0], [9.0, 9.0]])
+    valid = np.array([[True, False], [True, True], [False, False]])
+    found = M.mean_score(scores, valid)
+    assert found["mean"] == 3.0 and found["problems"] == 2 and found["ci_low"] <= 3.0 <= found["ci_high"]
+    after = np.array([[5.0], [3.0], [9.0]])
+    change = M.score_difference(scores, after, valid, np.ones((3, 1), bool))
+    assert change["mean"] == 1.0 and change["problems"] == 2

@@ -11,6 +11,7 @@ from lpo_jax.evaluation.metrics import summarise
 from lpo_jax.reporting import metric_names as N
 
 PACKAGE = Path(N.__file__).parents[1]
+FOREIGN = {"objective/x", "hook/x"}
 
 
 @pytest.mark.parametrize(
@@ -71,7 +72,8 @@ def test_every_name_is_written_somewhere():
     """Each name of the table is a string of the package, matches one of its f-strings,
     or is one of its strings plus mean, max or min.
 
-    Strings of `reporting` do not count: it reads and displays metrics.
+    Strings of `reporting` do not count: it reads and displays metrics. Hooks and objectives of users write the names
+    of `FOREIGN`.
     """
     strings, templates = set(), []
     for path in sorted(PACKAGE.rglob("*.py")):
@@ -86,7 +88,7 @@ def test_every_name_is_written_somewhere():
                 and path.parent.name != "reporting"
             ):
                 strings.add(node.value)
-    for name in _examples():
+    for name in set(_examples()) - FOREIGN:
         prefix, _, last = name.rpartition("/")
         made = name in strings or (last in ("mean", "max", "min") and prefix in strings)
         assert made or any(template.fullmatch(name) for template in templates), f"nothing writes {name}"
@@ -95,7 +97,7 @@ def test_every_name_is_written_somewhere():
 def _examples():
     """All names of the table, one for each word in braces, with values for the placeholders."""
     return [
-        name.replace("<data>", "x").replace("<n>", "4").replace("<k>", "4")
+        name.replace("<data>", "x").replace("<name>", "x").replace("<n>", "4").replace("<k>", "4")
         for metric in N.METRICS
         for name in _expanded(metric.name)
     ]
@@ -111,6 +113,7 @@ def _expanded(name):
 
 def test_validation_metrics_are_all_in_the_table():
     summary = summarise([[1, 0, 0, 0], [0, 0, 0, 0]], ks=[1, 4])
+    summary["score"] = {"name": "pass"} | summary["pass@1"]
     metrics = N.validation_metrics("countdown", summary)
     N.check(metrics)
     assert metrics["val-core/countdown/acc/mean@4"] == pytest.approx(1 / 8)

@@ -35,9 +35,12 @@ def _terminal(width=100):
 
 
 STEP = {
-    "critic/rewards/mean": 0.4123,
+    "critic/score/mean": 0.4123,
     "reward/pass_rate": 0.3125,
+    "response_length/clip_ratio": 0.125,
+    "lpo/degenerate_group_frac": 0.25,
     "actor/entropy": 1.02,
+    "actor/grad_norm": 1.5,
     "perf/throughput": 1234.5,
     "lpo/skipped_updates": 0,
 }
@@ -47,7 +50,8 @@ def test_log_file_gets_one_plain_line_per_step():
     out, console = _plain()
     clock = Clock()
     with ProgressDisplay(total=10, console=console, clock=clock) as progress:
-        progress.update(0, {"val-core/countdown/acc/pass@1": 0.135, "val-core/countdown/acc/pass@4": 0.5})
+        scores = {"val-core/countdown/acc/pass@1": 0.135, "val-core/countdown/acc/pass@4": 0.5}
+        progress.update(0, scores | {"val-aux/countdown/reward/mean@8": 0.21})
         for step in (1, 2):
             progress.phase("sampling")
             clock.now += 14.0
@@ -55,10 +59,10 @@ def test_log_file_gets_one_plain_line_per_step():
     lines = out.getvalue().splitlines()
     assert len(lines) == 3
     assert "\x1b" not in out.getvalue() and "\r" not in out.getvalue()
-    assert lines[0] == "step 0/10  eval pass@1 13.5% pass@4 50.0% (step 0)  left ?"
+    assert lines[0] == "step 0/10  held-out pass@1 13.5% pass@4 50.0% reward 0.21 (step 0)  left ?"
     assert lines[2] == (
-        "step 2/10  reward 0.412  pass 31.2%  entropy 1.02  tok/s 1,234"
-        "  eval pass@1 13.5% pass@4 50.0% (step 0)  14.0 s/step  left 1m 52s"
+        "step 2/10  reward 0.412  pass 31.2%  cut 12.5%  no signal 25.0%  entropy 1.02  grad 1.5  tok/s 1,234"
+        "  14.0 s/step  left 1m 52s"
     )
 
 
@@ -73,7 +77,7 @@ def test_messages_are_printed_without_markup():
 def test_missing_and_nonfinite_metrics_are_omitted():
     out, console = _plain()
     with ProgressDisplay(total=2, console=console) as progress:
-        progress.update(1, {"actor/entropy": float("nan"), "critic/rewards/mean": None, "train/loss": 2.5})
+        progress.update(1, {"actor/entropy": float("nan"), "critic/score/mean": None, "train/loss": 2.5})
     assert "loss 2.500" in out.getvalue()
     assert not re.search("nan|None|entropy|reward", out.getvalue())
 
@@ -105,21 +109,42 @@ def test_time_left_is_robust_against_one_slow_step():
         assert progress.seconds_left() == 0.0
 
 
+def test_time_left_leaves_compilations_out():
+    clock = Clock()
+    with ProgressDisplay(total=5, console=_plain()[1], clock=clock) as progress:
+        progress.compiling("update", 2.0)  # traced
+        clock.now += 40.0
+        progress.compiling("", 28.0)
+        progress.update(1, {})
+        assert progress.seconds_left() == pytest.approx(4 * 10.0)
+        clock.now += 10.0
+        progress.update(2, {})
+        assert progress.seconds_left() == pytest.approx(3 * 10.0)
+
+
 def test_terminal_shows_bar_phase_and_facts():
-    out, console = _terminal()
+    out, console = _terminal(width=120)
     clock = Clock()
     with ProgressDisplay(total=10, console=console, clock=clock) as progress:
         clock.now += 14.0
         progress.update(1, STEP | {"val-core/countdown/acc/pass@1": 0.25})
+        progress.during("evaluating")
         progress.phase("sampling")
+        progress.compiling("decode_steps", 1.0)
         clock.now += 5.0
         with console.capture() as capture:
             console.print(progress)
         progress.log("a [red]message[/red]")
     bar, facts, evaluation = capture.get().splitlines()[:3]
-    assert bar.startswith("step 1/10") and "2m 01s left" in bar and "sampling 5s" in bar
-    assert facts.rstrip() == "reward 0.412 · pass 31.2% · entropy 1.02 · tok/s 1,234"
-    assert evaluation.rstrip() == "eval pass@1 25.0% (step 1)"
+    assert (
+        bar.startswith("step 1/10")
+        and "2m 01s left" in bar
+        and "evaluating: sampling (compiling decode_steps) 5s" in bar
+    )
+    assert facts.rstrip() == (
+        "reward 0.412 · pass 31.2% · cut 12.5% · no signal 25.0% · entropy 1.02 · grad 1.5 · tok/s 1,234"
+    )
+    assert evaluation.rstrip() == "held-out pass@1 25.0% (step 1)"
     assert "a [red]message[/red]" in out.getvalue()
 
 

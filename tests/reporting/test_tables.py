@@ -7,7 +7,15 @@ import pytest
 from rich.console import Console
 
 from lpo_jax.evaluation.metrics import paired_difference, summarise
-from lpo_jax.reporting import batch_table, before_after_table, duration, percent, sample_panel, sanitise
+from lpo_jax.reporting import (
+    batch_table,
+    before_after_table,
+    duration,
+    group_panel,
+    percent,
+    sample_panel,
+    sanitise,
+)
 
 
 def _print(renderable, width=80, **options):
@@ -138,3 +146,42 @@ def test_sample_panel_without_samples():
 )
 def test_duration(seconds, text):
     assert duration(seconds) == text
+
+
+def test_a_score_that_is_not_the_pass_rate_has_a_column_of_its_own():
+    summary = summarise(_evaluations()[1])
+    rewarded = summary | {"score": {"name": "reward", "mean": 2.5, "ci_low": 2.25, "ci_high": 2.75}}
+    change = {"score": {"mean": -0.5, "ci_low": -0.75, "ci_high": -0.25}}
+    text = _print(before_after_table([("a", rewarded, None), ("b", rewarded, change)]))
+    assert "reward" in text and "2.500" in text and "2.250 to 2.750" in text and "-0.750 to -0.250" in text
+    passes = summary | {"score": {"name": "pass"} | summary["pass@1"]}
+    assert "change" not in _print(before_after_table([("a", passes, None)]))
+
+
+def _record(group, k, score, logp, output="x", outcome="wrong"):
+    return {
+        "id": group,
+        "k": k,
+        "input": f"prompt {group}",
+        "output": output,
+        "score": score,
+        "outcome": outcome,
+        "logp": logp,
+        "parts": {"format": score / 2, "answer": "[7]"},
+    }
+
+
+def test_group_panel_shows_the_best_worst_and_most_surprising_response():
+    equal = [_record(0, k, 1.0, -1.0) for k in range(3)]
+    mixed = [
+        _record(1, 0, 0.0, -1.0, "[red]low[/red]"),
+        _record(1, 1, 0.5, -9.0, "odd\x1b[31m"),
+        _record(1, 2, 1.0, -2.0, "good", "pass"),
+        _record(1, 3, 0.5, -1.0, "not shown"),
+    ]
+    text = _print(group_panel([*equal, *mixed], step=7))
+    assert "step 7" in text and "prompt 1" in text and "prompt 0" not in text
+    assert "pass · best · reward 1 · format 0.5" in text and "good" in text
+    assert "wrong · worst · reward 0" in text and "[red]low[/red]" in text
+    assert "wrong · surprising · reward 0.5" in text and "not shown" not in text and "\x1b" not in text
+    assert "wrong · best, worst, surprising · reward 1" in _print(group_panel(equal, step=7))

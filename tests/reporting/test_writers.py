@@ -14,6 +14,7 @@ import pytest
 
 from lpo_jax.errors import UserError
 from lpo_jax.reporting import RunWriter, is_timing, read_metrics, writers
+from lpo_jax.reporting.writers import sample_files
 
 
 def _metrics(step):
@@ -286,18 +287,20 @@ def test_import_is_light():
 
 
 @pytest.mark.parametrize(
-    "evaluations, rows, files", [(None, 3, ["2"]), (2, 3, ["2"]), (1, 2, ["2"]), (0, 1, [])]
+    "evaluations, rows, kept", [(None, 3, [0.25, 0.75]), (2, 3, [0.25, 0.75]), (1, 2, [0.25]), (0, 1, [])]
 )
-def test_evaluations_after_the_checkpoint_are_removed(tmp_path, evaluations, rows, files):
+def test_evaluations_after_the_checkpoint_are_removed(tmp_path, evaluations, rows, kept):
     """A step can have two evaluations: before and after the warm start. Those that will run again are removed."""
     with RunWriter(tmp_path) as writer:
         writer.write(2, {"actor/entropy": 1.0})
         for score in (0.25, 0.75):
-            writer.write_samples(2, [{"output": "x"}], folder="validation")
+            writer.write_samples(2, [{"score": score}], folder="validation", again=score == 0.75)
             writer.write(2, {"val-core/python/acc/pass@1": score})
         writer.write_samples(3, [{"output": "x"}], folder="validation")
         writer.truncate_after(2, evaluations=evaluations)
     held = read_metrics(tmp_path)
     assert len(held) == rows and held[0]["actor/entropy"] == 1.0
     assert [row["val-core/python/acc/pass@1"] for row in held[1:]] == [0.25, 0.75][: rows - 1]
-    assert [path.stem for path in (tmp_path / "validation").iterdir()] == files
+    files = sample_files(tmp_path, "validation")
+    assert [file.path.name for file in files] == ["2.jsonl", "2.warm-started.jsonl"][: len(kept)]
+    assert [json.loads(file.path.read_text())["score"] for file in files] == kept

@@ -48,6 +48,7 @@ def collected(ids, rewards, texts=None, T=6):
     logp = np.where(np.arange(T) < lengths[..., None], -0.5, 0).astype(np.float32)
     return Rollouts(
         ids=list(ids),
+        golds=[f"g{i}" for i in ids],
         prompt_texts=[f"p{i}" for i in ids],
         prompts=padded,
         prompt_lengths=np.array([len(row) for row in asked], np.int32),

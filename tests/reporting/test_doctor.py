@@ -1,0 +1,120 @@
+"""The run doctor on recorded runs: each sick one is named with its remedy, and nothing is found in healthy ones.
+
+`scripts/record_runs.py` records runs. A sick run without a recording is the healthy one with the metrics of that
+sickness.
+"""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from lpo_jax.json_lines import read_rows
+from lpo_jax.reporting import doctor
+from lpo_jax.reporting.doctor import CHECKS, Doctor, diagnose, name_of
+
+RUNS = Path(__file__).parent / "golden" / "runs"
+HEALTHY = ("healthy", "healthy-gspo", "healthy-quickstart")
+
+# Words of the remedy of each diagnosis, and further diagnoses that its run has for the same reason.
+REMEDIES = {
+    "masked-responses": ("repair the verifier", ()),
+    "truncated-responses": ("sampling.max_tokens", ()),
+    "groups-without-signal": ("dynamic-sampling", ()),
+    "entropy-collapse": ("optimizer.learning_rate", ()),
+    "repetition": ("repetitive", ()),
+    "reward-without-passes": ("read the responses of highest reward", ()),
+    "heldout-falls": ("best checkpoint", ()),
+    "sampler-gap": ("training.behaviour=rescored", ()),
+    "gradient-spike": ("optimizer.clip_norm", ()),
+    "score-spike": ("optimizer.learning_rate", ()),
+    "nonfinite-gradients": ("optimizer.learning_rate", ()),
+    "unreachable-pass": ("evaluation.score=reward", ()),
+    "slow-verifier": ("rewards.workers", ()),
+    "zero-learning-rate": ("optimizer.learning_rate", ()),
+}
+
+
+# name: changes of a row of the healthy run, from its step and the row.
+ALTERED = {
+    "masked-responses": lambda step, row: {"reward/outcome/infrastructure": 0.0625},
+    "truncated-responses": lambda step, row: {"response_length/clip_ratio": 0.51 + 0.02 * step},
+    "groups-without-signal": lambda step, row: {"lpo/degenerate_group_frac": 0.55 + 0.01 * step},
+    "entropy-collapse": lambda step, row: {"actor/entropy": row["actor/entropy"] * 0.8**step},
+    "repetition": lambda step, row: {"response/repetition": 0.03 * step},
+    "reward-without-passes": lambda step, row: {
+        "critic/rewards/mean": row["critic/rewards/mean"] + 0.05 * step,
+        "reward/pass_rate": row["reward/pass_rate"] * 0.9**step,
+    },
+    "heldout-falls": lambda step, row: {"critic/rewards/mean": row["critic/rewards/mean"] + 0.01 * step},
+    "sampler-gap": lambda step, row: {"lpo/logp_gap_mean": 2e-4 * step},
+    "gradient-spike": lambda step, row: {"actor/grad_norm": 12.5 if step == 20 else row["actor/grad_norm"]},
+    "score-spike": lambda step, row: {"lpo/score_abs_max": 1.7 if step == 20 else 0.05},
+    "nonfinite-gradients": lambda step, row: {"lpo/skipped_updates": int(step == 9)},
+    "unreachable-pass": lambda step, row: {"reward/pass_rate": 0.0, "critic/score/max": 0.9},
+    "slow-verifier": lambda step, row: {"timing_s/reward": 0.6 * row["timing_s/step"]},
+}
+
+
+def recorded(name):
+    """The rows of a run."""
+    if name not in ALTERED:
+        return read_rows(RUNS / f"{name}.jsonl")
+    rows = read_rows(RUNS / "healthy.jsonl")
+    rows = [row | ALTERED[name](row["step"], row) if "actor/grad_norm" in row else row for row in rows]
+    scores = {"heldout-falls": (0.6, 0.5, 0.05, 0.02), "unreachable-pass": (0.0, 0.0, 0.0, 0.0)}.get(name)
+    if scores is None:
+        return rows
+    held = ("score/mean@8", "score/ci_low", "score/ci_high")
+    named = [f"val-{'core' if key == held[0] else 'aux'}/python/{key}" for key in held]
+    changed = iter(score for score in (0.0, *scores))
+    return [
+        row | dict(zip(named, ((s := next(changed)), 0.7 * s, 1.3 * s))) if named[0] in row else row
+        for row in rows
+    ]
+
+
+def found(name):
+    return {diagnosis.name: diagnosis for diagnosis in diagnose(recorded(name))}
+
+
+def test_every_check_has_a_sick_run_and_a_line_in_the_docs():
+    names = [name_of(check) for check in CHECKS]
+    assert names == list(REMEDIES)
+    page = Path(__file__).parents[2] / "docs" / "doctor.md"
+    assert re.findall(r"^\| `([a-z-]+)` \|", page.read_text(), re.MULTILINE) == names
+
+
+@pytest.mark.parametrize("name", HEALTHY)
+def test_nothing_is_found_in_healthy_runs(name):
+    assert found(name) == {}
+
+
+@pytest.mark.parametrize("name", REMEDIES)
+def test_sick_runs_are_named_with_their_remedy(name):
+    remedy, others = REMEDIES[name]
+    diagnoses = found(name)
+    assert set(diagnoses) == {name, *others}
+    diagnosis = diagnoses[name]
+    line = diagnosis.line()
+    assert remedy in diagnosis.remedy and diagnosis.evidence in line and "\n" not in line
+    assert line.startswith(f"warning: {name} (step")
+
+
+@pytest.mark.parametrize("name", REMEDIES)
+def test_a_resumed_doctor_finds_the_same(name):
+    rows = recorded(name)
+    whole, middle = Doctor(), len(rows) // 2
+    of_whole = [whole.observe(row) for row in rows]
+    resumed = Doctor(rows[:middle])
+    assert [resumed.observe(row) for row in rows[middle:]] == of_whole[middle:]
+
+
+def test_rows_of_older_runs_and_missing_values_are_read():
+    rows = [
+        {"step": step, "actor/grad_norm": None, "nonfinite": {"actor/grad_norm": "nan"}} for step in range(60)
+    ]
+    assert diagnose(rows) == [] and diagnose([]) == []
+    falling = [{"step": 0, "val-core/x/acc/pass@1": 0.5}, {"step": 9, "val-core/x/acc/pass@1": None}]
+    assert diagnose([*falling, *rows[10:]]) == []
+    assert doctor.Doctor(falling).observe(rows[10]) == []

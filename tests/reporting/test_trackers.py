@@ -1,0 +1,58 @@
+"""Weights & Biases and trackio, with the real packages and without a network: each row once, also over a resume."""
+
+import json
+
+import pytest
+
+from lpo_jax.errors import UserError
+from lpo_jax.reporting import RunWriter
+from lpo_jax.reporting.trackers import Trackers, require_trackers
+
+
+def interrupted_run(run_dir, **projects):
+    """Write steps 1 to 3, resume from step 2, and write steps 3 and 4."""
+    for first, last in ((1, 3), (3, 4)):
+        with (
+            Trackers(run_dir, projects, {"seed": 7}) as trackers,
+            RunWriter(run_dir, trackers.send) as writer,
+        ):
+            if first > 1:
+                writer.truncate_after(first - 1)
+            for step in range(first, last + 1):
+                norm = float("nan") if step == 2 else 0.5
+                writer.write(step, {"actor/entropy": step + 0.125, "actor/grad_norm": norm})
+    return json.loads((run_dir / "trackers.json").read_text())
+
+
+def test_trackio_continues_the_run(tmp_path, monkeypatch):
+    pytest.importorskip("trackio", reason="the extra [trackio] is not installed")
+    from trackio.sqlite_storage import SQLiteStorage
+
+    monkeypatch.setattr("trackio.utils.TRACKIO_DIR", tmp_path / "trackio")
+    monkeypatch.setattr("trackio.sqlite_storage.TRACKIO_DIR", tmp_path / "trackio", raising=False)
+    state = interrupted_run(tmp_path / "run", trackio="doctor")
+    assert state["rows"] == 4 and SQLiteStorage.get_runs("doctor") == [f"run-{state['id']}"]
+    rows = SQLiteStorage.get_logs("doctor", f"run-{state['id']}")
+    assert [(row["step"], row["actor/entropy"]) for row in rows] == [
+        (1, 1.125), (2, 2.125), (3, 3.125), (4, 4.125)
+    ]  # fmt: skip
+    assert "actor/grad_norm" in rows[0] and "actor/grad_norm" not in rows[1]
+
+
+def test_wandb_continues_the_run(tmp_path, monkeypatch):
+    pytest.importorskip("wandb", reason="the extra [wandb] is not installed")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    state = interrupted_run(tmp_path / "run", wandb="doctor")
+    logs = sorted((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
+    assert len(logs) == 2 and all(log.name == f"run-{state['id']}.wandb" for log in logs)
+    first, second = (log.read_bytes() for log in logs)
+    assert all(number in first for number in (b"1.125", b"2.125", b"3.125")) and b"4.125" not in first
+    assert b"4.125" in second and b"3.125" not in second
+
+
+def test_a_library_that_is_missing_is_named(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    require_trackers({"wandb": "", "trackio": ""})
+    with pytest.raises(UserError, match=r"tracking.wandb = p: .*pip install 'lpo_jax\[wandb\]'"):
+        require_trackers({"wandb": "p"})
