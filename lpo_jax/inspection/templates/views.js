@@ -111,6 +111,7 @@ async function find(form) {
   const { run, from, to, order, accepts } = wanted(form);
   const rank = { best: (r) => -(r.r ?? -Infinity), worst: (r) => r.r ?? Infinity, push: (r) => -Math.abs(r.c ?? 0) }[order];
   let hits = [], total = 0;
+  status.textContent = "searching";
   for (const step of DATA.runs[run].steps.filter((other) => other >= from && other <= to)) {
     for (const group of await groupsOf(run, step))
       for (const r of group.g)
