@@ -38,6 +38,7 @@ def write_run(
     seed: int = 0,
     tokens: bool = False,
     hostile: bool = False,
+    cut: float = 0.1,
 ) -> Path:
     """Write a run directory and return its path.
 
@@ -50,6 +51,7 @@ def write_run(
       seed: of the random numbers.
       tokens: whether rollouts hold the statistics of each token.
       hostile: whether texts hold HTML, control characters and lone surrogates.
+      cut: share of responses that are cut at the length limit.
     """
     out, rng = Path(out), np.random.default_rng(seed)
     for folder in ("rollouts", "validation"):
@@ -60,7 +62,7 @@ def write_run(
         if step in {0, steps // 2, steps}:
             metrics.append(_evaluation(out, rng, step, skill))
         if step:
-            rows = _rollouts(rng, step, skill, prompts, responses, words, tokens, hostile)
+            rows = _rollouts(rng, step, skill, prompts, responses, words, tokens, hostile, cut)
             _write(out / "rollouts" / f"{step}.jsonl", rows)
             metrics.append(_metrics(rows, step, rng, responses))
     _write(out / "metrics.jsonl", metrics)
@@ -70,7 +72,7 @@ def write_run(
     return out
 
 
-def _rollouts(rng, step, skill, prompts, responses, words, tokens, hostile) -> list[dict]:
+def _rollouts(rng, step, skill, prompts, responses, words, tokens, hostile, cut) -> list[dict]:
     rows = []
     for p in range(prompts):
         row_id = (step * prompts + p) % (4 * prompts)
@@ -97,7 +99,7 @@ def _rollouts(rng, step, skill, prompts, responses, words, tokens, hostile) -> l
                 "outcome": outcome,
                 "parts": {"answer": text.split()[-1], "format": 1.0},
                 "tokens": length,
-                "finished": bool(rng.random() < 0.9),
+                "finished": bool(rng.random() >= cut),
                 "target": float(target[k]),
                 "policy": float(policy[k]),
                 "coefficient": float(policy[k] - target[k]),
@@ -147,6 +149,7 @@ def _evaluation(out: Path, rng, step: int, skill: float) -> dict:
         "val-core/countdown/acc/pass@1": mean,
         f"{around}/ci_low": max(mean - half, 0),
         f"{around}/ci_high": min(mean + half, 1),
+        "val-core/countdown/score/mean@4": mean,
         "val-core/countdown/acc/pass@4": passed.any(1).mean(),
     }
 
@@ -166,6 +169,7 @@ def _metrics(rows: list[dict], step: int, rng, responses: int) -> dict:
         "response_length/clip_ratio": 1 - of("finished").mean(),
         "actor/entropy": 1.2 * np.exp(-step / 100) + rng.normal(0, 0.02),
         "actor/grad_norm": abs(rng.normal(1, 0.2)),
+        "response/repetition": 0.05 * rng.uniform(0.8, 1.2),
         "actor/lr": 1e-5,
         "lpo/target_tv": np.abs(target - 1 / responses).sum(1).mean() / 2,
         "lpo/policy_tv": np.abs(policy - 1 / responses).sum(1).mean() / 2,

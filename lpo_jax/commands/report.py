@@ -3,7 +3,6 @@
 import argparse
 
 from lpo_jax.commands.parsers import Subparsers, add_command
-from lpo_jax.commands.show import diagnose
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -21,8 +20,7 @@ def add_parser(subparsers: Subparsers) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Run `lpo report`."""
-    from lpo_jax.inspection.load import read_run
     from lpo_jax.inspection.page import save_report
 
-    path = save_report(arguments.runs, arguments.out, [diagnose(read_run(path)) for path in arguments.runs])
+    path = save_report(arguments.runs, arguments.out)
     print(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB); open it in a browser, it needs no network")

@@ -70,13 +70,8 @@ def run(arguments: argparse.Namespace) -> None:
     elif arguments.step is not None:
         parts = [terminal.step_groups(found, arguments.step, arguments.limit)]
     else:
-        parts = [terminal.run_summary(found, diagnose(found))]
+        parts = [terminal.run_summary(found)]
     console().print(*parts, sep="\n")
-
-
-def diagnose(run):
-    """Return what is wrong with a run."""
-    return ()
 
 
 def _selection(arguments: argparse.Namespace):

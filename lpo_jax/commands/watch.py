@@ -3,7 +3,6 @@
 import argparse
 
 from lpo_jax.commands.parsers import Subparsers, add_command, natural
-from lpo_jax.commands.show import diagnose
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -24,7 +23,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     for path in arguments.runs:
         read_run(path)
-    with make_server(Watcher(arguments.runs, diagnose), arguments.port) as server:
+    with make_server(Watcher(arguments.runs), arguments.port) as server:
         print(f"http://{HOST}:{server.server_port}/  (Ctrl-C ends)", flush=True)
         try:
             server.serve_forever()

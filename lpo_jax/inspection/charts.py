@@ -3,8 +3,8 @@
 import re
 from collections.abc import Mapping, Sequence
 
-from lpo_jax.inspection.digest import Digest, StepFigures, histogram
-from lpo_jax.inspection.load import Run, number
+from lpo_jax.inspection.digest import Digest, histogram
+from lpo_jax.inspection.load import Run, finite_number
 from lpo_jax.reporting.plots import DIAGNOSTICS, LEARNING, Panel, heldout_panels
 from lpo_jax.types import Json
 
@@ -16,11 +16,13 @@ _HEALTH = (
     "Gradient norm",
     "Responses cut at the length limit",
     "Prompts and responses without signal",
+    "Repetition",
 )
 _SAMPLER = ("Log-prob gap, sampling to training",)
 _TIME = ("Throughput",)
 _BANDS = ("gen", "reward", "old_log_prob", "update_actor")
 _FLOOR = re.compile(r"perf/.*(floor|mfu|roofline).*")
+_SCORE = re.compile(r"val-core/(.+)/score/mean@\d+")
 _PARTS = re.compile(r"reward/parts/(.+)")
 
 
@@ -31,7 +33,6 @@ def charts(runs: Sequence[Run], digests: Sequence[Digest]) -> list[Chart]:
     found = [_panel(panel, runs) for panel in panels]
     found += [_groups(i, run, of) for i, (run, of) in enumerate(zip(runs, digests))]
     found += [_histogram(i, run, of) for i, (run, of) in enumerate(zip(runs, digests))]
-    found.append(_repetition(runs, digests))
     found += [_bands(i, run) for i, run in enumerate(runs)]
     found = [chart for chart in found if chart["series"]]
     return [chart | {"id": f"chart-{index}"} for index, chart in enumerate(found)]
@@ -41,10 +42,19 @@ def _own_panels(rows: Sequence[Mapping]) -> list[Panel]:
     names = sorted({name for row in rows for name in row})
     parts = tuple((name, match[1]) for name in names if (match := _PARTS.fullmatch(name)))
     floors = tuple((name, name.removeprefix("perf/")) for name in names if _FLOOR.fullmatch(name))
+    # Where the score is the pass rate, it is already a curve.
+    scores = tuple((name, match[1]) for name in names if (match := _SCORE.fullmatch(name)))
     advantages = tuple((f"critic/advantages/{of}", of) for of in ("mean", "min", "max"))
     own = (
         Panel("Parts of the reward", "mean per response", parts),
         Panel("Share of the floor", "achieved / possible", floors, share=True),
+        Panel(
+            "Repetition",
+            "repeated sequences of four tokens",
+            (("response/repetition", "repeated"),),
+            share=True,
+        ),
+        Panel("Held-out score", "evaluation.score", scores),
         Panel("Advantages", "after shaping", advantages),
     )
     return [panel for panel in own if panel.lines]
@@ -110,24 +120,6 @@ def _histogram(index: int, run: Run, digest: Digest) -> Chart:
     )
 
 
-def _repetition(runs: Sequence[Run], digests: Sequence[Digest]) -> Chart:
-    series = []
-    for index, digest in enumerate(digests):
-        steps: list[StepFigures] = [of for of in digest.steps if of.repeats is not None]
-        if steps:
-            values = [of.repeats for of in steps]
-            series.append(
-                {
-                    "run": index,
-                    "name": "repeated",
-                    "x": [of.step for of in steps],
-                    "y": values,
-                    "markers": len(steps) <= 30,
-                }
-            )
-    return _chart("Repetition", "repeated word 4-grams, texts from 8 words", "line", series, share=True)
-
-
 def _bands(index: int, run: Run) -> Chart:
     labels = ("sampling", "verifying", "scoring", "updates")
     series: list[Json] = []
@@ -141,7 +133,7 @@ def _bands(index: int, run: Run) -> Chart:
 def _chart(title: str, unit: str, kind: str, series: list, *, share=False, log=False, of: str = "") -> Chart:
     section = (
         "health"
-        if title in _HEALTH or title == "Repetition"
+        if title in _HEALTH
         else "sampler"
         if title in _SAMPLER
         else "time"
@@ -158,4 +150,4 @@ def _chart(title: str, unit: str, kind: str, series: list, *, share=False, log=F
 
 def _points(run: Run, name: str) -> dict[int, float]:
     """Steps and values of one metric; the last row of a step counts."""
-    return {row["step"]: value for row in run.metrics if (value := number(row.get(name))) is not None}
+    return {row["step"]: value for row in run.metrics if (value := finite_number(row.get(name))) is not None}

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lpo_jax.inspection.load import Row, Run, groups_of, number, read_samples
+from lpo_jax.inspection.load import Row, Run, finite_number, groups_of, read_samples
 from lpo_jax.reporting.text import sanitise
 from lpo_jax.types import Json
 
@@ -36,6 +36,7 @@ KEYS = {
     "entropy": "e",
     "parts": "x",
     "behaviour_step": "b",
+    "update": "u",
     "token_text": "tt",
     "token_logp": "tl",
     "token_entropy": "te",
@@ -59,7 +60,6 @@ class StepFigures:
         solved: groups in which all passed.
         equal: groups whose valid rewards are all equal, so that they give no signal.
         cut: responses without an end token.
-        repeats: mean share of repeated word 4-grams in the responses that are kept.
         rewards: all rewards of valid responses.
         kept: groups whose texts are in the report.
         chunk: these groups, compressed; see `pack`.
@@ -72,7 +72,6 @@ class StepFigures:
     solved: int = 0
     equal: int = 0
     cut: int = 0
-    repeats: float | None = None
     rewards: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
     kept: int = 0
     chunk: str = ""
@@ -159,18 +158,9 @@ def histogram(digest: Digest) -> dict[str, Json]:
     }
 
 
-def repetition(text: str) -> float | None:
-    """Return the share of word 4-grams that occurred before in the text; None for texts of less than 8 words."""
-    words = text.split()
-    if len(words) < 8:
-        return None
-    grams = list(zip(words, words[1:], words[2:], words[3:]))
-    return 1 - len(set(grams)) / len(grams)
-
-
 def _digest_step(step: int, rows: Sequence[Row], found: Digest, answers: dict) -> StepFigures:
     of = StepFigures(step, responses=len(rows))
-    kept, repeats = [], []
+    kept = []
     groups = list(groups_of(rows))
     chosen = {i for i, group in enumerate(groups) if _kept(group[0].get("id"), found.share)}
     if groups and not chosen:
@@ -187,14 +177,12 @@ def _digest_step(step: int, rows: Sequence[Row], found: Digest, answers: dict) -
         _audit(step, group, found, answers)
         if i in chosen:
             kept.append(group)
-            repeats += [x for row in group if (x := repetition(row["output"])) is not None]
             prompt = sanitise(str(group[0].get("id")))
             found.prompts.setdefault(prompt, []).append((step, passed, len(group)))
     of.cut = sum(row.get("finished") is False for row in rows)
     of.rewards = np.array(
-        [x for row in rows if _valid(row) and (x := number(row.get("score"))) is not None], np.float32
+        [x for row in rows if _valid(row) and (x := finite_number(row.get("score"))) is not None], np.float32
     )
-    of.repeats = float(np.mean(repeats)) if repeats else None
     of.kept, of.chunk = len(kept), pack(kept)
     return of
 
@@ -206,7 +194,7 @@ def _audit(step: int, group: Sequence[Row], found: Digest, answers: dict) -> Non
         if row.get("outcome") in ("infrastructure", "timeout"):
             reason = f"{row['outcome']}: {sanitise(str(parts.get('reason', 'no reason recorded')))[:200]}"
             found.failures[reason] = found.failures.get(reason, 0) + 1
-        reward = number(row.get("score"))
+        reward = finite_number(row.get("score"))
         if reward is None or not _valid(row):
             continue
         answer = parts.get("answer", row["output"])
@@ -230,7 +218,7 @@ def _note_gaps(step: int, row: Row, found: Digest) -> None:
         row.get(key) or [] for key in ("token_text", "token_logp", "token_trainer_logp")
     )
     for position, (text, before, after) in enumerate(zip(texts, sampler, trainer)):
-        if number(before) is not None and number(after) is not None:
+        if finite_number(before) is not None and finite_number(after) is not None:
             item = {"token": _text(text), "gap": abs(after - before), "position": position}
             if len(found.worst_tokens) < _AUDITED or item["gap"] > found.worst_tokens[-1]["gap"]:
                 found.worst_tokens.append(_place(step, row) | item)
@@ -239,7 +227,7 @@ def _note_gaps(step: int, row: Row, found: Digest) -> None:
 
 
 def _place(step: int, row: Row) -> dict[str, Json]:
-    reward, tokens = number(row.get("score")), row.get("tokens", len(row["output"]))
+    reward, tokens = finite_number(row.get("score")), row.get("tokens", len(row["output"]))
     return {"step": step, "id": sanitise(str(row.get("id"))), "k": row.get("k", 0), "r": reward, "n": tokens}
 
 
@@ -271,7 +259,11 @@ def _response(row: Row) -> dict[str, Json]:
             }
         elif isinstance(value, list):
             value = [
-                _text(of) if isinstance(of, str) else float(f"{of:.3g}") if number(of) is not None else None
+                _text(of)
+                if isinstance(of, str)
+                else float(f"{of:.3g}")
+                if finite_number(of) is not None
+                else None
                 for of in value
             ]
         packed[short] = value

@@ -12,7 +12,7 @@ from pathlib import Path
 from lpo_jax.errors import UserError
 from lpo_jax.files import LOCK
 from lpo_jax.json_lines import loads, read_object
-from lpo_jax.reporting.writers import METRICS_FILE, read_metrics
+from lpo_jax.reporting.writers import METRICS_FILE, read_metrics, sample_files
 from lpo_jax.types import Json
 from lpo_jax.yaml_text import read_yaml
 
@@ -38,8 +38,8 @@ class Run:
         about: the content of run.json.
         metrics: the rows of metrics.jsonl.
         rollouts: the file of each training step.
-        evaluations: the file of each held-out evaluation, by (step, label), where the label is "" or a word such as
-            "cold".
+        evaluations: the file of each held-out evaluation, by its step and whether it is the second one of that step,
+            after a warm start.
         missing: sentences that name what could not be read.
     """
 
@@ -48,7 +48,7 @@ class Run:
     about: Mapping[str, Json]
     metrics: Sequence[Row]
     rollouts: Mapping[int, Path]
-    evaluations: Mapping[tuple[int, str], Path]
+    evaluations: Mapping[tuple[int, bool], Path]
     missing: tuple[str, ...] = field(default=())
 
     @property
@@ -82,8 +82,8 @@ def read_run(path: str | os.PathLike) -> Run:
     missing: list[str] = []
     if not path.is_dir():
         raise UserError(f"{path}: is not a directory; pass the directory of a run (its config's `output`)")
-    rollouts = {step: file for (step, label), file in _samples(path / "rollouts").items() if not label}
-    evaluations = _samples(path / "validation")
+    rollouts = {file.step: file.path for file in sample_files(path, "rollouts")}
+    evaluations = {(file.step, file.again): file.path for file in sample_files(path, "validation")}
     config, about = _read_config(path, missing), _read_about(path, missing)
     metrics = _read_metrics(path, missing)
     if not (metrics or rollouts or evaluations):
@@ -94,6 +94,8 @@ def read_run(path: str | os.PathLike) -> Run:
         raise UserError(
             f"{path}: holds no records of a run (no {METRICS_FILE}, rollouts or validation){hint}"
         )
+    if about.get("verifier_failed"):
+        missing.append("The last start ended because its verifier failed on every response.")
     if not rollouts:
         missing.append("There are no rollout files, so no groups can be shown.")
     else:
@@ -169,7 +171,7 @@ def flatten(values: Json, key: str = "") -> dict[str, Json]:
     return leaves
 
 
-def number(value: Json) -> float | None:
+def finite_number(value: Json) -> float | None:
     """Return a finite number, or None for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
@@ -179,16 +181,6 @@ def number(value: Json) -> float | None:
 def _index(row: Row) -> int:
     k = row.get("k")
     return k if isinstance(k, int) else 0
-
-
-def _samples(folder: Path) -> dict[tuple[int, str], Path]:
-    """The sample files of a folder by step and label, in order: `3.jsonl`, or `0.cold.jsonl`, `0-cold.jsonl`."""
-    found = {}
-    for path in folder.glob("*.jsonl") if folder.is_dir() else ():
-        digits = path.stem[: len(path.stem) - len(path.stem.lstrip("0123456789"))]
-        if digits:
-            found[int(digits), path.stem[len(digits) :].strip("-._")] = path
-    return dict(sorted(found.items()))
 
 
 def _read_config(path: Path, missing: list[str]) -> dict[str, Json]:

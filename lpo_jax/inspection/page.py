@@ -10,6 +10,7 @@ import datetime
 import hashlib
 import json
 import os
+import time
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -24,8 +25,9 @@ from lpo_jax.files import write_file
 from lpo_jax.inspection.charts import charts
 from lpo_jax.inspection.diff import RunDifference, compare_runs
 from lpo_jax.inspection.digest import Digest, digest
-from lpo_jax.inspection.load import Run, flatten, number, read_run, status
-from lpo_jax.inspection.verdict import Diagnosis, judge
+from lpo_jax.inspection.load import Run, finite_number, flatten, read_run, status
+from lpo_jax.inspection.verdict import judge
+from lpo_jax.reporting.doctor import diagnose
 from lpo_jax.reporting.text import sanitise
 from lpo_jax.types import Json
 
@@ -55,14 +57,12 @@ _SCRIPTS = ("dom.js", "charts.js", "groups.js", "views.js", "main.js")
 def save_report(
     paths: Sequence[str | os.PathLike],
     out: str | os.PathLike | None = None,
-    diagnoses: Sequence[Sequence[Diagnosis]] = (),
 ) -> Path:
     """Write the report of some runs.
 
     Args:
         paths: the run directories, one or several.
         out: the HTML file; `report.html` in the first directory if None.
-        diagnoses: what is wrong with each run.
 
     Returns:
         The path of the file.
@@ -74,16 +74,36 @@ def save_report(
     target = Path(out) if out is not None else runs[0].path / "report.html"
     if target.is_dir():
         raise UserError(f"--out: {target} is a directory; name a file, such as {target / 'report.html'}")
-    write_file(target, render(runs, diagnoses))
+    write_file(target, render(runs))
     return target
 
 
-def render(runs: Sequence[Run], diagnoses: Sequence[Sequence[Diagnosis]] = (), live: bool = False) -> str:
+class TimedReport:
+    """Writes the report of a run that goes on, so rarely that it takes at most 2% of the time."""
+
+    _SHARE = 0.02
+
+    def __init__(self):
+        self._ended, self._seconds = time.monotonic(), 0.5
+
+    def due(self) -> bool:
+        """Whether enough time has passed since the last report."""
+        return self._seconds <= self._SHARE * (time.monotonic() - self._ended)
+
+    def write(self, run: Path) -> Path:
+        """Write the report now, and return its path; raises as `save_report`."""
+        started = time.monotonic()
+        path = save_report([run])
+        self._ended = time.monotonic()
+        self._seconds = self._ended - started
+        return path
+
+
+def render(runs: Sequence[Run], live: bool = False) -> str:
     """Return the HTML of a report.
 
     Args:
         runs: the runs.
-        diagnoses: what is wrong with each run.
         live: whether `lpo watch` serves the page, so that it looks for new steps.
 
     Raises:
@@ -111,10 +131,7 @@ def render(runs: Sequence[Run], diagnoses: Sequence[Sequence[Diagnosis]] = (), l
             for index, digest in enumerate(digests)
             for of in digest.steps
         ],
-        runs=[
-            _run_context(run, name, of, diagnoses[i] if i < len(diagnoses) else ())
-            for i, (run, name, of) in enumerate(zip(runs, names, digests))
-        ],
+        runs=[_run_context(run, name, of) for run, name, of in zip(runs, names, digests)],
         differences=differences,
         sections=_SECTIONS,
         title=" and ".join(names),
@@ -155,7 +172,7 @@ def _first(differences: RunDifference | None) -> dict[str, Json] | None:
     return {"step": of.step, "common": sanitise(of.common), "rest": [sanitise(text) for text in of.rest]}
 
 
-def _run_context(run: Run, name: str, found: Digest, diagnoses: Sequence[Diagnosis]) -> dict[str, Json]:
+def _run_context(run: Run, name: str, found: Digest) -> dict[str, Json]:
     """What the template shows of one run."""
     return {
         "name": name,
@@ -163,7 +180,7 @@ def _run_context(run: Run, name: str, found: Digest, diagnoses: Sequence[Diagnos
         "status": status(run),
         "progress": f"step {run.last_step}" + (f" of {run.total_steps}" if run.total_steps else ""),
         "verdict": judge(run),
-        "diagnoses": diagnoses,
+        "diagnoses": diagnose(run.metrics),
         "notes": [sanitise(note) for note in (*run.missing, *found.notes)],
         "table": _table(run, found),
         "facts": _facts(run),
@@ -184,7 +201,7 @@ def _table(run: Run, found: Digest) -> list[dict[str, Json]]:
     rows = []
     for of in found.steps:
         row = metrics.get(of.step, {})
-        cells = {label: _cell(label, number(row.get(name))) for label, name in _COLUMNS.items()}
+        cells = {label: _cell(label, finite_number(row.get(name))) for label, name in _COLUMNS.items()}
         shares = [round(100 * part / max(of.groups, 1), 1) for part in (of.fail, of.mixed, of.solved)]
         rows.append(
             {"step": of.step, "cells": cells, "shares": shares, "counts": [of.fail, of.mixed, of.solved]}

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from lpo_jax.errors import UserError
-from lpo_jax.inspection.load import Row, number
+from lpo_jax.inspection.load import Row, finite_number
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ class Selection:
         return (
             (self.outcome is None or row.get("outcome") == self.outcome)
             and (self.prompt is None or str(row.get("id")) == self.prompt)
-            and _within(number(row.get("score")), self.min_reward, self.max_reward)
-            and _within(number(row.get("tokens")), self.min_tokens, self.max_tokens)
+            and _within(finite_number(row.get("score")), self.min_reward, self.max_reward)
+            and _within(finite_number(row.get("tokens")), self.min_tokens, self.max_tokens)
             and (
                 self.regex is None
                 or any(self.regex.search(str(row.get(key, ""))) for key in ("output", "input"))
@@ -73,12 +73,12 @@ def worst(rows: Iterable[Row], count: int) -> list[Row]:
 
 def most_pushed(rows: Iterable[Row], count: int) -> list[Row]:
     """Return the `count` responses with the greatest |coefficient|."""
-    size: Callable[[Row], float] = lambda row: abs(number(row.get("coefficient")) or 0.0)  # noqa: E731
+    size: Callable[[Row], float] = lambda row: abs(finite_number(row.get("coefficient")) or 0.0)  # noqa: E731
     return sorted(rows, key=lambda row: -size(row))[:count]
 
 
 def _judged(rows: Iterable[Row]) -> Sequence[Row]:
-    return [row for row in rows if row.get("valid", True) and number(row.get("score")) is not None]
+    return [row for row in rows if row.get("valid", True) and finite_number(row.get("score")) is not None]
 
 
 def _within(value: float | None, low: float | None, high: float | None) -> bool:

@@ -10,19 +10,16 @@ import http.server
 import json
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from lpo_jax.errors import UserError
-from lpo_jax.inspection.load import Run, read_run, status
+from lpo_jax.inspection.load import read_run, status
 from lpo_jax.inspection.page import render
-from lpo_jax.inspection.verdict import Diagnosis
 
 HOST = "127.0.0.1"
 _NAMES = ("127.0.0.1", "localhost")
 _WATCHED = ("metrics.jsonl", "rollouts", "validation", "config.yaml")
-
-Diagnose = Callable[[Run], Sequence[Diagnosis]]
 
 
 class Watcher:
@@ -30,11 +27,10 @@ class Watcher:
 
     Args:
         paths: the run directories.
-        diagnose: returns what is wrong with a run.
     """
 
-    def __init__(self, paths: Sequence[str | os.PathLike], diagnose: Diagnose = lambda run: ()):
-        self._paths, self._diagnose = [Path(path) for path in paths], diagnose
+    def __init__(self, paths: Sequence[str | os.PathLike]):
+        self._paths = [Path(path) for path in paths]
         self._lock = threading.Lock()
         self._page: tuple[str, bytes] | None = None
 
@@ -43,8 +39,7 @@ class Watcher:
         with self._lock:
             version = self.version()
             if self._page is None or self._page[0] != version:
-                runs = [read_run(path) for path in self._paths]
-                html = render(runs, [self._diagnose(run) for run in runs], live=True)
+                html = render([read_run(path) for path in self._paths], live=True)
                 self._page = version, html.encode("utf-8", "backslashreplace")
             return self._page[1]
 

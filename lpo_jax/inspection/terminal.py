@@ -13,8 +13,9 @@ from rich.table import Table
 from rich.text import Text
 
 from lpo_jax.inspection.diff import RunDifference
-from lpo_jax.inspection.load import Row, Run, groups_of, number, read_samples, status
-from lpo_jax.inspection.verdict import Diagnosis, judge
+from lpo_jax.inspection.load import Row, Run, finite_number, groups_of, read_samples, status
+from lpo_jax.inspection.verdict import judge
+from lpo_jax.reporting.doctor import diagnose
 from lpo_jax.reporting.text import sanitise
 
 OUTCOME_STYLES = {"pass": "green", "wrong": "red", "malformed": "yellow"}  # verifier failures: magenta
@@ -35,7 +36,7 @@ _MOST_STEPS = 24
 _MOST_CHARACTERS = 1500
 
 
-def run_summary(run: Run, diagnoses: Sequence[Diagnosis] = ()) -> Group:
+def run_summary(run: Run) -> Group:
     """Return the verdict on a run, its diagnoses, a table of its steps, and what its directory lacks."""
     verdict = judge(run)
     progress = f"step {run.last_step}" + (f" of {run.total_steps}" if run.total_steps else "")
@@ -43,7 +44,7 @@ def run_summary(run: Run, diagnoses: Sequence[Diagnosis] = ()) -> Group:
         Text.assemble((sanitise(str(run.path)), "bold"), f"  {status(run)}, {progress}"),
         Text(sanitise(verdict.sentence), _VERDICT_STYLES[verdict.kind]),
     ]
-    for diagnosis in diagnoses:
+    for diagnosis in diagnose(run.metrics):
         steps = f" (steps {', '.join(map(str, diagnosis.steps[:8]))})" if diagnosis.steps else ""
         text = (
             (f"{diagnosis.name}: ", "bold red"),
@@ -93,13 +94,19 @@ def group_page(step: int, group: Sequence[Row]) -> Group:
     table = _table("Why each response was pushed")
     for name in ("k", "outcome", "reward", "w*", "", "P", "", "c", ""):
         table.add_column(name, justify="right" if name in ("k", "reward", "w*", "P", "c") else "left")
-    largest = {key: max((abs(number(row.get(key)) or 0.0) for row in group), default=0.0) for key in _PUSH}
+    largest = {
+        key: max((abs(finite_number(row.get(key)) or 0.0) for row in group), default=0.0) for key in _PUSH
+    }
     for row in group:
-        c = number(row.get("coefficient"))
+        c = finite_number(row.get("coefficient"))
         arrow = "" if not c else " up" if c < 0 else " down"
-        cells: list[RenderableType] = [str(row.get("k", "?")), _outcome(row), _show(number(row.get("score")))]
+        cells: list[RenderableType] = [
+            str(row.get("k", "?")),
+            _outcome(row),
+            _show(finite_number(row.get("score"))),
+        ]
         for key, style in _PUSH.items():
-            value = number(row.get(key))
+            value = finite_number(row.get(key))
             cells += [_show(value), _bar(value, largest[key], style)]
         table.add_row(*cells[:-1], Text.assemble(cells[-1], arrow))  # type: ignore[arg-type]
     parts.append(table)
@@ -113,7 +120,7 @@ _PUSH = {"target": "blue", "policy": "yellow", "coefficient": "magenta"}
 def response_panel(row: Row, with_prompt: bool = False) -> Panel:
     """Return a panel with one response, its verdict and what the objective made of it."""
     title = Text.assemble(
-        f"#{row.get('k', '?')} ", _outcome(row), f" reward {_plain(number(row.get('score')))}"
+        f"#{row.get('k', '?')} ", _outcome(row), f" reward {_plain(finite_number(row.get('score')))}"
     )
     facts = {
         "w*": "target",
@@ -123,9 +130,9 @@ def response_panel(row: Row, with_prompt: bool = False) -> Panel:
         "shaped": "shaped_reward",
     }
     line = [
-        f"{name} {_plain(number(row[key]))}"
+        f"{name} {_plain(finite_number(row[key]))}"
         for name, key in facts.items()
-        if number(row.get(key)) is not None
+        if finite_number(row.get(key)) is not None
     ]
     line.append(
         f"{row.get('tokens', '?')} tokens" + (", cut at the limit" if row.get("finished") is False else "")
@@ -157,7 +164,7 @@ def prompt_history(run: Run, prompt: str, groups: Sequence[tuple[int, Sequence[R
     for step, group in groups:
         passed = sum(row.get("outcome") == "pass" for row in group)
         solved = step if passed and solved is None else solved
-        top = max(group, key=lambda row: number(row.get("score")) or 0.0)
+        top = max(group, key=lambda row: finite_number(row.get("score")) or 0.0)
         text = " ".join(sanitise(top["output"]).split())[:60]
         table.add_row(str(step), f"{passed}/{len(group)}", _show(_mean(group, "score")), Text(text))
     return Group(table, Text(f"first solved at step {solved}" if solved is not None else "never solved"))
@@ -171,7 +178,9 @@ def difference(names: Sequence[str], of: RunDifference) -> Group:
     if of.metrics_step is None:
         parts.append(Text("Metrics: equal wherever both runs have them", "green"))
     else:
-        values = [(name, _plain(number(x)), _plain(number(y))) for name, x, y in of.metrics[:12]]
+        values = [
+            (name, _plain(finite_number(x)), _plain(finite_number(y))) for name, x, y in of.metrics[:12]
+        ]
         more = f", the first 12 of {len(of.metrics)}" if len(of.metrics) > 12 else ""
         parts.append(_pairs(f"Metrics that differ first, at step {of.metrics_step}{more}", names, values))
     if of.response is None:
@@ -212,7 +221,9 @@ def _step_table(run: Run) -> Table:
     table.add_column("held-out pass@1", justify="right")
     for step in sorted({*steps[::-1][::stride], *(s for s in merged if _held(merged[s]) is not None)}):
         row = merged[step]
-        cells = [_show(number(row.get(name)), share=label in _SHARES) for label, name in _COLUMNS.items()]
+        cells = [
+            _show(finite_number(row.get(name)), share=label in _SHARES) for label, name in _COLUMNS.items()
+        ]
         table.add_row(str(step), *cells, _show(_held(row), share=True))
     return table
 
@@ -221,7 +232,7 @@ def _held(row: Row) -> float | None:
     found = [
         value for name, value in row.items() if name.startswith("val-core/") and name.endswith("/pass@1")
     ]
-    return number(found[0]) if found else None
+    return finite_number(found[0]) if found else None
 
 
 def _pairs(title: str, names: Sequence[str], rows: Iterable[tuple]) -> Table:
@@ -251,11 +262,11 @@ def _bar(value: float | None, largest: float, style: str) -> Text:
 
 
 def _largest(group: Sequence[Row]) -> float:
-    return max(abs(number(row.get("coefficient")) or 0.0) for row in group)
+    return max(abs(finite_number(row.get("coefficient")) or 0.0) for row in group)
 
 
 def _mean(group: Sequence[Row], key: str) -> float | None:
-    values = [value for row in group if (value := number(row.get(key))) is not None]
+    values = [value for row in group if (value := finite_number(row.get(key))) is not None]
     return sum(values) / len(values) if values else None
 
 

@@ -13,7 +13,7 @@ def synthetic_run(tmp_path_factory):
     """A run of 6 steps of 4 prompts x 4 responses with the statistics of tokens; tests do not change it."""
     from synthetic_run import write_run
 
-    return write_run(tmp_path_factory.mktemp("runs") / "sound", steps=6, tokens=True)
+    return write_run(tmp_path_factory.mktemp("runs") / "sound", steps=6, tokens=True, cut=0.8)
 
 
 @pytest.fixture

@@ -13,9 +13,6 @@ from synthetic_run import HOSTILE, write_run
 from lpo_jax.inspection.load import read_run, read_samples
 from lpo_jax.inspection.page import save_report
 from lpo_jax.inspection.server import Watcher, make_server
-from lpo_jax.inspection.verdict import Diagnosis
-
-DIAGNOSIS = Diagnosis("groups without signal", "62% of groups", "train with dynamic sampling", (2, 3))
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +24,7 @@ def browser():
 @pytest.fixture(scope="module")
 def report(synthetic_run, tmp_path_factory):
     """The report of one run, opened from the disk."""
-    return save_report([synthetic_run], tmp_path_factory.mktemp("reports") / "one.html", [[DIAGNOSIS]])
+    return save_report([synthetic_run], tmp_path_factory.mktemp("reports") / "one.html")
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +64,8 @@ def test_every_panel_has_content(page, report):
     assert dict(sections).keys() == {"learning", "groups", "update", "health", "sampler", "time"}
     assert all(count for _, count in sections)
     assert "held-out countdown pass@1" in page.texts(".verdict")[0]
-    assert page.texts(".diagnosis h3") == ["groups without signal"]
-    assert page.texts(".diagnosis a") == ["step 2", "step 3"]
+    assert page.texts(".diagnosis h3") == ["truncated-responses"]
+    assert page.texts(".diagnosis a") == ["step 3", "step 4", "step 5", "step 6"]
     assert len(page.texts(".step-table tbody tr")) == 6
     for section in ("#prompts", "#audit", "#settings", "#sampler"):
         assert page.tab.locator(f"{section} tbody tr").count() > 3
@@ -177,9 +174,8 @@ def test_hostile_texts_are_shown_and_not_executed(browser, tmp_path):
     metrics.write_text(
         metrics.read_text().replace("countdown/acc", "<img src=x onerror=window.hacked=1>/acc")
     )
-    evil = Diagnosis("<script>window.hacked=1</script>", "<b>", "<img src=x onerror=window.hacked=1>")
     page = Page(browser)
-    path = save_report([run], tmp_path / "<script>window.hacked=1<script>.html", [[evil]])
+    path = save_report([run], tmp_path / "<script>window.hacked=1<script>.html")
     page.open(path)
     draw_all(page)
     page.tab.fill("[name=text]", "<script>")

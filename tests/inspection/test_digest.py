@@ -7,7 +7,7 @@ import json
 import pytest
 from synthetic_run import write_run
 
-from lpo_jax.inspection.digest import digest, histogram, repetition
+from lpo_jax.inspection.digest import digest, histogram
 from lpo_jax.inspection.load import read_run, read_samples
 from lpo_jax.inspection.page import BUDGET
 
@@ -68,9 +68,3 @@ def test_the_audit(tmp_path):
     assert (pair["answer"], pair["r"], pair["first"]) == ("7", 1.0, {"r": 0.0, "step": 1, "k": 0})
     assert [(item["r"], item["n"]) for item in found.short] == [(1.0, 1), (0.5, 1), (0.0, 5)]
     assert histogram(found)["shares"]["last"][0] == pytest.approx(1 / 3)
-
-
-def test_repetition():
-    assert repetition("too short") is None
-    assert repetition("a b c d e f g h") == 0
-    assert repetition("a b c d " * 10) > 0.8

@@ -15,7 +15,7 @@ def test_a_complete_run(synthetic_run):
     run = read_run(synthetic_run)
     assert not run.missing
     assert (run.last_step, run.total_steps, list(run.rollouts)) == (6, 6, [1, 2, 3, 4, 5, 6])
-    assert list(run.evaluations) == [(0, ""), (3, ""), (6, "")]
+    assert list(run.evaluations) == [(0, False), (3, False), (6, False)]
     rows, notes = read_samples(run.rollouts[2])
     assert [len(group) for group in groups_of(rows)] == [4] * 4 and not notes
 
@@ -133,7 +133,26 @@ def test_the_verdict_compares_with_the_warm_start_and_names_the_base(tmp_path):
     _evaluate(tmp_path, 8, [1] * 20)
     sentence = judge(read_run(tmp_path)).sentence
     assert "from 25.0% (the warm-started model) to 100.0% at step 8 (+75.0 points" in sentence
-    assert "The base model passed 0.0% before its warm start" in sentence
+    assert "The base model had 0.0% before its warm start" in sentence
+
+
+def test_the_verdict_follows_the_score_of_the_config(tmp_path):
+    for step, rewards in ((0, [0.1] * 20), (4, [0.5, 0.7] * 10)):
+        path = tmp_path / "validation" / f"{step}.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        rows = [{"id": i, "output": "x", "outcome": "wrong", "score": of} for i, of in enumerate(rewards)]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        with open(tmp_path / "metrics.jsonl", "a") as file:
+            row = {
+                "step": step,
+                "val-core/toy/acc/pass@1": 0.0,
+                "val-core/toy/score/mean@1": sum(rewards) / 20,
+            }
+            file.write(json.dumps(row) + "\n")
+    (tmp_path / "config.yaml").write_text("evaluation:\n  score: reward\n")
+    verdict = judge(read_run(tmp_path))
+    assert verdict.kind == "better"
+    assert "toy reward rose from 0.1 (the model at step 0) to 0.6 at step 4 (+0.500, 95%" in verdict.sentence
 
 
 def test_without_responses_there_is_no_interval(tmp_path):

@@ -75,8 +75,16 @@ function openStep(run, step) {
 }
 
 function placeCharts() {
+  const queue = [];
+  const pump = () => {  // one chart at a time, so that the page answers meanwhile
+    const next = queue.shift();
+    if (next && !next.drawn) draw(next);
+    if (queue.length) setTimeout(pump);
+  };
   const watcher = new IntersectionObserver((entries) => {
-    for (const entry of entries) if (entry.isIntersecting && !entry.target.drawn) draw(entry.target);
+    const idle = !queue.length;
+    queue.push(...entries.filter((entry) => entry.isIntersecting).map((entry) => entry.target));
+    if (idle && queue.length) setTimeout(pump);
   }, { rootMargin: "200px" });
   const frames = [];
   for (const chart of DATA.charts) {
