@@ -153,7 +153,9 @@ class TrainingSection(_Strict):
         10,
         "Steps between prints of the best, the worst and the most surprising response of a group. 0 prints none.",
     )
-    save_plots: bool = _option(True, "Draw plots/*.png at the end of the run.")
+    save_plots: bool = _option(
+        True, "Draw plots/*.png at the end of the run, and write report.html at evaluations and at the end."
+    )
 
 
 @dataclasses.dataclass(frozen=True)
