@@ -7,8 +7,7 @@ import jax.numpy as jnp
 
 from lpo_jax.objectives.advantage import scaled
 from lpo_jax.objectives.aggregate import RESPONSE_BUDGET
-from lpo_jax.objectives.batch import Context, required
-from lpo_jax.objectives.fields import Field
+from lpo_jax.objectives.batch import Context, Field, required
 from lpo_jax.objectives.part import Part
 from lpo_jax.objectives.simplex import as_float, centred, masked_mean, masked_std
 from lpo_jax.objectives.targets import TEMPERATURE_FLOOR

@@ -22,12 +22,11 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from lpo_jax.objectives.advantage import Utility
+from lpo_jax.objectives.batch import Field
 from lpo_jax.objectives.credit import AnytimeReturns, Progress, StepPenalty
-from lpo_jax.objectives.fields import Field
 from lpo_jax.objectives.part import Part, word
 from lpo_jax.objectives.prompt_weight import HookWeight
-from lpo_jax.objectives.proximal import PreviousKL
-from lpo_jax.objectives.regular import Distil
+from lpo_jax.objectives.regular import Distil, PreviousKL
 from lpo_jax.objectives.shaping import FlawPenalty
 from lpo_jax.objectives.token_weight import Untaught
 

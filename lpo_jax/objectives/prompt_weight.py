@@ -8,8 +8,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from lpo_jax.objectives.batch import Context
-from lpo_jax.objectives.fields import Field
+from lpo_jax.objectives.batch import Context, Field
 from lpo_jax.objectives.part import Part
 from lpo_jax.objectives.simplex import centred, masked_mean
 

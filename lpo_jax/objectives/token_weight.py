@@ -9,8 +9,7 @@ from typing import TypeAlias
 import jax
 import jax.numpy as jnp
 
-from lpo_jax.objectives.batch import Context, required
-from lpo_jax.objectives.fields import Field
+from lpo_jax.objectives.batch import Context, Field, required
 from lpo_jax.objectives.part import Part
 from lpo_jax.objectives.simplex import as_float, centred
 

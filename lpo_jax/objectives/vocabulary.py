@@ -4,8 +4,7 @@ The name of a part is its class name in lower case with hyphens. "none" leaves t
 trust region.
 """
 
-from lpo_jax.objectives import covariance_gates, entropy_adaptive, proximal, ranking, sequence_gates  # noqa: F401
-from lpo_jax.objectives.bias import Bias
+from lpo_jax.objectives import entropy_adaptive, ranking, sequence_gates  # noqa: F401
 from lpo_jax.objectives.checks import did_you_mean
 from lpo_jax.objectives.credit import Credit
 from lpo_jax.objectives.hook_specs import HookSpec
@@ -13,7 +12,7 @@ from lpo_jax.objectives.part import Part, word
 from lpo_jax.objectives.prompt_weight import PromptWeight
 from lpo_jax.objectives.regular import Regular
 from lpo_jax.objectives.select import Select
-from lpo_jax.objectives.shaping import Shape
+from lpo_jax.objectives.shaping import Bias, Shape
 from lpo_jax.objectives.token_weight import TokenWeight
 from lpo_jax.objectives.trust import Gate
 

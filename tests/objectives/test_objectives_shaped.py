@@ -18,7 +18,7 @@ from objective_cases import all_but, batch, full_batch, in_float64, on_host, pad
 from scipy import stats as distributions
 
 from lpo_jax import objectives as O
-from lpo_jax.objectives import advantage, bias, prompt_weight, select, shaping
+from lpo_jax.objectives import advantage, prompt_weight, select, shaping
 from lpo_jax.objectives.methods import shaped
 from lpo_jax.objectives.simplex import masked_median
 from lpo_jax.objectives.targets import SCALES
@@ -309,7 +309,7 @@ def test_perplexity_mask():
 
 def test_confidence_gap_against_numpy():
     context = ragged(passed=np.array([[1, 0, 0, 0], [0, 1, 1, 1], [0] * 4], bool))
-    got = bias.ConfidenceGap(0.7, 0.4)(context, jnp.ones((3, 4)))
+    got = shaping.ConfidenceGap(0.7, 0.4)(context, jnp.ones((3, 4)))
     for p, k in np.argwhere(np.asarray(context.valid)):
         logp = np.sort(context.scored.behaviour_logp[p, k][context.tokens[p, k]])
         confidence = np.exp(logp[: int(np.ceil(0.4 * len(logp)))].mean())

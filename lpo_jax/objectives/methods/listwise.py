@@ -2,8 +2,7 @@
 
 from typing import Any
 
-from lpo_jax.objectives.advantage import Utility
-from lpo_jax.objectives.dual import DualUtility
+from lpo_jax.objectives.advantage import DualUtility, Utility
 from lpo_jax.objectives.flow import FlowBalance, LogPartition, Scaled
 from lpo_jax.objectives.methods.row import method
 from lpo_jax.objectives.projection import Projection, RawSimplex, ReferenceSimplex, Simplex

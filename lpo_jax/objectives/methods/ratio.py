@@ -4,12 +4,10 @@ from typing import Any
 
 from lpo_jax.objectives.advantage import Advantage
 from lpo_jax.objectives.aggregate import Aggregate
-from lpo_jax.objectives.covariance_gates import ClipCov, KLCov
 from lpo_jax.objectives.hook_specs import PreviousPolicy
 from lpo_jax.objectives.methods.row import Method, method
 from lpo_jax.objectives.prompt_weight import NftWeight
-from lpo_jax.objectives.proximal import PreviousKL, RatioVarianceDual
-from lpo_jax.objectives.regular import KL
+from lpo_jax.objectives.regular import KL, PreviousKL, RatioVarianceDual
 from lpo_jax.objectives.sequence_gates import (
     BudgetClip,
     FiberClip,
@@ -21,8 +19,10 @@ from lpo_jax.objectives.sequence_gates import (
 )
 from lpo_jax.objectives.shaping import Sign
 from lpo_jax.objectives.trust import (
+    ClipCov,
     ElasticClip,
     ImplicitNegative,
+    KLCov,
     Ratio,
     RatioVariance,
     SoftGate,

@@ -4,7 +4,6 @@ from typing import Any
 
 from lpo_jax.objectives.advantage import Advantage, NonzeroAdvantage, Utility
 from lpo_jax.objectives.aggregate import Aggregate
-from lpo_jax.objectives.bias import ConfidenceGap, GlobalMix
 from lpo_jax.objectives.hook_specs import GreedyBaseline, Judge
 from lpo_jax.objectives.methods.row import Method, method
 from lpo_jax.objectives.probe import Probe, ProbeAdvantage
@@ -13,7 +12,15 @@ from lpo_jax.objectives.prompt_weight import Difficulty, LongerSuccess, SignalSh
 from lpo_jax.objectives.regular import KL
 from lpo_jax.objectives.risk import Quantiles, RiskAdvantage
 from lpo_jax.objectives.select import DropMedian
-from lpo_jax.objectives.shaping import ClusterFrequency, FlawPenalty, Overlong, RewardTiers, Sign
+from lpo_jax.objectives.shaping import (
+    ClusterFrequency,
+    ConfidenceGap,
+    FlawPenalty,
+    GlobalMix,
+    Overlong,
+    RewardTiers,
+    Sign,
+)
 from lpo_jax.objectives.trust import Gate, LogClip, RatioClip
 
 
