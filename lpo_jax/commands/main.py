@@ -12,41 +12,45 @@ from collections.abc import Callable, Sequence
 
 from lpo_jax import __version__
 from lpo_jax.allocator import keep_freed_memory
-from lpo_jax.commands import (
-    bench,
-    compare,
-    data,
-    evaluate,
-    export,
-    meta,
-    methods,
-    parsers,
-    plan,
-    sample,
-    sft,
-    simplex,
-    train,
-)
+from lpo_jax.commands import bench, data, evaluate, export, methods, plan, resumable, sample, simplex
+from lpo_jax.commands.parsers import CommandParser
 from lpo_jax.commands.resumable import STOPPED
 from lpo_jax.errors import RunStopped, UserError
 
-# Each command's parser and function, in the order of `lpo --help`.
-COMMANDS: dict[
-    str, tuple[Callable[[parsers.Subparsers], None], Callable[[argparse.Namespace], int | None]]
-] = {
-    "train": (train.add_parser, train.run),
-    "sft": (sft.add_parser, sft.run),
-    "meta": (meta.add_parser, meta.run),
-    "compare": (compare.add_parser, compare.run),
-    "eval": (evaluate.add_parser, evaluate.run),
-    "sample": (sample.add_parser, sample.run),
-    "export": (export.add_parser, export.run),
-    "methods": (methods.add_parser, methods.run),
-    "simplex": (simplex.add_parser, simplex.run),
-    "bench": (bench.add_parser, bench.run),
-    "plan": (plan.add_parser, plan.run),
-    "data": (data.add_parser, data.run),
+Runner = Callable[[argparse.Namespace], int | None]
+
+# Each command's arguments and function, in the order of `lpo --help`.
+COMMANDS: dict[str, tuple[Callable[[CommandParser], None], Runner]] = {
+    "train": (resumable.add_arguments, resumable.train),
+    "sft": (resumable.add_arguments, resumable.sft),
+    "meta": (resumable.add_arguments, resumable.meta),
+    "compare": (resumable.add_arguments, resumable.compare),
+    "eval": (evaluate.add_arguments, evaluate.run),
+    "sample": (sample.add_arguments, sample.run),
+    "export": (export.add_arguments, export.run),
+    "methods": (methods.add_arguments, methods.run),
+    "simplex": (simplex.add_arguments, simplex.run),
+    "bench": (bench.add_arguments, bench.run),
+    "plan": (plan.add_arguments, plan.run),
+    "data": (data.add_arguments, data.run),
 }
+# What each command does, in one line.
+HELP = {
+    "train": "train a model on a task with Listwise Policy Optimization or a related method",
+    "sft": "run the config's supervised warm start by itself",
+    "meta": "learn the mirror map of gbmpo-mirror by evolution; every candidate is one run of the config",
+    "compare": "run the config with many methods, paired by seed, and report their differences",
+    "eval": "held-out pass@k of a run or of a config's model; with --suite, evaluate any model on benchmarks",
+    "sample": "print responses of a model to prompts",
+    "export": "write a run's model as a Hugging Face directory",
+    "methods": "list the methods with their formulas and options",
+    "simplex": "draw the targets and updates of methods for three responses as a PNG file",
+    "bench": "time sampling, the gradient or a whole step and compare it with this machine's peak rates",
+    "plan": "compile a config for a slice without having one: what fits, how long a step takes, better settings",
+    "data": "read a task's data, verify its solutions, and show its rows, prompts and content hash",
+}
+# Commands that accept config keys: all arguments that their parser does not know.
+_CONFIGURABLE = ("train", "sft", "meta", "compare", "eval", "bench", "plan", "data")
 
 # A full, read-only or failing disk, wherever the error occurs. Code that has a better message raises its own error.
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
@@ -87,10 +91,19 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"lpo_jax {__version__}")
     subparsers = parser.add_subparsers(
-        dest="command", required=True, metavar="COMMAND", parser_class=parsers.CommandParser
+        dest="command", required=True, metavar="COMMAND", parser_class=CommandParser
     )
-    for add_parser, _ in COMMANDS.values():
-        add_parser(subparsers)
+    for name, (add_arguments, _) in COMMANDS.items():
+        command = subparsers.add_parser(
+            name,
+            help=(text := HELP[name]),
+            description=text[0].upper() + text[1:] + ".",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        if name in _CONFIGURABLE:
+            command.set_defaults(overrides=[])
+        add_arguments(command)
     return parser
 
 
