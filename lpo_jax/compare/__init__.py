@@ -4,7 +4,6 @@ grid      rules x methods x seeds -> one config per cell, all checked before the
 pool      worker processes that run the cells
 worker    the program of a worker process
 outcome   the results of a finished cell
-pairs     estimates of paired differences, with intervals over seeds and problems
 table     the numbers of the report, as JSON
 figures   curves and differences, as PNG files
 report    table and figures as a Markdown report

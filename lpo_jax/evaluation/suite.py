@@ -19,9 +19,8 @@ import numpy as np
 
 from lpo_jax.errors import UserError, VerifierFailed
 from lpo_jax.evaluation.heldout import powers_of_two, sample_rows
-from lpo_jax.evaluation.metrics import bootstrap_interval, summarise
+from lpo_jax.evaluation.metrics import bootstrap_interval, majority, summarise
 from lpo_jax.evaluation.responses import ResponseFile, ResponseSummary
-from lpo_jax.evaluation.votes import majority
 from lpo_jax.rewards import VerifierPool, VerifierSpec
 from lpo_jax.rewards.user_code import file_hash, split_reference
 from lpo_jax.rollout.collect import Collector, within_limit

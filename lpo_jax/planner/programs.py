@@ -25,9 +25,8 @@ from lpo_jax.models.runner import Groups, score
 from lpo_jax.objectives import Objective, TokenStats
 from lpo_jax.parallel import mesh as meshes
 from lpo_jax.parallel import sharding
-from lpo_jax.planner import collectives as exchange
 from lpo_jax.planner.cost import program_cost
-from lpo_jax.planner.hlo import parse_hlo
+from lpo_jax.planner.hlo import collectives, parse_hlo
 from lpo_jax.planner.roofline import Exchange, Setting, StepPhase, Workload, kernel_flops, mean_cache_tokens
 from lpo_jax.runs.state import TrainState
 from lpo_jax.sampling import Sampling, kv_cache
@@ -246,7 +245,7 @@ def _measure(
         cost.bytes,
         held,
         memory.temp_size_in_bytes + fresh + memory.generated_code_size_in_bytes,
-        tuple(Exchange(c.kind, c.bytes, c.devices, c.times) for c in exchange.collectives(program)),
+        tuple(Exchange(c.kind, c.bytes, c.devices, c.times) for c in collectives(program)),
         time.perf_counter() - started,
     )
 

@@ -10,10 +10,9 @@ from lpo_jax.errors import UserError, nearest
 from lpo_jax.rewards import sandbox as sandboxes
 from lpo_jax.rewards.answers import last_program
 from lpo_jax.rewards.code_tests import ProblemTests, read_tests
-from lpo_jax.rewards.descriptor import Verifier, VerifierDescriptor
 from lpo_jax.rewards.packages import check_package_names
 from lpo_jax.rewards.same import same_output, same_result
-from lpo_jax.rewards.verdict import Verdict, infrastructure
+from lpo_jax.rewards.verdict import Verdict, Verifier, VerifierDescriptor, infrastructure
 from lpo_jax.types import Json
 
 _MEMORY_MB = 1024

@@ -20,8 +20,7 @@ from fractions import Fraction
 
 from lpo_jax.errors import UserError
 from lpo_jax.rewards.answers import last_boxed
-from lpo_jax.rewards.descriptor import Verifier, VerifierDescriptor
-from lpo_jax.rewards.verdict import Verdict, infrastructure
+from lpo_jax.rewards.verdict import Verdict, Verifier, VerifierDescriptor, infrastructure
 from lpo_jax.types import Json
 
 MODES = ("robust", "strict", "flexible")

@@ -12,9 +12,8 @@ from collections.abc import Mapping
 
 from lpo_jax.errors import UserError, nearest
 from lpo_jax.rewards.answers import last_tagged
-from lpo_jax.rewards.descriptor import Verifier, VerifierDescriptor
 from lpo_jax.rewards.limits import OutOfTime, cpu_limit
-from lpo_jax.rewards.verdict import Verdict, as_verdict
+from lpo_jax.rewards.verdict import Verdict, Verifier, VerifierDescriptor, as_verdict
 from lpo_jax.types import Json
 
 # Well below the pool's wall-clock limit, so that a slow answer is scored and not masked.
