@@ -33,9 +33,8 @@ from lpo_jax.types import Json, PyTree, Tokenizer
 
 DEFAULT_BATCH = 64  # responses sampled together by default
 VERIFIER_SECONDS = 10.0  # time limit for one response
-ENOUGH_PROBLEMS = (
-    8  # if all responses to this many problems are masked, the verifier is broken, not a single row
-)
+# If all responses to this many problems are masked, the verifier is broken, not a single row.
+ENOUGH_PROBLEMS = 8
 _FILE_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 
 

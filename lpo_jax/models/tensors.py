@@ -52,9 +52,8 @@ def from_file(
         stride = math.prod(sizes[a] for a in inner)
         rows.append(slice(of[first].start * stride, of[first].stop * stride))
         shape += [of[first].stop - of[first].start, *(sizes[a] for a in inner)]
-        cut |= {first: slice(None)} | {
-            a: of[a] for a in inner
-        }  # folded axes after the first are read completely
+        # Folded axes after the first are read completely.
+        cut |= {first: slice(None)} | {a: of[a] for a in inner}
     stored = parameter.file_axes.replace(",", "")
     part = read(tuple(rows)).reshape(shape).transpose([stored.index(a) for a in axes])
     return part[tuple(cut[a] for a in axes)]

@@ -376,7 +376,6 @@ class KLCov(Gate):
 def _hash(x: jax.Array) -> jax.Array:
     """Return a pseudo-random number for each float32 of `x`; equal inputs give equal numbers."""
     bits = jax.lax.bitcast_convert_type(jnp.asarray(x, jnp.float32), jnp.uint32)
-    order: jax.Array = ((bits * jnp.uint32(2654435761)) >> 8).astype(
-        jnp.float32
-    )  # Knuth's multiplicative hash
+    # Knuth's multiplicative hash.
+    order: jax.Array = ((bits * jnp.uint32(2654435761)) >> 8).astype(jnp.float32)
     return order

@@ -30,9 +30,8 @@ def last_boxed(text: str) -> str | None:
     The last box is the one that opens last, so the innermost of nested boxes counts. A box that is never closed,
     because the response was cut off, does not count. The time is linear in the length of the text.
     """
-    opened: list[
-        int | None
-    ] = []  # for each open brace, where the content of its box begins; None for other braces
+    # For each open brace, where the content of its box begins; None for other braces.
+    opened: list[int | None] = []
     found: tuple[int, int] | None = None
     for match in _BOX.finditer(text):
         token = match[0]
@@ -56,9 +55,8 @@ def last_line_after(label: str, text: str) -> str | None:
 _OPENING = re.compile(r"^([ \t]*)```(?:python3?|py)\b[^\n]*\n", re.M | re.I)
 _FENCE = re.compile(r"^[ \t]*```", re.M)
 # Comments and strings, in which quotation marks and fences have no meaning; and a fence itself.
-_LEXEME = re.compile(
-    r"#[^\n]*|\"\"\"|'''|\"(?:\\.|[^\"\\\n])*+\"?|'(?:\\.|[^'\\\n])*+'?|^[ \t]*```", re.M | re.S
-)
+_STRING = r"\"\"\"|'''|\"(?:\\.|[^\"\\\n])*+\"?|'(?:\\.|[^'\\\n])*+'?"
+_LEXEME = re.compile(rf"#[^\n]*|{_STRING}|^[ \t]*```", re.M | re.S)
 _CLOSINGS = {quotes: re.compile(rf"\\.|{quotes}", re.S) for quotes in ('"""', "'''")}
 # The search for strings may read at most this many times the length of the text, because a string may never be closed.
 _MAX_LEXED = 4

@@ -67,9 +67,8 @@ def math_verifier(*, mode: str = "robust", extract: str = "boxed") -> Verifier:
         else:
             answer = last_boxed(response) if extract == "boxed" else _answer_line(response)
         if answer is None or not answer.strip():
-            return Verdict(
-                0.0, "malformed", {"reason": f"no answer in the form that was asked for: {extract}"}
-            )
+            reason = f"no answer in the form that was asked for: {extract}"
+            return Verdict(0.0, "malformed", {"reason": reason})
         parts: dict[str, float | str] = {"answer": answer[:200]}
         if mode == "strict":
             right = hendrycks.equal(answer, gold)
