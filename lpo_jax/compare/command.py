@@ -15,10 +15,9 @@ import jax
 from lpo_jax import reporting
 from lpo_jax.compare.figures import save_figures
 from lpo_jax.compare.grid import Grid, make_grid, warm_config
-from lpo_jax.compare.outcome import Outcome
 from lpo_jax.compare.pool import Job, divide_machine, run_jobs
 from lpo_jax.compare.report import render_report
-from lpo_jax.compare.table import Outcomes, make_table, solved
+from lpo_jax.compare.table import Outcome, Outcomes, make_table, solved
 from lpo_jax.config import Config
 from lpo_jax.errors import RunStopped, UserError
 from lpo_jax.files import write_file

@@ -21,14 +21,12 @@ import enum
 from collections.abc import Sequence
 from typing import ClassVar
 
-from lpo_jax.objectives.advantage import Utility
+from lpo_jax.objectives.advantage import AnytimeReturns, Progress, StepPenalty, Utility
 from lpo_jax.objectives.batch import Field
-from lpo_jax.objectives.credit import AnytimeReturns, Progress, StepPenalty
 from lpo_jax.objectives.part import Part, word
-from lpo_jax.objectives.prompt_weight import HookWeight
 from lpo_jax.objectives.regular import Distil, PreviousKL
 from lpo_jax.objectives.shaping import FlawPenalty
-from lpo_jax.objectives.token_weight import Untaught
+from lpo_jax.objectives.weights import HookWeight, Untaught
 
 
 class HookPhase(enum.Enum):

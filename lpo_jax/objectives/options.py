@@ -4,18 +4,16 @@ import math
 from collections.abc import Callable, Mapping
 from typing import TypeAlias
 
-from lpo_jax.objectives.advantage import CENTRES
-from lpo_jax.objectives.aggregate import AGGREGATIONS
+from lpo_jax.objectives.advantage import BUDGET_WEIGHTS, CENTRES
 from lpo_jax.objectives.checks import did_you_mean, is_number
-from lpo_jax.objectives.credit import BUDGET_WEIGHTS
 from lpo_jax.objectives.divergences import DIVERGENCES, Divergence
 from lpo_jax.objectives.mirror import map_problem
-from lpo_jax.objectives.prompt_weight import NFT_WEIGHTS
 from lpo_jax.objectives.ranking import LABEL_LOSSES
 from lpo_jax.objectives.regular import KLS
 from lpo_jax.objectives.simplex import SCORES
 from lpo_jax.objectives.targets import TARGETS, temperature_problem
 from lpo_jax.objectives.trust import CLIPS
+from lpo_jax.objectives.weights import AGGREGATIONS, NFT_WEIGHTS
 
 # Returns what is wrong with a value, in words that follow the option's name, or None.
 Check: TypeAlias = Callable[[object], str | None]

@@ -5,14 +5,14 @@ part is a pure function of arrays:
 
     Shape         (context) -> rewards [P,K]                                          shaping.py
     Advantage     (context) -> u [P,K], tau [P,1]                                     advantage.py
-    Select        (context, u) -> valid [P,K]                                         select.py
+    Select        (context, u) -> valid [P,K]                                         shaping.py
     Bias          (context, u) -> u [P,K]                                             shaping.py
-    PromptWeight  (context) -> [P,1]                                                  prompt_weight.py
-    Credit        (context, u, tau) -> u [P,K,T]                                      credit.py
+    PromptWeight  (context) -> [P,1]                                                  weights.py
+    Credit        (context, u, tau) -> u [P,K,T]                                      advantage.py
     Projection    (context, u, s, s_t) -> c [P,K]                                     projection.py
     Gate          (delta, c, context) -> token loss [P,K,T]                           trust.py
-    TokenWeight   (context, u) -> [P,K,T]                                             token_weight.py
-    Aggregate     (tokens) -> weights [P,K,T]                                         aggregate.py
+    TokenWeight   (context, u) -> [P,K,T]                                             weights.py
+    Aggregate     (tokens) -> weights [P,K,T]                                         weights.py
     Regular       (stats, context) -> token penalty [P,K,T]                           regular.py
     Control       state, and (state, context) -> state after an update                part.py
     HookSpec      settings of what the run does around an update; no arithmetic       hook_specs.py

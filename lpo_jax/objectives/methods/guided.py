@@ -1,7 +1,6 @@
 """Methods that change the sampling round: choice of prompts and samples, hints, replay, teachers."""
 
 from lpo_jax.objectives.advantage import Advantage
-from lpo_jax.objectives.aggregate import Aggregate
 from lpo_jax.objectives.hook_specs import (
     DynamicSampling,
     GaussianSampling,
@@ -12,11 +11,10 @@ from lpo_jax.objectives.hook_specs import (
     SolutionHints,
 )
 from lpo_jax.objectives.methods.row import method
-from lpo_jax.objectives.prompt_weight import HookWeight
 from lpo_jax.objectives.regular import AdaptiveKL, Distil
 from lpo_jax.objectives.shaping import Overlong
-from lpo_jax.objectives.token_weight import Untaught
 from lpo_jax.objectives.trust import RatioClip
+from lpo_jax.objectives.weights import Aggregate, HookWeight, Untaught
 
 METHODS = (
     method(

@@ -3,10 +3,8 @@
 from typing import Any
 
 from lpo_jax.objectives.advantage import Advantage
-from lpo_jax.objectives.aggregate import Aggregate
 from lpo_jax.objectives.hook_specs import PreviousPolicy
 from lpo_jax.objectives.methods.row import Method, method
-from lpo_jax.objectives.prompt_weight import NftWeight
 from lpo_jax.objectives.regular import KL, PreviousKL, RatioVarianceDual
 from lpo_jax.objectives.sequence_gates import (
     BudgetClip,
@@ -29,6 +27,7 @@ from lpo_jax.objectives.trust import (
     TargetRatio,
     WeightClip,
 )
+from lpo_jax.objectives.weights import Aggregate, NftWeight
 
 FIBER_PAPER = "Fibration Policy Optimization, arXiv 2603.08239"
 VERDICT: dict[str, Any] = {"shape": (Sign(),), "advantage": Advantage(temperature="dr-grpo", centre="none")}

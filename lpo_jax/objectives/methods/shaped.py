@@ -3,18 +3,16 @@
 from typing import Any
 
 from lpo_jax.objectives.advantage import Advantage, NonzeroAdvantage, Utility
-from lpo_jax.objectives.aggregate import Aggregate
 from lpo_jax.objectives.hook_specs import GreedyBaseline, Judge
 from lpo_jax.objectives.methods.row import Method, method
 from lpo_jax.objectives.probe import Probe, ProbeAdvantage
 from lpo_jax.objectives.projection import Simplex
-from lpo_jax.objectives.prompt_weight import Difficulty, LongerSuccess, SignalShare
 from lpo_jax.objectives.regular import KL
 from lpo_jax.objectives.risk import Quantiles, RiskAdvantage
-from lpo_jax.objectives.select import DropMedian
 from lpo_jax.objectives.shaping import (
     ClusterFrequency,
     ConfidenceGap,
+    DropMedian,
     FlawPenalty,
     GlobalMix,
     Overlong,
@@ -22,6 +20,7 @@ from lpo_jax.objectives.shaping import (
     Sign,
 )
 from lpo_jax.objectives.trust import Gate, LogClip, RatioClip
+from lpo_jax.objectives.weights import Aggregate, Difficulty, LongerSuccess, SignalShare
 
 
 def _gradient(name: str, formula: str, paper: str, fidelity: str, note: str = "", **parts: Any) -> Method:

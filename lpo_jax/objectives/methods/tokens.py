@@ -1,16 +1,21 @@
 """Methods that treat the tokens of a response differently: credit, token weights, and token penalties."""
 
-from lpo_jax.objectives.advantage import Advantage, Utility
-from lpo_jax.objectives.aggregate import Aggregate
-from lpo_jax.objectives.credit import AnytimeReturns, EntropyCost, Progress, StepPenalty
+from lpo_jax.objectives.advantage import (
+    Advantage,
+    AnytimeReturns,
+    EntropyCost,
+    Progress,
+    StepPenalty,
+    Utility,
+)
 from lpo_jax.objectives.entropy_adaptive import EntropyClip, EntropyWeight, TokenLevelUtility
 from lpo_jax.objectives.hook_specs import Budgets, PrefixValues, StepJudge
 from lpo_jax.objectives.methods.row import Method, method
 from lpo_jax.objectives.mirror import Bregman, NeuralMirror, ProbL2
 from lpo_jax.objectives.regular import KL, Regular
-from lpo_jax.objectives.select import MaxVariance
-from lpo_jax.objectives.token_weight import Conflicts, CurvatureMask, TopEntropy, TopImpact
+from lpo_jax.objectives.shaping import MaxVariance
 from lpo_jax.objectives.trust import Gate, RatioClip
+from lpo_jax.objectives.weights import Aggregate, Conflicts, CurvatureMask, TopEntropy, TopImpact
 
 GBMPO_PAPER = "Group-Based Mirror Policy Optimization, arXiv 2602.04380"
 
