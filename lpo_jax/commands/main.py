@@ -21,10 +21,10 @@ Runner = Callable[[argparse.Namespace], int | None]
 
 # Each command's arguments and function, in the order of `lpo --help`.
 COMMANDS: dict[str, tuple[Callable[[CommandParser], None], Runner]] = {
-    "train": (resumable.add_arguments, resumable.train),
-    "sft": (resumable.add_arguments, resumable.sft),
-    "meta": (resumable.add_arguments, resumable.meta),
-    "compare": (resumable.add_arguments, resumable.compare),
+    "train": (resumable.add_arguments, resumable.run_train),
+    "sft": (resumable.add_arguments, resumable.run_sft),
+    "meta": (resumable.add_arguments, resumable.run_meta),
+    "compare": (resumable.add_arguments, resumable.run_compare),
     "eval": (evaluate.add_arguments, evaluate.run),
     "sample": (sample.add_arguments, sample.run),
     "export": (export.add_arguments, export.run),

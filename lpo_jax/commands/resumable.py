@@ -19,32 +19,32 @@ def add_arguments(command: CommandParser) -> None:
     command.add_argument("--resume", action="store_true", help=text)
 
 
-def train(arguments: argparse.Namespace) -> int | None:
+def run_train(arguments: argparse.Namespace) -> int | None:
     """Run `lpo train` and return the exit status."""
-    from lpo_jax.training import loop
+    from lpo_jax.training.loop import train
 
-    return run_config(loop.train, arguments)
+    return run_config(train, arguments)
 
 
-def sft(arguments: argparse.Namespace) -> int | None:
+def run_sft(arguments: argparse.Namespace) -> int | None:
     """Run `lpo sft` and return the exit status."""
-    from lpo_jax.training import sft
+    from lpo_jax.training.sft import sft
 
-    return run_config(sft.sft, arguments)
+    return run_config(sft, arguments)
 
 
-def meta(arguments: argparse.Namespace) -> int | None:
+def run_meta(arguments: argparse.Namespace) -> int | None:
     """Run `lpo meta` and return the exit status."""
-    from lpo_jax.training import meta
+    from lpo_jax.training.meta import meta
 
-    return run_config(meta.meta, arguments)
+    return run_config(meta, arguments)
 
 
-def compare(arguments: argparse.Namespace) -> int | None:
+def run_compare(arguments: argparse.Namespace) -> int | None:
     """Run `lpo compare` and return the exit status."""
-    from lpo_jax.compare import command
+    from lpo_jax.compare.command import compare
 
-    return run_config(command.compare, arguments, open_devices=False)  # the workers use the devices
+    return run_config(compare, arguments, open_devices=False)  # the workers use the devices
 
 
 def run_config(
