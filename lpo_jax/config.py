@@ -353,23 +353,17 @@ def _describe(cls, prefix):
 
 
 def _show(value) -> str:
-    return yaml.safe_dump(list(value) if isinstance(value, tuple) else value, default_flow_style=True).split(
-        "\n"
-    )[0]
+    plain = list(value) if isinstance(value, tuple) else value
+    return yaml.safe_dump(plain, default_flow_style=True).split("\n")[0]
 
 
 def _numbers(key: str, value: Json) -> Iterator[tuple[str, float]]:
     """Yield (dotted key, number) for every floating-point number in plain values."""
     if isinstance(value, float):
         yield key, value
-    items = (
-        value.items()
-        if isinstance(value, Mapping)
-        else enumerate(value)
-        if isinstance(value, list | tuple)
-        else ()
-    )
-    for name, item in items:
+    if isinstance(value, list | tuple):
+        value = dict(enumerate(value))
+    for name, item in value.items() if isinstance(value, Mapping) else ():
         yield from _numbers(f"{key}.{name}", item)
 
 
@@ -402,12 +396,10 @@ def _explain(error) -> str:
     location = [str(part) for part in error["loc"]]
     key = ".".join(location)
     if error["type"] == "unexpected_keyword_argument":
-        known = [name for name, _, _ in describe_options()] + [
-            field.name for field in dataclasses.fields(Config)
-        ]
-        siblings = [
-            name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == ".".join(location[:-1])
-        ]
+        known = [name for name, _, _ in describe_options()]
+        known += [field.name for field in dataclasses.fields(Config)]
+        section = ".".join(location[:-1])
+        siblings = [name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == section]
         hint = nearest(location[-1], siblings) or nearest(key, known)
         return f"unknown key {key!r}{hint or '; `lpo train --help` lists them'}"
     return f"{key}: {error['msg'][0].lower()}{error['msg'][1:]}, got {error['input']!r}"

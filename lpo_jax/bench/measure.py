@@ -235,6 +235,7 @@ def time_call(
     work = Work.forward(session.model.architecture, shapes, lengths, dtype.itemsize)
     passes = {"sample": 1, "train": 3, "step": 4}[what]  # the backward pass is two more
     tokens = lengths.sum() + (shapes.prompts * shapes.prompt_tokens if what == "train" else 0)
+    gradient_bytes = passes * work.weight_bytes + work.cache_bytes
     floor = passes * work.product_flops / machine.matrix_flops
     return {
         "benchmark": what,
@@ -247,9 +248,7 @@ def time_call(
         "compile_s": max(0.0, first - middle),
         "peak_memory_bytes": peak_memory(),
         "model_flops": passes * work.flops,
-        "model_bytes": work.sampling_bytes
-        if what == "sample"
-        else passes * work.weight_bytes + work.cache_bytes,
+        "model_bytes": work.sampling_bytes if what == "sample" else gradient_bytes,
         "machine_matrix_flops_per_s": machine.matrix_flops,
         "machine_copy_bytes_per_s": machine.copy_bytes,
         "floor_seconds": floor,

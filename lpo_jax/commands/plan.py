@@ -57,16 +57,12 @@ def run(arguments: argparse.Namespace) -> int:
             f"sampling.max_prompt_tokens + max_tokens = {longest} is more than the {model.max_positions} positions of "
             f"{config.model.path}"
         )
-    result = plan(
-        config,
-        target,
-        model,
-        eos_ids,
-        objective,
-        suggest=arguments.suggest,
-        whole=arguments.whole,
-        report=lambda line: print(f"lpo: {line}", file=sys.stderr, flush=True),
-    )
+
+    def report(line: str) -> None:
+        print(f"lpo: {line}", file=sys.stderr, flush=True)
+
+    options = {"suggest": arguments.suggest, "whole": arguments.whole, "report": report}
+    result = plan(config, target, model, eos_ids, objective, **options)
     if arguments.json:
         print(json.dumps(to_json(result), indent=2))
     else:

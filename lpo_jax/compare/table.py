@@ -208,26 +208,12 @@ def make_table(grid: Grid, outcomes: Outcomes) -> dict[str, Json]:
     values = {
         (rule, method, seed): measures(outcome, k) for (rule, method, seed), outcome in outcomes.items()
     }
-    scores = {
-        rule: {
-            method: {
-                name: _number(estimate_mean(v)) for name, v in _stacked(values, rule, method, grid).items()
-            }
-            for method in grid.methods
-        }
-        for rule in grid.rules
-    }
-    differences = {
-        other: {
-            rule: {
-                method: _difference(values, rule, method, other, grid)
-                for method in grid.methods
-                if method != other
-            }
-            for rule in rules
-        }
-        for other in grid.against
-    }
+    scores = {rule: {m: _scores(values, rule, m, grid) for m in grid.methods} for rule in grid.rules}
+
+    def against(other: str, rule: str) -> dict[str, dict]:
+        return {m: _difference(values, rule, m, other, grid) for m in grid.methods if m != other}
+
+    differences = {other: {rule: against(other, rule) for rule in rules} for other in grid.against}
     return {
         "rules": list(grid.rules),
         "methods": list(grid.methods),
@@ -263,10 +249,11 @@ def measures(outcome: Outcome, k: int) -> dict[str, np.ndarray]:
     return found
 
 
-def _stacked(values: Mapping, rule: str, method: str, grid: Grid) -> dict[str, np.ndarray]:
-    """All measures, each stacked to `[S, P]` over the finished seeds."""
+def _scores(values: Mapping, rule: str, method: str, grid: Grid) -> dict[str, dict[str, float]]:
+    """The estimates of all measures of a method over the seeds with results."""
     found = [values[rule, method, seed] for seed in grid.seeds if (rule, method, seed) in values]
-    return {name: np.stack([v[name] for v in found]) for name in (found[0] if found else ())}
+    names = found[0] if found else ()
+    return {name: _number(estimate_mean(np.stack([v[name] for v in found]))) for name in names}
 
 
 def _difference(values: Mapping, rule: str, method: str, other: str, grid: Grid) -> dict[str, dict]:

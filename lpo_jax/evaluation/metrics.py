@@ -12,6 +12,8 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from lpo_jax.types import Json
+
 _CONFIDENCE = 0.95
 _BLOCK = 2_000_000  # indices drawn at a time; bounds memory on benchmarks with thousands of problems
 
@@ -90,6 +92,18 @@ def bootstrap_interval(
     return float(lower), float(upper)
 
 
+def with_interval(values: np.ndarray, **options: Json) -> dict[str, float]:
+    """Return the mean of `values [P]`, its interval and the number of values. NaN values are excluded.
+
+    Args:
+      values: one number for each problem.
+      **options: see `bootstrap_interval`.
+    """
+    values = values[~np.isnan(values)]
+    low, high = bootstrap_interval(values, **options)
+    return {"mean": _mean(values), "ci_low": low, "ci_high": high, "problems": values.size}
+
+
 def summarise(
     outcomes, valid=None, ks: Iterable[int] = (1,), n_boot: int = 2000, seed: int = 0
 ) -> dict[str, object]:
@@ -121,14 +135,7 @@ def summarise(
         "mean": _mean(_per_problem(outcomes, valid, 1)),
     }
     for k in ks:
-        values = _per_problem(outcomes, valid, k)
-        low, high = bootstrap_interval(values[~np.isnan(values)], n_boot=n_boot, seed=seed)
-        summary[f"pass@{k}"] = {
-            "mean": _mean(values),
-            "ci_low": low,
-            "ci_high": high,
-            "problems": int((~np.isnan(values)).sum()),
-        }
+        summary[f"pass@{k}"] = with_interval(_per_problem(outcomes, valid, k), n_boot=n_boot, seed=seed)
     return summary
 
 
@@ -168,14 +175,7 @@ def paired_difference(
     differences = {}
     for k in _checked_ks(ks, min(before.shape[1], after.shape[1])):
         change = _per_problem(after, valid_after, k) - _per_problem(before, valid_before, k)
-        change = change[~np.isnan(change)]
-        low, high = bootstrap_interval(change, low=-1.0, n_boot=n_boot, seed=seed)
-        differences[f"pass@{k}"] = {
-            "mean": _mean(change),
-            "ci_low": low,
-            "ci_high": high,
-            "problems": change.size,
-        }
+        differences[f"pass@{k}"] = with_interval(change, low=-1.0, n_boot=n_boot, seed=seed)
     return differences
 
 

@@ -30,10 +30,7 @@ def file_shape(config: ModelConfig, parameter: Parameter) -> tuple[int, ...]:
 
 
 def from_file(
-    config: ModelConfig,
-    parameter: Parameter,
-    read: Callable[[tuple[slice, ...]], np.ndarray],
-    index: Index,
+    config: ModelConfig, parameter: Parameter, read: Callable[[tuple[slice, ...]], np.ndarray], index: Index
 ) -> np.ndarray:
     """Read a part of a tensor and convert it to the axes of the tree.
 

@@ -8,14 +8,9 @@ import json
 import os
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
 
 from lpo_jax.errors import UserError
 from lpo_jax.types import Json, Tokenizer
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-    from transformers import PreTrainedTokenizerFast
 
 # How text is split before merging, by the value of `tokenizer.ggml.pre`. "gpt-2" is GPT-2's rule, which `tokenizers`
 # has built in; "digits" separates digits first.
@@ -37,7 +32,7 @@ _SPLITS = {
 _CONTROL, _USER_DEFINED, _BYTE = 3, 4, 6  # tokenizer.ggml.token_type
 
 
-def from_directory(path: Path) -> "PreTrainedTokenizerFast | None":
+def from_directory(path: Path) -> Tokenizer | None:
     """Load the tokenizer of a Hugging Face directory; None if it has none.
 
     Raises:
@@ -55,7 +50,7 @@ def from_directory(path: Path) -> "PreTrainedTokenizerFast | None":
         raise UserError(f"{path}: the tokenizer cannot be read ({_first_line(error)})") from None
 
 
-def from_gguf(metadata: dict[str, Json], where: str) -> "PreTrainedTokenizerFast":
+def from_gguf(metadata: dict[str, Json], where: str) -> Tokenizer:
     """Rebuild the tokenizer of a GGUF file.
 
     Args:
@@ -106,20 +101,20 @@ def from_gguf(metadata: dict[str, Json], where: str) -> "PreTrainedTokenizerFast
     )
 
 
-def save_tokenizer(tokenizer: "PreTrainedTokenizerFast", path: Path) -> None:
+def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
     """Write the tokenizer's files, with the chat template, so that both transformers v4 and v5 read them."""
     tokenizer.save_pretrained(path)
     where = path / "tokenizer_config.json"
     settings = json.loads(where.read_text(encoding="utf-8"))
     # v5 writes a class and a list that v4 does not know. v5 reads the older names too.
     if settings.get("tokenizer_class") == "TokenizersBackend":
-        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+        settings["tokenizer_class"] = Tokenizer
     if isinstance(settings.get("extra_special_tokens"), list):
         settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
     where.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _byte_level(tokens: list[str], merges: list[str], pre: str, where: str) -> "Tokenizer":
+def _byte_level(tokens: list[str], merges: list[str], pre: str, where: str) -> Tokenizer:
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     if pre not in _SPLITS:
@@ -142,7 +137,7 @@ def _byte_level(tokens: list[str], merges: list[str], pre: str, where: str) -> "
     return backend
 
 
-def _sentencepiece(tokens: list[str], scores: list[float], types: list[int], add_space: bool) -> "Tokenizer":
+def _sentencepiece(tokens: list[str], scores: list[float], types: list[int], add_space: bool) -> Tokenizer:
     """SentencePiece's BPE: the pair whose union has the highest score merges first; unknown text becomes bytes."""
     from tokenizers import Tokenizer, decoders, models, normalizers
 
@@ -167,7 +162,7 @@ def _sentencepiece(tokens: list[str], scores: list[float], types: list[int], add
     return backend
 
 
-def _add_ends(backend: "Tokenizer", first: str | None, last: str | None) -> None:
+def _add_ends(backend: Tokenizer, first: str | None, last: str | None) -> None:
     """Make encoding with special tokens add `first` before and `last` after the text; None adds nothing."""
     from tokenizers import processors
 

@@ -262,9 +262,8 @@ class Progress(Credit):
     reads = (Field.CREDIT,)
 
     def __call__(self, context: Context, u: jax.Array, tau: jax.Array) -> jax.Array:
-        return u[..., None] + self.progress_weight * _standardised(
-            required(context.scored.credit), context.tokens
-        )
+        progress = _standardised(required(context.scored.credit), context.tokens)
+        return u[..., None] + self.progress_weight * progress
 
 
 @dataclasses.dataclass(frozen=True)
@@ -284,9 +283,8 @@ class StepPenalty(Credit):
     reads = (Field.CREDIT,)
 
     def __call__(self, context: Context, u: jax.Array, tau: jax.Array) -> jax.Array:
-        return _standardised(
-            u[..., None] - self.step_penalty * as_float(required(context.scored.credit)), context.tokens
-        )
+        penalty = self.step_penalty * as_float(required(context.scored.credit))
+        return _standardised(u[..., None] - penalty, context.tokens)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -51,7 +51,7 @@ class HookSpec(Part):
       setting: the option of a config that adds the first reader to a method.
     """
 
-    phase: ClassVar[HookPhase]
+    phase: ClassVar[HookPhase] = HookPhase.ANNOTATE
     gives: ClassVar[tuple[Field, ...]] = ()
     readers: ClassVar[tuple[type[Part], ...]] = ()
     setting: ClassVar[str] = ""
@@ -232,7 +232,6 @@ class SiblingTeacher(HookSpec):
       SRPO.
     """
 
-    phase = HookPhase.ANNOTATE
     gives = (Field.TEACHER,)
     readers = (Distil, Untaught)
     setting = "objective.regular=distil"
@@ -249,7 +248,6 @@ class PreviousPolicy(HookSpec):
       top: number of top-k tokens that are kept; all others form one bin.
     """
 
-    phase = HookPhase.ANNOTATE
     gives = (Field.TEACHER,)
     readers = (PreviousKL,)
     setting = "objective.regular=previous-kl"
@@ -265,7 +263,6 @@ class GreedyBaseline(HookSpec):
       ReMax, arXiv 2310.10505.
     """
 
-    phase = HookPhase.ANNOTATE
     gives = (Field.BASELINE,)
     readers = (Utility,)
     setting = "objective.centre=baseline"
@@ -283,7 +280,6 @@ class Judge(HookSpec):
       FAPO (public code verl-recipe/fapo), whose judge is a generative reward model.
     """
 
-    phase = HookPhase.ANNOTATE
     gives = (Field.FLAWED,)
     readers: ClassVar[tuple[type[Part], ...]] = (FlawPenalty,)
     setting = "objective.shape=flaw-penalty"
@@ -303,7 +299,6 @@ class StepJudge(Judge):
       CAPO (credit), whose judge is the majority of several critiques of a generative model.
     """
 
-    phase = HookPhase.ANNOTATE
     gives = (Field.CREDIT,)
     readers = (StepPenalty,)
     setting = "objective.credit=step-penalty"
@@ -325,7 +320,6 @@ class PrefixValues(HookSpec):
       GRPO-VPS, which splits at the steps of the text.
     """
 
-    phase = HookPhase.ANNOTATE
     gives = (Field.CREDIT,)
     readers = (Progress,)
     setting = "objective.credit=progress"
@@ -352,7 +346,6 @@ class Budgets(HookSpec):
       AnytimeReasoner, arXiv 2505.13438; public code sail-sg/AnytimeReasoner, which also trains on the answers.
     """
 
-    phase = HookPhase.ANNOTATE
     gives = (Field.CREDIT,)
     readers = (AnytimeReturns,)
     setting = "objective.credit=anytime-returns"

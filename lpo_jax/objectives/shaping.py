@@ -267,9 +267,8 @@ class MaxVariance(Select):
     def __call__(self, context: Context, u: jax.Array) -> jax.Array:
         valid = context.valid.ravel()
         total = valid.sum()
-        share = self.responses_initial + required(context.scored.progress) * (
-            self.responses_final - self.responses_initial
-        )
+        rise = self.responses_final - self.responses_initial
+        share = self.responses_initial + required(context.scored.progress) * rise
         keep = jnp.round(share * total).astype(int).clip(jnp.minimum(2, total), total)
         order = jnp.argsort(jnp.where(valid, u.ravel(), jnp.inf))  # the invalid come last
         # The scale does not change which variance is largest; with this one, squares do not overflow.

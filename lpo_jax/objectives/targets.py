@@ -129,10 +129,7 @@ def temperature_problem(rule: object) -> str | None:
 
 
 def target_log_probs(
-    rewards: ArrayLike,
-    temperature: ArrayLike,
-    anchor: ArrayLike | None = None,
-    mask: ArrayLike | None = None,
+    rewards: ArrayLike, temperature: ArrayLike, anchor: ArrayLike | None = None, mask: ArrayLike | None = None
 ) -> jax.Array:
     """Return log w* of the Gibbs target w* = softmax(R / tau + s_t), the maximiser of <w, R> - tau KL(w || P_t).
 

@@ -136,9 +136,8 @@ class TopImpact(TokenWeight):
     reads = (Field.ENTROPY, Field.PROGRESS)
 
     def __call__(self, context: Context, u: jax.Array) -> jax.Array:
-        share = self.tokens_initial + required(context.scored.progress) * (
-            self.tokens_final - self.tokens_initial
-        )
+        rise = self.tokens_final - self.tokens_initial
+        share = self.tokens_initial + required(context.scored.progress) * rise
         impact = jnp.abs(_by_token(u)) * as_float(required(context.stats.entropy))
         return (impact >= _cut(impact, context, 1 - share)).astype(u.dtype) * context.tokens
 
@@ -163,11 +162,8 @@ class CurvatureMask(TokenWeight):
 
     def __call__(self, context: Context, u: jax.Array) -> jax.Array:
         stats = context.stats
-        error = (
-            1
-            - 2 * jnp.exp(jnp.where(context.tokens, as_float(stats.logp), 0))
-            + as_float(required(stats.collision))
-        )
+        p = jnp.exp(jnp.where(context.tokens, as_float(stats.logp), 0))
+        error = 1 - 2 * p + as_float(required(stats.collision))
         bend = jnp.square(_by_token(u) * as_float(required(stats.hidden_norm))) * error
         return (bend <= _cut(bend, context, 1 - self.reject_tokens)).astype(u.dtype) * context.tokens
 
@@ -230,9 +226,8 @@ class TruncatedImportance(TokenWeight):
 
     def __call__(self, context: Context, u: jax.Array) -> jax.Array:
         scored = context.scored
-        gap = jnp.where(
-            context.tokens, as_float(scored.behaviour_logp) - as_float(required(scored.sampler_logp)), 0
-        )
+        gap = as_float(scored.behaviour_logp) - as_float(required(scored.sampler_logp))
+        gap = jnp.where(context.tokens, gap, 0)
         return jnp.minimum(jnp.exp(gap), self.importance_cap).astype(u.dtype) * context.tokens
 
 

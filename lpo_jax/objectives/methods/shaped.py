@@ -29,12 +29,7 @@ def _gradient(name: str, formula: str, paper: str, fidelity: str, note: str = ""
 
 
 METHODS = (
-    _gradient(
-        "grpo",
-        "c = -A / K, A = (R - mu) / sigma; PPO clip",
-        "DeepSeekMath, arXiv 2402.03300",
-        "code",
-    ),
+    _gradient("grpo", "c = -A / K, A = (R - mu) / sigma; PPO clip", "DeepSeekMath, arXiv 2402.03300", "code"),
     _gradient(
         "dr-grpo",
         "c = -A / K, A = R - mu; PPO clip; token sum / max_tokens",
