@@ -30,7 +30,10 @@ Word = Annotated[str, Field(pattern=r"\S")]
 
 
 def _option(default: Json, doc: str) -> Json:
-    return dataclasses.field(default=default, metadata={"doc": doc})
+    metadata = {"doc": doc}
+    if isinstance(default, dict):
+        return dataclasses.field(default_factory=default.copy, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 class _Strict:
@@ -66,11 +69,8 @@ class ModelSection(_Strict):
     attention: Literal["auto", "plain", "pallas"] = _option(
         "auto", "plain: matrix products; pallas: TPU kernels; auto: pallas on TPUs, else plain."
     )
-    template_arguments: dict[str, Json] = dataclasses.field(
-        default_factory=dict,
-        metadata={
-            "doc": "Chat template arguments, such as {enable_thinking: false}; `chat_template` selects a template."
-        },
+    template_arguments: dict[str, Json] = _option(
+        {}, "Chat template arguments, such as {enable_thinking: false}; `chat_template` selects a template."
     )
     lora: LoraSection = LoraSection()
 
@@ -250,12 +250,9 @@ class Config(_Strict):
     output: str = _option("", "Run directory. `--resume` continues the run in it.")
     seed: NonNegative = _option(0, "Seed of the data order, sampling and evaluation.")
     model: ModelSection = ModelSection()
-    task: dict[str, Json] = dataclasses.field(
-        default_factory=dict, metadata={"doc": "Name and options of the task."}
-    )
-    objective: dict[str, Json] = dataclasses.field(
-        default_factory=lambda: {"name": "lpo-forward"},
-        metadata={"doc": "Name and options of the method; see `lpo methods`."},
+    task: dict[str, Json] = _option({}, "Name and options of the task.")
+    objective: dict[str, Json] = _option(
+        {"name": "lpo-forward"}, "Name and options of the method; see `lpo methods`."
     )
     rewards: RewardsSection = RewardsSection()
     sampling: SamplingSection = SamplingSection()

@@ -74,9 +74,7 @@ def _warm_start(config: Config, logs: Path, console) -> None:
 
 def load_outcomes(grid: Grid) -> Outcomes:
     """Read the outcomes of the finished cells, by (rule, method, seed)."""
-    found = {
-        (cell.rule, cell.method, cell.seed): Outcome.load(Path(cell.config.output)) for cell in grid.cells
-    }
+    found = {(c.rule, c.method, c.seed): Outcome.load(Path(c.config.output)) for c in grid.cells}
     return {key: outcome for key, outcome in found.items() if outcome is not None}
 
 

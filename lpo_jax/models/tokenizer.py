@@ -20,15 +20,9 @@ _QWEN2 = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _LLAMA3 = _QWEN2.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
-_SPLITS = {
-    "gpt-2": _GPT2,
-    "smollm": _DIGITS,
-    "llama-bpe": _LLAMA3,
-    "llama3": _LLAMA3,
-    "llama-v3": _LLAMA3,
-    "qwen2": _QWEN2,
-    "deepseek-r1-qwen": _QWEN2,
-}
+_SPLITS = {"gpt-2": _GPT2, "smollm": _DIGITS}
+_SPLITS |= dict.fromkeys(("llama-bpe", "llama3", "llama-v3"), _LLAMA3)
+_SPLITS |= dict.fromkeys(("qwen2", "deepseek-r1-qwen"), _QWEN2)
 _CONTROL, _USER_DEFINED, _BYTE = 3, 4, 6  # tokenizer.ggml.token_type
 
 
@@ -47,7 +41,8 @@ def from_directory(path: Path) -> Tokenizer | None:
     try:
         return load.from_pretrained(path, local_files_only=True)
     except Exception as error:
-        raise UserError(f"{path}: the tokenizer cannot be read ({_first_line(error)})") from None
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(f"{path}: the tokenizer cannot be read ({reason})") from None
 
 
 def from_gguf(metadata: dict[str, Json], where: str) -> Tokenizer:
@@ -178,7 +173,3 @@ def _transformers() -> ModuleType:
     import transformers
 
     return transformers
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)

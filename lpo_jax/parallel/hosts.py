@@ -228,8 +228,5 @@ def _in_cluster() -> bool:
     if any(int(os.environ.get(name, 1)) > 1 for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")):
         return True
     chips = glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*")
-    return bool(chips) and importlib.util.find_spec("libtpu") is not None and not _on_cpu()
-
-
-def _on_cpu() -> bool:
-    return os.environ.get("JAX_PLATFORMS", "").split(",")[0] == "cpu"
+    on_cpu = os.environ.get("JAX_PLATFORMS", "").split(",")[0] == "cpu"
+    return bool(chips) and importlib.util.find_spec("libtpu") is not None and not on_cpu

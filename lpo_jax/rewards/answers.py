@@ -73,7 +73,8 @@ def last_program(text: str) -> str | None:
     program, at, left = None, 0, _MAX_LEXED * len(text)
     while opening := _OPENING.search(text, at):
         start = opening.end()
-        at = _first_fence(text, start)
+        fence = _FENCE.search(text, start)
+        at = fence.start() if fence else len(text)
         if left > 0 and any(quotes in text[start:at] for quotes in _CLOSINGS):
             end = _fence_outside_strings(text, start)
             left -= (len(text) if end is None else end) - start
@@ -81,11 +82,6 @@ def last_program(text: str) -> str | None:
                 at = end
         program = _unindented(text[start:at], opening[1])
     return program if program and program.strip() else None
-
-
-def _first_fence(text: str, start: int) -> int:
-    fence = _FENCE.search(text, start)
-    return fence.start() if fence else len(text)
 
 
 def _fence_outside_strings(text: str, at: int) -> int | None:
