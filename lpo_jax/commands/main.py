@@ -93,16 +93,17 @@ def make_parser() -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(
         dest="command", required=True, metavar="COMMAND", parser_class=CommandParser
     )
-    for name, (add_arguments, _) in COMMANDS.items():
+    for name, text in HELP.items():
         command = subparsers.add_parser(
             name,
-            help=(text := HELP[name]),
+            help=text,
             description=text[0].upper() + text[1:] + ".",
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
         if name in _CONFIGURABLE:
             command.set_defaults(overrides=[])
+        add_arguments, _ = COMMANDS[name]
         add_arguments(command)
     return parser
 

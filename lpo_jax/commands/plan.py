@@ -7,6 +7,7 @@ import sys
 from lpo_jax.commands.parsers import CommandParser
 from lpo_jax.errors import UserError
 from lpo_jax.planner import topology
+from lpo_jax.types import Json
 
 DOES_NOT_FIT = 3  # exit status
 
@@ -61,7 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
     def report(line: str) -> None:
         print(f"lpo: {line}", file=sys.stderr, flush=True)
 
-    options = {"suggest": arguments.suggest, "whole": arguments.whole, "report": report}
+    options: dict[str, Json] = {"suggest": arguments.suggest, "whole": arguments.whole, "report": report}
     result = plan(config, target, model, eos_ids, objective, **options)
     if arguments.json:
         print(json.dumps(to_json(result), indent=2))
