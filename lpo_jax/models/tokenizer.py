@@ -103,7 +103,7 @@ def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
     settings = json.loads(where.read_text(encoding="utf-8"))
     # v5 writes a class and a list that v4 does not know. v5 reads the older names too.
     if settings.get("tokenizer_class") == "TokenizersBackend":
-        settings["tokenizer_class"] = Tokenizer
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     if isinstance(settings.get("extra_special_tokens"), list):
         settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
     where.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
