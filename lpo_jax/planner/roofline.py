@@ -17,7 +17,7 @@ from lpo_jax.models.config import ModelConfig
 from lpo_jax.models.head import chunk_size
 from lpo_jax.models.packing import full_splits
 from lpo_jax.models.parameters import num_params
-from lpo_jax.objectives.fields import Field
+from lpo_jax.objectives.batch import Field
 from lpo_jax.parallel.mesh import MeshSizes
 from lpo_jax.planner.topology import Chip
 from lpo_jax.sampling.kv_cache import CHUNK, FIRST_TOKENS, Capacity

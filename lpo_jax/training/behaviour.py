@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from lpo_jax.config import Config
 from lpo_jax.objectives import Objective
-from lpo_jax.objectives.fields import Field
+from lpo_jax.objectives.batch import Field
 
 
 @dataclasses.dataclass(frozen=True)

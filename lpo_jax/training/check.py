@@ -4,8 +4,8 @@ from lpo_jax import objectives
 from lpo_jax.config import Config
 from lpo_jax.errors import UserError
 from lpo_jax.models.quantize import require_qwix
+from lpo_jax.objectives.batch import Field, Source, fields_from
 from lpo_jax.objectives.catalogue import with_response_budget
-from lpo_jax.objectives.fields import Field, Source, fields_from
 from lpo_jax.objectives.hook_specs import problem as hook_problem
 from lpo_jax.training.behaviour import choose_behaviour
 from lpo_jax.training.mirror_file import read_map

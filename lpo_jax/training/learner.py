@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from lpo_jax.models.lora import with_adapters
 from lpo_jax.models.runner import ModelRunner, log_prob_gap, score
 from lpo_jax.objectives import TokenStats
-from lpo_jax.objectives.fields import Field, Source, fields_from
+from lpo_jax.objectives.batch import Field, Source, fields_from
 from lpo_jax.objectives.method import Objective
 from lpo_jax.rollout.batch import Batch
 from lpo_jax.rollout.collect import Rollouts
