@@ -118,6 +118,16 @@ METRICS: tuple[Metric, ...] = (
         "mean |log-prob in the sampler - log-prob in the trainer| with the same weights",
     ),
     Metric("lpo/logp_gap_max", "nats", "maximum of this gap over the tokens of the step"),
+    Metric(
+        "lpo/staleness_{mean,max}",
+        "steps",
+        "sampling.ahead: age of the behaviour policy when the step learns from its token, over the tokens of the step",
+    ),
+    Metric(
+        "lpo/stale_token_fraction",
+        "fraction",
+        "sampling.ahead: tokens whose behaviour policy is that of an earlier step",
+    ),
     Metric("lpo/sampling_rounds", "rounds", "dynamic sampling: number of sampling rounds in the step"),
     Metric("lpo/useful_group_frac", "fraction", "dynamic sampling: groups of the batch with a signal"),
     Metric(

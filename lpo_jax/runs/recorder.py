@@ -78,7 +78,8 @@ class Recorder:
                 f"warning: {self.run.path}/metrics.jsonl has no rows of {lost}, which the checkpoint of step {step} "
                 "includes; they cannot be made again, and the run goes on without them"
             )
-        return Position(self.checkpoints.restore(step, abstract_state.replace(frozen=None)), **record)
+        state = self.checkpoints.restore(step, abstract_state.replace(frozen=None))
+        return Position.of_record(state, record)
 
     def save(self, position: Position) -> bool:
         """Save the position, unless its step is saved already, and its score. Returns whether anything was saved."""

@@ -35,6 +35,7 @@ class Learner:
       updates_per_step: minibatches that a batch is split into.
       schedule_steps: steps that the learning rate's schedule and `progress` extend over.
       rescores: whether the trainer computes the behaviour log-probs.
+      stale: whether the behaviour policy may be older than the policy at the first update of a step.
     """
 
     objective: Objective
@@ -44,6 +45,7 @@ class Learner:
     updates_per_step: int
     schedule_steps: int
     rescores: bool
+    stale: bool
 
     @classmethod
     def of(
@@ -52,6 +54,7 @@ class Learner:
         """The learner of a run."""
         config = model.config
         updates = planned_updates(config, objective, schedule_steps)
+        rescores = choose_behaviour(config, objective).rescored
         return cls(
             objective,
             hooks,
@@ -59,7 +62,8 @@ class Learner:
             make_optimizer(config.optimizer, updates),
             config.training.updates_per_step,
             schedule_steps,
-            choose_behaviour(config, objective).rescored,
+            rescores,
+            config.sampling.ahead > 0 and not rescores,
         )
 
     def progress(self, step: int) -> float:
@@ -136,8 +140,8 @@ def current_stats(learner: Learner, state: TrainState, batch: Batch, first: bool
     """The policy's token statistics before an update on a minibatch.
 
     Args:
-      first: whether this is the first update after sampling, when the behaviour log-probs are the policy's own and
-        need not be computed again.
+      first: whether this is the first update after sampling by this policy, when the behaviour log-probs are its own
+        and need not be computed again.
     """
     used = TokenStats(batch.scored.behaviour_logp)
     if scores_first(learner.objective) or not first:
@@ -163,7 +167,7 @@ def take_step(
     for index, minibatch in enumerate([*minibatches, *replayed]):
         minibatch = learner.pack(minibatch)
         scored = minibatch.scored.replace(control=state.control)
-        used = current_stats(learner, state, minibatch, first=index == 0)
+        used = current_stats(learner, state, minibatch, first=index == 0 and not learner.stale)
         found = signal(learner.objective, used, scored)
         state, stats, norm = update(
             learner.runner, learner.optimizer, state, minibatch.groups, found.cotangent

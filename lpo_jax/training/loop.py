@@ -106,8 +106,14 @@ def run_step(
     config, step = session.config, position.step + 1
     started = time.perf_counter()
     recorder.progress.phase("sampling")
-    rollouts, tools = sample_round(
-        session.environment, learner.hooks, learner.runner, position.state.policy, data, step
+    rollouts, tools, in_flight = sample_round(
+        session.environment,
+        learner.hooks,
+        learner.runner,
+        position.state.policy,
+        data,
+        step,
+        position.in_flight,
     )
     recorder.check_verdicts(rollouts.failures, f"step {step}")
     recorder.progress.phase("learning")
@@ -120,12 +126,14 @@ def run_step(
 
     with recorder.signals.deferred():  # parameters, position and files change together
         state, of_updates, views = take_step(learner, position.state, batch)
-        position.advance(state, data.state(), learner.state())
+        position.advance(state, data.state(), learner.state(), in_flight)
         seconds = time.perf_counter() - started
         in_a_row, skipped = skipped_updates(state.opt_state)
         row = (
             of_updates | sampler_gap | learner.metrics() | measure.rollout_metrics(rollouts, config.sampling)
         )
+        if config.sampling.ahead:
+            row |= measure.staleness_metrics(rollouts.responses, step)
         row |= measure.machine_metrics(seconds, row["perf/total_num_tokens"])
         row |= {
             "actor/lr": learner.optimizer.rate_used(state.opt_state),
