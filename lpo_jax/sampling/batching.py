@@ -170,6 +170,8 @@ class ContinuousBatcher:
 
     def _prefill_entered(self) -> None:
         """Computes the keys and values of the tokens that rows in new slots have drawn in earlier calls."""
+        if not self.entered:
+            return
         n, slots = len(self.row_of) // self.shards, {row: i for i, row in enumerate(self.row_of.tolist())}
         # Rows of similar length share a batch.
         entered = sorted(map(int, self.entered), key=lambda row: self.lengths[row], reverse=True)
