@@ -16,13 +16,14 @@ from lpo_jax.sampling.responses import concatenate_responses
 
 P, K, T = 3, 4, 24  # P prompts in each step
 EOS = (1, 17)
-STEPS = 6
+STEPS = 4
 rng = np.random.default_rng(0)
 PROMPTS = [[list(range(3, 4 + p + step)) for p in range(P)] for step in range(STEPS + 3)]
 LENGTHS = {
     "ends": np.full((STEPS + 3, P, K), T),
     "ragged": rng.integers(1, T + 1, (STEPS + 3, P, K)),
     "long tail": np.minimum(np.exp(rng.normal(1, 1, (STEPS + 3, P, K))).astype(int) + 1, T),
+    "truncated": np.full((STEPS + 3, P, K), T),
     "none": np.where(rng.random((STEPS + 3, P, K)) < 0.5, 0, T),
 }
 
@@ -93,7 +94,7 @@ def test_rows_that_began_early_draw_the_same_tokens_from_the_same_weights(models
             age = step - one.versions[one.mask]
             assert age.size == 0 or 0 <= age.min() <= age.max() <= min(ahead, step)
             early += (age > 0).sum()
-        assert early > 0
+        assert early > 0 or (case == "truncated" and not max_rows)  # then all rows end together
         assert sorted(reported) == [
             (step, p, k, x.ids(p, k))
             for step, x in enumerate(got)
