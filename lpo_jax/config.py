@@ -103,6 +103,11 @@ class SamplingSection(_Strict):
         0,
         "Responses decoded at once, which bounds memory; finished ones free their slots. 0 decodes all at once.",
     )
+    ahead: NonNegative = _option(
+        0,
+        "Steps whose prompts may take the slots that are idle while the last responses of a step are sampled. Their "
+        "tokens are up to so many steps older than the weights that learn from them. 0 disables it.",
+    )
     max_prompt_tokens: Positive = _option(1024, "Largest number of tokens in a prompt.")
     overlong_prompts: Literal["error", "drop"] = _option(
         "error", "What to do with longer prompts. error: refuse to start; drop: drop and count them."
