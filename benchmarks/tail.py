@@ -30,9 +30,9 @@ from lpo_jax.json_lines import print_line
 keep_freed_memory()
 
 import numpy as np
-from lpo_jax.bench.work import Shapes
 
 from lpo_jax.bench import measure
+from lpo_jax.bench.work import Shapes
 from lpo_jax.reporting import read_metrics
 from lpo_jax.rollout.hooks import open_hooks
 from lpo_jax.runs.directory import RunDirectory
