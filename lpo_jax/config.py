@@ -140,6 +140,11 @@ class TrainingSection(_Strict):
         "before the first update; auto: rescored if differences in rounding would count as a change of the policy (in "
         "bfloat16 with several updates per step or a reference, and with int8 sampling), else sampled.",
     )
+    pull_back: Literal["signal", "all"] = _option(
+        "signal",
+        "What an update computes the gradient of. signal: each response up to its last token whose coefficient is not "
+        "0, so that groups without a signal do not run; all: every response. The gradient is the same.",
+    )
     max_skipped_updates: Positive = _option(
         5, "Stop the run after this many consecutive updates with non-finite gradients."
     )
@@ -148,7 +153,9 @@ class TrainingSection(_Strict):
         10,
         "Steps between prints of the best, the worst and the most surprising response of a group. 0 prints none.",
     )
-    save_plots: bool = _option(True, "Draw plots/*.png at the end of the run.")
+    save_plots: bool = _option(
+        True, "Draw plots/*.png at the end of the run, and write report.html at evaluations and at the end."
+    )
 
 
 @dataclasses.dataclass(frozen=True)

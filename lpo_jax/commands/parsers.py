@@ -71,6 +71,14 @@ def positive(text: str) -> int:
     return value
 
 
+def natural(text: str) -> int:
+    """Parse an integer that is not negative."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{value} is negative")
+    return value
+
+
 def some_text(text: str) -> str:
     """Check that a text is not blank."""
     if not text.strip():

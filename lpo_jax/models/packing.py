@@ -12,6 +12,11 @@ values: between two powers of two, C has 8 steps, and X, which only the head dep
 responses compiles about twenty programs for each doubling of its tokens. If there is no padding, or too little to
 matter, both forms are the same.
 
+The gradient runs only the responses that have a signal, and their number changes in every update. Its layouts are
+`rounded`: C, X and k have 2 steps between two powers of two, p and M are powers of two, and `count` of the M
+microbatches run. If the tokens with a signal vary by a factor of two, about ten programs are compiled; by a factor of
+eight, thirty.
+
 Axes: P prompts · K responses · S prompt tokens · T response tokens · M microbatches · B rows of a microbatch ·
 C tokens of a packed row · p splits of a row · k responses of a split · X predicted tokens of a row.
 """
@@ -42,6 +47,7 @@ class PackedLayout(struct.PyTreeNode):
       source: `[M, B, X]` index of each predicted token in the P K T response tokens of the batch.
       back: `[P, K, T]` the inverse of `source`.
       slot: `[P, K]` index of each response in the M B p k responses of all rows.
+      count: the number of microbatches that have tokens; those after them need not run.
       num_responses: k.
     """
 
@@ -53,7 +59,18 @@ class PackedLayout(struct.PyTreeNode):
     source: jax.Array
     back: jax.Array
     slot: jax.Array
+    count: jax.Array
     num_responses: int = struct.field(pytree_node=False)
+
+    @property
+    def num_tokens(self) -> int:
+        """The number of tokens that run, without padding. A layout on the host only."""
+        return int((self.token != NOWHERE).sum())
+
+    @property
+    def ran(self) -> jax.Array:
+        """The response tokens that run, `[P, K, T]` bool."""
+        return self.back != NOWHERE
 
     def to_rows(self, x: jax.Array) -> jax.Array:
         """Move `[P, K, T, ...]` into rows, `[M, B, X, ...]`."""
@@ -82,23 +99,30 @@ def plan_layout(
     shards: int = 1,
     *,
     extra_splits: tuple[int, ...] = (0, 1),
+    rounded: bool = False,
 ) -> PackedLayout:
     """Plan the packed layout of a batch of groups.
 
     Args:
       lengths: `[P]` real tokens of the prompts.
-      response_lengths: `[P, K]` real tokens of the responses.
+      response_lengths: `[P, K]` tokens of the responses to run. A response of 0 tokens does not run, and neither does a
+        prompt whose responses all have 0 tokens.
       S, T: the padded lengths of prompts and responses.
       token_budget: the most tokens in a packed row. The smallest split is one response with its prompt; it runs even if
         it exceeds the budget.
       shards: B, the number of shards of the batch.
       extra_splits: numbers of splits to try beyond the fewest that fit, for groups that exceed the budget. Splits of
         2 + 2 + 2 + 2 responses can need less padding than 3 + 3 + 2.
+      rounded: round sizes up further, so that layouts of any number of responses have few sizes.
     """
     lengths, sizes = np.asarray(lengths), np.asarray(response_lengths)
     P, K = sizes.shape
     splits, k, rows = _best(lengths, sizes, S, T, token_budget, shards, extra_splits)
-    R, p = len(rows), max(map(len, rows))
+    p, count, steps = max(1, *map(len, rows)), sum(map(bool, rows[::shards])), (8, 4)
+    if rounded:
+        p, k, steps = stepped(p, 1, least=1), min(stepped(k, 2, least=1), K), (2, 2)
+        rows = rows + [[]] * (shards * stepped(len(rows) // shards, 1, least=1) - len(rows))
+    R = len(rows)
 
     prompt, response = np.full((R, p), P), np.full((R, p, k), P * K)
     for r, row in enumerate(rows):
@@ -117,10 +141,10 @@ def plan_layout(
     real, token = real.reshape(R, -1), np.where(real, token, NOWHERE).reshape(R, -1)
 
     most = int(real.sum(-1).max())
-    pack = _compressed(real, min(stepped(most), max(token_budget, most)))
+    pack = _compressed(real, min(stepped(most, steps[0]), max(token_budget, most)))
     C = real.shape[1] if pack is None else pack.shape[1]
     own, source = own.reshape(R, -1), source.reshape(R, -1)
-    place = _compressed(own, min(stepped(max(int(own.sum(-1).max()), 1), 4), C))
+    place = _compressed(own, min(stepped(int(own.sum(-1).max()), steps[1]), C))
     place = np.broadcast_to(np.arange(own.shape[1]), own.shape) if place is None else place
     source = _along(source, place)
     shape = lambda x: None if x is None else x.reshape(-1, shards, *x.shape[1:]).astype(np.int32)  # noqa: E731
@@ -133,6 +157,7 @@ def plan_layout(
         source=shape(source),
         back=_inverse(source, P * K * T).reshape(P, K, T).astype(np.int32),
         slot=_inverse(np.where(response < P * K, response, NOWHERE), P * K).reshape(P, K).astype(np.int32),
+        count=count,
         num_responses=k,
     )
 
@@ -150,9 +175,10 @@ def full_splits(K: int, S: int, T: int, token_budget: int) -> int:
     return -(-K // min(max((token_budget - S) // T, 1), K))
 
 
-def stepped(n: int, steps: int = 8) -> int:
-    """Round n up to a padded size: at least 16, and one of `steps` values between two powers of two."""
-    step = max(16, (1 << n.bit_length() - 1) // steps)
+def stepped(n: int, steps: int = 8, least: int = 16) -> int:
+    """Round n up to a padded size: a multiple of `least`, and one of `steps` values between two powers of two."""
+    n = max(n, 1)
+    step = max(least, (1 << n.bit_length() - 1) // steps)
     return -(-n // step) * step
 
 
@@ -164,7 +190,7 @@ def _best(lengths, sizes, S, T, budget, shards, extra_splits) -> tuple[list[Spli
             (p, part) for p in range(len(lengths)) for part in _divide(lengths[p], sizes[p], budget, more)
         ]
         tokens = np.array([lengths[p] + sizes[p, part].sum() for p, part in splits])
-        k = max(len(part) for _, part in splits)
+        k = max((len(part) for _, part in splits), default=1)
         cost, rows = _assign(tokens, S + k * T, budget, shards)
         found.append((cost, splits, k, rows))
     best = min(cost for cost, *_ in found)
@@ -173,21 +199,23 @@ def _best(lengths, sizes, S, T, budget, shards, extra_splits) -> tuple[list[Spli
 
 def _divide(length: int, sizes: np.ndarray, budget: int, more: int) -> list[list[int]]:
     """Divide the responses of a group, if they do not fit, evenly into the fewest parts that fit and `more`."""
-    if length + sizes.sum() <= budget or len(sizes) == 1:
-        return [list(range(len(sizes)))]
-    parts = min(len(_filled(sizes, budget - length)) + more, len(sizes))
+    present = np.flatnonzero(sizes).tolist()
+    if length + sizes.sum() <= budget or len(present) <= 1:
+        return [present] if present else []
+    parts = min(len(_filled(sizes, present, budget - length)) + more, len(present))
     low, high = int(sizes.max()), max(int(sizes.max()), budget - length)
     while low < high:  # find the smallest size that needs no more parts
         middle = (low + high) // 2
-        low, high = (low, middle) if len(_filled(sizes, middle)) <= parts else (middle + 1, high)
-    return _filled(sizes, low)
+        low, high = (low, middle) if len(_filled(sizes, present, middle)) <= parts else (middle + 1, high)
+    return _filled(sizes, present, low)
 
 
-def _filled(sizes: np.ndarray, most: int) -> list[list[int]]:
+def _filled(sizes: np.ndarray, present: list[int], most: int) -> list[list[int]]:
     """Fill parts of at most `most` tokens with consecutive responses; a response that is too long is a part alone."""
     parts: list[list[int]] = [[]]
     total = 0
-    for k, size in enumerate(sizes.tolist()):
+    for k in present:
+        size = int(sizes[k])
         if parts[-1] and total + size > most:
             parts.append([])
             total = 0

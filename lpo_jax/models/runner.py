@@ -69,12 +69,19 @@ class ModelRunner:
     extra: tuple[Field, ...] = ()
     attention: Attention = "auto"
 
-    def pack(self, groups: Groups, mask: np.ndarray) -> Groups:
-        """Plan the packed layout of groups on the host. Responses end at the last true value of `mask [P, K, T]`."""
+    def pack(self, groups: Groups, mask: np.ndarray, *, rounded: bool = False) -> Groups:
+        """Plan the packed layout of groups on the host.
+
+        Args:
+          groups: the groups.
+          mask: `[P, K, T]`. A response ends at its last true value; without one it does not run.
+          rounded: as in `packing.plan_layout`.
+        """
         T = mask.shape[-1]
         sizes = (np.asarray(mask) * np.arange(1, T + 1)).max(-1)
         S = groups.prompts.shape[1]
-        layout = packing.plan_layout(groups.lengths, sizes, S, T, self.token_budget, batch_shards())
+        budget, shards = self.token_budget, batch_shards()
+        layout = packing.plan_layout(groups.lengths, sizes, S, T, budget, shards, rounded=rounded)
         return groups.replace(layout=layout)
 
     def rows(self, groups: Groups) -> tuple[packing.PackedLayout, "PackedRows"]:
@@ -134,17 +141,22 @@ class ModelRunner:
           frozen: the base of adapters, or None.
 
         Returns:
-          The gradient, at least float32, and the statistics `[P, K, T]`.
+          The gradient, at least float32, and the statistics `[P, K, T]`; 0 at tokens that are not in the layout.
         """
         layout, rows = self.rows(groups)
         given = {name: layout.to_rows(x) for name, x in vars(cotangent).items() if x is not None}
-        gradient, stats = self.accumulate(params, rows, given, frozen)
+        gradient, stats = self.accumulate(params, rows, layout.count, given, frozen)
         return gradient, jax.tree.map(layout.from_rows, TokenStats(**stats))
 
     def accumulate(
-        self, params: decoder.Params, rows: "PackedRows", given: dict[str, jax.Array], frozen: Frozen | None
+        self,
+        params: decoder.Params,
+        rows: "PackedRows",
+        count: int | jax.Array,
+        given: dict[str, jax.Array],
+        frozen: Frozen | None,
     ) -> tuple[decoder.Params, dict[str, jax.Array]]:
-        """Compute the sum of the gradients of all microbatches, and their statistics `[M, B, X]`.
+        """Compute the sum of the gradients of the first `count` microbatches, and their statistics `[M, B, X]`.
 
         Along `fsdp`, parameters are gathered and gradients reduced layer by layer, as memory requires. Along `data`,
         where devices have whole copies, gradients are reduced once.
@@ -158,13 +170,18 @@ class ModelRunner:
 
         def microbatches(weights, batch):
             params, frozen = weights
+            microbatch = lambda i: jax.tree.map(lambda x: jnp.asarray(x)[i], batch)  # noqa: E731
 
-            def microbatch(total, xs):
-                gradient, stats = jax.grad(weighted, has_aux=True)(params, frozen, *xs)
-                return constrain_params(self.config, jax.tree.map(jnp.add, total, gradient)), stats
+            def add(i, sums):
+                total, stats = sums
+                gradient, of_rows = jax.grad(weighted, has_aux=True)(params, frozen, *microbatch(i))
+                total = constrain_params(self.config, jax.tree.map(jnp.add, total, gradient))
+                return total, jax.tree.map(lambda kept, x: kept.at[i].set(x), stats, of_rows)
 
             zero = jax.tree.map(lambda p: jnp.zeros(p.shape, accumulator(p.dtype)), params)
-            return jax.lax.scan(microbatch, constrain_params(self.config, zero), batch)
+            _, shapes = jax.eval_shape(weighted, params, frozen, *microbatch(0))
+            stats = jax.tree.map(lambda x: jnp.zeros((len(rows.tokens), *x.shape), x.dtype), shapes)
+            return jax.lax.fori_loop(0, count, add, (constrain_params(self.config, zero), stats))
 
         return summed(microbatches, ("data",), dim=1)((params, frozen), (rows, given))
 
@@ -231,13 +248,18 @@ def top_k_teacher(runner: ModelRunner, count: int, params: decoder.Params, group
 
 @jax.jit
 def log_prob_gap(sampled: TokenStats, scored: TokenStats, mask: jax.Array) -> dict[str, jax.Array]:
-    """Compute the differences between two sets of log-probs of the same tokens. Masking bugs show here first."""
-    tokens = jnp.maximum(mask.sum(), 1)
+    """Compute the differences between two sets of log-probs of the same tokens. Masking bugs show here first.
+
+    Args:
+      mask: `[P, K, T]` the tokens to compare. Without any, all values are NaN.
+    """
+    tokens = mask.sum()
     logp = jnp.where(mask, jnp.abs(sampled.logp - scored.logp), 0.0)
     prob = jnp.where(mask, jnp.abs(jnp.exp(sampled.logp) - jnp.exp(scored.logp)), 0.0)
-    return {
+    gap = {
         "lpo/logp_gap_mean": logp.sum() / tokens,
         "lpo/logp_gap_max": logp.max(),
         "training/rollout_probs_diff_mean": prob.sum() / tokens,
         "training/rollout_probs_diff_max": prob.max(),
     }
+    return {name: jnp.where(tokens > 0, value, jnp.nan) for name, value in gap.items()}

@@ -94,7 +94,11 @@ METRICS: tuple[Metric, ...] = (
         "estimated divergence from the reference model, without its coefficient",
     ),
     Metric("actor/entropy_loss", "nats/token", "minus the entropy, for methods with an entropy bonus"),
-    Metric("actor/entropy", "nats/token", "mean entropy of the next-token distribution over response tokens"),
+    Metric(
+        "actor/entropy",
+        "nats/token",
+        "mean entropy of the distribution that the response tokens were sampled from",
+    ),
     Metric("actor/grad_norm", "-", "l2 norm of the gradient before clipping, mean over the step's updates"),
     Metric("actor/lr", "-", "learning rate of the step's last update"),
     # LPO: computed per prompt on the simplex of its responses, then averaged over prompts unless noted otherwise.
@@ -131,9 +135,10 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "lpo/logp_gap_mean",
         "nats/token",
-        "mean |log-prob in the sampler - log-prob in the trainer| with the same weights",
+        "mean |log-prob in the sampler - log-prob in the trainer| with the same weights, over the tokens that the "
+        "first update runs (all with training.pull_back = all or rescored log-probs)",
     ),
-    Metric("lpo/logp_gap_max", "nats", "maximum of this gap over the tokens of the step"),
+    Metric("lpo/logp_gap_max", "nats", "maximum of this gap over the same tokens"),
     Metric("lpo/sampling_rounds", "rounds", "dynamic sampling: number of sampling rounds in the step"),
     Metric("lpo/useful_group_frac", "fraction", "dynamic sampling: groups of the batch with a signal"),
     Metric(
@@ -154,6 +159,11 @@ METRICS: tuple[Metric, ...] = (
         "training/rollout_probs_diff_{mean,max}",
         "probability",
         "|probability in the sampler - probability in the trainer|",
+    ),
+    Metric(
+        "perf/signal_fraction",
+        "fraction",
+        "tokens of the updates' batches whose gradient was computed; the others have coefficients of 0",
     ),
     Metric("perf/total_num_tokens", "tokens", "prompt and response tokens of the step without padding"),
     _timing("perf/time_per_step", "s", "wall time of the step"),

@@ -8,7 +8,7 @@ import io
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,7 +49,7 @@ class Panel:
     log: bool = False
 
 
-_LEARNING = (
+LEARNING = (
     Panel("Reward", "mean per response", (("critic/rewards/mean", "reward"),)),
     Panel("Pass rate on training prompts", "share of responses", (("reward/pass_rate", "pass"),), share=True),
     Panel("Supervised loss", "nats per token", (("train/loss", "training"),)),
@@ -82,7 +82,7 @@ _LEARNING = (
         share=True,
     ),
 )
-_DIAGNOSTICS = (
+DIAGNOSTICS = (
     Panel(
         "Coefficients",
         "sum of |c| per prompt",
@@ -138,7 +138,7 @@ def learning_curves(rows: Sequence[dict], title: str = ""):
     Returns:
         A matplotlib Figure, or None if `rows` has none of these metrics.
     """
-    return _figure(rows, _heldout_panels(rows) + list(_LEARNING), title)
+    return _figure(rows, heldout_panels(rows) + list(LEARNING), title)
 
 
 def diagnostics(rows: Sequence[dict], title: str = ""):
@@ -151,10 +151,11 @@ def diagnostics(rows: Sequence[dict], title: str = ""):
     Returns:
         A matplotlib Figure, or None if `rows` has none of these metrics.
     """
-    return _figure(rows, list(_DIAGNOSTICS), f"{title}: diagnostics" if title else "")
+    return _figure(rows, list(DIAGNOSTICS), f"{title}: diagnostics" if title else "")
 
 
-def _heldout_panels(rows: Sequence[dict]) -> list[Panel]:
+def heldout_panels(rows: Sequence[Mapping]) -> list[Panel]:
+    """Return one panel of pass@k for each held-out data set that occurs in the rows."""
     names = {name for row in rows for name in row}
     found = [re.fullmatch(r"val-core/(.+)/acc/pass@(\d+)", name) for name in names]
     data_sets = sorted({match[1] for match in found if match})

@@ -24,7 +24,12 @@ def sanitise(text: str) -> str:
     Such characters become escapes such as `\\x1b` and `\\u202e`. Line breaks are kept; a tab becomes four spaces.
     Rich markup is not escaped: print the result as `rich.text.Text` or with `markup=False`.
     """
-    return "".join(_visible(char) for char in text.replace("\t", "    "))
+    text = text.replace("\t", "    ")
+    if text.replace(
+        "\n", ""
+    ).isprintable():  # most texts, and much faster than the category of each character
+        return text
+    return "".join(_visible(char) for char in text)
 
 
 def _visible(char: str) -> str:

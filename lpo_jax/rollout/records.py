@@ -42,12 +42,13 @@ def response_records(rollouts: Rollouts, phase: str, behaviour_step: int) -> lis
       behaviour_step: training steps that the weights which sampled the responses had behind them.
     """
     responses = rollouts.responses
-    logp = responses.log_probs.sum(-1, dtype=np.float64) / np.maximum(responses.lengths, 1)
+    mean = lambda x: x.sum(-1, dtype=np.float64) / np.maximum(responses.lengths, 1)  # noqa: E731
+    logp, entropy = mean(responses.log_probs), mean(responses.entropies)
     prompt_ids = [_prompt_id(rollouts, p) for p in range(len(logp))]
     return [
         {"phase": phase, "behaviour_step": behaviour_step, "prompt_id": prompt_ids[p]}
         | record
-        | {"logp": round(float(logp[p, k]), DIGITS)}
+        | {"logp": round(float(logp[p, k]), DIGITS), "entropy": round(float(entropy[p, k]), DIGITS)}
         for record, (p, k) in zip(rollouts.records(), np.ndindex(logp.shape))
     ]
 
@@ -58,7 +59,7 @@ def token_records(
     arrays: Mapping[str, jax.Array | np.ndarray],
     budget: int = TOKEN_BUDGET,
 ) -> list[dict]:
-    """Return the lists of the tokens of each response: their texts, the sampler's log-probs, and further numbers.
+    """Return the lists of the tokens of each response: texts, log-probs and entropies of the sampler, further numbers.
 
     Args:
       texts: of token ids.
@@ -67,7 +68,7 @@ def token_records(
     """
     responses = rollouts.responses
     left = budget - np.cumsum(responses.lengths.sum(-1))
-    numbers = {"token_logp": responses.log_probs, **arrays}
+    numbers = {"token_logp": responses.log_probs, "token_entropy": responses.entropies, **arrays}
     rounded = {
         name: x.astype(int) if x.dtype == bool else np.round(x.astype(np.float64), DIGITS)
         for name, x in numbers.items()

@@ -11,7 +11,6 @@ from flax import struct
 
 from lpo_jax.objectives import Listwise
 from lpo_jax.parallel import hosts
-from lpo_jax.rollout.records import DIGITS
 
 _OF_GROUP = {
     "shaped_reward": "rewards",
@@ -30,7 +29,7 @@ class Learned(struct.PyTreeNode):
       mask: `[P, K, T]` response tokens.
       behaviour_logp: `[P, K, T]` log-probs that the objective takes ratios to.
       used_logp: `[P, K, T]` log-probs that the objective used as the current policy's.
-      logp, entropy: `[P, K, T]` the trainer's log-probs of the tokens, and entropies; NaN where it computed none.
+      logp: `[P, K, T]` the trainer's log-probs of the tokens; NaN at tokens that the update did not run.
       update: `[P]` index of the update in the step.
     """
 
@@ -39,7 +38,6 @@ class Learned(struct.PyTreeNode):
     behaviour_logp: jax.Array
     used_logp: jax.Array
     logp: jax.Array
-    entropy: jax.Array
     update: np.ndarray | None = None
 
     @classmethod
@@ -62,12 +60,9 @@ class Learned(struct.PyTreeNode):
     def records(self) -> list[dict]:
         """One dict for each response, group by group: target w*, policy P, coefficient c, and what led to them."""
         values = {key: np.asarray(getattr(self.view, name), np.float64) for key, name in _OF_GROUP.items()}
-        tokens = np.maximum(self.mask.sum(-1), 1)
-        entropy = np.where(self.mask, self.entropy, 0).sum(-1, dtype=np.float64) / tokens
         return [
             {"update": int(self.update[p]), "valid": bool(self.view.valid[p, k])}
             | {key: float(x[p, k]) for key, x in values.items()}
-            | {"entropy": round(float(entropy[p, k]), DIGITS)}
             for p, k in np.ndindex(self.view.valid.shape)
         ]
 
@@ -76,7 +71,6 @@ class Learned(struct.PyTreeNode):
         ratio = np.where(self.mask, self.used_logp.astype(np.float64) - self.behaviour_logp, 0)
         return {
             "token_trainer_logp": self.logp,
-            "token_entropy": self.entropy,
             "token_ratio": np.exp(ratio),
             "token_gate": ~self.view.clipped,
         }

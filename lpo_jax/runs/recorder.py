@@ -13,6 +13,7 @@ from lpo_jax import reporting
 from lpo_jax.errors import UserError
 from lpo_jax.evaluation.heldout import Evaluation, powers_of_two
 from lpo_jax.evaluation.metrics import mean_score, paired_difference, score_difference, summarise
+from lpo_jax.inspection.page import TimedReport
 from lpo_jax.json_lines import read_rows
 from lpo_jax.parallel import hosts
 from lpo_jax.reporting import doctor
@@ -46,6 +47,7 @@ class Recorder:
         self._watch, self._saved = Watch(), False
         self._doctor, self._told = doctor.Doctor(), dict[str, int]()
         self._token_texts = TokenTexts(tokenizer)
+        self._report = TimedReport()
 
     def __enter__(self):
         with contextlib.ExitStack() as stack:
@@ -134,6 +136,8 @@ class Recorder:
             position.add_evaluation(evaluation, label)
         self.progress.update(position.step, row)
         self._examine(position.step, row)
+        if self.config.training.save_plots and hosts.is_first() and self._report.due():
+            self._write_report()
 
     def write_step(self, step: int, row: dict[str, float], rollouts: Rollouts, learned: Learned) -> None:
         """Write the metrics of a step, and its responses with what the updates computed about them."""
@@ -175,6 +179,8 @@ class Recorder:
             self.progress.log(f"samples      none to show: {error}")
         if self.config.training.save_plots:
             self.progress.log(f"curves       {', '.join(map(str, reporting.save_plots(run)))}")
+            if (path := self._write_report()) is not None:
+                self.progress.log(f"report       {path}")
         self.progress.log(f"doctor       {diagnoses_line(doctor.diagnose(reporting.read_metrics(run)))}")
         self.progress.log(
             f"metrics      {run}/metrics.jsonl, {run}/tensorboard",
@@ -185,6 +191,14 @@ class Recorder:
             f"  lpo eval {run}",
             f"  lpo export {run} {run}/hf",
         )
+
+    def _write_report(self) -> Path | None:
+        """Write the report of the run; the run goes on without one if its directory cannot be read or written."""
+        try:
+            return self._report.write(self.run.path)
+        except UserError as error:
+            self.progress.log(f"warning: no report: {error}")
+            return None
 
     def _evaluations_table(self, position: Position, task: str):
         """Each evaluation compared with the one above it, problem by problem."""

@@ -69,6 +69,7 @@ class ContinuousBatcher:
         rows = P * self.K
         self.tokens = np.zeros((rows, max_tokens), np.int32)
         self.log_probs = np.zeros((rows, max_tokens), np.float32)
+        self.entropies = np.zeros((rows, max_tokens), np.float32)
         self.lengths = np.zeros(rows, np.int32)
         self.finished = np.zeros(rows, bool)
         self.row_steps = np.zeros(rows, np.float32)
@@ -108,8 +109,11 @@ class ContinuousBatcher:
             self._report(ended)  # while the device decodes
             ended = self._record(out)
         self._report(ended)
-        fields = (self.tokens, self.log_probs, self.lengths, self.finished, self.row_steps)
+        fields = (*self._of_tokens(), self.lengths, self.finished, self.row_steps)
         return [x.reshape(-1, self.K, *x.shape[1:]) for x in fields]
+
+    def _of_tokens(self) -> tuple[np.ndarray, ...]:
+        return self.tokens, self.log_probs, self.entropies
 
     def _active(self) -> np.ndarray:
         """`[R]` bool: which slots hold a row that is not finished."""
@@ -240,8 +244,8 @@ class ContinuousBatcher:
         self.row_steps[rows] += int(out.steps) * len(self.row_of) / len(slots)
         for slot, row in zip(slots.tolist(), rows.tolist()):
             before, now = self.lengths[row], out.drawn[slot]
-            self.tokens[row, before:now] = out.tokens[slot, : now - before]
-            self.log_probs[row, before:now] = out.log_probs[slot, : now - before]
+            for kept, new in zip(self._of_tokens(), (out.tokens, out.log_probs, out.entropies)):
+                kept[row, before:now] = new[slot, : now - before]
             self.lengths[row], self.remaining[row] = now, out.active[slot]
             self.finished[row] = self.tokens[row, now - 1] in self.settings.eos_ids
             if self.find_stop:
@@ -252,7 +256,8 @@ class ContinuousBatcher:
         """Ends a row behind the token that completed a stop string."""
         end = self.find_stop(self.tokens[row, : self.lengths[row]].tolist(), CHUNK)
         if end is not None:
-            self.tokens[row, end:], self.log_probs[row, end:] = 0, 0.0
+            for kept in self._of_tokens():
+                kept[row, end:] = 0
             self.lengths[row], self.remaining[row], self.finished[row] = end, False, True
 
     def _report(self, ended: Iterable[int]) -> None:

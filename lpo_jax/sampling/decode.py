@@ -73,6 +73,7 @@ class DecodeOutput(struct.PyTreeNode):
     Attributes:
       tokens: `[R, CHUNK]` int32; 0 in slots that are not active.
       log_probs: `[R, CHUNK]` float32, under the distribution that was sampled from; 0 in slots that are not active.
+      entropies: `[R, CHUNK]` float32, of that distribution at each token; 0 in slots that are not active.
       drawn: `[R]` int32, tokens drawn in all, those of earlier calls included.
       active: `[R]` bool.
       steps: int32 scalar, tokens that a slot could have drawn in this call.
@@ -80,21 +81,23 @@ class DecodeOutput(struct.PyTreeNode):
 
     tokens: jax.Array
     log_probs: jax.Array
+    entropies: jax.Array
     drawn: jax.Array
     active: jax.Array
     steps: jax.Array
 
     def append(
-        self, token: jax.Array, log_prob: jax.Array, eos_ids: tuple[int, ...], budget: jax.Array
+        self, drawn: tuple[jax.Array, ...], eos_ids: tuple[int, ...], budget: jax.Array
     ) -> "DecodeOutput":
-        """Adds a token `[R]` to the active slots, and deactivates those whose row it finishes."""
-        drawn = self.drawn + self.active
-        ended = jnp.isin(token, jnp.array(eos_ids, jnp.int32)) | (drawn >= budget)
-        at = (0, self.steps)
+        """Adds a token, its log-prob and its entropy, `[R]` each, to the active slots. Deactivates finished rows."""
+        count = self.drawn + self.active
+        ended = jnp.isin(drawn[0], jnp.array(eos_ids, jnp.int32)) | (count >= budget)
+        write = lambda kept, x: jax.lax.dynamic_update_slice(kept, x[:, None], (0, self.steps))  # noqa: E731
         return DecodeOutput(
-            tokens=jax.lax.dynamic_update_slice(self.tokens, token[:, None], at),
-            log_probs=jax.lax.dynamic_update_slice(self.log_probs, log_prob[:, None], at),
-            drawn=drawn,
+            tokens=write(self.tokens, drawn[0]),
+            log_probs=write(self.log_probs, drawn[1]),
+            entropies=write(self.entropies, drawn[2]),
+            drawn=count,
             active=self.active & ~ended,
             steps=self.steps + 1,
         )
@@ -161,9 +164,11 @@ def decode(
     # All positions of this call: inside the loop every layer would compute the same sines again.
     ahead = state.start + state.drawn + jnp.arange(CHUNK)[:, None]  # [CHUNK, R]
     rope = decoder.rope_table(config, ahead[..., None])
+    zeros = lambda dtype: sharding.constrain(jnp.zeros((R, CHUNK), dtype), "batch", None)  # noqa: E731
     empty = DecodeOutput(
-        tokens=sharding.constrain(jnp.zeros((R, CHUNK), jnp.int32), "batch", None),
-        log_probs=sharding.constrain(jnp.zeros((R, CHUNK), jnp.float32), "batch", None),
+        tokens=zeros(jnp.int32),
+        log_probs=zeros(jnp.float32),
+        entropies=zeros(jnp.float32),
         drawn=state.drawn,
         active=state.active,
         steps=jnp.int32(0),
@@ -194,10 +199,9 @@ def decode(
         logits = decoder.project(hidden[:, 0], decoder.unembedding(weights))
         with jax.named_scope("draw"):
             folded = jax.vmap(jax.random.fold_in)(keys, out.drawn)
-            token, log_prob = settings.distribution.draw(folded, logits)
-        token = jnp.where(out.active, token, 0)
-        log_prob = jnp.where(out.active, log_prob, 0.0)
-        return out.append(token, log_prob, settings.eos_ids, state.budget), token, response_kv
+            drawn = settings.distribution.draw(folded, logits)
+        drawn = tuple(jnp.where(out.active, x, 0) for x in drawn)
+        return out.append(drawn, settings.eos_ids, state.budget), drawn[0], response_kv
 
     out, _, response_kv = jax.lax.while_loop(unfinished, one_token, (empty, state.token, response_kv))
     # Replicated on every device, so that every host can read it.

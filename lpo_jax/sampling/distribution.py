@@ -66,7 +66,7 @@ class Sampling:
             logits = jnp.where(logits >= floor, logits, -jnp.inf)
         return logits
 
-    def draw(self, keys: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def draw(self, keys: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Draws one token per row.
 
         Args:
@@ -74,38 +74,39 @@ class Sampling:
           logits: `[R, V]` float32 from the model.
 
         Returns:
-          Tokens `[R]` int32 and their log-probs `[R]` float32 under the distribution that is sampled from.
+          Tokens `[R]` int32, their log-probs `[R]` float32 under the distribution that is sampled from, and its
+          entropies `[R]` float32 in nats.
         """
         logits = self.logits(logits)
-        if self.temperature == 0:
-            tokens, lse = jnp.argmax(logits, axis=-1), jax.nn.logsumexp(logits, axis=-1)
-        else:
-            tokens, lse = _categorical(keys, logits)
+        peak = logits.max(axis=-1, keepdims=True)
+        weights = jnp.exp(logits - peak)
+        total = weights.sum(axis=-1)
+        lse = jnp.log(total) + peak[:, 0]
+        # Removed tokens have weight 0 and logit -inf, whose product is NaN. An einsum, because XLA's CPU compiler runs
+        # the sum of a product along the last axis 20 times slower.
+        finite = jnp.maximum(logits, jnp.finfo(logits.dtype).min)
+        entropy = lse - jnp.einsum("rv,rv->r", weights, finite) / total
+        tokens = jnp.argmax(logits, axis=-1) if self.temperature == 0 else _categorical(keys, weights)
         chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
-        return tokens.astype(jnp.int32), chosen - lse
+        return tokens.astype(jnp.int32), chosen - lse, entropy
 
 
 BLOCK = 256  # vocabulary entries per block of the inverse CDF
 
 
-def _categorical(keys: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Draws from softmax(logits) `[R, V]` by inverse CDF: first a block of the vocabulary, then a token in it.
+def _categorical(keys: jax.Array, weights: jax.Array) -> jax.Array:
+    """Draws tokens `[R]` in proportion to `weights [R, V]` by inverse CDF: a block of the vocabulary, then a token.
 
     This takes two uniform variables per row instead of V Gumbel variables: 1.5 ms instead of 85 ms for 64 rows of
     V = 49152 on two CPU cores, where the rest of a 135M model's decode step takes 180 ms.
-
-    Returns:
-      Tokens `[R]` and the log-sum-exp `[R]` of the logits.
     """
-    R, V = logits.shape
-    peak = logits.max(axis=-1, keepdims=True)
-    mass = jnp.pad(jnp.exp(logits - peak), ((0, 0), (0, -V % BLOCK))).reshape(R, -1, BLOCK)
+    R, V = weights.shape
+    mass = jnp.pad(weights, ((0, 0), (0, -V % BLOCK))).reshape(R, -1, BLOCK)
     blocks = mass.sum(axis=-1)  # [R, V / BLOCK]
     uniform = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys)
     block = _inverse_cdf(blocks, uniform[:, 0])
     inside = jnp.take_along_axis(mass, block[:, None, None], axis=1)[:, 0]  # [R, BLOCK]
-    tokens = block * BLOCK + _inverse_cdf(inside, uniform[:, 1])
-    return tokens, jnp.log(blocks.sum(axis=-1)) + peak[:, 0]
+    return block * BLOCK + _inverse_cdf(inside, uniform[:, 1])
 
 
 def _inverse_cdf(mass: jax.Array, uniform: jax.Array) -> jax.Array:

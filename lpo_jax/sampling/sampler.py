@@ -35,6 +35,7 @@ class Responses:
     Attributes:
       tokens: `[P, K, T]` int32, T the length of the longest response; 0 behind a response's end.
       log_probs: `[P, K, T]` float32, under the distribution that was sampled from; 0 behind a response's end.
+      entropies: `[P, K, T]` float32, of that distribution at each token, in nats; 0 behind a response's end.
       lengths: `[P, K]` int32, the end token included.
       finished: `[P, K]` bool, true if an end token or a stop string ended the response, false if its budget did.
       row_steps: `[P, K]` float32, decode steps that the device spent on this response, its share of the steps of idle
@@ -43,6 +44,7 @@ class Responses:
 
     tokens: np.ndarray
     log_probs: np.ndarray
+    entropies: np.ndarray
     lengths: np.ndarray
     finished: np.ndarray
     row_steps: np.ndarray
@@ -143,6 +145,6 @@ class Sampler:
                 stop_finder(self.decode, request.stop),
                 on_finished,
             )
-            tokens, log_probs, *others = (x[:P] for x in batcher.run())
+            tokens, log_probs, entropies, *others = (x[:P] for x in batcher.run())
         T = max(1, others[0].max())
-        return Responses(tokens[..., :T], log_probs[..., :T], *others)
+        return Responses(tokens[..., :T], log_probs[..., :T], entropies[..., :T], *others)

@@ -24,7 +24,7 @@ from lpo_jax.training.features import round_features
 from lpo_jax.training.measure import over_updates
 from lpo_jax.training.model import TrainedModel
 from lpo_jax.training.optimizer import Optimizer, make_optimizer, planned_updates
-from lpo_jax.training.step import signal, token_metrics, update
+from lpo_jax.training.step import signal, update
 from lpo_jax.types import Json, PyTree
 
 
@@ -36,6 +36,7 @@ class Learner:
       updates_per_step: minibatches that a batch is split into.
       schedule_steps: steps that the learning rate's schedule and `progress` extend over.
       rescores: whether the trainer computes the behaviour log-probs.
+      signal_only: whether an update runs only the responses with a signal.
     """
 
     objective: Objective
@@ -45,6 +46,7 @@ class Learner:
     updates_per_step: int
     schedule_steps: int
     rescores: bool
+    signal_only: bool
 
     @classmethod
     def of(
@@ -61,6 +63,7 @@ class Learner:
             config.training.updates_per_step,
             schedule_steps,
             choose_behaviour(config, objective).rescored,
+            config.training.pull_back == "signal",
         )
 
     def progress(self, step: int) -> float:
@@ -166,12 +169,15 @@ def take_step(
         scored = minibatch.scored.replace(control=state.control)
         used = current_stats(learner, state, minibatch, first=index == 0)
         found = signal(learner.objective, used, scored)
-        state, stats, norm = update(
-            learner.runner, learner.optimizer, state, minibatch.groups, found.cotangent
-        )
+        tokens = jax.device_get(found.tokens if learner.signal_only else scored.mask)
+        groups = learner.runner.pack(minibatch.groups, tokens, rounded=learner.signal_only)
+        state, stats, norm = update(learner.runner, learner.optimizer, state, groups, found.cotangent)
         state = state.replace(control=found.control)
-        metrics.append(found.metrics | token_metrics(used, stats, scored.mask) | {"actor/grad_norm": norm})
-        seen = (scored.mask, scored.behaviour_logp, used.logp, stats.logp, stats.entropy)
-        learned.append(Learned(found.view, *seen))
+        run = groups.layout.num_tokens / max(minibatch.groups.layout.num_tokens, 1)
+        ran = scored.mask & groups.layout.ran
+        gap = log_prob_gap(used, stats, ran)
+        metrics.append(found.metrics | gap | {"actor/grad_norm": norm, "perf/signal_fraction": run})
+        logp = jnp.where(ran, stats.logp, jnp.nan)
+        learned.append(Learned(found.view, scored.mask, scored.behaviour_logp, used.logp, logp))
     # The updates were dispatched without waiting for one another; this waits for all of them.
     return state, over_updates(jax.device_get(metrics)), learned[: len(minibatches)]

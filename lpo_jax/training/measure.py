@@ -66,6 +66,9 @@ def rollout_metrics(rollouts: Rollouts, sampling: SamplingSection) -> dict[str, 
         for how in ("mean", "max", "min"):
             metrics[f"{prefix}/{how}"] = float(getattr(values, how)()) if values.size else float("nan")
     metrics |= {f"reward/parts/{name}": value for name, value in part_means(rollouts).items()}
+    tokens = rollouts.responses.mask
+    entropies = rollouts.responses.entropies[tokens]
+    metrics["actor/entropy"] = float(entropies.mean()) if tokens.any() else float("nan")
     metrics["response_length/clip_ratio"] = float(np.mean(~rollouts.responses.finished))
     metrics["response/repetition"] = repeated_share(rollouts.responses.tokens, lengths)
     metrics["prompt_length/clip_ratio"] = float(np.mean(prompts >= sampling.max_prompt_tokens))

@@ -9,6 +9,10 @@ rule: the objective depends on the parameters through the token statistics only)
 behaviour log-probs replace part 1; `behaviour.py` decides whether they are the sampler's. The layout decides which
 tokens run together (`models/packing.py`).
 
+The coefficients are known before part 3, so part 3 runs only what has a signal: a response ends at its last token whose
+cotangent is not 0, and a response or a group without such a token does not run. What is left out would have added
+exactly 0 to the gradient.
+
 Parts 1 and 3 are the large programs. They are independent of the method, so that all methods share them. Part 2 is a
 small program for each method.
 
@@ -22,7 +26,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from lpo_jax.models.placement import constrain_params
-from lpo_jax.models.runner import Groups, ModelRunner, log_prob_gap
+from lpo_jax.models.runner import Groups, ModelRunner
 from lpo_jax.objectives import Listwise, Objective, Scored, TokenStats
 from lpo_jax.parallel.sharding import whole
 from lpo_jax.runs.state import TrainState
@@ -38,12 +42,14 @@ class Signal(struct.PyTreeNode):
       view: target, policy and coefficients of each group, for the rollout files.
       metrics: of the objective.
       control: state of the method's control after this update.
+      tokens: `[P, K, T]` bool, the tokens with a cotangent other than 0.
     """
 
     cotangent: TokenStats
     view: Listwise
     metrics: dict[str, jax.Array]
     control: PyTree
+    tokens: jax.Array
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -55,11 +61,15 @@ def signal(objective: Objective, used: TokenStats, scored: Scored) -> Signal:
     """
     gradient, metrics = jax.grad(objective, has_aux=True)(used, scored)
     cotangent = {name: x if name in objective.differentiates else None for name, x in vars(gradient).items()}
+    tokens = jnp.zeros(scored.mask.shape, bool)
+    for x in jax.tree.leaves(cotangent):
+        tokens |= (x != 0).any(axis=tuple(range(3, x.ndim)))
     control = objective.next_control(used, scored)
     # A non-finite control state is dropped, like the optimizer skips the update.
     sound = jax.tree.reduce(lambda ok, x: ok & jnp.isfinite(x).all(), control, jnp.bool_(True))
     control = jax.tree.map(lambda new, old: jnp.where(sound, new, old), control, scored.control)
-    return whole(Signal(TokenStats(**cotangent), objective.listwise(used, scored), metrics, control))
+    view = objective.listwise(used, scored)
+    return whole(Signal(TokenStats(**cotangent), view, metrics, control, tokens))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
@@ -75,19 +85,10 @@ def update(
     A non-finite gradient changes nothing and is counted.
 
     Returns:
-      The new state, the trainer's statistics at the old state, and the norm of the gradient.
+      The new state, the trainer's statistics at the old state (0 at tokens that did not run), and the norm of the
+      gradient.
     """
     gradient, stats = runner.pull_back(state.params, groups, cotangent, state.frozen)
     params, opt_state, norm = optimizer.apply(gradient, state.opt_state, state.params)
     state = constrain_params(runner.config, state.replace(params=params, opt_state=opt_state))
     return state, whole(stats), norm
-
-
-@jax.jit
-def token_metrics(used: TokenStats, stats: TokenStats, mask: jax.Array) -> dict[str, jax.Array]:
-    """Compute the entropy, and the gap between `used` (in a round's first update the sampler's) and the log-probs."""
-    tokens = jnp.maximum(mask.sum(), 1)
-    return {
-        "actor/entropy": jnp.where(mask, stats.entropy, 0.0).sum() / tokens,
-        **log_prob_gap(used, stats, mask),
-    }

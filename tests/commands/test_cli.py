@@ -236,7 +236,8 @@ def test_help(command, capsys):
     printed = capsys.readouterr().out
     assert printed.startswith(f"usage: lpo {command} ")
     lists_config_keys = all(f"--{key}=" in printed for key, _, _ in describe_options())
-    assert lists_config_keys == (command not in ("sample", "export", "methods", "simplex"))
+    without = ("show", "report", "watch", "diff", "sample", "export", "methods", "simplex")
+    assert lists_config_keys == (command not in without)
 
 
 def test_parsing_imports_no_heavy_package():

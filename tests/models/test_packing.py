@@ -20,23 +20,29 @@ def real_tokens(layout):
 
 @pytest.mark.parametrize("budget", [10**6, 200, 60, 1])
 @pytest.mark.parametrize("shards", [1, 4])
-def test_every_token_runs_once(budget, shards):
+@pytest.mark.parametrize("rounded", [False, True])
+def test_every_token_runs_once(budget, shards, rounded):
     P, K, S, T = 8, 4, 16, 32
     prompts, sizes = lengths(P, K, S, T, 8)
-    sizes[2] = 0  # nothing was said
-    layout = packing.plan_layout(prompts, sizes, S, T, budget, shards)
+    sizes[2] = 0  # a prompt without a response to run does not run
+    sizes[3, 1:] = 0
+    layout = packing.plan_layout(prompts, sizes, S, T, budget, shards, rounded=rounded)
     assert layout.token.shape[1] == shards
+    has_tokens = real_tokens(layout).any(axis=1)
+    assert has_tokens[: layout.count].all() and not has_tokens[layout.count :].any()
+    assert rounded or has_tokens.all()
     x = np.arange(1, P * K * T + 1).reshape(P, K, T)
     np.testing.assert_array_equal(layout.from_rows(layout.to_rows(x)), x * (np.arange(T) < sizes[..., None]))
     places = np.asarray(layout.token[layout.token != packing.NOWHERE])
     responses = places[places >= P * S] - P * S
     np.testing.assert_array_equal(np.sort(responses), np.flatnonzero(np.arange(T) < sizes[..., None]))
-    assert set(places[places < P * S]) == {p * S + i for p in range(P) for i in range(prompts[p])}
+    assert set(places[places < P * S]) == {p * S + i for p in range(P) if p != 2 for i in range(prompts[p])}
     tokens = real_tokens(layout)
+    assert layout.num_tokens == tokens.sum()
     assert tokens.max() <= max(budget, (prompts[:, None] + sizes).max())
     # a prompt runs once where whole groups fit
     whole = (prompts + sizes.sum(1)).max() <= budget
-    assert (tokens.sum() == prompts.sum() + sizes.sum()) == whole
+    assert (tokens.sum() == prompts.sum() - prompts[2] + sizes.sum()) == whole
 
 
 def test_packing_and_unpacking_are_inverse():
@@ -97,8 +103,22 @@ def test_few_sizes():
     shapes = set()
     for mean in np.geomspace(64, 128, 200):
         layout = packing.plan_layout(*lengths(64, 8, 64, 1024, mean), 64, 1024, 8192)
-        shapes.add(tuple(x.shape for x in jax.tree.leaves(layout)))
+        shapes.add(tuple(np.shape(x) for x in jax.tree.leaves(layout)))
     assert len(shapes) <= 25
+
+
+@pytest.mark.parametrize("P, K, S, T, budget", [(16, 8, 64, 16, 1280), (64, 8, 64, 1024, 8192)])
+@pytest.mark.parametrize("least, most_programs", [(1 / 8, 32), (1 / 2, 12)])
+def test_few_sizes_for_any_number_of_responses(P, K, S, T, budget, least, most_programs):
+    """A hundred updates with different numbers of groups that have a signal."""
+    shapes = set()
+    for share in np.linspace(least, 1, 100):
+        prompts, sizes = lengths(P, K, S, T, T / 4)
+        sizes[rng.permutation(P)[round(share * P) :]] = 0
+        layout = packing.plan_layout(prompts, sizes, S, T, budget, rounded=True)
+        shapes.add((layout.num_responses, *(np.shape(x) for x in jax.tree.leaves(layout))))
+        assert layout.num_tokens >= 0.6 * layout.count * layout.token.shape[-1]
+    assert len(shapes) <= most_programs
 
 
 def test_sizes_go_in_steps():

@@ -36,7 +36,7 @@ class Endings:
             on_finished(p, k, [tokens[p, k]])
         time.sleep(self.seconds)
         ones = np.ones(tokens.shape, np.int32)
-        return Responses(tokens[..., None], -1.0 * ones[..., None], ones, ones > 0, ones)
+        return Responses(tokens[..., None], -1.0 * ones[..., None], ones[..., None], ones, ones > 0, ones)
 
 
 @pytest.fixture(scope="module")

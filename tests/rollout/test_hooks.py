@@ -52,7 +52,9 @@ def collected(ids, rewards, texts=None, T=6):
         prompt_texts=[f"p{i}" for i in ids],
         prompts=padded,
         prompt_lengths=np.array([len(row) for row in asked], np.int32),
-        responses=Responses(tokens, logp, lengths, np.ones((P, K), bool), lengths.astype(np.float32)),
+        responses=Responses(
+            tokens, logp, np.abs(logp), lengths, np.ones((P, K), bool), lengths.astype(np.float32)
+        ),
         texts=texts,
         verdicts=[[verdict(r) for r in group] for group in rewards],
         seconds_sampling=1.0,

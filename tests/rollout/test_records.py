@@ -24,8 +24,13 @@ def test_texts_of_tokens_keep_their_spaces():
 def test_lists_of_tokens_end_with_the_budget():
     rollouts = collected([3, 4, 5], [[0, 1], [1, 0], [1, 1]])  # two tokens each
     records = token_records(rollouts, TEXTS, {"token_gate": np.ones((3, 2, 6), bool)}, budget=8)
-    assert [len(record) for record in records] == [3, 3, 3, 3, 0, 0]
-    assert records[1] == {"token_text": ["r", "1"], "token_logp": [-0.5, -0.5], "token_gate": [1, 1]}
+    assert [len(record) for record in records] == [4, 4, 4, 4, 0, 0]
+    assert records[1] == {
+        "token_text": ["r", "1"],
+        "token_logp": [-0.5, -0.5],
+        "token_entropy": [0.5, 0.5],
+        "token_gate": [1, 1],
+    }
 
 
 def test_prompts_have_the_same_identity_everywhere():

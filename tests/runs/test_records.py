@@ -65,8 +65,10 @@ def test_records_of_tokens_are_complete(run_config):
     assert all(gate for record in first for gate in record["token_gate"])
     # The second update has moved away from the behaviour policy; LPO's clip shuts tokens beyond a ratio of 0.8 to 1.2.
     for record in second:
-        current, behaviour = np.array(record["token_trainer_logp"]), np.array(record["token_logp"])
-        np.testing.assert_allclose(record["token_ratio"], np.exp(current - behaviour), rtol=1e-3, atol=3e-4)
+        current, behaviour = (np.array(record[key], float) for key in ("token_trainer_logp", "token_logp"))
+        ran = ~np.isnan(current)  # up to the last token that the gate lets through
+        ratio = np.array(record["token_ratio"])[ran]
+        np.testing.assert_allclose(ratio, np.exp(current - behaviour)[ran], rtol=1e-3, atol=3e-4)
         outside = abs(np.array(record["token_ratio"]) - 1) > 0.2 + 1e-3
         shut = ~np.array(record["token_gate"], bool)
         if record["coefficient"]:
@@ -75,7 +77,7 @@ def test_records_of_tokens_are_complete(run_config):
             assert not shut.any()
     assert row["actor/pg_clipfrac"] > 0
     entropies = [entropy for record in first + second for entropy in record["token_entropy"]]
-    assert row["actor/entropy"] == pytest.approx(np.mean(entropies), rel=0.1)
+    assert row["actor/entropy"] == pytest.approx(np.mean(entropies), rel=1e-3)
 
 
 def test_evaluations_before_and_after_a_warm_start_are_both_kept(run_config):

@@ -43,6 +43,12 @@ def teacher_forced(config, params, prompt, response, temperature=1.0):
     return logp[jnp.arange(len(prompt) - 1, ids.shape[1] - 1), jnp.array(response)]
 
 
+def entropy_of(logits):
+    """Entropies `[R]` of softmax(logits) `[R, V]`, removed tokens left out."""
+    p = jax.nn.softmax(logits)
+    return -jnp.where(p > 0, p * jnp.log(p), 0).sum(-1)
+
+
 def test_response_text_keeps_special_tokens_but_ends_and_padding_at_its_end():
     tokenizer = character_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<answer>", "</answer>"]})
@@ -75,6 +81,8 @@ def test_truncated_log_probs_are_those_of_what_was_sampled_from(sample, tiny_con
         want = jax.nn.log_softmax(kept)[jnp.arange(len(ids)), jnp.array(ids)]
         assert np.isfinite(want).all()
         chex.assert_trees_all_close(got.log_probs[p, 0, : len(ids)], want, atol=5e-4)
+        chex.assert_trees_all_close(got.entropies[p, 0, : len(ids)], entropy_of(kept), atol=2e-3)
+        assert not got.entropies[p, 0, len(ids) :].any()
 
 
 def test_a_row_is_the_same_alone_and_in_any_batch(sample):
@@ -161,7 +169,7 @@ def test_draws_follow_the_distribution(sampling):
     logits = jnp.asarray(1.5 * np.random.default_rng(0).normal(size=600), jnp.float32)
     n = 40_000
     keys = jax.random.split(jax.random.key(1), n)
-    tokens, log_probs = jax.jit(sampling.draw)(keys, jnp.broadcast_to(logits, (n, 600)))
+    tokens, log_probs, entropies = jax.jit(sampling.draw)(keys, jnp.broadcast_to(logits, (n, 600)))
     want = jax.nn.softmax(sampling.logits(logits[None])[0])
     counts = np.bincount(np.asarray(tokens), minlength=600)
     assert (counts[np.asarray(want) == 0] == 0).all()
@@ -169,6 +177,9 @@ def test_draws_follow_the_distribution(sampling):
     # 3e-4: the chance that any of 600 frequencies is 5 deviations off.
     np.testing.assert_array_less(3e-4, 600 * 2 * scipy.stats.norm.sf(np.abs(deviation).max()))
     chex.assert_trees_all_close(log_probs, jnp.log(want[tokens]), atol=1e-5)
+    chex.assert_trees_all_close(
+        entropies, jnp.full(n, entropy_of(sampling.logits(logits[None]))[0]), atol=3e-5
+    )
 
 
 def test_top_p_keeps_the_smallest_set_that_reaches_p():

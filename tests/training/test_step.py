@@ -17,13 +17,13 @@ from precision import EXACT, FORWARD_ROUNDING, GRADIENT_ROUNDING, astype, in_flo
 from lpo_jax import objectives as O
 from lpo_jax.models import decoder
 from lpo_jax.models.attention import Causal
-from lpo_jax.models.runner import Groups, ModelRunner, score, top_k_teacher
+from lpo_jax.models.runner import Groups, ModelRunner, log_prob_gap, score, top_k_teacher
 from lpo_jax.objectives import Scored, TokenStats
 from lpo_jax.rollout.batch import Batch
 from lpo_jax.runs.state import TrainState
 from lpo_jax.training.features import LAST, round_features
 from lpo_jax.training.optimizer import Optimizer
-from lpo_jax.training.step import signal, token_metrics, update
+from lpo_jax.training.step import signal, update
 
 P, K, S, T = 4, 4, 6, 5
 
@@ -67,7 +67,7 @@ def one_update(runner, params, rollouts, objective):
     used = TokenStats(rollouts.scored.behaviour_logp)
     learned = signal(objective, used, rollouts.scored)
     state, stats, norm = update(runner, optimizer, state, rollouts.groups, learned.cotangent)
-    metrics = learned.metrics | token_metrics(used, stats, rollouts.scored.mask) | {"actor/grad_norm": norm}
+    metrics = learned.metrics | log_prob_gap(used, stats, rollouts.scored.mask) | {"actor/grad_norm": norm}
     return state, metrics
 
 
@@ -225,7 +225,6 @@ def test_first_update_reports_no_gap_and_clips_nothing(tiny_config, tiny_params,
     np.testing.assert_array_less(metrics["lpo/logp_gap_max"], 2 * FORWARD_ROUNDING)  # two ways to compute it
     assert metrics["actor/pg_clipfrac"] == 0
     assert metrics["lpo/score_abs_max"] == 0
-    assert metrics["actor/entropy"] > 0.1
 
 
 def test_gap_shows_a_wrong_sampler(tiny_config, tiny_params, rollouts):
@@ -239,7 +238,80 @@ def test_all_masked_batch_gives_a_zero_gradient(tiny_config, tiny_params, rollou
     after, metrics = one_update(program_for(tiny_config), tiny_params, empty, O.get("lpo-forward"))
     chex.assert_trees_all_equal(after.params, tiny_params)
     assert metrics["actor/grad_norm"] == 0
+    of_tokens = {
+        name: metrics.pop(name) for name in list(metrics) if "logp_gap" in name or "probs_diff" in name
+    }
+    assert len(of_tokens) == 4 and np.isnan(list(of_tokens.values())).all()  # there is none to compare
     chex.assert_tree_all_finite(metrics)
+
+
+def with_equal_rewards(rollouts):
+    """Groups 1 and 3 have no signal, and neither has response 2 of group 0, which is masked."""
+    rewards = np.array(rollouts.scored.rewards)
+    rewards[:] = [0, 1, 0, 1]
+    rewards[1], rewards[3] = 1, 0
+    valid = np.array(rollouts.scored.valid)
+    valid[0, 2] = False
+    return rollouts.replace(scored=rollouts.scored.replace(rewards=rewards, valid=valid))
+
+
+@pytest.mark.parametrize("budget", [10**6, S + 2 * T, 1])
+@pytest.mark.parametrize(
+    "name, first, left_out", [("lpo-forward", True, 2), ("lpo-forward", False, 0), ("grpo", False, 2)]
+)
+@in_float64
+def test_what_has_no_signal_does_not_run_and_changes_nothing(
+    tiny_config, tiny_params, rollouts, name, first, left_out, budget
+):
+    """In later updates LPO pulls groups of equal rewards back to uniform, so that these have a signal."""
+    rollouts = with_equal_rewards(behaviour(tiny_config, tiny_params, rollouts, noise=0.1))
+    runner, objective = program_for(tiny_config, budget), O.get(name)
+    scored = score(runner, tiny_params, rollouts.groups)
+    used = TokenStats(rollouts.scored.behaviour_logp) if first else scored
+    found = signal(objective, used, rollouts.scored)
+    everything, some = (
+        runner.pack(rollouts.groups, np.asarray(mask), rounded=rounded)
+        for mask, rounded in ((rollouts.scored.mask, False), (found.tokens, True))
+    )
+    want, _ = pull_back(runner, tiny_params, everything, found.cotangent)
+    got, stats = pull_back(runner, tiny_params, some, found.cotangent)
+    assert float(optax.global_norm(want)) > 1e-3
+    np.testing.assert_array_less(relative_error(got, want), EXACT)
+    ran = np.asarray(stats.logp != 0)
+    assert [ran[1].any(), ran[3].any()] == [left_out == 0] * 2
+    np.testing.assert_array_equal(ran[[0, 2]].any(-1), [[True, True, False, True], [True] * 4])
+    chex.assert_trees_all_close(np.where(ran, stats.logp, 0), np.where(ran, scored.logp, 0), atol=EXACT)
+
+
+def test_rows_end_at_their_last_token_with_a_cotangent(tiny_config, tiny_params, rollouts):
+    runner, groups = program_for(tiny_config), rollouts.groups
+    tokens = np.zeros((P, K, T), bool)
+    tokens[0, 0, 2] = tokens[2, 1, 0] = True
+    packed = runner.pack(groups, tokens, rounded=True)
+    assert packed.layout.num_tokens == groups.lengths[0] + 3 + groups.lengths[2] + 1
+    cotangent = TokenStats(tokens.astype(np.float32))
+    got, _ = pull_back(runner, tiny_params, packed, cotangent)
+    want, _ = pull_back(runner, tiny_params, groups, cotangent)
+    np.testing.assert_array_less(relative_error(got, want), GRADIENT_ROUNDING)
+
+
+def test_an_update_without_any_signal_is_still_a_step_of_the_optimizer(tiny_config, tiny_params, rollouts):
+    scored = rollouts.scored.replace(rewards=np.ones((P, K), np.float32))
+    runner, optimizer = program_for(tiny_config, S + 2 * T), Optimizer(optax.adam(0.1))
+    state = TrainState(jax.tree.map(jnp.copy, tiny_params), optimizer.init(tiny_params))
+    found = signal(O.get("lpo-forward"), TokenStats(scored.behaviour_logp), scored)
+    state, *_ = update(runner, optimizer, state, rollouts.groups, TokenStats(np.ones((P, K, T), np.float32)))
+    before = jax.tree.map(jnp.copy, (state.params, state.opt_state))
+    packed = runner.pack(rollouts.groups, np.asarray(found.tokens), rounded=True)
+    assert packed.layout.num_tokens == packed.layout.count == 0
+    state, stats, norm = update(runner, optimizer, state, packed, found.cotangent)
+    assert norm == 0 and not np.any(stats.logp)
+    moments = lambda opt: optax.tree_utils.tree_get(opt, "mu")  # noqa: E731
+    chex.assert_trees_all_close(
+        moments(state.opt_state), jax.tree.map(lambda m: 0.9 * m, moments(before[1])), rtol=1e-6
+    )
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), state.params, before[0])
+    assert max(jax.tree.leaves(moved)) > 1e-2  # the momentum goes on
 
 
 @pytest.mark.slow
