@@ -9,6 +9,7 @@ from lpo_jax.yaml_text import dump_yaml, parse_yaml
 
 PLAIN = {"output": "x", "model": {"path": "y"}, "task": "countdown"}
 KEYS = [key for key, _, _ in describe_options() if key not in FREE_FORM]
+TRACKERS = ("tracking.wandb", "tracking.trackio")
 
 
 def refusal(function, *arguments):

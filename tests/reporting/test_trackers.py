@@ -1,6 +1,11 @@
 """Weights & Biases and trackio, with the real packages and without a network: each row once, also over a resume."""
 
 import json
+import os
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -24,19 +29,24 @@ def interrupted_run(run_dir, **projects):
     return json.loads((run_dir / "trackers.json").read_text())
 
 
-def test_trackio_continues_the_run(tmp_path, monkeypatch):
+def test_trackio_continues_the_run(tmp_path):
     pytest.importorskip("trackio", reason="the extra [trackio] is not installed")
-    from trackio.sqlite_storage import SQLiteStorage
-
-    monkeypatch.setattr("trackio.utils.TRACKIO_DIR", tmp_path / "trackio")
-    monkeypatch.setattr("trackio.sqlite_storage.TRACKIO_DIR", tmp_path / "trackio", raising=False)
-    state = interrupted_run(tmp_path / "run", trackio="doctor")
-    assert state["rows"] == 4 and SQLiteStorage.get_runs("doctor") == [f"run-{state['id']}"]
-    rows = SQLiteStorage.get_logs("doctor", f"run-{state['id']}")
-    assert [(row["step"], row["actor/entropy"]) for row in rows] == [
-        (1, 1.125), (2, 2.125), (3, 3.125), (4, 4.125)
-    ]  # fmt: skip
-    assert "actor/grad_norm" in rows[0] and "actor/grad_norm" not in rows[1]
+    script = (
+        "import sys; from pathlib import Path; from test_trackers import interrupted_run;"
+        "interrupted_run(Path(sys.argv[1]), trackio='doctor')"
+    )
+    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    environment = os.environ | {"TRACKIO_DIR": str(tmp_path / "trackio"), "PYTHONPATH": paths}
+    subprocess.run([sys.executable, "-c", script, str(tmp_path / "run")], env=environment, check=True)
+    state = json.loads((tmp_path / "run" / "trackers.json").read_text())
+    with sqlite3.connect(tmp_path / "trackio" / "doctor.db") as database:
+        rows = database.execute("select run_name, step, metrics from metrics order by id").fetchall()
+    assert state["rows"] == 4 and {name for name, *_ in rows} == {f"run-{state['id']}"}
+    values = [(step, json.loads(metrics)) for _, step, metrics in rows]
+    assert [(step, row["actor/entropy"]) for step, row in values] == [
+        (step, step + 0.125) for step in (1, 2, 3, 4)
+    ]
+    assert "actor/grad_norm" in values[0][1] and "actor/grad_norm" not in values[1][1]
 
 
 def test_wandb_continues_the_run(tmp_path, monkeypatch):

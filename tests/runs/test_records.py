@@ -57,8 +57,8 @@ def test_records_of_tokens_are_complete(run_config):
         lists = {key: value for key, value in record.items() if key.startswith("token_")}
         assert len(lists) == 6 and {len(value) for value in lists.values()} == {record["tokens"]}
         assert "".join(record["token_text"]).removesuffix("<end>") == record["output"]
-        np.testing.assert_allclose(record["logp"], np.mean(record["token_logp"]), atol=2e-4)
-        np.testing.assert_allclose(record["entropy"], np.mean(record["token_entropy"]), atol=2e-4)
+        np.testing.assert_allclose(record["logp"], np.mean(record["token_logp"]), atol=4e-4)
+        np.testing.assert_allclose(record["entropy"], np.mean(record["token_entropy"]), atol=4e-4)
         assert record["behaviour_step"] == 0 and record["gts"].strip("7") == ""
     first, second = records[:8], records[8:]
     assert {ratio for record in first for ratio in record["token_ratio"]} == {1.0}
