@@ -49,8 +49,17 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--micro", type=int, default=8, help="rows per microbatch of the peer (%(default)s)")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument(
+        "--without-signal", type=float, default=0.0, help="share of groups of equal rewards (step)"
+    )
     arguments, overrides = parser.parse_known_args()
-    shapes = Shapes(arguments.prompts, arguments.responses, arguments.prompt_tokens, arguments.tokens)
+    shapes = Shapes(
+        arguments.prompts,
+        arguments.responses,
+        arguments.prompt_tokens,
+        arguments.tokens,
+        without_signal=arguments.without_signal,
+    )
 
     with tempfile.TemporaryDirectory() as folder:
         load_model(arguments.model).save(f"{folder}/hf")  # the same weights in the format of transformers
@@ -75,6 +84,7 @@ def main() -> None:
             "responses": shapes.responses,
             "prompt_tokens": shapes.prompt_tokens,
             "tokens": shapes.tokens,
+            "without_signal": shapes.without_signal,
             "seconds": statistics.median(ours),
             "peer_seconds": statistics.median(theirs),
             "tokens_per_s": tokens / statistics.median(ours),

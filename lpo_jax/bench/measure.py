@@ -118,7 +118,7 @@ def peak_memory() -> int:
 # tokenizers.
 _WORDS = ((" the", " of"), ("a", "b"))
 
-# A task whose rewards differ within a group.
+# A task whose rewards differ within a group, except for those of the first rows.
 _TASK = """
 import zlib
 
@@ -127,7 +127,7 @@ def dataset(split):
     return [{{"prompt": word * {prompt_tokens}, "row": i}} for i in range({rows})]
 
 def verify(response, example):
-    return float(zlib.crc32(response.encode()) % 2)
+    return float(example["row"] < {equal} or zlib.crc32(response.encode()) % 2)
 """
 
 
@@ -146,8 +146,8 @@ def bench_session(model: str, shapes: Shapes, repeats: int, overrides: Sequence[
             f"{model}: cannot make a prompt of exactly {S} tokens by repeating a word with its tokenizer"
         )
     with tempfile.TemporaryDirectory() as folder:
-        task = Path(folder) / "task.py"
-        task.write_text(_TASK.format(words=fitting[0], prompt_tokens=S, rows=shapes.prompts))
+        task, equal = Path(folder) / "task.py", round(shapes.without_signal * shapes.prompts)
+        task.write_text(_TASK.format(words=fitting[0], prompt_tokens=S, rows=shapes.prompts, equal=equal))
         values = {
             "output": f"{folder}/run",
             "model": {"path": model},

@@ -22,6 +22,7 @@ class Shapes:
       prompt_tokens: S, the length of every prompt.
       tokens: T, the length of every response, or the maximum length if they are uneven.
       uneven: whether response lengths are geometric with a mean of T / 8.
+      without_signal: share of the groups of a step whose rewards are all equal.
     """
 
     prompts: int
@@ -29,6 +30,7 @@ class Shapes:
     prompt_tokens: int
     tokens: int
     uneven: bool = False
+    without_signal: float = 0.0
 
     def lengths(self, seed: int = 0) -> np.ndarray:
         """Return the response lengths, `[P, K]` int32."""

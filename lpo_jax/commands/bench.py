@@ -4,7 +4,7 @@ import argparse
 import contextlib
 
 from lpo_jax.commands.devices import open_devices
-from lpo_jax.commands.parsers import CommandParser
+from lpo_jax.commands.parsers import CommandParser, finite
 from lpo_jax.errors import UserError
 from lpo_jax.json_lines import print_line
 
@@ -26,6 +26,8 @@ def add_arguments(command: CommandParser) -> None:
         command.add_argument(f"--{name}", type=int, default=default, metavar="N", help=text)
     text = "geometric response lengths with a mean of an eighth of --tokens"
     command.add_argument("--uneven", action="store_true", help=text)
+    text = "share of the groups of a step whose rewards are all equal (0)"
+    command.add_argument("--without-signal", type=finite, default=0.0, metavar="SHARE", help=text)
     command.add_argument("--json", action="store_true", help="print all results as one JSON line")
 
 
@@ -33,7 +35,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Run `lpo bench`.
 
     Raises:
-      UserError: a number is not positive, uneven lengths are requested for a whole step, or a config key is invalid.
+      UserError: a number is out of range, an option does not apply to `what`, or a config key is invalid.
     """
     from lpo_jax.bench import measure
     from lpo_jax.bench.work import Shapes
@@ -41,12 +43,19 @@ def run(arguments: argparse.Namespace) -> None:
     open_devices()
     what, repeats = arguments.what, arguments.repeats
     shapes = Shapes(
-        arguments.prompts, arguments.responses, arguments.prompt_tokens, arguments.tokens, arguments.uneven
+        arguments.prompts,
+        arguments.responses,
+        arguments.prompt_tokens,
+        arguments.tokens,
+        arguments.uneven,
+        arguments.without_signal,
     )
     if min(shapes.prompts, shapes.responses, shapes.prompt_tokens, shapes.tokens, repeats) < 1:
         raise UserError(
             "lpo bench: --prompts, --responses, --prompt-tokens, --tokens and --repeats must be at least 1"
         )
+    if not 0 <= shapes.without_signal <= 1 or (shapes.without_signal and what != "step"):
+        raise UserError("lpo bench: --without-signal is a share from 0 to 1 of the groups of a step")
     if what == "step" and shapes.uneven:
         raise UserError("lpo bench step: a step has no fixed lengths; --uneven requires sample or train")
     with (

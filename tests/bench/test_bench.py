@@ -11,6 +11,7 @@ from lpo_jax.bench import measure
 from lpo_jax.bench.work import Shapes, Work
 from lpo_jax.commands.main import main
 from lpo_jax.models.decoder import init_params
+from lpo_jax.reporting import read_metrics
 
 
 def test_work_counts_every_weight_once_for_each_token():
@@ -64,9 +65,23 @@ def test_every_benchmark_prints_one_json_line(what, tiny_model, capsys, monkeypa
     assert result["model_flops"] > 0 and result["peak_memory_bytes"] > 0
 
 
+def test_groups_without_signal_do_not_run(tiny_model, no_plots):
+    shapes = Shapes(4, 4, 8, 6, without_signal=0.75)
+    overrides = ["--rewards.workers=1", "--mesh.devices=1"]
+    with (
+        measure.bench_session(str(tiny_model), shapes, 1, overrides) as session,
+        measure.step_call(session) as run,
+    ):
+        run()
+        row = read_metrics(session.config.output)[-1]
+    assert row["lpo/degenerate_group_frac"] >= 0.75 and row["perf/signal_fraction"] <= 0.25
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["step", "--without-signal=1.5"], "from 0 to 1"),
+        (["train", "--without-signal=0.5"], "of the groups of a step"),
         (["sample", "--tokens=0"], "at least 1"),
         (["step", "--uneven"], "requires sample or train"),
         (["train", "--training.tokens=3"], "unknown key"),
