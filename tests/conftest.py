@@ -33,7 +33,9 @@ sys.path.insert(0, str(Path(__file__).parent))  # so that tests can import tiny.
 from tiny import CONFIG, VERIFIER, character_tokenizer, run_values
 
 from lpo_jax.models.decoder import init_params
+from lpo_jax.models.packing import full_layout
 from lpo_jax.models.runner import ModelRunner
+from lpo_jax.parallel.sharding import batch_shards
 
 pytest_plugins = ["margins"]
 
@@ -93,7 +95,13 @@ def no_plots(monkeypatch):
 @pytest.fixture
 def one_layout(monkeypatch):
     """Run padded groups: the shapes of packed rows depend on sampled lengths, and each needs another program."""
-    monkeypatch.setattr(ModelRunner, "pack", lambda self, groups, mask: groups)
+
+    def pack(self, groups, mask, *, rounded=False):
+        P, K, T = mask.shape
+        layout = full_layout(P, K, groups.prompts.shape[1], T, self.token_budget, batch_shards())
+        return groups.replace(layout=layout)
+
+    monkeypatch.setattr(ModelRunner, "pack", pack)
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,6 @@ import yaml
 from lpo_jax.commands import main as cli
 from lpo_jax.config import parse_config
 from lpo_jax.errors import UserError
-from lpo_jax.models.runner import ModelRunner
 from lpo_jax.objectives import vocabulary
 from lpo_jax.reporting import read_metrics
 from lpo_jax.rollout.hooks.base import Tools
@@ -111,13 +110,12 @@ def config_of(run_config, task_file):
 
 
 @pytest.fixture
-def watched(monkeypatch):
+def watched(monkeypatch, one_layout):
     """A list that gets a record of every step: calls of the sampler, the round, its rollouts, and update inputs.
 
     Rows are not packed by their actual lengths, so that all runs share a few compiled programs.
     """
     steps = []
-    monkeypatch.setattr(ModelRunner, "pack", lambda self, groups, mask: groups)
 
     def spy(owner, name, note):
         real = getattr(owner, name)
