@@ -32,9 +32,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lpo_jax import objectives
-from lpo_jax.bench.machine import Machine, peak_memory, seconds
-from lpo_jax.bench.shapes import Shapes
-from lpo_jax.bench.work import Work
+from lpo_jax.bench.measure import Machine, peak_memory, seconds
+from lpo_jax.bench.work import Shapes, Work
 from lpo_jax.config import OptimizerConfig
 from lpo_jax.models.config import ModelConfig
 from lpo_jax.models.decoder import Params, init_params

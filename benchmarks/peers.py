@@ -35,8 +35,8 @@ import transformers
 
 from lpo_jax import load_model
 from lpo_jax.bench import measure
-from lpo_jax.bench.machine import seconds
-from lpo_jax.bench.shapes import Shapes
+from lpo_jax.bench.measure import seconds
+from lpo_jax.bench.work import Shapes
 
 
 def main() -> None:

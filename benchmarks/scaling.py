@@ -23,9 +23,8 @@ from lpo_jax.json_lines import print_line
 keep_freed_memory()
 
 from lpo_jax.bench import measure
-from lpo_jax.bench.machine import alternate, seconds
-from lpo_jax.bench.shapes import Shapes
-from lpo_jax.bench.work import Work
+from lpo_jax.bench.measure import alternate, seconds
+from lpo_jax.bench.work import Shapes, Work
 
 POINTS = {
     "tokens": [Shapes(1, 8, 64, tokens) for tokens in (64, 256, 1024, 2048)],

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 import optax
 
-from lpo_jax.bench.machine import seconds
+from lpo_jax.bench.measure import seconds
 from lpo_jax.config import load_config
 from lpo_jax.rollout.hooks import open_hooks
 from lpo_jax.rollout.rounds import make_batch, sample_round

@@ -16,8 +16,8 @@ from lpo_jax.json_lines import print_line
 keep_freed_memory()
 
 from lpo_jax.bench import measure
-from lpo_jax.bench.machine import seconds
-from lpo_jax.bench.shapes import Shapes
+from lpo_jax.bench.measure import seconds
+from lpo_jax.bench.work import Shapes
 
 
 def main() -> None:

@@ -30,7 +30,10 @@ Word = Annotated[str, Field(pattern=r"\S")]
 
 
 def _option(default: Json, doc: str) -> Json:
-    return dataclasses.field(default=default, metadata={"doc": doc})
+    metadata = {"doc": doc}
+    if isinstance(default, dict):
+        return dataclasses.field(default_factory=default.copy, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 class _Strict:
@@ -66,11 +69,8 @@ class ModelSection(_Strict):
     attention: Literal["auto", "plain", "pallas"] = _option(
         "auto", "plain: matrix products; pallas: TPU kernels; auto: pallas on TPUs, else plain."
     )
-    template_arguments: dict[str, Json] = dataclasses.field(
-        default_factory=dict,
-        metadata={
-            "doc": "Chat template arguments, such as {enable_thinking: false}; `chat_template` selects a template."
-        },
+    template_arguments: dict[str, Json] = _option(
+        {}, "Chat template arguments, such as {enable_thinking: false}; `chat_template` selects a template."
     )
     lora: LoraSection = LoraSection()
 
@@ -102,6 +102,11 @@ class SamplingSection(_Strict):
     max_rows: NonNegative = _option(
         0,
         "Responses decoded at once, which bounds memory; finished ones free their slots. 0 decodes all at once.",
+    )
+    ahead: NonNegative = _option(
+        0,
+        "Steps whose prompts may take the slots that are idle while the last responses of a step are sampled. Their "
+        "tokens are up to so many steps older than the weights that learn from them. 0 disables it.",
     )
     max_prompt_tokens: Positive = _option(1024, "Largest number of tokens in a prompt.")
     overlong_prompts: Literal["error", "drop"] = _option(
@@ -276,12 +281,9 @@ class Config(_Strict):
     output: str = _option("", "Run directory. `--resume` continues the run in it.")
     seed: NonNegative = _option(0, "Seed of the data order, sampling and evaluation.")
     model: ModelSection = ModelSection()
-    task: dict[str, Json] = dataclasses.field(
-        default_factory=dict, metadata={"doc": "Name and options of the task."}
-    )
-    objective: dict[str, Json] = dataclasses.field(
-        default_factory=lambda: {"name": "lpo-forward"},
-        metadata={"doc": "Name and options of the method; see `lpo methods`."},
+    task: dict[str, Json] = _option({}, "Name and options of the task.")
+    objective: dict[str, Json] = _option(
+        {"name": "lpo-forward"}, "Name and options of the method; see `lpo methods`."
     )
     rewards: RewardsSection = RewardsSection()
     sampling: SamplingSection = SamplingSection()
@@ -380,23 +382,17 @@ def _describe(cls, prefix):
 
 
 def _show(value) -> str:
-    return yaml.safe_dump(list(value) if isinstance(value, tuple) else value, default_flow_style=True).split(
-        "\n"
-    )[0]
+    plain = list(value) if isinstance(value, tuple) else value
+    return yaml.safe_dump(plain, default_flow_style=True).split("\n")[0]
 
 
 def _numbers(key: str, value: Json) -> Iterator[tuple[str, float]]:
     """Yield (dotted key, number) for every floating-point number in plain values."""
     if isinstance(value, float):
         yield key, value
-    items = (
-        value.items()
-        if isinstance(value, Mapping)
-        else enumerate(value)
-        if isinstance(value, list | tuple)
-        else ()
-    )
-    for name, item in items:
+    if isinstance(value, list | tuple):
+        value = dict(enumerate(value))
+    for name, item in value.items() if isinstance(value, Mapping) else ():
         yield from _numbers(f"{key}.{name}", item)
 
 
@@ -429,12 +425,10 @@ def _explain(error) -> str:
     location = [str(part) for part in error["loc"]]
     key = ".".join(location)
     if error["type"] == "unexpected_keyword_argument":
-        known = [name for name, _, _ in describe_options()] + [
-            field.name for field in dataclasses.fields(Config)
-        ]
-        siblings = [
-            name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == ".".join(location[:-1])
-        ]
+        known = [name for name, _, _ in describe_options()]
+        known += [field.name for field in dataclasses.fields(Config)]
+        section = ".".join(location[:-1])
+        siblings = [name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == section]
         hint = nearest(location[-1], siblings) or nearest(key, known)
         return f"unknown key {key!r}{hint or '; `lpo train --help` lists them'}"
     return f"{key}: {error['msg'][0].lower()}{error['msg'][1:]}, got {error['input']!r}"

@@ -7,17 +7,20 @@ waits for its results (`block_until_ready`), and compile time is reported separa
 import contextlib
 import dataclasses
 import functools
+import resource
 import statistics
+import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
-from lpo_jax.bench.machine import alternate, peak_memory, seconds
-from lpo_jax.bench.shapes import Shapes
-from lpo_jax.bench.work import Work
+from lpo_jax.bench.work import Shapes, Work
 from lpo_jax.config import override_config, parse_config
 from lpo_jax.errors import UserError
 from lpo_jax.models.load import load_config_and_tokenizer
@@ -35,6 +38,81 @@ from lpo_jax.training.learner import Learner
 from lpo_jax.training.loop import run_step
 from lpo_jax.training.session import Session, open_session
 from lpo_jax.types import Json
+
+# Width of the square matrix product, and number of elements copied. Both are large enough for full speed; on an
+# accelerator a smaller product or copy takes little longer than its launch.
+WIDTH, COPIED = 4096, 1 << 26
+ACCELERATOR_WIDTH, ACCELERATOR_COPIED = 8192, 1 << 29
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """Peak rates of one device.
+
+    Attributes:
+      matrix_flops: FLOP/s of a large matrix product in the dtype of the benchmark.
+      copy_bytes: bytes/s of a large copy, counting reads and writes.
+    """
+
+    matrix_flops: float
+    copy_bytes: float
+
+    @classmethod
+    def measure(cls, dtype: DTypeLike, repeats: int = 5) -> "Machine":
+        """Measure the rates: the medians of `repeats` timed calls after one untimed call.
+
+        The operands are random, because accelerators multiply constants faster than real data.
+        """
+        on_cpu = jax.default_backend() == "cpu"
+        width, copied = (WIDTH, COPIED) if on_cpu else (ACCELERATOR_WIDTH, ACCELERATOR_COPIED)
+        a = jax.random.normal(jax.random.key(0), (width, width), dtype)
+        precision = "float32" if a.dtype == jnp.float32 else "default"
+        product = jax.jit(lambda x, y: jnp.matmul(x, y, precision=precision))
+        x = jnp.ones((copied,), jnp.float32)
+        copy = jax.jit(lambda x, by: x + by)
+        return cls(
+            2 * width**3 / median(lambda: product(a, a), repeats),
+            2 * x.nbytes / median(lambda: copy(x, 1.0), repeats),
+        )
+
+
+def seconds(function: Callable[[], object]) -> float:
+    """Return the wall-clock seconds that a call of `function` takes, including the computation of its result."""
+    started = time.perf_counter()
+    jax.block_until_ready(function())
+    return time.perf_counter() - started
+
+
+def median(function: Callable[[], object], repeats: int) -> float:
+    """Return the median seconds of `repeats` calls, after one uncounted call."""
+    seconds(function)
+    return statistics.median(seconds(function) for _ in range(repeats))
+
+
+def alternate(function: Callable[[], object], repeats: int, dtype: DTypeLike) -> tuple[list[float], Machine]:
+    """Time calls of a function and measure the machine before, between and after them.
+
+    The rates of a shared machine change from minute to minute, so the measurements alternate.
+
+    Returns:
+      The seconds of each of `repeats` calls, and the median rates of the machine.
+    """
+    machines, times = [Machine.measure(dtype)], []
+    for _ in range(repeats):
+        times.append(seconds(function))
+        machines.append(Machine.measure(dtype))
+    rates = zip(*map(dataclasses.astuple, machines))
+    return times, Machine(*map(statistics.median, rates))
+
+
+def peak_memory() -> int:
+    """Return the peak memory in bytes: of the device if it counts them, otherwise of this process."""
+    stats = jax.devices()[0].memory_stats()
+    if stats and "peak_bytes_in_use" in stats:
+        return stats["peak_bytes_in_use"]
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kilobytes if sys.platform == "darwin" else kilobytes * 1024
+
 
 # Words that stay one token each when repeated: the first pair for byte-pair tokenizers, the second for character
 # tokenizers.
@@ -158,6 +236,7 @@ def time_call(
     work = Work.forward(session.model.architecture, shapes, lengths, dtype.itemsize)
     passes = {"sample": 1, "train": 3, "step": 4}[what]  # the backward pass is two more
     tokens = lengths.sum() + (shapes.prompts * shapes.prompt_tokens if what == "train" else 0)
+    gradient_bytes = passes * work.weight_bytes + work.cache_bytes
     floor = passes * work.product_flops / machine.matrix_flops
     return {
         "benchmark": what,
@@ -170,9 +249,7 @@ def time_call(
         "compile_s": max(0.0, first - middle),
         "peak_memory_bytes": peak_memory(),
         "model_flops": passes * work.flops,
-        "model_bytes": work.sampling_bytes
-        if what == "sample"
-        else passes * work.weight_bytes + work.cache_bytes,
+        "model_bytes": work.sampling_bytes if what == "sample" else gradient_bytes,
         "machine_matrix_flops_per_s": machine.matrix_flops,
         "machine_copy_bytes_per_s": machine.copy_bytes,
         "floor_seconds": floor,

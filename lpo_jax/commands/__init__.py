@@ -1,5 +1,5 @@
-"""The command line: one file per command, each with `add_parser` (its arguments) and `run` (its implementation).
+"""The command line: one file per command, with `add_arguments` and `run`; `resumable` has all that run a config.
 
-`main` holds the table of commands and prints errors as one line; `parsers`, `devices` and `resumable` hold code that
-several commands share. Heavy imports are inside `run`, so `lpo --help` stays fast.
+`main` holds the table of commands and prints errors as one line; `parsers` and `devices` hold code that several
+commands share. Heavy imports are inside `run`, so `lpo --help` stays fast.
 """

@@ -4,19 +4,13 @@ import argparse
 import contextlib
 
 from lpo_jax.commands.devices import open_devices
-from lpo_jax.commands.parsers import Subparsers, add_command
+from lpo_jax.commands.parsers import CommandParser
 from lpo_jax.errors import UserError
 from lpo_jax.json_lines import print_line
 
 
-def add_parser(subparsers: Subparsers) -> None:
-    """Add the parser of `lpo bench`."""
-    command = add_command(
-        subparsers,
-        "bench",
-        "time sampling, the gradient or a whole step and compare it with this machine's peak rates",
-        configurable=True,
-    )
+def add_arguments(command: CommandParser) -> None:
+    """Add the arguments of `lpo bench`."""
     command.add_argument(
         "what", choices=("sample", "train", "step"), help="sampling, the gradient, or a whole step"
     )
@@ -28,14 +22,10 @@ def add_parser(subparsers: Subparsers) -> None:
         ("tokens", 64, "tokens per response"),
         ("repeats", 5, "timed calls"),
     ):
-        command.add_argument(
-            f"--{name}", type=int, default=default, metavar="N", help=f"{text} (%(default)s)"
-        )
-    command.add_argument(
-        "--uneven",
-        action="store_true",
-        help="geometric response lengths with a mean of an eighth of --tokens",
-    )
+        text += " (%(default)s)"
+        command.add_argument(f"--{name}", type=int, default=default, metavar="N", help=text)
+    text = "geometric response lengths with a mean of an eighth of --tokens"
+    command.add_argument("--uneven", action="store_true", help=text)
     command.add_argument("--json", action="store_true", help="print all results as one JSON line")
 
 
@@ -46,7 +36,7 @@ def run(arguments: argparse.Namespace) -> None:
       UserError: a number is not positive, uneven lengths are requested for a whole step, or a config key is invalid.
     """
     from lpo_jax.bench import measure
-    from lpo_jax.bench.shapes import Shapes
+    from lpo_jax.bench.work import Shapes
 
     open_devices()
     what, repeats = arguments.what, arguments.repeats

@@ -1,22 +1,17 @@
 """`lpo data`: show a task's rows, prompts and content hash, and verify its solutions."""
 
 import argparse
+import dataclasses
 import functools
 import os
 
-from lpo_jax.commands.parsers import Subparsers, add_command
+from lpo_jax.commands.parsers import CommandParser
 from lpo_jax.errors import UserError
 from lpo_jax.json_lines import print_line
 
 
-def add_parser(subparsers: Subparsers) -> None:
-    """Add the parser of `lpo data`."""
-    command = add_command(
-        subparsers,
-        "data",
-        "read a task's data, verify its solutions, and show its rows, prompts and content hash",
-        configurable=True,
-    )
+def add_arguments(command: CommandParser) -> None:
+    """Add the arguments of `lpo data`."""
     command.add_argument(
         "target", metavar="CONFIG|TASK", help="YAML file, or a task's name with --task.option=value"
     )
@@ -56,12 +51,7 @@ def run(arguments: argparse.Namespace) -> None:
                 "decode": tokenizer.decode,
                 "written": lambda row: solution_text(task, tokenizer, row, eos_ids),
             }
-    pool = {
-        "workers": config.rewards.workers,
-        "timeout": config.rewards.timeout,
-        "allow_weak_sandbox": config.rewards.allow_weak_sandbox,
-    }
-    summary = describe_task(task, **encoding, pool=pool)
+    summary = describe_task(task, **encoding, pool=dataclasses.asdict(config.rewards))
     if arguments.json:
         print_line(summary)
     else:

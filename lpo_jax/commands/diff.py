@@ -2,16 +2,11 @@
 
 import argparse
 
-from lpo_jax.commands.parsers import Subparsers, add_command
+from lpo_jax.commands.parsers import CommandParser
 
 
-def add_parser(subparsers: Subparsers) -> None:
-    """Add the parser of `lpo diff`."""
-    command = add_command(
-        subparsers,
-        "diff",
-        "show what differs between two runs: settings, code, data, first step, prompt and token",
-    )
+def add_arguments(command: CommandParser) -> None:
+    """Add the arguments of `lpo diff`."""
     command.add_argument("first", metavar="RUN", help="run directory")
     command.add_argument("second", metavar="RUN", help="run directory")
 

@@ -7,24 +7,15 @@ from pathlib import Path
 
 from lpo_jax.commands import suite
 from lpo_jax.commands.devices import open_devices
-from lpo_jax.commands.parsers import Subparsers, add_checkpoint_option, add_command
+from lpo_jax.commands.parsers import CommandParser, add_checkpoint_option
 from lpo_jax.errors import UserError
 from lpo_jax.json_lines import print_line
 
 
-def add_parser(subparsers: Subparsers) -> None:
-    """Add the parser of `lpo eval`."""
-    command = add_command(
-        subparsers,
-        "eval",
-        "held-out pass@k of a run or of a config's model; with --suite, evaluate any model on benchmarks",
-        configurable=True,
-    )
-    command.add_argument(
-        "target",
-        metavar="CONFIG|RUN|MODEL",
-        help="YAML file or run directory; with --suite, a run directory or a model",
-    )
+def add_arguments(command: CommandParser) -> None:
+    """Add the arguments of `lpo eval`."""
+    text = "YAML file or run directory; with --suite, a run directory or a model"
+    command.add_argument("target", metavar="CONFIG|RUN|MODEL", help=text)
     add_checkpoint_option(command)
     command.add_argument("--json", action="store_true", help="print the summary as JSON")
     suite.add_options(command)

@@ -3,21 +3,16 @@
 import argparse
 
 from lpo_jax.commands.devices import open_devices
-from lpo_jax.commands.parsers import Subparsers, add_checkpoint_option, add_command
+from lpo_jax.commands.parsers import CommandParser, add_checkpoint_option
 
 
-def add_parser(subparsers: Subparsers) -> None:
-    """Add the parser of `lpo export`."""
-    command = add_command(subparsers, "export", "write a run's model as a Hugging Face directory")
+def add_arguments(command: CommandParser) -> None:
+    """Add the arguments of `lpo export`."""
     command.add_argument("source", metavar="RUN", help="run directory")
     command.add_argument("out", metavar="OUT", help="directory to create")
     add_checkpoint_option(command)
-    command.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16"),
-        default="float32",
-        help="dtype of the saved weights (float32)",
-    )
+    dtypes, text = ("float32", "bfloat16"), "dtype of the saved weights (float32)"
+    command.add_argument("--dtype", choices=dtypes, default="float32", help=text)
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -14,47 +14,65 @@ from lpo_jax import __version__
 from lpo_jax.allocator import keep_freed_memory
 from lpo_jax.commands import (
     bench,
-    compare,
     data,
     diff,
     evaluate,
     export,
-    meta,
     methods,
-    parsers,
     plan,
     report,
+    resumable,
     sample,
-    sft,
     show,
     simplex,
-    train,
     watch,
 )
+from lpo_jax.commands.parsers import CommandParser
 from lpo_jax.commands.resumable import STOPPED
 from lpo_jax.errors import RunStopped, UserError
 
-# Each command's parser and function, in the order of `lpo --help`.
-COMMANDS: dict[
-    str, tuple[Callable[[parsers.Subparsers], None], Callable[[argparse.Namespace], int | None]]
-] = {
-    "train": (train.add_parser, train.run),
-    "sft": (sft.add_parser, sft.run),
-    "meta": (meta.add_parser, meta.run),
-    "compare": (compare.add_parser, compare.run),
-    "eval": (evaluate.add_parser, evaluate.run),
-    "show": (show.add_parser, show.run),
-    "report": (report.add_parser, report.run),
-    "watch": (watch.add_parser, watch.run),
-    "diff": (diff.add_parser, diff.run),
-    "sample": (sample.add_parser, sample.run),
-    "export": (export.add_parser, export.run),
-    "methods": (methods.add_parser, methods.run),
-    "simplex": (simplex.add_parser, simplex.run),
-    "bench": (bench.add_parser, bench.run),
-    "plan": (plan.add_parser, plan.run),
-    "data": (data.add_parser, data.run),
+Runner = Callable[[argparse.Namespace], int | None]
+
+# Each command's arguments and function, in the order of `lpo --help`.
+COMMANDS: dict[str, tuple[Callable[[CommandParser], None], Runner]] = {
+    "train": (resumable.add_arguments, resumable.run_train),
+    "sft": (resumable.add_arguments, resumable.run_sft),
+    "meta": (resumable.add_arguments, resumable.run_meta),
+    "compare": (resumable.add_arguments, resumable.run_compare),
+    "eval": (evaluate.add_arguments, evaluate.run),
+    "show": (show.add_arguments, show.run),
+    "report": (report.add_arguments, report.run),
+    "watch": (watch.add_arguments, watch.run),
+    "diff": (diff.add_arguments, diff.run),
+    "sample": (sample.add_arguments, sample.run),
+    "export": (export.add_arguments, export.run),
+    "methods": (methods.add_arguments, methods.run),
+    "simplex": (simplex.add_arguments, simplex.run),
+    "bench": (bench.add_arguments, bench.run),
+    "plan": (plan.add_arguments, plan.run),
+    "data": (data.add_arguments, data.run),
 }
+# What each command does, in one line.
+HELP = {
+    "train": "train a model on a task with Listwise Policy Optimization or a related method",
+    "sft": "run the config's supervised warm start by itself",
+    "meta": "learn the mirror map of gbmpo-mirror by evolution; every candidate is one run of the config",
+    "compare": "run the config with many methods, paired by seed, and report their differences",
+    "eval": "held-out pass@k of a run or of a config's model; with --suite, evaluate any model on benchmarks",
+    "show": "show a run in the terminal: verdict and steps, responses, or one group with w*, P and c",
+    "report": "write one HTML file about a run, or about several with their curves on top of each other",
+    "watch": "serve the report of a running, finished or stopped run on this machine, read only",
+    "diff": "show what differs between two runs: settings, code, data, first step, prompt and token",
+    "sample": "print responses of a model to prompts",
+    "export": "write a run's model as a Hugging Face directory",
+    "methods": "list the methods with their formulas and options",
+    "simplex": "draw the targets and updates of methods for three responses as a PNG file",
+    "bench": "time sampling, the gradient or a whole step and compare it with this machine's peak rates",
+    "plan": "compile a config for a slice without having one: what fits, how long a step takes, better settings",
+    "data": "read a task's data, verify its solutions, and show its rows, prompts and content hash",
+}
+# Commands that accept config keys: all arguments that their parser does not know.
+_CONFIGURABLE = ("train", "sft", "meta", "compare", "eval", "bench", "plan", "data")
 
 # A full, read-only or failing disk, wherever the error occurs. Code that has a better message raises its own error.
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
@@ -95,10 +113,20 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"lpo_jax {__version__}")
     subparsers = parser.add_subparsers(
-        dest="command", required=True, metavar="COMMAND", parser_class=parsers.CommandParser
+        dest="command", required=True, metavar="COMMAND", parser_class=CommandParser
     )
-    for add_parser, _ in COMMANDS.values():
-        add_parser(subparsers)
+    for name, text in HELP.items():
+        command = subparsers.add_parser(
+            name,
+            help=text,
+            description=text[0].upper() + text[1:] + ".",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        if name in _CONFIGURABLE:
+            command.set_defaults(overrides=[])
+        add_arguments, _ = COMMANDS[name]
+        add_arguments(command)
     return parser
 
 

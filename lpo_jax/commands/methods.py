@@ -3,13 +3,12 @@
 import argparse
 import json
 
-from lpo_jax.commands.parsers import Subparsers, add_command
+from lpo_jax.commands.parsers import CommandParser
 from lpo_jax.errors import UserError
 
 
-def add_parser(subparsers: Subparsers) -> None:
-    """Add the parser of `lpo methods`."""
-    command = add_command(subparsers, "methods", "list the methods with their formulas and options")
+def add_arguments(command: CommandParser) -> None:
+    """Add the arguments of `lpo methods`."""
     command.add_argument("names", nargs="*", metavar="NAME", help="methods to show (all)")
     command.add_argument("--json", action="store_true", help="print JSON")
     command.add_argument("--markdown", action="store_true", help="print the text of docs/methods.md")

@@ -2,11 +2,8 @@
 
 import argparse
 import math
-from typing import TypeAlias
 
 from lpo_jax.types import Json
-
-Subparsers: TypeAlias = "argparse._SubParsersAction[CommandParser]"
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -21,38 +18,10 @@ class CommandParser(argparse.ArgumentParser):
         return super().format_help()
 
 
-def add_command(subparsers: Subparsers, name: str, text: str, configurable: bool = False) -> CommandParser:
-    """Add the parser of a command.
-
-    Args:
-      subparsers: parsers of all commands.
-      name: name of the command.
-      text: one line of help, without a full stop.
-      configurable: whether the command accepts config keys. If so, `main` stores all arguments that the parser does
-        not know in `overrides`.
-
-    Returns:
-      The parser, to which the caller adds arguments.
-    """
-    command = subparsers.add_parser(
-        name,
-        help=text,
-        description=text[0].upper() + text[1:] + ".",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    if configurable:
-        command.set_defaults(overrides=[])
-    return command
-
-
 def add_checkpoint_option(command: CommandParser) -> None:
     """Add the option --checkpoint."""
-    command.add_argument(
-        "--checkpoint",
-        default="best",
-        help="best (by evaluation.score), latest, or the number of a step (best)",
-    )
+    text = "best (by evaluation.score), latest, or the number of a step (best)"
+    command.add_argument("--checkpoint", default="best", help=text)
 
 
 def finite(text: str) -> float:
@@ -105,7 +74,12 @@ def _mapping(text: str) -> dict[str, Json]:
     return value
 
 
-# Keyword arguments of `add_argument` for --template-arguments.
+# Keyword arguments of `add_argument` for --stop and --template-arguments.
+STOP: dict[str, Json] = {
+    "type": stop_string,
+    "action": "append",
+    "help": "a string that ends a response; may be repeated",
+}
 TEMPLATE_ARGUMENTS: dict[str, Json] = {
     "type": _mapping,
     "metavar": "{NAME: VALUE}",

@@ -4,21 +4,16 @@ import argparse
 import json
 import sys
 
-from lpo_jax.commands.parsers import Subparsers, add_command
+from lpo_jax.commands.parsers import CommandParser
 from lpo_jax.errors import UserError
 from lpo_jax.planner import topology
+from lpo_jax.types import Json
 
 DOES_NOT_FIT = 3  # exit status
 
 
-def add_parser(subparsers: Subparsers) -> None:
-    """Add the parser of `lpo plan`."""
-    command = add_command(
-        subparsers,
-        "plan",
-        "compile a config for a slice without having one: what fits, how long a step takes, better settings",
-        configurable=True,
-    )
+def add_arguments(command: CommandParser) -> None:
+    """Add the arguments of `lpo plan`."""
     command.add_argument("config", metavar="CONFIG", help="YAML file; only config.json of its model is read")
     command.add_argument(
         "--topology",
@@ -26,12 +21,8 @@ def add_parser(subparsers: Subparsers) -> None:
         metavar="CHIP:SHAPE",
         help=f"such as v5p:4x4x4 or h100:8; chips: {', '.join(topology.CHIPS)} (GPUs are estimated without compiling)",
     )
-    command.add_argument(
-        "--no-suggest",
-        dest="suggest",
-        action="store_false",
-        help="plan only the config; suggest no better settings",
-    )
+    text = "plan only the config; suggest no better settings"
+    command.add_argument("--no-suggest", dest="suggest", action="store_false", help=text)
     command.add_argument(
         "--whole",
         action="store_true",
@@ -67,16 +58,12 @@ def run(arguments: argparse.Namespace) -> int:
             f"sampling.max_prompt_tokens + max_tokens = {longest} is more than the {model.max_positions} positions of "
             f"{config.model.path}"
         )
-    result = plan(
-        config,
-        target,
-        model,
-        eos_ids,
-        objective,
-        suggest=arguments.suggest,
-        whole=arguments.whole,
-        report=lambda line: print(f"lpo: {line}", file=sys.stderr, flush=True),
-    )
+
+    def report(line: str) -> None:
+        print(f"lpo: {line}", file=sys.stderr, flush=True)
+
+    options: dict[str, Json] = {"suggest": arguments.suggest, "whole": arguments.whole, "report": report}
+    result = plan(config, target, model, eos_ids, objective, **options)
     if arguments.json:
         print(json.dumps(to_json(result), indent=2))
     else:

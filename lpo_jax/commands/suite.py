@@ -6,14 +6,13 @@ import os
 import re
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lpo_jax import __version__
-from lpo_jax.commands import parsers
 from lpo_jax.commands.devices import open_devices
-from lpo_jax.commands.parsers import CommandParser
+from lpo_jax.commands.parsers import STOP, TEMPLATE_ARGUMENTS, CommandParser, finite, positive, some_text
 from lpo_jax.commands.resumable import STOPPED
 from lpo_jax.errors import UserError
 from lpo_jax.json_lines import print_line
@@ -27,63 +26,40 @@ if TYPE_CHECKING:
 _MAX_TOKENS = {"math": 4096, "code": 4096}
 _DATA = (".jsonl", ".json", ".parquet", ".jsonl.gz", ".json.gz", ".csv", ".arrow")
 _SECONDS_BETWEEN_LINES = 15.0
+
+
+def _valued(kind: Callable[[str], Json], metavar: str, text: str) -> dict[str, Json]:
+    """Keyword arguments of `add_argument` for an option with a value."""
+    return {"type": kind, "metavar": metavar, "help": text}
+
+
 # Options that require --suite. Except for data_dir, task and out they are fields of `evaluation.suite.Settings`.
 _OPTIONS: dict[str, dict[str, Json]] = {
-    "data_dir": {
-        "type": parsers.some_text,
-        "metavar": "DIR",
-        "help": "folder with the suite's files (default: download from the hub)",
-    },
-    "task": {
-        "type": parsers.some_text,
-        "metavar": "NAME",
-        "help": "task of a data FILE: math, gsm8k, code, ...; set its options with --task.option=value",
-    },
-    "out": {
-        "type": parsers.some_text,
-        "metavar": "DIR",
-        "help": "directory for results and responses (runs/eval-MODEL-SUITE)",
-    },
-    "num_responses": {
-        "type": parsers.positive,
-        "metavar": "K",
-        "help": "samples per problem (set by each benchmark; 1 for a data FILE)",
-    },
-    "problems": {
-        "type": parsers.positive,
-        "metavar": "N",
-        "help": "use the first N problems of each benchmark (all)",
-    },
-    "temperature": {"type": parsers.finite, "metavar": "T", "help": "0 is greedy (0.6, as in the paper)"},
-    "top_p": {"type": parsers.finite, "metavar": "P", "help": "nucleus sampling (1.0: off)"},
-    "max_tokens": {
-        "type": parsers.positive,
-        "metavar": "N",
-        "help": "maximum tokens per response (4096 for math and code, else 1024)",
-    },
-    "max_prompt_tokens": {
-        "type": parsers.positive,
-        "metavar": "N",
-        "help": "maximum tokens per prompt (the model's positions less --max-tokens)",
-    },
+    "data_dir": _valued(some_text, "DIR", "folder with the suite's files (default: download from the hub)"),
+    "task": _valued(
+        some_text,
+        "NAME",
+        "task of a data FILE: math, gsm8k, code, ...; set its options with --task.option=value",
+    ),
+    "out": _valued(some_text, "DIR", "directory for results and responses (runs/eval-MODEL-SUITE)"),
+    "num_responses": _valued(positive, "K", "samples per problem (set by each benchmark; 1 for a data FILE)"),
+    "problems": _valued(positive, "N", "use the first N problems of each benchmark (all)"),
+    "temperature": _valued(finite, "T", "0 is greedy (0.6, as in the paper)"),
+    "top_p": _valued(finite, "P", "nucleus sampling (1.0: off)"),
+    "max_tokens": _valued(positive, "N", "maximum tokens per response (4096 for math and code, else 1024)"),
+    "max_prompt_tokens": _valued(
+        positive, "N", "maximum tokens per prompt (the model's positions less --max-tokens)"
+    ),
     "overlong_prompts": {"choices": ("error", "drop"), "help": "refuse longer prompts, or drop them (error)"},
-    "stop": {
-        "type": parsers.stop_string,
-        "action": "append",
-        "help": "a string that ends a response; may be repeated",
-    },
+    "stop": STOP,
     "chat": {
         "action": argparse.BooleanOptionalAction,
         "help": "format prompts with the chat template (set by the benchmark)",
     },
-    "template_arguments": parsers.TEMPLATE_ARGUMENTS,
-    "batch": {
-        "type": parsers.positive,
-        "metavar": "N",
-        "help": "prompts sampled together (as many as give 64 responses)",
-    },
+    "template_arguments": TEMPLATE_ARGUMENTS,
+    "batch": _valued(positive, "N", "prompts sampled together (as many as give 64 responses)"),
     "dtype": {"choices": ("float32", "bfloat16"), "help": "dtype of activations and products (float32)"},
-    "seed": {"type": int, "metavar": "N", "help": "seed of the samples and the bootstrap (0)"},
+    "seed": _valued(int, "N", "seed of the samples and the bootstrap (0)"),
     "allow_weak_sandbox": {
         "action": "store_true",
         "help": "run programs without bubblewrap; this is recorded",

@@ -2,16 +2,11 @@
 
 import argparse
 
-from lpo_jax.commands.parsers import Subparsers, add_command, natural
+from lpo_jax.commands.parsers import CommandParser, natural
 
 
-def add_parser(subparsers: Subparsers) -> None:
-    """Add the parser of `lpo watch`."""
-    command = add_command(
-        subparsers,
-        "watch",
-        "serve the report of a running, finished or stopped run on this machine, read only",
-    )
+def add_arguments(command: CommandParser) -> None:
+    """Add the arguments of `lpo watch`."""
     command.add_argument("runs", metavar="RUN", nargs="+", help="run directory")
     command.add_argument("--port", type=natural, default=8787, help="port; 0 takes a free one (8787)")
 

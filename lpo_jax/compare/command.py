@@ -15,11 +15,9 @@ import jax
 from lpo_jax import reporting
 from lpo_jax.compare.figures import save_figures
 from lpo_jax.compare.grid import Grid, make_grid, warm_config
-from lpo_jax.compare.outcome import Outcome
-from lpo_jax.compare.pairs import solved
 from lpo_jax.compare.pool import Job, divide_machine, run_jobs
 from lpo_jax.compare.report import render_report
-from lpo_jax.compare.table import Outcomes, make_table
+from lpo_jax.compare.table import Outcome, Outcomes, make_table, solved
 from lpo_jax.config import Config
 from lpo_jax.errors import RunStopped, UserError
 from lpo_jax.files import write_file
@@ -76,9 +74,7 @@ def _warm_start(config: Config, logs: Path, console) -> None:
 
 def load_outcomes(grid: Grid) -> Outcomes:
     """Read the outcomes of the finished cells, by (rule, method, seed)."""
-    found = {
-        (cell.rule, cell.method, cell.seed): Outcome.load(Path(cell.config.output)) for cell in grid.cells
-    }
+    found = {(c.rule, c.method, c.seed): Outcome.load(Path(c.config.output)) for c in grid.cells}
     return {key: outcome for key, outcome in found.items() if outcome is not None}
 
 

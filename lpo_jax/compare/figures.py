@@ -9,9 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from lpo_jax.compare.grid import Grid
-from lpo_jax.compare.outcome import CURVES
-from lpo_jax.compare.pairs import solved
-from lpo_jax.compare.table import POOLED, Outcomes
+from lpo_jax.compare.table import CURVES, POOLED, Outcomes, solved
 from lpo_jax.reporting.plots import COLORS, Panel, panel_axes, style_axes
 from lpo_jax.types import Json
 

@@ -153,9 +153,8 @@ def cell_base_config(config: Config) -> Config:
     if not config.warm_start.steps:
         return config
     model = dataclasses.replace(config.model, path=f"{config.output}/warm/hf", init="weights")
-    return dataclasses.replace(
-        config, model=model, warm_start=dataclasses.replace(config.warm_start, steps=0)
-    )
+    warm_start = dataclasses.replace(config.warm_start, steps=0)
+    return dataclasses.replace(config, model=model, warm_start=warm_start)
 
 
 def _cell_config(base: Config, rule: str | float, method: MethodSpec, seed: int) -> Config:

@@ -5,8 +5,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from lpo_jax.compare.grid import Grid
-from lpo_jax.compare.outcome import Outcome
-from lpo_jax.compare.table import POOLED, Outcomes
+from lpo_jax.compare.table import POOLED, Outcome, Outcomes
 from lpo_jax.config import Config
 from lpo_jax.reporting.text import duration
 from lpo_jax.types import Json

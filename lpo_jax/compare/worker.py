@@ -78,7 +78,7 @@ def _warm(config: Json) -> None:
 
 def _cell(config: Json) -> None:
     """Run one cell of the grid, resuming it if it was started before; delete its checkpoints at the end."""
-    from lpo_jax.compare.outcome import read_outcome
+    from lpo_jax.compare.table import read_outcome
     from lpo_jax.runs.directory import SAVED, RunDirectory, read_config
     from lpo_jax.training.loop import train
 

@@ -79,12 +79,8 @@ def sample_rows(
     """
     request = dataclasses.replace(request, seed=request.seed + SEED_OFFSET)
     for first in range(start, len(rows), prompts_per_batch):
-        yield collect(
-            weights,
-            list(enumerate(rows[first : first + prompts_per_batch], first)),
-            request,
-            at_least=prompts_per_batch,
-        )
+        batch = list(enumerate(rows[first : first + prompts_per_batch], first))
+        yield collect(weights, batch, request, at_least=prompts_per_batch)
 
 
 def evaluate_rows(

@@ -7,9 +7,12 @@ verifier failed is masked, not counted as wrong. A problem with fewer than k val
 excluded for that k, and the number of remaining problems is reported with the mean.
 """
 
+import collections
 from collections.abc import Iterable, Sequence
 
 import numpy as np
+
+from lpo_jax.types import Json
 
 _CONFIDENCE = 0.95
 _BLOCK = 2_000_000  # indices drawn at a time; bounds memory on benchmarks with thousands of problems
@@ -89,6 +92,18 @@ def bootstrap_interval(
     return float(lower), float(upper)
 
 
+def with_interval(values: np.ndarray, **options: Json) -> dict[str, float]:
+    """Return the mean of `values [P]`, its interval and the number of values. NaN values are excluded.
+
+    Args:
+      values: one number for each problem.
+      **options: see `bootstrap_interval`.
+    """
+    values = values[~np.isnan(values)]
+    low, high = bootstrap_interval(values, **options)
+    return {"mean": _mean(values), "ci_low": low, "ci_high": high, "problems": values.size}
+
+
 def summarise(
     outcomes, valid=None, ks: Iterable[int] = (1,), n_boot: int = 2000, seed: int = 0
 ) -> dict[str, object]:
@@ -120,14 +135,7 @@ def summarise(
         "mean": _mean(_per_problem(outcomes, valid, 1)),
     }
     for k in ks:
-        values = _per_problem(outcomes, valid, k)
-        low, high = bootstrap_interval(values[~np.isnan(values)], n_boot=n_boot, seed=seed)
-        summary[f"pass@{k}"] = {
-            "mean": _mean(values),
-            "ci_low": low,
-            "ci_high": high,
-            "problems": int((~np.isnan(values)).sum()),
-        }
+        summary[f"pass@{k}"] = with_interval(_per_problem(outcomes, valid, k), n_boot=n_boot, seed=seed)
     return summary
 
 
@@ -203,14 +211,7 @@ def paired_difference(
     differences = {}
     for k in _checked_ks(ks, min(before.shape[1], after.shape[1])):
         change = _per_problem(after, valid_after, k) - _per_problem(before, valid_before, k)
-        change = change[~np.isnan(change)]
-        low, high = bootstrap_interval(change, low=-1.0, n_boot=n_boot, seed=seed)
-        differences[f"pass@{k}"] = {
-            "mean": _mean(change),
-            "ci_low": low,
-            "ci_high": high,
-            "problems": change.size,
-        }
+        differences[f"pass@{k}"] = with_interval(change, low=-1.0, n_boot=n_boot, seed=seed)
     return differences
 
 
@@ -244,3 +245,35 @@ def _checked_ks(ks: Iterable[int], samples: int) -> Sequence[int]:
     if not ks or ks[0] < 1 or ks[-1] > samples:
         raise ValueError(f"k must lie between 1 and the {samples} samples of each problem, got {ks}")
     return ks
+
+
+def majority(passed: np.ndarray, valid: np.ndarray, answers: Sequence[Sequence[str | None]]) -> np.ndarray:
+    """Return whether each problem's majority answer passes.
+
+    Answers are compared as text without whitespace. Two notations of the same value are different answers: merging
+    them because both equal the gold answer would leak the gold answer into the vote. A tie goes to the answer that
+    occurs first. Samples without an answer do not vote, and invalid samples are ignored. The verdict on an answer is
+    that of the first sample that gives it.
+
+    Args:
+      passed: `[P, N]` bool, true where a sample passes.
+      valid: `[P, N]` bool, false where the verifier failed.
+      answers: `[P][N]` answer texts as extracted by the verifier; None without an answer.
+
+    Returns:
+      `[P]` float64, 1 where the majority answer passes and 0 elsewhere, also where no sample has an answer. NaN where
+      no sample is valid. All NaN if no sample of any problem has an answer, as with programs: then there is no vote.
+    """
+    votes = [
+        [(k, "".join(answer.split())) for k, answer in enumerate(group) if valid[p, k] and answer]
+        for p, group in enumerate(answers)
+    ]
+    if not any(votes):
+        return np.full(len(votes), np.nan)
+    right = np.zeros(len(votes))
+    for p, ballots in enumerate(votes):
+        if ballots:
+            # most_common sorts stably: of answers with equal counts it returns the one that occurs first.
+            winner = collections.Counter(answer for _, answer in ballots).most_common(1)[0][0]
+            right[p] = passed[p, next(k for k, answer in ballots if answer == winner)]
+    return np.where(valid.any(axis=1), right, np.nan)

@@ -86,9 +86,8 @@ class ResponseFile:
             self.summaries.append(_summary(record))
 
         end = whole = position = 0
-        for line, _ in read_lines(
-            self.path, check, may_be_torn=True, remedy="remove the file to sample again"
-        ):
+        lines = read_lines(self.path, check, may_be_torn=True, remedy="remove the file to sample again")
+        for line, _ in lines:
             position += len(line)
             if not line.endswith(b"\n"):
                 break  # only the newline is missing: the batch is sampled again

@@ -19,9 +19,8 @@ import numpy as np
 
 from lpo_jax.errors import UserError, VerifierFailed
 from lpo_jax.evaluation.heldout import powers_of_two, sample_rows
-from lpo_jax.evaluation.metrics import bootstrap_interval, summarise
+from lpo_jax.evaluation.metrics import majority, summarise, with_interval
 from lpo_jax.evaluation.responses import ResponseFile, ResponseSummary
-from lpo_jax.evaluation.votes import majority
 from lpo_jax.rewards import VerifierPool, VerifierSpec
 from lpo_jax.rewards.user_code import file_hash, split_reference
 from lpo_jax.rollout.collect import Collector, within_limit
@@ -34,9 +33,8 @@ from lpo_jax.types import Json, PyTree, Tokenizer
 
 DEFAULT_BATCH = 64  # responses sampled together by default
 VERIFIER_SECONDS = 10.0  # time limit for one response
-ENOUGH_PROBLEMS = (
-    8  # if all responses to this many problems are masked, the verifier is broken, not a single row
-)
+# If all responses to this many problems are masked, the verifier is broken, not a single row.
+ENOUGH_PROBLEMS = 8
 _FILE_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 
 
@@ -157,14 +155,10 @@ def prepare_benchmarks(
 def _prepare(
     benchmark: Benchmark, task: Task, settings: Settings, tokenizer: Tokenizer, limit: int
 ) -> PreparedBenchmark:
+    rows = task.heldout[: settings.problems or len(task.heldout)]
+    drop, options = settings.overlong_prompts == "drop", ("--max-prompt-tokens", "--overlong-prompts")
     rows, left_out, prompts_hash = within_limit(
-        task,
-        tokenizer,
-        task.heldout[: settings.problems or len(task.heldout)],
-        limit,
-        settings.overlong_prompts == "drop",
-        f"benchmark {benchmark.name}",
-        ("--max-prompt-tokens", "--overlong-prompts"),
+        task, tokenizer, rows, limit, drop, f"benchmark {benchmark.name}", options
     )
     verifier, sandbox = task.verifier.confined(
         allow_weak=settings.allow_weak_sandbox, timeout=VERIFIER_SECONDS
@@ -205,14 +199,12 @@ def run_benchmark(
             with VerifierPool(
                 benchmark.verifier, timeout=VERIFIER_SECONDS, allow_weak_sandbox=settings.allow_weak_sandbox
             ) as pool:
-                batches = sample_rows(
-                    Collector(benchmark.task, tokenizer, sampler, pool, benchmark.limit),
-                    weights,
-                    benchmark.rows,
-                    SampleRequest(K, settings.max_tokens, settings.sampling, settings.stop, settings.seed),
-                    prompts_per_batch=benchmark.batch,
-                    start=responses.problems,
+                collect = Collector(benchmark.task, tokenizer, sampler, pool, benchmark.limit)
+                request = SampleRequest(
+                    K, settings.max_tokens, settings.sampling, settings.stop, settings.seed
                 )
+                where = {"prompts_per_batch": benchmark.batch, "start": responses.problems}
+                batches = sample_rows(collect, weights, benchmark.rows, request, **where)
                 progress(benchmark.name, responses.problems, P)
                 for batch in batches:
                     responses.append(batch.records())
@@ -263,17 +255,9 @@ def score_responses(
     outcome = column("outcome")
     passed, valid, rewards = outcome == "pass", outcome != "infrastructure", column("reward")
     answers = [[summary.answer for summary in summaries[i : i + K]] for i in range(0, len(summaries), K)]
-    votes = majority(passed, valid, answers)
-    votes = votes[~np.isnan(votes)]
-    low, high = bootstrap_interval(votes, seed=seed)
     return {
         **summarise(passed, valid, ks={*powers_of_two(K), K}, seed=seed),
-        f"maj@{K}": {
-            "mean": float(votes.mean()) if votes.size else float("nan"),
-            "ci_low": low,
-            "ci_high": high,
-            "problems": votes.size,
-        },
+        f"maj@{K}": with_interval(majority(passed, valid, answers), seed=seed),
         "truncated": float(np.mean(~column("finished"))),
         "malformed": float(np.mean(outcome == "malformed")),
         "mean_length": float(column("tokens").mean()),

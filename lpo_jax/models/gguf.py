@@ -11,7 +11,6 @@ import math
 import re
 import struct
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -20,10 +19,7 @@ from lpo_jax.models import tensors
 from lpo_jax.models.config import FAMILY_SWITCHES, ModelConfig, RopeScaling
 from lpo_jax.models.decoder import Params
 from lpo_jax.models.parameters import Parameter, named
-from lpo_jax.types import Json
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+from lpo_jax.types import Json, Tokenizer
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 # A GGUF file contains one or two end tokens; these are the others of the families' generation_config.json.
@@ -117,7 +113,7 @@ class GgufFile:
             **FAMILY_SWITCHES.get(family, {}),
         )
 
-    def tokenizer(self) -> "PreTrainedTokenizerFast":
+    def tokenizer(self) -> Tokenizer:
         from lpo_jax.models import tokenizer
 
         return tokenizer.from_gguf(self.metadata, str(self.path))

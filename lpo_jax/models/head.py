@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from lpo_jax.models.attend import accumulator
 from lpo_jax.models.decoder import project
-from lpo_jax.objectives.fields import Field
+from lpo_jax.objectives.batch import Field
 from lpo_jax.parallel.sharding import RULES, constrain, gathered, summed
 
 # Logits in a chunk of one row: 2^25 float32 values are 128 MiB. A chunk has at least FEWEST_TOKENS tokens, even if that

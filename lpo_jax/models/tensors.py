@@ -30,10 +30,7 @@ def file_shape(config: ModelConfig, parameter: Parameter) -> tuple[int, ...]:
 
 
 def from_file(
-    config: ModelConfig,
-    parameter: Parameter,
-    read: Callable[[tuple[slice, ...]], np.ndarray],
-    index: Index,
+    config: ModelConfig, parameter: Parameter, read: Callable[[tuple[slice, ...]], np.ndarray], index: Index
 ) -> np.ndarray:
     """Read a part of a tensor and convert it to the axes of the tree.
 
@@ -52,9 +49,8 @@ def from_file(
         stride = math.prod(sizes[a] for a in inner)
         rows.append(slice(of[first].start * stride, of[first].stop * stride))
         shape += [of[first].stop - of[first].start, *(sizes[a] for a in inner)]
-        cut |= {first: slice(None)} | {
-            a: of[a] for a in inner
-        }  # folded axes after the first are read completely
+        # Folded axes after the first are read completely.
+        cut |= {first: slice(None)} | {a: of[a] for a in inner}
     stored = parameter.file_axes.replace(",", "")
     part = read(tuple(rows)).reshape(shape).transpose([stored.index(a) for a in axes])
     return part[tuple(cut[a] for a in axes)]

@@ -9,13 +9,9 @@ import datetime
 import inspect
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from lpo_jax.errors import UserError, nearest
-from lpo_jax.types import Json
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+from lpo_jax.types import Json, Tokenizer
 
 Message = Mapping[str, str]
 
@@ -42,7 +38,7 @@ class ModelTokenizer:
         of several templates, or a template.
     """
 
-    tokenizer: "PreTrainedTokenizerFast"
+    tokenizer: Tokenizer
     model: str
     vocab_size: int
     eos_ids: tuple[int, ...] = ()

@@ -8,14 +8,9 @@ import json
 import os
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
 
 from lpo_jax.errors import UserError
 from lpo_jax.types import Json, Tokenizer
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-    from transformers import PreTrainedTokenizerFast
 
 # How text is split before merging, by the value of `tokenizer.ggml.pre`. "gpt-2" is GPT-2's rule, which `tokenizers`
 # has built in; "digits" separates digits first.
@@ -25,19 +20,13 @@ _QWEN2 = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _LLAMA3 = _QWEN2.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
-_SPLITS = {
-    "gpt-2": _GPT2,
-    "smollm": _DIGITS,
-    "llama-bpe": _LLAMA3,
-    "llama3": _LLAMA3,
-    "llama-v3": _LLAMA3,
-    "qwen2": _QWEN2,
-    "deepseek-r1-qwen": _QWEN2,
-}
+_SPLITS = {"gpt-2": _GPT2, "smollm": _DIGITS}
+_SPLITS |= dict.fromkeys(("llama-bpe", "llama3", "llama-v3"), _LLAMA3)
+_SPLITS |= dict.fromkeys(("qwen2", "deepseek-r1-qwen"), _QWEN2)
 _CONTROL, _USER_DEFINED, _BYTE = 3, 4, 6  # tokenizer.ggml.token_type
 
 
-def from_directory(path: Path) -> "PreTrainedTokenizerFast | None":
+def from_directory(path: Path) -> Tokenizer | None:
     """Load the tokenizer of a Hugging Face directory; None if it has none.
 
     Raises:
@@ -52,10 +41,11 @@ def from_directory(path: Path) -> "PreTrainedTokenizerFast | None":
     try:
         return load.from_pretrained(path, local_files_only=True)
     except Exception as error:
-        raise UserError(f"{path}: the tokenizer cannot be read ({_first_line(error)})") from None
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(f"{path}: the tokenizer cannot be read ({reason})") from None
 
 
-def from_gguf(metadata: dict[str, Json], where: str) -> "PreTrainedTokenizerFast":
+def from_gguf(metadata: dict[str, Json], where: str) -> Tokenizer:
     """Rebuild the tokenizer of a GGUF file.
 
     Args:
@@ -106,7 +96,7 @@ def from_gguf(metadata: dict[str, Json], where: str) -> "PreTrainedTokenizerFast
     )
 
 
-def save_tokenizer(tokenizer: "PreTrainedTokenizerFast", path: Path) -> None:
+def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
     """Write the tokenizer's files, with the chat template, so that both transformers v4 and v5 read them."""
     tokenizer.save_pretrained(path)
     where = path / "tokenizer_config.json"
@@ -119,7 +109,7 @@ def save_tokenizer(tokenizer: "PreTrainedTokenizerFast", path: Path) -> None:
     where.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _byte_level(tokens: list[str], merges: list[str], pre: str, where: str) -> "Tokenizer":
+def _byte_level(tokens: list[str], merges: list[str], pre: str, where: str) -> Tokenizer:
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     if pre not in _SPLITS:
@@ -142,7 +132,7 @@ def _byte_level(tokens: list[str], merges: list[str], pre: str, where: str) -> "
     return backend
 
 
-def _sentencepiece(tokens: list[str], scores: list[float], types: list[int], add_space: bool) -> "Tokenizer":
+def _sentencepiece(tokens: list[str], scores: list[float], types: list[int], add_space: bool) -> Tokenizer:
     """SentencePiece's BPE: the pair whose union has the highest score merges first; unknown text becomes bytes."""
     from tokenizers import Tokenizer, decoders, models, normalizers
 
@@ -167,7 +157,7 @@ def _sentencepiece(tokens: list[str], scores: list[float], types: list[int], add
     return backend
 
 
-def _add_ends(backend: "Tokenizer", first: str | None, last: str | None) -> None:
+def _add_ends(backend: Tokenizer, first: str | None, last: str | None) -> None:
     """Make encoding with special tokens add `first` before and `last` after the text; None adds nothing."""
     from tokenizers import processors
 
@@ -183,7 +173,3 @@ def _transformers() -> ModuleType:
     import transformers
 
     return transformers
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)

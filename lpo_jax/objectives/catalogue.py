@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, TypedDict
 
-from lpo_jax.objectives.aggregate import RESPONSE_BUDGET
 from lpo_jax.objectives.checks import did_you_mean
 from lpo_jax.objectives.method import Objective
 from lpo_jax.objectives.methods import guided, listwise, ratio, shaped, tokens
@@ -13,6 +12,7 @@ from lpo_jax.objectives.part import Part, word
 from lpo_jax.objectives.projection import Simplex
 from lpo_jax.objectives.trust import Gate
 from lpo_jax.objectives.vocabulary import ONE, SEVERAL, parts_named
+from lpo_jax.objectives.weights import RESPONSE_BUDGET
 
 CATALOGUE = {
     row.objective.name: row for family in (listwise, shaped, ratio, tokens, guided) for row in family.METHODS

@@ -10,11 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from lpo_jax.objectives.advantage import Utility, scaled
-from lpo_jax.objectives.batch import Context, required
-from lpo_jax.objectives.fields import Field
+from lpo_jax.objectives.batch import Context, Field, required
 from lpo_jax.objectives.simplex import as_float
-from lpo_jax.objectives.token_weight import TokenWeight
 from lpo_jax.objectives.trust import RatioClip, ratio
+from lpo_jax.objectives.weights import TokenWeight
 
 
 def relative_entropy(context: Context, pivot: float) -> jax.Array:

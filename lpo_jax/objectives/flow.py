@@ -8,12 +8,11 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from lpo_jax.objectives.batch import Context, ControlState, Listwise, required
-from lpo_jax.objectives.bias import Bias
-from lpo_jax.objectives.control import Control
-from lpo_jax.objectives.fields import Field
+from lpo_jax.objectives.batch import Context, ControlState, Field, Listwise, required
+from lpo_jax.objectives.part import Control
 from lpo_jax.objectives.probe import folded
 from lpo_jax.objectives.projection import ScoreLoss, reference_scores
+from lpo_jax.objectives.shaping import Bias
 from lpo_jax.objectives.simplex import masked_mean
 from lpo_jax.objectives.trust import ratio
 

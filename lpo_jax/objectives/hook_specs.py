@@ -21,15 +21,12 @@ import enum
 from collections.abc import Sequence
 from typing import ClassVar
 
-from lpo_jax.objectives.advantage import Utility
-from lpo_jax.objectives.credit import AnytimeReturns, Progress, StepPenalty
-from lpo_jax.objectives.fields import Field
+from lpo_jax.objectives.advantage import AnytimeReturns, Progress, StepPenalty, Utility
+from lpo_jax.objectives.batch import Field
 from lpo_jax.objectives.part import Part, word
-from lpo_jax.objectives.prompt_weight import HookWeight
-from lpo_jax.objectives.proximal import PreviousKL
-from lpo_jax.objectives.regular import Distil
+from lpo_jax.objectives.regular import Distil, PreviousKL
 from lpo_jax.objectives.shaping import FlawPenalty
-from lpo_jax.objectives.token_weight import Untaught
+from lpo_jax.objectives.weights import HookWeight, Untaught
 
 
 class HookPhase(enum.Enum):
@@ -54,7 +51,7 @@ class HookSpec(Part):
       setting: the option of a config that adds the first reader to a method.
     """
 
-    phase: ClassVar[HookPhase]
+    phase: ClassVar[HookPhase] = HookPhase.ANNOTATE
     gives: ClassVar[tuple[Field, ...]] = ()
     readers: ClassVar[tuple[type[Part], ...]] = ()
     setting: ClassVar[str] = ""
@@ -235,7 +232,6 @@ class SiblingTeacher(HookSpec):
       SRPO.
     """
 
-    phase = HookPhase.ANNOTATE
     gives = (Field.TEACHER,)
     readers = (Distil, Untaught)
     setting = "objective.regular=distil"
@@ -252,7 +248,6 @@ class PreviousPolicy(HookSpec):
       top: number of top-k tokens that are kept; all others form one bin.
     """
 
-    phase = HookPhase.ANNOTATE
     gives = (Field.TEACHER,)
     readers = (PreviousKL,)
     setting = "objective.regular=previous-kl"
@@ -268,7 +263,6 @@ class GreedyBaseline(HookSpec):
       ReMax, arXiv 2310.10505.
     """
 
-    phase = HookPhase.ANNOTATE
     gives = (Field.BASELINE,)
     readers = (Utility,)
     setting = "objective.centre=baseline"
@@ -286,7 +280,6 @@ class Judge(HookSpec):
       FAPO (public code verl-recipe/fapo), whose judge is a generative reward model.
     """
 
-    phase = HookPhase.ANNOTATE
     gives = (Field.FLAWED,)
     readers: ClassVar[tuple[type[Part], ...]] = (FlawPenalty,)
     setting = "objective.shape=flaw-penalty"
@@ -306,7 +299,6 @@ class StepJudge(Judge):
       CAPO (credit), whose judge is the majority of several critiques of a generative model.
     """
 
-    phase = HookPhase.ANNOTATE
     gives = (Field.CREDIT,)
     readers = (StepPenalty,)
     setting = "objective.credit=step-penalty"
@@ -328,7 +320,6 @@ class PrefixValues(HookSpec):
       GRPO-VPS, which splits at the steps of the text.
     """
 
-    phase = HookPhase.ANNOTATE
     gives = (Field.CREDIT,)
     readers = (Progress,)
     setting = "objective.credit=progress"
@@ -355,7 +346,6 @@ class Budgets(HookSpec):
       AnytimeReasoner, arXiv 2505.13438; public code sail-sg/AnytimeReasoner, which also trains on the answers.
     """
 
-    phase = HookPhase.ANNOTATE
     gives = (Field.CREDIT,)
     readers = (AnytimeReturns,)
     setting = "objective.credit=anytime-returns"

@@ -17,24 +17,17 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from lpo_jax.objectives.advantage import Advantage, AdvantageRule
-from lpo_jax.objectives.aggregate import Aggregate
-from lpo_jax.objectives.batch import Context, ControlState, Listwise, Scored, TokenStats
-from lpo_jax.objectives.bias import Bias
-from lpo_jax.objectives.control import Control
-from lpo_jax.objectives.credit import Credit
+from lpo_jax.objectives.advantage import Advantage, AdvantageRule, Credit
+from lpo_jax.objectives.batch import Context, ControlState, Field, Listwise, Scored, TokenStats
 from lpo_jax.objectives.divergences import DIVERGENCES
-from lpo_jax.objectives.fields import Field
 from lpo_jax.objectives.hook_specs import HookPhase, HookSpec
-from lpo_jax.objectives.part import Part
+from lpo_jax.objectives.part import Control, Part
 from lpo_jax.objectives.projection import Projection
-from lpo_jax.objectives.prompt_weight import PromptWeight
 from lpo_jax.objectives.regular import Regular
-from lpo_jax.objectives.select import Select
-from lpo_jax.objectives.shaping import Shape
+from lpo_jax.objectives.shaping import Bias, Select, Shape
 from lpo_jax.objectives.simplex import as_float, as_mask, centred, listwise_log_probs, masked_mean
-from lpo_jax.objectives.token_weight import TokenWeight
 from lpo_jax.objectives.trust import Gate, RatioClip
+from lpo_jax.objectives.weights import Aggregate, PromptWeight, TokenWeight
 
 
 @dataclasses.dataclass(frozen=True)

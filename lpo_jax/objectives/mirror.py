@@ -24,9 +24,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lpo_jax.objectives.batch import Context, TokenStats, required
+from lpo_jax.objectives.batch import Context, Field, TokenStats, required
 from lpo_jax.objectives.checks import is_number
-from lpo_jax.objectives.fields import Field
 from lpo_jax.objectives.regular import Regular, reference_log_ratio
 from lpo_jax.objectives.simplex import as_float
 

@@ -5,16 +5,16 @@ part is a pure function of arrays:
 
     Shape         (context) -> rewards [P,K]                                          shaping.py
     Advantage     (context) -> u [P,K], tau [P,1]                                     advantage.py
-    Select        (context, u) -> valid [P,K]                                         select.py
-    Bias          (context, u) -> u [P,K]                                             bias.py
-    PromptWeight  (context) -> [P,1]                                                  prompt_weight.py
-    Credit        (context, u, tau) -> u [P,K,T]                                      credit.py
+    Select        (context, u) -> valid [P,K]                                         shaping.py
+    Bias          (context, u) -> u [P,K]                                             shaping.py
+    PromptWeight  (context) -> [P,1]                                                  weights.py
+    Credit        (context, u, tau) -> u [P,K,T]                                      advantage.py
     Projection    (context, u, s, s_t) -> c [P,K]                                     projection.py
     Gate          (delta, c, context) -> token loss [P,K,T]                           trust.py
-    TokenWeight   (context, u) -> [P,K,T]                                             token_weight.py
-    Aggregate     (tokens) -> weights [P,K,T]                                         aggregate.py
+    TokenWeight   (context, u) -> [P,K,T]                                             weights.py
+    Aggregate     (tokens) -> weights [P,K,T]                                         weights.py
     Regular       (stats, context) -> token penalty [P,K,T]                           regular.py
-    Control       state, and (state, context) -> state after an update                control.py
+    Control       state, and (state, context) -> state after an update                part.py
     HookSpec      settings of what the run does around an update; no arithmetic       hook_specs.py
 """
 
@@ -22,7 +22,7 @@ import dataclasses
 import re
 from typing import ClassVar
 
-from lpo_jax.objectives.fields import Field
+from lpo_jax.objectives.batch import Context, ControlState, Field, Listwise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,3 +46,18 @@ class Part:
 def word(part: Part) -> str:
     """Return the name of a part in a config: its class name in lower case with hyphens."""
     return re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", type(part).__name__).lower()
+
+
+@dataclasses.dataclass(frozen=True)
+class Control(Part):
+    """The base class: an initial state and its transition."""
+
+    reads = (Field.CONTROL,)
+
+    def init(self) -> ControlState:
+        """Return the state at the start of a run, a pytree of arrays of fixed shapes."""
+        raise NotImplementedError
+
+    def update(self, state: ControlState, context: Context, view: Listwise) -> ControlState:
+        """Return the state after an update on the minibatch `context`, whose groups are `view`."""
+        raise NotImplementedError

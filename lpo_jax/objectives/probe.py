@@ -10,9 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from lpo_jax.objectives.advantage import CENTRES, Utility
-from lpo_jax.objectives.batch import Context, ControlState, Listwise, required
-from lpo_jax.objectives.control import Control
-from lpo_jax.objectives.fields import Field
+from lpo_jax.objectives.batch import Context, ControlState, Field, Listwise, required
+from lpo_jax.objectives.part import Control
 from lpo_jax.objectives.simplex import as_float, masked_mean
 
 

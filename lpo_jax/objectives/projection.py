@@ -10,13 +10,12 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from lpo_jax.objectives.aggregate import token_weights
-from lpo_jax.objectives.batch import Context, required
+from lpo_jax.objectives.batch import Context, Field, required
 from lpo_jax.objectives.divergences import ALPHA, Divergence, alpha_divergence, divergence
-from lpo_jax.objectives.fields import Field
 from lpo_jax.objectives.part import Part
 from lpo_jax.objectives.simplex import as_float, listwise_log_probs, sequence_scores
-from lpo_jax.objectives.sparse import ENTMAX_ALPHA, TARGETS, entmax_log_probs
+from lpo_jax.objectives.targets import ENTMAX_ALPHA, TARGETS, entmax_log_probs
+from lpo_jax.objectives.weights import token_weights
 
 
 @dataclasses.dataclass(frozen=True)

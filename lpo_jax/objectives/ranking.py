@@ -11,11 +11,10 @@ import jax
 import jax.numpy as jnp
 
 from lpo_jax.objectives.advantage import AdvantageRule
-from lpo_jax.objectives.batch import Context, TokenStats
-from lpo_jax.objectives.bias import Bias
-from lpo_jax.objectives.fields import Field
+from lpo_jax.objectives.batch import Context, Field, TokenStats
 from lpo_jax.objectives.projection import ScoreLoss, reference_scores
 from lpo_jax.objectives.regular import KL
+from lpo_jax.objectives.shaping import Bias
 from lpo_jax.objectives.simplex import as_float, centred, masked_mean, sequence_scores
 
 LABEL_LOSSES = ("listwise", "bce")

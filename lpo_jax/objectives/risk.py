@@ -11,10 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from lpo_jax.objectives.advantage import AdvantageRule, scaled
-from lpo_jax.objectives.batch import Context, ControlState, Listwise, required
-from lpo_jax.objectives.control import Control
-from lpo_jax.objectives.fields import Field
-from lpo_jax.objectives.part import Part
+from lpo_jax.objectives.batch import Context, ControlState, Field, Listwise, required
+from lpo_jax.objectives.part import Control, Part
 from lpo_jax.objectives.simplex import masked_mean, masked_std
 from lpo_jax.objectives.targets import HUGE
 

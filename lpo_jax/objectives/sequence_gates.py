@@ -11,8 +11,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from lpo_jax.objectives.batch import Context, required
-from lpo_jax.objectives.fields import Field
+from lpo_jax.objectives.batch import Context, Field, required
 from lpo_jax.objectives.simplex import as_float, sequence_scores
 from lpo_jax.objectives.trust import Gate, RatioClip, WeightClip, magnitude, ratio
 

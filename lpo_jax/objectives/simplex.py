@@ -19,9 +19,9 @@ def as_float(x: ArrayLike) -> jax.Array:
 
 def as_mask(mask: ArrayLike | None, like: jax.Array) -> jax.Array:
     """Return `mask` as bool in the shape of `like`; None means every entry."""
-    return (
-        jnp.ones(like.shape, bool) if mask is None else jnp.broadcast_to(jnp.asarray(mask) != 0, like.shape)
-    )
+    if mask is None:
+        return jnp.ones(like.shape, bool)
+    return jnp.broadcast_to(jnp.asarray(mask) != 0, like.shape)
 
 
 def masked_mean(

@@ -4,18 +4,15 @@ The name of a part is its class name in lower case with hyphens. "none" leaves t
 trust region.
 """
 
-from lpo_jax.objectives import covariance_gates, entropy_adaptive, proximal, ranking, sequence_gates  # noqa: F401
-from lpo_jax.objectives.bias import Bias
+from lpo_jax.objectives import entropy_adaptive, ranking, sequence_gates  # noqa: F401
+from lpo_jax.objectives.advantage import Credit
 from lpo_jax.objectives.checks import did_you_mean
-from lpo_jax.objectives.credit import Credit
 from lpo_jax.objectives.hook_specs import HookSpec
 from lpo_jax.objectives.part import Part, word
-from lpo_jax.objectives.prompt_weight import PromptWeight
 from lpo_jax.objectives.regular import Regular
-from lpo_jax.objectives.select import Select
-from lpo_jax.objectives.shaping import Shape
-from lpo_jax.objectives.token_weight import TokenWeight
+from lpo_jax.objectives.shaping import Bias, Select, Shape
 from lpo_jax.objectives.trust import Gate
+from lpo_jax.objectives.weights import PromptWeight, TokenWeight
 
 # Field of `Objective` -> base class of the parts that it may hold: one part, or several.
 ONE: dict[str, type[Part]] = {

@@ -238,14 +238,8 @@ def _by_hand(given: dict[str, str]) -> dict[str, Json]:
 
 def _in_cluster() -> bool:
     """Return whether a launcher started several processes, or this is a Cloud TPU machine, which may be one of many."""
-    if (
-        int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1
-        or int(os.environ.get("OMPI_COMM_WORLD_SIZE", 1)) > 1
-    ):
+    if any(int(os.environ.get(name, 1)) > 1 for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")):
         return True
     chips = glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*")
-    return bool(chips) and importlib.util.find_spec("libtpu") is not None and not _on_cpu()
-
-
-def _on_cpu() -> bool:
-    return os.environ.get("JAX_PLATFORMS", "").split(",")[0] == "cpu"
+    on_cpu = os.environ.get("JAX_PLATFORMS", "").split(",")[0] == "cpu"
+    return bool(chips) and importlib.util.find_spec("libtpu") is not None and not on_cpu

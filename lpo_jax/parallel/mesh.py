@@ -160,7 +160,7 @@ def _check(sizes: MeshSizes, devices: int, model: ModelSizes, prompts: int) -> N
         if heads % sizes.tensor:
             raise UserError(
                 f"mesh.tensor = {sizes.tensor}: does not divide the model's {heads} {what} heads; "
-                f"use {_largest_divisor(model.common_heads, sizes.tensor)} or less, and "
+                f"use {max(d for d in divisors(model.common_heads) if d <= sizes.tensor)} or less, and "
                 "more fsdp"
             )
     if prompts % (shards := sizes.data * sizes.fsdp):
@@ -184,18 +184,17 @@ def _fsdp(shards: int, tensor: int, model: ModelSizes, memory: float | None) -> 
     """The smallest divisor of `shards` for which parameters and optimizer state fit; `shards` if none does."""
     state = STATE_BYTES * model.num_params / tensor
     fits = lambda n: memory is None or state / n <= STATE_SHARE * memory  # noqa: E731
-    return next((n for n in range(1, shards + 1) if shards % n == 0 and fits(n)), shards)
+    return next((n for n in divisors(shards) if fits(n)), shards)
 
 
 def _decode_tensor(sizes: MeshSizes, model: ModelSizes, memory: float | None, weight_bytes: int) -> int:
     """The smallest number of devices, a divisor of the heads, over which the sampler's weights fit."""
-    allowed = [
-        n for n in range(1, sizes.devices + 1) if sizes.devices % n == 0 and model.common_heads % n == 0
-    ]
+    allowed = [n for n in divisors(sizes.devices) if model.common_heads % n == 0]
     weights = weight_bytes * model.num_params
     fits = lambda n: memory is None or weights / n <= WEIGHTS_SHARE * memory  # noqa: E731
     return next((n for n in allowed if fits(n)), allowed[-1])
 
 
-def _largest_divisor(n: int, limit: int) -> int:
-    return next(d for d in range(min(n, limit), 0, -1) if n % d == 0)
+def divisors(n: int) -> list[int]:
+    """Return the divisors of n, from 1 up."""
+    return [d for d in range(1, n + 1) if n % d == 0]

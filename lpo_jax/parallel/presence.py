@@ -53,9 +53,8 @@ class Presence:
         self.phase = "starting"
         self._store, self._index, self._count, self._end, self._clock = store, index, count, end, clock
         self._beats = 0
-        self._last: dict[
-            int, tuple[dict[str, Json], float]
-        ] = {}  # process -> its last status, and when it changed
+        # Process -> its last status, and when it changed.
+        self._last: dict[int, tuple[dict[str, Json], float]] = {}
         self._silent: set[int] = set()
         self._stopped = threading.Event()
 
@@ -70,9 +69,8 @@ class Presence:
         with contextlib.suppress(Exception):  # the service may be gone; the runtime reports that
             self._write(ended="with an error" if reason else "well", reason=reason)
         if reason:
-            time.sleep(
-                3 * BEAT
-            )  # the store ends with the first process; leave the others time to read the reason
+            # The store ends with the first process; leave the others time to read the reason.
+            time.sleep(3 * BEAT)
 
     def beat(self) -> None:
         """Write this process's status and read the others'."""

@@ -46,7 +46,7 @@ def program_cost(program: Program, loops_once: bool = False) -> Cost:
       program: the program.
       loops_once: count the body of every loop once, as XLA does.
     """
-    return _Reader(program, loops_once).cost()
+    return _Reader(program, loops_once).of(program.entry, True)
 
 
 class _Reader:
@@ -54,9 +54,6 @@ class _Reader:
         self.program = program
         self.loops_once = loops_once
         self.of = functools.cache(self._of)
-
-    def cost(self) -> Cost:
-        return self.of(self.program.entry, True)
 
     def _of(self, name: str, traffic: bool) -> Cost:
         """The cost of a computation. Inside a fusion (`traffic` False) there is no traffic to main memory."""

@@ -91,9 +91,8 @@ class Plan:
     def utilisation(self, proposal: Proposal) -> float:
         """Return the model FLOPs utilisation: those of sampling and updates over the peak of all devices."""
         sizes, work = Sizes.of(self.work.model), self.work
-        sampled = 2 * (sizes.layers + sizes.head) * work.trained_tokens + roofline.attention_flops(
-            work, work.P
-        )
+        sampled = 2.0 * (sizes.layers + sizes.head) * work.trained_tokens
+        sampled += roofline.attention_flops(work, work.P)
         peak = self.step_seconds(proposal) * self.topology.chip.peak * self.topology.num_devices
         return (roofline.model_flops(work) + sampled) / peak
 
@@ -156,14 +155,8 @@ def setting_of(config: Config, work: Workload, target: Topology) -> Setting:
         raise UserError(
             f"mesh.devices = {devices}: {target.name} has {target.num_devices}; 0 uses all of them"
         )
-    sizes = meshes.choose_mesh(
-        config.mesh,
-        devices,
-        model_sizes(work.model),
-        work.P // work.updates,
-        target.chip.memory,
-        work.itemsize,
-    )
+    model, prompts, memory = model_sizes(work.model), work.P // work.updates, target.chip.memory
+    sizes = meshes.choose_mesh(config.mesh, devices, model, prompts, memory, work.itemsize)
     # A run decides remat=auto by its free memory. The plan assumes recomputation, which needs less memory.
     training = config.training
     asked = Setting(sizes, training.token_budget, bool(training.remat), config.sampling.max_rows)
@@ -175,7 +168,7 @@ def settings(config: Config, work: Workload, target: Topology) -> Iterator[Setti
     n = config.mesh.devices or target.num_devices
     group, one = work.S + work.K * work.T, work.S + work.T
     budgets = sorted({one, max(group // 2, one), group, 2 * group, 4 * group})
-    for tensor, fsdp in itertools.product(_divisors(min(n, 8)), _divisors(n)):
+    for tensor, fsdp in itertools.product(meshes.divisors(min(n, 8)), meshes.divisors(n)):
         if n % (tensor * fsdp):
             continue
         keys = {"data": n // (tensor * fsdp), "fsdp": fsdp, "tensor": tensor}
@@ -199,9 +192,8 @@ def _propose(
         if compiler and (scales is None or phase.name in DECISIVE):
             made = compiler(setting, phase.name)
             if made.too_large:
-                phase = dataclasses.replace(phase, held=made.held, temporary=made.temporary, too_large=True)
-            else:
-                phase = made
+                made = dataclasses.replace(phase, held=made.held, temporary=made.temporary, too_large=True)
+            phase = made
             compiled.add(phase.name)
         elif scales:
             phase = scales[phase.name](phase)
@@ -261,8 +253,7 @@ def _scales(work: Workload, proposal: Proposal) -> dict[str, _Scale]:
     }
 
 
-def _divisors(n: int) -> list[int]:
-    return [d for d in range(1, n + 1) if n % d == 0]
+_NUMBERS = ("times", "flops", "bytes", "sent", "held", "temporary")
 
 
 def to_json(made: Plan) -> dict[str, Json]:
@@ -283,12 +274,7 @@ def to_json(made: Plan) -> dict[str, Json]:
                 {
                     "name": phase.name,
                     "compiled": phase.name in proposal.compiled,
-                    "times": phase.times,
-                    "flops": phase.flops,
-                    "bytes": phase.bytes,
-                    "sent": phase.sent,
-                    "held": phase.held,
-                    "temporary": phase.temporary,
+                    **{name: getattr(phase, name) for name in _NUMBERS},
                     "seconds": phase.seconds(chip),
                     "too_large": phase.too_large,
                     "exchanges": [dataclasses.asdict(e) | {"sent": e.sent} for e in phase.exchanges],
@@ -301,13 +287,12 @@ def to_json(made: Plan) -> dict[str, Json]:
             "gradient_flops_ratio": made.gradient_ratio(proposal),
         }
 
-    work = dataclasses.asdict(made.work)
     return {
         "topology": made.topology.name,
         "devices": made.topology.num_devices,
         "chip": dataclasses.asdict(chip),
         "parameters": Sizes.of(made.work.model).total,
-        "work": work,
+        "work": dataclasses.asdict(made.work),
         "asked": of(made.asked),
         "suggested": of(made.suggested),
         "seconds_planning": made.seconds,

@@ -18,6 +18,9 @@ NOTES = (
 )
 
 
+_NUMBERS = ("runs", "held GB", "temp. GB", "TFLOP", "moved GB", "sent GB", "seconds")
+
+
 def show(made: Plan, model: str) -> None:
     """Print a plan for a model of this name."""
     out, work, chip = console(), made.work, made.topology.chip
@@ -52,27 +55,16 @@ def _show(made: Plan, proposal: Proposal, title: str) -> None:
         soft_wrap=True,
     )
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in (
-        "",
-        "runs",
-        "held GB",
-        "temp. GB",
-        "TFLOP",
-        "moved GB",
-        "sent GB",
-        "seconds",
-        "limited by",
-        "",
-    ):
+    for name in ("", *_NUMBERS, "limited by", ""):
         table.add_column(name, justify="left" if name in ("", "limited by") else "right")
     for phase in proposal.phases:
-        numbers = (
+        numbers = [
             phase.held / GB,
             phase.temporary / GB,
             phase.flops / 1e12,
             phase.bytes / GB,
             phase.sent / GB,
-        )
+        ]
         table.add_row(
             phase.name,
             f"{phase.times}",

@@ -25,9 +25,8 @@ from lpo_jax.models.runner import Groups, score
 from lpo_jax.objectives import Objective, TokenStats
 from lpo_jax.parallel import mesh as meshes
 from lpo_jax.parallel import sharding
-from lpo_jax.planner import collectives as exchange
 from lpo_jax.planner.cost import program_cost
-from lpo_jax.planner.hlo import parse_hlo
+from lpo_jax.planner.hlo import collectives, parse_hlo
 from lpo_jax.planner.roofline import Exchange, Setting, StepPhase, Workload, kernel_flops, mean_cache_tokens
 from lpo_jax.runs.state import TrainState
 from lpo_jax.sampling import Sampling, kv_cache
@@ -112,9 +111,8 @@ class Slice:
             where = sharding.spec(mesh, ("batch", "kv_heads", None, None), x.shape)
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.sharding.NamedSharding(mesh, where))
 
-        return jax.tree.map(
-            place, jax.eval_shape(functools.partial(kv_cache.allocate, model, self._dtype, sequences, tokens))
-        )
+        make = functools.partial(kv_cache.allocate, model, self._dtype, sequences, tokens)
+        return jax.tree.map(place, jax.eval_shape(make))
 
     def _sampling(self, name: str, model: ModelConfig) -> StepPhase:
         work, setting, attention = self.work, self.setting, self.config.model.attention
@@ -171,10 +169,8 @@ class Slice:
                 times, lowered = work.scorings, score.lower(runner, state.policy, groups)
             else:
                 cotangent = TokenStats(jax.ShapeDtypeStruct((P, work.K, work.T), jnp.float32))
-                times, lowered = (
-                    work.updates,
-                    update.lower(runner, self._optimizer, state, groups, cotangent),
-                )
+                times = work.updates
+                lowered = update.lower(runner, self._optimizer, state, groups, cotangent)
         # Hooks may sample until the first update, so the sampler's weights are in memory while responses are scored.
         alive = (state, self._weights(self.model, state)) if name == "score" else state
         return _measure(name, times, lowered, alive, kernel_flops(work, self.setting, name))
@@ -201,10 +197,8 @@ def extrapolate(few: StepPhase, more: StepPhase, steps: float) -> StepPhase:
         size, times = (line(*pair) for pair in zip(ends[0][kind, devices], ends[1][kind, devices]))
         times = max(round(times), 1)
         exchanges.append(Exchange(kind, size / times, devices, times))
-    numbers = {
-        name: line(getattr(few, name), getattr(more, name))
-        for name in ("flops", "bytes", "held", "temporary")
-    }
+    names = ("flops", "bytes", "held", "temporary")
+    numbers = {name: line(getattr(few, name), getattr(more, name)) for name in names}
     compiling = few.seconds_compiling + more.seconds_compiling
     return dataclasses.replace(more, **numbers, exchanges=tuple(exchanges), seconds_compiling=compiling)
 
@@ -246,7 +240,7 @@ def _measure(
         cost.bytes,
         held,
         memory.temp_size_in_bytes + fresh + memory.generated_code_size_in_bytes,
-        tuple(Exchange(c.kind, c.bytes, c.devices, c.times) for c in exchange.collectives(program)),
+        tuple(Exchange(c.kind, c.bytes, c.devices, c.times) for c in collectives(program)),
         time.perf_counter() - started,
     )
 

@@ -17,7 +17,7 @@ from lpo_jax.models.config import ModelConfig
 from lpo_jax.models.head import chunk_size
 from lpo_jax.models.packing import full_splits
 from lpo_jax.models.parameters import num_params
-from lpo_jax.objectives.fields import Field
+from lpo_jax.objectives.batch import Field
 from lpo_jax.parallel.mesh import MeshSizes
 from lpo_jax.planner.topology import Chip
 from lpo_jax.sampling.kv_cache import CHUNK, FIRST_TOKENS, Capacity
@@ -44,6 +44,7 @@ class Workload:
     itemsize: int  # bytes of an activation and of one of the sampler's weights
     reference: bool  # whether a frozen copy of the parameters is kept
     scorings: int  # forward passes over a minibatch that only score, with those of the reference
+    ahead: int = 0  # later steps whose prompts take free slots
 
     @property
     def trained_tokens(self) -> int:
@@ -99,7 +100,9 @@ class Setting:
     def capacity(self, work: Workload) -> Capacity:
         """Return the sizes of the sampler's KV caches, over all devices together."""
         shards = self.decode_shards
-        return Capacity.of(work.P + -work.P % shards, work.K, work.T, self.rows, shards)
+        P = work.P + -work.P % shards
+        rows = min(self.rows or P * work.K, P * work.K)
+        return Capacity.of(P * (1 + work.ahead), work.K, work.T, rows, shards)
 
     def describe(self) -> str:
         """Describe the setting in words."""
@@ -378,7 +381,10 @@ def workload(config: Config, model: ModelConfig, needs: frozenset[Field], scores
     training, sampling = config.training, config.sampling
     updates = training.updates_per_step
     reference = Field.REF_LOGP in needs
-    passes = (updates if scores_first else updates - 1) + updates * (training.behaviour == "rescored")
+    rescored = training.behaviour == "rescored"
+    passes = (
+        updates if scores_first or (sampling.ahead and not rescored) else updates - 1
+    ) + updates * rescored
     return Workload(
         model,
         training.prompts_per_step,
@@ -389,4 +395,5 @@ def workload(config: Config, model: ModelConfig, needs: frozenset[Field], scores
         HALF if config.model.dtype == "bfloat16" else FULL,
         reference,
         passes + updates * reference,
+        sampling.ahead,
     )

@@ -139,6 +139,16 @@ METRICS: tuple[Metric, ...] = (
         "first update runs (all with training.pull_back = all or rescored log-probs)",
     ),
     Metric("lpo/logp_gap_max", "nats", "maximum of this gap over the same tokens"),
+    Metric(
+        "lpo/staleness_{mean,max}",
+        "steps",
+        "sampling.ahead: age of the behaviour policy when the step learns from its token, over the tokens of the step",
+    ),
+    Metric(
+        "lpo/stale_token_fraction",
+        "fraction",
+        "sampling.ahead: tokens whose behaviour policy is that of an earlier step",
+    ),
     Metric("lpo/sampling_rounds", "rounds", "dynamic sampling: number of sampling rounds in the step"),
     Metric("lpo/useful_group_frac", "fraction", "dynamic sampling: groups of the batch with a signal"),
     Metric(

@@ -17,7 +17,7 @@ import numpy as np
 
 from lpo_jax.errors import UserError
 from lpo_jax.objectives import Objective, Scored, TokenStats, listwise_log_probs
-from lpo_jax.objectives.fields import Field
+from lpo_jax.objectives.batch import Field
 from lpo_jax.objectives.projection import ScoreLoss, Simplex
 
 _INK, _PATH, _EDGE = "#333333", "#D55E00", "#AAAAAA"

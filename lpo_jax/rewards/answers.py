@@ -30,9 +30,8 @@ def last_boxed(text: str) -> str | None:
     The last box is the one that opens last, so the innermost of nested boxes counts. A box that is never closed,
     because the response was cut off, does not count. The time is linear in the length of the text.
     """
-    opened: list[
-        int | None
-    ] = []  # for each open brace, where the content of its box begins; None for other braces
+    # For each open brace, where the content of its box begins; None for other braces.
+    opened: list[int | None] = []
     found: tuple[int, int] | None = None
     for match in _BOX.finditer(text):
         token = match[0]
@@ -56,9 +55,8 @@ def last_line_after(label: str, text: str) -> str | None:
 _OPENING = re.compile(r"^([ \t]*)```(?:python3?|py)\b[^\n]*\n", re.M | re.I)
 _FENCE = re.compile(r"^[ \t]*```", re.M)
 # Comments and strings, in which quotation marks and fences have no meaning; and a fence itself.
-_LEXEME = re.compile(
-    r"#[^\n]*|\"\"\"|'''|\"(?:\\.|[^\"\\\n])*+\"?|'(?:\\.|[^'\\\n])*+'?|^[ \t]*```", re.M | re.S
-)
+_STRING = r"\"\"\"|'''|\"(?:\\.|[^\"\\\n])*+\"?|'(?:\\.|[^'\\\n])*+'?"
+_LEXEME = re.compile(rf"#[^\n]*|{_STRING}|^[ \t]*```", re.M | re.S)
 _CLOSINGS = {quotes: re.compile(rf"\\.|{quotes}", re.S) for quotes in ('"""', "'''")}
 # The search for strings may read at most this many times the length of the text, because a string may never be closed.
 _MAX_LEXED = 4
@@ -75,7 +73,8 @@ def last_program(text: str) -> str | None:
     program, at, left = None, 0, _MAX_LEXED * len(text)
     while opening := _OPENING.search(text, at):
         start = opening.end()
-        at = _first_fence(text, start)
+        fence = _FENCE.search(text, start)
+        at = fence.start() if fence else len(text)
         if left > 0 and any(quotes in text[start:at] for quotes in _CLOSINGS):
             end = _fence_outside_strings(text, start)
             left -= (len(text) if end is None else end) - start
@@ -83,11 +82,6 @@ def last_program(text: str) -> str | None:
                 at = end
         program = _unindented(text[start:at], opening[1])
     return program if program and program.strip() else None
-
-
-def _first_fence(text: str, start: int) -> int:
-    fence = _FENCE.search(text, start)
-    return fence.start() if fence else len(text)
 
 
 def _fence_outside_strings(text: str, at: int) -> int | None:

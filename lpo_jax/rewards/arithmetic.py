@@ -5,8 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from lpo_jax.rewards.answers import last_tagged
 from lpo_jax.rewards.countdown import three_scores
-from lpo_jax.rewards.descriptor import Verifier, VerifierDescriptor
-from lpo_jax.rewards.verdict import Verdict
+from lpo_jax.rewards.verdict import Verdict, Verifier, VerifierDescriptor
 from lpo_jax.types import Json
 
 MAX_CHARS = 1000  # Python does not convert integers of more than 4,300 digits

@@ -10,16 +10,14 @@ from lpo_jax.errors import UserError, nearest
 from lpo_jax.rewards import sandbox as sandboxes
 from lpo_jax.rewards.answers import last_program
 from lpo_jax.rewards.code_tests import ProblemTests, read_tests
-from lpo_jax.rewards.descriptor import Verifier, VerifierDescriptor
 from lpo_jax.rewards.packages import check_package_names
 from lpo_jax.rewards.same import same_output, same_result
-from lpo_jax.rewards.verdict import Verdict, infrastructure
+from lpo_jax.rewards.verdict import Verdict, Verifier, VerifierDescriptor, infrastructure
 from lpo_jax.types import Json
 
 _MEMORY_MB = 1024
-_MARGIN = (
-    2.0  # seconds between the end of the last test and the pool's limit, for starting and ending the sandbox
-)
+# Seconds between the end of the last test and the pool's limit, for starting and ending the sandbox.
+_MARGIN = 2.0
 
 
 def code_verifier(
@@ -109,13 +107,11 @@ def _run_tests(
         left = deadline - time.monotonic()
         if left <= 0:
             late = True
-            reasons = [
-                reason or f"test {index}: {total_limit:g} s for all tests are over" for reason in reasons
-            ]
+            over = f"test {index}: {total_limit:g} s for all tests are over"
+            reasons = [reason or over for reason in reasons]
             break
-        report = running.run(
-            given, seconds=time_limit, wall_seconds=min(left, sandboxes.PATIENCE * time_limit)
-        )
+        wall = min(left, sandboxes.PATIENCE * time_limit)
+        report = running.run(given, seconds=time_limit, wall_seconds=wall)
         late |= report.status == "timeout"
         for reading, expected in enumerate(tests.readings(wanted)):
             failure = _failure(report, expected, bool(tests.function))

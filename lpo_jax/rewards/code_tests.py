@@ -204,8 +204,7 @@ def _called(test: ast.expr) -> tuple[str, list[Json], tuple[str | None, ...], Js
     """
     match test:
         case ast.Compare(ast.Call(ast.Name(name), arguments, keywords), [ast.Eq() | ast.Is()], [value]):
-            given = [
-                ast.literal_eval(node) for node in [*arguments, *(keyword.value for keyword in keywords)]
-            ]
+            nodes = [*arguments, *(keyword.value for keyword in keywords)]
+            given = [ast.literal_eval(node) for node in nodes]
             return name, given, tuple(keyword.arg for keyword in keywords), ast.literal_eval(value)
     raise ValueError("not an assertion about the value of a call")  # `assert f(x)` accepts any true value

@@ -16,9 +16,8 @@ from collections.abc import Mapping, Sequence
 from lpo_jax.errors import UserError
 from lpo_jax.rewards import expression, tinyzero
 from lpo_jax.rewards.answers import last_tagged
-from lpo_jax.rewards.descriptor import Verifier, VerifierDescriptor
 from lpo_jax.rewards.expression import parse_expression
-from lpo_jax.rewards.verdict import Verdict
+from lpo_jax.rewards.verdict import Verdict, Verifier, VerifierDescriptor
 from lpo_jax.types import Json
 
 _EQUATION = re.compile(r"(?P<left>[^=]*)=\s*(?P<right>-?[0-9]{1,30})")

@@ -4,8 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from lpo_jax.errors import UserError
-from lpo_jax.rewards.descriptor import Verifier, VerifierDescriptor
-from lpo_jax.rewards.verdict import Verdict
+from lpo_jax.rewards.verdict import Verdict, Verifier, VerifierDescriptor
 from lpo_jax.types import Json
 
 

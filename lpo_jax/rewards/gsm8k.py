@@ -20,8 +20,7 @@ from fractions import Fraction
 
 from lpo_jax.errors import UserError
 from lpo_jax.rewards.answers import last_boxed
-from lpo_jax.rewards.descriptor import Verifier, VerifierDescriptor
-from lpo_jax.rewards.verdict import Verdict, infrastructure
+from lpo_jax.rewards.verdict import Verdict, Verifier, VerifierDescriptor, infrastructure
 from lpo_jax.types import Json
 
 MODES = ("robust", "strict", "flexible")
@@ -33,9 +32,8 @@ _SIGNS = {
     for code in (*range(0xBC, 0xBF), *range(0x2150, 0x215F), 0x2189)
 }
 _SIGNS = {code: text.replace("\u2044", "/") for code, text in _SIGNS.items()}
-_SIGNS |= {ord(sign): "/" for sign in "\u2044\u2215"} | {
-    ord(sign): "-" for sign in "\u2212\u2013\u2010\u2011"
-}
+_SIGNS |= {ord(sign): "/" for sign in "\u2044\u2215"}
+_SIGNS |= {ord(sign): "-" for sign in "\u2212\u2013\u2010\u2011"}
 _COMMA = re.compile(r"\\,|\{,\}")
 _FRACTION = re.compile(r"\\[dt]?frac\s*\{([0-9]+)\}\s*\{([0-9]+)\}")
 # Markup that changes the look of a number but not its value. Other commands stay, so that \sqrt{18} is not 18.

@@ -12,9 +12,8 @@ from collections.abc import Mapping
 
 from lpo_jax.errors import UserError, nearest
 from lpo_jax.rewards.answers import last_tagged
-from lpo_jax.rewards.descriptor import Verifier, VerifierDescriptor
 from lpo_jax.rewards.limits import OutOfTime, cpu_limit
-from lpo_jax.rewards.verdict import Verdict, as_verdict
+from lpo_jax.rewards.verdict import Verdict, Verifier, VerifierDescriptor, as_verdict
 from lpo_jax.types import Json
 
 # Well below the pool's wall-clock limit, so that a slow answer is scored and not masked.
@@ -60,18 +59,16 @@ def reasoning_gym_verifier(*, dataset: str, config: Mapping[str, Json] | None = 
         if answer != example["answer"]:
             harmless = _arithmetic if symbolic else _literal if evaluates else lambda text: True
             if not harmless(answer):
-                return Verdict(
-                    0.0, "wrong", parts | {"reason": "no plain value: it would be run as a program"}
-                )
+                reason = "no plain value: it would be run as a program"
+                return Verdict(0.0, "wrong", parts | {"reason": reason})
         try:
             with cpu_limit(CPU_SECONDS):
                 score = data.score_answer(answer, entry=dict(example))
         except (OutOfTime, MemoryError) as error:
             return Verdict(0.0, "timeout", parts | {"reason": str(error) or "out of memory"})
         except Exception as error:
-            return Verdict(
-                0.0, "wrong", parts | {"reason": f"the scorer raised {type(error).__name__}: {error}"[:200]}
-            )
+            reason = f"the scorer raised {type(error).__name__}: {error}"[:200]
+            return Verdict(0.0, "wrong", parts | {"reason": reason})
         verdict = as_verdict(score)
         return Verdict(verdict.reward, verdict.outcome, verdict.parts | parts)
 
@@ -110,9 +107,8 @@ def open_dataset(name: str, config: Mapping[str, Json] | None, *, seed: int, siz
     try:
         return create_dataset(name, seed=seed, size=size, **(config or {}))
     except Exception as error:  # mostly assertions, whose messages name the option
-        raise UserError(
-            f"reasoning-gym {name}: {type(error).__name__}: {' '.join(str(error).split())}"
-        ) from None
+        reason = " ".join(str(error).split())
+        raise UserError(f"reasoning-gym {name}: {type(error).__name__}: {reason}") from None
 
 
 def _literal(text: str) -> bool:

@@ -43,19 +43,10 @@ def strip(text: str) -> str:
     Raises:
       ValueError, IndexError: for malformed commands, on which the original fails too.
     """
-    for before, after in (
-        ("\n", ""),
-        ("\\!", ""),
-        ("\\\\", "\\"),
-        ("tfrac", "frac"),
-        ("dfrac", "frac"),
-        ("\\left", ""),
-        ("\\right", ""),
-        ("^{\\circ}", ""),
-        ("^\\circ", ""),
-        ("\\$", ""),
-    ):
-        text = text.replace(before, after)
+    text = text.replace("\n", "").replace("\\!", "").replace("\\\\", "\\")
+    text = text.replace("tfrac", "frac").replace("dfrac", "frac")
+    for ignored in ("\\left", "\\right", "^{\\circ}", "^\\circ", "\\$"):
+        text = text.replace(ignored, "")
     if "\\text{ " in text:  # in MATH it always begins a unit
         text, _ = text.split("\\text{ ")
     text = text.replace("\\\\%", "").replace("\\%", "").replace(" .", " 0.").replace("{.", "{0.")

@@ -11,37 +11,11 @@ MAX_DEPTH = 40
 
 _UNICODE = str.maketrans(
     {
-        "−": "-",
-        "–": "-",
-        "×": r"\times ",
-        "⋅": r"\cdot ",
-        "·": r"\cdot ",
-        "÷": "/",
-        "π": r"\pi ",
-        "θ": r"\theta ",
-        "∞": r"\infty ",
-        "√": r"\sqrt ",
-        "°": r"^\circ ",
-        "…": r"\ldots ",
-        "≤": r"\le ",
-        "≥": r"\ge ",
-        "≠": r"\ne ",
-        "±": r"\pm ",
-        "∛": r"\sqrt[3]",
-        "∜": r"\sqrt[4]",
-        "∪": r"\cup ",
-        "∅": r"\emptyset ",
-        "ℝ": r"\mathbb{R}",
-        "∖": r"\setminus ",
-        "∨": r"\lor ",
-        "∧": r"\land ",
-        "∈": r"\in ",
-        "²": "^2",
-        "³": "^3",
-        "，": ",",
-        "€": "",
-        "£": "",
-        "¥": "",
+        **{"−": "-", "–": "-", "×": r"\times ", "⋅": r"\cdot ", "·": r"\cdot ", "÷": "/", "°": r"^\circ "},
+        **{"√": r"\sqrt ", "∛": r"\sqrt[3]", "∜": r"\sqrt[4]", "²": "^2", "³": "^3", "±": r"\pm "},
+        **{"π": r"\pi ", "θ": r"\theta ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne "},
+        **{"∪": r"\cup ", "∅": r"\emptyset ", "ℝ": r"\mathbb{R}", "∖": r"\setminus ", "∈": r"\in "},
+        **{"∨": r"\lor ", "∧": r"\land ", "…": r"\ldots ", "，": ",", "€": "", "£": "", "¥": ""},
     }
 )
 _UNICODE |= {
@@ -88,58 +62,19 @@ _DROPPED = frozenset(
         \big \Big \bigg \Bigg \bigl \bigr \Bigl \Bigr \biggl \biggr \Biggl \Biggr \left \right \middle""",
     )
 )
-_RENAMED = {
-    r"\dfrac": r"\frac",
-    r"\tfrac": r"\frac",
-    r"\cfrac": r"\frac",
-    r"\dbinom": r"\binom",
-    r"\tbinom": r"\binom",
-    r"\leq": r"\le",
-    r"\leqslant": r"\le",
-    r"\geq": r"\ge",
-    r"\geqslant": r"\ge",
-    r"\lt": "<",
-    r"\gt": ">",
-    r"\neq": r"\ne",
-    r"\times": r"\cdot",
-    r"\ast": r"\cdot",
-    "*": r"\cdot",
-    r"\div": "/",
-    r"\lbrace": r"\{",
-    r"\rbrace": r"\}",
-    r"\lbrack": "[",
-    r"\rbrack": "]",
-    r"\langle": "(",
-    r"\rangle": ")",
-    r"\lvert": "|",
-    r"\rvert": "|",
-    r"\vert": "|",
-    r"\%": "%",
-    r"\degree": r"^{\circ}",
-    r"\infinity": r"\infty",
-    r"\varnothing": r"\emptyset",
-    r"\simeq": r"\approx",
-    r"\bar": r"\overline",
-    r"\overrightarrow": r"\vec",
-    r"\backslash": r"\setminus",
-    r"\smallsetminus": r"\setminus",
-    r"\dots": r"\ldots",
-    r"\cdots": r"\ldots",
-    r"\prime": "'",
-}
+# Each command, followed by its other spellings.
+_SPELLINGS = r"""
+\frac \dfrac \tfrac \cfrac, \binom \dbinom \tbinom, \le \leq \leqslant, \ge \geq \geqslant, < \lt, > \gt, \ne \neq,
+\cdot \times \ast *, / \div, \{ \lbrace, \} \rbrace, [ \lbrack, ] \rbrack, ( \langle, ) \rangle, | \lvert \rvert \vert,
+% \%, ^{\circ} \degree, \infty \infinity, \emptyset \varnothing, \approx \simeq, \overline \bar, \vec \overrightarrow,
+\setminus \backslash \smallsetminus, \ldots \dots \cdots, ' \prime
+"""
+_RENAMED = {other: command for command, *others in map(str.split, _SPELLINGS.split(",")) for other in others}
 _TEXTS = frozenset(
     {r"\text", r"\mbox", r"\hbox", r"\textrm", r"\textbf", r"\textit", r"\textnormal", r"\mathrm"}
 )
-_ARGUMENTS = {
-    r"\frac": 2,
-    r"\binom": 2,
-    r"\sqrt": 1,
-    r"\overline": 1,
-    r"\vec": 1,
-    r"\mathbb": 1,
-    "^": 1,
-    "_": 1,
-}
+_ARGUMENTS = dict.fromkeys((r"\sqrt", r"\overline", r"\vec", r"\mathbb", "^", "_"), 1)
+_ARGUMENTS |= {r"\frac": 2, r"\binom": 2}
 
 
 class Unreadable(ValueError):

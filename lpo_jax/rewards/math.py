@@ -18,12 +18,11 @@ from fractions import Fraction
 from lpo_jax.errors import UserError
 from lpo_jax.rewards import hendrycks, rational, structure
 from lpo_jax.rewards.answers import last_boxed, last_line_after
-from lpo_jax.rewards.descriptor import Verifier, VerifierDescriptor
 from lpo_jax.rewards.latex import Unreadable
 from lpo_jax.rewards.limits import OutOfTime, cpu_limit
 from lpo_jax.rewards.structure import Value
 from lpo_jax.rewards.units import clash
-from lpo_jax.rewards.verdict import Verdict, infrastructure
+from lpo_jax.rewards.verdict import Verdict, Verifier, VerifierDescriptor, infrastructure
 from lpo_jax.types import Json
 
 # Processor time for the comparison in sympy; the comparison before it gets half as much. Most answers take microseconds
@@ -68,9 +67,8 @@ def math_verifier(*, mode: str = "robust", extract: str = "boxed") -> Verifier:
         else:
             answer = last_boxed(response) if extract == "boxed" else _answer_line(response)
         if answer is None or not answer.strip():
-            return Verdict(
-                0.0, "malformed", {"reason": f"no answer in the form that was asked for: {extract}"}
-            )
+            reason = f"no answer in the form that was asked for: {extract}"
+            return Verdict(0.0, "malformed", {"reason": reason})
         parts: dict[str, float | str] = {"answer": answer[:200]}
         if mode == "strict":
             right = hendrycks.equal(answer, gold)

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 
 from lpo_jax.errors import UserError, nearest
 from lpo_jax.rewards import arithmetic, code, countdown, format, gsm8k, gym, math
-from lpo_jax.rewards.descriptor import Verifier, VerifierDescriptor
 from lpo_jax.rewards.user_code import load_function, split_reference
+from lpo_jax.rewards.verdict import Verifier, VerifierDescriptor
 from lpo_jax.types import Json
 
 _BUILT_IN = {

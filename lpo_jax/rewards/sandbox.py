@@ -106,15 +106,10 @@ class Sandbox:
         start_limit: float = 10.0,
     ):
         weak = kind == "weak"
-        folders = (
-            sorted({os.path.dirname(path) for path in installed_paths(*packages)}) if weak else [_PACKAGES]
-        )
-        command = [
-            *([] if weak else _bubblewrap(*installed_paths(*packages))),
-            _interpreter(),
-            *_FLAGS,
-            _CHILD if weak else _RUNNER,
-        ]
+        paths = installed_paths(*packages)
+        folders = sorted({os.path.dirname(path) for path in paths}) if weak else [_PACKAGES]
+        confined, child = ([], _CHILD) if weak else (_bubblewrap(*paths), _RUNNER)
+        command = [*confined, _interpreter(), *_FLAGS, child]
         job = {
             "program": program,
             "function": function,

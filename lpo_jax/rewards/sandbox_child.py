@@ -29,31 +29,22 @@ import types
 
 LENGTH = struct.Struct("!Q")
 SOCKET = 3  # file descriptor of the socket to the verifier, once the runner has started
-RESULT = (
-    3  # file descriptor for a function's result in the process that computes it, where the socket is closed
-)
+# File descriptor for a function's result in the process that computes it, where the socket is closed.
+RESULT = 3
 STDERR_TAIL = 2000  # bytes of stderr that are searched for the last line
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
 # prctl(2)
 _PDEATHSIG, _NO_NEW_PRIVS, _SECCOMP, _FILTER = 1, 38, 22, 2
 _SIGKILL = 9
-_CHECK_INTERVAL = (
-    0.01  # seconds between checks of the number of files; a program can create thousands in that time
-)
+# Seconds between checks of the number of files; a program can create thousands in that time.
+_CHECK_INTERVAL = 0.01
 
 # Modules that programs written for online judges use without importing them. The modules and their public names are
 # predefined, except for names of builtins (math.pow would hide pow).
 _STARRED = (
-    "typing",
-    "collections",
-    "heapq",
-    "bisect",
-    "math",
-    "itertools",
-    "functools",
-    "operator",
-    "string",
+    *("typing", "collections", "heapq", "bisect", "math"),
+    *("itertools", "functools", "operator", "string"),
 )
 # These modules are predefined if the program contains their name followed by a dot.
 _NAMED = ("copy", "datetime", "io", "json", "os", "random", "re", "statistics", "time")
@@ -187,9 +178,8 @@ def _become(job: dict, test: dict, given: int, output: int, errors: int) -> None
     _prctl(_NO_NEW_PRIVS, 1)
     _LIBC.capset(struct.pack("=Ii", 0x20080522, 0), bytes(24))  # drops all capabilities, also of root
     code = ctypes.create_string_buffer(job["filter"])
-    program = ctypes.create_string_buffer(  # struct sock_fprog
-        struct.pack("@HP", len(job["filter"]) // 8, ctypes.addressof(code))
-    )
+    sock_fprog = struct.pack("@HP", len(job["filter"]) // 8, ctypes.addressof(code))
+    program = ctypes.create_string_buffer(sock_fprog)
     _prctl(_SECCOMP, _FILTER, ctypes.addressof(program))
 
 
@@ -225,9 +215,8 @@ def _names(program: str) -> dict:
         for name, value in vars(module).items()
         if name in getattr(module, "__all__", vars(module)) and name[0] != "_" and name not in builtins
     }
-    return (
-        names | modules | {name: __import__(name) for name in _NAMED if f"{name}." in program} | {"sys": sys}
-    )
+    named = {name: __import__(name) for name in _NAMED if f"{name}." in program}
+    return names | modules | named | {"sys": sys}
 
 
 def _write_script(job: dict) -> str:

@@ -79,9 +79,8 @@ _JUDGED = _numbers("""
 _MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
 _X32 = 0x40000000  # numbers from here on are the x32 ABI of x86-64, in which every call has another number
 
-_UNIFIED = (
-    424  # from here on, numbers are the same on all architectures, and libc can fall back to an older call
-)
+# From here on, numbers are the same on all architectures, and libc can fall back to an older call.
+_UNIFIED = 424
 
 _THREAD = 0x00010000  # CLONE_THREAD
 _WRITE_FLAGS = 0o1 | 0o2 | 0o100 | 0o1000 | 0o2000  # O_WRONLY, O_RDWR, O_CREAT, O_TRUNC, O_APPEND

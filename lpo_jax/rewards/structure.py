@@ -62,6 +62,9 @@ class Value:
     unit: str = ""
 
 
+Equal = Callable[[Value, Value], bool]  # whether a gold scalar or equation equals that of an answer
+
+
 def read_answer(text: str) -> tuple[Value, ...]:
     """Parse an answer.
 
@@ -283,7 +286,7 @@ def _closes_at_end(text: str) -> bool:
     return False
 
 
-def same_answer(gold: Value, answer: Value, equal: Callable[[Value, Value], bool]) -> bool:
+def same_answer(gold: Value, answer: Value, equal: Equal) -> bool:
     """Return whether two parsed answers are the same.
 
     Args:
@@ -319,9 +322,7 @@ def same_answer(gold: Value, answer: Value, equal: Callable[[Value, Value], bool
     return all(same_answer(g, a, equal) for g, a in zip(gold.parts, answer.parts))
 
 
-def _any_order(
-    gold: tuple[Value, ...], answer: tuple[Value, ...], equal: Callable[[Value, Value], bool]
-) -> bool:
+def _any_order(gold: tuple[Value, ...], answer: tuple[Value, ...], equal: Equal) -> bool:
     if len({item.name for item in gold}) > 1 and not any(item.name for item in answer):
         # Only the order assigns the answer's values to the gold answer's names.
         return all(same_answer(g, a, equal) for g, a in zip(gold, answer))
@@ -334,7 +335,7 @@ def _any_order(
     return True
 
 
-def _same_vector(gold: Value, answer: Value, equal: Callable[[Value, Value], bool]) -> bool:
+def _same_vector(gold: Value, answer: Value, equal: Equal) -> bool:
     """Return whether a column matrix and a tuple have the same coordinates."""
     pairs = []
     for value in (gold, answer):
@@ -345,9 +346,7 @@ def _same_vector(gold: Value, answer: Value, equal: Callable[[Value, Value], boo
     return all(same_answer(g, a, equal) for g, a in zip(*pairs))
 
 
-def _same_with_repeats(
-    gold: tuple[Value, ...], answer: tuple[Value, ...], equal: Callable[[Value, Value], bool]
-) -> bool:
+def _same_with_repeats(gold: tuple[Value, ...], answer: tuple[Value, ...], equal: Equal) -> bool:
     """Compare two sets of which the answer repeats elements; repeats in the gold answer count."""
     if any(same_answer(one, other, equal) for index, one in enumerate(gold) for other in gold[:index]):
         return False
@@ -359,7 +358,7 @@ def _same_with_repeats(
     return len(kept) == len(gold) and _any_order(gold, tuple(kept), equal)
 
 
-def _one_is_an_equation(gold: Value, answer: Value, equal: Callable[[Value, Value], bool]) -> bool:
+def _one_is_an_equation(gold: Value, answer: Value, equal: Equal) -> bool:
     """Compare an equation with a value: `2^3 = 8` equals 8, as all its sides do; `y = 2x` equals `y - 2x = 0`."""
     if "equation" not in (gold.kind, answer.kind):
         return False

@@ -11,8 +11,7 @@ from collections.abc import Callable, Mapping
 from types import ModuleType
 
 from lpo_jax.errors import UserError, nearest
-from lpo_jax.rewards.descriptor import Verifier
-from lpo_jax.rewards.verdict import Verdict, as_verdict, infrastructure
+from lpo_jax.rewards.verdict import Verdict, Verifier, as_verdict, infrastructure
 from lpo_jax.types import Json
 
 

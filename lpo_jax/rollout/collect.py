@@ -16,8 +16,9 @@ from lpo_jax.parallel import hosts
 from lpo_jax.rewards import Verdict, VerifierPool
 from lpo_jax.rollout.encode import encode_prompt
 from lpo_jax.rollout.failures import Failures, failures
-from lpo_jax.sampling import PromptBatch, Responses, Sampler, SampleRequest
+from lpo_jax.sampling import Ahead, PromptBatch, Responses, Sampler, SampleRequest
 from lpo_jax.sampling.padding import NO_LIMIT, pad_prompts, pad_to
+from lpo_jax.sampling.responses import concatenate_responses
 from lpo_jax.sampling.text import response_text
 from lpo_jax.tasks import Row, Task
 from lpo_jax.types import PyTree, Tokenizer
@@ -40,6 +41,7 @@ class Rollouts:
     rescore: bool = (
         False  # some response was not sampled from its prompt: the trainer must compute the log-probs
     )
+    ahead: Responses | None = None  # the responses so far to prompts of later steps
 
     @property
     def rewards(self) -> np.ndarray:
@@ -104,20 +106,14 @@ class Rollouts:
 
 def concatenate(batches: Sequence[Rollouts]) -> Rollouts:
     """Concatenate rollouts of equal K; prompts and responses are padded to the longest."""
-    responses = [vars(batch.responses) for batch in batches]
     S = max(batch.prompts.shape[-1] for batch in batches)
-    T = max(r["tokens"].shape[-1] for r in responses)
-    fields = {
-        name: np.concatenate([pad_to(r[name], T) if r[name].ndim == 3 else r[name] for r in responses])
-        for name in responses[0]
-    }
     return Rollouts(
         ids=[x for batch in batches for x in batch.ids],
         golds=[x for batch in batches for x in batch.golds],
         prompt_texts=[x for batch in batches for x in batch.prompt_texts],
         prompts=np.concatenate([pad_to(batch.prompts, S) for batch in batches]),
         prompt_lengths=np.concatenate([batch.prompt_lengths for batch in batches]),
-        responses=Responses(**fields),
+        responses=concatenate_responses([batch.responses for batch in batches]),
         texts=[x for batch in batches for x in batch.texts],
         verdicts=[x for batch in batches for x in batch.verdicts],
         seconds_sampling=sum(batch.seconds_sampling for batch in batches),
@@ -161,6 +157,7 @@ class Collector:
         prompts: Sequence[list[int]] | None = None,
         written: Sequence[str] | None = None,
         at_least: int = 0,
+        ahead: Ahead | None = None,
     ) -> Rollouts:
         """Sample `request.num_responses` responses to each row and verify them.
 
@@ -172,6 +169,8 @@ class Collector:
           written: for each row, the text of the response that its prompt already contains; the verifier receives it
             before the sampled text.
           at_least: see `Sampler`.
+          ahead: see `Sampler`. Only the rows of the first round are verified and returned; the responses so far of the
+            others are `Rollouts.ahead`.
         """
         started = time.perf_counter()
         hosts.phase("sampling")
@@ -179,7 +178,7 @@ class Collector:
         # Extended prompts are padded to a power of two, which bounds the number of compiled programs.
         limit = self.max_prompt_tokens if max(map(len, ids)) <= self.max_prompt_tokens else NO_LIMIT
         padded, lengths = pad_prompts(ids, limit)
-        P, K = len(ids), request.num_responses
+        P, K = len(ids) // (ahead.rounds if ahead else 1), request.num_responses
         own = range(P)[hosts.share(P)]  # each host decodes and verifies its share
         texts = [[""] * K for _ in own]
         handed_in: list[tuple[int, int]] = []
@@ -200,6 +199,7 @@ class Collector:
                 request,
                 at_least=at_least,
                 on_finished=hand_in,
+                ahead=ahead,
             )
             sampled_at = time.perf_counter()
             hosts.phase("verifying")
@@ -207,16 +207,17 @@ class Collector:
         verdicts = [judged[p, k] for p in range(len(own)) for k in range(K)]
         texts, verdicts = hosts.gather_lists(texts), hosts.gather_lists(verdicts)
         return Rollouts(
-            ids=[row_id for row_id, _ in rows],
-            golds=[self.task.gold(row) for _, row in rows],
-            prompt_texts=[self.tokenizer.decode(row) for row in ids],
-            prompts=padded,
-            prompt_lengths=lengths,
-            responses=sampled,
+            ids=[row_id for row_id, _ in rows[:P]],
+            golds=[self.task.gold(row) for _, row in rows[:P]],
+            prompt_texts=[self.tokenizer.decode(row) for row in ids[:P]],
+            prompts=padded[:P],
+            prompt_lengths=lengths[:P],
+            responses=sampled.take(np.arange(P)).trimmed(),
             texts=texts,
             verdicts=[verdicts[p * K : (p + 1) * K] for p in range(P)],
             seconds_sampling=sampled_at - started,
             seconds_verifying=time.perf_counter() - sampled_at,
+            ahead=sampled.take(np.arange(P, len(ids))) if ahead else None,
         )
 
 

@@ -34,19 +34,20 @@ class TokenTexts(dict[int, str]):
         return text
 
 
-def response_records(rollouts: Rollouts, phase: str, behaviour_step: int) -> list[dict]:
+def response_records(rollouts: Rollouts, phase: str, behaviour_step: int | np.ndarray) -> list[dict]:
     """Return one record for each response, group by group, with verl's names where it has them.
 
     Args:
       phase: "train", or of a held-out evaluation "cold", "warm-started" or "step".
-      behaviour_step: training steps that the weights which sampled the responses had behind them.
+      behaviour_step: training steps that the weights which sampled the responses had behind them, for all or `[P, K]`.
     """
     responses = rollouts.responses
+    behind = np.broadcast_to(behaviour_step, responses.lengths.shape)
     mean = lambda x: x.sum(-1, dtype=np.float64) / np.maximum(responses.lengths, 1)  # noqa: E731
     logp, entropy = mean(responses.log_probs), mean(responses.entropies)
     prompt_ids = [_prompt_id(rollouts, p) for p in range(len(logp))]
     return [
-        {"phase": phase, "behaviour_step": behaviour_step, "prompt_id": prompt_ids[p]}
+        {"phase": phase, "behaviour_step": int(behind[p, k]), "prompt_id": prompt_ids[p]}
         | record
         | {"logp": round(float(logp[p, k]), DIGITS), "entropy": round(float(entropy[p, k]), DIGITS)}
         for record, (p, k) in zip(rollouts.records(), np.ndindex(logp.shape))

@@ -99,7 +99,8 @@ class Recorder:
                 f"warning: {self.run.path}/metrics.jsonl has no rows of {lost}, which the checkpoint of step {step} "
                 "includes; they cannot be made again, and the run goes on without them"
             )
-        return Position(self.checkpoints.restore(step, abstract_state.replace(frozen=None)), **record)
+        state = self.checkpoints.restore(step, abstract_state.replace(frozen=None))
+        return Position.of_record(state, record)
 
     def save(self, position: Position) -> bool:
         """Save the position, unless its step is saved already, and its score. Returns whether anything was saved."""
@@ -144,7 +145,10 @@ class Recorder:
         training = self.config.training
         if training.save_rollouts:
             of_tokens = token_records(rollouts, self._token_texts, learned.of_tokens())
-            parts = response_records(rollouts, "train", step - 1), learned.records(), of_tokens
+            behind = (
+                rollouts.responses.versions[..., 0] - 1
+            )  # of the first token, which has the oldest weights
+            parts = response_records(rollouts, "train", behind), learned.records(), of_tokens
             self.writer.write_samples(step, [a | b | c for a, b, c in zip(*parts)])
         if training.show_every and step % training.show_every == 0:
             self.progress.log(reporting.group_panel(response_records(rollouts, "train", step - 1), step))

@@ -2,12 +2,14 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 from flax import struct
 
 from lpo_jax.evaluation.heldout import Evaluation
 from lpo_jax.models.decoder import Params
 from lpo_jax.models.lora import Frozen, with_adapters
+from lpo_jax.rollout.rounds import InFlight
 from lpo_jax.types import Json, PyTree
 
 WARM_STARTED = "warm-started"  # the phase of a second evaluation at step 0
@@ -50,6 +52,7 @@ class Position:
       skipped: number of non-finite gradients so far.
       hooks: states of the method's hooks; None before the first step.
       schedule_steps: steps of the learning rate's schedule: the number that the run was started with; 0 if unknown.
+      in_flight: rounds of later steps that have begun (`sampling.ahead`).
       milestones: label -> per-problem outcomes of the evaluations shown at the end.
     """
 
@@ -64,6 +67,7 @@ class Position:
     skipped: int = 0
     hooks: list[Json] | None = None
     schedule_steps: int = 0
+    in_flight: list[InFlight] = dataclasses.field(default_factory=list)
     milestones: dict[str, dict] = dataclasses.field(default_factory=dict)
 
     @property
@@ -71,15 +75,28 @@ class Position:
         """The kind of the next held-out evaluation: of the "cold" or the "warm-started" model, or of a "step"."""
         return "step" if self.step else WARM_STARTED if self.evaluations else "cold"
 
-    def advance(self, state: TrainState, data: Json, hooks: list[Json] | None = None) -> None:
+    def advance(
+        self,
+        state: TrainState,
+        data: Json,
+        hooks: list[Json] | None = None,
+        in_flight: Sequence[InFlight] = (),
+    ) -> None:
         """Move the position one step on."""
-        self.state, self.data, self.hooks = state, data, hooks
+        self.state, self.data, self.hooks, self.in_flight = state, data, hooks, list(in_flight)
         self.step, self.evaluated, self.evaluations, self.score = self.step + 1, False, 0, None
 
     def record(self) -> dict[str, Json]:
         """Everything but the arrays, as JSON."""
         names = [field.name for field in dataclasses.fields(self) if field.name != "state"]
-        return {name: getattr(self, name) for name in names}
+        record = {name: getattr(self, name) for name in names}
+        return record | {"in_flight": [later.to_json() for later in self.in_flight]}
+
+    @classmethod
+    def of_record(cls, state: TrainState, record: dict[str, Json]) -> "Position":
+        """Return the position that `record` describes; checkpoints of earlier versions have no rounds in flight."""
+        in_flight = [InFlight.from_json(later) for later in record.get("in_flight", ())]
+        return cls(state, **{**record, "in_flight": in_flight})
 
     def add_evaluation(self, evaluation: Evaluation, label: str | None) -> None:
         """Record the held-out evaluation of `step`; one with a label is shown at the end of the run."""

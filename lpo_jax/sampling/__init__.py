@@ -6,6 +6,7 @@ gets. `lpo_jax.sampling.model` has the public `load_model` with texts in and out
 
 from lpo_jax.sampling.distribution import Sampling, row_keys
 from lpo_jax.sampling.request import PromptBatch, SampleRequest
-from lpo_jax.sampling.sampler import Responses, Sampler
+from lpo_jax.sampling.responses import Ahead, Responses
+from lpo_jax.sampling.sampler import Sampler
 
-__all__ = ["PromptBatch", "Responses", "SampleRequest", "Sampler", "Sampling", "row_keys"]
+__all__ = ["Ahead", "PromptBatch", "Responses", "SampleRequest", "Sampler", "Sampling", "row_keys"]

@@ -10,6 +10,10 @@ rows have moved, two small maps tell attention which slots share a prompt (`Deco
 On a mesh whose devices share the prompts, each shard has its own prompts with all their rows, its own slots and its
 own queue; nothing moves between shards. One device is one shard.
 
+A row may begin with tokens that an earlier call drew, with the same weights or others. When it enters a slot, the keys
+and values of these tokens are computed again, by a prefill of its prompt and them. Rows that are not required wait
+behind those that are, and take free slots only; sampling ends with the last required row.
+
 Axes: P prompts · K responses · R slots · U prompts in the cache. R and U are ordered shard by shard.
 """
 
@@ -25,11 +29,13 @@ from lpo_jax.parallel import hosts, sharding
 from lpo_jax.sampling import decode as device
 from lpo_jax.sampling import kv_cache
 from lpo_jax.sampling.kv_cache import CHUNK, EMPTY, Capacity, PromptCache, ResponseCache
-from lpo_jax.sampling.padding import next_power_of_two, pad_to
+from lpo_jax.sampling.padding import NO_LIMIT, next_power_of_two, pad_prompts, pad_to
 from lpo_jax.sampling.request import PromptBatch
+from lpo_jax.sampling.responses import Responses
 from lpo_jax.sampling.stop_strings import StopFinder
 
 MIN_SLOTS = 8  # a smaller batch is no faster: its time is that of reading the weights
+PREFILL_ROWS = 8  # rows of each shard whose earlier tokens are prefilled together
 IDLE = 16  # while rows are queued, one slot in so many may be idle before `decode` returns to have it filled
 
 
@@ -44,10 +50,13 @@ class ContinuousBatcher:
       prompts: P of them, a multiple of the number of shards.
       keys: `[P, K, 2]` uint32, data of `row_keys`.
       budgets: `[P, K]` maximum number of tokens; 0: the row is not sampled.
-      max_tokens: upper bound of the budgets.
+      started: the responses so far, with capacity for as many tokens as the largest budget; new ones are written to it.
+      version: recorded with each token that is drawn.
       max_rows: limit on the slots of all shards together, of which each shard gets at least one; 0: no limit.
       find_stop: finds stop strings; None: there are none.
-      on_finished: called with p, k and the token ids of a finished row, while the device continues with other rows.
+      on_finished: called with p, k and the token ids of a finished required row, while the device continues with other
+        rows.
+      required: `[P]` bool, prompts whose rows are sampled to their end; in each shard they come first. None: all.
     """
 
     def __init__(
@@ -57,23 +66,28 @@ class ContinuousBatcher:
         prompts: PromptBatch,
         keys: np.ndarray,
         budgets: np.ndarray,
-        max_tokens: int,
+        started: Responses,
+        version: int,
         max_rows: int,
         find_stop: StopFinder | None,
         on_finished: Callable[[int, int, list[int]], None] | None,
+        required: np.ndarray | None = None,
     ):
         self.settings, self.weights, self.prompts = settings, weights, prompts
         self.keys, self.budgets = keys.reshape(-1, 2), budgets.reshape(-1).astype(np.int32)
-        self.find_stop, self.on_finished = find_stop, on_finished
+        self.find_stop, self.on_finished, self.version = find_stop, on_finished, version
         P, self.K = budgets.shape
-        rows = P * self.K
-        self.tokens = np.zeros((rows, max_tokens), np.int32)
-        self.log_probs = np.zeros((rows, max_tokens), np.float32)
-        self.entropies = np.zeros((rows, max_tokens), np.float32)
-        self.lengths = np.zeros(rows, np.int32)
-        self.finished = np.zeros(rows, bool)
-        self.row_steps = np.zeros(rows, np.float32)
-        self.remaining = self.budgets > 0  # rows that are queued or active
+        rows, max_tokens = P * self.K, started.tokens.shape[-1]
+        self.responses = started
+        by_row = {name: x.reshape(rows, *x.shape[2:]) for name, x in vars(started).items()}  # views
+        # Of tokens, in the order of `DecodeOutput`.
+        self.of_tokens = [by_row[name] for name in ("tokens", "log_probs", "entropies")]
+        self.tokens, self.versions = by_row["tokens"], by_row["versions"]
+        self.lengths, self.finished, self.row_steps = (
+            by_row[x] for x in ("lengths", "finished", "row_steps")
+        )
+        self.remaining = (self.lengths < self.budgets) & ~self.finished  # rows that are queued or active
+        self.required = np.repeat(np.ones(P, bool) if required is None else required, self.K)
 
         self.shards = sharding.batch_shards()
         capacity = Capacity.of(P, self.K, max_tokens, max_rows, self.shards)
@@ -85,35 +99,35 @@ class ContinuousBatcher:
         else:
             self.row_of = np.arange(rows)
         self.contiguous = not capacity.queued
+        # Rows in slots whose earlier tokens have no keys and values yet.
+        self.entered = [] if capacity.queued else np.flatnonzero(self.remaining & (self.lengths > 0)).tolist()
         self.members_per_prompt = self.K  # C
         # Kernels read only the tokens that a row has, so that neither slots nor the cache need to change size.
         self.fixed = uses_kernels(settings.attention)
         allocate = functools.partial(kv_cache.allocate, settings.config, settings.dtype)
-        prefill = functools.partial(
+        self.prefill = functools.partial(
             kv_cache.prefill, settings.config, settings.dtype, settings.attention, weights
         )
-        self.prompt_cache = PromptCache(prefill, allocate, prompts, capacity, self.shards)
-        self.response_cache = ResponseCache(allocate, capacity, grows=not self.fixed)
+        self.prompt_cache = PromptCache(self.prefill, allocate, prompts, capacity, self.shards)
+        self.response_cache = ResponseCache(allocate, capacity, not self.fixed, self._longest())
 
-    def run(self) -> list[np.ndarray]:
-        """Samples all rows to their end. Returns the fields of `Responses`, each `[P, K, ...]`."""
-        ended: list[int] = []
-        while True:
+    def run(self) -> Responses:
+        """Samples all required rows to their end, and others as far as they come. Returns all of them."""
+        ended = np.flatnonzero(~self.remaining & (self.budgets > 0)).tolist()  # by an earlier call
+        while (self.remaining & self.required).any():
             self._admit()
-            if not len(self._active_slots()):
-                break
+            self._prefill_entered()
             self._compact()
-            longest = int(self.lengths[self.row_of[self._active_slots()]].max())
-            self.response_cache.reserve(min(CHUNK, self._tokens_left()), longest)
+            self.response_cache.reserve(min(CHUNK, self._tokens_left()), self._longest())
             out = self._decode()
             self._report(ended)  # while the device decodes
             ended = self._record(out)
         self._report(ended)
-        fields = (*self._of_tokens(), self.lengths, self.finished, self.row_steps)
-        return [x.reshape(-1, self.K, *x.shape[1:]) for x in fields]
+        return self.responses
 
-    def _of_tokens(self) -> tuple[np.ndarray, ...]:
-        return self.tokens, self.log_probs, self.entropies
+    def _longest(self) -> int:
+        """The largest number of tokens that an active or queued row has."""
+        return int(self.lengths[self.remaining].max(initial=0))
 
     def _active(self) -> np.ndarray:
         """`[R]` bool: which slots hold a row that is not finished."""
@@ -152,7 +166,34 @@ class ContinuousBatcher:
                         entries[shard] = queue[0] // self.K, int(unused.argmax())
                     break
                 row_of[slot], active[slot] = queue.popleft(), True
+                if self.lengths[row_of[slot]]:
+                    self.entered.append(row_of[slot])
         return entries
+
+    def _prefill_entered(self) -> None:
+        """Computes the keys and values of the tokens that rows in new slots have drawn in earlier calls."""
+        if not self.entered:
+            return
+        n, slots = len(self.row_of) // self.shards, {row: i for i, row in enumerate(self.row_of.tolist())}
+        # Rows of similar length share a batch.
+        entered = sorted(map(int, self.entered), key=lambda row: self.lengths[row], reverse=True)
+        queues = [[row for row in entered if slots[row] // n == shard] for shard in range(self.shards)]
+        self.entered = []
+        while any(queues):
+            parts = [queue[:PREFILL_ROWS] for queue in queues]
+            queues = [queue[PREFILL_ROWS:] for queue in queues]
+            batch = [row for part in parts for row in [*part, *[EMPTY] * (PREFILL_ROWS - len(part))]]
+            # The last token is fed by `decode`.
+            ids = [self._sequence(row)[:-1] if row != EMPTY else [0] for row in batch]
+            tokens, lengths = pad_prompts(ids, NO_LIMIT)
+            index = np.array([slots[row] % n if row != EMPTY else n for row in batch], np.int32)
+            self.response_cache.insert(self.prefill(tokens, lengths), index, lengths)
+
+    def _sequence(self, row: int) -> list[int]:
+        """Token ids of a row's prompt and of its response so far."""
+        p = row // self.K
+        prompt = self.prompts.tokens[p, : self.prompts.lengths[p]]
+        return [*prompt.tolist(), *self.tokens[row, : self.lengths[row]].tolist()]
 
     def _compact(self) -> None:
         """Moves the last active rows into half as many slots or fewer, and keeps only their prompts."""
@@ -244,8 +285,9 @@ class ContinuousBatcher:
         self.row_steps[rows] += int(out.steps) * len(self.row_of) / len(slots)
         for slot, row in zip(slots.tolist(), rows.tolist()):
             before, now = self.lengths[row], out.drawn[slot]
-            for kept, new in zip(self._of_tokens(), (out.tokens, out.log_probs, out.entropies)):
+            for kept, new in zip(self.of_tokens, (out.tokens, out.log_probs, out.entropies)):
                 kept[row, before:now] = new[slot, : now - before]
+            self.versions[row, before:now] = self.version
             self.lengths[row], self.remaining[row] = now, out.active[slot]
             self.finished[row] = self.tokens[row, now - 1] in self.settings.eos_ids
             if self.find_stop:
@@ -256,11 +298,13 @@ class ContinuousBatcher:
         """Ends a row behind the token that completed a stop string."""
         end = self.find_stop(self.tokens[row, : self.lengths[row]].tolist(), CHUNK)
         if end is not None:
-            for kept in self._of_tokens():
+            for kept in (*self.of_tokens, self.versions):
                 kept[row, end:] = 0
             self.lengths[row], self.remaining[row], self.finished[row] = end, False, True
 
     def _report(self, ended: Iterable[int]) -> None:
         if self.on_finished:
             for row in ended:
-                self.on_finished(*divmod(row, self.K), self.tokens[row, : self.lengths[row]].tolist())  # type: ignore[call-arg]
+                if self.required[row]:
+                    p, k = divmod(row, self.K)
+                    self.on_finished(p, k, self.tokens[row, : self.lengths[row]].tolist())

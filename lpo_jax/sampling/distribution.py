@@ -129,12 +129,14 @@ def row_keys(seed: jax.Array, step: jax.Array, prompt_ids: jax.Array, num_respon
 
     Args:
       seed: uint32 scalar.
-      step: uint32 scalar.
+      step: uint32, a scalar or `[P]`.
       prompt_ids: `[P]` uint32, one identity per prompt.
       num_responses: K.
     """
-    base = jax.random.fold_in(jax.random.key(seed), step)
-    of_row = lambda prompt, k: jax.random.fold_in(jax.random.fold_in(base, prompt), k)  # noqa: E731
-    return jax.vmap(lambda prompt: jax.vmap(lambda k: of_row(prompt, k))(jnp.arange(num_responses)))(
-        prompt_ids
-    )
+    fold = jax.random.fold_in
+
+    def of_prompt(step, prompt):
+        base = fold(fold(jax.random.key(seed), step), prompt)
+        return jax.vmap(lambda k: fold(base, k))(jnp.arange(num_responses))
+
+    return jax.vmap(of_prompt)(jnp.broadcast_to(step, prompt_ids.shape), prompt_ids)

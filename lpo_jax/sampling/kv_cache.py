@@ -118,6 +118,36 @@ def insert_prompts(cache: KVCache, prefilled: KVCache, source: jax.Array, entry:
     return jax.tree.map(lambda x, new: sharding.on_each_shard(put, x, new, source, entry), cache, prefilled)
 
 
+@functools.partial(jax.jit, donate_argnums=0)
+def insert_rows(
+    cache: KVCache, prefilled: KVCache, slots: jax.Array, lengths: jax.Array, index: jax.Array
+) -> KVCache:
+    """Copies the last keys and values of prefilled sequences into the response cache, in front of `index`.
+
+    Args:
+      prefilled: `[n]` sequences of prompt and response.
+      slots: `[n]` slot of each within its shard; a slot past the end copies nothing.
+      lengths: `[n]` tokens of each.
+      index: scalar, where the next token is written. What a slot holds in front of its row's tokens is never read.
+    """
+    T = cache[0][1].shape[2]
+
+    def put(x, new, slots, lengths, index, axis):
+        source = jnp.clip(lengths[:, None] - index + jnp.arange(T), 0, new.shape[axis] - 1)  # [n, T]
+        source = source[:, None, None, :] if axis == 3 else source[:, None, :, None]
+        return x.at[slots].set(jnp.take_along_axis(new, source, axis), mode="drop")
+
+    def of_layer(old, new):
+        return tuple(
+            sharding.on_each_shard(
+                lambda *arguments, axis=axis: put(*arguments, index, axis), x, y, slots, lengths
+            )
+            for axis, x, y in zip((3, 2), old, new)
+        )
+
+    return [of_layer(old, new) for old, new in zip(cache, prefilled)]
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def prefill(
     config: ModelConfig,
@@ -235,12 +265,22 @@ class ResponseCache:
       allocate: makes a cache of `(sequences, tokens)`.
       grows: whether T starts small and doubles on demand. Kernels read only the tokens that a row has, so that one
         size, and one compiled program, serves all lengths there.
+      longest: tokens of the longest row that begins with some.
     """
 
-    def __init__(self, allocate: Callable[[int, int], KVCache], capacity: Capacity, grows: bool):
+    def __init__(
+        self, allocate: Callable[[int, int], KVCache], capacity: Capacity, grows: bool, longest: int = 0
+    ):
         self._max_tokens = capacity.tokens
-        self.index, self.tokens = 0, min(FIRST_TOKENS, capacity.tokens) if grows else capacity.tokens
+        tokens = min(FIRST_TOKENS, capacity.tokens) if grows else capacity.tokens
+        self.index, self.tokens = longest, self._enough(tokens, longest)
         self.kv = allocate(capacity.slots, self.tokens)
+
+    def _enough(self, tokens: int, longest: int) -> int:
+        """Returns `tokens`, doubled as often as the longest row needs."""
+        while tokens < self._max_tokens and longest + max(CHUNK, tokens // 4) > tokens:
+            tokens = min(2 * tokens, self._max_tokens)
+        return tokens
 
     def reserve(self, more: int, longest: int) -> None:
         """Makes sure that `more` tokens fit behind the index.
@@ -248,15 +288,17 @@ class ResponseCache:
         Tokens in front of the longest active row are dropped first, then the length is doubled as often as needed.
 
         Args:
-          longest: tokens of the longest active row.
+          longest: tokens of the longest row that is active or will be.
         """
         if self.index + more <= self.tokens:
             return
-        tokens = self.tokens
-        while tokens < self._max_tokens and longest + max(CHUNK, tokens // 4) > tokens:
-            tokens = min(2 * tokens, self._max_tokens)
+        tokens = self._enough(self.tokens, longest)
         self.kv = resize(self.kv, None, np.int32(self.index - longest), tokens)
         self.index, self.tokens = longest, tokens
+
+    def insert(self, prefilled: KVCache, slots: np.ndarray, lengths: np.ndarray) -> None:
+        """Writes the tokens that rows have drawn under earlier weights (`insert_rows`) in front of the index."""
+        self.kv = insert_rows(self.kv, prefilled, slots, lengths, np.int32(self.index))
 
     def keep(self, slots: np.ndarray) -> None:
         """Keeps some slots, in the given order; indices count within each shard."""

@@ -19,7 +19,8 @@ from lpo_jax.models.text import ModelTokenizer
 from lpo_jax.sampling.distribution import Sampling
 from lpo_jax.sampling.padding import pad_prompts
 from lpo_jax.sampling.request import PromptBatch, SampleRequest
-from lpo_jax.sampling.sampler import Responses, Sampler
+from lpo_jax.sampling.responses import Responses
+from lpo_jax.sampling.sampler import Sampler
 from lpo_jax.sampling.text import Prompt, encode, prompt_ids, response_text
 from lpo_jax.types import Json, PyTree
 

@@ -35,11 +35,6 @@ def pad_to(x: np.ndarray, size: int, axis: int = -1, value: int = 0) -> np.ndarr
     return np.pad(x, width, constant_values=value)
 
 
-def pad_rows(x: np.ndarray, more: int, value: int = 0) -> np.ndarray:
-    """Appends `more` rows of `value`; returns `x` itself if `more` is 0."""
-    return pad_to(x, len(x) + more, 0, value) if more else x
-
-
 def pad_prompts(ids: Sequence[Sequence[int]], limit: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns token lists as an array `[P, S]` int32, with S a bucket, and their lengths `[P]` int32."""
     lengths = np.array([len(row) for row in ids], np.int32)

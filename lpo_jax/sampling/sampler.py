@@ -8,6 +8,7 @@ Axes: P prompts · K responses · S prompt tokens (padded) · T response tokens 
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -23,44 +24,9 @@ from lpo_jax.parallel import sharding
 from lpo_jax.sampling.batching import ContinuousBatcher
 from lpo_jax.sampling.decode import DecodeSettings, decode_layout
 from lpo_jax.sampling.distribution import row_keys
-from lpo_jax.sampling.padding import pad_rows
 from lpo_jax.sampling.request import PromptBatch, SampleRequest
+from lpo_jax.sampling.responses import Ahead, Responses
 from lpo_jax.sampling.stop_strings import stop_finder
-
-
-@dataclasses.dataclass(frozen=True)
-class Responses:
-    """Sampled responses, on the host.
-
-    Attributes:
-      tokens: `[P, K, T]` int32, T the length of the longest response; 0 behind a response's end.
-      log_probs: `[P, K, T]` float32, under the distribution that was sampled from; 0 behind a response's end.
-      entropies: `[P, K, T]` float32, of that distribution at each token, in nats; 0 behind a response's end.
-      lengths: `[P, K]` int32, the end token included.
-      finished: `[P, K]` bool, true if an end token or a stop string ended the response, false if its budget did.
-      row_steps: `[P, K]` float32, decode steps that the device spent on this response, its share of the steps of idle
-        slots included.
-    """
-
-    tokens: np.ndarray
-    log_probs: np.ndarray
-    entropies: np.ndarray
-    lengths: np.ndarray
-    finished: np.ndarray
-    row_steps: np.ndarray
-
-    @property
-    def mask(self) -> np.ndarray:
-        """`[P, K, T]` bool, true at response tokens, the end token included."""
-        return np.arange(self.tokens.shape[-1]) < self.lengths[..., None]
-
-    def take(self, prompts: np.ndarray) -> "Responses":
-        """Returns the responses to some prompts, in the given order."""
-        return Responses(*(x[prompts] for x in vars(self).values()))
-
-    def ids(self, p: int, k: int) -> list[int]:
-        """Returns the token ids of one response, without padding."""
-        return self.tokens[p, k, : self.lengths[p, k]].tolist()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +69,7 @@ class Sampler:
         budgets: np.ndarray | None = None,
         at_least: int = 0,
         on_finished: Callable[[int, int, list[int]], None] | None = None,
+        ahead: Ahead | None = None,
     ) -> Responses:
         """Samples `request.num_responses` responses to each prompt.
 
@@ -113,38 +80,65 @@ class Sampler:
           at_least: smaller batches are padded with empty prompts to this number of prompts, so that a last, smaller
             batch needs no program of its own. Empty prompts are not sampled and not returned.
           on_finished: called with p, k and the token ids of each finished response, in any order, while the device
-            continues with other responses.
+            continues with other responses; with `ahead` only for the prompts of the first round.
+          ahead: prompts of later steps among the prompts, and the responses so far. None: there are none.
 
         Raises:
           UserError: one of the stop strings is empty.
         """
-        P, K = len(prompts.tokens), request.num_responses
-        limit = request.max_tokens
+        P, K, limit = len(prompts.tokens), request.num_responses, request.max_tokens
+        ahead = ahead or Ahead(1, np.full(P, request.step, np.uint32), Responses.empty(P, K, limit))
         budgets = np.full((P, K), limit) if budgets is None else np.minimum(budgets, limit)
         with sharding.using(self.mesh):
-            # Every device gets the same number of prompts.
-            size = max(P, at_least)
-            more = size + -size % sharding.batch_shards() - P
+            shards = sharding.batch_shards()
+            index = _shard_order(P, ahead.rounds, at_least, shards)
+            of_batch = functools.partial(_take, index)
             prompts = PromptBatch(
-                pad_rows(np.asarray(prompts.tokens, np.int32), more),
-                pad_rows(np.asarray(prompts.lengths, np.int32), more, 1),
-                pad_rows(np.asarray(prompts.ids, np.uint32), more),
+                of_batch(np.asarray(prompts.tokens, np.int32)),
+                of_batch(np.asarray(prompts.lengths, np.int32), 1),
+                of_batch(np.asarray(prompts.ids, np.uint32)),
             )
             # K is the shape of `keys`; everything that changes without a new program is a traced argument.
-            seeds = np.uint32(request.seed % 2**32), np.uint32(request.step)
-            keys = jax.random.key_data(row_keys(*seeds, prompts.ids, K))
-            dtype = jnp.dtype(self.dtype)
+            steps = of_batch(np.asarray(ahead.steps, np.uint32))
+            keys = jax.random.key_data(row_keys(np.uint32(request.seed % 2**32), steps, prompts.ids, K))
+            rows = len(index) // ahead.rounds * K  # of a round: later ones take free slots only
             batcher = ContinuousBatcher(
-                DecodeSettings(self.config, self.eos_ids, request.distribution, dtype, self.attention),
+                DecodeSettings(
+                    self.config,
+                    self.eos_ids,
+                    request.distribution,
+                    jnp.dtype(self.dtype),
+                    self.attention,
+                ),
                 weights,
                 prompts,
                 np.asarray(keys),
-                pad_rows(budgets, more),
-                limit,
-                self.max_rows,
+                of_batch(budgets),
+                Responses(*map(of_batch, vars(ahead.started.resized(limit)).values())),
+                request.step,
+                min(self.max_rows or rows, rows),
                 stop_finder(self.decode, request.stop),
-                on_finished,
+                on_finished and (lambda p, *row: on_finished(int(index[p]), *row)),
+                required=(index >= 0) & (index < P // ahead.rounds),
             )
-            tokens, log_probs, entropies, *others = (x[:P] for x in batcher.run())
-        T = max(1, others[0].max())
-        return Responses(tokens[..., :T], log_probs[..., :T], entropies[..., :T], *others)
+            found = batcher.run()
+        return found.take(np.argsort(index, kind="stable")[-P:]).trimmed()
+
+
+def _shard_order(P: int, rounds: int, at_least: int, shards: int) -> np.ndarray:
+    """Returns the prompt at each place of a batch, -1 for an empty one.
+
+    Every shard gets the same number of prompts of each round, those of the first round first.
+    """
+    size = max(P // rounds, at_least)
+    size += -size % shards
+    index = np.full((rounds, size), -1)
+    index[:, : P // rounds] = np.arange(P).reshape(rounds, -1)
+    return index.reshape(rounds, shards, -1).swapaxes(0, 1).ravel()
+
+
+def _take(index: np.ndarray, x: np.ndarray, fill: int = 0) -> np.ndarray:
+    """Returns `x[index]`, and `fill` where the index is negative."""
+    out = x[index]
+    out[index < 0] = fill
+    return out

@@ -12,12 +12,7 @@ PREFILL = "<answer>"
 
 
 def arithmetic_task(
-    *,
-    terms: int = 2,
-    max_number: int = 99,
-    train_size: int = 1000,
-    heldout_size: int = 128,
-    seed: int = 0,
+    *, terms: int = 2, max_number: int = 99, train_size: int = 1000, heldout_size: int = 128, seed: int = 0
 ) -> Task:
     """Generate a task of integer sums: rows `{"terms": [12, 7], "answer": 19}` with prompts `12 + 7 = ?`.
 

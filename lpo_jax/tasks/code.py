@@ -57,14 +57,12 @@ def code_task(
             return None  # PRIME's own file also has mathematics problems
         problem = as_text(bare(field(row, "problem", _PROBLEM, fields), CODE, "problem"), "problem")
         tests, solution = field(row, "tests", _TESTS, fields), _solution(row, fields)
-        if (
-            "canonical_solution" in row
-        ):  # HumanEval's solution is the body of the function that the problem begins
+        if "canonical_solution" in row:
+            # HumanEval's solution is the body of the function that the problem begins.
             solution = problem + solution
         if isinstance(tests, list) and tests and isinstance(tests[0], str):
-            problem = (
-                f"{problem}\n{tests[0]}"  # MBPP's problem does not name the function; its first test does
-            )
+            # MBPP's problem does not name the function; its first test does.
+            problem = f"{problem}\n{tests[0]}"
         tests = _tests(tests, row.get("entry_point"), row.get("metadata"))
         starter = row.get("starter_code")
         if tests.get("fn_name") and isinstance(starter, str) and starter.strip() not in problem:
@@ -111,9 +109,8 @@ def _solution(row: Row, fields: Mapping[str, str]) -> str:
         if "solution" in fields:
             raise
         return ""
-    if isinstance(solution, str) and solution.lstrip().startswith(
-        "["
-    ):  # TACO stores a list of programs as JSON
+    if isinstance(solution, str) and solution.lstrip().startswith("["):
+        # TACO stores a list of programs as JSON.
         with contextlib.suppress(ValueError, RecursionError):
             solution = json.loads(solution)
     if isinstance(solution, list) and solution:

@@ -1,5 +1,6 @@
 """The Countdown task: generated problems with solutions for the supervised warm start, or problems from files."""
 
+import functools
 import random
 from collections.abc import Sequence
 from fractions import Fraction
@@ -97,7 +98,9 @@ def countdown_task(
             )
         rows = splits(_recipe(counts), path, heldout, train_size, heldout_size, seed)
     else:
-        rows = _generate(counts, max_number, max_target, operators, train_size, heldout_size, seed)
+        draw = functools.partial(_draw, counts, max_number, max_target, operators)
+        sizes = {"train_size": train_size, "heldout_size": heldout_size}
+        rows = Splits(*train_and_heldout(draw, _key, name="countdown", **sizes, seed=seed), {})
     prompt, prefill, response = TEMPLATES[template]
 
     def ask(row: Row) -> Prompt:
@@ -134,26 +137,15 @@ def _recipe(counts: list[int]) -> Recipe:
     )
 
 
-def _generate(
-    counts: list[int],
-    max_number: int,
-    max_target: int,
-    operators: str,
-    train_size: int,
-    heldout_size: int,
-    seed: int,
-) -> Splits:
-    def draw(rng: random.Random) -> dict[str, Json] | None:
-        given = [1 + rng.randrange(max_number) for _ in range(counts[rng.randrange(len(counts))])]
-        solution, value = _random_expression(rng, given, operators)
-        if value is None or value.denominator != 1 or not 1 <= value <= max_target:
-            return None
-        return {"numbers": given, "target": int(value), "solution": solution}
-
-    train, heldout = train_and_heldout(
-        draw, _key, name="countdown", train_size=train_size, heldout_size=heldout_size, seed=seed
-    )
-    return Splits(train, heldout, {})
+def _draw(
+    counts: list[int], max_number: int, max_target: int, operators: str, rng: random.Random
+) -> dict[str, Json] | None:
+    """Draw a problem; None if the expression has no value, or one that is no target."""
+    given = [1 + rng.randrange(max_number) for _ in range(counts[rng.randrange(len(counts))])]
+    solution, value = _random_expression(rng, given, operators)
+    if value is None or value.denominator != 1 or not 1 <= value <= max_target:
+        return None
+    return {"numbers": given, "target": int(value), "solution": solution}
 
 
 def _random_expression(rng: random.Random, given: list[int], operators: str) -> tuple[str, Fraction | None]:

@@ -185,12 +185,8 @@ class _Form:
                     kept.append(self.row(where, row))
                 except Unusable as reason:
                     skips.append(f"{where}: {reason}")
-        about = {
-            "read": len(kept) + len(skips),
-            "kept": len(kept),
-            "skipped": len(skips),
-            "first_skipped": skips[:5],
-        }
+        read = len(kept) + len(skips)
+        about = {"read": read, "kept": len(kept), "skipped": len(skips), "first_skipped": skips[:5]}
         refuse_or_warn(self._verifier.source, source, about, strict)
         return kept, about
 

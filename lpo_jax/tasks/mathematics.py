@@ -5,7 +5,7 @@ only in the last `\boxed{}` of a `solution`. For other names, set the option `fi
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from lpo_jax import rewards
 from lpo_jax.errors import UserError
@@ -55,9 +55,7 @@ def math_task(
         check_gold(verify, row)
         return row | {"solution": solution if last_boxed(solution) else ""}
 
-    recipe = Recipe(
-        "math", _columns("problem"), convert, lambda row: squeezed(row["problem"]), {"fields": fields}
-    )
+    recipe = _recipe("math", "problem", convert, fields)
     rows = splits(recipe, path, heldout, train_size, heldout_size, seed, strict)
     verifier = rewards.VerifierSpec("math", verifier_options or {})
     return Task("math", rows.train, rows.heldout, ask, verifier, _solve, rows.about)
@@ -100,16 +98,15 @@ def gsm8k_task(
         check_gold(verify, row)
         return row | {"solution": re.sub(r"<<[^<>]*>>", "", derivation) if "####" in derivation else ""}
 
-    recipe = Recipe(
-        "gsm8k", _columns("question"), convert, lambda row: squeezed(row["question"]), {"fields": fields}
-    )
+    recipe = _recipe("gsm8k", "question", convert, fields)
     rows = splits(recipe, path, heldout, train_size, heldout_size, seed, strict)
     verifier = rewards.VerifierSpec("gsm8k", verifier_options or {})
     return Task("gsm8k", rows.train, rows.heldout, ask, verifier, _solve, rows.about)
 
 
-def _columns(problem: str) -> dict[str, str]:
-    return {problem: "text", "answer": "text", "solution": "text"}
+def _recipe(name: str, problem: str, convert: Callable, fields: Mapping[str, str]) -> Recipe:
+    columns = {problem: "text", "answer": "text", "solution": "text"}
+    return Recipe(name, columns, convert, lambda row: squeezed(row[problem]), {"fields": fields})
 
 
 def _problem(row: Row, name: str, known: Mapping, fields: Mapping[str, str]) -> str:

@@ -158,13 +158,8 @@ def _builder(recipe: Recipe, source: str, files: list[Path], leave_out: set[str]
     import tensorflow_datasets as tfds
 
     tfds.disable_progress_bar()
-    text = tfds.features.Text
-    kinds = {
-        "text": text,
-        "json": text,
-        "int": lambda: np.int64,
-        "ints": lambda: tfds.features.Sequence(np.int64),
-    }
+    text, sequence = tfds.features.Text, tfds.features.Sequence
+    kinds = {"text": text, "json": text, "int": lambda: np.int64, "ints": lambda: sequence(np.int64)}
 
     class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
         name = recipe.name.replace("-", "_")

@@ -16,17 +16,16 @@ FIELD = re.compile(r"\{(\w+)\}")
 
 Template = str | Sequence[Mapping[str, str]]  # text, or chat messages
 
+
+def _chat(system: str, user: str) -> Template:
+    return [{"role": "system", "content": system}, {"role": "user", "content": user}]
+
+
 MATH: Mapping[str, Template] = {
     # verl's, and the LPO paper's.
     "boxed": "{problem} Let's think step by step and output the final answer within \\boxed{}.",
     # Qwen2.5-Math's.
-    "qwen": [
-        {
-            "role": "system",
-            "content": "Please reason step by step, and put your final answer within \\boxed{}.",
-        },
-        {"role": "user", "content": "{problem}"},
-    ],
+    "qwen": _chat("Please reason step by step, and put your final answer within \\boxed{}.", "{problem}"),
     "prime": "{problem}\n\nPresent the answer in LaTex format: \\boxed{Your answer}",
 }
 
@@ -44,17 +43,14 @@ _WRITE_PYTHON = "{problem}\n\n" + _INSTRUCTION
 CODE: Mapping[str, Template] = {
     "prime": _WRITE_PYTHON,
     # PRIME's own training prompt: the same, after Eurus-2's system message.
-    "eurus": [
-        {
-            "role": "system",
-            "content": "\nWhen tackling complex reasoning tasks, you have access to the following actions. Use them "
-            "as needed to progress through your thought process.\n\n[ASSESS]\n\n[ADVANCE]\n\n[VERIFY]\n\n[SIMPLIFY]\n\n"
-            "[SYNTHESIZE]\n\n[PIVOT]\n\n[OUTPUT]\n\nYou should strictly follow the format below:\n\n[ACTION NAME]\n\n"
-            "# Your action step 1\n\n# Your action step 2\n\n# Your action step 3\n\n...\n\n"
-            "Next action: [NEXT ACTION NAME]\n\n",
-        },
-        {"role": "user", "content": _WRITE_PYTHON},
-    ],
+    "eurus": _chat(
+        "\nWhen tackling complex reasoning tasks, you have access to the following actions. Use them "
+        "as needed to progress through your thought process.\n\n[ASSESS]\n\n[ADVANCE]\n\n[VERIFY]\n\n[SIMPLIFY]\n\n"
+        "[SYNTHESIZE]\n\n[PIVOT]\n\n[OUTPUT]\n\nYou should strictly follow the format below:\n\n[ACTION NAME]\n\n"
+        "# Your action step 1\n\n# Your action step 2\n\n# Your action step 3\n\n...\n\n"
+        "Next action: [NEXT ACTION NAME]\n\n",
+        _WRITE_PYTHON,
+    ),
 }
 
 

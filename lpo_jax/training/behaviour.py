@@ -5,6 +5,11 @@ around 1e-5 nats a token; in bfloat16 around 1e-2, more than the clip range of a
 In the first update after sampling the behaviour log-probs are used as the current ones, so that the ratio is 1 in
 either case. Wherever log-probs of the trainer are compared with those of the sampler, the gap looks like a change of
 the policy.
+
+With `sampling.ahead`, earlier weights have drawn a part of the tokens. The sampler's log-probs are then those of the
+behaviour policy, and the first update computes the current ones. The trainer's are those of the policy before the first
+update, which is the proximal policy of the decoupled objective (Hilton et al. 2021, arXiv 2110.00641): a method that
+weights tokens by the ratio of the two (truncated importance) may use them as its behaviour policy, others may not.
 """
 
 import dataclasses
@@ -13,7 +18,7 @@ import jax.numpy as jnp
 
 from lpo_jax.config import Config
 from lpo_jax.objectives import Objective
-from lpo_jax.objectives.fields import Field
+from lpo_jax.objectives.batch import Field
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +54,10 @@ def choose_behaviour(config: Config, objective: Objective) -> Behaviour:
         return Behaviour("rescored", f"{objective.name} compares the trainer's log-probs with the sampler's")
     if config.sampling.weights == "int8":
         return Behaviour("rescored", "sampling.weights = int8 samples from another model than is trained")
+    if config.sampling.ahead:
+        return Behaviour(
+            "sampled", "sampling.ahead: the trainer no longer has the behaviour policy of every token"
+        )
     if jnp.dtype(dtype).itemsize >= 4:
         return Behaviour("sampled", f"in {dtype} the sampler and the trainer agree")
     if updates > 1:

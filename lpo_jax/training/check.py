@@ -4,9 +4,11 @@ from lpo_jax import objectives
 from lpo_jax.config import Config
 from lpo_jax.errors import UserError
 from lpo_jax.models.quantize import require_qwix
+from lpo_jax.objectives.batch import Field, Source, fields_from
 from lpo_jax.objectives.catalogue import with_response_budget
-from lpo_jax.objectives.fields import Field, Source, fields_from
+from lpo_jax.objectives.hook_specs import HookPhase
 from lpo_jax.objectives.hook_specs import problem as hook_problem
+from lpo_jax.objectives.part import word
 from lpo_jax.training.behaviour import choose_behaviour
 from lpo_jax.training.mirror_file import read_map
 
@@ -46,6 +48,8 @@ def check_config(config: Config) -> objectives.Objective:
             f"objective {objective.name}: truncated-importance compares the trainer's log-probs with the sampler's; "
             "set training.behaviour=rescored"
         )
+    if sampling.ahead:
+        check_ahead(objective, rescored)
     if sampling.num_responses < objective.min_group_size:
         raise UserError(
             f"sampling.num_responses = {sampling.num_responses}: {config.objective['name']} compares the responses "
@@ -65,6 +69,27 @@ def check_config(config: Config) -> objectives.Objective:
             f"evaluation.ks = {config.evaluation.ks}: pass@k needs k <= {most} samples per problem"
         )
     return objective
+
+
+def check_ahead(objective: objectives.Objective, rescored: bool) -> None:
+    """Refuse methods that cannot learn from tokens of earlier weights.
+
+    Raises:
+      UserError: a hook needs the finished round before the next one is drawn, or the log-probs of the behaviour policy
+        are not used.
+    """
+    for hook in objective.hooks:
+        if hook.phase in (HookPhase.DRAW, HookPhase.MEND, HookPhase.SELECT):
+            raise UserError(
+                f"sampling.ahead: {word(hook)} of objective {objective.name} acts on a finished round before the next "
+                "one is drawn; set sampling.ahead=0 or leave the hook out"
+            )
+    if rescored and Field.SAMPLER_LOGP not in objective.needs:
+        raise UserError(
+            "sampling.ahead draws a part of the tokens from the policy of an earlier step, whose log-probs "
+            "training.behaviour = rescored replaces: set training.behaviour=sampled, or "
+            "objective.token_weight=truncated-importance"
+        )
 
 
 def make_objective(config: Config) -> objectives.Objective:

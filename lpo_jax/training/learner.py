@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from lpo_jax.models.lora import with_adapters
 from lpo_jax.models.runner import ModelRunner, log_prob_gap, score
 from lpo_jax.objectives import TokenStats
-from lpo_jax.objectives.fields import Field, Source, fields_from
+from lpo_jax.objectives.batch import Field, Source, fields_from
 from lpo_jax.objectives.method import Objective
 from lpo_jax.rollout.batch import Batch
 from lpo_jax.rollout.collect import Rollouts
@@ -37,6 +37,7 @@ class Learner:
       schedule_steps: steps that the learning rate's schedule and `progress` extend over.
       rescores: whether the trainer computes the behaviour log-probs.
       signal_only: whether an update runs only the responses with a signal.
+      stale: whether the behaviour policy may be older than the policy at the first update of a step.
     """
 
     objective: Objective
@@ -47,6 +48,7 @@ class Learner:
     schedule_steps: int
     rescores: bool
     signal_only: bool
+    stale: bool
 
     @classmethod
     def of(
@@ -55,6 +57,7 @@ class Learner:
         """The learner of a run."""
         config = model.config
         updates = planned_updates(config, objective, schedule_steps)
+        rescores = choose_behaviour(config, objective).rescored
         return cls(
             objective,
             hooks,
@@ -62,8 +65,9 @@ class Learner:
             make_optimizer(config.optimizer, updates),
             config.training.updates_per_step,
             schedule_steps,
-            choose_behaviour(config, objective).rescored,
+            rescores,
             config.training.pull_back == "signal",
+            config.sampling.ahead > 0 and not rescores,
         )
 
     def progress(self, step: int) -> float:
@@ -140,8 +144,8 @@ def current_stats(learner: Learner, state: TrainState, batch: Batch, first: bool
     """The policy's token statistics before an update on a minibatch.
 
     Args:
-      first: whether this is the first update after sampling, when the behaviour log-probs are the policy's own and
-        need not be computed again.
+      first: whether this is the first update after sampling by this policy, when the behaviour log-probs are its own
+        and need not be computed again.
     """
     used = TokenStats(batch.scored.behaviour_logp)
     if scores_first(learner.objective) or not first:
@@ -167,7 +171,7 @@ def take_step(
     for index, minibatch in enumerate([*minibatches, *replayed]):
         minibatch = learner.pack(minibatch)
         scored = minibatch.scored.replace(control=state.control)
-        used = current_stats(learner, state, minibatch, first=index == 0)
+        used = current_stats(learner, state, minibatch, first=index == 0 and not learner.stale)
         found = signal(learner.objective, used, scored)
         tokens = jax.device_get(found.tokens if learner.signal_only else scored.mask)
         groups = learner.runner.pack(minibatch.groups, tokens, rounded=learner.signal_only)

@@ -108,8 +108,14 @@ def run_step(
     """Sample a round, verify it and learn from it; then move `position` one step on and write metrics and responses."""
     config, step = session.config, position.step + 1
     started = time.perf_counter()
-    rollouts, tools = sample_round(
-        session.environment, learner.hooks, learner.runner, position.state.policy, data, step
+    rollouts, tools, in_flight = sample_round(
+        session.environment,
+        learner.hooks,
+        learner.runner,
+        position.state.policy,
+        data,
+        step,
+        position.in_flight,
     )
     recorder.check_verdicts(rollouts.failures, f"step {step}")
     hosts.phase("learning")
@@ -121,12 +127,14 @@ def run_step(
 
     with recorder.signals.deferred():  # parameters, position and files change together
         state, of_updates, updates = take_step(learner, position.state, batch)
-        position.advance(state, data.state(), learner.state())
+        position.advance(state, data.state(), learner.state(), in_flight)
         seconds = time.perf_counter() - started
         in_a_row, skipped = skipped_updates(state.opt_state)
         learned = Learned.on_host(updates)
         row = of_updates | sampler_gap | learner.metrics() | learned.metrics()
         row |= measure.rollout_metrics(rollouts, config.sampling)
+        if config.sampling.ahead:
+            row |= measure.staleness_metrics(rollouts.responses, step)
         row |= measure.machine_metrics(seconds, row["perf/total_num_tokens"])
         row |= {
             "actor/lr": learner.optimizer.rate_used(state.opt_state),

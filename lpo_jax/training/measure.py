@@ -17,6 +17,7 @@ from lpo_jax.reporting import validation_metrics
 from lpo_jax.rewards.verdict import OUTCOMES
 from lpo_jax.rollout.collect import Rollouts
 from lpo_jax.runs import compiles
+from lpo_jax.sampling import Responses
 from lpo_jax.types import Json
 
 # Reduced by max over the updates of a step; all others by mean.
@@ -107,6 +108,16 @@ def part_means(rollouts: Rollouts) -> dict[str, float]:
             if isinstance(value, numbers.Real):
                 values[name].append(float(value))
     return {name: float(np.mean(held)) for name, held in sorted(values.items())}
+
+
+def staleness_metrics(responses: Responses, step: int) -> dict[str, float]:
+    """Age of the behaviour policy at `step`, in steps, over the tokens (`sampling.ahead`)."""
+    age = step - responses.versions[responses.mask]
+    return {
+        "lpo/staleness_mean": float(age.mean()),
+        "lpo/staleness_max": int(age.max()),
+        "lpo/stale_token_fraction": float((age > 0).mean()),
+    }
 
 
 def evaluation_metrics(name: str, evaluation: Evaluation) -> dict[str, float]:

@@ -17,7 +17,7 @@ from lpo_jax.models.load import load_weights
 from lpo_jax.models.placement import constrain_params, current_shardings, placed
 from lpo_jax.models.runner import ModelRunner
 from lpo_jax.objectives import Objective
-from lpo_jax.objectives.fields import Field, Source, fields_from
+from lpo_jax.objectives.batch import Field, Source, fields_from
 from lpo_jax.parallel.mesh import STATE_BYTES
 from lpo_jax.runs.state import TrainState
 from lpo_jax.training.memory import Microbatch, fit_microbatch

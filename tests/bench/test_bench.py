@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 from tiny import CONFIG
 
-from lpo_jax.bench import machine
-from lpo_jax.bench.shapes import Shapes
-from lpo_jax.bench.work import Work
+from lpo_jax.bench import measure
+from lpo_jax.bench.work import Shapes, Work
 from lpo_jax.commands.main import main
 from lpo_jax.models.decoder import init_params
 
@@ -40,8 +39,8 @@ def test_uneven_lengths_are_geometric_and_an_eighth_of_the_longest():
 
 @pytest.mark.parametrize("what", ["sample", pytest.param("train", marks=pytest.mark.slow), "step"])
 def test_every_benchmark_prints_one_json_line(what, tiny_model, capsys, monkeypatch, no_plots):
-    monkeypatch.setattr(machine, "WIDTH", 64)
-    monkeypatch.setattr(machine, "COPIED", 1024)
+    monkeypatch.setattr(measure, "WIDTH", 64)
+    monkeypatch.setattr(measure, "COPIED", 1024)
     shapes = ["--prompts=2", "--responses=4", "--prompt-tokens=8", "--tokens=6", "--repeats=2"]
     assert (
         main(

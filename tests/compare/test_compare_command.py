@@ -16,7 +16,7 @@ from tiny import CONFIG, character_tokenizer
 
 from lpo_jax import load_model, rewards
 from lpo_jax.commands.main import main
-from lpo_jax.compare import command, outcome, pool, worker
+from lpo_jax.compare import command, pool, table, worker
 from lpo_jax.compare.command import compare, load_outcomes
 from lpo_jax.compare.grid import make_grid
 from lpo_jax.compare.pool import Job, Resources, divide_machine, run_jobs
@@ -189,9 +189,9 @@ def test_without_weights_the_error_names_model_init(empty_model):
 def made_up(rule_shift, method_shift, seed):
     rng = np.random.default_rng(seed)
     passed = np.minimum(rng.integers(0, 3, size=(3, 20)) + rule_shift + method_shift, 4)
-    curves = {name: np.array([1.0, 2.0 + method_shift]) for name in outcome.CURVES}
+    curves = {name: np.array([1.0, 2.0 + method_shift]) for name in table.CURVES}
     steps = np.array([1, 2])
-    return outcome.Outcome(np.array([0, 1, 2]), passed, np.full((3, 20), 4), steps, curves, 1.0, {})
+    return table.Outcome(np.array([0, 1, 2]), passed, np.full((3, 20), 4), steps, curves, 1.0, {})
 
 
 def test_the_table_contains_means_over_seeds_and_paired_differences(run_config):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lpo_jax.compare.pairs import estimate_mean, solved, variance_of_mean
+from lpo_jax.compare.table import estimate_mean, solved, variance_of_mean
 from lpo_jax.evaluation.metrics import pass_at_k
 
 

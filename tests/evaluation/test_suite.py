@@ -13,8 +13,8 @@ from lpo_jax.commands.evaluation_files import weights_hash
 from lpo_jax.commands.main import main
 from lpo_jax.errors import UserError
 from lpo_jax.evaluation import suite as S
+from lpo_jax.evaluation.metrics import majority
 from lpo_jax.evaluation.responses import ResponseFile, ResponseSummary
-from lpo_jax.evaluation.votes import majority
 from lpo_jax.models.hf import save_hf
 from lpo_jax.tasks.benchmarks import Benchmark
 

@@ -20,7 +20,7 @@ SEARCHED = [
 EVERYWHERE = ""
 GLOSSARY = [
     (
-        r"(?i)(?<!cloud )(?<![a-z])storage(?![a-z])",
+        r"(?i)(?<!cloud )(?<!sqlite_)(?<![a-z])storage(?![a-z])",
         "KV cache; for weights: dtype",
         r"^(?!tests/launch)",  # where gcloud's storage is meant
     ),

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from lpo_jax import objectives as O
-from lpo_jax.objectives.fields import Field, Source, fields_from
+from lpo_jax.objectives.batch import Field, Source, fields_from
 from lpo_jax.objectives.vocabulary import words
 
 

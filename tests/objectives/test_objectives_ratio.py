@@ -12,11 +12,10 @@ import pytest
 from objective_cases import full_batch, in_float64, padded, put, run, small
 
 from lpo_jax import objectives as O
-from lpo_jax.objectives.covariance_gates import ClipCov, first_in_order
 from lpo_jax.objectives.methods import ratio
-from lpo_jax.objectives.proximal import PreviousKL, RatioVarianceDual
+from lpo_jax.objectives.regular import PreviousKL, RatioVarianceDual
 from lpo_jax.objectives.sequence_gates import GeometricClip, PrefixWeightClip, SequenceClip
-from lpo_jax.objectives.trust import Ratio, TargetRatio
+from lpo_jax.objectives.trust import ClipCov, Ratio, TargetRatio, first_in_order
 
 # Ranges tight enough that small minibatches reach them.
 TIGHT = {

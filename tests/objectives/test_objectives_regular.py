@@ -8,8 +8,8 @@ from objective_cases import full_batch, in_float64, padded, run
 
 from lpo_jax import objectives as O
 from lpo_jax.objectives import mirror, regular
-from lpo_jax.objectives.aggregate import Aggregate
 from lpo_jax.objectives.trust import Gate
+from lpo_jax.objectives.weights import Aggregate
 from lpo_jax.reporting import metric_names
 
 PARTS = {

@@ -18,7 +18,7 @@ from objective_cases import all_but, batch, full_batch, in_float64, on_host, pad
 from scipy import stats as distributions
 
 from lpo_jax import objectives as O
-from lpo_jax.objectives import advantage, bias, prompt_weight, select, shaping
+from lpo_jax.objectives import advantage, shaping, weights
 from lpo_jax.objectives.methods import shaped
 from lpo_jax.objectives.simplex import masked_median
 from lpo_jax.objectives.targets import SCALES
@@ -242,7 +242,7 @@ def test_agreement_of_answers():
 
 
 def test_item_20_max_variance_against_every_subset():
-    part = select.MaxVariance(0.5, 1.0)
+    part = shaping.MaxVariance(0.5, 1.0)
     for seed in range(4):
         context = ragged(seed, progress=np.float32(0.25))
         u = jnp.where(context.valid, np.random.default_rng(seed).normal(size=(3, 4)) ** 3, 0)
@@ -257,14 +257,14 @@ def test_item_20_max_variance_against_every_subset():
 def test_item_4_max_variance_of_nothing():
     for valid, kept in ((~ALL, 0), (put(~ALL, np.s_[1, 2], True), 1)):
         context = ragged(valid=valid)
-        got = select.MaxVariance()(context, jnp.zeros((3, 4))) & context.valid
+        got = shaping.MaxVariance()(context, jnp.zeros((3, 4))) & context.valid
         assert got.sum() == kept
 
 
 def test_item_20_mixed_groups_are_kept_whole():
     stats, scored = full_batch()
     scored = scored.replace(passed=np.array([[1, 0, 0, 0], [1] * 4, [0] * 4], bool))
-    view = O.Objective("x", select=select.MixedGroups()).listwise(stats, scored)
+    view = O.Objective("x", select=shaping.MixedGroups()).listwise(stats, scored)
     np.testing.assert_array_equal(view.active, [True, False, False])
     np.testing.assert_array_equal(view.valid, [[True] * 4, [False] * 4, [False] * 4])
     np.testing.assert_array_equal(view.coefficients[1:], 0)
@@ -291,7 +291,7 @@ def test_item_20_mc_grpo_keeps_k_of_k_plus_1():
 def test_a_selection_does_not_change_what_the_others_were_compared_to():
     stats, scored = full_batch()
     scored = scored.replace(valid=put(ALL, np.s_[:, 1], False))
-    whole, rest = (O.Objective("x", select=s).listwise(stats, scored) for s in (None, select.DropMedian()))
+    whole, rest = (O.Objective("x", select=s).listwise(stats, scored) for s in (None, shaping.DropMedian()))
     np.testing.assert_array_equal(rest.utilities, np.where(rest.valid, whole.utilities, 0))
     assert rest.valid.sum() == 6 and whole.valid.sum() == 9
 
@@ -301,7 +301,7 @@ def test_perplexity_mask():
     ref = np.log(np.float32([[1 / 2, 1 / 3, 0.99, 0.9]] * 3))[..., None] * np.ones(6, np.float32)
     stats = stats.replace(ref_logp=np.where(scored.mask, ref, np.nan))
     context = context_of(stats, scored.replace(passed=np.array([[1, 1, 0, 0]] * 3, bool)))
-    np.testing.assert_array_equal(select.PerplexityMask()(context, None), [[True, False, False, True]] * 3)
+    np.testing.assert_array_equal(shaping.PerplexityMask()(context, None), [[True, False, False, True]] * 3)
 
 
 # --- biases and prompt weights
@@ -309,7 +309,7 @@ def test_perplexity_mask():
 
 def test_confidence_gap_against_numpy():
     context = ragged(passed=np.array([[1, 0, 0, 0], [0, 1, 1, 1], [0] * 4], bool))
-    got = bias.ConfidenceGap(0.7, 0.4)(context, jnp.ones((3, 4)))
+    got = shaping.ConfidenceGap(0.7, 0.4)(context, jnp.ones((3, 4)))
     for p, k in np.argwhere(np.asarray(context.valid)):
         logp = np.sort(context.scored.behaviour_logp[p, k][context.tokens[p, k]])
         confidence = np.exp(logp[: int(np.ceil(0.4 * len(logp)))].mean())
@@ -334,20 +334,20 @@ def test_prompt_weights_against_numpy():
     passes = np.array([[0, 1, 0, 1], [0] * 4, [1] * 4], bool)
     context = ragged(passed=passes)
     _, v, n, passed = in_numpy(context)
-    np.testing.assert_allclose(prompt_weight.SignalShare()(context), [[1.5]] * 3)
+    np.testing.assert_allclose(weights.SignalShare()(context), [[1.5]] * 3)
     # Rewards differ in the first two groups; the second has no pass, and counts as one that always passes.
     e = np.exp(-np.array([0.5, 1.0]) / 2)
-    np.testing.assert_allclose(prompt_weight.Difficulty()(context)[:, 0], [*(2 * e / e.sum()), 1], rtol=1e-6)
+    np.testing.assert_allclose(weights.Difficulty()(context)[:, 0], [*(2 * e / e.sum()), 1], rtol=1e-6)
     p = np.array([0.5, 0.02, 0.98])[:, None]
-    np.testing.assert_allclose(prompt_weight.NftWeight()(context), 1 - p, rtol=1e-5)
-    np.testing.assert_allclose(prompt_weight.NftWeight("grpo")(context), np.sqrt((1 - p) / p), rtol=1e-5)
+    np.testing.assert_allclose(weights.NftWeight()(context), 1 - p, rtol=1e-5)
+    np.testing.assert_allclose(weights.NftWeight("grpo")(context), np.sqrt((1 - p) / p), rtol=1e-5)
     seen = set()
     for seed, cut in itertools.product(range(6), (None, ~ALL, put(~ALL, np.s_[0, 0], True), ~passes)):
         context = ragged(seed, passed=passes, truncated=cut)
         _, v, n, _ = in_numpy(context)
         ended = v & ~passes & (True if cut is None else ~cut)
         longer = n[0][passes[0]].max() > (n[0][ended[0]].mean() if ended[0].any() else 0)
-        got = prompt_weight.LongerSuccess()(context)
+        got = weights.LongerSuccess()(context)
         np.testing.assert_allclose(got[:, 0], [1 if longer else 0.1, 0.1, 1], rtol=1e-6)
         seen.add(bool(longer))
     assert seen == {True, False}
@@ -355,7 +355,7 @@ def test_prompt_weights_against_numpy():
 
 def test_a_weight_without_a_mixed_group():
     context = ragged(rewards=np.ones((3, 4), np.float32))
-    for weight in (prompt_weight.SignalShare(), prompt_weight.Difficulty()):
+    for weight in (weights.SignalShare(), weights.Difficulty()):
         got = np.asarray(weight(context))
         assert got.shape == (3, 1) and np.isfinite(got).all()
 
@@ -364,7 +364,7 @@ def test_a_prompt_weight_inside_or_outside_the_target():
     """One and the same for a policy gradient; not for LPO, where inside is a lower temperature."""
     stats, scored = full_batch()
     scored = scored.replace(anchor_logp=None)
-    weight = prompt_weight.Difficulty()
+    weight = weights.Difficulty()
 
     def both(**parts):
         objectives = (

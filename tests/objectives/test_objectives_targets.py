@@ -10,7 +10,7 @@ import pytest
 from objective_cases import K, batch, groups, in_float64, log_probs, on_host, run, small
 
 from lpo_jax import objectives as O
-from lpo_jax.objectives.sparse import TARGETS, entmax_log_probs
+from lpo_jax.objectives.targets import TARGETS, entmax_log_probs
 
 ALPHAS = (1.2, 1.5, 2, 3)
 

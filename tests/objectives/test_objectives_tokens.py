@@ -10,7 +10,7 @@ import pytest
 from objective_cases import all_but, full_batch, in_float64, on_host, padded, put, run, small
 
 from lpo_jax import objectives as O
-from lpo_jax.objectives import credit, entropy_adaptive, token_weight
+from lpo_jax.objectives import advantage, entropy_adaptive, weights
 from lpo_jax.objectives.methods import tokens as rows
 from lpo_jax.objectives.trust import Gate
 
@@ -49,7 +49,7 @@ def test_entropy_cost_against_numpy():
     context, m, _, u = case()
     H = np.array([[h[mask].mean() for h, mask in zip(*group)] for group in zip(context.stats.entropy, m)])
     limit = np.median(H)
-    got = credit.EntropyCost(0.3, limit)(context, u, None)
+    got = advantage.EntropyCost(0.3, limit)(context, u, None)
     chex.assert_shape(got, (3, 4, 1))
     np.testing.assert_allclose(got[..., 0], np.where(limit >= H, u - 0.3 * H, 0), rtol=1e-12)
     assert 0 < (np.asarray(got) == 0).mean() < 1
@@ -59,16 +59,16 @@ def test_entropy_cost_against_numpy():
 def test_progress_and_step_penalty_against_numpy():
     context, m, _, u = case()
     prog = np.asarray(context.scored.credit)
-    got = credit.Progress(0.7)(context, u, None)
+    got = advantage.Progress(0.7)(context, u, None)
     np.testing.assert_allclose(got, u[..., None] + 0.7 * standardised(prog, m), rtol=1e-9, atol=1e-12)
     wrong = (prog > 0.6).astype(float)
     context = context_of(context.stats, context.scored, credit=wrong)
-    got = np.asarray(credit.StepPenalty(0.5)(context, u, None))
+    got = np.asarray(advantage.StepPenalty(0.5)(context, u, None))
     np.testing.assert_allclose(got, standardised(u[..., None] - 0.5 * wrong, m), rtol=1e-9, atol=1e-12)
     assert (got[0][(wrong[0] == 1) & m[0]].mean()) < got[0][(wrong[0] == 0) & m[0]].mean()
     # Without a wrong step, a group of equal rewards has no signal.
     context = context_of(context.stats, context.scored, credit=np.zeros_like(prog))
-    np.testing.assert_array_equal(credit.StepPenalty()(context, u, None)[2], 0)
+    np.testing.assert_array_equal(advantage.StepPenalty()(context, u, None)[2], 0)
 
 
 def brpo_twin(r, w):
@@ -89,7 +89,7 @@ def brpo_twin(r, w):
 def test_anytime_returns_against_the_public_loops(weights, w):
     """Segments of 2 of the 6 tokens; what a short response did not live to is its own reward."""
     context, m, R, u = case(seed=1)
-    part = credit.AnytimeReturns(budgets=3, budget_weights=weights, max_tokens=6)
+    part = advantage.AnytimeReturns(budgets=3, budget_weights=weights, max_tokens=6)
     r = np.random.default_rng(0).random((3, 4, 3))
     segment = np.arange(6) // 2
     reached = np.stack([m[..., segment == s].any(-1) for s in range(3)], -1)
@@ -105,7 +105,7 @@ def test_anytime_returns_against_the_public_loops(weights, w):
 def test_anytime_returns_with_one_budget_are_the_reward():
     context, m, R, u = case(seed=1)
     context = context_of(context.stats, context.scored, credit=np.broadcast_to(R[..., None], m.shape))
-    got = credit.AnytimeReturns(budgets=1, max_tokens=6)(context, u, np.ones((3, 1)))
+    got = advantage.AnytimeReturns(budgets=1, max_tokens=6)(context, u, np.ones((3, 1)))
     np.testing.assert_allclose(got, np.broadcast_to(u[..., None], m.shape), rtol=1e-9, atol=1e-12)
 
 
@@ -117,12 +117,12 @@ def test_top_entropy_and_impact_against_numpy():
     context, m, _, u = case()
     H = np.asarray(context.stats.entropy)
     for share in (0.2, 0.5, 1.0):
-        got = token_weight.TopEntropy(share)(context, u)
+        got = weights.TopEntropy(share)(context, u)
         np.testing.assert_array_equal(got, m & (np.quantile(H[m], 1 - share) <= H))
     impact = np.abs(u)[..., None] * H
     for progress, share in ((0, 0.3), (0.5, 0.55), (1, 0.8)):
         context = context_of(context.stats, context.scored, progress=progress)
-        got = token_weight.TopImpact(0.3, 0.8)(context, u)
+        got = weights.TopImpact(0.3, 0.8)(context, u)
         np.testing.assert_array_equal(got, m & (impact >= np.quantile(impact[m], 1 - share)))
 
 
@@ -138,9 +138,9 @@ def test_curvature_mask_against_numpy():
     context = context_of(stats, context.scored)
     error = ((np.eye(7)[token] - pi) ** 2).sum(-1)
     bend = u[..., None] ** 2 * error * np.asarray(stats.hidden_norm) ** 2
-    got = token_weight.CurvatureMask(0.25)(context, u)
+    got = weights.CurvatureMask(0.25)(context, u)
     np.testing.assert_array_equal(got, m & (bend <= np.quantile(bend[m], 0.75)))
-    np.testing.assert_array_equal(token_weight.CurvatureMask(0.0)(context, u), m)
+    np.testing.assert_array_equal(weights.CurvatureMask(0.0)(context, u), m)
 
 
 def conflicts_twin(ids, m, above, weight):
@@ -162,7 +162,7 @@ def conflicts_twin(ids, m, above, weight):
     return out * m / np.where(above != 0, np.maximum(hit.sum(-1), 1), 1)[:, None]
 
 
-conflicts = on_host(lambda context: token_weight.Conflicts(3.0)(context, context.rewards))
+conflicts = on_host(lambda context: weights.Conflicts(3.0)(context, context.rewards))
 
 
 @hypothesis.given(st.integers(0, 10**6))
@@ -206,7 +206,7 @@ def test_a_response_at_the_mean_has_no_conflict():
 
 def test_untaught_responses():
     context, m, _, u = case(dtype=np.float32)
-    got = token_weight.Untaught()(context, u)
+    got = weights.Untaught()(context, u)
     np.testing.assert_array_equal(got, m & ~context.scored.teacher.valid[..., None])
 
 
@@ -214,7 +214,7 @@ def test_untaught_responses():
 def test_truncated_importance_against_numpy():
     context, m, _, u = case(off=0.5)
     behaviour, sampler = context.scored.behaviour_logp, context.scored.sampler_logp
-    got = np.asarray(token_weight.TruncatedImportance(1.2)(context, u))
+    got = np.asarray(weights.TruncatedImportance(1.2)(context, u))
     ratio = [exp if m[i] else 0 for i, exp in np.ndenumerate(np.exp(behaviour - sampler))]
     np.testing.assert_allclose(got.ravel(), np.clip(ratio, 0, 1.2), rtol=1e-12)
     assert (got[m] == 1.2).any() and (got[m] < 1).any()
@@ -311,9 +311,9 @@ def test_token_coefficients_reach_the_gradient():
     objective = O.Objective(
         "x",
         advantage=O.Advantage(temperature=1.0),
-        credit=credit.Progress(),
+        credit=advantage.Progress(),
         gate=Gate(),
-        token_weight=token_weight.TopEntropy(0.5),
+        token_weight=weights.TopEntropy(0.5),
     )
     gradient = run(objective, stats, scored)[2]
     R, m = np.asarray(scored.rewards), np.asarray(scored.mask)

@@ -14,7 +14,6 @@ import pytest
 from objective_cases import batch, full_batch, in_float64, put, run, small
 
 from lpo_jax import objectives as O
-from lpo_jax.objectives.covariance_gates import ClipCov, KLCov
 from lpo_jax.objectives.sequence_gates import (
     BudgetClip,
     FiberClip,
@@ -25,8 +24,10 @@ from lpo_jax.objectives.sequence_gates import (
     TaperedWeight,
 )
 from lpo_jax.objectives.trust import (
+    ClipCov,
     ElasticClip,
     ImplicitNegative,
+    KLCov,
     Ratio,
     RatioVariance,
     SoftGate,

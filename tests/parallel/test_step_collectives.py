@@ -12,8 +12,7 @@ from lpo_jax.models.placement import param_shardings, placed
 from lpo_jax.models.runner import Groups, ModelRunner
 from lpo_jax.objectives import TokenStats
 from lpo_jax.parallel.mesh import MeshSizes, build_mesh
-from lpo_jax.planner.collectives import collectives
-from lpo_jax.planner.hlo import parse_hlo
+from lpo_jax.planner.hlo import collectives, parse_hlo
 from lpo_jax.runs.state import TrainState
 from lpo_jax.training.optimizer import make_optimizer
 from lpo_jax.training.step import update

@@ -6,8 +6,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from lpo_jax.parallel.sharding import AXES
-from lpo_jax.planner.collectives import collectives
-from lpo_jax.planner.hlo import parse_hlo
+from lpo_jax.planner.hlo import collectives, parse_hlo
 
 
 def test_a_scan_over_sharded_weights_gathers_inside_its_loop():

@@ -171,10 +171,12 @@ def test_stray_prints_stay_out_of_the_protocol_and_of_stdout(source, capfd):
     assert "a stray print" in printed.err and "a stray write" in printed.err
 
 
-def test_two_hundred_hanging_or_dying_in_a_row(source):
+@pytest.mark.parametrize("rounds", [1, pytest.param(4, marks=pytest.mark.slow)])
+def test_many_hanging_or_dying_in_a_row(source, rounds):
+    """Fifty in a row replace every worker about seven times; two hundred take half a minute of processor time."""
     with VerifierPool(source, workers=6, timeout=0.25) as pool:
         every = set(pool.pids)
-        for _ in range(4):
+        for _ in range(rounds):
             verdicts = judge(pool, *(["hang", "die", "raise", "die", "die"] * 10))
             assert all(verdict.masked for verdict in verdicts)
             assert len(set(pool.pids)) == 6

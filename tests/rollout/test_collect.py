@@ -30,13 +30,14 @@ class Endings:
     seconds: float
     eos_ids: tuple[int, ...] = ()
 
-    def __call__(self, weights, prompts, request, *, at_least, on_finished):
+    def __call__(self, weights, prompts, request, *, at_least, on_finished, ahead):
         tokens = 10 * np.arange(len(prompts.ids))[:, None] + np.arange(K)
         for p, k in self.order:
             on_finished(p, k, [tokens[p, k]])
         time.sleep(self.seconds)
         ones = np.ones(tokens.shape, np.int32)
-        return Responses(tokens[..., None], -1.0 * ones[..., None], ones[..., None], ones, ones > 0, ones)
+        of_tokens = tokens[..., None], -1.0 * ones[..., None], ones[..., None], ones[..., None]
+        return Responses(*of_tokens, ones, ones > 0, ones)
 
 
 @pytest.fixture(scope="module")

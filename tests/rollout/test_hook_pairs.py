@@ -129,7 +129,7 @@ def watched(monkeypatch):
 
         monkeypatch.setattr(owner, name, call)
 
-    def begun(environment, hooks, runner, params, data, step):
+    def begun(environment, hooks, runner, params, data, step, in_flight):
         steps.append(types.SimpleNamespace(environment=environment, hooks=hooks, calls=[], updates=[]))
 
     real = loop.sample_round

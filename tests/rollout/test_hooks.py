@@ -53,7 +53,7 @@ def collected(ids, rewards, texts=None, T=6):
         prompts=padded,
         prompt_lengths=np.array([len(row) for row in asked], np.int32),
         responses=Responses(
-            tokens, logp, np.abs(logp), lengths, np.ones((P, K), bool), lengths.astype(np.float32)
+            tokens, logp, np.abs(logp), tokens > 0, lengths, np.ones((P, K), bool), lengths.astype(np.float32)
         ),
         texts=texts,
         verdicts=[[verdict(r) for r in group] for group in rewards],

@@ -5,6 +5,7 @@ within what its rounding explains.
 """
 
 import dataclasses
+import functools
 
 import chex
 import jax
@@ -71,19 +72,40 @@ def one_update(runner, params, rollouts, objective):
     return state, metrics
 
 
-def plain_log_probs(config, params, groups, temperature):
-    """Compute log-probs with one response per row, behind a copy of its prompt, by plain causal attention."""
+def rows_alone(groups):
+    """Return rows `[P*K, S+T]` of one response each, behind a copy of its prompt, and the lengths of the prompts."""
     lengths = np.repeat(groups.lengths, K)  # [P K]
     rows = np.zeros((P * K, S + T), np.int32)
     for r, n in enumerate(lengths):
         rows[r, :n] = groups.prompts[r // K, :n]
         rows[r, n : n + T] = groups.responses[r // K, r % K]
-    valid = np.arange(S + T) < (lengths + T)[:, None]
+    return rows, lengths
+
+
+def plain_log_probs(config, params, groups, temperature):
+    """Compute log-probs with one response per row, behind a copy of its prompt, by plain causal attention."""
+    rows, lengths = rows_alone(groups)
+    predicting = lengths[:, None] - 1 + np.arange(T)
+    responses = groups.responses.reshape(P * K, T)
+    logp = log_probs_of_rows(config, temperature, params, rows, lengths + T, predicting, responses)
+    return logp.reshape(P, K, T)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def log_probs_of_rows(config, temperature, params, rows, lengths, predicting, responses):
+    valid = jnp.arange(rows.shape[1]) < lengths[:, None]
     logits = decoder.logits(config, params, rows, valid, dtype=params["embed"].dtype)
     logp = jax.nn.log_softmax(logits / temperature)
-    predicting = lengths[:, None] - 1 + np.arange(T)
-    logp = logp[np.arange(P * K)[:, None], predicting, groups.responses.reshape(P * K, T)]
-    return logp.reshape(P, K, T)
+    return logp[jnp.arange(rows.shape[0])[:, None], predicting, responses]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def states_and_log_probs(config, temperature, params, rows):
+    """Compute the states `[R, X, D]` and log-probs `[R, X, V]` of independent rows."""
+    positions = jnp.broadcast_to(jnp.arange(rows.shape[1]), rows.shape)
+    context = Causal(jnp.ones(rows.shape, bool), positions)
+    states = decoder.forward(config, params, rows, positions, context)[0]
+    return states, jax.nn.log_softmax(decoder.project(states, decoder.unembedding(params)) / temperature)
 
 
 PLAIN: dict[str, object] = {}
@@ -173,22 +195,21 @@ def test_features_are_those_of_each_response_alone(tiny_config, tiny_params, rol
     runner = program_for(tiny_config, 30 if packed else 10**6)
     got = round_features(runner, tiny_params, runner.pack(groups, mask) if packed else groups, mask)
     assert got["prompt_confidence"][0] == 1
+    rows, _ = rows_alone(groups)
+    states, logp = jax.device_get(states_and_log_probs(tiny_config, runner.temperature, tiny_params, rows))
+    states, logp = states.reshape(P, K, S + T, -1), logp.reshape(P, K, S + T, -1)
     for p, n in enumerate(groups.lengths):
-        logits = decoder.logits(tiny_config, tiny_params, groups.prompts[p : p + 1, :n])[0, :-1]
-        logp = jax.nn.log_softmax(logits / runner.temperature)[np.arange(n - 1), groups.prompts[p, 1:n]]
-        least = np.sort(logp)[: int(np.ceil(0.2 * (n - 1)))]
+        least = np.sort(logp[p, 0, np.arange(n - 1), groups.prompts[p, 1:n]])[: int(np.ceil(0.2 * (n - 1)))]
         np.testing.assert_allclose(
             got["prompt_confidence"][p], np.exp(least.mean()) if n > 1 else 1, rtol=1e-4
         )
     entropy = np.where(mask, score(runner, tiny_params, groups).entropy, 0)
     for p, k in np.ndindex(P, K):
         n, t = groups.lengths[p], mask[p, k].sum()
-        row = np.concatenate([groups.prompts[p, :n], groups.responses[p, k, :t]])[None]
-        context = Causal(jnp.ones(row.shape, bool), jnp.arange(n + t)[None])
-        states = decoder.forward(tiny_config, tiny_params, row, jnp.arange(n + t)[None], context)[0][0]
         H = entropy[p, k, :t]
         ends = [H.mean(), H.max(), H[0], H[-1]]
-        want = np.concatenate([states[:n][-LAST:].mean(0), states[n - 1 : n + t - 1][-LAST:].mean(0), ends])
+        of_prompt, of_response = states[p, k, :n], states[p, k, n - 1 : n + t - 1]
+        want = np.concatenate([of_prompt[-LAST:].mean(0), of_response[-LAST:].mean(0), ends])
         np.testing.assert_allclose(got["features"][p, k], want, atol=2e-4)
 
 

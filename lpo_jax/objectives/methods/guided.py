@@ -1,22 +1,12 @@
 """Methods that change the sampling round: choice of prompts and samples, hints, replay, teachers."""
 
+from lpo_jax.objectives import hook_specs
 from lpo_jax.objectives.advantage import Advantage
-from lpo_jax.objectives.aggregate import Aggregate
-from lpo_jax.objectives.hook_specs import (
-    DynamicSampling,
-    GaussianSampling,
-    LadderHints,
-    LearnabilitySampling,
-    Replay,
-    SiblingTeacher,
-    SolutionHints,
-)
 from lpo_jax.objectives.methods.row import method
-from lpo_jax.objectives.prompt_weight import HookWeight
 from lpo_jax.objectives.regular import AdaptiveKL, Distil
 from lpo_jax.objectives.shaping import Overlong
-from lpo_jax.objectives.token_weight import Untaught
 from lpo_jax.objectives.trust import RatioClip
+from lpo_jax.objectives.weights import Aggregate, HookWeight, Untaught
 
 METHODS = (
     method(
@@ -27,7 +17,7 @@ METHODS = (
         shape=(Overlong(),),
         gate=RatioClip(epsilon_high=0.28, dual_clip=10.0),
         aggregate=Aggregate("token-mean"),
-        hooks=(DynamicSampling(),),
+        hooks=(hook_specs.DynamicSampling(),),
     ),
     method(
         "vas",
@@ -35,7 +25,7 @@ METHODS = (
         "MMR1, variance-aware sampling (public code LengSicong/MMR1)",
         "code",
         "pass rates are those of the training groups: the released code refreshes them with extra rollouts",
-        hooks=(LearnabilitySampling(),),
+        hooks=(hook_specs.LearnabilitySampling(),),
     ),
     method(
         "fg-expo",
@@ -43,7 +33,7 @@ METHODS = (
         "FG-ExPO",
         "paper",
         regular=(AdaptiveKL(kl_coef=0.02),),
-        hooks=(GaussianSampling(),),
+        hooks=(hook_specs.GaussianSampling(),),
     ),
     method(
         "scaf-grpo",
@@ -51,14 +41,14 @@ METHODS = (
         "Scaf-GRPO (public code dvlab-research/Scaf-GRPO)",
         "code",
         "rows carry `hints`, the vaguest first; the variant that trains under the hinted prompt is not built",
-        hooks=(LadderHints(),),
+        hooks=(hook_specs.LadderHints(),),
     ),
     method(
         "ghpo",
         "GRPO; groups in which every response fails are sampled again with 25%, 50%, 75% of the solution",
         "GHPO (public code hkgc-1/GHPO)",
         "code",
-        hooks=(SolutionHints(),),
+        hooks=(hook_specs.SolutionHints(),),
     ),
     method(
         "pipo",
@@ -67,7 +57,7 @@ METHODS = (
         "note",
         advantage=Advantage(temperature="mean-abs"),
         prompt_weight=HookWeight(),
-        hooks=(Replay(),),
+        hooks=(hook_specs.Replay(),),
     ),
     method(
         "srpo",
@@ -77,6 +67,6 @@ METHODS = (
         "the wording of the re-prompt was not found",
         token_weight=Untaught(),
         regular=(Distil(),),
-        hooks=(SiblingTeacher(),),
+        hooks=(hook_specs.SiblingTeacher(),),
     ),
 )

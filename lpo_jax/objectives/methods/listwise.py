@@ -2,13 +2,12 @@
 
 from typing import Any
 
-from lpo_jax.objectives.advantage import Utility
-from lpo_jax.objectives.dual import DualUtility
+from lpo_jax.objectives.advantage import DualUtility, Utility
 from lpo_jax.objectives.flow import FlowBalance, LogPartition, Scaled
 from lpo_jax.objectives.methods.row import method
 from lpo_jax.objectives.projection import Projection, RawSimplex, ReferenceSimplex, Simplex
 from lpo_jax.objectives.ranking import Difference, Preferences, RankingAdvantage, RewardLabels, SamplerKL
-from lpo_jax.objectives.select import PerplexityMask
+from lpo_jax.objectives.shaping import PerplexityMask
 from lpo_jax.objectives.trust import Gate, LogClip
 
 LPO_PAPER = "Listwise Policy Optimization, arXiv 2605.06139"

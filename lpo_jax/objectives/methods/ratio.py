@@ -2,33 +2,13 @@
 
 from typing import Any
 
+from lpo_jax.objectives import sequence_gates, trust
 from lpo_jax.objectives.advantage import Advantage
-from lpo_jax.objectives.aggregate import Aggregate
-from lpo_jax.objectives.covariance_gates import ClipCov, KLCov
 from lpo_jax.objectives.hook_specs import PreviousPolicy
 from lpo_jax.objectives.methods.row import Method, method
-from lpo_jax.objectives.prompt_weight import NftWeight
-from lpo_jax.objectives.proximal import PreviousKL, RatioVarianceDual
-from lpo_jax.objectives.regular import KL
-from lpo_jax.objectives.sequence_gates import (
-    BudgetClip,
-    FiberClip,
-    GeometricClip,
-    HybridClip,
-    PrefixWeightClip,
-    SequenceClip,
-    TaperedWeight,
-)
+from lpo_jax.objectives.regular import KL, PreviousKL, RatioVarianceDual
 from lpo_jax.objectives.shaping import Sign
-from lpo_jax.objectives.trust import (
-    ElasticClip,
-    ImplicitNegative,
-    Ratio,
-    RatioVariance,
-    SoftGate,
-    TargetRatio,
-    WeightClip,
-)
+from lpo_jax.objectives.weights import Aggregate, NftWeight
 
 FIBER_PAPER = "Fibration Policy Optimization, arXiv 2603.08239"
 VERDICT: dict[str, Any] = {"shape": (Sign(),), "advantage": Advantage(temperature="dr-grpo", centre="none")}
@@ -46,14 +26,14 @@ METHODS: tuple[Method, ...] = (
         "c = -A / K; PPO clip of s = exp(mean delta), 3e-4 below and 4e-4 above",
         "Group Sequence Policy Optimization, arXiv 2507.18071",
         "code",
-        gate=SequenceClip(),
+        gate=sequence_gates.SequenceClip(),
     ),
     _bounded(
         "gmpo",
         "c = -A / K; loss c exp(mean of delta clipped to +-0.4)",
         "Geometric-Mean Policy Optimization, arXiv 2507.20673",
         "code",
-        gate=GeometricClip(),
+        gate=sequence_gates.GeometricClip(),
     ),
     _bounded(
         "cispo",
@@ -61,7 +41,7 @@ METHODS: tuple[Method, ...] = (
         "MiniMax-M1 (CISPO), arXiv 2506.13585",
         "code",
         "the paper's upper bound was not found: 1.28 is DAPO's, TRL's recipe has 5",
-        gate=WeightClip(),
+        gate=trust.WeightClip(),
         aggregate=Aggregate("token-mean"),
     ),
     _bounded(
@@ -70,7 +50,7 @@ METHODS: tuple[Method, ...] = (
         "A Step Back: Prefix Importance Ratio (MinPRO), arXiv 2601.22718",
         "note",
         "the range of the clip was not found: CISPO's is used",
-        gate=PrefixWeightClip(),
+        gate=sequence_gates.PrefixWeightClip(),
         aggregate=Aggregate("token-mean"),
     ),
     _bounded(
@@ -78,7 +58,7 @@ METHODS: tuple[Method, ...] = (
         "c = -A / K; loss c (4 / tau) sigmoid(tau (rho - 1))",
         "Soft Adaptive Policy Optimization, arXiv 2511.20347",
         "code",
-        gate=SoftGate(),
+        gate=trust.SoftGate(),
     ),
     _bounded(
         "dhpo",
@@ -86,7 +66,7 @@ METHODS: tuple[Method, ...] = (
         "Dynamic Hybrid Policy Optimization, arXiv 2601.05607",
         "note",
         "the ranges (here PPO's and GSPO's), where the minimum is taken and the entropy's normaliser were not found",
-        gate=HybridClip(),
+        gate=sequence_gates.HybridClip(),
     ),
     _bounded(
         "fiberpo",
@@ -94,7 +74,7 @@ METHODS: tuple[Method, ...] = (
         FIBER_PAPER,
         "code",
         "ranges from a third party's code, which subtracts the clipped mean; the unclipped one is our reading",
-        gate=FiberClip(),
+        gate=sequence_gates.FiberClip(),
     ),
     _bounded(
         "apc",
@@ -102,7 +82,7 @@ METHODS: tuple[Method, ...] = (
         FIBER_PAPER,
         "code",
         "from a third party's code, whose budget D has no default; 0.2 is ours",
-        gate=BudgetClip(),
+        gate=sequence_gates.BudgetClip(),
         aggregate=Aggregate("token-mean"),
     ),
     _bounded(
@@ -111,7 +91,7 @@ METHODS: tuple[Method, ...] = (
         "Ratio-Variance Regularized Policy Optimization, arXiv 2601.03320",
         "code",
         "the constants of the dual were not found, these are ours; the replay buffer is left out",
-        gate=RatioVariance(),
+        gate=trust.RatioVariance(),
         control=RatioVarianceDual(),
     ),
     _bounded(
@@ -120,7 +100,7 @@ METHODS: tuple[Method, ...] = (
         "Bounded Ratio Reinforcement Learning (BPO), arXiv 2604.18578",
         "code",
         "constants of its runs on language models; the code's own default of lambda is 1, and its sigma has ddof 1",
-        gate=TargetRatio(),
+        gate=trust.TargetRatio(),
         aggregate=Aggregate("token-mean"),
     ),
     _bounded(
@@ -131,7 +111,7 @@ METHODS: tuple[Method, ...] = (
         "token ratios, as in the code's runs; the code sums over the responses of a minibatch, this takes their mean",
         **VERDICT,
         prompt_weight=NftWeight(),
-        gate=ImplicitNegative(),
+        gate=trust.ImplicitNegative(),
         aggregate=Aggregate("seq-mean-token-sum-norm", max_tokens=1000),
         degenerate="mask",
     ),
@@ -141,7 +121,7 @@ METHODS: tuple[Method, ...] = (
         "Tapered Off-Policy REINFORCE, arXiv 2503.14286",
         "note",
         **VERDICT,
-        gate=TaperedWeight(),
+        gate=sequence_gates.TaperedWeight(),
         aggregate=Aggregate("seq-mean-token-sum"),
     ),
     _bounded(
@@ -150,7 +130,7 @@ METHODS: tuple[Method, ...] = (
         "ETR: Elastic Trust Regions, arXiv 2601.03723",
         "reconstructed",
         "from the abstract: the forms and constants of both factors are ours",
-        gate=ElasticClip(),
+        gate=trust.ElasticClip(),
     ),
     _bounded(
         "mdpo",
@@ -158,7 +138,7 @@ METHODS: tuple[Method, ...] = (
         "Mirror Descent Policy Optimization, arXiv 2005.09814",
         "note",
         "the KL is over the top-k tokens of pi_old and one bin for the rest; the floor of t is ours",
-        gate=Ratio(),
+        gate=trust.Ratio(),
         regular=(PreviousKL(),),
         hooks=(PreviousPolicy(),),
     ),
@@ -168,7 +148,7 @@ METHODS: tuple[Method, ...] = (
         "The Entropy Mechanism of RL, arXiv 2505.22617",
         "code",
         "these tokens are selected by a hash of the log-prob instead of at random",
-        gate=ClipCov(),
+        gate=trust.ClipCov(),
         aggregate=Aggregate("token-mean"),
     ),
     _bounded(
@@ -176,7 +156,7 @@ METHODS: tuple[Method, ...] = (
         "c = -A / K; loss c rho + |delta| / K on the tokens of highest covariance; token mean",
         "The Entropy Mechanism of RL, arXiv 2505.22617",
         "code",
-        gate=KLCov(),
+        gate=trust.KLCov(),
         aggregate=Aggregate("token-mean"),
     ),
 )

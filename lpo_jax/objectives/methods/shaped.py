@@ -2,19 +2,16 @@
 
 from typing import Any
 
+from lpo_jax.objectives import shaping
 from lpo_jax.objectives.advantage import Advantage, NonzeroAdvantage, Utility
-from lpo_jax.objectives.aggregate import Aggregate
-from lpo_jax.objectives.bias import ConfidenceGap, GlobalMix
 from lpo_jax.objectives.hook_specs import GreedyBaseline, Judge
 from lpo_jax.objectives.methods.row import Method, method
 from lpo_jax.objectives.probe import Probe, ProbeAdvantage
 from lpo_jax.objectives.projection import Simplex
-from lpo_jax.objectives.prompt_weight import Difficulty, LongerSuccess, SignalShare
 from lpo_jax.objectives.regular import KL
 from lpo_jax.objectives.risk import Quantiles, RiskAdvantage
-from lpo_jax.objectives.select import DropMedian
-from lpo_jax.objectives.shaping import ClusterFrequency, FlawPenalty, Overlong, RewardTiers, Sign
 from lpo_jax.objectives.trust import Gate, LogClip, RatioClip
+from lpo_jax.objectives.weights import Aggregate, Difficulty, LongerSuccess, SignalShare
 
 
 def _gradient(name: str, formula: str, paper: str, fidelity: str, note: str = "", **parts: Any) -> Method:
@@ -23,12 +20,7 @@ def _gradient(name: str, formula: str, paper: str, fidelity: str, note: str = ""
 
 
 METHODS = (
-    _gradient(
-        "grpo",
-        "c = -A / K, A = (R - mu) / sigma; PPO clip",
-        "DeepSeekMath, arXiv 2402.03300",
-        "code",
-    ),
+    _gradient("grpo", "c = -A / K, A = (R - mu) / sigma; PPO clip", "DeepSeekMath, arXiv 2402.03300", "code"),
     _gradient(
         "dr-grpo",
         "c = -A / K, A = R - mu; PPO clip; token sum / max_tokens",
@@ -106,7 +98,7 @@ METHODS = (
         "code",
         "sample an odd number; where the MAD is 0 (most binary groups), the mean deviation is used",
         advantage=NonzeroAdvantage(temperature="mad", centre="median"),
-        select=DropMedian(),
+        select=shaping.DropMedian(),
     ),
     _gradient(
         "bnpo",
@@ -174,7 +166,7 @@ METHODS = (
         "ProGRPO, arXiv 2602.05281",
         "note",
         "a was not found: 0.3 is ours",
-        bias=ConfidenceGap(),
+        bias=shaping.ConfidenceGap(),
         gate=RatioClip(epsilon_high=0.28),
     ),
     _gradient(
@@ -183,7 +175,7 @@ METHODS = (
         "COPO, arXiv 2508.04138",
         "reconstructed",
         "the weight's form and numbers are ours; one clipped loss of the mixed advantage in place of two losses",
-        bias=GlobalMix(),
+        bias=shaping.GlobalMix(),
     ),
     _gradient(
         "empo",
@@ -191,7 +183,7 @@ METHODS = (
         "EMPO, arXiv 2504.05812",
         "code",
         "the threshold on the answers' entropy is in the code's settings, not in its reward",
-        shape=(ClusterFrequency(),),
+        shape=(shaping.ClusterFrequency(),),
     ),
     _gradient(
         "fapo",
@@ -199,7 +191,7 @@ METHODS = (
         "FAPO, public code verl-recipe/fapo",
         "code",
         "on DAPO's loss, without its dynamic sampling; the judge is the user's function, not a trained reward model",
-        shape=(Sign(), FlawPenalty(), Overlong()),
+        shape=(shaping.Sign(), shaping.FlawPenalty(), shaping.Overlong()),
         gate=RatioClip(epsilon_high=0.28, dual_clip=10.0),
         aggregate=Aggregate("token-mean"),
         hooks=(Judge(),),
@@ -210,6 +202,6 @@ METHODS = (
         "SSL (Sweet Spot Learning for agentic optimization, 2026)",
         "reconstructed",
         "zones of the reward itself; the paper's are of each task's own distances",
-        shape=(RewardTiers(),),
+        shape=(shaping.RewardTiers(),),
     ),
 )

@@ -1,16 +1,14 @@
 """Methods that treat the tokens of a response differently: credit, token weights, and token penalties."""
 
-from lpo_jax.objectives.advantage import Advantage, Utility
-from lpo_jax.objectives.aggregate import Aggregate
-from lpo_jax.objectives.credit import AnytimeReturns, EntropyCost, Progress, StepPenalty
+from lpo_jax.objectives import advantage
 from lpo_jax.objectives.entropy_adaptive import EntropyClip, EntropyWeight, TokenLevelUtility
 from lpo_jax.objectives.hook_specs import Budgets, PrefixValues, StepJudge
 from lpo_jax.objectives.methods.row import Method, method
 from lpo_jax.objectives.mirror import Bregman, NeuralMirror, ProbL2
 from lpo_jax.objectives.regular import KL, Regular
-from lpo_jax.objectives.select import MaxVariance
-from lpo_jax.objectives.token_weight import Conflicts, CurvatureMask, TopEntropy, TopImpact
+from lpo_jax.objectives.shaping import MaxVariance
 from lpo_jax.objectives.trust import Gate, RatioClip
+from lpo_jax.objectives.weights import Aggregate, Conflicts, CurvatureMask, TopEntropy, TopImpact
 
 GBMPO_PAPER = "Group-Based Mirror Policy Optimization, arXiv 2602.04380"
 
@@ -23,7 +21,7 @@ def _gbmpo(name: str, penalty: str, *regular: Regular, note: str = "") -> Method
         GBMPO_PAPER,
         "code",
         note,
-        advantage=Advantage(temperature="dr-grpo"),
+        advantage=advantage.Advantage(temperature="dr-grpo"),
         aggregate=Aggregate("seq-mean-token-sum-norm"),
         regular=regular,
     )
@@ -51,8 +49,8 @@ METHODS = (
         "GTPO (public code winstonsmith1897/GTPO)",
         "code",
         "means over responses and prompts where the public code has sums",
-        advantage=Advantage(temperature="dr-grpo"),
-        credit=EntropyCost(),
+        advantage=advantage.Advantage(temperature="dr-grpo"),
+        credit=advantage.EntropyCost(),
         gate=Gate(),
         token_weight=Conflicts(),
     ),
@@ -88,8 +86,8 @@ METHODS = (
         "CAPO (generative credit assignment)",
         "reconstructed",
         "the judge is a function of the user's; penalty and normalisation are guesses from the abstract",
-        advantage=Utility(temperature="dr-grpo"),
-        credit=StepPenalty(),
+        advantage=advantage.Utility(temperature="dr-grpo"),
+        credit=advantage.StepPenalty(),
         hooks=(StepJudge(),),
     ),
     method(
@@ -98,7 +96,7 @@ METHODS = (
         "GRPO-VPS",
         "reconstructed",
         "how progress and advantage are joined was not found; segments are of equal length, not steps of the text",
-        credit=Progress(),
+        credit=advantage.Progress(),
         hooks=(PrefixValues(),),
     ),
     method(
@@ -107,8 +105,8 @@ METHODS = (
         "AnytimeReasoner, arXiv 2505.13438",
         "code",
         "answers at the cuts are scored, not learnt from",
-        advantage=Utility(temperature="dr-grpo"),
-        credit=AnytimeReturns(),
+        advantage=advantage.Utility(temperature="dr-grpo"),
+        credit=advantage.AnytimeReturns(),
         hooks=(Budgets(),),
     ),
     _gbmpo("l2", "coef (log q - log q0)^2", Bregman()),

@@ -1,6 +1,8 @@
-"""Token weights: factors of the coefficient of a response at each of its tokens.
+"""Weights: of tokens in the loss (aggregation), factors of single tokens, and weights of prompts.
 
-They multiply the weights of the aggregation, whose denominators still count all tokens.
+A `TokenWeight` is a factor of the coefficient of a response at each of its tokens. It multiplies the weights of the
+aggregation, whose denominators still count all tokens. A `PromptWeight` weighs a prompt's group relative
+to the others of the minibatch.
 """
 
 import dataclasses
@@ -9,10 +11,68 @@ from typing import TypeAlias
 import jax
 import jax.numpy as jnp
 
-from lpo_jax.objectives.batch import Context, required
-from lpo_jax.objectives.fields import Field
+from lpo_jax.objectives.batch import Context, Field, required
 from lpo_jax.objectives.part import Part
-from lpo_jax.objectives.simplex import as_float, centred
+from lpo_jax.objectives.simplex import as_float, centred, masked_mean
+
+# The default of every `max_tokens` that means the response budget of the run. `lpo train` replaces it by that budget.
+RESPONSE_BUDGET = 1024
+
+AGGREGATIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
+
+
+def token_weights(tokens: jax.Array, aggregation: str, max_tokens: int = RESPONSE_BUDGET) -> jax.Array:
+    """Return token weights W [P,K,T]: the loss is sum W phi(delta, c), where c [P,K] includes the 1/K of its group.
+
+    n_k is the number of tokens of response k, K_p the number of responses of a prompt and N the number of all tokens;
+    P counts the prompts that have a token:
+
+    | aggregation | W | effect for c = -A / K |
+    |---|---|---|
+    | token-mean | K_p / N | every token of the batch has the same weight (DAPO) |
+    | seq-mean-token-mean | 1 / (P n_k) | every response of a group has the same weight (GRPO) |
+    | seq-mean-token-sum | 1 / P | the weight of a response is its length |
+    | seq-mean-token-sum-norm | 1 / (P max_tokens) | the same, divided by a constant (Dr. GRPO) |
+
+    Args:
+      tokens: [P,K,T] bool, the tokens to include.
+      aggregation: one of `AGGREGATIONS`, which are verl's names.
+      max_tokens: the constant of "seq-mean-token-sum-norm": the response budget of the run. It is never the padded
+        width, because then the step size would depend on the longest response of the batch.
+
+    Returns:
+      [P,K,T] float32, 0 outside `tokens`, finite if there are no tokens.
+    """
+    lengths = tokens.sum(-1, keepdims=True)  # [P,K,1]
+    responses = (lengths > 0).sum(1, keepdims=True)  # [P,1,1]
+    prompts = jnp.maximum((responses > 0).sum(), 1)
+    if aggregation == "token-mean":
+        each = responses / jnp.maximum(lengths.sum(), 1)
+    elif aggregation == "seq-mean-token-mean":
+        each = 1 / (prompts * jnp.maximum(lengths, 1))
+    elif aggregation == "seq-mean-token-sum":
+        each = 1 / prompts
+    else:
+        each = 1 / (prompts * max_tokens)
+    return jnp.where(tokens, each, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Aggregate(Part):
+    """The aggregation of a method, as a part.
+
+    Attributes:
+      aggregation: see `token_weights`.
+      max_tokens: the constant of "seq-mean-token-sum-norm". `lpo train` sets it to the run's response budget unless
+        the config or the method's paper gives another number.
+    """
+
+    aggregation: str = "seq-mean-token-mean"
+    max_tokens: int = RESPONSE_BUDGET
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """Return weights [P,K,T] of the tokens [P,K,T] to include."""
+        return token_weights(tokens, self.aggregation, self.max_tokens)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,9 +136,8 @@ class TopImpact(TokenWeight):
     reads = (Field.ENTROPY, Field.PROGRESS)
 
     def __call__(self, context: Context, u: jax.Array) -> jax.Array:
-        share = self.tokens_initial + required(context.scored.progress) * (
-            self.tokens_final - self.tokens_initial
-        )
+        rise = self.tokens_final - self.tokens_initial
+        share = self.tokens_initial + required(context.scored.progress) * rise
         impact = jnp.abs(_by_token(u)) * as_float(required(context.stats.entropy))
         return (impact >= _cut(impact, context, 1 - share)).astype(u.dtype) * context.tokens
 
@@ -103,11 +162,8 @@ class CurvatureMask(TokenWeight):
 
     def __call__(self, context: Context, u: jax.Array) -> jax.Array:
         stats = context.stats
-        error = (
-            1
-            - 2 * jnp.exp(jnp.where(context.tokens, as_float(stats.logp), 0))
-            + as_float(required(stats.collision))
-        )
+        p = jnp.exp(jnp.where(context.tokens, as_float(stats.logp), 0))
+        error = 1 - 2 * p + as_float(required(stats.collision))
         bend = jnp.square(_by_token(u) * as_float(required(stats.hidden_norm))) * error
         return (bend <= _cut(bend, context, 1 - self.reject_tokens)).astype(u.dtype) * context.tokens
 
@@ -170,9 +226,8 @@ class TruncatedImportance(TokenWeight):
 
     def __call__(self, context: Context, u: jax.Array) -> jax.Array:
         scored = context.scored
-        gap = jnp.where(
-            context.tokens, as_float(scored.behaviour_logp) - as_float(required(scored.sampler_logp)), 0
-        )
+        gap = as_float(scored.behaviour_logp) - as_float(required(scored.sampler_logp))
+        gap = jnp.where(context.tokens, gap, 0)
         return jnp.minimum(jnp.exp(gap), self.importance_cap).astype(u.dtype) * context.tokens
 
 
@@ -203,3 +258,115 @@ def _cut(x: jax.Array, context: Context, quantile: float | jax.Array) -> jax.Arr
 
 def _by_token(u: jax.Array) -> jax.Array:
     return u if u.ndim == 3 else u[..., None]
+
+
+NFT_WEIGHTS = ("dr-grpo", "grpo")
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptWeight(Part):
+    """The base class: a weight lambda of each prompt.
+
+    `Objective.prompt_weight_inside` decides whether a weight sharpens the target or multiplies the loss.
+    """
+
+    def __call__(self, context: Context) -> jax.Array:
+        """Return weights [P,1], finite whatever the rewards are."""
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class SignalShare(PromptWeight):
+    """N / N', where N' of the N groups have rewards that differ, so that groups without signal do not dilute the step.
+
+    References:
+      GPG, arXiv 2504.02546, the factor alpha.
+    """
+
+    def __call__(self, context: Context) -> jax.Array:
+        count = context.valid.any(-1).sum() / jnp.maximum(_mixed(context).sum(), 1)
+        return jnp.broadcast_to(count, context.rewards[:, :1].shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Difficulty(PromptWeight):
+    """N' softmax(-p / t) over the N' groups whose rewards differ, with pass rates p: harder prompts count more.
+
+    A group whose rewards differ although no response passes is treated as one that always passes. Groups of equal
+    rewards get weight 1; their advantages are 0.
+
+    Attributes:
+      difficulty_temperature: t, in pass rate.
+
+    References:
+      MathForge (DGPO's difficulty-aware question weighting), public code AMAP-ML/MathForge.
+    """
+
+    difficulty_temperature: float = 2.0
+
+    def __call__(self, context: Context) -> jax.Array:
+        mixed = _mixed(context)
+        p = jnp.where(context.pass_rate > 0, context.pass_rate, 1)
+        # A softmax over nothing is NaN: without a mixed group it is taken over all groups and then masked.
+        share = jax.nn.softmax(-p / self.difficulty_temperature, axis=0, where=mixed | ~mixed.any())
+        return jnp.where(mixed, mixed.sum() * share, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class LongerSuccess(PromptWeight):
+    """1 if the longest passing response is longer than the mean of the failing ones, `short_weight` otherwise.
+
+    Failing responses that were truncated do not count. If there are no others, one passing response is enough.
+
+    Attributes:
+      short_weight: the weight of the other prompts.
+
+    References:
+      ADORA, public code ShadeCloak/ADORA (its text variant).
+    """
+
+    short_weight: float = 0.1
+
+    def __call__(self, context: Context) -> jax.Array:
+        truncated = context.scored.truncated
+        failed = context.valid & ~context.passed
+        ended = failed if truncated is None else failed & (truncated == 0)
+        longest = jnp.where(context.passed, context.lengths, 0).max(-1, keepdims=True)
+        mean = masked_mean(context.lengths, ended, -1, keepdims=True)
+        return jnp.where(longest > mean, 1.0, self.short_weight)
+
+
+@dataclasses.dataclass(frozen=True)
+class NftWeight(PromptWeight):
+    """The weight with which negative-aware fine-tuning is a policy gradient on-policy.
+
+    p is the pass rate of the group, clipped to [0.02, 0.98].
+
+    Attributes:
+      nft_weight: "dr-grpo": 1 - p, or "grpo": sqrt((1 - p) / p), named after the method that each equals on-policy.
+
+    References:
+      NFT, public code NVlabs/NFT.
+    """
+
+    nft_weight: str = "dr-grpo"
+
+    def __call__(self, context: Context) -> jax.Array:
+        p = context.pass_rate.clip(0.02, 0.98)
+        return 1 - p if self.nft_weight == "dr-grpo" else jnp.sqrt((1 - p) / p)
+
+
+def _mixed(context: Context) -> jax.Array:
+    """Return which groups have rewards that differ, [P,1] bool."""
+    return (centred(context.rewards, context.valid) != 0).any(-1, keepdims=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class HookWeight(PromptWeight):
+    """`Scored.weight`, which a hook of the run fills; 1 if it is None."""
+
+    uses = (Field.WEIGHT,)
+
+    def __call__(self, context: Context) -> jax.Array:
+        weight = context.scored.weight
+        return jnp.ones_like(context.rewards[:, :1]) if weight is None else weight[:, None]
