@@ -16,15 +16,17 @@ from lpo_jax import reporting
 from lpo_jax.compare.figures import save_figures
 from lpo_jax.compare.grid import Grid, make_grid, warm_config
 from lpo_jax.compare.pool import Job, divide_machine, run_jobs
-from lpo_jax.compare.report import render_report
+from lpo_jax.compare.report import comparison_table, render_report
 from lpo_jax.compare.table import Outcome, Outcomes, make_table, solved
 from lpo_jax.config import Config
 from lpo_jax.errors import RunStopped, UserError
 from lpo_jax.files import write_file
+from lpo_jax.inspection.page import save_report
 from lpo_jax.json_lines import dump_line
 from lpo_jax.parallel import hosts
 from lpo_jax.runs.directory import RunDirectory
 from lpo_jax.runs.signals import Signals
+from lpo_jax.types import Json
 
 
 def compare(config: Config, *, resume: bool = False) -> None:
@@ -50,8 +52,12 @@ def compare(config: Config, *, resume: bool = False) -> None:
         failed = _run_cells(grid, parts, logs, console)
         outcomes = load_outcomes(grid)
         if outcomes:
-            write_report(config, grid, outcomes)
-            console.print(f"report       {config.output}/report.md, table.json and figures")
+            table = write_report(config, grid, outcomes)
+            write_cell_reports(grid, outcomes)
+            console.print(comparison_table(table))
+            console.print(
+                f"report       {config.output}/report.md, table.json and figures; report.html of each cell"
+            )
     if failed:
         name, error = next(iter(failed.items()))
         raise RunStopped(
@@ -78,14 +84,23 @@ def load_outcomes(grid: Grid) -> Outcomes:
     return {key: outcome for key, outcome in found.items() if outcome is not None}
 
 
-def write_report(config: Config, grid: Grid, outcomes: Outcomes) -> None:
-    """Write table.json, the figures and report.md."""
+def write_cell_reports(grid: Grid, outcomes: Outcomes) -> None:
+    """Write the report.html of each finished cell that does not have one yet."""
+    for cell in grid.cells:
+        finished = (cell.rule, cell.method, cell.seed) in outcomes
+        if finished and not Path(cell.config.output, "report.html").exists():
+            save_report([cell.config.output])
+
+
+def write_report(config: Config, grid: Grid, outcomes: Outcomes) -> dict[str, Json]:
+    """Write table.json, the figures and report.md, and return the table."""
     output = Path(config.output)
     table = make_table(grid, outcomes)
     # dump_line replaces non-finite numbers by null.
     write_file(output / "table.json", json.dumps(json.loads(dump_line(table)), indent=1) + "\n")
     figures = save_figures(output, grid, outcomes, table)
     write_file(output / "report.md", render_report(config, grid, outcomes, table, figures))
+    return table
 
 
 def _run_cells(grid: Grid, parts, logs: Path, console) -> dict[str, str]:

@@ -4,6 +4,10 @@ import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
 from lpo_jax.compare.grid import Grid
 from lpo_jax.compare.table import POOLED, Outcome, Outcomes
 from lpo_jax.config import Config
@@ -48,6 +52,8 @@ def render_report(
         *(_differences(table, other) for other in table["differences"]),
         "## Curves",
         *(f"![{path.stem}]({path.name})" for path in figures),
+        "## Runs",
+        _runs(config, grid, outcomes),
         "## Machine",
         _machine(outcomes),
     ]
@@ -146,6 +152,33 @@ def _differences(table: dict[str, Json], other: str) -> str:
         if by_name
     ]
     return f"### Against {other}\n\n" + _markdown(("rule", "method", *map(_title, names)), rows)
+
+
+def _runs(config: Config, grid: Grid, outcomes: Outcomes) -> str:
+    """Links to the report of each finished cell, relative to the directory of this report."""
+    rows = []
+    for cell in grid.cells:
+        if (cell.rule, cell.method, cell.seed) in outcomes:
+            path = Path(cell.config.output, "report.html").relative_to(config.output)
+            rows.append((cell.rule, cell.method, str(cell.seed), f"[{cell.name}]({path.as_posix()})"))
+    return _markdown(("rule", "method", "seed", "report"), rows)
+
+
+def comparison_table(table: dict[str, Json]) -> Table:
+    """Return the scores of pass@k of all methods for the terminal, with their 95% intervals."""
+    scores = {(rule, method): of for rule, by in table["scores"].items() for method, of in by.items() if of}
+    names = [name for name in next(iter(scores.values()), ()) if _is_share(name)]
+    shown = Table(
+        title=Text("Held-out scores, mean over seeds and problems (95% interval)", "bold"),
+        box=box.SIMPLE_HEAD,
+    )
+    for name in ("rule", "method"):
+        shown.add_column(name)
+    for name in names:
+        shown.add_column(Text(_title(name)), justify="right")
+    for (rule, method), of in scores.items():
+        shown.add_row(Text(rule), Text(method), *(Text(_share(of[name])) for name in names))
+    return shown
 
 
 def _machine(outcomes: Outcomes) -> str:

@@ -1,7 +1,7 @@
 """Checkpoints: everything that a run needs to continue exactly, saved by Orbax.
 
-A checkpoint holds the train state (parameters, optimizer), a JSON record (step, random state, state of the data
-iterator, hooks, best score so far) and the checksums of its files. Orbax writes to a temporary directory, which is
+A checkpoint holds the train state (parameters, optimizer), a JSON record (step, state of the data iterator, hooks,
+rounds in flight, best score so far) and the checksums of its files. Orbax writes to a temporary directory, which is
 renamed to a checkpoint once all files are on the disk. The latest few checkpoints and the best by held-out score are
 kept. The scores are in a separate file, because a step may be saved before it is evaluated.
 """

@@ -87,7 +87,7 @@ class Position:
         self.step, self.evaluated, self.evaluations, self.score = self.step + 1, False, 0, None
 
     def record(self) -> dict[str, Json]:
-        """Everything but the arrays, as JSON."""
+        """Everything but the train state, as JSON."""
         names = [field.name for field in dataclasses.fields(self) if field.name != "state"]
         record = {name: getattr(self, name) for name in names}
         return record | {"in_flight": [later.to_json() for later in self.in_flight]}

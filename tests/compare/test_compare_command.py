@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -94,7 +95,7 @@ def table_of(values):
 
 
 @pytest.mark.slow
-def test_an_interrupted_comparison_has_the_same_table(compared, in_process, monkeypatch):
+def test_an_interrupted_comparison_has_the_same_table(compared, in_process, monkeypatch, capsys):
     whole, stopped = compared("whole"), compared("stopped")
     compare(parse_config(whole))
     everything = ["warm", "grpo-pg-seed0", "grpo-pg-seed1", "grpo-forward-seed0", "grpo-forward-seed1"]
@@ -104,6 +105,10 @@ def test_an_interrupted_comparison_has_the_same_table(compared, in_process, monk
     report = (Path(whole["output"]) / "report.md").read_text()
     assert "1 temperature rule x 2 methods x 2 seeds = 4 runs" in report and "Against pg" in report
     assert {path.name for path in Path(whole["output"]).glob("*.png")} == {"grpo.png", "differences.png"}
+    links = re.findall(r"\]\((.*report\.html)\)", report)
+    assert len(links) == 4 and all((Path(whole["output"]) / link).is_file() for link in links)
+    printed = capsys.readouterr().out
+    assert "Held-out scores" in printed and "pass@1" in printed
 
     in_process.clear()
     monkeypatch.setattr(command, "save_figures", lambda *_: [])  # drawing takes longer than all cells

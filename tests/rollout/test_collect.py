@@ -55,7 +55,7 @@ def test_verdicts_belong_to_their_responses_and_are_made_meanwhile(pool, backwar
         encode=lambda text, **options: [1, 2],
         decode=lambda ids, **options: " ".join(map(str, ids)),
     )
-    task = SimpleNamespace(prompt=lambda row: "a prompt")
+    task = SimpleNamespace(prompt=lambda row: "a prompt", gold=lambda row: None)
     collect = Collector(task, tokenizer, Endings(order, seconds=3.0), pool, 8)
     got = collect(
         None,

@@ -116,7 +116,7 @@ def test_resume_is_exact(reference, run_config):
     [signal.SIGKILL, *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGTERM, signal.SIGINT))],
 )
 def test_killed_run_goes_on_exactly(reference, run_config, tmp_path, number):
-    config = run_config()
+    config = run_config(training={"save_plots": False})
     process = start(config, tmp_path / "config.yaml")
     wait_for_step(config, 1, process)
     time.sleep(random.random())

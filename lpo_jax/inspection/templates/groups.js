@@ -52,23 +52,23 @@ const dot = (x, y) => x.reduce((sum, value, i) => sum + value * y[i], 0);
 const minus = (x, y) => x.map((value, i) => value - y[i]);
 const scale = (x, s) => x.map((value) => value * s);
 
-// An orthonormal basis of the plane through uniform, w* and P. If they are on one line or all equal, corners complete it.
+// An orthonormal basis of the space through uniform, w* and P: a plane, a line, or empty where all three are equal.
 function basis(target, policy, K) {
-  const corner = (k) => Array.from({ length: K }, (_, i) => (i === k ? 1 : 0) - 1 / K);
   const uniform = Array(K).fill(1 / K);
   const found = [];
-  for (const vector of [minus(target, uniform), minus(policy, uniform), ...Array.from({ length: K }, (_, k) => corner(k))]) {
+  for (const vector of [minus(target, uniform), minus(policy, uniform)]) {
     let rest = vector;
     for (const axis of found) rest = minus(rest, scale(axis, dot(rest, axis)));
     const size = Math.sqrt(dot(rest, rest));
-    if (size > 1e-4 * (found.length + 1) && found.length < 2) found.push(scale(rest, 1 / size));
+    if (size > 1e-4) found.push(scale(rest, 1 / size));
   }
   return found;
 }
 
-function plane(target, policy, K) {
+// Where each corner is drawn.
+function plane(axes, K) {
   if (K === 3) return [[0, 0.8165], [-0.7071, -0.4082], [0.7071, -0.4082]];  // the triangle itself
-  const [x, y] = basis(target, policy, K);
+  const [x, y] = axes;
   return Array.from({ length: K }, (_, k) => [x[k], y ? y[k] : 0]);
 }
 
@@ -87,7 +87,10 @@ function simplex(group) {
   const K = valid.length;
   if (K < 2) return el("div", { class: "card" }, el("h3", {}, "On the simplex"), el("p", { class: "dim" }, "Not recorded, or fewer than two responses are in the group."));
   const target = valid.map((r) => r.w), policy = valid.map((r) => r.p);
-  const corners = plane(target, policy, K);
+  const axes = basis(target, policy, K);
+  if (!axes.length && K !== 3) return el("div", { class: "card" }, el("h3", {}, "On the simplex"), el("p", { class: "dim" }, "w* and P are uniform: this group gives no signal."));
+  const line = K !== 3 && axes.length === 1;
+  const corners = plane(axes, K);
   const at = (p) => p.reduce(([x, y], share, k) => [x + share * corners[k][0], y + share * corners[k][1]], [0, 0]);
   const points = [...corners, at(target), at(policy), [0, 0]];
   const [low, high] = [0, 1].map((axis) => points.map((p) => p[axis])).map((v) => [Math.min(...v), Math.max(...v)]);
@@ -97,7 +100,8 @@ function simplex(group) {
   const path = (list) => list.map(screen).map(([x, y]) => `${x.toFixed(1)},${y.toFixed(1)}`).join(" ");
   const mark = (p, size, attributes, label, dx = 9, dy = 4) => {
     const [x, y] = screen(p);
-    return [el("svg:circle", { cx: x, cy: y, r: size, ...attributes }), label ? el("svg:text", { x: x + dx, y: y + dy }, label) : null];
+    const at = line ? { x, y: y + (dy > 0 ? 24 : -14), "text-anchor": "middle" } : { x: x + dx, y: y + dy };
+    return [el("svg:circle", { cx: x, cy: y, r: size, ...attributes }), label ? el("svg:text", at, label) : null];
   };
   const tones = { pass: "var(--good)", wrong: "var(--bad)", malformed: "var(--warn)" };
   const seats = new Map();  // corners that fall together share a label
@@ -113,20 +117,20 @@ function simplex(group) {
     return mark(corners[k], 4.5, { fill: tones[r.o] || "var(--dim)" }, name, x > 180 ? -10 - 6 * name.length : 9, 4);
   });
   const [px, py] = screen(at(policy)), [wx, wy] = screen(at(target));
-  const drawing = el("svg:svg", { class: "simplex", viewBox: "-20 0 400 300", role: "img", "aria-label": "the group on the simplex of its responses" },
+  const drawing = el("svg:svg", { class: "simplex", viewBox: line ? "-20 90 400 120" : "-20 0 400 300", role: "img", "aria-label": "the group on the simplex of its responses" },
     el("svg:polygon", { class: "edge", points: path(hull(corners)) }),
     ...labels.flat(),
     el("svg:line", { x1: px, y1: py, x2: wx, y2: wy, stroke: "var(--policy)", "stroke-width": 2, "stroke-dasharray": "4 3" }),
     ...mark([0, 0], 4, { fill: "none", stroke: "var(--dim)", "stroke-width": 1.5 }, ""),
     ...mark(at(target), 7, { fill: "var(--target)" }, "w*", 9, -6),
-    ...mark(at(policy), 6, { fill: "var(--policy)" }, "P", 8, 14));
+    ...mark(at(policy), 6, { fill: "var(--policy)" }, "P", 8, line ? -6 : 14));
   const tv = (p, q) => p.reduce((sum, x, k) => sum + Math.abs(x - q[k]), 0) / 2;
   const uniform = Array(K).fill(1 / K);
   return el("div", { class: "card" }, el("h3", {}, "On the simplex"), drawing,
     el("p", { class: "dim" }, `Total variation: P to w* ${number(tv(policy, target))}, P to uniform ${number(tv(policy, uniform))}, w* to uniform ${number(tv(target, uniform))}. `,
       K === 3
         ? "The triangle of the three responses; the ring is uniform."
-        : `The simplex of ${K} responses is projected onto the plane through uniform (ring), w* and P. Distances between these three are exact; corners of responses with equal w* and P fall together.`));
+        : `The simplex of ${K} responses is projected onto the ${line ? "line" : "plane"} through uniform (ring), w* and P. Distances between these three are exact; corners of responses with equal w* and P fall together.`));
 }
 
 function textOf(response, tint) {
