@@ -212,9 +212,9 @@ class CheckpointSection(_Strict):
 class TrackingSection(_Strict):
     """Copies of the metrics in the tracking libraries of others."""
 
-    wandb: str = _option("", "Project in Weights & Biases (extra [wandb]). Empty: none.")
-    trackio: str = _option(
-        "", "Project in trackio (extra [trackio]), which stays on this machine. Empty: none."
+    wandb: Word = _option("none", "Project in Weights & Biases (extra [wandb]); none for no copy.")
+    trackio: Word = _option(
+        "none", "Project in trackio (extra [trackio]), on this machine; none for no copy."
     )
 
 

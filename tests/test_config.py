@@ -35,8 +35,8 @@ def test_no_key_accepts_a_non_finite_number_or_an_empty_string(value):
             assert key.rpartition(".")[2] in str(error) and "\n" not in str(error)
         else:
             taken.append(key)
-    # String-valued keys accept "nan": it may be the name of a directory, a model or a part of a verdict.
-    texts = {"output", "model.path", "checkpoint.directory", "evaluation.score"}
+    # String-valued keys accept "nan": it may be the name of a directory, a model, a part of a verdict or a project.
+    texts = {"output", "model.path", "checkpoint.directory", "evaluation.score", *TRACKERS}
     assert set(taken) <= (texts if value not in ("''", "'  '") else set())
 
 

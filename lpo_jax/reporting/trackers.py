@@ -20,6 +20,7 @@ from lpo_jax.json_lines import read_object
 from lpo_jax.types import Json
 
 STATE_FILE = "trackers.json"
+NONE = "none"
 
 
 class Tracker(NamedTuple):
@@ -29,17 +30,17 @@ class Tracker(NamedTuple):
     finish: Callable[[], None]
 
 
-def require_trackers(names: Mapping[str, str]) -> None:
+def require_trackers(projects: Mapping[str, str]) -> None:
     """Check that the libraries of the trackers with a project are installed.
 
     Args:
-        names: project by tracker; empty for a tracker that is not used.
+        projects: project by tracker; `NONE` for a tracker that is not used.
 
     Raises:
         UserError: one is not installed.
     """
-    for name, project in names.items():
-        if project and importlib.util.find_spec(name) is None:
+    for name, project in projects.items():
+        if project != NONE and importlib.util.find_spec(name) is None:
             raise UserError(
                 f"tracking.{name} = {project}: the package {name} is not installed; pip install 'lpo_jax[{name}]'"
             )
@@ -50,14 +51,14 @@ class Trackers(contextlib.ExitStack):
 
     Args:
         run_dir: the run directory; its name is the name of the run.
-        projects: project by tracker; those with an empty project are not used.
+        projects: project by tracker, as in `require_trackers`.
         config: of the run, as plain values.
     """
 
     def __init__(self, run_dir: str | os.PathLike, projects: Mapping[str, str], config: Json):
         super().__init__()
         self._path, self._open, self._sent = Path(run_dir) / STATE_FILE, list[Tracker](), 0
-        chosen = {name: project for name, project in projects.items() if project}
+        chosen = {name: project for name, project in projects.items() if project != NONE}
         if not chosen:
             return
         fresh: dict[str, Json] = {"id": uuid.uuid4().hex[:8], "rows": 0}

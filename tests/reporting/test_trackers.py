@@ -29,16 +29,22 @@ def interrupted_run(run_dir, **projects):
     return json.loads((run_dir / "trackers.json").read_text())
 
 
-def test_trackio_continues_the_run(tmp_path):
-    pytest.importorskip("trackio", reason="the extra [trackio] is not installed")
+def in_a_process(tmp_path, library):
+    """Run `interrupted_run` in a process of its own, whose end the libraries wait for; return what it returned."""
+    pytest.importorskip(library, reason=f"the extra [{library}] is not installed")
     script = (
         "import sys; from pathlib import Path; from test_trackers import interrupted_run;"
-        "interrupted_run(Path(sys.argv[1]), trackio='doctor')"
+        f"interrupted_run(Path(sys.argv[1]), {library}='doctor')"
     )
     paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    environment = os.environ | {"TRACKIO_DIR": str(tmp_path / "trackio"), "PYTHONPATH": paths}
+    settings = {"TRACKIO_DIR": str(tmp_path / "trackio"), "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+    environment = os.environ | settings | {"PYTHONPATH": paths}
     subprocess.run([sys.executable, "-c", script, str(tmp_path / "run")], env=environment, check=True)
-    state = json.loads((tmp_path / "run" / "trackers.json").read_text())
+    return json.loads((tmp_path / "run" / "trackers.json").read_text())
+
+
+def test_trackio_continues_the_run(tmp_path):
+    state = in_a_process(tmp_path, "trackio")
     with sqlite3.connect(tmp_path / "trackio" / "doctor.db") as database:
         rows = database.execute("select run_name, step, metrics from metrics order by id").fetchall()
     assert state["rows"] == 4 and {name for name, *_ in rows} == {f"run-{state['id']}"}
@@ -49,11 +55,8 @@ def test_trackio_continues_the_run(tmp_path):
     assert "actor/grad_norm" in values[0][1] and "actor/grad_norm" not in values[1][1]
 
 
-def test_wandb_continues_the_run(tmp_path, monkeypatch):
-    pytest.importorskip("wandb", reason="the extra [wandb] is not installed")
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    state = interrupted_run(tmp_path / "run", wandb="doctor")
+def test_wandb_continues_the_run(tmp_path):
+    state = in_a_process(tmp_path, "wandb")
     logs = sorted((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
     assert len(logs) == 2 and all(log.name == f"run-{state['id']}.wandb" for log in logs)
     first, second = (log.read_bytes() for log in logs)
@@ -63,6 +66,6 @@ def test_wandb_continues_the_run(tmp_path, monkeypatch):
 
 def test_a_library_that_is_missing_is_named(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    require_trackers({"wandb": "", "trackio": ""})
+    require_trackers({"wandb": "none", "trackio": "none"})
     with pytest.raises(UserError, match=r"tracking.wandb = p: .*pip install 'lpo_jax\[wandb\]'"):
         require_trackers({"wandb": "p"})
