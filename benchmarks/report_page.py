@@ -18,7 +18,8 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+# In place of this folder, whose files may have the names of standard modules.
+sys.path[:1] = [str(ROOT), str(ROOT / "scripts")]
 
 from synthetic_run import write_run
 
