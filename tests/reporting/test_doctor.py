@@ -19,9 +19,12 @@ HEALTHY = ("healthy", "healthy-gspo", "healthy-quickstart")
 # Words of the remedy of each diagnosis, and further diagnoses that its run has for the same reason.
 REMEDIES = {
     "masked-responses": ("repair the verifier", ()),
-    "truncated-responses": ("sampling.max_tokens", ()),
+    "truncated-responses": ("sampling.max_tokens", ("unreachable-pass",)),
     "groups-without-signal": ("dynamic-sampling", ()),
-    "entropy-collapse": ("optimizer.learning_rate", ()),
+    "entropy-collapse": (
+        "optimizer.learning_rate",
+        ("truncated-responses", "groups-without-signal", "repetition", "unreachable-pass"),
+    ),
     "repetition": ("repetitive", ()),
     "reward-without-passes": ("read the responses of highest reward", ()),
     "heldout-falls": ("best checkpoint", ()),
@@ -37,10 +40,6 @@ REMEDIES = {
 
 # name: changes of a row of the healthy run, from its step and the row.
 ALTERED = {
-    "masked-responses": lambda step, row: {"reward/outcome/infrastructure": 0.0625},
-    "truncated-responses": lambda step, row: {"response_length/clip_ratio": 0.51 + 0.02 * step},
-    "groups-without-signal": lambda step, row: {"lpo/degenerate_group_frac": 0.55 + 0.01 * step},
-    "entropy-collapse": lambda step, row: {"actor/entropy": row["actor/entropy"] * 0.8**step},
     "repetition": lambda step, row: {"response/repetition": 0.03 * step},
     "reward-without-passes": lambda step, row: {
         "critic/rewards/mean": row["critic/rewards/mean"] + 0.05 * step,
