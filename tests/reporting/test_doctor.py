@@ -25,8 +25,11 @@ REMEDIES = {
         "optimizer.learning_rate",
         ("truncated-responses", "groups-without-signal", "repetition", "unreachable-pass"),
     ),
-    "repetition": ("repetitive", ()),
-    "reward-without-passes": ("read the responses of highest reward", ()),
+    "repetition": ("repetitive", ("truncated-responses", "groups-without-signal", "gradient-spike")),
+    "reward-without-passes": (
+        "read the responses of highest reward",
+        ("repetition", "truncated-responses", "heldout-falls", "groups-without-signal"),
+    ),
     "heldout-falls": ("best checkpoint", ()),
     "sampler-gap": ("training.behaviour=rescored", ()),
     "gradient-spike": ("optimizer.clip_norm", ()),
@@ -40,11 +43,6 @@ REMEDIES = {
 
 # name: changes of a row of the healthy run, from its step and the row.
 ALTERED = {
-    "repetition": lambda step, row: {"response/repetition": 0.03 * step},
-    "reward-without-passes": lambda step, row: {
-        "critic/rewards/mean": row["critic/rewards/mean"] + 0.05 * step,
-        "reward/pass_rate": row["reward/pass_rate"] * 0.9**step,
-    },
     "heldout-falls": lambda step, row: {"critic/rewards/mean": row["critic/rewards/mean"] + 0.01 * step},
     "sampler-gap": lambda step, row: {"lpo/logp_gap_mean": 2e-4 * step},
     "gradient-spike": lambda step, row: {"actor/grad_norm": 12.5 if step == 20 else row["actor/grad_norm"]},
