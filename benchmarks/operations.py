@@ -33,8 +33,8 @@ import jax
 from jax.profiler import ProfileData
 
 from lpo_jax.bench import measure
-from lpo_jax.bench.machine import Machine, seconds
-from lpo_jax.bench.shapes import Shapes
+from lpo_jax.bench.measure import Machine, seconds
+from lpo_jax.bench.work import Shapes
 
 COMPUTATION = re.compile(r"^(?:ENTRY )?%([\w.\-]+) \(")
 INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%([\w.\-]+) = \(?(\w+\[[\d,]*\]).*? ([\w\-]+)\((.*)$")
