@@ -25,6 +25,8 @@ from lpo_jax.config import parse_config  # noqa: E402
 from lpo_jax.errors import RunStopped  # noqa: E402
 from lpo_jax.models import hf, runner  # noqa: E402
 from lpo_jax.models.decoder import init_params  # noqa: E402
+from lpo_jax.models.packing import full_layout  # noqa: E402
+from lpo_jax.parallel.sharding import batch_shards  # noqa: E402
 from lpo_jax.reporting import doctor, read_metrics  # noqa: E402
 from lpo_jax.rollout.environment import Environment  # noqa: E402
 from lpo_jax.training.loop import train  # noqa: E402
@@ -146,12 +148,18 @@ def record(name: str, folder: Path, model: Path) -> None:
     print(f"{name}: {', '.join(d.name for d in doctor.diagnose(rows)) or 'nothing'}")
 
 
+def one_layout(self, groups, mask, *, rounded=False):
+    """A layout that does not depend on the sampled lengths, so that one program serves all steps."""
+    P, K, T = mask.shape
+    return groups.replace(
+        layout=full_layout(P, K, groups.prompts.shape[1], T, self.token_budget, batch_shards())
+    )
+
+
 def main(names: list[str]) -> None:
     """Record the named runs, or all of them."""
-    with (
-        tempfile.TemporaryDirectory() as held,
-        mock.patch.object(runner.ModelRunner, "pack", lambda self, groups, mask: groups),
-    ):
+    patched = mock.patch.object(runner.ModelRunner, "pack", one_layout)
+    with tempfile.TemporaryDirectory() as held, patched:
         folder = Path(held)
         params = init_params(CONFIG, jax.random.key(0))
         hf.save_hf(folder / "tiny", CONFIG, params, character_tokenizer())
