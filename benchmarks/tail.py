@@ -97,7 +97,8 @@ class Mode:
         hooks = stack.enter_context(open_hooks(objective, environment))
         self.learner = Learner.of(model, objective, hooks, 1000)
         run = stack.enter_context(RunDirectory(config, "train", resume=False))
-        self.recorder = stack.enter_context(Recorder(run, stack.enter_context(Signals()), 1000))
+        signals = stack.enter_context(Signals())
+        self.recorder = stack.enter_context(Recorder(run, signals, 1000, environment.tokenizer))
 
     def begin(self) -> None:
         """Go back to the first step."""

@@ -88,8 +88,9 @@ def run_config(tmp_path, tiny_model, tiny_task):
 
 @pytest.fixture
 def no_plots(monkeypatch):
-    """Skip the plots at the end of a run: drawing them takes longer than a short run."""
+    """Skip the plots and the report at the end of a run: drawing them takes longer than a short run."""
     monkeypatch.setattr("lpo_jax.reporting.save_plots", lambda run: [])
+    monkeypatch.setattr("lpo_jax.inspection.page.save_report", lambda runs: runs[0])
 
 
 @pytest.fixture

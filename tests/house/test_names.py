@@ -1,8 +1,10 @@
 """One name, one thing: public classes and functions of two rooms do not share a name."""
 
+import sys
 from pathlib import Path
 
 import house_figures as house
+import pytest
 
 ROOT = Path(__file__).parents[2]
 
@@ -31,3 +33,10 @@ def test_repeated_names_are_found(tmp_path):
         (tmp_path / house.PACKAGE / room / "b.py").write_text("class Twice: ...\nclass Rows: ...\n")
     repeated = house.repeated_names(house.read_package(tmp_path))
     assert {name: len(modules) for name, modules in repeated.items()} == {"Rows": 4, "Twice": 2}
+
+
+@pytest.mark.parametrize("folder", ["benchmarks", "scripts"])
+def test_no_script_hides_a_standard_module(folder):
+    """Python looks for modules in the folder of a script first, so its neighbours would break every import."""
+    names = {path.stem for path in (ROOT / folder).glob("*.py")}
+    assert names and not names & sys.stdlib_module_names

@@ -4,7 +4,7 @@ The first steps of a run are sampled and recorded: the warm start, if the config
 and rewards. Their updates are then repeated from the same parameters, with `training.pull_back` signal and all, taking
 turns. Both must end at the same parameters.
 
-    python benchmarks/signal.py configs/quickstart.yaml --steps 5 --evaluation.problems=8
+    python benchmarks/reward_signal.py configs/quickstart.yaml --steps 5 --evaluation.problems=8
 """
 
 import argparse
