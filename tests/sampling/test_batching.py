@@ -142,7 +142,8 @@ def test_work_on_long_responses_of_uneven_length_is_mostly_useful(monkeypatch, s
             drawn += active
             active, steps = active & (drawn < state.budget), steps + 1
         tokens = np.ones((len(drawn), batching.device.CHUNK), np.int32)
-        out = batching.device.DecodeOutput(tokens, tokens.astype(np.float32), drawn, active, steps)
+        floats = tokens.astype(np.float32)
+        out = batching.device.DecodeOutput(tokens, floats, floats, drawn, active, steps)
         return out, cache_tokens
 
     monkeypatch.setattr(batching.device, "decode", decode)
