@@ -9,6 +9,7 @@ from lpo_jax.objectives.catalogue import with_response_budget
 from lpo_jax.objectives.hook_specs import HookPhase
 from lpo_jax.objectives.hook_specs import problem as hook_problem
 from lpo_jax.objectives.part import word
+from lpo_jax.parallel import hosts
 from lpo_jax.training.behaviour import choose_behaviour
 from lpo_jax.training.mirror_file import read_map
 
@@ -72,12 +73,14 @@ def check_config(config: Config) -> objectives.Objective:
 
 
 def check_ahead(objective: objectives.Objective, rescored: bool) -> None:
-    """Refuse methods that cannot learn from tokens of earlier weights.
+    """Refuse methods that cannot learn from tokens of earlier weights, and runs of several processes.
 
     Raises:
-      UserError: a hook needs the finished round before the next one is drawn, or the log-probs of the behaviour policy
-        are not used.
+      UserError: a hook needs the finished round before the next one is drawn, the log-probs of the behaviour policy are
+        not used, or there are several processes.
     """
+    if hosts.many():
+        raise UserError("sampling.ahead is not available to a run of several processes; set sampling.ahead=0")
     for hook in objective.hooks:
         if hook.phase in (HookPhase.DRAW, HookPhase.MEND, HookPhase.SELECT):
             raise UserError(

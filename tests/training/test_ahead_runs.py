@@ -9,6 +9,7 @@ from test_loop import assert_same_run, learned, start, wait_for_step
 
 from lpo_jax.config import parse_config
 from lpo_jax.errors import UserError
+from lpo_jax.parallel import hosts
 from lpo_jax.runs.checkpoint import Checkpoints
 from lpo_jax.training.check import check_config
 from lpo_jax.training.loop import train
@@ -80,3 +81,9 @@ def test_methods_learn_from_stale_tokens(run_config, one_layout, sections):
 def test_what_needs_a_finished_round_is_refused(run_config, sections, message):
     with pytest.raises(UserError, match=f"sampling.ahead.*{message}"):
         check_config(parse_config(run_config(sampling=AHEAD, **sections)))
+
+
+def test_several_processes_are_refused(run_config, monkeypatch):
+    monkeypatch.setattr(hosts, "many", lambda: True)
+    with pytest.raises(UserError, match="several processes; set sampling"):
+        check_config(parse_config(run_config(sampling=AHEAD)))
