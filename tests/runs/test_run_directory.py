@@ -198,8 +198,16 @@ def test_a_signal_inside_a_finaliser_is_obeyed_later_without_a_traceback(monkeyp
     assert sys.unraisablehook == shown.append
 
 
+@pytest.fixture
+def hangup():
+    """SIGHUP has its default effect, also if the tests run under nohup, which ignores it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_signals_end_a_run_where_nothing_is_half_done(number):
+def test_signals_end_a_run_where_nothing_is_half_done(number, hangup):
     with pytest.raises(Interrupted), Signals() as signals:
         with signals.deferred():
             os.kill(os.getpid(), number)
@@ -208,7 +216,7 @@ def test_signals_end_a_run_where_nothing_is_half_done(number):
     assert done
 
 
-def test_a_second_hangup_and_one_that_is_ignored_end_nothing():
+def test_a_second_hangup_and_one_that_is_ignored_end_nothing(hangup):
     with pytest.raises(Interrupted), Signals():
         try:
             os.kill(os.getpid(), signal.SIGHUP)
