@@ -19,7 +19,6 @@ from flax import struct
 from lpo_jax.models import decoder
 from lpo_jax.models.attention import Attention, Decode
 from lpo_jax.models.config import ModelConfig
-from lpo_jax.models.output_first import output_first_layer, output_first_pays
 from lpo_jax.models.placement import constrain_params
 from lpo_jax.models.quantize import quantise_layer
 from lpo_jax.parallel import sharding
@@ -126,9 +125,7 @@ def decode_layer(config, stacked, layer, dtype, int8=False):
     """Converts one layer for `decode_layout`."""
     weights = jax.tree.map(lambda p: jax.lax.dynamic_index_in_dim(p, layer, keepdims=False), stacked)
     weights = _cast(config, {"layers": {0: weights}}, dtype)["layers"][0]
-    if int8:
-        return quantise_layer(weights)
-    return output_first_layer(weights) if output_first_pays(dtype) else weights
+    return quantise_layer(weights) if int8 else weights
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2))
