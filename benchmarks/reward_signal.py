@@ -92,13 +92,17 @@ def recorded_batches(config, steps):
     with open_session(config) as session, open_hooks(objective, session.environment) as hooks:
         learner = Learner.of(session.model, objective, hooks, config.training.steps)
         run = RunDirectory(config, "train", False)
-        with run, Signals() as signals, Recorder(run, signals, config.training.steps) as recorder:
+        with (
+            run,
+            Signals() as signals,
+            Recorder(run, signals, config.training.steps, session.environment.tokenizer) as recorder,
+        ):
             position = begin(session, learner, recorder)
         state, batches = position.state, []
         start = jax.tree.map(jax.numpy.copy, state)
         data = session.environment.prompts(config.training.prompts_per_step, None)
         for step in range(1, steps + 1):
-            rollouts, tools = sample_round(
+            rollouts, tools, _ = sample_round(
                 session.environment, hooks, learner.runner, state.policy, data, step
             )
             batch = make_batch(rollouts, config.sampling.max_tokens, learner.progress(step))
