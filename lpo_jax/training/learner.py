@@ -179,9 +179,10 @@ def take_step(
         state = state.replace(control=found.control)
         run = groups.layout.num_tokens / max(minibatch.groups.layout.num_tokens, 1)
         ran = scored.mask & groups.layout.ran
-        gap = log_prob_gap(used, stats, ran)
+        # With a stale behaviour policy, `used` are the trainer's log-probs, and there is nothing to compare.
+        gap = {} if learner.stale else log_prob_gap(used, stats, ran)
         metrics.append(found.metrics | gap | {"actor/grad_norm": norm, "perf/signal_fraction": run})
         logp = jnp.where(ran, stats.logp, jnp.nan)
         learned.append(Learned(found.view, scored.mask, scored.behaviour_logp, used.logp, logp))
-    # The updates were dispatched without waiting for one another; this waits for all of them.
+    # An update is dispatched as soon as its coefficients are known; this waits for the last one.
     return state, over_updates(jax.device_get(metrics)), learned[: len(minibatches)]

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from lpo_jax import load_model
 from lpo_jax.config import parse_config
+from lpo_jax.reporting import read_metrics
 from lpo_jax.runs.checkpoint import load_run
 from lpo_jax.training.loop import train
 
@@ -42,6 +43,21 @@ def test_checkpoints_elsewhere_are_found_by_resume_and_by_load_run(
     assert not (tmp_path / "parts" / "checkpoints").exists() and (tmp_path / "elsewhere").is_dir()
     assert ends[0][1] == ends[1][1] == 3
     chex.assert_trees_all_equal(ends[0][0].params, ends[1][0].params)
+
+
+def test_updates_of_what_has_a_signal_equal_those_of_everything(run_config, no_plots):
+    """Responses of one token often have equal rewards in a group."""
+    ends, shares = {}, {}
+    for way in ("signal", "all"):
+        training = {"steps": 2, "updates_per_step": 1, "pull_back": way}
+        values = run_config(way, sampling={"max_tokens": 1}, training=training, optimizer=SMOOTH)
+        train(parse_config(values))
+        rows = [row for row in read_metrics(values["output"]) if "perf/signal_fraction" in row]
+        shares[way] = [row["perf/signal_fraction"] for row in rows]
+        ends[way] = texts(values["output"]), load_run(values["output"], "latest")[0].params
+    assert shares["all"] == [1, 1] and 0 < min(shares["signal"]) < 1
+    assert ends["signal"][0] == ends["all"][0]
+    chex.assert_trees_all_close(ends["signal"][1], ends["all"][1], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.slow
