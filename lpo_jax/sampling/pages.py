@@ -29,7 +29,9 @@ import numpy as np
 
 from lpo_jax.errors import UserError
 
-# A row enters only if one in so many pages stays free, so that the rows on the device can grow for a while.
+PAGE = 128  # X: the lanes of a TPU's vector registers
+# In a pool that may run dry, a row enters only if one in so many pages stays free, so that active rows can grow for a
+# while. With fewer free pages, rows are set aside more often; with more, fewer rows are active.
 HEADROOM = 16
 
 
@@ -42,33 +44,52 @@ class Pool:
       page_size: X.
       slots: R, the largest number of rows on the device at once.
       prompts: U, the largest number of prompts in the cache.
+      headroom: pages that stay free when a row enters.
     """
 
     pages: int
     page_size: int
     slots: int
     prompts: int
+    headroom: int = 0
+
+    @classmethod
+    def of(cls, P: int, K: int, S: int, T: int, max_rows: int, kv_tokens: int, shards: int) -> "Pool":
+        """Returns the sizes for P prompts of at most S tokens with K responses of at most T tokens each.
+
+        Args:
+          P: a multiple of `shards`.
+          max_rows: limit on the rows of all shards together, of which each shard gets at least one; 0: no limit.
+          kv_tokens: tokens of prompts and responses that all shards together hold; 0: as many as `max_rows` rows of
+            full length and their prompts.
+        """
+        queued = 0 < max_rows < P * K
+        slots = max(1, max_rows // shards) if queued else P // shards * K
+        prompts = min(P // shards, 4 * max(1, slots // K))
+        whole = cls(0, PAGE, slots, prompts)
+        # The last token of a prompt is stored with the row.
+        pages = prompts * whole.pages_of(S - 1) + slots * whole.pages_of(T)
+        if kv_tokens and kv_tokens // shards // PAGE < pages:
+            pages = kv_tokens // shards // PAGE
+            return dataclasses.replace(whole, pages=pages, headroom=pages // HEADROOM)
+        return dataclasses.replace(whole, pages=pages)
 
     def pages_of(self, tokens: int) -> int:
         """Returns the number of pages that hold so many tokens."""
         return -(-int(tokens) // self.page_size)
 
-    def check(self, prompt_tokens: int, max_tokens: int) -> None:
-        """Checks that the longest possible row fits.
-
-        Args:
-          prompt_tokens: of the longest prompt.
-          max_tokens: of the longest possible response.
+    def check(self, S: int, T: int) -> None:
+        """Checks that the longest possible row, of S prompt and T response tokens, fits.
 
         Raises:
           UserError: it does not.
         """
-        needed = self.pages_of(prompt_tokens) + self.pages_of(max_tokens)
+        needed = self.pages_of(S - 1) + self.pages_of(T)
         if needed > self.pages:
             raise UserError(
                 f"sampling.kv_tokens: {self.pages} pages of {self.page_size} tokens for each shard of the prompts, but "
-                f"one row of {prompt_tokens} prompt and {max_tokens} response tokens needs {needed}; raise it, or set "
-                "it to 0 for a cache that holds all rows"
+                f"one row of {S} prompt and {T} response tokens needs {needed}; raise it, or set it to 0 for a cache "
+                "that holds all rows"
             )
 
 
@@ -172,7 +193,7 @@ class Admission:
             shared = self.pool.pages_of(self._prompt_tokens[prompt]) if cached is None else 0
             unused = [p for p in self._unused() if p != prompt]
             free = len(self._free) + sum(len(self.prompt_pages_of[p]) for p in unused)
-            headroom = self.pool.pages // HEADROOM if self.active else 0
+            headroom = self.pool.headroom if self.active else 0
             if own + shared + headroom > free or (cached is None and not self._entries and not unused):
                 break
             while len(self._free) < own + shared or (cached is None and not self._entries):

@@ -41,8 +41,9 @@ def test_no_page_is_lost_or_used_twice():
         final = np.minimum(np.exp(rng.normal(3, 1, P * K)).astype(int) + 1, 160)
         least = -(-int(prompt_tokens.max()) // X) - (-160 // X)
         slots, prompts = (int(n) for n in rng.integers(1, 40, 2))
-        pool = Pool(least + int(rng.integers(0, 2 * least)), X, slots, prompts)
-        pool.check(int(prompt_tokens.max()), 160)
+        pages = least + int(rng.integers(0, 2 * least))
+        pool = Pool(pages, X, slots, prompts, headroom=int(rng.integers(0, 1 + pages // 8)))
+        pool.check(int(prompt_tokens.max()) + 1, 160)
         remaining, lengths = list(range(P * K)), np.zeros(P * K, int)
         admission = Admission(pool, remaining, K, prompt_tokens)
         while remaining:
@@ -80,6 +81,34 @@ def test_the_youngest_rows_are_set_aside_and_enter_again_first():
 
 def test_a_pool_holds_at_least_one_row():
     pool = Pool(10, 16, 4, 1)
-    pool.check(32, 128)
+    pool.check(33, 128)
     with pytest.raises(UserError, match=r"^sampling.kv_tokens: 10 pages of 16 tokens .* needs 11; raise it"):
-        pool.check(33, 128)
+        pool.check(34, 128)
+
+
+def test_sizes_of_the_pool():
+    """By default all rows fit at full length; `kv_tokens` bounds the pages and leaves the slots."""
+    assert Pool.of(8, 4, 257, 1024, 0, 0, 2) == Pool(4 * 2 + 16 * 8, 128, 16, 4)
+    assert Pool.of(8, 4, 257, 1024, 8, 0, 2) == Pool(4 * 2 + 4 * 8, 128, 4, 4)
+    assert Pool.of(8, 4, 257, 1024, 8, 2 * 32 * 128 + 255, 2) == Pool(32, 128, 4, 4, headroom=2)
+    assert Pool.of(8, 4, 257, 1024, 8, 10**9, 2) == Pool(4 * 2 + 4 * 8, 128, 4, 4)
+
+
+def test_several_times_as_many_rows_in_the_same_memory():
+    """Log-normal lengths of mean 1/4 of the limit, against a cache in which every row has the limit."""
+    P, K, S, T = 64, 16, 513, 4096
+    final = np.random.default_rng(0).lognormal(np.log(T / 4) - 0.5, 1, P * K).astype(int).clip(1, T)
+    # What 16 rows took: a quarter more than the longest response, and the prompts of four times as many rows.
+    memory = 16 * (T + T // 4) + 4 * S
+    pool = Pool.of(P, K, S, T, 80, memory, 1)
+    admission, lengths = Admission(pool, range(P * K), K, np.full(P, S - 1)), np.zeros(P * K, int)
+    active, set_aside = [], 0
+    while admission.active or admission.queue:
+        set_aside += len(admission.schedule(np.minimum(lengths + CALL, final)).set_aside)
+        active += [len(admission.active)] * bool(admission.queue)
+        for row in list(admission.active):
+            lengths[row] = min(lengths[row] + CALL, final[row])
+            if lengths[row] == final[row]:
+                admission.end(row)
+    assert np.mean(active) >= 3 * 16
+    assert set_aside < P * K / 10
