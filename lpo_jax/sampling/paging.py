@@ -79,6 +79,11 @@ class PagedBatcher(Batcher):
                 self.pool, ahead.kv, self._table(table, self._prompt_pages)
             )
 
+    def _prefilled_at_once(self, tokens: int) -> int:
+        # No more memory than the prefill of prompts takes, unless a single row needs it.
+        prompts = self.prompt_prefill.size // self.shards * self.prompts.tokens.shape[1]
+        return max(1, min(super()._prefilled_at_once(tokens), prompts // tokens))
+
     def _insert_rows(self, batch, prefilled, lengths):
         n = len(batch) // self.shards
         table = [self.admissions[i // n].pages_of.get(row, []) for i, row in enumerate(batch)]

@@ -16,12 +16,12 @@ from lpo_jax.parallel import hosts, sharding
 from lpo_jax.sampling import decode as device
 from lpo_jax.sampling import kv_cache
 from lpo_jax.sampling.kv_cache import CHUNK, EMPTY, KVCache
-from lpo_jax.sampling.padding import NO_LIMIT, pad_prompts
+from lpo_jax.sampling.padding import NO_LIMIT, bucket, pad_prompts
 from lpo_jax.sampling.request import PromptBatch
 from lpo_jax.sampling.responses import Responses
 from lpo_jax.sampling.stop_strings import StopFinder
 
-PREFILL_ROWS = 8  # rows of each shard whose earlier tokens are prefilled together
+PREFILL_ROWS = 8  # most rows of each shard whose earlier tokens are prefilled together
 IDLE = 16  # while rows are queued, one slot in so many may be idle before `decode` returns to have it filled
 
 
@@ -113,6 +113,10 @@ class Batcher(abc.ABC):
           batch: the row of each, or EMPTY.
         """
 
+    def _prefilled_at_once(self, tokens: int) -> int:
+        """The number of rows of each shard that are prefilled together, padded to so many tokens."""
+        return PREFILL_ROWS
+
     def _active(self) -> np.ndarray:
         """`[R]` bool: which slots hold a row that is not finished."""
         return (self.row_of != EMPTY) & self.remaining[self.row_of]
@@ -136,10 +140,13 @@ class Batcher(abc.ABC):
         entered = sorted(map(int, rows), key=lambda row: self.lengths[row], reverse=True)
         queues = [[row for row in entered if slots[row] // n == shard] for shard in range(self.shards)]
         while any(queues):
-            parts = [queue[:PREFILL_ROWS] for queue in queues]
-            queues = [queue[PREFILL_ROWS:] for queue in queues]
-            batch = [row for part in parts for row in [*part, *[EMPTY] * (PREFILL_ROWS - len(part))]]
             # The last token is fed by `decode`.
+            next_rows = [row for queue in queues for row in queue[:PREFILL_ROWS]]
+            longest = max(len(self._sequence(row)) - 1 for row in next_rows)
+            at_once = self._prefilled_at_once(bucket(longest, NO_LIMIT))
+            parts = [queue[:at_once] for queue in queues]
+            queues = [queue[at_once:] for queue in queues]
+            batch = [row for part in parts for row in [*part, *[EMPTY] * (at_once - len(part))]]
             ids = [self._sequence(row)[:-1] if row != EMPTY else [0] for row in batch]
             tokens, lengths = pad_prompts(ids, NO_LIMIT)
             self._insert_rows(batch, self.prefill(tokens, lengths), lengths)
