@@ -1,8 +1,9 @@
-"""The KV cache of the sampler: its layout on the device, and what the host knows about its content.
+"""The KV cache for plain attention: its layout on the device, and what the host knows about its content.
 
-There are two caches. `PromptCache` holds the keys and values of each prompt once, whatever the number of its responses.
-`ResponseCache` holds those of the tokens that each slot has drawn. Attention reads both and merges the two results by
-log-sum-exp (`lpo_jax.models.attention.Decode`).
+With kernels the cache is in pages (`lpo_jax.sampling.page_pool`). Without them there are two caches. `PromptCache`
+holds the keys and values of each prompt once, whatever the number of its responses. `ResponseCache` holds those of the
+tokens that each slot has drawn. Attention reads both and merges the two results by log-sum-exp
+(`lpo_jax.models.attention.Decode`).
 
 On a mesh whose devices share the prompts, each shard has its own prompts and slots, and indices on the device count
 within the shard. One device is one shard.
@@ -168,6 +169,52 @@ def prefill(
     return [(jnp.transpose(k, (0, 2, 3, 1)), jnp.swapaxes(v, 1, 2)) for k, v in kept]
 
 
+class PromptPrefill:
+    """Computes the keys and values of queued prompts, several of each shard together.
+
+    Attributes:
+      size: prompts that are prefilled together, over all shards.
+      kv: those of the last prompts.
+      index: where in its shard's part of `kv` each prompt is; callers remove what they have copied.
+
+    Args:
+      prefill: computes the keys and values of `(tokens [n, S], lengths [n])`.
+      prompts: P of them.
+      size: as the attribute.
+    """
+
+    def __init__(
+        self,
+        prefill: Callable[[np.ndarray, np.ndarray], KVCache],
+        prompts: PromptBatch,
+        size: int,
+        shards: int,
+    ):
+        self._prefill, self._prompts, self.size, self._shards = prefill, prompts, size, shards
+        self.kv: KVCache | None = None
+        self.index: dict[int, int] = {}
+
+    def request(self, wanted: Iterable[int], queues: Sequence[Iterable[int]]) -> None:
+        """Makes sure that `kv` has some prompts.
+
+        Args:
+          wanted: at most one prompt of each shard.
+          queues: for every shard, prompts that are not in the cache, those of `wanted` first. If one of `wanted` is not
+            prefilled yet, the next prompts of all shards are prefilled together, which takes as long as one.
+        """
+        if all(prompt in self.index for prompt in wanted):
+            return
+        batch = np.zeros((self._shards, self.size // self._shards), np.int32)
+        self.index = {}
+        for row, queue in zip(batch, queues):
+            coming = list(dict.fromkeys(queue))[: len(row)]
+            row[: len(coming)] = coming
+            self.index |= {prompt: i for i, prompt in enumerate(coming)}
+        self.kv = None  # freed before the next one is computed
+        batch = batch.ravel()  # type: ignore[assignment]
+        self.kv = self._prefill(self._prompts.tokens[batch], self._prompts.lengths[batch])
+
+
 class PromptCache:
     """Keys and values of prompts, each stored once.
 
@@ -189,11 +236,8 @@ class PromptCache:
         capacity: Capacity,
         shards: int,
     ):
-        self._prefill, self._prompts, self._shards = prefill, prompts, shards
-        self._batch = capacity.prefill_batch
-        # Prompts that are prefilled but not in the cache yet, and the index of each in its shard's part of the batch.
-        self._prefilled_kv: KVCache | None = None
-        self._prefilled: dict[int, int] = {}
+        self._prompts, self._shards = prompts, shards
+        self._prefilled = PromptPrefill(prefill, prompts, capacity.prefill_batch, shards)
         if capacity.queued:
             self.kv = allocate(capacity.prompts, prompts.tokens.shape[1])
             self.prompt_of = np.full(capacity.prompts, EMPTY)
@@ -206,29 +250,16 @@ class PromptCache:
 
         Args:
           entries: by shard, a prompt and the index of its entry within the shard.
-          queues: for every shard, the prompts of its queued rows, in order. If one of `entries` is not prefilled yet,
-            the next prompts of all shards are prefilled together, which takes as long as prefilling one.
+          queues: for every shard, the prompts of its queued rows, in order.
         """
-        if any(prompt not in self._prefilled for prompt, _ in entries.values()):
-            self._prefill_next(queues)
+        missing = [(prompt for prompt in queue if prompt not in self.prompt_of) for queue in queues]
+        self._prefilled.request((prompt for prompt, _ in entries.values()), missing)
         source = np.zeros(self._shards, np.int32)
         index = np.full(self._shards, len(self.prompt_of), np.int32)  # past the end: nothing is copied
         for shard, (prompt, entry) in entries.items():
-            source[shard], index[shard] = self._prefilled.pop(prompt), entry
+            source[shard], index[shard] = self._prefilled.index.pop(prompt), entry
             self.prompt_of.reshape(self._shards, -1)[shard, entry] = prompt
-        self.kv = insert_prompts(self.kv, self._prefilled_kv, source, index)
-
-    def _prefill_next(self, queues: Sequence[Iterable[int]]) -> None:
-        batch = np.zeros((self._shards, self._batch // self._shards), np.int32)
-        self._prefilled = {}
-        for row, queue in zip(batch, queues):
-            missing = dict.fromkeys(prompt for prompt in queue if prompt not in self.prompt_of)
-            coming = list(missing)[: len(row)]
-            row[: len(coming)] = coming
-            self._prefilled |= {prompt: i for i, prompt in enumerate(coming)}
-        self._prefilled_kv = None  # freed before the next one is computed
-        batch = batch.ravel()  # type: ignore[assignment]
-        self._prefilled_kv = self._prefill(self._prompts.tokens[batch], self._prompts.lengths[batch])
+        self.kv = insert_prompts(self.kv, self._prefilled.kv, source, index)
 
     def keep(self, needed: Sequence[np.ndarray]) -> None:
         """Drops all prompts but the `needed` ones of each shard, if that makes the cache smaller."""
@@ -241,20 +272,16 @@ class PromptCache:
         self.kv = resize(self.kv, index, np.int32(0), self._prompts.tokens.shape[1])
         self.prompt_of = np.concatenate([pad_to(part[x], U, value=EMPTY) for part, x in zip(parts, entries)])
 
-    def lengths(self, needed: np.ndarray) -> np.ndarray:
-        """Returns the tokens of each entry `[U]`; 1, the fewest, unless its prompt is one of `needed`.
-
-        Kernels then read nothing of the other entries.
-        """
-        lengths = self._prompts.lengths[np.maximum(self.prompt_of, 0)]
-        return np.where(np.isin(self.prompt_of, needed), lengths, 1)
+    def lengths(self) -> np.ndarray:
+        """Returns the tokens of each entry `[U]`."""
+        return self._prompts.lengths[np.maximum(self.prompt_of, 0)]
 
 
 class ResponseCache:
     """Keys and values of the tokens that the slots have drawn.
 
-    All slots write at the same index, so that one slice update serves all of them. The tokens of a slot's row are the
-    last ones before that index.
+    T starts small and doubles on demand. All slots write at the same index, so that one slice update serves all of
+    them. The tokens of a slot's row are the last ones before that index.
 
     Attributes:
       kv: R sequences of `tokens` tokens on the device.
@@ -263,17 +290,15 @@ class ResponseCache:
 
     Args:
       allocate: makes a cache of `(sequences, tokens)`.
-      grows: whether T starts small and doubles on demand. Kernels read only the tokens that a row has, so that one
-        size, and one compiled program, serves all lengths there.
       longest: tokens of the longest row that begins with some.
     """
 
-    def __init__(
-        self, allocate: Callable[[int, int], KVCache], capacity: Capacity, grows: bool, longest: int = 0
-    ):
+    def __init__(self, allocate: Callable[[int, int], KVCache], capacity: Capacity, longest: int = 0):
         self._max_tokens = capacity.tokens
-        tokens = min(FIRST_TOKENS, capacity.tokens) if grows else capacity.tokens
-        self.index, self.tokens = longest, self._enough(tokens, longest)
+        self.index, self.tokens = (
+            longest,
+            self._enough(min(FIRST_TOKENS, capacity.tokens), longest),
+        )
         self.kv = allocate(capacity.slots, self.tokens)
 
     def _enough(self, tokens: int, longest: int) -> int:

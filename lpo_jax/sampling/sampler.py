@@ -18,12 +18,13 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from lpo_jax.models import decoder
-from lpo_jax.models.attention import Attention
+from lpo_jax.models.attention import Attention, uses_kernels
 from lpo_jax.models.config import ModelConfig
 from lpo_jax.parallel import sharding
 from lpo_jax.sampling.batching import ContinuousBatcher
 from lpo_jax.sampling.decode import DecodeSettings, decode_layout
 from lpo_jax.sampling.distribution import row_keys
+from lpo_jax.sampling.paging import PagedBatcher
 from lpo_jax.sampling.request import PromptBatch, SampleRequest
 from lpo_jax.sampling.responses import Ahead, Responses
 from lpo_jax.sampling.stop_strings import stop_finder
@@ -41,6 +42,8 @@ class Sampler:
       mesh: `sharding.decode_mesh` of the mesh that the parameters are on; None: one device.
       max_rows: limit on the rows that all devices decode at once; the others are queued. 0: no limit.
       attention: kernels for TPUs or plain matrix products (`lpo_jax.models.attention`).
+      kv_tokens: with kernels, tokens of prompts and responses that the KV caches of all devices hold together; 0: as
+        many as `max_rows` rows of full length need. Plain attention has a cache that grows.
     """
 
     config: ModelConfig
@@ -50,6 +53,7 @@ class Sampler:
     mesh: Mesh | None = None
     max_rows: int = 0
     attention: Attention = "auto"
+    kv_tokens: int = 0
 
     def prepare(self, params: decoder.Params, int8: bool = False) -> decoder.Params:
         """Returns the weights in decode layout: one dict per layer, in the sampling dtype. Call it once per round.
@@ -84,7 +88,7 @@ class Sampler:
           ahead: prompts of later steps among the prompts, and the responses so far. None: there are none.
 
         Raises:
-          UserError: one of the stop strings is empty.
+          UserError: one of the stop strings is empty, or the KV cache is too small for the longest row.
         """
         P, K, limit = len(prompts.tokens), request.num_responses, request.max_tokens
         ahead = ahead or Ahead(1, np.full(P, request.step, np.uint32), Responses.empty(P, K, limit))
@@ -102,7 +106,9 @@ class Sampler:
             steps = of_batch(np.asarray(ahead.steps, np.uint32))
             keys = jax.random.key_data(row_keys(np.uint32(request.seed % 2**32), steps, prompts.ids, K))
             rows = len(index) // ahead.rounds * K  # of a round: later ones take free slots only
-            batcher = ContinuousBatcher(
+            kernels = uses_kernels(self.attention)
+            kind = functools.partial(PagedBatcher, kv_tokens=self.kv_tokens) if kernels else ContinuousBatcher
+            batcher = kind(
                 DecodeSettings(
                     self.config,
                     self.eos_ids,
