@@ -21,6 +21,7 @@ from lpo_jax.sampling.padding import NO_LIMIT, pad_prompts, pad_to
 from lpo_jax.sampling.responses import concatenate_responses
 from lpo_jax.sampling.text import response_text
 from lpo_jax.tasks import Row, Task
+from lpo_jax.tasks.images import EncodedImage, row_images, without_images
 from lpo_jax.types import PyTree, Tokenizer
 
 
@@ -31,6 +32,7 @@ class Rollouts:
     ids: list[int]
     golds: list[str | None]  # reference answers, for readers
     prompt_texts: list[str]
+    images: list[list[EncodedImage]]  # of each prompt
     prompts: np.ndarray  # [P, S]
     prompt_lengths: np.ndarray  # [P]
     responses: Responses
@@ -77,6 +79,7 @@ class Rollouts:
             ids=of(self.ids),
             golds=of(self.golds),
             prompt_texts=of(self.prompt_texts),
+            images=of(self.images),
             prompts=self.prompts[some],
             prompt_lengths=self.prompt_lengths[some],
             responses=self.responses.take(some),
@@ -99,6 +102,7 @@ class Rollouts:
                 "tokens": int(self.responses.lengths[p, k]),
                 "finished": bool(self.responses.finished[p, k]),
             }
+            | ({"images": [image.reference() for image in self.images[p]]} if self.images[p] else {})
             for p, (row_id, prompt) in enumerate(zip(self.ids, self.prompt_texts))
             for k, (text, verdict) in enumerate(zip(self.texts[p], self.verdicts[p]))
         ]
@@ -111,6 +115,7 @@ def concatenate(batches: Sequence[Rollouts]) -> Rollouts:
         ids=[x for batch in batches for x in batch.ids],
         golds=[x for batch in batches for x in batch.golds],
         prompt_texts=[x for batch in batches for x in batch.prompt_texts],
+        images=[x for batch in batches for x in batch.images],
         prompts=np.concatenate([pad_to(batch.prompts, S) for batch in batches]),
         prompt_lengths=np.concatenate([batch.prompt_lengths for batch in batches]),
         responses=concatenate_responses([batch.responses for batch in batches]),
@@ -191,7 +196,7 @@ class Collector:
                     text = self.text(token_ids)
                     texts[p - own.start][k] = text
                     handed_in.append((p - own.start, k))
-                    job.submit(written[p] + text, rows[p][1])
+                    job.submit(written[p] + text, without_images(rows[p][1]))
 
             sampled = self.sampler(
                 weights,
@@ -210,6 +215,7 @@ class Collector:
             ids=[row_id for row_id, _ in rows[:P]],
             golds=[self.task.gold(row) for _, row in rows[:P]],
             prompt_texts=[self.tokenizer.decode(row) for row in ids[:P]],
+            images=[row_images(row) for _, row in rows[:P]],
             prompts=padded[:P],
             prompt_lengths=lengths[:P],
             responses=sampled.take(np.arange(P)).trimmed(),

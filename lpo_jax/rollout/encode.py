@@ -4,12 +4,19 @@ from collections.abc import Collection, Mapping
 
 from lpo_jax.errors import UserError
 from lpo_jax.sampling.text import encode, response_text
+from lpo_jax.tasks.images import row_images
 from lpo_jax.tasks.task import Task
 from lpo_jax.types import Json, Tokenizer
 
 
 def encode_prompt(task: Task, tokenizer: Tokenizer, row: Mapping[str, Json]) -> list[int]:
-    """Return the token ids of a row's prompt, including the task's prefill."""
+    """Return the token ids of a row's prompt, including the task's prefill.
+
+    Raises:
+      UserError: the row has images, which a text model cannot take.
+    """
+    if row_images(row):
+        raise UserError("the row has images, but the model reads only text; use a vision-language model")
     return encode(tokenizer, task.prompt(row))
 
 

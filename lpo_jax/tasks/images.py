@@ -71,10 +71,15 @@ class EncodedImage:
             raise UserError(f"{self.source}: videos are not supported; give images")
         return to_rgb(self.data, f"image {self.source}")
 
+    @property
+    def name(self) -> str:
+        """The first 16 digits of the hash, by which the files of a run refer to the image."""
+        return self.hash[:16]
+
     def reference(self) -> dict[str, Json]:
-        """Return what the records of responses keep of the image: its hash, source, height and width."""
+        """Return what the records of responses keep of the image: its name, source, height and width."""
         height, width = self.size
-        return {"sha256": self.hash, "source": self.source, "height": height, "width": width}
+        return {"name": self.name, "source": self.source, "height": height, "width": width}
 
 
 def row_images(row: Mapping[str, Json]) -> list[EncodedImage]:

@@ -1,17 +1,21 @@
 """Rows with images: where images come from, how they are kept, and images that are refused."""
 
 import io
+import json
 import os
+import re
 import tarfile
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import pytest
+import yaml
 
 from lpo_jax import tasks
+from lpo_jax.commands.main import main
 from lpo_jax.errors import UserError
-from lpo_jax.tasks.images import ImageReader, row_images, without_images
+from lpo_jax.tasks.images import EncodedImage, ImageReader, row_images, without_images
 
 READER = ImageReader(["images"])
 JSONL = {"prompt": "<image>{question}", "verifier": "math", "images": "images"}
@@ -56,7 +60,7 @@ def test_paths_tar_members_and_bytes(tmp_path):
     ]
     image = READER.read(found[2], tmp_path)[0]
     assert image.source == f"{tmp_path}/c.tar::x/c.png" and image.size == (30, 40)
-    assert image.reference() == {"sha256": image.hash, "source": image.source, "height": 30, "width": 40}
+    assert image.reference() == {"name": image.hash[:16], "source": image.source, "height": 30, "width": 40}
     elsewhere = ImageReader(["images"], str(tmp_path))
     assert elsewhere.read(found[0], tmp_path / "sub")[0].data == picture(1)
     assert ImageReader(["images"], str(tmp_path / "c.tar")).read({"images": "d.png"}, tmp_path)[
@@ -248,3 +252,36 @@ def test_a_tfds_builder_with_images(write):
     assert [row["images"][0].data for row in again.heldout] == [
         row["images"][0].data for row in list(task.heldout)[6:]
     ]
+
+
+def test_lpo_data_counts_and_draws_the_images(write, tmp_path, capsys):
+    stored = [
+        {**row, "images": {"bytes": picture(n, (40 + n, 30)), "path": "x"}} for n, row in enumerate(rows(8))
+    ]
+    options = [f"--task.{name}={value}" for name, value in JSONL.items()]
+    sheet = tmp_path / "sheet.png"
+    path = write("a.parquet", stored)
+    arguments = ["data", "jsonl", f"--task.path={path}", *options, "--task.heldout_fraction=0.25", "--json"]
+    assert main([*arguments, f"--images={sheet}"]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    sizes = sorted(width for row in stored for width in EncodedImage(row["images"]["bytes"], "").size[1:])
+    assert (summary["train"]["images"], summary["heldout"]["images"]) == (6, 2)
+    assert {summary[split]["smallest_image"] for split in ("train", "heldout")} > {f"{sizes[0]} x 30"}
+    assert summary["row"]["images"][0]["height"] == 30 and "<image>" in summary["prompt"]
+    drawn = np.asarray(PIL.Image.open(sheet).convert("L"))
+    assert {1, 2} & set(np.unique(drawn)) and drawn.shape[1] > 4 * 256
+    assert main([*arguments[:-1]]) == 0
+    assert re.search(r"largest image +\d\d x 30 +\d\d x 30", capsys.readouterr().out)
+    assert main(["data", "arithmetic", f"--images={sheet}"]) == 2
+    assert "the rows of task arithmetic have no images" in capsys.readouterr().err
+
+
+def test_a_text_model_refuses_rows_with_images(write, tmp_path, capsys, run_config):
+    for n in range(4):
+        (tmp_path / f"{n}.png").write_bytes(picture(n))
+    task = {"name": "jsonl", "path": write("a.jsonl", rows(4)), **JSONL}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(run_config(task=task)))
+    for command in ("data", "train"):
+        assert main([command, str(tmp_path / "config.yaml")]) == 2
+        error = capsys.readouterr().err.strip().splitlines()
+        assert "the row has images, but the model reads only text" in error[-1] and len(error) == 1
