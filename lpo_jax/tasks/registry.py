@@ -12,6 +12,7 @@ from lpo_jax.tasks.geometry import geometry3k_task
 from lpo_jax.tasks.gym import reasoning_gym_task
 from lpo_jax.tasks.mathematics import gsm8k_task, math_task
 from lpo_jax.tasks.python_file import python_task
+from lpo_jax.tasks.shapes import shapes_task
 from lpo_jax.tasks.task import Task, as_chat
 from lpo_jax.types import Json
 
@@ -25,6 +26,7 @@ _BUILDERS: dict[str, Callable[..., Task]] = {
     "math": math_task,
     "python": python_task,
     "reasoning-gym": reasoning_gym_task,
+    "shapes": shapes_task,
     "tfds": tfds_task,
 }
 
