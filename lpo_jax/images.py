@@ -7,6 +7,7 @@ and Pillow are needed; results equal those of transformers' processor for Pillow
 
 import dataclasses
 import functools
+import hashlib
 import io
 import json
 import math
@@ -57,8 +58,8 @@ def _decoded(data: bytes, where: str) -> PIL.Image.Image:
         image = PIL.Image.open(io.BytesIO(data))
     except Exception:  # Pillow's decoders raise errors of many kinds for damaged files
         raise UserError(f"{where}: not an image that can be decoded ({len(data)} bytes)") from None
-    if getattr(image, "n_frames", 1) > 1:
-        raise UserError(f"{where}: has {image.n_frames} frames; videos and animations are not supported")
+    if (frames := getattr(image, "n_frames", 1)) > 1:
+        raise UserError(f"{where}: has {frames} frames; videos and animations are not supported")
     return image
 
 
@@ -74,6 +75,24 @@ def _flattened(image: PIL.Image.Image, where: str) -> np.ndarray:
         return np.array(image.convert("RGB"))
     except Exception as error:  # the pixels are decoded here
         raise UserError(f"{where}: cannot be decoded ({error})") from None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Patches:
+    """A resized image, cut into patches, before it is normalised.
+
+    Attributes:
+      levels: `[rows * columns, 3, patch, patch]` uint8; the patches of a token are next to each other.
+      grid: rows and columns of patches.
+    """
+
+    levels: np.ndarray
+    grid: Grid
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """The SHA-256 of the pixels and the grid: equal for images that look the same to a model."""
+        return hashlib.sha256(f"{self.grid}".encode() + self.levels.tobytes()).hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,30 +215,34 @@ class ImageProcessor:
         """Return the number of tokens of an image, which its placeholder expands to."""
         return grid[0] * grid[1] // self.merge_size**2
 
-    def __call__(self, image: Picture | bytes, where: str = "image") -> tuple[np.ndarray, Grid]:
-        """Cut an image into patches.
+    def patches(self, image: Picture | bytes, where: str = "image") -> Patches:
+        """Resize an image and cut it into patches.
 
         Args:
           image: as in `to_rgb`.
           where: what the image is called in messages.
 
-        Returns:
-          Patches `[rows * columns, 3 * frames * patch * patch]` float32, the patches of a token next to each other, and
-          the grid (rows, columns).
-
         Raises:
           UserError: as in `to_rgb` and `grid`.
         """
         image = to_rgb(image, where)
-        rows, columns = grid = self.grid(*image.shape[:2], where)
-        p, m, frames = self.patch_size, self.merge_size, self.temporal_patch_size
+        rows, columns = grid = self.grid(image.shape[0], image.shape[1], where)
+        p, m = self.patch_size, self.merge_size
         size = columns * p, rows * p
         resized = np.asarray(PIL.Image.fromarray(image).resize(size, PIL.Image.Resampling.BICUBIC))
         cut = resized.reshape(rows // m, m, p, columns // m, m, p, 3).transpose(0, 3, 1, 4, 6, 2, 5)
-        cut = np.broadcast_to(cut[..., None, :, :], (*cut.shape[:5], frames, p, p))
-        levels = _levels(self.mean, self.std)
-        values = levels[np.arange(3)[:, None, None, None], cut]
-        return values.reshape(rows * columns, self.patch_values), grid
+        return Patches(cut.reshape(rows * columns, 3, p, p), grid)
+
+    def __call__(self, image: Picture | bytes, where: str = "image") -> tuple[np.ndarray, Grid]:
+        """Return the values that transformers' processor returns for an image; arguments as in `patches`.
+
+        Returns:
+          Normalised patches `[rows * columns, 3 * frames * patch * patch]` float32, and the grid (rows, columns).
+        """
+        cut = self.patches(image, where)
+        levels = np.repeat(cut.levels[:, :, None], self.temporal_patch_size, axis=2)
+        values = _levels(self.mean, self.std)[np.arange(3)[:, None, None, None], levels]
+        return values.reshape(len(values), self.patch_values), cut.grid
 
 
 # What other processors of transformers do, and this one does not.
