@@ -51,17 +51,19 @@ def run(arguments: argparse.Namespace) -> None:
     encoding: dict[str, Json] = {}
     if config.model.path != "-":
         from lpo_jax.models.load import load_config_and_tokenizer
-        from lpo_jax.rollout.encode import encode_prompt, solution_text
+        from lpo_jax.rollout.encode import count_image_tokens, encode_prompt, prompt_text, solution_text
 
-        _, tokenizer, eos_ids = load_config_and_tokenizer(
+        model, tokenizer, eos_ids = load_config_and_tokenizer(
             config.model.path, template_arguments=config.model.template_arguments
         )
         if tokenizer:
             encoding = {
                 "encode": functools.partial(encode_prompt, task, tokenizer),
-                "decode": tokenizer.decode,
+                "decode": functools.partial(prompt_text, tokenizer),
                 "written": lambda row: solution_text(task, tokenizer, row, eos_ids),
             }
+            if model.vision:
+                encoding["image_tokens"] = functools.partial(count_image_tokens, tokenizer)
     summary = describe_task(task, **encoding, pool=dataclasses.asdict(config.rewards))
     if arguments.json:
         print_line(summary)

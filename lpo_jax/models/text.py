@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from lpo_jax.errors import UserError, nearest
+from lpo_jax.models.vision_config import VisionConfig
 from lpo_jax.types import Json, Tokenizer
 
 Message = Mapping[str, str]
@@ -34,6 +35,7 @@ class ModelTokenizer:
       model: the model's name, for messages.
       vocab_size: V, the number of rows of the embedding.
       eos_ids: every id that ends a response.
+      vision: the model's vision tower; None for a model of text.
       template_arguments: arguments of the chat template, such as `enable_thinking`. `chat_template` is the name of one
         of several templates, or a template.
     """
@@ -42,6 +44,7 @@ class ModelTokenizer:
     model: str
     vocab_size: int
     eos_ids: tuple[int, ...] = ()
+    vision: VisionConfig | None = None
     template_arguments: Mapping[str, Json] = dataclasses.field(default_factory=dict)
 
     def __getattr__(self, name: str) -> Json:

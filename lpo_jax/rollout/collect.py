@@ -14,7 +14,7 @@ import numpy as np
 from lpo_jax.errors import UserError
 from lpo_jax.parallel import hosts
 from lpo_jax.rewards import Verdict, VerifierPool
-from lpo_jax.rollout.encode import encode_prompt
+from lpo_jax.rollout.encode import encode_prompt, prompt_text
 from lpo_jax.rollout.failures import Failures, failures
 from lpo_jax.sampling import Ahead, PromptBatch, Responses, Sampler, SampleRequest
 from lpo_jax.sampling.padding import NO_LIMIT, pad_prompts, pad_to
@@ -214,7 +214,7 @@ class Collector:
         return Rollouts(
             ids=[row_id for row_id, _ in rows[:P]],
             golds=[self.task.gold(row) for _, row in rows[:P]],
-            prompt_texts=[self.tokenizer.decode(row) for row in ids[:P]],
+            prompt_texts=[prompt_text(self.tokenizer, row) for row in ids[:P]],
             images=[row_images(row) for _, row in rows[:P]],
             prompts=padded[:P],
             prompt_lengths=lengths[:P],

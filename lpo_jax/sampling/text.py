@@ -7,8 +7,10 @@ from collections.abc import Collection, Sequence
 import numpy as np
 
 from lpo_jax.models.text import ModelTokenizer
+from lpo_jax.types import Json
 
-Prompt = str | Sequence[dict[str, str]]  # a text, or chat messages {"role": ..., "content": ...}
+# A text, or chat messages {"role": ..., "content": ...}. The content is a text or a list of parts.
+Prompt = str | Sequence[dict[str, Json]]
 
 
 def encode(tokenizer: ModelTokenizer, prompt: Prompt) -> list[int]:

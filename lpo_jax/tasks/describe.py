@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 
+from lpo_jax.errors import UserError
 from lpo_jax.rewards import Verdict, VerifierPool
 from lpo_jax.tasks.images import EncodedImage, row_images, without_images
 from lpo_jax.tasks.task import Row, Task, prompt_hash
@@ -41,7 +42,7 @@ def describe_task(
       `verifier` with its options. For the first row: `prompt`, `row`, and `solution` with its `verdict`.
 
     Raises:
-      UserError: if the verifier cannot be started.
+      UserError: if the verifier cannot be started, or a prompt cannot be encoded.
     """
     unit = "tokens" if encode else "characters"
     seen: Callable[[Row], Json] = encode or (lambda row: str(task.prompt(row)))
@@ -49,7 +50,7 @@ def describe_task(
     splits = {"train": task.train, "heldout": task.heldout}
     summaries, prompts = {}, {}
     for name, rows in splits.items():
-        summaries[name], prompts[name] = _split(task, rows, seen)
+        summaries[name], prompts[name] = _split(task, name, rows, seen)
         summaries[name] |= _images(rows, image_tokens)
     first = task.train[0] if len(task.train) else task.heldout[0]
     solution = task.solution(first)
@@ -128,12 +129,15 @@ def _images(rows: Sequence[Row], tokens: Callable[[EncodedImage], int] | None) -
 
 
 def _split(
-    task: Task, rows: Sequence[Row], encode: Callable[[Row], Json]
+    task: Task, split: str, rows: Sequence[Row], encode: Callable[[Row], Json]
 ) -> tuple[dict[str, Json], set[int]]:
     """Return the figures of one split, and the hashes of its prompts, which may be too many to keep."""
     prompts, longest, total, solved = set(), 0, 0, 0
-    for row in rows:
-        length = len(encode(row))
+    for index, row in enumerate(rows):
+        try:
+            length = len(encode(row))
+        except UserError as error:
+            raise UserError(f"{split} row {index}: {error}") from None
         prompts.add(prompt_hash(task, row))
         longest, total = max(longest, length), total + length
         solved += task.solution(row) is not None

@@ -284,4 +284,4 @@ def test_a_text_model_refuses_rows_with_images(write, tmp_path, capsys, run_conf
     for command in ("data", "train"):
         assert main([command, str(tmp_path / "config.yaml")]) == 2
         error = capsys.readouterr().err.strip().splitlines()
-        assert "the row has images, but the model reads only text" in error[-1] and len(error) == 1
+        assert "row 0: the prompt has images, but the model reads text only" in error[-1] and len(error) == 1
