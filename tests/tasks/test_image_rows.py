@@ -285,3 +285,24 @@ def test_a_text_model_refuses_rows_with_images(write, tmp_path, capsys, run_conf
         assert main([command, str(tmp_path / "config.yaml")]) == 2
         error = capsys.readouterr().err.strip().splitlines()
         assert "row 0: the prompt has images, but the model reads text only" in error[-1] and len(error) == 1
+
+
+def test_a_users_own_task_with_images(tmp_path):
+    (tmp_path / "a.png").write_bytes(picture(7))
+    file = tmp_path / "task.py"
+    file.write_text(
+        "def dataset(split):\n"
+        "    data = open(__file__.replace('task.py', 'a.png'), 'rb').read()\n"
+        "    images = [[data], ['a.png']]\n"
+        "    return [{'prompt': f'<image>{split} {n}', 'images': images[n], 'answer': n} for n in (0, 1)]\n"
+        "def verify(response, row): return float('images' not in row and response == str(row['answer']))\n"
+    )
+    task = tasks.get("python", file=str(file), chat=True)
+    assert [row["images"][0].data for row in task.train] == [picture(7)] * 2
+    assert task.prompt(task.train[1])[0]["content"] == [
+        {"type": "image"},
+        {"type": "text", "text": "train 1"},
+    ]
+    file.write_text(file.read_text().replace("'a.png']", "'b.png']"))
+    with pytest.raises(UserError, match=r"dataset\('train'\), row 1: image b.png: no such file"):
+        tasks.get("python", file=str(file))
