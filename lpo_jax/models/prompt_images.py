@@ -78,35 +78,44 @@ class PromptImages(struct.PyTreeNode):
     positions: jax.Array
     next: jax.Array
 
+    def take(self, prompts: np.ndarray) -> "PromptImages":
+        """Return what belongs to some prompts, without the rows of the tower. On the host only."""
+        return PromptImages(None, self.index[prompts], self.positions[prompts], self.next[prompts])
 
-def expand(config: ModelConfig, ids: Sequence[int], images: Images, where: str = "prompt") -> list[int]:
+
+def expand(
+    vision: VisionConfig | None, ids: Sequence[int], grids: Sequence[Grid], where: str = "the prompt"
+) -> list[int]:
     """Return the ids with each image's placeholder repeated for every token of the image.
 
     Args:
-      config: the model's config.
-      ids: one placeholder for each image.
-      images: the images, in order.
+      vision: the model's tower; None: it has none.
+      ids: of a prompt, with one placeholder for each image.
+      grids: of the images, in order.
       where: what the prompt is called in messages.
 
     Raises:
-      UserError: the numbers of placeholders and images differ, the model has no tower, or there is a video.
+      UserError: the numbers of placeholders and images differ, the model has no tower, there is a video, or the prompt
+        ends with an image.
     """
-    vision = config.vision
     if vision is None:
-        if images:
-            raise UserError(f"{where}: has images, but the model reads text only; take a vision model")
+        if grids:
+            raise UserError(f"{where} has images, but the model reads text only; take a vision model")
         return list(ids)
     if vision.video_token in ids:
-        raise UserError(f"{where}: has a video, which is not supported; give its frames as images")
+        raise UserError(f"{where} has a video, which is not supported; give its frames as images")
     found = sum(token == vision.image_token for token in ids)
-    if found != len(images):
-        raise UserError(f"{where}: has {_count(found, 'placeholder')} for {_count(len(images), 'image')}")
-    rest = iter(images)
+    if found != len(grids):
+        raise UserError(
+            f"{where} has {_count(found, 'image placeholder')} for {_count(len(grids), 'image')}; a placeholder is a "
+            'part {"type": "image"} of a chat message'
+        )
+    if ids and ids[-1] == vision.image_token:
+        raise UserError(f"{where} ends with an image; put text or the token that ends an image behind it")
+    rest = iter(grids)
     expanded: list[int] = []
     for token in ids:
-        expanded += [token] * (
-            vision.processor.num_tokens(next(rest).grid) if token == vision.image_token else 1
-        )
+        expanded += [token] * (vision.processor.num_tokens(next(rest)) if token == vision.image_token else 1)
     return expanded
 
 
