@@ -23,7 +23,7 @@ from lpo_jax.models.attend import KEPT, accumulator
 from lpo_jax.models.attention import Causal, Context
 from lpo_jax.models.config import ModelConfig
 from lpo_jax.models.parameters import VISION, Parameter
-from lpo_jax.models.prompt_images import PromptImages
+from lpo_jax.models.prompt_images import PromptImages, TowerRows
 from lpo_jax.models.rotary import mrope_table, rope_table, rotate
 from lpo_jax.models.vision import ImageTokens, tower_outputs
 from lpo_jax.parallel.sharding import constrain, gathered, look_up
@@ -195,18 +195,16 @@ def logits(
     context, seen, rope = Causal(valid, positions), None, rope_table(config, positions)
     if images is not None:
         rope = mrope_table(config, images.positions)
-        seen = image_tokens(config, params, images, dtype)
+        seen = ImageTokens.of(image_outputs(config, params, images.rows, dtype), images.index)
     hidden, _ = forward(config, params, tokens, rope, context, images=seen, dtype=dtype)
     return project(hidden, unembedding(params))
 
 
-def image_tokens(
-    config: ModelConfig, params: Params, images: PromptImages, dtype: DTypeLike = jnp.float32
-) -> ImageTokens | None:
-    """Run the vision tower over the images of prompts; None if there are none."""
-    if images.rows is None:
-        return None
-    return ImageTokens(tower_outputs(config, params["vision"], images.rows, dtype), images.index)
+def image_outputs(
+    config: ModelConfig, params: Params, rows: TowerRows | None, dtype: DTypeLike = jnp.float32
+) -> jax.Array | None:
+    """Run the vision tower over the images of prompts (`vision.tower_outputs`); None if there are none."""
+    return None if rows is None else tower_outputs(config, params["vision"], rows, dtype)
 
 
 def unembedding(params: Params) -> jax.Array:

@@ -14,7 +14,8 @@ from lpo_jax.errors import UserError, nearest
 from lpo_jax.models.vision_config import VisionConfig
 from lpo_jax.types import Json, Tokenizer
 
-Message = Mapping[str, str]
+# {"role": ..., "content": ...}; a content is a text, or a list of {"type": "text", "text": ...} and {"type": "image"}.
+Message = Mapping[str, Json]
 
 # The date that Llama 3's templates write if they have no clock.
 DATE = datetime.datetime(2024, 7, 26)

@@ -44,6 +44,11 @@ class ImageTokens(struct.PyTreeNode):
     outputs: jax.Array
     index: jax.Array
 
+    @classmethod
+    def of(cls, outputs: jax.Array | None, index: jax.Array | None) -> "ImageTokens | None":
+        """Return the tokens; None if the tower had nothing to read."""
+        return None if outputs is None else cls(outputs, index)
+
     def embed(self, x: jax.Array) -> jax.Array:
         """Replace the embeddings `[P, T, D]` of placeholders."""
         seen = self.index != NOWHERE

@@ -14,7 +14,7 @@ import numpy as np
 from lpo_jax.errors import UserError
 from lpo_jax.parallel import hosts
 from lpo_jax.rewards import Verdict, VerifierPool
-from lpo_jax.rollout.encode import encode_prompt, prompt_text
+from lpo_jax.rollout.encode import encode_prompt, prompt_patches, prompt_text
 from lpo_jax.rollout.failures import Failures, failures
 from lpo_jax.sampling import Ahead, PromptBatch, Responses, Sampler, SampleRequest
 from lpo_jax.sampling.padding import NO_LIMIT, pad_prompts, pad_to
@@ -183,6 +183,8 @@ class Collector:
         # Extended prompts are padded to a power of two, which bounds the number of compiled programs.
         limit = self.max_prompt_tokens if max(map(len, ids)) <= self.max_prompt_tokens else NO_LIMIT
         padded, lengths = pad_prompts(ids, limit)
+        images = [row_images(row) for _, row in rows]
+        cut = [prompt_patches(self.tokenizer, of_prompt) for of_prompt in images] if any(images) else ()
         P, K = len(ids) // (ahead.rounds if ahead else 1), request.num_responses
         own = range(P)[hosts.share(P)]  # each host decodes and verifies its share
         texts = [[""] * K for _ in own]
@@ -200,7 +202,7 @@ class Collector:
 
             sampled = self.sampler(
                 weights,
-                PromptBatch(padded, lengths, np.array([row_id for row_id, _ in rows], np.uint32)),
+                PromptBatch(padded, lengths, np.array([row_id for row_id, _ in rows], np.uint32), cut),
                 request,
                 at_least=at_least,
                 on_finished=hand_in,
@@ -215,7 +217,7 @@ class Collector:
             ids=[row_id for row_id, _ in rows[:P]],
             golds=[self.task.gold(row) for _, row in rows[:P]],
             prompt_texts=[prompt_text(self.tokenizer, row) for row in ids[:P]],
-            images=[row_images(row) for _, row in rows[:P]],
+            images=images[:P],
             prompts=padded[:P],
             prompt_lengths=lengths[:P],
             responses=sampled.take(np.arange(P)).trimmed(),

@@ -8,7 +8,7 @@ import itertools
 from collections.abc import Collection, Mapping, Sequence
 
 from lpo_jax.errors import UserError
-from lpo_jax.images import Grid
+from lpo_jax.images import Grid, Patches
 from lpo_jax.models.prompt_images import expand
 from lpo_jax.models.vision_config import VisionConfig
 from lpo_jax.sampling.text import encode, response_text
@@ -43,6 +43,12 @@ def encode_hinted(task: Task, tokenizer: Tokenizer, row: Mapping[str, Json], hin
 def count_image_tokens(tokenizer: Tokenizer, image: EncodedImage) -> int:
     """Return the number of tokens of an image in a prompt of a vision model."""
     return tokenizer.vision.processor.num_tokens(_grid(tokenizer.vision, image))
+
+
+def prompt_patches(tokenizer: Tokenizer, images: Sequence[EncodedImage]) -> list[Patches]:
+    """Return the images of a prompt as the vision tower of the tokenizer's model reads them."""
+    cut = tokenizer.vision.processor.patches
+    return [cut(image.pixels(), f"image {image.source}") for image in images]
 
 
 def prompt_text(tokenizer: Tokenizer, ids: Sequence[int]) -> str:

@@ -25,6 +25,7 @@ import numpy as np
 
 from lpo_jax.models import decoder
 from lpo_jax.models.attention import uses_kernels
+from lpo_jax.models.prompt_images import PromptImages
 from lpo_jax.parallel import hosts, sharding
 from lpo_jax.sampling import decode as device
 from lpo_jax.sampling import kv_cache
@@ -57,6 +58,7 @@ class ContinuousBatcher:
       on_finished: called with p, k and the token ids of a finished required row, while the device continues with other
         rows.
       required: `[P]` bool, prompts whose rows are sampled to their end; in each shard they come first. None: all.
+      images: of the prompts; the vision tower runs once over all of them. None: there are none.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class ContinuousBatcher:
         find_stop: StopFinder | None,
         on_finished: Callable[[int, int, list[int]], None] | None,
         required: np.ndarray | None = None,
+        images: PromptImages | None = None,
     ):
         self.settings, self.weights, self.prompts = settings, weights, prompts
         self.keys, self.budgets = keys.reshape(-1, 2), budgets.reshape(-1).astype(np.int32)
@@ -108,7 +111,12 @@ class ContinuousBatcher:
         self.prefill = functools.partial(
             kv_cache.prefill, settings.config, settings.dtype, settings.attention, weights
         )
-        self.prompt_cache = PromptCache(self.prefill, allocate, prompts, capacity, self.shards)
+        # What the position of a response differs by from its index in the sequence.
+        self.shift = np.zeros(P, np.int32) if images is None else images.next
+        if images is not None:
+            seen = kv_cache.image_outputs(settings.config, settings.dtype, weights, images.rows)
+            self.prefill = functools.partial(self.prefill, seen=seen)
+        self.prompt_cache = PromptCache(self.prefill, allocate, prompts, capacity, self.shards, images)
         self.response_cache = ResponseCache(allocate, capacity, not self.fixed, self._longest())
 
     def run(self) -> Responses:
@@ -239,7 +247,7 @@ class ContinuousBatcher:
                 self.tokens[self.row_of, drawn - 1],
                 self.prompts.tokens[prompts, prompt_lengths - 1],
             ),
-            start=prompt_lengths - 1,
+            start=prompt_lengths - 1 + self.shift[prompts],
             drawn=drawn,
             budget=self.budgets[self.row_of],
             active=self._active(),

@@ -22,6 +22,9 @@ import numpy as np
 from lpo_jax.models import decoder
 from lpo_jax.models.attention import Attention, Causal
 from lpo_jax.models.config import ModelConfig
+from lpo_jax.models.prompt_images import PromptImages, TowerRows
+from lpo_jax.models.rotary import mrope_table, rope_table
+from lpo_jax.models.vision import ImageTokens
 from lpo_jax.parallel import sharding
 from lpo_jax.sampling.padding import next_power_of_two, pad_to
 from lpo_jax.sampling.request import PromptBatch
@@ -156,16 +159,34 @@ def prefill(
     weights: decoder.Params,
     tokens: jax.Array,
     lengths: jax.Array,
+    images: PromptImages | None = None,
+    seen: jax.Array | None = None,
 ) -> KVCache:
-    """Computes the keys and values of prompts `tokens [U, S]` with `lengths [U]`."""
+    """Computes the keys and values of prompts `tokens [U, S]` with `lengths [U]`.
+
+    Args:
+      images: of these prompts; None: there are none.
+      seen: `image_outputs` of all prompts.
+    """
     tokens = sharding.constrain(tokens, "batch", None)
     U, S = tokens.shape
     valid = jnp.arange(S) < lengths[:, None]
     positions = jnp.broadcast_to(jnp.arange(S), (U, S))
     context = Causal(valid, positions, keep=True, attention=attention)
     no_kv = [None] * config.num_layers
-    _, kept = decoder.forward(config, weights, tokens, positions, context, no_kv, dtype=dtype)  # type: ignore[arg-type]
+    rope, shown = rope_table(config, positions), None
+    if images is not None:
+        rope, shown = mrope_table(config, images.positions), ImageTokens.of(seen, images.index)
+    _, kept = decoder.forward(config, weights, tokens, rope, context, no_kv, shown, dtype=dtype)  # type: ignore[arg-type]
     return [(jnp.transpose(k, (0, 2, 3, 1)), jnp.swapaxes(v, 1, 2)) for k, v in kept]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def image_outputs(
+    config: ModelConfig, dtype: np.dtype, weights: decoder.Params, rows: TowerRows
+) -> jax.Array | None:
+    """Runs the vision tower over the images of all prompts."""
+    return decoder.image_outputs(config, weights, rows, dtype)
 
 
 class PromptCache:
@@ -176,20 +197,22 @@ class PromptCache:
       prompt_of: `[U]` the prompt in each entry, or EMPTY.
 
     Args:
-      prefill: computes the keys and values of `(tokens [n, S], lengths [n])`.
+      prefill: computes the keys and values of `(tokens [n, S], lengths [n], images)`.
       allocate: makes a cache of `(sequences, tokens)`.
       prompts: P of them. All are prefilled at once unless the capacity says that rows are queued.
+      images: of the prompts; None: there are none.
     """
 
     def __init__(
         self,
-        prefill: Callable[[np.ndarray, np.ndarray], KVCache],
+        prefill: Callable[[np.ndarray, np.ndarray, PromptImages | None], KVCache],
         allocate: Callable[[int, int], KVCache],
         prompts: PromptBatch,
         capacity: Capacity,
         shards: int,
+        images: PromptImages | None = None,
     ):
-        self._prefill, self._prompts, self._shards = prefill, prompts, shards
+        self._prefill, self._prompts, self._shards, self._images = prefill, prompts, shards, images
         self._batch = capacity.prefill_batch
         # Prompts that are prefilled but not in the cache yet, and the index of each in its shard's part of the batch.
         self._prefilled_kv: KVCache | None = None
@@ -198,8 +221,8 @@ class PromptCache:
             self.kv = allocate(capacity.prompts, prompts.tokens.shape[1])
             self.prompt_of = np.full(capacity.prompts, EMPTY)
         else:
-            self.kv = prefill(prompts.tokens, prompts.lengths)
             self.prompt_of = np.arange(len(prompts.lengths))
+            self.kv = self._prefilled_now(self.prompt_of)
 
     def insert(self, entries: dict[int, tuple[int, int]], queues: Sequence[Iterable[int]]) -> None:
         """Writes at most one prompt per shard into the cache.
@@ -228,7 +251,11 @@ class PromptCache:
             self._prefilled |= {prompt: i for i, prompt in enumerate(coming)}
         self._prefilled_kv = None  # freed before the next one is computed
         batch = batch.ravel()  # type: ignore[assignment]
-        self._prefilled_kv = self._prefill(self._prompts.tokens[batch], self._prompts.lengths[batch])
+        self._prefilled_kv = self._prefilled_now(batch)
+
+    def _prefilled_now(self, prompts: np.ndarray) -> KVCache:
+        images = None if self._images is None else self._images.take(prompts)
+        return self._prefill(self._prompts.tokens[prompts], self._prompts.lengths[prompts], images)
 
     def keep(self, needed: Sequence[np.ndarray]) -> None:
         """Drops all prompts but the `needed` ones of each shard, if that makes the cache smaller."""

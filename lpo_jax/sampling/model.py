@@ -16,7 +16,7 @@ from lpo_jax.models import decoder
 from lpo_jax.models.config import ModelConfig
 from lpo_jax.models.hf import save_hf
 from lpo_jax.models.load import check_dtype, open_source, read_tokenizer
-from lpo_jax.models.prompt_images import PromptImages, lay_out
+from lpo_jax.models.prompt_images import PromptImages, expand, lay_out
 from lpo_jax.models.text import ModelTokenizer
 from lpo_jax.sampling.distribution import Sampling
 from lpo_jax.sampling.padding import pad_prompts
@@ -94,6 +94,8 @@ class Model:
 
     def _patches(self, images: Sequence[Picture | bytes], where: str) -> list[Patches]:
         """Cuts the images of a prompt into patches."""
+        if not images:
+            return []
         if self.config.vision is None:
             raise UserError(f"{where}: has images, but the model reads text only; take a vision model")
         cut = self.config.vision.processor.patches
@@ -115,6 +117,7 @@ class Model:
         self,
         prompts: Sequence[Prompt],
         *,
+        images: Sequence[Sequence[Picture | bytes]] | None = None,
         num_responses: int = 1,
         temperature: float = 1.0,
         max_tokens: int = 128,
@@ -130,7 +133,9 @@ class Model:
         The responses to a prompt depend on its text, k and the seed, not on the other prompts.
 
         Args:
-          prompts: P texts, or lists of chat messages (`{"role": ..., "content": ...}`) for the chat template.
+          prompts: P texts, or lists of chat messages (`{"role": ..., "content": ...}`) for the chat template. A content
+            may be a list of parts: `{"type": "text", "text": ...}`, and `{"type": "image"}` for each image.
+          images: those of each prompt, in order, as in `logits`. None: there are none.
           num_responses: K, responses per prompt.
           temperature: divides the logits; 0 is greedy.
           max_tokens: maximum length of a response in tokens.
@@ -156,7 +161,16 @@ class Model:
             raise UserError("generate: the model has no tokenizer")
         if template_arguments is not None:
             tokenizer = tokenizer.with_arguments(template_arguments)
-        ids = [encode(tokenizer, prompt) for prompt in prompts]
+        if images is not None and len(images) != len(prompts):
+            raise UserError(
+                f"generate: images must be a list for each of {len(prompts)} prompts, got {len(images)}"
+            )
+        names = [f"generate: prompt {p}" for p in range(len(prompts))]
+        cut = [self._patches(row, where) for row, where in zip(images or [()] * len(prompts), names)]
+        ids = [
+            expand(self.config.vision, encode(tokenizer, prompt), [image.grid for image in row], where)
+            for prompt, row, where in zip(prompts, cut, names)
+        ]
         for index, row in enumerate(ids):
             if not 1 <= len(row) <= limit:
                 raise UserError(
@@ -167,7 +181,7 @@ class Model:
         distribution = Sampling(temperature, top_k, top_p, min_p)
         responses = sampler(
             sampler.prepare(self.params),
-            PromptBatch(*pad_prompts(ids, limit), prompt_ids(ids)),
+            PromptBatch(*pad_prompts(ids, limit), prompt_ids(ids, cut), cut),
             SampleRequest(num_responses, max_tokens, distribution, tuple(stop), seed),
         )
         texts = [
