@@ -12,9 +12,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from lpo_jax.errors import UserError
+from lpo_jax.models.prompt_images import Images
 from lpo_jax.parallel import hosts
 from lpo_jax.rewards import Verdict, VerifierPool
-from lpo_jax.rollout.encode import encode_prompt, prompt_patches, prompt_text
+from lpo_jax.rollout.encode import encode_images, encode_prompt, prompt_text
 from lpo_jax.rollout.failures import Failures, failures
 from lpo_jax.sampling import Ahead, PromptBatch, Responses, Sampler, SampleRequest
 from lpo_jax.sampling.padding import NO_LIMIT, pad_prompts, pad_to
@@ -33,6 +34,7 @@ class Rollouts:
     golds: list[str | None]  # reference answers, for readers
     prompt_texts: list[str]
     images: list[list[EncodedImage]]  # of each prompt
+    patches: list[Images]  # these images as the model reads them
     prompts: np.ndarray  # [P, S]
     prompt_lengths: np.ndarray  # [P]
     responses: Responses
@@ -80,6 +82,7 @@ class Rollouts:
             golds=of(self.golds),
             prompt_texts=of(self.prompt_texts),
             images=of(self.images),
+            patches=of(self.patches),
             prompts=self.prompts[some],
             prompt_lengths=self.prompt_lengths[some],
             responses=self.responses.take(some),
@@ -116,6 +119,7 @@ def concatenate(batches: Sequence[Rollouts]) -> Rollouts:
         golds=[x for batch in batches for x in batch.golds],
         prompt_texts=[x for batch in batches for x in batch.prompt_texts],
         images=[x for batch in batches for x in batch.images],
+        patches=[x for batch in batches for x in batch.patches],
         prompts=np.concatenate([pad_to(batch.prompts, S) for batch in batches]),
         prompt_lengths=np.concatenate([batch.prompt_lengths for batch in batches]),
         responses=concatenate_responses([batch.responses for batch in batches]),
@@ -180,11 +184,10 @@ class Collector:
         started = time.perf_counter()
         hosts.phase("sampling")
         ids = prompts or [encode_prompt(self.task, self.tokenizer, row) for _, row in rows]
+        patches = [encode_images(self.tokenizer, row) for _, row in rows]
         # Extended prompts are padded to a power of two, which bounds the number of compiled programs.
         limit = self.max_prompt_tokens if max(map(len, ids)) <= self.max_prompt_tokens else NO_LIMIT
         padded, lengths = pad_prompts(ids, limit)
-        images = [row_images(row) for _, row in rows]
-        cut = [prompt_patches(self.tokenizer, of_prompt) for of_prompt in images] if any(images) else ()
         P, K = len(ids) // (ahead.rounds if ahead else 1), request.num_responses
         own = range(P)[hosts.share(P)]  # each host decodes and verifies its share
         texts = [[""] * K for _ in own]
@@ -202,7 +205,7 @@ class Collector:
 
             sampled = self.sampler(
                 weights,
-                PromptBatch(padded, lengths, np.array([row_id for row_id, _ in rows], np.uint32), cut),
+                PromptBatch(padded, lengths, np.array([row_id for row_id, _ in rows], np.uint32), patches),
                 request,
                 at_least=at_least,
                 on_finished=hand_in,
@@ -217,7 +220,8 @@ class Collector:
             ids=[row_id for row_id, _ in rows[:P]],
             golds=[self.task.gold(row) for _, row in rows[:P]],
             prompt_texts=[prompt_text(self.tokenizer, row) for row in ids[:P]],
-            images=images[:P],
+            images=[row_images(row) for _, row in rows[:P]],
+            patches=patches[:P],
             prompts=padded[:P],
             prompt_lengths=lengths[:P],
             responses=sampled.take(np.arange(P)).trimmed(),
