@@ -74,3 +74,28 @@ def run_values(output, model, task):
         "rewards": {"workers": 1},
         "mesh": {"devices": 1},  # of the eight CPU devices; tests/parallel uses more
     }
+
+
+def vision_tokenizer():
+    """A tokenizer with one token per character and those of images; ids 0 to 2 are as in `character_tokenizer`.
+
+    It has 64 ids, as many as the golden vision models; 60 to 63 are the start and the end of an image and the
+    placeholders of images and videos.
+    """
+    tokenizer = character_tokenizer()
+    filler = [f"<{i}>" for i in range(len(tokenizer), 60)]
+    tokenizer.add_tokens([*filler, "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"])
+    tokenizer.chat_template = VISION_TEMPLATE
+    return tokenizer
+
+
+VISION_TEMPLATE = """{%- for message in messages -%}
+{{ message.role[:1] }}{{ ":" }}
+{%- if message.content is string -%}{{ message.content }}
+{%- else -%}{%- for part in message.content -%}
+{%- if part.type == "image" -%}<|vision_start|><|image_pad|><|vision_end|>
+{%- elif part.type == "video" -%}<|vision_start|><|video_pad|><|vision_end|>
+{%- else -%}{{ part.text }}{%- endif -%}
+{%- endfor -%}{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ "a:" }}{%- endif -%}"""

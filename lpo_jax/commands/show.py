@@ -122,4 +122,4 @@ def _prompt(found, steps, prompt: str, one: bool):
         raise UserError(
             f"--prompt {prompt}: {found.path} has no such prompt at {where}; --step N lists those of a step"
         )
-    return terminal.group_page(*groups[0]) if one else terminal.prompt_history(found, prompt, groups)
+    return terminal.group_page(found, *groups[0]) if one else terminal.prompt_history(found, prompt, groups)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lpo_jax.inspection.images import image_references
 from lpo_jax.inspection.load import Row, Run, finite_number, groups_of, read_samples
 from lpo_jax.reporting.text import sanitise
 from lpo_jax.types import Json
@@ -88,6 +89,7 @@ class Digest:
 
     Attributes:
         steps: figures of each step.
+        images: names of the images of kept groups, in the order of the steps.
         prompts: for each kept prompt id, (step, passed, responses) of each of its groups.
         failures: number of responses that could not be judged, by reason.
         unequal: pairs of equal answers to one prompt with different scores.
@@ -98,6 +100,7 @@ class Digest:
     """
 
     steps: list[StepFigures] = field(default_factory=list)
+    images: dict[str, None] = field(default_factory=dict)
     prompts: dict[str, list[tuple[int, int, int]]] = field(default_factory=dict)
     failures: dict[str, int] = field(default_factory=dict)
     unequal: list[dict[str, Json]] = field(default_factory=list)
@@ -177,6 +180,7 @@ def _digest_step(step: int, rows: Sequence[Row], found: Digest, answers: dict) -
         _audit(step, group, found, answers)
         if i in chosen:
             kept.append(group)
+            found.images |= {name: None for name, _ in image_references(group[0])}
             prompt = sanitise(str(group[0].get("id")))
             found.prompts.setdefault(prompt, []).append((step, passed, len(group)))
     of.cut = sum(row.get("finished") is False for row in rows)
@@ -240,6 +244,8 @@ def _group(group: Sequence[Row]) -> dict[str, Json]:
     }
     if first.get("gts") is not None:
         packed["y"] = _text(first["gts"])
+    if images := image_references(first):
+        packed["i"] = images
     return packed
 
 

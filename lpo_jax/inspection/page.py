@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from lpo_jax.files import write_file
 from lpo_jax.inspection.charts import charts
 from lpo_jax.inspection.diff import RunDifference, compare_runs
 from lpo_jax.inspection.digest import Digest, digest
+from lpo_jax.inspection.images import embedded_thumbnails
 from lpo_jax.inspection.load import Run, finite_number, flatten, read_run, status
 from lpo_jax.inspection.verdict import judge
 from lpo_jax.reporting.doctor import diagnose
@@ -32,6 +33,7 @@ from lpo_jax.reporting.text import sanitise
 from lpo_jax.types import Json
 
 BUDGET = 10_000_000  # bytes of compressed texts in one report
+IMAGE_BUDGET = 5_000_000  # bytes of thumbnails in one report
 MOST_RUNS = 6
 _SECTIONS = {
     "learning": "Learning",
@@ -112,6 +114,11 @@ def render(runs: Sequence[Run], live: bool = False) -> str:
     if len(runs) > MOST_RUNS:
         raise UserError(f"a report shows at most {MOST_RUNS} runs, got {len(runs)}; lpo compare is for many")
     digests = [digest(run, BUDGET // len(runs)) for run in runs]
+    pictures = []
+    for run, found in zip(runs, digests):
+        uris, notes = embedded_thumbnails(run, found.images, IMAGE_BUDGET // len(runs))
+        pictures.append(uris)
+        found.notes += notes
     names = _names(runs)
     differences = compare_runs(runs[0], runs[1]) if len(runs) == 2 else None
     scripts = [_plotly(), "\n".join(_asset(name) for name in _SCRIPTS)]
@@ -125,7 +132,7 @@ def render(runs: Sequence[Run], live: bool = False) -> str:
         policy=_policy(scripts, live),
         css=Markup(_asset("report.css")),
         scripts=[Markup(script) for script in scripts],
-        data=_embedded(_data(runs, names, digests, differences, live)),
+        data=_embedded(_data(runs, names, digests, pictures, differences, live)),
         chunks=[
             (f"chunk-{index}-{of.step}", of.chunk)
             for index, digest in enumerate(digests)
@@ -144,6 +151,7 @@ def _data(
     runs: Sequence[Run],
     names: Sequence[str],
     digests: Sequence[Digest],
+    pictures: Sequence[Mapping[str, str]],
     differences: RunDifference | None,
     live: bool,
 ) -> dict[str, Json]:
@@ -156,8 +164,9 @@ def _data(
                 "groups": [of.groups for of in found.steps],
                 "prompts": found.prompts,
                 "last": run.last_step,
+                "images": uris,
             }
-            for run, name, found in zip(runs, names, digests)
+            for run, name, found, uris in zip(runs, names, digests, pictures)
         ],
         "charts": charts(runs, digests),
         "first": _first(differences),

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lpo_jax.inspection.diff import RunDifference
+from lpo_jax.inspection.images import image_references, thumbnail_file
 from lpo_jax.inspection.load import Row, Run, finite_number, groups_of, read_samples, status
 from lpo_jax.inspection.verdict import judge
 from lpo_jax.reporting.doctor import diagnose
@@ -84,11 +85,14 @@ def step_groups(run: Run, step: int, limit: int) -> Group:
     return Group(table, *(Text(note, "dim") for note in notes))
 
 
-def group_page(step: int, group: Sequence[Row]) -> Group:
+def group_page(run: Run, step: int, group: Sequence[Row]) -> Group:
     """Return the page of a group: its prompt, each response's reward, w*, P and c, and the texts side by side."""
     first = group[0]
     parts: list[RenderableType] = [Text(f"Step {step}, prompt {sanitise(str(first.get('id')))}", "bold")]
     parts.append(_framed("prompt", str(first.get("input", "")), "dim"))
+    for name, caption in image_references(first):
+        file = thumbnail_file(run, name)
+        parts.append(Text.assemble("image  ", (caption, "bold"), f"  {sanitise(str(file))}" if file else ""))
     if first.get("gts") is not None:
         parts.append(Text.assemble("gold answer  ", (sanitise(str(first["gts"])), "bold")))
     table = _table("Why each response was pushed")
@@ -141,6 +145,7 @@ def response_panel(row: Row, with_prompt: bool = False) -> Panel:
     if with_prompt:
         where = f"step {row.get('step', '?')}, prompt {row.get('id', '?')}"
         parts += [Text(sanitise(where), "bold"), Text(_cut(str(row.get("input", ""))), "dim")]
+        parts += [Text(f"image {caption}", "dim") for _, caption in image_references(row)]
     parts += [Text(_cut(row["output"]) or "(empty response)"), Text(" · ".join(line), "dim")]
     if isinstance(row.get("parts"), dict) and row["parts"]:
         shown = ", ".join(f"{name}={value}" for name, value in row["parts"].items())

@@ -1,4 +1,4 @@
-"""One decoder for Llama, Qwen2/2.5, Qwen3 and Mistral.
+"""One decoder for Llama, Qwen2/2.5, Qwen3, Mistral, Qwen2.5-VL and Qwen3-VL.
 
 Flax NNX modules describe the parameters (declared in `lpo_jax.models.parameters`); jitted functions take a plain nested
 dict of arrays. The graph definition is made once for each config, and is merged with the arrays at trace time only.
@@ -22,7 +22,10 @@ from lpo_jax.models import parameters
 from lpo_jax.models.attend import KEPT, accumulator
 from lpo_jax.models.attention import Causal, Context
 from lpo_jax.models.config import ModelConfig
-from lpo_jax.models.parameters import Parameter
+from lpo_jax.models.parameters import VISION, Parameter
+from lpo_jax.models.prompt_images import PromptImages, TowerRows
+from lpo_jax.models.rotary import mrope_table, rope_table, rotate
+from lpo_jax.models.vision import ImageTokens, tower_outputs
 from lpo_jax.parallel.sharding import constrain, gathered, look_up
 from lpo_jax.types import PyTree
 
@@ -92,29 +95,32 @@ class Decoder(nnx.Module):
     def __init__(self, config: ModelConfig, stacked: bool):
         self.config = config
         for parameter in parameters.declared(config):
-            if not parameter.in_layers:
+            if not parameter.branch:
                 setattr(self, parameter.name, _shape(config, parameter, stacked))
         layers = [Block(config, stacked) for _ in range(1 if stacked else config.num_layers)]
         self.layers = layers[0] if stacked else nnx.List(layers)
 
-    def __call__(self, tokens, positions, context, kv=None, *, dtype=jnp.float32, remat=False):
+    def __call__(self, tokens, positions, context, kv=None, images=None, *, dtype=jnp.float32, remat=False):
         table = gathered(_value(self, "embed"), dtype, "vocab", "embed")
         x = constrain(look_up(table, tokens).astype(dtype), "batch", None, None)  # [P, X, D]
+        x = x if images is None else images.embed(x)
         rope = positions if isinstance(positions, tuple) else rope_table(self.config, positions)
         if isinstance(self.layers, nnx.List):
             block_def, _ = nnx.split(self.layers[0])
             # With a jit of its own, the layer is traced once for all layers.
             layer = jax.jit(lambda weights, *inputs: nnx.merge(block_def, weights)(*inputs))
             kept = []
-            for block, layer_kv in zip(self.layers, kv):
+            for number, (block, layer_kv) in enumerate(zip(self.layers, kv)):
                 x, layer_kept = layer(nnx.state(block), x, rope, context, layer_kv)
+                x = x if images is None else images.deepen(x, number)
                 kept.append(layer_kept)
         else:
             block_def, stacked = nnx.split(self.layers)
 
             def layer(x, xs):
-                weights, layer_kv = xs
-                return nnx.merge(block_def, weights)(x, rope, context, layer_kv)
+                weights, layer_kv, *number = xs
+                x, layer_kept = nnx.merge(block_def, weights)(x, rope, context, layer_kv)
+                return images.deepen(x, *number) if number else x, layer_kept
 
             # Without `remat`, the outputs of matrix products are saved, and those of attention over long rows. Norms,
             # rotations and activation functions cost less to recompute than to write and read.
@@ -122,7 +128,9 @@ class Decoder(nnx.Module):
             products = policies.dots_with_no_batch_dims_saveable
             both = policies.save_from_both_policies(products, policies.save_only_these_names(KEPT))
             keep = None if remat else both
-            x, kept = jax.lax.scan(jax.checkpoint(layer, policy=keep, prevent_cse=False), x, (stacked, kv))
+            numbers = () if images is None else (jnp.arange(self.config.num_layers),)
+            layer = jax.checkpoint(layer, policy=keep, prevent_cse=False)
+            x, kept = jax.lax.scan(layer, x, (stacked, kv, *numbers))
         return rms_norm(x, _value(self, "final_norm"), self.config.norm_eps), kept
 
 
@@ -130,9 +138,10 @@ def forward(
     config: ModelConfig,
     params: Params,
     tokens: jax.Array,
-    positions: jax.Array,
+    positions: jax.Array | tuple[jax.Array, jax.Array],
     context: Context,
     kv: KV = None,
+    images: ImageTokens | None = None,
     *,
     dtype: DTypeLike = jnp.float32,
     remat: bool = False,
@@ -143,9 +152,10 @@ def forward(
       config: the model's config.
       params: the parameters, stacked or unstacked.
       tokens: `[P, X]` ids.
-      positions: `[P, X]` positions in the sequence, or their `rope_table`.
+      positions: `[P, X]` positions in the sequence, or their `rope_table` or `mrope_table`.
       context: one of `lpo_jax.models.attention`.
       kv: the KV cache of each layer, if the context needs one: stacked on L, or a list if the layers are unstacked.
+      images: outputs of the vision tower, for tokens that are placeholders of images.
       dtype: the dtype of activations and products; weights are cast where they are used.
       remat: whether to recompute each layer in the backward pass, so that only L residual streams are saved. Else the
         outputs of its matrix products, and of attention over long rows, are saved too.
@@ -156,8 +166,9 @@ def forward(
     stacked = 0 not in params["layers"]  # unstacked layers are keyed by their number
     # By default accelerators multiply float32 in lower precision, which would change log-probs visibly.
     with jax.default_matmul_precision("float32" if jnp.dtype(dtype) == jnp.float32 else "default"):
-        decoder = nnx.merge(_graph(config, stacked), nnx.State(params))
-        return decoder(tokens, positions, context, kv, dtype=dtype, remat=remat)
+        own = {name: x for name, x in params.items() if (name,) != VISION}
+        decoder = nnx.merge(_graph(config, stacked), nnx.State(own))
+        return decoder(tokens, positions, context, kv, images, dtype=dtype, remat=remat)
 
 
 def logits(
@@ -165,6 +176,7 @@ def logits(
     params: Params,
     tokens: jax.Array,
     mask: jax.Array | None = None,
+    images: PromptImages | None = None,
     *,
     dtype=jnp.float32,
 ):
@@ -175,13 +187,24 @@ def logits(
       params: the parameters, stacked.
       tokens: `[B, T]` ids.
       mask: `[B, T]`, true at real tokens; padding may be on either side. None: no padding.
+      images: of the rows; None: there are none.
       dtype: the dtype of activations and products.
     """
     valid = jnp.ones(tokens.shape, bool) if mask is None else jnp.asarray(mask, bool)
     positions = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)
-    context = Causal(valid, positions)
-    hidden, _ = forward(config, params, tokens, positions, context, dtype=dtype)
+    context, seen, rope = Causal(valid, positions), None, rope_table(config, positions)
+    if images is not None:
+        rope = mrope_table(config, images.positions)
+        seen = ImageTokens.of(image_outputs(config, params, images.rows, dtype), images.index)
+    hidden, _ = forward(config, params, tokens, rope, context, images=seen, dtype=dtype)
     return project(hidden, unembedding(params))
+
+
+def image_outputs(
+    config: ModelConfig, params: Params, rows: TowerRows | None, dtype: DTypeLike = jnp.float32
+) -> jax.Array | None:
+    """Run the vision tower over the images of prompts (`vision.tower_outputs`); None if there are none."""
+    return None if rows is None else tower_outputs(config, params["vision"], rows, dtype)
 
 
 def unembedding(params: Params) -> jax.Array:
@@ -220,32 +243,6 @@ def _rms_norm_backward(eps, kept, g):
 
 
 rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
-
-
-def rope_table(config: ModelConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Compute cosines and sines `[P, X, 1, N/2]` float32 of rotary embeddings for `positions [P, X]`."""
-    N = config.head_width
-    frequency = config.rope_theta ** (-jnp.arange(0, N, 2, dtype=jnp.float32) / N)
-    scaling = config.rope_scaling
-    if scaling is not None and scaling.kind == "linear":
-        frequency = frequency / scaling.factor
-    elif scaling is not None:
-        # Llama 3: long wavelengths are stretched by `factor`, short ones are kept, and the rest is interpolated.
-        wavelength = 2 * jnp.pi / frequency
-        smooth = (scaling.original_max_positions / wavelength - scaling.low_freq_factor) / (
-            scaling.high_freq_factor - scaling.low_freq_factor
-        )
-        smooth = jnp.clip(smooth, 0.0, 1.0)
-        frequency = (1 - smooth) * frequency / scaling.factor + smooth * frequency
-    angle = positions[..., None, None].astype(jnp.float32) * frequency
-    return jnp.cos(angle), jnp.sin(angle)
-
-
-def rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Apply rotary embeddings to `[P, X, heads, N]`, pairing element i with i + N/2 as Hugging Face does."""
-    cos, sin = rope
-    a, b = jnp.split(x.astype(accumulator(x.dtype)), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
 def abstract_params(config: ModelConfig, dtype: DTypeLike = jnp.float32) -> Params:

@@ -14,7 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
+from lpo_jax import images
 from lpo_jax.errors import UserError
+from lpo_jax.images import ImageProcessor
 from lpo_jax.models import tensors
 from lpo_jax.models.config import ModelConfig
 from lpo_jax.models.decoder import Params
@@ -23,7 +25,7 @@ from lpo_jax.types import Json, Tokenizer
 
 SHARD_BYTES = 5_000_000_000
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_EMBEDDING, _HEAD = named("embed").hf, named("unembed").hf
+_HEAD = named("unembed").hf  # of all families
 # Rotary frequencies, which old versions of transformers saved. They follow from the config and are ignored, as newer
 # versions do.
 _ROTARY_BUFFER = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
@@ -51,10 +53,13 @@ class HfDirectory:
           UserError: a file cannot be read, or the model is not supported.
         """
         where = path / "config.json"
-        config = ModelConfig.from_hf(_read_json(where), str(where))
-        if weights and config.tie_embeddings and _has_own_head(path):
+        values = _read_json(where)
+        processor = ImageProcessor.from_directory(path) if "vision_config" in values else None
+        config = ModelConfig.from_hf(values, str(where), processor)
+        embedding = named("embed").hf_name(config, 0)
+        if weights and config.tie_embeddings and _has_own_head(path, embedding):
             warnings.warn(
-                f"{path}: tie_word_embeddings is true, but {_HEAD} differs from {_EMBEDDING}; both are used",
+                f"{path}: tie_word_embeddings is true, but {_HEAD} differs from {embedding}; both are used",
                 stacklevel=2,
             )
             config = dataclasses.replace(config, tie_embeddings=False)
@@ -95,7 +100,7 @@ class HfDirectory:
             tensors.check_names(str(self.path), expected, found)
 
             def read(parameter: Parameter, layer: int, index: tensors.Index) -> np.ndarray:
-                name = parameter.hf.format(layer)
+                name = parameter.hf_name(self.config, layer)
                 return files[name].get_slice(name)[index]
 
             return tensors.read_params(self.config, read, dtype, shardings)
@@ -151,16 +156,16 @@ def _open_weights(path: Path, stack: contextlib.ExitStack) -> dict[str, Json]:
     return files
 
 
-def _has_own_head(path: Path) -> bool:
+def _has_own_head(path: Path, embedding_name: str) -> bool:
     """Return whether the weights contain a head that differs from the embedding; False if weights are missing."""
     paths = _weight_paths(path)
     if not paths or not all(part.exists() for part in paths):
         return False
     with contextlib.ExitStack() as stack:
         files = _open_weights(path, stack)
-        if _HEAD not in files or _EMBEDDING not in files:
+        if _HEAD not in files or embedding_name not in files:
             return False
-        head, embedding = (files[name].get_slice(name) for name in (_HEAD, _EMBEDDING))
+        head, embedding = (files[name].get_slice(name) for name in (_HEAD, embedding_name))
         shape = tuple(head.get_shape())
         if shape != tuple(embedding.get_shape()):
             return True
@@ -284,6 +289,8 @@ def write_configs(
     dtypes = {"torch_dtype": dtype, "dtype": dtype}  # v4's key and v5's
     _write_json(path / "config.json", config.to_hf() | dtypes | common)
     _write_json(path / "generation_config.json", common)
+    if config.vision is not None:
+        _write_json(path / images.FILE, config.vision.processor.to_json())
 
 
 def _read_json(path: Path) -> dict[str, Json]:

@@ -78,7 +78,8 @@ def read_tokenizer(
     eos_ids = tuple(dict.fromkeys(_eos_id(model, eos, own, V) for eos in named if eos is not None))
     if own is None:
         return None, eos_ids
-    return ModelTokenizer(own, model, V, eos_ids).with_arguments(template_arguments), eos_ids
+    tokenizer = ModelTokenizer(own, model, V, eos_ids, source.config.vision)
+    return tokenizer.with_arguments(template_arguments), eos_ids
 
 
 def _eos_id(model: str, eos: object, tokenizer: Tokenizer | None, vocab_size: int) -> int:

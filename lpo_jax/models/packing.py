@@ -240,7 +240,7 @@ def _assign(tokens: np.ndarray, padded: int, budget: int, shards: int) -> tuple[
     found: list[tuple[int, list[list[int]]]] = []
     M, least = 1, n
     while not found or M <= min(2 * least, -(-n // shards)):
-        rows = _balanced(tokens, M * shards)
+        rows = balanced(tokens, M * shards)
         load = max(sum(int(tokens[split]) for split in row) for row in rows)
         if found or (load <= budget and len(rows[0]) <= widest) or M * shards >= n:
             least = min(least, M)
@@ -250,7 +250,7 @@ def _assign(tokens: np.ndarray, padded: int, budget: int, shards: int) -> tuple[
     return next((cost, rows) for cost, rows in found if cost <= NEAR * best)
 
 
-def _balanced(tokens: np.ndarray, R: int) -> list[list[int]]:
+def balanced(tokens: np.ndarray, R: int) -> list[list[int]]:
     """Assign splits to R rows, largest first, each to the row with the fewest tokens; rows have about equally many."""
     most = -(-len(tokens) // R)
     rows: list[list[int]] = [[] for _ in range(R)]

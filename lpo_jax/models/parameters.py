@@ -6,6 +6,9 @@ decay, LoRA and int8 quantisation apply to, the placement on a mesh, the tensors
 planner and the memory estimates work with.
 
 Axes: L layers · V vocabulary · D model width · H query heads · G key/value heads · N head width · F feed-forward width.
+Those of a vision tower are small letters: l layers · d width · q query, key and value · h heads · n head width ·
+f feed-forward width · r colours · t frames · y, x rows and columns of pixels · m, w merged patches (input, hidden) ·
+p learned positions · e DeepStack features.
 """
 
 import dataclasses
@@ -16,12 +19,27 @@ from typing import Literal
 import jax
 
 from lpo_jax.models.config import ModelConfig
+from lpo_jax.models.vision_config import VisionConfig
 from lpo_jax.types import Json, PyTree
 
 Kind = Literal["matrix", "norm", "bias", "embedding"]
 
 # Logical name of each axis, by which `lpo_jax.parallel.sharding.RULES` places it on a mesh.
-LOGICAL_AXES = dict(L="layers", V="vocab", D="embed", H="heads", G="kv_heads", N="head_width", F="ffn")
+LOGICAL_AXES = dict(
+    L="layers", V="vocab", D="embed", H="heads", G="kv_heads", N="head_width", F="ffn",
+    l="layers", d="embed", q="qkv", h="heads", n="head_width", f="ffn", r="colour", t="frame", y="pixel", x="pixel",
+    m="merged", w="ffn", p="positions", e="layers",
+)  # fmt: skip
+
+# By the beginning of a tensor's name: where the parameter is in the tree, and the axis that it is stacked on.
+LAYERS, VISION = ("layers",), ("vision",)
+_BRANCHES = {
+    "model.layers.{}": (LAYERS, "L"),
+    "visual.blocks.{}": ((*VISION, "layers"), "l"),
+    "visual.deepstack_merger_list.{}": ((*VISION, "deepstack"), "e"),
+    "visual.": (VISION, ""),
+    "": ((), ""),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +56,7 @@ class Parameter:
       present: whether a model of this config has the parameter.
       rotated: whether rotary embeddings are applied to the output. llama.cpp stores the rows of such a matrix in
         another order.
+      folded: whether a file folds the axes of a matrix into two.
     """
 
     name: str
@@ -47,11 +66,22 @@ class Parameter:
     gguf: str
     present: Callable[[ModelConfig], bool] = lambda config: True
     rotated: bool = False
+    folded: bool = True
+
+    @property
+    def branch(self) -> tuple[str, ...]:
+        """The keys in front of its name in the parameter tree."""
+        return next(found for begin, (found, _) in _BRANCHES.items() if self.hf.startswith(begin))
 
     @property
     def in_layers(self) -> bool:
-        """Whether every layer has one."""
-        return "{}" in self.hf
+        """Whether every layer of the decoder has one."""
+        return self.branch == LAYERS
+
+    @property
+    def stack(self) -> str:
+        """The leading axis of a parameter that several layers have; empty for others."""
+        return next(axis for begin, (_, axis) in _BRANCHES.items() if self.hf.startswith(begin))
 
     @property
     def inputs(self) -> str:
@@ -67,12 +97,30 @@ class Parameter:
     def file_axes(self) -> str:
         """The axes in a file, where letters without a comma between them are folded into one axis."""
         if self.kind == "matrix":
-            return f"{self.outputs},{self.inputs}"
+            return f"{self.outputs},{self.inputs}" if self.folded else ",".join(self.outputs + self.inputs)
         return ",".join(self.outputs) if self.kind == "embedding" else self.outputs
 
     def axes(self, stacked: bool = False) -> str:
-        """The axes in the parameter tree; `stacked`: with the leading L of a parameter in layers."""
-        return "L" * (stacked and self.in_layers) + self.inputs + self.outputs
+        """The axes in the parameter tree; `stacked`: with the leading axis of a parameter that is stacked."""
+        return self.stack * stacked + self.inputs + self.outputs
+
+    def depth(self, config: ModelConfig) -> int:
+        """The number of its tensors in a file: one for each layer, or 1."""
+        return axis_sizes(config)[self.stack] if self.stack else 1
+
+    def of(self, tree: PyTree) -> PyTree:
+        """Its value in a tree that is shaped like the parameters."""
+        for key in (*self.branch, self.name):
+            tree = tree[key]
+        return tree
+
+    def hf_name(self, config: ModelConfig, layer: int) -> str:
+        """The name of its tensor, of one layer, in a Hugging Face file of this family."""
+        name = self.hf.format(layer)
+        for old, new in _RENAMED.get(config.family, {}).items():
+            if name.startswith(old):
+                return new + name.removeprefix(old)
+        return name
 
     def shape(self, config: ModelConfig, stacked: bool = True) -> tuple[int, ...]:
         """The sizes of `axes`."""
@@ -93,6 +141,52 @@ class Parameter:
 
 def _layer(name: str, kind: Kind, dims: str, hf: str, gguf: str, **more: Json) -> Parameter:
     return Parameter(name, kind, dims, f"model.layers.{{}}.{hf}", f"blk.{{}}.{gguf}", **more)
+
+
+# Beginnings of names in the files of a family, where they differ from the declarations.
+_RENAMED: dict[str, dict[str, str]] = {
+    "qwen2_5_vl": {
+        "visual.merger.norm.": "visual.merger.ln_q.",
+        "visual.merger.linear_fc1.": "visual.merger.mlp.0.",
+        "visual.merger.linear_fc2.": "visual.merger.mlp.2.",
+    },
+    "qwen3_vl": {"model.": "model.language_model.", "visual.": "model.visual."},
+}
+
+
+def _sees(config: ModelConfig) -> bool:
+    return config.vision is not None
+
+
+def _sees_2_5(config: ModelConfig) -> bool:
+    return config.family == "qwen2_5_vl"
+
+
+def _sees_3(config: ModelConfig) -> bool:
+    return config.family == "qwen3_vl"
+
+
+def _vision(
+    name: str, kind: Kind, dims: str, hf: str, bias: Callable | None = None, **more: Json
+) -> list[Parameter]:
+    """A parameter of the tower and, where `bias` holds, the bias of the same name."""
+    more = {"present": _sees, "gguf": "", **more}
+    found = [Parameter(f"v_{name}", kind, dims, hf=f"visual.{hf}.weight", **more)]
+    if bias is not None:
+        both = lambda config, one=more["present"]: one(config) and bias(config)  # noqa: E731
+        more |= {"present": both, "folded": True}
+        found.append(
+            Parameter(f"v_{name}_bias", "bias", dims.rpartition("->")[2], hf=f"visual.{hf}.bias", **more)
+        )
+    return found
+
+
+def _block(name: str, kind: Kind, dims: str, hf: str, **more: Json) -> list[Parameter]:
+    return _vision(name, kind, dims, f"blocks.{{}}.{hf}", **more)
+
+
+def _merger(name: str, kind: Kind, dims: str, hf: str, **more: Json) -> list[Parameter]:
+    return _vision(name, kind, dims, f"deepstack_merger_list.{{}}.{hf}", present=_sees_3, **more)
 
 
 # The order is that of the tensors in a saved file and of the random draws of initial values.
@@ -116,12 +210,30 @@ DECLARATIONS: tuple[Parameter, ...] = (
     Parameter(
         "unembed", "embedding", "VD", "lm_head.weight", "output.weight", present=lambda c: not c.tie_embeddings
     ),
+    *_vision("patch", "matrix", "rtyx->d", "patch_embed.proj", bias=_sees_3, folded=False),
+    *_vision("positions", "embedding", "pd", "pos_embed", present=_sees_3),
+    *_block("norm1", "norm", "d", "norm1", bias=_sees_3),
+    *_block("qkv", "matrix", "d->qhn", "attn.qkv", bias=_sees),
+    *_block("out", "matrix", "hn->d", "attn.proj", bias=_sees),
+    *_block("norm2", "norm", "d", "norm2", bias=_sees_3),
+    *_block("gate", "matrix", "d->f", "mlp.gate_proj", bias=_sees, present=_sees_2_5),
+    *_block("up", "matrix", "d->f", "mlp.up_proj", bias=_sees, present=_sees_2_5),
+    *_block("down", "matrix", "f->d", "mlp.down_proj", bias=_sees, present=_sees_2_5),
+    *_block("fc1", "matrix", "d->f", "mlp.linear_fc1", bias=_sees, present=_sees_3),
+    *_block("fc2", "matrix", "f->d", "mlp.linear_fc2", bias=_sees, present=_sees_3),
+    *_vision("merge_norm", "norm", "d", "merger.norm", bias=_sees_3),
+    *_vision("merge1", "matrix", "m->w", "merger.linear_fc1", bias=_sees),
+    *_vision("merge2", "matrix", "w->D", "merger.linear_fc2", bias=_sees),
+    *_merger("deep_norm", "norm", "m", "norm", bias=_sees),
+    *_merger("deep1", "matrix", "m->w", "linear_fc1", bias=_sees),
+    *_merger("deep2", "matrix", "w->D", "linear_fc2", bias=_sees),
 )  # fmt: skip
 
 
 def axis_sizes(config: ModelConfig) -> dict[str, int]:
     """The size of each axis."""
-    return {
+    tower = {} if config.vision is None else _vision_sizes(config.vision)
+    return tower | {
         "L": config.num_layers,
         "V": config.vocab_size,
         "D": config.width,
@@ -129,6 +241,27 @@ def axis_sizes(config: ModelConfig) -> dict[str, int]:
         "G": config.num_kv_heads,
         "N": config.head_width,
         "F": config.ffn_width,
+    }
+
+
+def _vision_sizes(vision: VisionConfig) -> dict[str, int]:
+    patch = vision.processor
+    merged = vision.width * patch.merge_size**2
+    return {
+        "l": vision.depth,
+        "d": vision.width,
+        "q": 3,
+        "h": vision.num_heads,
+        "n": vision.head_width,
+        "f": vision.ffn_width,
+        "r": 3,
+        "t": patch.temporal_patch_size,
+        "y": patch.patch_size,
+        "x": patch.patch_size,
+        "m": merged,
+        "w": merged,
+        "p": vision.num_positions,
+        "e": len(vision.deepstack),
     }
 
 
@@ -159,7 +292,10 @@ def tree_of(config: ModelConfig, leaf: Callable[[Parameter], PyTree]) -> dict[st
     """A tree shaped like the parameters with layers stacked, made leaf by leaf in the order of the declarations."""
     tree: dict[str, PyTree] = {"layers": {}}
     for parameter in declared(config):
-        (tree["layers"] if parameter.in_layers else tree)[parameter.name] = leaf(parameter)
+        at = tree
+        for key in parameter.branch:
+            at = at.setdefault(key, {})
+        at[parameter.name] = leaf(parameter)
     return tree
 
 

@@ -67,8 +67,9 @@ def file_names(config: ModelConfig, form: str) -> dict[str, tuple[int, ...]]:
     """Return the names and shapes of the tensors that a file must contain; `form` is "hf" or "gguf"."""
     names = {}
     for parameter in declared(config):
-        for layer in range(config.num_layers if parameter.in_layers else 1):
-            names[getattr(parameter, form).format(layer)] = file_shape(config, parameter)
+        for layer in range(parameter.depth(config)):
+            name = parameter.hf_name(config, layer) if form == "hf" else parameter.gguf.format(layer)
+            names[name] = file_shape(config, parameter)
     return names
 
 
@@ -117,16 +118,16 @@ def read_params(
 
     def leaf(parameter: Parameter) -> jax.Array:
         part = functools.partial(_read_part, config, parameter, read, DTYPES[dtype])
-        where = shardings and (shardings["layers"] if parameter.in_layers else shardings)[parameter.name]
+        where = shardings and parameter.of(shardings)
         return _to_device(part, parameter.shape(config), where)  # type: ignore[arg-type]
 
     return tree_of(config, leaf)
 
 
 def _read_part(config: ModelConfig, parameter: Parameter, read, dtype: np.dtype, index: Index) -> np.ndarray:
-    """Read a part of a parameter, with the leading L if it has one."""
+    """Read a part of a parameter, with its leading axis if it is stacked."""
     part = _empty(tuple(s.stop - s.start for s in index), dtype)
-    if parameter.in_layers:
+    if parameter.stack:
         for layer in range(index[0].start, index[0].stop):
             rows = functools.partial(read, parameter, layer)
             part[layer - index[0].start] = from_file(config, parameter, rows, index[1:])
@@ -138,17 +139,17 @@ def _read_part(config: ModelConfig, parameter: Parameter, read, dtype: np.dtype,
 def file_tensors(config: ModelConfig, params: Params, dtype: np.dtype | None) -> Iterator:
     """Yield `(Hugging Face name, shape, dtype, fetch)` of every tensor; `fetch()` copies that tensor to the host."""
     for parameter in declared(config):
-        leaf = (params["layers"] if parameter.in_layers else params)[parameter.name]
+        leaf = parameter.of(params)
         if tuple(leaf.shape) != (expected := parameter.shape(config)):
             raise ValueError(f"parameter {parameter.name} has shape {tuple(leaf.shape)}, expected {expected}")
         target = dtype or np.dtype(leaf.dtype)
-        for layer in range(config.num_layers if parameter.in_layers else 1):
+        for layer in range(parameter.depth(config)):
 
             def fetch(parameter=parameter, leaf=leaf, layer=layer, target=target):
-                host = np.asarray(leaf[layer] if parameter.in_layers else leaf)
+                host = np.asarray(leaf[layer] if parameter.stack else leaf)
                 return to_file(config, parameter, host.astype(target, copy=False))
 
-            yield parameter.hf.format(layer), file_shape(config, parameter), target, fetch
+            yield parameter.hf_name(config, layer), file_shape(config, parameter), target, fetch
 
 
 def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

@@ -11,9 +11,11 @@ import re
 from collections.abc import Mapping, Sequence
 
 from lpo_jax.errors import UserError, nearest
+from lpo_jax.models.vision_config import VisionConfig
 from lpo_jax.types import Json, Tokenizer
 
-Message = Mapping[str, str]
+# {"role": ..., "content": ...}; a content is a text, or a list of {"type": "text", "text": ...} and {"type": "image"}.
+Message = Mapping[str, Json]
 
 # The date that Llama 3's templates write if they have no clock.
 DATE = datetime.datetime(2024, 7, 26)
@@ -34,6 +36,7 @@ class ModelTokenizer:
       model: the model's name, for messages.
       vocab_size: V, the number of rows of the embedding.
       eos_ids: every id that ends a response.
+      vision: the model's vision tower; None for a model of text.
       template_arguments: arguments of the chat template, such as `enable_thinking`. `chat_template` is the name of one
         of several templates, or a template.
     """
@@ -42,6 +45,7 @@ class ModelTokenizer:
     model: str
     vocab_size: int
     eos_ids: tuple[int, ...] = ()
+    vision: VisionConfig | None = None
     template_arguments: Mapping[str, Json] = dataclasses.field(default_factory=dict)
 
     def __getattr__(self, name: str) -> Json:

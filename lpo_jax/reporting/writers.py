@@ -20,12 +20,15 @@ from lpo_jax.errors import UserError
 from lpo_jax.files import append, cannot_write, write_atomically, write_file
 from lpo_jax.json_lines import dump_line, read_lines
 from lpo_jax.reporting import metric_names
+from lpo_jax.reporting.pictures import png, thumbnail
+from lpo_jax.tasks.images import EncodedImage
 from lpo_jax.types import Json
 
 if TYPE_CHECKING:
     from tensorboardX.event_file_writer import EventsWriter
 
 METRICS_FILE = "metrics.jsonl"
+IMAGE_FOLDER = "images"  # of thumbnails
 SAMPLE_FOLDERS = ("rollouts", "validation")
 AGAIN = ".warm-started"  # in the name of the file of a step's second evaluation
 
@@ -112,6 +115,17 @@ class RunWriter:
         path = self.run_dir / folder / f"{step}{AGAIN if again else ''}.jsonl"
         write_file(path, b"".join(dump_line({**row, "step": int(step)}) for row in rows))
         return path
+
+    def write_images(self, images: Iterable[EncodedImage]) -> None:
+        """Write a thumbnail `images/<name>.png` of each image whose thumbnail is not there yet.
+
+        Raises:
+            UserError: a file cannot be written.
+        """
+        for image in images:
+            path = self.run_dir / IMAGE_FOLDER / f"{image.name}.png"
+            if not path.exists():
+                write_file(path, png(thumbnail(image.pixels())))
 
     def truncate_after(self, step: int, evaluations: int | None = None) -> None:
         """Remove the rows and sample files of steps after a checkpoint, and make TensorBoard hide their events.

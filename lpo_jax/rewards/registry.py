@@ -6,14 +6,14 @@ import inspect
 from collections.abc import Callable, Mapping
 
 from lpo_jax.errors import UserError, nearest
-from lpo_jax.rewards import arithmetic, code, countdown, format, gsm8k, gym, math
+from lpo_jax.rewards import arithmetic, code, countdown, format, geometry, gsm8k, gym, math
 from lpo_jax.rewards.user_code import load_function, split_reference
 from lpo_jax.rewards.verdict import Verifier, VerifierDescriptor
 from lpo_jax.types import Json
 
 _BUILT_IN = {
     module.DESCRIPTOR.name: module.DESCRIPTOR
-    for module in (arithmetic, code, countdown, format, gsm8k, gym, math)
+    for module in (arithmetic, code, countdown, format, geometry, gsm8k, gym, math)
 }
 
 

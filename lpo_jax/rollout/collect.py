@@ -12,15 +12,17 @@ from collections.abc import Sequence
 import numpy as np
 
 from lpo_jax.errors import UserError
+from lpo_jax.models.prompt_images import Images
 from lpo_jax.parallel import hosts
 from lpo_jax.rewards import Verdict, VerifierPool
-from lpo_jax.rollout.encode import encode_prompt
+from lpo_jax.rollout.encode import encode_images, encode_prompt, prompt_text
 from lpo_jax.rollout.failures import Failures, failures
 from lpo_jax.sampling import Ahead, PromptBatch, Responses, Sampler, SampleRequest
 from lpo_jax.sampling.padding import NO_LIMIT, pad_prompts, pad_to
 from lpo_jax.sampling.responses import concatenate_responses
 from lpo_jax.sampling.text import response_text
 from lpo_jax.tasks import Row, Task
+from lpo_jax.tasks.images import EncodedImage, row_images, without_images
 from lpo_jax.types import PyTree, Tokenizer
 
 
@@ -31,6 +33,8 @@ class Rollouts:
     ids: list[int]
     golds: list[str | None]  # reference answers, for readers
     prompt_texts: list[str]
+    images: list[list[EncodedImage]]  # of each prompt
+    patches: list[Images]  # these images as the model reads them
     prompts: np.ndarray  # [P, S]
     prompt_lengths: np.ndarray  # [P]
     responses: Responses
@@ -77,6 +81,8 @@ class Rollouts:
             ids=of(self.ids),
             golds=of(self.golds),
             prompt_texts=of(self.prompt_texts),
+            images=of(self.images),
+            patches=of(self.patches),
             prompts=self.prompts[some],
             prompt_lengths=self.prompt_lengths[some],
             responses=self.responses.take(some),
@@ -99,6 +105,7 @@ class Rollouts:
                 "tokens": int(self.responses.lengths[p, k]),
                 "finished": bool(self.responses.finished[p, k]),
             }
+            | ({"images": [image.reference() for image in self.images[p]]} if self.images[p] else {})
             for p, (row_id, prompt) in enumerate(zip(self.ids, self.prompt_texts))
             for k, (text, verdict) in enumerate(zip(self.texts[p], self.verdicts[p]))
         ]
@@ -111,6 +118,8 @@ def concatenate(batches: Sequence[Rollouts]) -> Rollouts:
         ids=[x for batch in batches for x in batch.ids],
         golds=[x for batch in batches for x in batch.golds],
         prompt_texts=[x for batch in batches for x in batch.prompt_texts],
+        images=[x for batch in batches for x in batch.images],
+        patches=[x for batch in batches for x in batch.patches],
         prompts=np.concatenate([pad_to(batch.prompts, S) for batch in batches]),
         prompt_lengths=np.concatenate([batch.prompt_lengths for batch in batches]),
         responses=concatenate_responses([batch.responses for batch in batches]),
@@ -175,6 +184,7 @@ class Collector:
         started = time.perf_counter()
         hosts.phase("sampling")
         ids = prompts or [encode_prompt(self.task, self.tokenizer, row) for _, row in rows]
+        patches = [encode_images(self.tokenizer, row) for _, row in rows]
         # Extended prompts are padded to a power of two, which bounds the number of compiled programs.
         limit = self.max_prompt_tokens if max(map(len, ids)) <= self.max_prompt_tokens else NO_LIMIT
         padded, lengths = pad_prompts(ids, limit)
@@ -191,11 +201,11 @@ class Collector:
                     text = self.text(token_ids)
                     texts[p - own.start][k] = text
                     handed_in.append((p - own.start, k))
-                    job.submit(written[p] + text, rows[p][1])
+                    job.submit(written[p] + text, without_images(rows[p][1]))
 
             sampled = self.sampler(
                 weights,
-                PromptBatch(padded, lengths, np.array([row_id for row_id, _ in rows], np.uint32)),
+                PromptBatch(padded, lengths, np.array([row_id for row_id, _ in rows], np.uint32), patches),
                 request,
                 at_least=at_least,
                 on_finished=hand_in,
@@ -209,7 +219,9 @@ class Collector:
         return Rollouts(
             ids=[row_id for row_id, _ in rows[:P]],
             golds=[self.task.gold(row) for _, row in rows[:P]],
-            prompt_texts=[self.tokenizer.decode(row) for row in ids[:P]],
+            prompt_texts=[prompt_text(self.tokenizer, row) for row in ids[:P]],
+            images=[row_images(row) for _, row in rows[:P]],
+            patches=patches[:P],
             prompts=padded[:P],
             prompt_lengths=lengths[:P],
             responses=sampled.take(np.arange(P)).trimmed(),

@@ -95,6 +95,9 @@ def evaluation_records(
 
 
 def _prompt_id(rollouts: Rollouts, p: int) -> str:
-    """Return an identity of a prompt's tokens, the same in all phases, steps and runs."""
+    """Return an identity of a prompt's tokens and images, the same in all phases, steps and runs."""
     ids = rollouts.prompts[p, : rollouts.prompt_lengths[p]]
-    return hashlib.sha256(ids.astype("<i4").tobytes()).hexdigest()[:12]
+    digest = hashlib.sha256(ids.astype("<i4").tobytes())
+    for image in rollouts.images[p]:
+        digest.update(image.hash.encode())
+    return digest.hexdigest()[:12]

@@ -28,6 +28,7 @@ from lpo_jax.runs.directory import RunDirectory
 from lpo_jax.runs.learned import Learned
 from lpo_jax.runs.signals import Signals
 from lpo_jax.runs.state import WARM_STARTED, Position
+from lpo_jax.tasks.images import EncodedImage
 from lpo_jax.types import Json, PyTree, Tokenizer
 
 
@@ -132,6 +133,7 @@ class Recorder:
         records = evaluation_records(evaluation.batches, self._token_texts, phase, position.step)
         with self.signals.deferred():  # the position counts as evaluated as soon as the row is written
             again = phase == WARM_STARTED
+            self.writer.write_images(image for batch in evaluation.batches for image in all_images(batch))
             self.writer.write_samples(position.step, records, folder="validation", again=again)
             self.writer.write(position.step, row)
             position.add_evaluation(evaluation, label)
@@ -149,6 +151,7 @@ class Recorder:
                 rollouts.responses.versions[..., 0] - 1
             )  # of the first token, which has the oldest weights
             parts = response_records(rollouts, "train", behind), learned.records(), of_tokens
+            self.writer.write_images(all_images(rollouts))
             self.writer.write_samples(step, [a | b | c for a, b, c in zip(*parts)])
         if training.show_every and step % training.show_every == 0:
             self.progress.log(reporting.group_panel(response_records(rollouts, "train", step - 1), step))
@@ -231,6 +234,11 @@ class Recorder:
         shown = {"prompt": "input", "response": "output", "reward": "score", "outcome": "outcome"}
         rows = read_rows(files[-1].path, needs=(*shown.values(), "k"))
         return [{ours: row[name] for ours, name in shown.items()} for row in rows if row["k"] == 0]
+
+
+def all_images(rollouts: Rollouts) -> list[EncodedImage]:
+    """The images of all prompts."""
+    return [image for images in rollouts.images for image in images]
 
 
 def open_writer(directory: Path, **options: Json) -> reporting.RunWriter | hosts.Silent:

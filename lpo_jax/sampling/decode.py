@@ -24,6 +24,7 @@ from lpo_jax.models.attention import Attention, Context, Decode, DecodePages
 from lpo_jax.models.config import ModelConfig
 from lpo_jax.models.placement import constrain_params
 from lpo_jax.models.quantize import quantise_layer
+from lpo_jax.models.rotary import rope_table
 from lpo_jax.parallel import sharding
 from lpo_jax.sampling.distribution import Sampling
 from lpo_jax.sampling.kv_cache import CHUNK, KVCache, allocate
@@ -251,7 +252,7 @@ def _draw_tokens(
     keys = jax.random.wrap_key_data(state.keys)
     # All positions of this call: inside the loop every layer would compute the same sines again.
     ahead = state.start + state.drawn + jnp.arange(CHUNK)[:, None]  # [CHUNK, R]
-    rope = decoder.rope_table(config, ahead[..., None])
+    rope = rope_table(config, ahead[..., None])
     zeros = lambda dtype: sharding.constrain(jnp.zeros((R, CHUNK), dtype), "batch", None)  # noqa: E731
     empty = DecodeOutput(
         tokens=zeros(jnp.int32),
@@ -279,6 +280,8 @@ def _draw_tokens(
             dtype=settings.dtype,
         )
         logits = decoder.project(hidden[:, 0], decoder.unembedding(weights))
+        if config.never_sampled:
+            logits = logits.at[:, np.array(config.never_sampled)].set(-jnp.inf)
         with jax.named_scope("draw"):
             folded = jax.vmap(jax.random.fold_in)(keys, out.drawn)
             drawn = settings.distribution.draw(folded, logits)

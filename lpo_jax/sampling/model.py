@@ -11,10 +11,12 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from lpo_jax.errors import UserError
+from lpo_jax.images import Patches, Picture
 from lpo_jax.models import decoder
 from lpo_jax.models.config import ModelConfig
 from lpo_jax.models.hf import save_hf
 from lpo_jax.models.load import check_dtype, open_source, read_tokenizer
+from lpo_jax.models.prompt_images import PromptImages, expand, lay_out
 from lpo_jax.models.text import ModelTokenizer
 from lpo_jax.sampling.distribution import Sampling
 from lpo_jax.sampling.padding import pad_prompts
@@ -53,27 +55,51 @@ class Model:
     tokenizer: ModelTokenizer | None
     eos_ids: tuple[int, ...]
 
-    def logits(self, tokens: ArrayLike, mask: ArrayLike | None = None) -> jax.Array:
+    def logits(
+        self,
+        tokens: ArrayLike,
+        mask: ArrayLike | None = None,
+        images: Sequence[Sequence[Picture | bytes]] | None = None,
+    ) -> jax.Array:
         """Computes next-token logits of independent rows.
 
         Args:
-          tokens: `[B, T]` token ids.
+          tokens: `[B, T]` token ids, with one placeholder for each token of an image.
           mask: `[B, T]`, true at real tokens; padding may be on either side. None: there is no padding.
+          images: those of each row: uint8 arrays `[H, W, 3]`, images of Pillow, or encoded files. None: there are none.
 
         Returns:
           `[B, T, V]` float32. Values at padding are undefined.
 
         Raises:
           ValueError: `tokens` does not have two axes.
-          UserError: a real token's id has no row in the embedding. Traced arrays (under `jax.jit`) are not checked,
-            because their values are not known yet.
+          UserError: a real token's id has no row in the embedding, or the placeholders of a row are not those of its
+            images. Traced arrays (under `jax.jit`) are not checked, because their values are not known yet.
         """
         if np.ndim(tokens) != 2:
             raise ValueError(f"tokens: expected [B, T], got shape {np.shape(tokens)}")
         if not any(isinstance(x, jax.core.Tracer) for x in (tokens, mask)):
             self._check_ids(np.asarray(tokens), None if mask is None else np.asarray(mask, bool))
+        seen = None
+        if images is not None:
+            if len(images) != np.shape(tokens)[0]:
+                rows = np.shape(tokens)[0]
+                raise ValueError(f"images: expected a list for each of {rows} rows, got {len(images)}")
+            cut = [self._patches(row, f"row {i}") for i, row in enumerate(images)]
+            real = np.ones(np.shape(tokens), bool) if mask is None else np.asarray(mask, bool)
+            seen = lay_out(self.config, np.asarray(tokens), real, cut)
         tokens = jnp.asarray(tokens, jnp.int32)
-        return _logits(self.config, self.params, tokens, None if mask is None else jnp.asarray(mask, bool))
+        mask = None if mask is None else jnp.asarray(mask, bool)
+        return _logits(self.config, self.params, tokens, mask, seen)
+
+    def _patches(self, images: Sequence[Picture | bytes], where: str) -> list[Patches]:
+        """Cuts the images of a prompt into patches."""
+        if not images:
+            return []
+        if self.config.vision is None:
+            raise UserError(f"{where}: has images, but the model reads text only; take a vision model")
+        cut = self.config.vision.processor.patches
+        return [cut(image, f"{where}: image {i}") for i, image in enumerate(images)]
 
     def _check_ids(self, tokens: np.ndarray, mask: np.ndarray | None) -> None:
         """Refuses real tokens without a row in the embedding, because JAX would silently read another row."""
@@ -91,6 +117,7 @@ class Model:
         self,
         prompts: Sequence[Prompt],
         *,
+        images: Sequence[Sequence[Picture | bytes]] | None = None,
         num_responses: int = 1,
         temperature: float = 1.0,
         max_tokens: int = 128,
@@ -106,7 +133,9 @@ class Model:
         The responses to a prompt depend on its text, k and the seed, not on the other prompts.
 
         Args:
-          prompts: P texts, or lists of chat messages (`{"role": ..., "content": ...}`) for the chat template.
+          prompts: P texts, or lists of chat messages (`{"role": ..., "content": ...}`) for the chat template. A content
+            may be a list of parts: `{"type": "text", "text": ...}`, and `{"type": "image"}` for each image.
+          images: those of each prompt, in order, as in `logits`. None: there are none.
           num_responses: K, responses per prompt.
           temperature: divides the logits; 0 is greedy.
           max_tokens: maximum length of a response in tokens.
@@ -132,7 +161,16 @@ class Model:
             raise UserError("generate: the model has no tokenizer")
         if template_arguments is not None:
             tokenizer = tokenizer.with_arguments(template_arguments)
-        ids = [encode(tokenizer, prompt) for prompt in prompts]
+        if images is not None and len(images) != len(prompts):
+            raise UserError(
+                f"generate: images must be a list for each of {len(prompts)} prompts, got {len(images)}"
+            )
+        names = [f"generate: prompt {p}" for p in range(len(prompts))]
+        cut = [self._patches(row, where) for row, where in zip(images or [()] * len(prompts), names)]
+        ids = [
+            expand(self.config.vision, encode(tokenizer, prompt), [image.grid for image in row], where)
+            for prompt, row, where in zip(prompts, cut, names)
+        ]
         for index, row in enumerate(ids):
             if not 1 <= len(row) <= limit:
                 raise UserError(
@@ -143,7 +181,7 @@ class Model:
         distribution = Sampling(temperature, top_k, top_p, min_p)
         responses = sampler(
             sampler.prepare(self.params),
-            PromptBatch(*pad_prompts(ids, limit), prompt_ids(ids)),
+            PromptBatch(*pad_prompts(ids, limit), prompt_ids(ids, cut), cut),
             SampleRequest(num_responses, max_tokens, distribution, tuple(stop), seed),
         )
         texts = [
@@ -177,6 +215,10 @@ def load_model(name: str | os.PathLike, dtype: str = "float32", shardings: PyTre
 
 @functools.partial(jax.jit, static_argnums=0)
 def _logits(
-    config: ModelConfig, params: decoder.Params, tokens: jax.Array, mask: jax.Array | None
+    config: ModelConfig,
+    params: decoder.Params,
+    tokens: jax.Array,
+    mask: jax.Array | None,
+    images: PromptImages | None,
 ) -> jax.Array:
-    return decoder.logits(config, params, tokens, mask)
+    return decoder.logits(config, params, tokens, mask, images)

@@ -4,9 +4,11 @@ Axes: P prompts · K responses · S prompt tokens (padded).
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 
+from lpo_jax.models.prompt_images import Images
 from lpo_jax.sampling.distribution import Sampling
 
 
@@ -41,8 +43,10 @@ class PromptBatch:
       tokens: `[P, S]` int32 token ids, left-aligned; padding comes last.
       lengths: `[P]` int32 real tokens, at least 1.
       ids: `[P]` uint32 identities. A response's random numbers depend on its prompt's identity, not on its index.
+      images: of each prompt; empty if no prompt has any.
     """
 
     tokens: np.ndarray
     lengths: np.ndarray
     ids: np.ndarray
+    images: Sequence[Images] = ()

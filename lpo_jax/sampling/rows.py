@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 
 from lpo_jax.models import decoder
+from lpo_jax.models.prompt_images import PromptImages
 from lpo_jax.parallel import hosts, sharding
 from lpo_jax.sampling import decode as device
 from lpo_jax.sampling import kv_cache
@@ -47,6 +48,7 @@ class Batcher(abc.ABC):
       on_finished: called with p, k and the token ids of a finished required row, while the device continues with other
         rows.
       required: `[P]` bool, prompts whose rows are sampled to their end; in each shard they come first. None: all.
+      images: of the prompts; the vision tower runs once over all of them. None: there are none.
     """
 
     row_of: np.ndarray
@@ -64,6 +66,7 @@ class Batcher(abc.ABC):
         find_stop: StopFinder | None,
         on_finished: Callable[[int, int, list[int]], None] | None,
         required: np.ndarray | None = None,
+        images: PromptImages | None = None,
     ):
         self.settings, self.weights, self.prompts = settings, weights, prompts
         self.keys, self.budgets = keys.reshape(-1, 2), budgets.reshape(-1).astype(np.int32)
@@ -85,6 +88,12 @@ class Batcher(abc.ABC):
         self.prefill = functools.partial(
             kv_cache.prefill, settings.config, settings.dtype, settings.attention, weights
         )
+        self.images = images
+        # What the position of a response differs by from its index in the sequence.
+        self.shift = np.zeros(P, np.int32) if images is None else images.next
+        if images is not None:
+            seen = kv_cache.image_outputs(settings.config, settings.dtype, weights, images.rows)
+            self.prefill = functools.partial(self.prefill, seen=seen)
 
     def run(self) -> Responses:
         """Samples all required rows to their end, and others as far as they come. Returns all of them."""
@@ -149,7 +158,11 @@ class Batcher(abc.ABC):
             batch = [row for part in parts for row in [*part, *[EMPTY] * (at_once - len(part))]]
             ids = [self._sequence(row)[:-1] if row != EMPTY else [0] for row in batch]
             tokens, lengths = pad_prompts(ids, NO_LIMIT)
-            self._insert_rows(batch, self.prefill(tokens, lengths), lengths)
+            images = None
+            if self.images is not None:
+                prompts = np.maximum(batch, 0) // self.K
+                images = self.images.continued(prompts, self.prompts.lengths[prompts], tokens.shape[1])
+            self._insert_rows(batch, self.prefill(tokens, lengths, images), lengths)
 
     def _sequence(self, row: int) -> list[int]:
         """Token ids of a row's prompt and of its response so far."""
@@ -169,7 +182,7 @@ class Batcher(abc.ABC):
                 self.tokens[self.row_of, drawn - 1],
                 self.prompts.tokens[prompts, prompt_lengths - 1],
             ),
-            start=prompt_lengths - 1,
+            start=prompt_lengths - 1 + self.shift[prompts],
             drawn=drawn,
             budget=self.budgets[self.row_of],
             active=self._active(),

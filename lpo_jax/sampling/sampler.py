@@ -20,6 +20,7 @@ from jax.typing import DTypeLike
 from lpo_jax.models import decoder
 from lpo_jax.models.attention import Attention, uses_kernels
 from lpo_jax.models.config import ModelConfig
+from lpo_jax.models.prompt_images import lay_out
 from lpo_jax.parallel import sharding
 from lpo_jax.sampling.batching import ContinuousBatcher
 from lpo_jax.sampling.decode import DecodeSettings, decode_layout
@@ -97,11 +98,19 @@ class Sampler:
             shards = sharding.batch_shards()
             index = _shard_order(P, ahead.rounds, at_least, shards)
             of_batch = functools.partial(_take, index)
-            prompts = PromptBatch(
-                of_batch(np.asarray(prompts.tokens, np.int32)),
-                of_batch(np.asarray(prompts.lengths, np.int32), 1),
-                of_batch(np.asarray(prompts.ids, np.uint32)),
+            given, prompts = (
+                prompts,
+                PromptBatch(
+                    of_batch(np.asarray(prompts.tokens, np.int32)),
+                    of_batch(np.asarray(prompts.lengths, np.int32), 1),
+                    of_batch(np.asarray(prompts.ids, np.uint32)),
+                ),
             )
+            images = None
+            if any(given.images):
+                shown = [given.images[p] if p >= 0 else () for p in index]
+                mask = np.arange(prompts.tokens.shape[1]) < prompts.lengths[:, None]
+                images = lay_out(self.config, prompts.tokens, mask, shown, shards)
             # K is the shape of `keys`; everything that changes without a new program is a traced argument.
             steps = of_batch(np.asarray(ahead.steps, np.uint32))
             keys = jax.random.key_data(row_keys(np.uint32(request.seed % 2**32), steps, prompts.ids, K))
@@ -126,6 +135,7 @@ class Sampler:
                 stop_finder(self.decode, request.stop),
                 on_finished and (lambda p, *row: on_finished(int(index[p]), *row)),
                 required=(index >= 0) & (index < P // ahead.rounds),
+                images=images,
             )
             found = batcher.run()
         return found.take(np.argsort(index, kind="stable")[-P:]).trimmed()

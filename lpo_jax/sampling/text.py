@@ -6,9 +6,10 @@ from collections.abc import Collection, Sequence
 
 import numpy as np
 
-from lpo_jax.models.text import ModelTokenizer
+from lpo_jax.models.prompt_images import Images
+from lpo_jax.models.text import Message, ModelTokenizer
 
-Prompt = str | Sequence[dict[str, str]]  # a text, or chat messages {"role": ..., "content": ...}
+Prompt = str | Sequence[Message]  # a text, or chat messages
 
 
 def encode(tokenizer: ModelTokenizer, prompt: Prompt) -> list[int]:
@@ -44,15 +45,16 @@ def response_text(tokenizer: ModelTokenizer, ids: Sequence[int], eos_ids: Collec
     return tokenizer.decode(ids[:length], skip_special_tokens=False)
 
 
-def prompt_ids(ids: Sequence[Sequence[int]]) -> np.ndarray:
+def prompt_ids(ids: Sequence[Sequence[int]], images: Sequence[Images] = ()) -> np.ndarray:
     """Returns an identity `[P]` uint32 for the random numbers of each prompt.
 
-    It is a hash of the prompt's tokens and of the number of equal prompts before it. A prompt's responses are then the
-    same alone and among others, and a repeated prompt gets different ones.
+    It is a hash of the prompt's tokens and images, and of the number of equal prompts before it. A prompt's responses
+    are then the same alone and among others, and a repeated prompt gets different ones.
     """
-    seen: collections.Counter[tuple[int, ...]] = collections.Counter()
+    seen: collections.Counter[tuple[object, ...]] = collections.Counter()
     identities = []
-    for row in map(tuple, ids):
+    for tokens, shown in zip(ids, images or [()] * len(ids)):
+        row = (*tokens, *(image.digest for image in shown))
         digest = hashlib.sha256(f"{seen[row]} {row}".encode()).digest()
         identities.append(int.from_bytes(digest[:4], "little"))
         seen[row] += 1

@@ -8,6 +8,7 @@
 | math | olympiadbench | 1 | `math_eval/olympiadbench.jsonl` | `math-ai/olympiadbench` |
 | countdown | cd34, cd4 (512 each) | 64 | `countdown/tinyzero_test_2001.parquet` | `Jiayi-Pan/Countdown-Tasks-...` |
 | countdown-generated | cd34, cd4 (512 each) | 64 | none: problems from a seed | |
+| geometry3k | geometry3k | 16 | `geometry3k/test.jsonl`, with its images | `hiyouga/geometry3k` |
 | code | prime (its validation rows) | 8 | `code/prime_validation.parquet` | `PRIME-RL/Eurus-2-RL-Data` |
 | code | codecontests, codeforces, leetcode | 8 | `code/code_contests_test_165.json`, ... | none: omitted |
 
@@ -100,6 +101,11 @@ _SUITES: dict[str, tuple[_Known, ...]] = {
     "countdown-generated": (
         _Known("cd34", 64, "countdown", options={**_CD34, "train_size": 1}),
         _Known("cd4", 64, "countdown", options={**_CD4, "train_size": 1}),
+    ),
+    "geometry3k": (
+        _Known(
+            "geometry3k", 16, "geometry3k", ("geometry3k/test.jsonl",), "hiyouga/geometry3k", {"chat": True}
+        ),
     ),
     "code": (
         _Known("prime", 8, "code", ("code/prime_validation.parquet",), "PRIME-RL/Eurus-2-RL-Data"),

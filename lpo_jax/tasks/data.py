@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 
 from lpo_jax.errors import UserError
+from lpo_jax.tasks.images import EncodedImage
 from lpo_jax.types import Json
 
 
@@ -24,16 +25,20 @@ def plain(value: Json) -> Json:
 def content_hash(*parts: Sequence[Mapping[str, Json]]) -> str:
     """Return the SHA-256 of the rows of each part as canonical JSON, in hexadecimal.
 
-    The same rows in the same order have the same hash. A value that JSON cannot represent, such as a fraction, counts
-    as its text.
+    The same rows in the same order have the same hash. An image counts as the hash of its bytes, wherever it was found.
+    Another value that JSON cannot represent, such as a fraction, counts as its text.
     """
     digest = hashlib.sha256()
     for rows in parts:
         digest.update(f"{len(rows)} rows\n".encode())
         for row in rows:
-            line = json.dumps(row, sort_keys=True, separators=(",", ":"), default=str)
+            line = json.dumps(row, sort_keys=True, separators=(",", ":"), default=_canonical)
             digest.update(line.encode() + b"\n")
     return digest.hexdigest()
+
+
+def _canonical(value: Json) -> str:
+    return value.hash if isinstance(value, EncodedImage) else str(value)
 
 
 # Explanations of the hashes in the state of `PromptIterator`.

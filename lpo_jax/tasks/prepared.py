@@ -20,6 +20,7 @@ from pathlib import Path
 from lpo_jax.errors import UserError
 from lpo_jax.hub import cache_dir
 from lpo_jax.tasks.data import plain
+from lpo_jax.tasks.images import EncodedImage, ImageReader
 from lpo_jax.tasks.records import find_files, read_data_file, unique_ids
 from lpo_jax.tasks.task import Row
 from lpo_jax.types import Json
@@ -39,11 +40,12 @@ class Recipe:
     Attributes:
       name: the name of the task.
       columns: the columns of the converted rows: name -> "text", "int", "ints" or "json" (any JSON value, stored as
-        text).
+        text). Rows with images have the column `images` besides, in which they stay encoded.
       convert: maps a row of the file to a row of the task, or to None if the row is of another kind. It raises
         `Unusable`, or `UserError` for a row that lacks a field.
       key: maps a row to a key that identifies its problem.
       settings: all options that `convert` and `key` depend on, as JSON values.
+      images: reads the images of a row of the file; they are added to the converted row. None for rows of text.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Recipe:
     convert: Callable[[Row], Row | None]
     key: Callable[[Row], Hashable]
     settings: Mapping[str, Json]
+    images: ImageReader | None = None
 
 
 class DiskRows(Sequence):
@@ -58,7 +61,7 @@ class DiskRows(Sequence):
 
     Args:
       source: a TFDS data source.
-      convert: maps an index and the stored row to a row.
+      convert: maps an index and the stored row, whose texts are bytes, to a row.
       indices: the rows of the source that the sequence consists of, in order; by default all.
     """
 
@@ -76,7 +79,7 @@ class DiskRows(Sequence):
             return list(self._read(self._indices[index]))
         if not 0 <= index < len(self):
             raise IndexError(index)
-        return self._convert(self._indices[index], plain(self._source[self._indices[index]]))
+        return self._convert(self._indices[index], self._source[self._indices[index]])
 
     def __iter__(self) -> Iterator[Row]:
         for start in range(0, len(self), _BLOCK):
@@ -84,7 +87,7 @@ class DiskRows(Sequence):
 
     def _read(self, indices: Sequence[int]) -> Iterator[Row]:
         stored = self._source.__getitems__(list(indices)) if indices else ()
-        return (self._convert(index, plain(row)) for index, row in zip(indices, stored))
+        return (self._convert(index, row) for index, row in zip(indices, stored))
 
     def select(self, indices: Sequence[int]) -> "DiskRows":
         """Return the rows with the given indices, in that order."""
@@ -119,6 +122,9 @@ def prepare_rows(
                 fingerprint.update(hashlib.file_digest(file, "sha256").digest())
         except OSError as error:
             raise UserError(f"{path}: {error.strerror}") from None
+        for image_file in _image_files(recipe, path):
+            status = image_file.stat()
+            fingerprint.update(f"{image_file} {status.st_size} {status.st_mtime_ns}".encode())
     folder = cache_dir() / "tasks" / fingerprint.hexdigest()[:24]
     if not folder.exists():
         _write(recipe, source, files, held_out, folder)
@@ -128,10 +134,26 @@ def prepare_rows(
     builder = tensorflow_datasets.builder_from_directory(folder / _VERSION)
     packed = [column for column, kind in recipe.columns.items() if kind == "json"]
 
-    def unpack(index: int, row: Row) -> Row:
-        return {**row, **{column: json.loads(row[column]) for column in packed}}
+    def unpack(index: int, stored: Row) -> Row:
+        row = plain({column: stored[column] for column in recipe.columns})
+        row |= {column: json.loads(row[column]) for column in packed}
+        if recipe.images:
+            images = zip(stored["images"]["data"], stored["images"]["source"])
+            row["images"] = [EncodedImage(bytes(data), source.decode()) for data, source in images]
+        return row
 
     return DiskRows(builder.as_data_source(_SPLIT), unpack), dict(builder.info.metadata)
+
+
+def _image_files(recipe: Recipe, path: Path) -> list[Path]:
+    """Return the files with the images of the rows of a file, in order."""
+    files: dict[Path, None] = {}
+    for where, stored in read_data_file(path) if recipe.images else ():
+        try:
+            files |= dict.fromkeys(recipe.images.files(stored, path.parent))
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+    return list(files)
 
 
 _SPLIT, _VERSION = "train", "1.0.0"  # of every builder, which holds the rows of one source
@@ -160,6 +182,10 @@ def _builder(recipe: Recipe, source: str, files: list[Path], leave_out: set[str]
     tfds.disable_progress_bar()
     text, sequence = tfds.features.Text, tfds.features.Sequence
     kinds = {"text": text, "json": text, "int": lambda: np.int64, "ints": lambda: sequence(np.int64)}
+    features = {column: kinds[kind]() for column, kind in recipe.columns.items()}
+    if recipe.images:
+        data = tfds.features.Tensor(shape=(), dtype=np.object_)
+        features["images"] = sequence({"data": data, "source": text()})
 
     class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
         name = recipe.name.replace("-", "_")
@@ -169,7 +195,7 @@ def _builder(recipe: Recipe, source: str, files: list[Path], leave_out: set[str]
         def _info(self):
             return tfds.core.DatasetInfo(
                 builder=self,
-                features=tfds.features.FeaturesDict({c: kinds[kind]() for c, kind in recipe.columns.items()}),
+                features=tfds.features.FeaturesDict(features),
                 metadata=tfds.core.MetadataDict(),
                 disable_shuffling=True,  # rows keep the order of the files
             )
@@ -182,6 +208,10 @@ def _builder(recipe: Recipe, source: str, files: list[Path], leave_out: set[str]
                 packed = {
                     c: json.dumps(row[c]) if kind == "json" else row[c] for c, kind in recipe.columns.items()
                 }
+                if recipe.images:
+                    packed["images"] = [
+                        {"data": image.data, "source": image.source} for image in row["images"]
+                    ]
                 yield index, packed
 
     return Builder(data_dir=data_dir, file_format="array_record")
@@ -199,6 +229,8 @@ def _converted(
             about["read"] += 1
             try:
                 row = recipe.convert(stored)
+                if row is not None and recipe.images:
+                    row = {**row, "images": recipe.images.read(stored, path.parent)}
             except Unusable as reason:
                 about["skipped"] += 1
                 if len(about["first_skipped"]) < _NAMED:

@@ -8,21 +8,26 @@
 
 Optional functions: `prompt(example)` returns text or chat messages (by default the row's field `prompt` is used), and
 `solution(example)` returns a target response for the supervised warm start. `score = "reward"`, or the name of a
-numeric part of the verdicts, makes that the held-out score (`evaluation.score`) instead of the pass rate. The file is
+numeric part of the verdicts, makes that the held-out score (`evaluation.score`) instead of the pass rate. A row may
+have images in a field `images`: paths relative to the file, or encoded bytes (`lpo_jax.tasks.images`). The file is
 imported by the trainer and by every worker process, so load large data inside `dataset`, not at the top of the file.
 """
 
 import json
 import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 from lpo_jax.errors import UserError
 from lpo_jax.json_lines import MAX_DEPTH, deeper_than, lone_surrogate, too_deep
 from lpo_jax.rewards import VerifierSpec
 from lpo_jax.rewards.user_code import error_line, find_function, load_module
 from lpo_jax.tasks.data import plain
+from lpo_jax.tasks.images import ImageReader
 from lpo_jax.tasks.task import Prompt, Row, Task, warn_overlap, with_prefill
 from lpo_jax.types import Json
+
+_IMAGES = ImageReader(["images"])
 
 
 def python_task(*, file: str, prefill: str = "") -> Task:
@@ -69,13 +74,21 @@ def _check(where: str, file: str, row: Json, ask: Callable[[Row], Prompt]) -> di
         raise UserError(f"{where}: a row must be a dict with at least one field, not {str(row)[:60]!r}")
     if deeper_than(row, MAX_DEPTH):
         raise UserError(f"{where}: {too_deep()}")
-    row = plain(row)
+    images = []
+    if "images" in row:
+        try:
+            images = _IMAGES.read(row, Path(file).parent)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+    row = plain({name: value for name, value in row.items() if name != "images"})
     try:
         json.dumps(row, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise UserError(f"{where}: rows may hold only JSON values: {error}") from None
     if half := lone_surrogate(row):
         raise UserError(f"{where}: the row holds {half}, which a tokenizer cannot encode")
+    if images:
+        row["images"] = images
     text = _call(file, f"prompt of {where.rpartition(': ')[2]}", ask, row)
     if isinstance(text, str):
         good = bool(text.strip())

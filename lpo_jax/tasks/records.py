@@ -147,7 +147,7 @@ def _parquet(path: Path) -> Iterator[tuple[str, dict[str, Json]]]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             index = 0
-            for batch in file.iter_batches(batch_size=1000):
+            for batch in file.iter_batches(batch_size=100):  # rows with images may have megabytes
                 for row in batch.to_pylist():
                     yield f"{path}: row {index}", row
                     index += 1

@@ -8,9 +8,11 @@ from lpo_jax.tasks.arithmetic import arithmetic_task
 from lpo_jax.tasks.code import code_task
 from lpo_jax.tasks.countdown import countdown_task
 from lpo_jax.tasks.files import jsonl_task, tfds_task
+from lpo_jax.tasks.geometry import geometry3k_task
 from lpo_jax.tasks.gym import reasoning_gym_task
 from lpo_jax.tasks.mathematics import gsm8k_task, math_task
 from lpo_jax.tasks.python_file import python_task
+from lpo_jax.tasks.shapes import shapes_task
 from lpo_jax.tasks.task import Task, as_chat
 from lpo_jax.types import Json
 
@@ -18,11 +20,13 @@ _BUILDERS: dict[str, Callable[..., Task]] = {
     "arithmetic": arithmetic_task,
     "code": code_task,
     "countdown": countdown_task,
+    "geometry3k": geometry3k_task,
     "gsm8k": gsm8k_task,
     "jsonl": jsonl_task,
     "math": math_task,
     "python": python_task,
     "reasoning-gym": reasoning_gym_task,
+    "shapes": shapes_task,
     "tfds": tfds_task,
 }
 

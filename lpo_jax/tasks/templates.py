@@ -53,6 +53,13 @@ CODE: Mapping[str, Template] = {
     ),
 }
 
+GEOMETRY: Mapping[str, Template] = {
+    # verl's, and the LPO paper's; the images come before it.
+    "think": "{problem} You FIRST think about the reasoning process as an internal monologue and then provide the "
+    "final answer. The reasoning process MUST BE enclosed within <think> </think> tags. The final answer MUST BE put "
+    "in \\boxed{}.",
+    "boxed": MATH["boxed"],
+}
 
 GYM: Mapping[str, Template] = {
     # reasoning-gym's own instruction, after the question.

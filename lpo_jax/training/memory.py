@@ -84,7 +84,9 @@ def kept_bytes(model: ModelConfig, tokens: int, dtype: DTypeLike) -> int:
     input of each layer.
     """
     sizes = axis_sizes(model)
-    products = sum(math.prod(sizes[a] for a in p.outputs) for p in declared(model) if p.kind == "matrix")
+    products = sum(
+        math.prod(sizes[a] for a in p.outputs) for p in declared(model) if p.in_layers and p.kind == "matrix"
+    )
     width = products + 2 * model.num_heads * model.head_width + model.width
     return model.num_layers * tokens * width * jnp.dtype(dtype).itemsize
 

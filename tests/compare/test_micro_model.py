@@ -28,9 +28,17 @@ def script():
     return module
 
 
-def test_the_directory_is_the_output_of_its_script(script, tmp_path):
-    script.main(tmp_path)
-    assert (tmp_path / "tokenizer.json").read_text() == (MICRO / "tokenizer.json").read_text()
+@pytest.mark.parametrize("name", ["micro", "micro_vision"])
+def test_the_directories_are_the_output_of_their_script(script, tmp_path, name):
+    script.main(tmp_path / name)
+    for file in ("tokenizer.json", "preprocessor_config.json"):
+        written, committed = tmp_path / name / file, ROOT / "configs" / name / file
+        assert written.exists() == committed.exists()
+        assert not written.exists() or written.read_text() == committed.read_text()
+    assert load_config_and_tokenizer(ROOT / "configs" / "micro_vision")[0] == script.VISION_CONFIG
+
+
+def test_the_micro_model_is_that_of_its_script(script):
     config, tokenizer, eos_ids = load_config_and_tokenizer(MICRO)
     assert config == script.CONFIG and len(tokenizer) == config.vocab_size
     assert eos_ids == (tokenizer.eos_token_id,) == (1,)

@@ -16,7 +16,8 @@ from lpo_jax.models import ModelConfig, load_config_and_tokenizer, tensors
 from lpo_jax.models.decoder import abstract_params, init_params
 from lpo_jax.models.hf import save_hf
 
-FAMILIES = ["llama", "llama3", "qwen2", "qwen3", "mistral"]
+TEXT_FAMILIES = ["llama", "llama3", "qwen2", "qwen3", "mistral"]
+FAMILIES = [*TEXT_FAMILIES, "qwen2_5_vl", "qwen3_vl"]
 WEIGHTS = "model.safetensors"
 
 
@@ -155,7 +156,7 @@ def test_end_ids_are_the_union_of_both_configs(llama):
     assert load_model(llama).eos_ids == (5,)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", TEXT_FAMILIES)
 def test_config_there_and_back(name, golden):
     original = json.loads((golden / name / "config.json").read_text())
     config = ModelConfig.from_hf(original)

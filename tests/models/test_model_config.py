@@ -7,7 +7,7 @@ import transformers
 
 from lpo_jax.errors import UserError
 from lpo_jax.models import ModelConfig
-from lpo_jax.models.config import FAMILIES, RopeScaling
+from lpo_jax.models.config import RopeScaling
 
 CLASSES = {
     "llama": transformers.LlamaConfig,
@@ -94,7 +94,7 @@ SAID = {
 # transformers 5 refuses the last one of Mistral, and version 4 takes it as we do.
 @pytest.mark.parametrize(
     ("family", "said"),
-    [(f, s) for f in FAMILIES for s in SAID if (f, s) != ("mistral", "key-value heads null")],
+    [(f, s) for f in CLASSES for s in SAID if (f, s) != ("mistral", "key-value heads null")],
 )
 def test_fields_and_defaults_are_those_of_transformers(family, said):
     fields = SIZES | SAID[said]

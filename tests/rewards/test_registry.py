@@ -10,7 +10,16 @@ from lpo_jax.errors import UserError
 
 
 def test_names():
-    assert rewards.names() == ["arithmetic", "code", "countdown", "format", "gsm8k", "math", "reasoning-gym"]
+    assert rewards.names() == [
+        "arithmetic",
+        "code",
+        "countdown",
+        "format",
+        "geometry",
+        "gsm8k",
+        "math",
+        "reasoning-gym",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,8 @@ def collected(ids, rewards, texts=None, T=6):
         ids=list(ids),
         golds=[f"g{i}" for i in ids],
         prompt_texts=[f"p{i}" for i in ids],
+        images=[[] for _ in ids],
+        patches=[() for _ in ids],
         prompts=padded,
         prompt_lengths=np.array([len(row) for row in asked], np.int32),
         responses=Responses(

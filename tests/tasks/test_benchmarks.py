@@ -17,7 +17,9 @@ def test_the_papers_samples():
         assert [(b.name, b.k) for b in benchmarks.get_suite(name)] == [("cd34", 64), ("cd4", 64)]
     (prime,) = benchmarks.get_suite("code")  # the others are not on the hub
     assert (prime.name, prime.k) == ("prime", 8)
-    assert benchmarks.suite_names() == ["code", "countdown", "countdown-generated", "math"]
+    assert benchmarks.suite_names() == ["code", "countdown", "countdown-generated", "geometry3k", "math"]
+    (geometry,) = benchmarks.get_suite("geometry3k")
+    assert (geometry.k, geometry.task["heldout"]) == (16, "hf:hiyouga/geometry3k")
 
 
 def test_the_hubs_names():

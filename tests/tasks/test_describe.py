@@ -52,7 +52,7 @@ def test_repeats_and_overlap_of_a_plain_file(write):
 def test_lengths_are_those_the_model_sees(write):
     task = tasks.get("gsm8k", heldout=write("a.jsonl", GSM8K[:2]), template="{question}")
     summary = describe_task(
-        task, encode=lambda prompt: [1, *map(ord, prompt)], decode=lambda ids: f"{len(ids)} ids"
+        task, encode=lambda row: [1, *map(ord, task.prompt(row))], decode=lambda ids: f"{len(ids)} ids"
     )
     assert (summary["heldout"]["longest_prompt"], summary["unit"], summary["prompt"]) == (
         9,

@@ -17,6 +17,15 @@ function mean(list) {
   return known.length ? known.reduce((a, b) => a + b, 0) / known.length : undefined;
 }
 
+// The images of a group's prompt; an image whose thumbnail is not in the file is named.
+function pictures(run, group) {
+  if (!group.i) return null;
+  return el("div", { class: "pictures" }, ...group.i.map(([name, caption]) =>
+    el("figure", {},
+      DATA.runs[run].images[name] ? el("img", { src: DATA.runs[run].images[name], alt: caption }) : null,
+      el("figcaption", { class: "dim" }, caption))));
+}
+
 async function showStep(run, step) {
   const groups = await groupsOf(run, step);
   const of = DATA.runs[run];
@@ -60,6 +69,7 @@ async function showGroup(run, step, id, k) {
       el("div", {},
         el("div", { class: "card", style: "margin-bottom:14px" },
           el("h3", {}, "Prompt ", seen > 1 ? link(["prompt", run, id], `(at ${seen} steps)`) : null),
+          pictures(run, group),
           el("div", { class: "prompt text" }, group.q),
           group.y !== undefined ? el("p", { style: "margin:8px 0 0" }, el("b", {}, "Gold answer: "), el("code", {}, group.y)) : null),
         barsTable(group)),
@@ -73,9 +83,11 @@ async function showPrompt(run, id) {
   const seen = DATA.runs[run].prompts[id] || [];
   const first = seen.find(([, passed]) => passed);
   const parts = [];
+  let shown;
   for (const [step, passed, count] of seen) {
     const group = (await groupsOf(run, step)).find((other) => other.id === id);
     if (!group) continue;
+    shown ??= group;
     const best = [...group.g].sort((a, b) => (b.r ?? -Infinity) - (a.r ?? -Infinity))[0];
     parts.push(el("article", { class: "response " + (passed ? "pass" : "wrong") },
       el("header", {}, link(["group", run, step, id], `step ${step}`), `${passed}/${count} passed`, el("span", { class: "dim" }, `mean reward ${number(mean(group.g.map((r) => r.r)))}`)),
@@ -85,6 +97,7 @@ async function showPrompt(run, id) {
   DETAIL.replaceChildren(
     crumbs(run, [`prompt ${id}`]),
     el("h1", {}, `Prompt ${id}`),
+    ...[shown && pictures(run, shown)].filter(Boolean),
     el("p", {}, first ? `First solved at step ${first[0]}: ${first[1]} of ${first[2]} responses passed.` : `Not solved at any of its ${seen.length} steps.`),
     el("div", { class: "responses" }, ...parts));
 }

@@ -7,6 +7,7 @@ from lpo_jax.objectives import hook_specs as specs
 from lpo_jax.rewards import Verdict, VerifierPool, VerifierSpec
 from lpo_jax.rollout.collect import Rollouts
 from lpo_jax.rollout.hooks.base import RunHook, Tools, judged
+from lpo_jax.tasks.images import without_images
 
 
 class Greedy(RunHook):
@@ -54,7 +55,9 @@ class FlawJudge(RunHook):
         """
         places = np.argwhere(wanted).tolist()
         rows = tools.rows_of(rollouts)
-        verdicts = self.pool.verify([rollouts.texts[p][k] for p, k in places], [rows[p] for p, _ in places])
+        verdicts = self.pool.verify(
+            [rollouts.texts[p][k] for p, k in places], [without_images(rows[p]) for p, _ in places]
+        )
         found = {(p, k): v for (p, k), v in zip(places, verdicts) if not v.masked}
         self.worked |= bool(found)
         if verdicts and not self.worked:
