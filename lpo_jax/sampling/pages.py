@@ -33,6 +33,8 @@ PAGE = 128  # X: the lanes of a TPU's vector registers
 # In a pool that may run dry, a row enters only if one in so many pages stays free, so that active rows can grow for a
 # while. With fewer free pages, rows are set aside more often; with more, fewer rows are active.
 HEADROOM = 16
+# Page numbers of a table, which a kernel has in the scalar memory of a chip, 1 MiB, with the list of what it reads.
+TABLE = 1 << 17
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,10 +81,10 @@ class Pool:
         return -(-int(tokens) // self.page_size)
 
     def check(self, S: int, T: int) -> None:
-        """Checks that the longest possible row, of S prompt and T response tokens, fits.
+        """Checks that the longest possible row, of S prompt and T response tokens, fits, and the table of all rows.
 
         Raises:
-          UserError: it does not.
+          UserError: they do not.
         """
         needed = self.pages_of(S - 1) + self.pages_of(T)
         if needed > self.pages:
@@ -90,6 +92,11 @@ class Pool:
                 f"sampling.kv_tokens: {self.pages} pages of {self.page_size} tokens for each shard of the prompts, but "
                 f"one row of {S} prompt and {T} response tokens needs {needed}; raise it, or set it to 0 for a cache "
                 "that holds all rows"
+            )
+        if (entries := self.slots * self.pages_of(T)) > TABLE:
+            raise UserError(
+                f"sampling.max_rows: {self.slots} rows of up to {T} tokens for each shard of the prompts have a table "
+                f"of {entries} pages, but a kernel takes at most {TABLE}; decode fewer rows at once"
             )
 
 

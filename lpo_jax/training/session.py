@@ -85,19 +85,19 @@ def open_session(config: Config) -> Iterator[Session]:
             f"positions of {config.model.path}"
         )
     decoding = mesh and decode_mesh(mesh, sizes.decode_tensor)
-    if config.sampling.kv_tokens:
-        _check_pages(config, sizes.devices // sizes.decode_tensor)
+    _check_pages(config, sizes.devices // sizes.decode_tensor)
     with using(mesh), open_environment(config, task, model, tokenizer, eos_ids, decoding) as environment:
         yield Session(config, environment, TrainedModel(config, model))
 
 
 def _check_pages(config: Config, shards: int) -> None:
-    """Raise a UserError if the KV cache cannot be in pages here, or if a row does not fit into one shard's."""
+    """Raise a UserError if the KV cache cannot be in pages as the config says."""
     sampling = config.sampling
-    if not uses_kernels(config.model.attention):
+    if uses_kernels(config.model.attention):
+        P, S, T = config.training.prompts_per_step, sampling.max_prompt_tokens, sampling.max_tokens
+        limits = sampling.max_rows, sampling.kv_tokens, shards
+        Pool.of(P + -P % shards, sampling.num_responses, S, T, *limits).check(S, T)
+    elif sampling.kv_tokens:
         raise UserError(
             "sampling.kv_tokens: the KV cache is in pages with the kernels for TPUs only; set it to 0 here"
         )
-    S, T = sampling.max_prompt_tokens, sampling.max_tokens
-    size = Pool.of(shards, sampling.num_responses, S, T, sampling.max_rows, sampling.kv_tokens, shards)
-    size.check(S, T)

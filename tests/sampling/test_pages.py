@@ -86,6 +86,14 @@ def test_a_pool_holds_at_least_one_row():
         pool.check(34, 128)
 
 
+def test_a_table_too_large_for_the_kernel_is_refused():
+    Pool(10**5, 128, 2048, 8).check(128, 64 * 128)
+    with pytest.raises(
+        UserError, match=r"^sampling.max_rows: 2049 rows .* 131136 pages, .* decode fewer rows at once"
+    ):
+        Pool(10**5, 128, 2049, 8).check(128, 64 * 128)
+
+
 def test_sizes_of_the_pool():
     """By default all rows fit at full length; `kv_tokens` bounds the pages and leaves the slots."""
     assert Pool.of(8, 4, 257, 1024, 0, 0, 2) == Pool(4 * 2 + 16 * 8, 128, 16, 4)
