@@ -39,7 +39,8 @@ from lpo_jax.runs.directory import RunDirectory
 from lpo_jax.runs.recorder import Recorder
 from lpo_jax.runs.signals import Signals
 from lpo_jax.runs.state import Position
-from lpo_jax.sampling import Ahead, PromptBatch, Responses, Sampler, SampleRequest, batching, kv_cache
+from lpo_jax.sampling import Ahead, PromptBatch, Responses, Sampler, SampleRequest, kv_cache, page_pool
+from lpo_jax.sampling import decode as device
 from lpo_jax.sampling.responses import concatenate_responses
 from lpo_jax.training.check import check_config
 from lpo_jax.training.learner import Learner
@@ -158,31 +159,28 @@ def measured(arguments: argparse.Namespace, overrides: list[str]) -> dict[str, A
 def no_device(shards: int, counts: dict[str, int]) -> Iterator[None]:
     """Replace the device in continuous batching by counters of decode steps and prefilled tokens."""
 
-    def decode(settings, weights, state, lengths, prompt_kv, cache_tokens, index, limit, min_active):
+    def decode_pages(settings, weights, state, lengths, prompt_table, table, pool, limit, min_active):
         drawn, active, steps = state.drawn.copy(), state.active, 0
         while steps < limit and active.sum() >= min_active:
             drawn += active
             active, steps = active & (drawn < state.budget), steps + 1
         counts["steps"] += steps
         tokens = np.ones((len(drawn), kv_cache.CHUNK), np.int32)
-        return batching.device.DecodeOutput(
-            tokens, tokens.astype(np.float32), drawn, active, steps
-        ), cache_tokens
+        floats = tokens.astype(np.float32)
+        return device.DecodeOutput(tokens, floats, floats, drawn, active, steps), pool
 
     def prefill(config, dtype, attention, weights, tokens, lengths):
         counts["prefilled"] += tokens.size // shards
 
     fakes = {
-        "allocate": lambda config, dtype, sequences, tokens: tokens,
-        "resize": lambda cache, sequences, shift, tokens: tokens,
-        "prefill": prefill,
-        "insert_prompts": lambda cache, *rest: cache,
-        "insert_rows": lambda cache, *rest: cache,
+        (kv_cache, "prefill"): prefill,
+        (page_pool, "allocate_pool"): lambda *arguments: None,
+        (page_pool, "insert_sequences"): lambda pool, *arguments: pool,
+        (device, "decode_pages"): decode_pages,
     }
     with contextlib.ExitStack() as stack:
-        for name, fake in fakes.items():
-            stack.enter_context(mock.patch.object(kv_cache, name, fake))
-        stack.enter_context(mock.patch.object(batching.device, "decode", decode))
+        for (module, name), fake in fakes.items():
+            stack.enter_context(mock.patch.object(module, name, fake))
         stack.enter_context(mock.patch("lpo_jax.parallel.sharding.batch_shards", lambda: shards))
         yield
 

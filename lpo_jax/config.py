@@ -114,6 +114,11 @@ class SamplingSection(_Strict):
         0,
         "Responses decoded at once, which bounds memory; finished ones free their slots. 0 decodes all at once.",
     )
+    kv_tokens: NonNegative = _option(
+        0,
+        "Tokens of prompts and responses that the KV cache holds, on all devices together; needs a TPU. If responses "
+        "turn out longer, the youngest rows are set aside and resumed later. 0: max_rows rows of full length.",
+    )
     ahead: NonNegative = _option(
         0,
         "Steps whose prompts may take the slots that are idle while the last responses of a step are sampled. Their "

@@ -89,7 +89,6 @@ RUNS = {
         "Verdict(exact(response, row).reward * (300 if row['n'] == 7 else 1), exact(response, row).outcome)",
         {"objective": {"name": "dr-grpo"}},
     ),
-    "score-spike": ("exact(response, row)", {"training": {"updates_per_step": 2}}),
     "nonfinite-gradients": ("exact(response, row)", {"optimizer": {"learning_rate": 1e30, "clip_norm": 0.0}}),
     "unreachable-pass": ("0.9 * exact(response, row).reward", {}),
     "slow-verifier": ("time.sleep(0.02) or exact(response, row)", {"training": {"steps": 8}}),
@@ -98,18 +97,14 @@ RUNS = {
 
 
 @contextlib.contextmanager
-def broken_sampler(name: str):
-    """Faults of the program itself: weights for sampling that drift away, or that are far off at one step."""
+def drifting_sampler():
+    """A fault of the program itself: weights for sampling that drift away from the trained ones."""
     prepare, calls = Environment.prepare, []
 
     def drifting(self, params):
         calls.append(1)
-        off = 0.02 * len(calls) if name == "sampler-gap" else 3.0 * (len(calls) == 12)
-        return prepare(self, jax.tree.map(lambda x: x * (1 + off), params))
+        return prepare(self, jax.tree.map(lambda x: x * (1 + 0.02 * len(calls)), params))
 
-    if name not in ("sampler-gap", "score-spike"):
-        yield
-        return
     with mock.patch.object(Environment, "prepare", drifting):
         yield
 
@@ -131,7 +126,8 @@ def record(name: str, folder: Path, model: Path) -> None:
     for sections in (base, changes):
         for section, keys in sections.items():
             values[section] = {**values.get(section, {}), **keys}
-    with contextlib.suppress(RunStopped), broken_sampler(name):
+    fault = drifting_sampler() if name == "sampler-gap" else contextlib.nullcontext()
+    with contextlib.suppress(RunStopped), fault:
         train(parse_config(values))
     read = re.compile("|".join(re.findall(r'"([a-z_]+/[a-z_/]+)"', Path(doctor.__file__).read_text())))
     rows = [

@@ -1,4 +1,4 @@
-"""The three attention contexts of the decoder.
+"""The attention contexts of the decoder.
 
 A context is a small pytree that a block calls with its config, queries, keys and values. Training, prefill and decode
 differ only in their context, so they cannot drift apart:
@@ -6,15 +6,17 @@ differ only in their context, so they cannot drift apart:
   Causal        rows are independent sequences (plain logits, prefill, supervised training)
   SharedPrefix  a row holds some prompts and their K responses; a prompt's keys and values exist once
   Decode        one new token for each row, with the KV cache of its prompt and its own
+  DecodePages   the same, with a KV cache in pages
 
-The last two attend to two sources, the prompt and the row's own tokens. Each has its own softmax, and the results are
-merged by their log-sum-exps. Sequences are left-aligned: position = index, padding comes last.
+All but the first attend to several sources, the prompt and the row's own tokens. Each has its own softmax, and the
+results are merged by their log-sum-exps. Sequences are left-aligned: position = index, padding comes last.
 
-On a TPU all three can use Pallas kernels; the code here is the plain twin. The caller chooses by the static argument
-`attention`, so that a machine without a TPU can compile for one.
+On a TPU all but `Decode` can use Pallas kernels; the code here is the plain twin. The caller chooses by the static
+argument `attention`, so that a machine without a TPU can compile for one.
 
 Axes: B rows · P prompts · K responses · S prompt tokens · T response tokens · H query heads ·
-G key/value heads · N head width · X tokens of a row, Y keys of a source (inside this file only).
+G key/value heads · N head width · X tokens of a row, Y keys of a source (inside this file only). Of decoding: R rows ·
+U prompts in the cache · C rows of a prompt · Z pages of X tokens · M pages of the longest row.
 """
 
 from typing import Literal
@@ -25,7 +27,7 @@ from flax import struct
 
 from lpo_jax.models.attend import accumulator, attend
 from lpo_jax.models.config import ModelConfig
-from lpo_jax.models.kernels import decode, splash
+from lpo_jax.models.kernels import pages, splash
 from lpo_jax.parallel.sharding import on_each_shard
 
 # plain: matrix products, on any device. pallas: the kernels for TPUs. auto: the kernels if the default device is a TPU,
@@ -222,47 +224,110 @@ class Decode(struct.PyTreeNode):
     at: jax.Array
     members: jax.Array | None = None
     slots: jax.Array | None = None
-    attention: Attention = struct.field(pytree_node=False, default="auto")
 
     def __call__(self, config: ModelConfig, q, k, v, kv):
         prompt_k, prompt_v, own_k, own_v = kv
         R, _, H, N = q.shape
-        G, window = k.shape[2], config.sliding_window
-        own_k = jax.lax.dynamic_update_slice(
-            own_k, k.reshape(R, G, N, 1).astype(own_k.dtype), (0, 0, 0, self.at)
-        )
-        own_v = jax.lax.dynamic_update_slice(
-            own_v, v.reshape(R, G, 1, N).astype(own_v.dtype), (0, 0, self.at, 0)
-        )
-        q = q.reshape(R, G, H // G, N)
+        window = config.sliding_window
+        own_k, own_v = _write(own_k, own_v, k, v, self.at)
+        q = q.reshape(R, k.shape[2], -1, N)
         with jax.named_scope("response_to_prompt"):
-            queries = jnp.swapaxes(self._by_prompt(q), 1, 2)  # [U, G, C, H/G, N]
-            start = _first_seen(window, self._by_prompt(self.positions))  # [U, C]
-            to_prompt = attend_cached(queries, prompt_k, prompt_v, start, self.prompt_lengths, self.attention)
-            to_prompt = [self._by_row(jnp.swapaxes(x, 1, 2)) for x in to_prompt]  # type: ignore[assignment]
+            queries, start = _by_prompt(q, _first_seen(window, self.positions), self.members, len(prompt_k))
+            found = attend_cached(queries, prompt_k, prompt_v, start, self.prompt_lengths)
+            to_prompt = _by_row(found, self.slots)
         with jax.named_scope("response_self"):
             start = jnp.maximum(self.first, _first_seen(window, self.at))[:, None]  # [R, 1]
             stop = jnp.broadcast_to(self.at + 1, R)
-            out, lse = attend_cached(q[:, :, None], own_k, own_v, start, stop, self.attention)
+            out, lse = attend_cached(q[:, :, None], own_k, own_v, start, stop)
         out = merge([to_prompt, (out[:, :, 0], lse[:, :, 0])])
         return out.reshape(R, 1, H, N), (own_k, own_v)
 
-    def _by_prompt(self, x):
-        """`[R, ...]` -> `[U, C, ...]`."""
-        if self.members is None:
-            return x.reshape(len(self.prompt_lengths), -1, *x.shape[1:])
-        return on_each_shard(lambda x, members: x[members], x, self.members)
 
-    def _by_row(self, x):
-        """`[U, C, ...]` -> `[R, ...]`."""
+class DecodePages(struct.PyTreeNode):
+    """One new token for each of R rows, `[R, 1]`, with a KV cache in pages.
+
+    The cache of a layer is `(pool [Z, 2, G, N, X], recent_k [R, G, N, T], recent_v [R, G, T, N])`. Prompts, and the
+    tokens that rows have drawn in earlier calls of `sampling.decode`, are in pages. The T tokens of the current call
+    are beside them, where all rows write at the same index, so that no token has to find its page. A call returns the
+    updated `recent_k` and `recent_v`. On a mesh, rows and pages are counted within the shard.
+
+    Attributes:
+      prompt_lengths: `[U]` keys of each prompt.
+      prompt_table: `[U, ...]` pages of each prompt, as in `attend_pages`.
+      stored: `[R]` own tokens of each row in pages.
+      table: `[R, M]` their pages.
+      at: the index that all rows write at: tokens drawn before in this call.
+      positions: `[R]` position of the new token.
+      members: `[U, C]` the rows of each prompt, with any row in free slots.
+      slots: `[R]` the index of each row among these U C slots.
+    """
+
+    prompt_lengths: jax.Array
+    prompt_table: jax.Array
+    stored: jax.Array
+    table: jax.Array
+    at: jax.Array
+    positions: jax.Array
+    members: jax.Array
+    slots: jax.Array
+    attention: Attention = struct.field(pytree_node=False, default="auto")
+
+    def __call__(self, config: ModelConfig, q, k, v, kv):
+        pool, recent_k, recent_v = kv
+        R, _, H, N = q.shape
+        window = config.sliding_window
+        recent_k, recent_v = _write(recent_k, recent_v, k, v, self.at)
+        q = q.reshape(R, k.shape[2], -1, N)
+        with jax.named_scope("response_to_prompt"):
+            start = _first_seen(window, self.positions)
+            queries, start = _by_prompt(q, start, self.members, len(self.prompt_table))
+            found = attend_pages(queries, pool, self.prompt_table, start, self.prompt_lengths, self.attention)
+            to_prompt = _by_row(found, self.slots)
+        first = _first_seen(window, self.stored + self.at)[:, None]  # [R, 1]: counted in the row's own tokens
+        q = q[:, :, None]
+        with jax.named_scope("response_to_pages"):
+            stored = attend_pages(q, pool, self.table, first, self.stored, self.attention)
+        with jax.named_scope("response_self"):
+            stop = jnp.broadcast_to(self.at + 1, R)
+            recent = attend_cached(q, recent_k, recent_v, first - self.stored[:, None], stop)
+        own = [(out[:, :, 0], lse[:, :, 0]) for out, lse in (stored, recent)]
+        return merge([to_prompt, *own]).reshape(R, 1, H, N), (recent_k, recent_v)
+
+
+def _write(own_k, own_v, k, v, at):
+    """Write the keys and values of new tokens, `[R, 1, G, N]`, at the same index of all rows."""
+    R, _, G, N = k.shape
+    own_k = jax.lax.dynamic_update_slice(own_k, k.reshape(R, G, N, 1).astype(own_k.dtype), (0, 0, 0, at))
+    own_v = jax.lax.dynamic_update_slice(own_v, v.reshape(R, G, 1, N).astype(own_v.dtype), (0, 0, at, 0))
+    return own_k, own_v
+
+
+def _by_prompt(q, start, members, U: int):
+    """Queries `[R, G, I, N]` and first keys `[R]` of rows -> `[U, G, C, I, N]` and `[U, C]`."""
+
+    def take(x):
+        if members is None:
+            return x.reshape(U, -1, *x.shape[1:])
+        return on_each_shard(lambda x, members: x[members], x, members)
+
+    return jnp.swapaxes(take(q), 1, 2), take(start)
+
+
+def _by_row(found, slots):
+    """Outputs and log-sum-exps `[U, G, C, ...]` -> `[R, G, ...]`."""
+
+    def take(x):
+        x = jnp.swapaxes(x, 1, 2)
         x = x.reshape(-1, *x.shape[2:])
-        return x if self.slots is None else on_each_shard(lambda x, slots: x[slots], x, self.slots)
+        return x if slots is None else on_each_shard(lambda x, slots: x[slots], x, slots)
+
+    return tuple(map(take, found))
 
 
-Context = Causal | SharedPrefix | Decode
+Context = Causal | SharedPrefix | Decode | DecodePages
 
 
-def attend_cached(q, k, v, start, stop, attention: Attention = "auto") -> tuple[jax.Array, jax.Array]:
+def attend_cached(q, k, v, start, stop) -> tuple[jax.Array, jax.Array]:
     """Attention to the cached keys `start[b, c] <= y < stop[b]`, with its normaliser.
 
     Args:
@@ -271,13 +336,10 @@ def attend_cached(q, k, v, start, stop, attention: Attention = "auto") -> tuple[
       v: `[B, G, Y, N]`.
       start: `[B, C]`.
       stop: `[B]`.
-      attention: kernels or plain products.
 
     Returns:
       `[B, G, C, I, N]`, and the log-sum-exp of the scaled scores `[B, G, C, I]` float32.
     """
-    if uses_kernels(attention):
-        return decode.attend_cached(q, k, v, start, stop, interpret=attention == "interpret")
     index = jnp.arange(k.shape[-1])
     mask = (index >= start[..., None]) & (index < stop[:, None, None])  # [B, C, Y]
     B, G, C, I, N = q.shape
@@ -290,3 +352,31 @@ def attend_cached(q, k, v, start, stop, attention: Attention = "auto") -> tuple[
     total = weights.sum(-1, keepdims=True)
     out = jnp.einsum("bgiy,bgyn->bgin", weights.astype(v.dtype).reshape(B, G, C * I, -1), v)
     return out.reshape(q.shape) / total.astype(v.dtype), (jnp.log(total) + peak)[..., 0]
+
+
+def attend_pages(q, pool, table, start, stop, attention: Attention = "auto") -> tuple[jax.Array, jax.Array]:
+    """Attention to keys in pages, `start[b, c] <= y < stop[b]`, with its normaliser.
+
+    Args:
+      q: `[B, G, C, I, N]`, C queries for each of the I query heads of a key/value head.
+      pool: `[Z, 2, G, N, X]`, keys and values of each page.
+      table: `[B, M]` the page of key y is `table[b, y // X]`; what is listed behind the last key is not read.
+      start: `[B, C]`.
+      stop: `[B]`.
+      attention: kernels or plain products.
+
+    Returns:
+      `[B, G, C, I, N]`, and the log-sum-exp of the scaled scores `[B, G, C, I]` float32.
+    """
+    if uses_kernels(attention):
+        return pages.attend_pages(q, pool, table, start, stop, interpret=attention == "interpret")
+    k, v = on_each_shard(_gather_pages, table, pool)
+    return attend_cached(q, k, v, start, stop)
+
+
+def _gather_pages(table, pool):
+    """The pages of each row one after another: keys `[B, G, N, M X]` and values `[B, G, M X, N]`."""
+    (B, M), (Z, _, G, N, X) = table.shape, pool.shape
+    found = pool[jnp.clip(table, 0, Z - 1)]  # [B, M, 2, G, N, X]
+    k, v = jnp.moveaxis(found, (2, 1), (0, 4))  # [B, G, N, M, X] each
+    return k.reshape(B, G, N, M * X), jnp.swapaxes(v.reshape(B, G, N, M * X), 2, 3)

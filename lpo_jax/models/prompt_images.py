@@ -82,6 +82,25 @@ class PromptImages(struct.PyTreeNode):
         """Return what belongs to some prompts, without the rows of the tower. On the host only."""
         return PromptImages(None, self.index[prompts], self.positions[prompts], self.next[prompts])
 
+    def extended(self, prompts: np.ndarray, lengths: np.ndarray, size: int) -> "PromptImages":
+        """Return what belongs to sequences of some prompts and their responses, of `size` tokens with padding.
+
+        Args:
+          prompts: `[n]` indices.
+          lengths: `[n]` tokens of these prompts.
+          size: at least the longest of `lengths`.
+        """
+        taken, at = self.take(prompts), np.arange(size)
+        source = np.minimum(at, self.index.shape[1] - 1)
+        own = at < lengths[:, None]
+        after = at + taken.next[:, None]
+        return PromptImages(
+            None,
+            np.where(own, taken.index[:, source], NOWHERE).astype(np.int32),
+            np.where(own[..., None], taken.positions[:, source], after[..., None]).astype(np.int32),
+            taken.next,
+        )
+
 
 def expand(
     vision: VisionConfig | None, ids: Sequence[int], grids: Sequence[Grid], where: str = "the prompt"

@@ -26,6 +26,10 @@ _FREE = {
 }
 
 
+# Operations that update their first operand in place, and the operand with the new values.
+_UPDATED_BY = {"dynamic-update-slice": 1, "scatter": 2}
+
+
 @dataclasses.dataclass
 class Cost:
     """Matrix FLOPs of one device, and bytes that it reads from and writes to main memory."""
@@ -83,23 +87,23 @@ class _Reader:
         operands = [instructions[name] for name in i.operands if name in instructions]
         if i.opcode in ("dynamic-slice", "slice", "gather"):
             return 2 * _main(i.arrays)
-        if i.opcode == "dynamic-update-slice":
-            return 2 * _main(operands[1].arrays)
+        if i.opcode in _UPDATED_BY:
+            return 2 * _main(operands[_UPDATED_BY[i.opcode]].arrays)
         if i.opcode in ("copy-start", "slice-start"):
             # Between two memories. The first result of a copy is the destination, and that of a slice the source.
             moved = i.arrays[i.opcode == "slice-start"]
             return moved.size * (moved.main + operands[0].arrays[0].main)
         if i.opcode.endswith("-start"):  # the result has the source, the destination and a context
             return sum(_main(o.arrays) for o in operands) + _main(i.arrays[1:2])
-        if fused is None:
-            return _main(i.arrays) + sum(_main(o.arrays) for o in operands)
+        if fused is None:  # a kernel that reads pages of an array has it as several operands
+            return _main(i.arrays) + sum(_main(o.arrays) for o in {o.name: o for o in operands}.values())
         inner = self.program.computations[fused]
         written: float = _main(i.arrays)
         root = next(j for j in inner.values() if j.root)
         while root.opcode == "bitcast":
             root = inner[root.operands[0]]
-        if root.opcode == "dynamic-update-slice":  # in place: only the updated part is written
-            written = _main(inner[root.operands[1]].arrays) if _main(i.arrays) else 0.0
+        if root.opcode in _UPDATED_BY:  # only the updated part is written
+            written = _main(inner[root.operands[_UPDATED_BY[root.opcode]]].arrays) if _main(i.arrays) else 0.0
         read = (self._touched(fused, n) for n, operand in enumerate(operands) if _main(operand.arrays))
         return written + sum(read)
 
@@ -124,7 +128,7 @@ class _Reader:
                     total += self._read(user, inner)
                 elif user.opcode == "fusion":  # fusions inside fusions
                     total += self._touched(user.called["calls"], n)
-                elif user.opcode != "dynamic-update-slice" or n != 0:
+                elif user.opcode not in _UPDATED_BY or n != 0:
                     return whole
         return min(total, whole)
 

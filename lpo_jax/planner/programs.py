@@ -29,8 +29,9 @@ from lpo_jax.planner.cost import program_cost
 from lpo_jax.planner.hlo import collectives, parse_hlo
 from lpo_jax.planner.roofline import Exchange, Setting, StepPhase, Workload, kernel_flops, mean_cache_tokens
 from lpo_jax.runs.state import TrainState
-from lpo_jax.sampling import Sampling, kv_cache
+from lpo_jax.sampling import Sampling, kv_cache, page_pool
 from lpo_jax.sampling import decode as sampler
+from lpo_jax.sampling.pages import Pool
 from lpo_jax.training.model import TrainedModel
 from lpo_jax.training.optimizer import Optimizer, make_optimizer, planned_updates
 from lpo_jax.training.step import update
@@ -105,14 +106,15 @@ class Slice:
 
     def _kv_cache(self, model: ModelConfig, sequences: int, tokens: int) -> kv_cache.KVCache:
         """An abstract KV cache on the decode mesh, sharded as `allocate` does it."""
-        mesh = self._decode_mesh
-
-        def place(x):
-            where = sharding.spec(mesh, ("batch", "kv_heads", None, None), x.shape)
-            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.sharding.NamedSharding(mesh, where))
-
         make = functools.partial(kv_cache.allocate, model, self._dtype, sequences, tokens)
+        place = functools.partial(self._placed, ("batch", "kv_heads", None, None))
         return jax.tree.map(place, jax.eval_shape(make))
+
+    def _placed(self, axes: tuple[str | None, ...], x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        """An abstract array with these logical axes on the decode mesh."""
+        where = sharding.spec(self._decode_mesh, axes, x.shape)
+        place = jax.sharding.NamedSharding(self._decode_mesh, where)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
 
     def _sampling(self, name: str, model: ModelConfig) -> StepPhase:
         work, setting, attention = self.work, self.setting, self.config.model.attention
@@ -126,6 +128,8 @@ class Slice:
                 alive = state, self._weights(model, state)
                 return _measure(name, self.model.num_layers, sampler.decode_layer.lower(*one), alive)
             weights = self._weights(model, state)
+            if uses_kernels(attention):
+                return self._in_pages(name, model, state, weights, kernels)
             prompt_kv = self._kv_cache(model, size.prompts, work.S)
             own_kv = self._kv_cache(model, size.slots, size.tokens)
             # If rows are queued, the prompts that are prefilled next are in memory too.
@@ -142,21 +146,59 @@ class Slice:
                 members=_ints(size.prompts, work.K) if size.queued else None,
                 member_index=_ints(size.slots) if size.queued else None,
             )
-            distribution = Sampling(self.config.sampling.temperature)
-            settings = sampler.DecodeSettings(model, self.eos_ids, distribution, dtype, attention)
+            settings = self._decode_settings(model)
             arguments = weights, rows, _ints(size.prompts), prompt_kv, own_kv  # type: ignore[assignment]
             lowered = sampler.decode.lower(settings, *arguments, _ints(), _ints(), _ints())
             alive = state, arguments, coming  # type: ignore[assignment]
             times, turns = setting.waves(work) * work.calls, work.call_tokens
             phase = _measure(name, times, lowered, alive, kernels, turns)
-        # The program was compiled for a response cache of full length. With plain attention the cache grows with the
-        # responses; kernels read the tokens that rows have so far, and only the prompts that have active rows.
-        mean, needed = mean_cache_tokens(work.T), 1.0
-        if uses_kernels(attention):
-            mean, needed = work.T / 2, math.ceil(size.slots / work.K) / size.prompts
-        unread = (1 - mean / size.tokens) * _bytes(own_kv) + (1 - needed) * _bytes(prompt_kv)
+        # The program was compiled for a response cache of full length, which grows with the responses.
+        unread = (1 - mean_cache_tokens(work.T) / size.tokens) * _bytes(own_kv)
         least = (1 - unread / _bytes((own_kv, prompt_kv))) * phase.bytes
         return dataclasses.replace(phase, bytes=max(phase.bytes - turns * unread, least))
+
+    def _decode_settings(self, model: ModelConfig) -> sampler.DecodeSettings:
+        distribution, attention = Sampling(self.config.sampling.temperature), self.config.model.attention
+        return sampler.DecodeSettings(model, self.eos_ids, distribution, self._dtype, attention)
+
+    def _in_pages(
+        self, name: str, model: ModelConfig, state: TrainState, weights: object, kernels: float
+    ) -> StepPhase:
+        """Prefill or decode with the kernels, whose KV cache is in pages."""
+        work, setting, shards = self.work, self.setting, self.setting.decode_shards
+        P, kv_tokens = work.P + -work.P % shards, self.config.sampling.kv_tokens
+        max_rows = min(setting.rows or P * work.K, P * work.K)
+        size = Pool.of(P * (1 + work.ahead), work.K, work.S, work.T, max_rows, kv_tokens, shards)
+        R, U, batch = (shards * n for n in (size.slots, size.prompts, max(1, size.slots // work.K)))
+        make = functools.partial(
+            page_pool.allocate_pool, model, self._dtype, shards * size.pages, size.page_size
+        )
+        pool = jax.tree.map(
+            functools.partial(self._placed, ("batch", None, "kv_heads", None, None)), jax.eval_shape(make)
+        )
+        if name == "prefill":
+            arguments = weights, _ints(batch, work.S), _ints(batch)
+            lowered = kv_cache.prefill.lower(model, self._dtype, self.config.model.attention, *arguments)
+            return _measure(name, setting.waves(work), lowered, (state, weights, pool), kernels)
+        rows = sampler.DecodeState(  # type: ignore[misc]
+            *(_ints(R) for _ in range(4)),
+            active=jax.ShapeDtypeStruct((R,), bool),
+            keys=jax.ShapeDtypeStruct((R, 2), jnp.uint32),
+            members=_ints(U, min(work.K, size.slots)),
+            member_index=_ints(R),
+        )
+        tables = _ints(U, max(1, size.pages_of(work.S - 1))), _ints(R, size.pages_of(work.T))
+        lowered = sampler.decode_pages.lower(
+            self._decode_settings(model), weights, rows, _ints(U), *tables, pool, _ints(), _ints()
+        )
+        coming = self._kv_cache(model, batch, work.S)  # prompts that are prefilled next
+        times, turns = setting.waves(work) * work.calls, work.call_tokens
+        phase = _measure(name, times, lowered, (state, weights, rows, pool, coming), kernels, turns)
+        # A kernel counts as reading the whole pool, once for prompts and once for rows. It reads the tokens that rows
+        # have so far, and only the prompts that have active rows.
+        live = size.slots * size.pages_of(work.T / 2) + math.ceil(size.slots / work.K) * size.pages_of(work.S)
+        unread = (2 - live / size.pages) * _bytes(pool)
+        return dataclasses.replace(phase, bytes=phase.bytes - turns * unread)
 
     def _training(self, name: str) -> StepPhase:
         work, state = self.work, self._state(self.model)

@@ -46,9 +46,9 @@ _UNSIGNED = r"(?:[0-9][0-9,]*\s+[0-9]+\s*/\s*[0-9]+|(?:[0-9][0-9,]*(?:\.[0-9]*)?
 # A word with a colon may precede the number, and a unit may follow. If one of these follows, the text means another
 # number or several: more digits, arithmetic, a range, a list, an alternative, a word for a power of ten, a half.
 _OTHER = (
-    r"\s*\d|\.\d|[_'’]\d|[eE][+-]?\d|\([0-9.+-]|[¹²³⁰⁴-⁹₀-₉]|\s*[\\√∛∜π]"
+    r"\s*\d|[.,_'’]\d|[eE][+-]?\d|\([0-9.+-]|[¹²³⁰⁴-⁹₀-₉]|\s*[\\√∛∜π]"
     r"|\s*(?:[-+*/^:;&|×÷·⋅∙xX—…]|\.{2,}|or|to|and|plus|minus|times|over)\s*[\d(+\-.]"
-    r"|\s*(?:hundred|thousand|[mb]illion|trillion)\b|\s+and\s+(?:a|one|two|three)\s"
+    r"|\s*(?:hundred|thousand|[mb]illion|trillion|[kK])\b|\s+and\s+(?:a|one|two|three)\s"
 )
 _ANSWER = re.compile(
     rf"{_LEAD}(?:[A-Za-z][A-Za-z ]{{0,30}}:)?{_LEAD}(?P<number>(?>[+-]?{_UNSIGNED}))(?!{_OTHER})"

@@ -132,15 +132,21 @@ def _list(text: str) -> Value:
         return _item(parts[0])
     items = [_item(part) for part in parts]
     names = {item.name for item in items}
-    if {before for before, _ in found[1:]} == {r"\lor"} and _named_intervals(items) and len(names) == 1:
+    if {before for before, _ in found[1:]} == {r"\lor"} and _are_intervals(items) and len(names) == 1:
         return Value("union", text, tuple(items), name=names.pop())  # x < 1 or x > 2
     if items[0].name and not any(item.name for item in items[1:]):  # n = 2, 3, 4
         items = [dataclasses.replace(item, name=items[0].name) for item in items]
     return _flat(text, items)
 
 
-def _named_intervals(items: Sequence[Value]) -> bool:
-    return all(item.name and item.kind in _INTERVALS for item in items)
+def _are_intervals(items: Sequence[Value]) -> bool:
+    """Return whether all items are intervals, of which one is certainly no point: it has a name or no end."""
+    if not all(item.kind in _INTERVALS and len(item.parts) == 2 for item in items):
+        return False
+    return any(
+        item.name or item.kind in ("(]", "[)") or any(r"\infty" in end.text for end in item.parts)
+        for item in items
+    )
 
 
 def _flat(text: str, items: list[Value], kind: str = "list") -> Value:
@@ -301,7 +307,7 @@ def same_answer(gold: Value, answer: Value, equal: Equal) -> bool:
         return _same_vector(gold, answer, equal)
     if kinds == {"list", "union"}:  # x < 1, x > 2
         written_as_list, union = (gold, answer) if gold.kind == "list" else (answer, gold)
-        if r"\lor" not in union.text or not _named_intervals(written_as_list.parts):
+        if r"\lor" not in union.text or not _are_intervals(written_as_list.parts):
             return False
         return len(gold.parts) == len(answer.parts) and _any_order(gold.parts, answer.parts, equal)
     if kinds == {"set"} and len(answer.parts) > len(gold.parts):

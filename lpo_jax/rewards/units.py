@@ -50,7 +50,8 @@ def clash(one: str, other: str) -> bool:
 
 
 def _names(text: str) -> set[str]:
-    words = _WORD.findall(text.replace(r"^{\circ}", " degree ").replace(r"\text", " ").lower())
+    text = text.replace(r"^{\circ}", " degree ").replace("%", " percent ")
+    words = _WORD.findall(text.replace(r"\text", " ").lower())
     return {_UNITS[name] for word in words for name in (word, word.removesuffix("s")) if name in _UNITS}
 
 

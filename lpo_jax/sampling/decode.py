@@ -1,15 +1,18 @@
-"""The decode program: it draws up to CHUNK tokens for every slot in one call.
+"""The decode programs: they draw up to CHUNK tokens for every slot in one call.
+
+`decode` has a KV cache in which each slot has a row, `decode_pages` one in pages; all else is the same.
 
 Prefill computes keys and values only and draws no token. A row begins by feeding the last token of its prompt once
 more, as the first one of its own, so that every token of every row is drawn by the same program, whichever rows share
 the batch and whenever they entered it. Between calls only the KV caches stay on the device; the state of a row (its
 last token, how many it has drawn, its random key) is a few numbers that the host passes to each call.
 
-Axes: R slots · U prompts in the cache · C slots that share a prompt · V vocabulary.
+Axes: R slots · U prompts in the cache · C slots that share a prompt · M pages of the longest row · V vocabulary.
 """
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -17,14 +20,15 @@ import numpy as np
 from flax import struct
 
 from lpo_jax.models import decoder
-from lpo_jax.models.attention import Attention, Decode
+from lpo_jax.models.attention import Attention, Context, Decode, DecodePages
 from lpo_jax.models.config import ModelConfig
 from lpo_jax.models.placement import constrain_params
 from lpo_jax.models.quantize import quantise_layer
 from lpo_jax.models.rotary import rope_table
 from lpo_jax.parallel import sharding
 from lpo_jax.sampling.distribution import Sampling
-from lpo_jax.sampling.kv_cache import CHUNK, KVCache
+from lpo_jax.sampling.kv_cache import CHUNK, KVCache, allocate
+from lpo_jax.sampling.page_pool import PagePool, store_recent
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,6 +164,90 @@ def decode(
     Returns:
       What was drawn, and the updated response cache.
     """
+
+    def context(steps, active, positions):
+        return Decode(
+            # The last token of the prompt is stored as the first one of the row.
+            prompt_lengths - 1,
+            positions,
+            # A slot that is not active attends to its new token alone.
+            jnp.where(active, index - state.drawn, index + steps),
+            index + steps,
+            state.members,
+            state.member_index,
+        )
+
+    def layers(own):
+        return [(*prompt, *kv) for prompt, kv in zip(prompt_kv, own)]
+
+    return _draw_tokens(settings, weights, state, context, layers, response_kv, limit, min_active)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=6)
+def decode_pages(
+    settings: DecodeSettings,
+    weights: decoder.Params,
+    state: DecodeState,
+    prompt_lengths: jax.Array,
+    prompt_table: jax.Array,
+    table: jax.Array,
+    pool: PagePool,
+    limit: jax.Array,
+    min_active: jax.Array,
+) -> tuple[DecodeOutput, PagePool]:
+    """Draws up to `limit` tokens for each slot, as `decode` does, with a KV cache in pages.
+
+    Args:
+      state: with `members`.
+      prompt_table: `[U, ...]` int32, pages of each prompt.
+      table: `[R, M]` int32, pages of each slot's row, for the tokens that it may draw too; a number past the end of the
+        pool where it has none.
+      pool: donated.
+
+    Returns:
+      What was drawn, and the pool with its keys and values.
+    """
+    # While the loop runs, the pool is only read. What is drawn is kept beside it and moves into its pages at the end.
+    recent = allocate(settings.config, settings.dtype, len(state.token), CHUNK)
+    stored = jnp.where(state.active, state.drawn, 0)  # kernels read nothing for a slot that is not active
+
+    def context(steps, active, positions):
+        return DecodePages(
+            prompt_lengths - 1,
+            prompt_table,
+            stored,
+            table,
+            steps,
+            positions,
+            state.members,
+            state.member_index,
+            settings.attention,
+        )
+
+    def layers(own):
+        return [(pages, *kv) for pages, kv in zip(pool, own)]
+
+    out, recent = _draw_tokens(settings, weights, state, context, layers, recent, limit, min_active)
+    return out, store_recent(pool, recent, table, stored, out.drawn - state.drawn)
+
+
+def _draw_tokens(
+    settings: DecodeSettings,
+    weights: decoder.Params,
+    state: DecodeState,
+    context: Callable[[jax.Array, jax.Array, jax.Array], Context],
+    layers: Callable[[KVCache], list],
+    own_kv: KVCache,
+    limit: jax.Array,
+    min_active: jax.Array,
+) -> tuple[DecodeOutput, KVCache]:
+    """The loop of `decode` and `decode_pages`.
+
+    Args:
+      context: of the attention, from the steps so far, the active slots `[R]` and the positions `[R]` of their tokens.
+      layers: from the keys and values that the loop writes, what attention reads in each layer.
+      own_kv: the keys and values that the loop writes.
+    """
     config, R = settings.config, state.token.shape[0]
     keys = jax.random.wrap_key_data(state.keys)
     # All positions of this call: inside the loop every layer would compute the same sines again.
@@ -180,22 +268,16 @@ def decode(
         return (out.steps < limit) & (out.active.sum() >= min_active)
 
     def one_token(carry):
-        out, token, response_kv = carry
-        context = Decode(
-            # The last token of the prompt is stored as the first one of the row.
-            prompt_lengths - 1,
-            ahead[out.steps],
-            # A slot that is not active attends to its new token alone, so that kernels read nothing for it.
-            jnp.where(out.active, index - state.drawn, index + out.steps),
-            index + out.steps,
-            state.members,
-            state.member_index,
-            settings.attention,
-        )
-        kv = [(*prompt, *own) for prompt, own in zip(prompt_kv, response_kv)]
+        out, token, own_kv = carry
         now = tuple(x[out.steps] for x in rope)
-        hidden, response_kv = decoder.forward(
-            config, weights, token[:, None], now, context, kv, dtype=settings.dtype
+        hidden, own_kv = decoder.forward(
+            config,
+            weights,
+            token[:, None],
+            now,
+            context(out.steps, out.active, ahead[out.steps]),
+            layers(own_kv),
+            dtype=settings.dtype,
         )
         logits = decoder.project(hidden[:, 0], decoder.unembedding(weights))
         if config.never_sampled:
@@ -204,8 +286,8 @@ def decode(
             folded = jax.vmap(jax.random.fold_in)(keys, out.drawn)
             drawn = settings.distribution.draw(folded, logits)
         drawn = tuple(jnp.where(out.active, x, 0) for x in drawn)
-        return out.append(drawn, settings.eos_ids, state.budget), drawn[0], response_kv
+        return out.append(drawn, settings.eos_ids, state.budget), drawn[0], own_kv
 
-    out, _, response_kv = jax.lax.while_loop(unfinished, one_token, (empty, state.token, response_kv))
+    out, _, own_kv = jax.lax.while_loop(unfinished, one_token, (empty, state.token, own_kv))
     # Replicated on every device, so that every host can read it.
-    return jax.tree.map(lambda x: sharding.constrain(x, *[None] * x.ndim), out), response_kv
+    return jax.tree.map(lambda x: sharding.constrain(x, *[None] * x.ndim), out), own_kv

@@ -1,8 +1,9 @@
-"""The KV cache of the sampler: its layout on the device, and what the host knows about its content.
+"""The KV cache for plain attention: its layout on the device, and what the host knows about its content.
 
-There are two caches. `PromptCache` holds the keys and values of each prompt once, whatever the number of its responses.
-`ResponseCache` holds those of the tokens that each slot has drawn. Attention reads both and merges the two results by
-log-sum-exp (`lpo_jax.models.attention.Decode`).
+With kernels the cache is in pages (`lpo_jax.sampling.page_pool`). Without them there are two caches. `PromptCache`
+holds the keys and values of each prompt once, whatever the number of its responses. `ResponseCache` holds those of the
+tokens that each slot has drawn. Attention reads both and merges the two results by log-sum-exp
+(`lpo_jax.models.attention.Decode`).
 
 On a mesh whose devices share the prompts, each shard has its own prompts and slots, and indices on the device count
 within the shard. One device is one shard.
@@ -22,7 +23,7 @@ import numpy as np
 from lpo_jax.models import decoder
 from lpo_jax.models.attention import Attention, Causal
 from lpo_jax.models.config import ModelConfig
-from lpo_jax.models.prompt_images import PromptImages, TowerRows
+from lpo_jax.models.prompt_images import PromptImages
 from lpo_jax.models.rotary import mrope_table, rope_table
 from lpo_jax.models.vision import ImageTokens
 from lpo_jax.parallel import sharding
@@ -160,13 +161,13 @@ def prefill(
     tokens: jax.Array,
     lengths: jax.Array,
     images: PromptImages | None = None,
-    seen: jax.Array | None = None,
+    outputs: jax.Array | None = None,
 ) -> KVCache:
     """Computes the keys and values of prompts `tokens [U, S]` with `lengths [U]`.
 
     Args:
       images: of these prompts; None: there are none.
-      seen: `image_outputs` of all prompts.
+      outputs: `decoder.image_outputs` of all prompts.
     """
     tokens = sharding.constrain(tokens, "batch", None)
     U, S = tokens.shape
@@ -174,19 +175,54 @@ def prefill(
     positions = jnp.broadcast_to(jnp.arange(S), (U, S))
     context = Causal(valid, positions, keep=True, attention=attention)
     no_kv = [None] * config.num_layers
-    rope, shown = rope_table(config, positions), None
+    rope, seen = rope_table(config, positions), None
     if images is not None:
-        rope, shown = mrope_table(config, images.positions), ImageTokens.of(seen, images.index)
-    _, kept = decoder.forward(config, weights, tokens, rope, context, no_kv, shown, dtype=dtype)  # type: ignore[arg-type]
+        rope, seen = mrope_table(config, images.positions), ImageTokens.of(outputs, images.index)
+    _, kept = decoder.forward(config, weights, tokens, rope, context, no_kv, seen, dtype=dtype)  # type: ignore[arg-type]
     return [(jnp.transpose(k, (0, 2, 3, 1)), jnp.swapaxes(v, 1, 2)) for k, v in kept]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def image_outputs(
-    config: ModelConfig, dtype: np.dtype, weights: decoder.Params, rows: TowerRows
-) -> jax.Array | None:
-    """Runs the vision tower over the images of all prompts."""
-    return decoder.image_outputs(config, weights, rows, dtype)
+class PromptPrefill:
+    """Computes the keys and values of queued prompts, several of each shard together.
+
+    Attributes:
+      size: prompts that are prefilled together, over all shards.
+      kv: those of the last prompts.
+      index: where in its shard's part of `kv` each prompt is; callers remove what they have copied.
+
+    Args:
+      prefill: computes the keys and values of the prompts with the indices `[n]`.
+      size: as the attribute.
+    """
+
+    def __init__(
+        self,
+        prefill: Callable[[np.ndarray], KVCache],
+        size: int,
+        shards: int,
+    ):
+        self._prefill, self.size, self._shards = prefill, size, shards
+        self.kv: KVCache | None = None
+        self.index: dict[int, int] = {}
+
+    def request(self, wanted: Iterable[int], queues: Sequence[Iterable[int]]) -> None:
+        """Makes sure that `kv` has some prompts.
+
+        Args:
+          wanted: at most one prompt of each shard.
+          queues: for every shard, prompts that are not in the cache, those of `wanted` first. If one of `wanted` is not
+            prefilled yet, the next prompts of all shards are prefilled together, which takes as long as one.
+        """
+        if all(prompt in self.index for prompt in wanted):
+            return
+        batch = np.zeros((self._shards, self.size // self._shards), np.int32)
+        self.index = {}
+        for row, queue in zip(batch, queues):
+            coming = list(dict.fromkeys(queue))[: len(row)]
+            row[: len(coming)] = coming
+            self.index |= {prompt: i for i, prompt in enumerate(coming)}
+        self.kv = None  # freed before the next one is computed
+        self.kv = self._prefill(batch.ravel())
 
 
 class PromptCache:
@@ -197,65 +233,43 @@ class PromptCache:
       prompt_of: `[U]` the prompt in each entry, or EMPTY.
 
     Args:
-      prefill: computes the keys and values of `(tokens [n, S], lengths [n], images)`.
+      prefill: computes the keys and values of the prompts with the indices `[n]`.
       allocate: makes a cache of `(sequences, tokens)`.
       prompts: P of them. All are prefilled at once unless the capacity says that rows are queued.
-      images: of the prompts; None: there are none.
     """
 
     def __init__(
         self,
-        prefill: Callable[[np.ndarray, np.ndarray, PromptImages | None], KVCache],
+        prefill: Callable[[np.ndarray], KVCache],
         allocate: Callable[[int, int], KVCache],
         prompts: PromptBatch,
         capacity: Capacity,
         shards: int,
-        images: PromptImages | None = None,
     ):
-        self._prefill, self._prompts, self._shards, self._images = prefill, prompts, shards, images
-        self._batch = capacity.prefill_batch
-        # Prompts that are prefilled but not in the cache yet, and the index of each in its shard's part of the batch.
-        self._prefilled_kv: KVCache | None = None
-        self._prefilled: dict[int, int] = {}
+        self._prompts, self._shards = prompts, shards
+        self._prefilled = PromptPrefill(prefill, capacity.prefill_batch, shards)
         if capacity.queued:
             self.kv = allocate(capacity.prompts, prompts.tokens.shape[1])
             self.prompt_of = np.full(capacity.prompts, EMPTY)
         else:
             self.prompt_of = np.arange(len(prompts.lengths))
-            self.kv = self._prefilled_now(self.prompt_of)
+            self.kv = prefill(self.prompt_of)
 
     def insert(self, entries: dict[int, tuple[int, int]], queues: Sequence[Iterable[int]]) -> None:
         """Writes at most one prompt per shard into the cache.
 
         Args:
           entries: by shard, a prompt and the index of its entry within the shard.
-          queues: for every shard, the prompts of its queued rows, in order. If one of `entries` is not prefilled yet,
-            the next prompts of all shards are prefilled together, which takes as long as prefilling one.
+          queues: for every shard, the prompts of its queued rows, in order.
         """
-        if any(prompt not in self._prefilled for prompt, _ in entries.values()):
-            self._prefill_next(queues)
+        missing = [(prompt for prompt in queue if prompt not in self.prompt_of) for queue in queues]
+        self._prefilled.request((prompt for prompt, _ in entries.values()), missing)
         source = np.zeros(self._shards, np.int32)
         index = np.full(self._shards, len(self.prompt_of), np.int32)  # past the end: nothing is copied
         for shard, (prompt, entry) in entries.items():
-            source[shard], index[shard] = self._prefilled.pop(prompt), entry
+            source[shard], index[shard] = self._prefilled.index.pop(prompt), entry
             self.prompt_of.reshape(self._shards, -1)[shard, entry] = prompt
-        self.kv = insert_prompts(self.kv, self._prefilled_kv, source, index)
-
-    def _prefill_next(self, queues: Sequence[Iterable[int]]) -> None:
-        batch = np.zeros((self._shards, self._batch // self._shards), np.int32)
-        self._prefilled = {}
-        for row, queue in zip(batch, queues):
-            missing = dict.fromkeys(prompt for prompt in queue if prompt not in self.prompt_of)
-            coming = list(missing)[: len(row)]
-            row[: len(coming)] = coming
-            self._prefilled |= {prompt: i for i, prompt in enumerate(coming)}
-        self._prefilled_kv = None  # freed before the next one is computed
-        batch = batch.ravel()  # type: ignore[assignment]
-        self._prefilled_kv = self._prefilled_now(batch)
-
-    def _prefilled_now(self, prompts: np.ndarray) -> KVCache:
-        images = None if self._images is None else self._images.take(prompts)
-        return self._prefill(self._prompts.tokens[prompts], self._prompts.lengths[prompts], images)
+        self.kv = insert_prompts(self.kv, self._prefilled.kv, source, index)
 
     def keep(self, needed: Sequence[np.ndarray]) -> None:
         """Drops all prompts but the `needed` ones of each shard, if that makes the cache smaller."""
@@ -268,20 +282,16 @@ class PromptCache:
         self.kv = resize(self.kv, index, np.int32(0), self._prompts.tokens.shape[1])
         self.prompt_of = np.concatenate([pad_to(part[x], U, value=EMPTY) for part, x in zip(parts, entries)])
 
-    def lengths(self, needed: np.ndarray) -> np.ndarray:
-        """Returns the tokens of each entry `[U]`; 1, the fewest, unless its prompt is one of `needed`.
-
-        Kernels then read nothing of the other entries.
-        """
-        lengths = self._prompts.lengths[np.maximum(self.prompt_of, 0)]
-        return np.where(np.isin(self.prompt_of, needed), lengths, 1)
+    def lengths(self) -> np.ndarray:
+        """Returns the tokens of each entry `[U]`."""
+        return self._prompts.lengths[np.maximum(self.prompt_of, 0)]
 
 
 class ResponseCache:
     """Keys and values of the tokens that the slots have drawn.
 
-    All slots write at the same index, so that one slice update serves all of them. The tokens of a slot's row are the
-    last ones before that index.
+    T starts small and doubles on demand. All slots write at the same index, so that one slice update serves all of
+    them. The tokens of a slot's row are the last ones before that index.
 
     Attributes:
       kv: R sequences of `tokens` tokens on the device.
@@ -290,17 +300,15 @@ class ResponseCache:
 
     Args:
       allocate: makes a cache of `(sequences, tokens)`.
-      grows: whether T starts small and doubles on demand. Kernels read only the tokens that a row has, so that one
-        size, and one compiled program, serves all lengths there.
       longest: tokens of the longest row that begins with some.
     """
 
-    def __init__(
-        self, allocate: Callable[[int, int], KVCache], capacity: Capacity, grows: bool, longest: int = 0
-    ):
+    def __init__(self, allocate: Callable[[int, int], KVCache], capacity: Capacity, longest: int = 0):
         self._max_tokens = capacity.tokens
-        tokens = min(FIRST_TOKENS, capacity.tokens) if grows else capacity.tokens
-        self.index, self.tokens = longest, self._enough(tokens, longest)
+        self.index, self.tokens = (
+            longest,
+            self._enough(min(FIRST_TOKENS, capacity.tokens), longest),
+        )
         self.kv = allocate(capacity.slots, self.tokens)
 
     def _enough(self, tokens: int, longest: int) -> int:

@@ -18,13 +18,14 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from lpo_jax.models import decoder
-from lpo_jax.models.attention import Attention
+from lpo_jax.models.attention import Attention, uses_kernels
 from lpo_jax.models.config import ModelConfig
 from lpo_jax.models.prompt_images import lay_out
 from lpo_jax.parallel import sharding
 from lpo_jax.sampling.batching import ContinuousBatcher
 from lpo_jax.sampling.decode import DecodeSettings, decode_layout
 from lpo_jax.sampling.distribution import row_keys
+from lpo_jax.sampling.paging import PagedBatcher
 from lpo_jax.sampling.request import PromptBatch, SampleRequest
 from lpo_jax.sampling.responses import Ahead, Responses
 from lpo_jax.sampling.stop_strings import stop_finder
@@ -42,6 +43,8 @@ class Sampler:
       mesh: `sharding.decode_mesh` of the mesh that the parameters are on; None: one device.
       max_rows: limit on the rows that all devices decode at once; the others are queued. 0: no limit.
       attention: kernels for TPUs or plain matrix products (`lpo_jax.models.attention`).
+      kv_tokens: with kernels, tokens of prompts and responses that the KV caches of all devices hold together; 0: as
+        many as `max_rows` rows of full length need. Plain attention has a cache that grows.
     """
 
     config: ModelConfig
@@ -51,6 +54,7 @@ class Sampler:
     mesh: Mesh | None = None
     max_rows: int = 0
     attention: Attention = "auto"
+    kv_tokens: int = 0
 
     def prepare(self, params: decoder.Params, int8: bool = False) -> decoder.Params:
         """Returns the weights in decode layout: one dict per layer, in the sampling dtype. Call it once per round.
@@ -85,7 +89,7 @@ class Sampler:
           ahead: prompts of later steps among the prompts, and the responses so far. None: there are none.
 
         Raises:
-          UserError: one of the stop strings is empty.
+          UserError: one of the stop strings is empty, or the KV cache is too small for the longest row.
         """
         P, K, limit = len(prompts.tokens), request.num_responses, request.max_tokens
         ahead = ahead or Ahead(1, np.full(P, request.step, np.uint32), Responses.empty(P, K, limit))
@@ -94,24 +98,23 @@ class Sampler:
             shards = sharding.batch_shards()
             index = _shard_order(P, ahead.rounds, at_least, shards)
             of_batch = functools.partial(_take, index)
-            given, prompts = (
-                prompts,
-                PromptBatch(
-                    of_batch(np.asarray(prompts.tokens, np.int32)),
-                    of_batch(np.asarray(prompts.lengths, np.int32), 1),
-                    of_batch(np.asarray(prompts.ids, np.uint32)),
-                ),
+            pictures, images = prompts.images, None
+            prompts = PromptBatch(
+                of_batch(np.asarray(prompts.tokens, np.int32)),
+                of_batch(np.asarray(prompts.lengths, np.int32), 1),
+                of_batch(np.asarray(prompts.ids, np.uint32)),
             )
-            images = None
-            if any(given.images):
-                shown = [given.images[p] if p >= 0 else () for p in index]
+            if any(pictures):
+                shown = [pictures[p] if p >= 0 else () for p in index]
                 mask = np.arange(prompts.tokens.shape[1]) < prompts.lengths[:, None]
                 images = lay_out(self.config, prompts.tokens, mask, shown, shards)
             # K is the shape of `keys`; everything that changes without a new program is a traced argument.
             steps = of_batch(np.asarray(ahead.steps, np.uint32))
             keys = jax.random.key_data(row_keys(np.uint32(request.seed % 2**32), steps, prompts.ids, K))
             rows = len(index) // ahead.rounds * K  # of a round: later ones take free slots only
-            batcher = ContinuousBatcher(
+            kernels = uses_kernels(self.attention)
+            kind = functools.partial(PagedBatcher, kv_tokens=self.kv_tokens) if kernels else ContinuousBatcher
+            batcher = kind(
                 DecodeSettings(
                     self.config,
                     self.eos_ids,

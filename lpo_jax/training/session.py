@@ -15,6 +15,7 @@ from lpo_jax.config import Config
 from lpo_jax.errors import UserError
 from lpo_jax.evaluation.heldout import Evaluation, evaluate_rows
 from lpo_jax.models import lora
+from lpo_jax.models.attention import uses_kernels
 from lpo_jax.models.config import ModelConfig
 from lpo_jax.models.decoder import Params
 from lpo_jax.models.load import load_config_and_tokenizer
@@ -24,6 +25,7 @@ from lpo_jax.parallel.sharding import decode_mesh, using
 from lpo_jax.reporting.trackers import require_trackers
 from lpo_jax.rollout.environment import Environment, open_environment
 from lpo_jax.sampling import SampleRequest, Sampling
+from lpo_jax.sampling.pages import Pool
 from lpo_jax.training.model import TrainedModel
 
 
@@ -85,8 +87,22 @@ def open_session(config: Config) -> Iterator[Session]:
             f"positions of {config.model.path}"
         )
     decoding = mesh and decode_mesh(mesh, sizes.decode_tensor)
+    if config.sampling.kv_tokens:
+        _check_pages(config, sizes.devices // sizes.decode_tensor)
     with using(mesh), open_environment(config, task, model, tokenizer, eos_ids, decoding) as environment:
         yield Session(config, environment, TrainedModel(config, model))
+
+
+def _check_pages(config: Config, shards: int) -> None:
+    """Raise a UserError if the KV cache cannot be in pages here, or if a row does not fit into one shard's."""
+    sampling = config.sampling
+    if not uses_kernels(config.model.attention):
+        raise UserError(
+            "sampling.kv_tokens: the KV cache is in pages with the kernels for TPUs only; set it to 0 here"
+        )
+    S, T = sampling.max_prompt_tokens, sampling.max_tokens
+    size = Pool.of(shards, sampling.num_responses, S, T, sampling.max_rows, sampling.kv_tokens, shards)
+    size.check(S, T)
 
 
 def check_vision(config: Config, model: ModelConfig) -> None:

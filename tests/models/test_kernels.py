@@ -12,8 +12,8 @@ import pytest
 from lpo_jax.config import parse_config
 from lpo_jax.errors import UserError
 from lpo_jax.models import attention
-from lpo_jax.models.attention import Causal, attend_cached, shared_prefix_attention
-from lpo_jax.models.kernels import decode, splash
+from lpo_jax.models.attention import Causal, attend_pages, shared_prefix_attention
+from lpo_jax.models.kernels import pages, splash
 from lpo_jax.models.runner import Groups, ModelRunner, score
 from lpo_jax.parallel import sharding
 from lpo_jax.planner.topology import parse_topology, tpu_devices
@@ -32,7 +32,6 @@ def small_blocks(monkeypatch):
     """Small blocks, so that short rows have several; cached programs of other block sizes are dropped."""
     monkeypatch.setattr(splash, "QUERIES", 128)
     monkeypatch.setattr(splash, "KEYS", 128)
-    monkeypatch.setattr(decode, "BLOCK_BYTES", 1)  # the least there is: 128 keys
 
 
 def values_and_gradients(function, real, *qkv):
@@ -106,14 +105,30 @@ def test_the_backward_pass_is_as_precise_as_the_forward_one():
     assert precise == runner.count("dot_general[") >= 2 + 3 + 4  # forward, dq, dk and dv
 
 
-@pytest.mark.parametrize("num_keys", [48, 300])
-def test_stored_keys(small_blocks, num_keys):
-    """Bounds within a block, across blocks, at the ragged last one, each query's own; no keys; a start before all."""
-    B, G, C, I, N = 6, 2, 3, 2, 16
-    q, k, v = normal(B, G, C, I, N), normal(B, G, N, num_keys), normal(B, G, num_keys, N)
-    stop = jnp.array([num_keys, num_keys - 5, 17, 1, 20, 0])
-    start = jnp.array([[0, 0, 0], [3, 40, 11], [5, 5, 6], [0, 0, 0], [-7, 2, -1], [0, 0, 0]])
-    kernel, plain = (attend_cached(q, k, v, start, stop, choice) for choice in ("interpret", "plain"))
+Z, X, M = 40, 8, 7  # pages, tokens of a page, pages of the longest row
+
+
+def page_table(rows):
+    """Pages of all rows in any order; behind the last page of some rows are numbers that stand for none."""
+    table = rng.permutation(Z)[: rows * M].reshape(rows, M)
+    table[1, 5:], table[2, 3:], table[-1] = Z, -7, 10**6
+    return jnp.asarray(table, jnp.int32)
+
+
+@pytest.mark.parametrize("block", [1, 3, 16])
+def test_keys_in_pages(monkeypatch, block):
+    """Pages in any order and a pool without a free page; bounds within a page and at its end; a row without keys.
+
+    Starts are those of sliding windows: each query's own, before the first key, behind several blocks.
+    """
+    monkeypatch.setattr(pages, "MOST_PAGES", block)
+    pages.attend_pages.clear_cache()
+    B, G, C, I, N = 5, 2, 3, 2, 16
+    q, pool, table = normal(B, G, C, I, N), normal(Z, 2, G, N, X), page_table(B)
+    stop = jnp.array([M * X, 40, 17, 1, 0])
+    start = jnp.array([[0, 49, 50], [3, 39, 11], [5, 5, 6], [-7, 0, 0], [0, 0, 0]])
+    kernel = jax.jit(lambda *x: attend_pages(*x, "interpret"))(q, pool, table, start, stop)
+    plain = attend_pages(q, pool, table, start, stop, "plain")
     some = lambda tree: jax.tree.map(lambda x: x[:-1], tree)  # noqa: E731
     chex.assert_trees_all_close(some(kernel), some(plain), atol=1e-5)
     nothing = jax.tree.map(lambda x: x[-1], kernel)
@@ -121,28 +136,64 @@ def test_stored_keys(small_blocks, num_keys):
     assert (nothing[1] == plain[1][-1]).all()
 
 
-def test_the_cache_after_the_last_key_is_never_read(small_blocks):
-    """Only the real beginning of a row is read, whatever the cache contains after it."""
-    q, k, v = normal(1, 1, 1, 1, 16), normal(1, 1, 16, 512), normal(1, 1, 512, 16)
-    start, stop = jnp.array([[130]]), jnp.array([250])  # of the four blocks the second one
-    spoiled = jnp.arange(512) // 128 != 1
-    k, v = jnp.where(spoiled, jnp.nan, k), jnp.where(spoiled[:, None], jnp.nan, v)
-    out, lse = attend_cached(q, k, v, start, stop, "interpret")
+def test_the_twin_is_attention_to_keys_in_order():
+    B, G, C, I, N = 2, 2, 1, 2, 16
+    k, v, q = normal(B, G, N, M * X), normal(B, G, M * X, N), normal(B, G, C, I, N)
+    pool = jnp.zeros((Z, 2, G, N, X))
+    table = jnp.asarray(rng.permutation(Z)[: B * M].reshape(B, M))
+    for b, m in np.ndindex(B, M):
+        at = slice(m * X, (m + 1) * X)
+        pool = pool.at[table[b, m]].set(jnp.stack([k[b, :, :, at], jnp.swapaxes(v[b, :, at], 1, 2)]))
+    start, stop = jnp.array([[0], [9]]), jnp.array([M * X, 30])
+    chex.assert_trees_all_close(
+        attend_pages(q, pool, table, start, stop, "plain"), attention.attend_cached(q, k, v, start, stop)
+    )
+
+
+def test_only_pages_with_keys_are_read(monkeypatch):
+    """Pages before a row's first and behind its last key, and those of other rows, may contain anything."""
+    monkeypatch.setattr(pages, "MOST_PAGES", 2)
+    pages.attend_pages.clear_cache()
+    q, pool = normal(3, 1, 1, 1, 16), normal(Z, 2, 1, 16, X)
+    table = jnp.asarray(rng.permutation(Z)[: 3 * M].reshape(3, M))
+    start, stop = jnp.array([[26], [0], [0]]), jnp.array([44, 0, 9])
+    needed = jnp.concatenate([table[0, 3:6], table[2, :2]])
+    pool = jnp.where(jnp.isin(jnp.arange(Z), needed)[:, None, None, None, None], pool, jnp.nan)
+    out, lse = attend_pages(q, pool, table, start, stop, "interpret")
     assert jnp.isfinite(out).all() and jnp.isfinite(lse).all()
+
+
+def test_each_page_is_read_once():
+    """The steps of the grid list every page with keys once; where a block has no such page, nothing new is listed."""
+    n, B = 3, 6
+    stop = jnp.array([0, 5 * X, 1, M * X, 2 * X + 1, 0])
+    start = jnp.array([0, 2 * X + 3, 0, 0, X, 0])[:, None]
+    table = jnp.arange(B * M).reshape(B, M)
+    steps, row, block, first, last, page = pages._blocks(table, start, stop, n, X, B * M)
+    expected = [page for b in range(B) for page in table[b, start[b, 0] // X : -(-stop[b] // X)].tolist()]
+    listed = np.asarray(page)[:steps]
+    read = [p for place in listed.T for p, before in zip(place, [None, *place]) if p != before]
+    assert (
+        sorted({*read} - {0}) == sorted(expected) and len(read) <= len(expected) + n
+    )  # 0: before any was read
+    blocks = [(b, j) for b in range(B) for j in range(int(first[b]), int(last[b]) + 1)]
+    assert list(zip(np.asarray(row)[:steps], np.asarray(block)[:steps])) == blocks
+    assert len(blocks) == 1 + 2 + 1 + 3 + 1 + 1
 
 
 @pytest.mark.parametrize("G", [2, 1])
 def test_on_a_mesh(G):
-    """Each device runs the kernel on its rows and heads; an axis that does not divide stays whole."""
+    """Each device runs the kernel on its rows and heads, with its pages; an axis that does not divide stays whole."""
     auto = (jax.sharding.AxisType.Auto,) * 3
     mesh = jax.make_mesh((2, 1, 2), sharding.AXES, devices=jax.devices()[:4], axis_types=auto)
     P, K, H = 4, 2, 4
-    q, k, v = normal(P, G, K, H // G, 16), normal(P, G, 16, 40), normal(P, G, 40, 16)
+    q, pool = normal(P, G, K, H // G, 16), normal(Z, 2, G, 16, X)
     start, stop = jnp.zeros((P, K), jnp.int32), jnp.array([9, 3, 1, 40])
-    step = jax.jit(lambda *qkv: attend_cached(*qkv, start, stop, "interpret"))
-    alone = step(q, k, v)
+    table = jnp.asarray(np.stack([rng.permutation(Z // 2)[:M] for _ in range(P)]), jnp.int32)
+    step = jax.jit(lambda *arrays: attend_pages(*arrays, start, stop, "interpret"))
+    alone = step(q, pool, table + jnp.array([0, 0, Z // 2, Z // 2])[:, None])
     with jax.set_mesh(mesh):
-        together = step(q, k, v)
+        together = step(q, pool, table)
         chex.assert_trees_all_close(together, alone, atol=1e-6)
         heads = ("tensor",) if G == 2 else None
         assert together[0].sharding.is_equivalent_to(
@@ -198,6 +249,22 @@ def test_kernels_where_there_is_no_tpu(run_config):
         pass
 
 
+@pytest.mark.parametrize(
+    ("kernels", "kv_tokens", "says"),
+    [
+        (False, 4096, "with the kernels for TPUs only; set it to 0 here"),
+        (True, 200, r"1 pages of 128 tokens .* needs 2; raise it"),
+    ],
+)
+def test_a_cache_in_pages_is_checked_before_the_run(run_config, monkeypatch, kernels, kv_tokens, says):
+    monkeypatch.setattr("lpo_jax.training.session.uses_kernels", lambda attention: kernels)
+    values = run_config(sampling={"kv_tokens": kv_tokens})
+    session = open_session(parse_config(values))
+    with pytest.raises(UserError, match=rf"^sampling\.kv_tokens: .*{says}") as error, session:
+        pass
+    assert "\n" not in str(error.value)
+
+
 def compile_for(devices, function, *shapes):
     """Compiles for one device of a slice, or for a (2, 1, 2) mesh of four."""
     make = lambda place: [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place(x)) for x in shapes]  # noqa: E731
@@ -231,7 +298,7 @@ def test_compiles_for_tpus(name, num_devices, model):
     compiled = compile_for(devices, update, *row, shape(P, dtype=jnp.int32)).as_text()
     assert compiled.count("tpu_custom_call") >= 6  # forward, dq, dk and dv of prompts and of responses
 
-    stored = shape(P, G, K, H // G, N), shape(P, G, N, T), shape(P, G, T, N)
+    stored = shape(P, G, K, H // G, N), shape(16, 2, G, N, 128), shape(P, T // 128, dtype=jnp.int32)
     bounds = shape(P, K, dtype=jnp.int32), shape(P, dtype=jnp.int32)
-    step = functools.partial(attend_cached, attention="pallas")
+    step = functools.partial(attend_pages, attention="pallas")
     assert "tpu_custom_call" in compile_for(devices, step, *stored, *bounds).as_text()

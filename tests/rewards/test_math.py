@@ -146,6 +146,8 @@ DIFFERENT = [
     ("5x - 7y = 4", "5x - 7y = -4"),
     # units
     (r"5.4 \text{ cents}", r"5.4 \text{ dollars}"),
+    (r"10 \text{ cm}", r"10\%"),
+    (r"10\%", r"10 \text{ cm}"),
     (r"15 \text{ cm}^2", r"15 \text{ cm}^3"),
     (r"9\text{ a.m.}", r"9 \text{ p.m.}"),
     # letters and words

@@ -52,6 +52,9 @@ RIGHT = {
         (r"(0,1)\cup(2,3)", r"0<x<1 \text{ or } 2<x<3"),
         (r"x=1\text{ or }x=2", "2,1"),
         (r"x<-1\text{ or }x>1", r"(-\infty,-1)\cup(1,\infty)"),
+        (r"(-\infty,-1)\cup(1,\infty)", r"(-\infty,-1) or (1,\infty)"),
+        (r"[0,1)\text{ or }(2,3)", r"(2,3)\cup[0,1)"),
+        ("(1,2) or (3,4)", "(3,4),(1,2)"),  # points
     ],
     "empty sets": [
         (r"\emptyset", r"\{\}"),

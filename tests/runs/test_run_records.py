@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny import VERIFIER
 
 from lpo_jax.config import parse_config
 from lpo_jax.errors import UserError
@@ -46,6 +47,44 @@ def test_shaped_rewards_and_advantages_are_those_of_the_metrics(run_config, meth
         np.testing.assert_allclose(shaped, scores - ((tokens - 6) / 1.2 + 1).clip(0, 1), atol=1e-5)
     if method == "ssl-tiers":
         np.testing.assert_allclose(shaped, (passed == "pass") + 0.5 * np.floor(scores * 4) / 4, atol=1e-6)
+
+
+SUM_OF_PARTS = """
+def verify(response, row):
+    digits, short = sum(c.isdigit() for c in response) / 6, len(response) <= 2 + row["n"] % 4
+    return Verdict(digits + 0.5 * short, "pass" if digits > 0.3 and short else "wrong",
+                   {"digits": digits, "short": short})
+"""
+
+
+def test_a_sum_of_rewards_is_recorded_part_by_part(run_config, tmp_path):
+    """A weighted sum of two rewards: parts, reward and normalised advantage agree between metrics and responses."""
+    task = tmp_path / "two_parts.py"
+    task.write_text(VERIFIER + SUM_OF_PARTS)
+    config = run_config(
+        task={"name": "python", "file": str(task)},
+        objective={"name": "grpo"},
+        training={"steps": 1},
+        evaluation={"every": 0},
+    )
+    train(parse_config(config))
+    records, row = read(config["output"], "rollouts/1.jsonl"), step_row(config["output"], 1)
+    parts = {
+        name: np.array([record["parts"][name] for record in records], float) for name in ("digits", "short")
+    }
+    assert min(np.ptp(x) for x in parts.values()) > 0
+    for name, values in parts.items():
+        np.testing.assert_allclose(row[f"reward/parts/{name}"], values.mean(), rtol=1e-12)
+    rewards = (parts["digits"] + 0.5 * parts["short"]).reshape(-1, 4)
+    shaped, advantages = (np.array([r[key] for r in records]) for key in ("shaped_reward", "advantage"))
+    np.testing.assert_allclose(shaped, rewards.ravel(), atol=1e-6)
+    np.testing.assert_allclose(row["critic/rewards/mean"], rewards.mean(), rtol=1e-6)
+    expected = (rewards - rewards.mean(1, keepdims=True)) / (rewards.std(1, keepdims=True) + 1e-6)
+    np.testing.assert_allclose(advantages, expected.ravel(), rtol=1e-4, atol=1e-5)
+    for how in ("mean", "max", "min"):
+        np.testing.assert_allclose(
+            row[f"critic/advantages/{how}"], getattr(expected, how)(), rtol=1e-4, atol=1e-5
+        )
 
 
 def test_records_of_tokens_are_complete(run_config):

@@ -10,7 +10,18 @@ from precision import FORWARD_ROUNDING
 
 from lpo_jax.models import decoder
 from lpo_jax.parallel.sharding import AXES
-from lpo_jax.sampling import Ahead, PromptBatch, Responses, Sampler, SampleRequest, batching, kv_cache
+from lpo_jax.sampling import (
+    Ahead,
+    PromptBatch,
+    Responses,
+    Sampler,
+    SampleRequest,
+    batching,
+    kv_cache,
+    pages,
+    paging,
+    rows,
+)
 from lpo_jax.sampling.padding import pad_prompts
 from lpo_jax.sampling.responses import concatenate_responses
 
@@ -31,9 +42,10 @@ LENGTHS = {
 @pytest.fixture(autouse=True)
 def small_steps(monkeypatch):
     monkeypatch.setattr(batching, "MIN_SLOTS", 4)
-    monkeypatch.setattr(batching, "PREFILL_ROWS", 3)
-    for module in (batching, kv_cache):
+    monkeypatch.setattr(rows, "PREFILL_ROWS", 3)
+    for module in (batching, kv_cache, paging, rows):
         monkeypatch.setattr(module, "CHUNK", 4)
+    monkeypatch.setattr(pages, "PAGE", 4)
     monkeypatch.setattr(kv_cache, "FIRST_TOKENS", 16)
 
 

@@ -9,7 +9,15 @@ from jax.sharding import AxisType, Mesh
 from precision import FORWARD_ROUNDING
 
 from lpo_jax.parallel.sharding import AXES
-from lpo_jax.sampling import PromptBatch, Responses, Sampler, SampleRequest, batching, kv_cache
+from lpo_jax.sampling import (
+    PromptBatch,
+    Responses,
+    Sampler,
+    SampleRequest,
+    batching,
+    kv_cache,
+    rows,
+)
 from lpo_jax.sampling.padding import pad_prompts
 
 P, K, T = 5, 4, 24
@@ -31,8 +39,8 @@ def sample(tiny_config, tiny_params):
     meshes = {False: None, True: Mesh(devices, AXES, axis_types=(AxisType.Auto,) * 3)}
     prepared = {many: Sampler(config, EOS, mesh=mesh).prepare(params) for many, mesh in meshes.items()}
 
-    def run(max_rows, many=False, attention="plain", stop=(), **options):
-        sampler = Sampler(config, EOS, np.float32, text, meshes[many], max_rows, attention)
+    def run(max_rows, many=False, stop=(), **options):
+        sampler = Sampler(config, EOS, np.float32, text, meshes[many], max_rows)
         padded, lengths = pad_prompts(prompts, 16)
         request = SampleRequest(K, T, stop=stop, seed=5)
         return sampler(prepared[many], PromptBatch(padded, lengths, np.arange(P)), request, **options)
@@ -43,7 +51,7 @@ def sample(tiny_config, tiny_params):
 @pytest.fixture(autouse=True)
 def small_steps(monkeypatch):
     monkeypatch.setattr(batching, "MIN_SLOTS", 4)
-    for module in (batching, kv_cache):
+    for module in (batching, kv_cache, rows):
         monkeypatch.setattr(module, "CHUNK", 4)
     monkeypatch.setattr(kv_cache, "FIRST_TOKENS", 16)
 
@@ -109,30 +117,11 @@ def test_free_slots_are_filled_and_the_last_rows_move(sample, monkeypatch, many)
     assert waited.lengths.sum() / waited.row_steps.sum() > got.lengths.sum() / got.row_steps.sum()
 
 
-@pytest.mark.parametrize("many", [False, True])
-def test_kernels_need_one_program(sample, monkeypatch, many):
-    """With kernels neither slots nor the cache change size, and the responses are those of plain products."""
-    shapes = []
-
-    def decode(
-        settings, weights, state, lengths, prompt_kv, response_kv, *scalars, run=batching.device.decode
-    ):
-        shapes.append((len(state.token), response_kv[0][0].shape))
-        return run(settings, weights, state, lengths, prompt_kv, response_kv, *scalars)
-
-    plain = sample(6, many, budgets=BUDGETS)
-    monkeypatch.setattr(batching.device, "decode", decode)
-    got = sample(6, many, "interpret", budgets=BUDGETS)
-    assert len(set(shapes)) == 1 < len(shapes)
-    np.testing.assert_array_equal(got.tokens, plain.tokens)
-    np.testing.assert_allclose(got.log_probs, plain.log_probs, atol=2 * FORWARD_ROUNDING)
-
-
 @pytest.mark.parametrize("shards", [1, 4])
 def test_work_on_long_responses_of_uneven_length_is_mostly_useful(monkeypatch, shards):
     """Geometric lengths with a mean of an eighth of the longest: the host side alone, without a device."""
     rng = np.random.default_rng(2)
-    P, K, T, rows = 64, 8, 512, 64
+    P, K, T, max_rows = 64, 8, 512, 64
     budgets = np.minimum(rng.geometric(8 / T, (P, K)), T)
 
     def decode(settings, weights, state, lengths, prompt_kv, cache_tokens, index, limit, min_active):
@@ -155,9 +144,9 @@ def test_work_on_long_responses_of_uneven_length_is_mostly_useful(monkeypatch, s
     }
     for name, fake in fakes.items():
         monkeypatch.setattr(kv_cache, name, fake)
-    for module in (batching, kv_cache):
+    for module in (batching, kv_cache, rows):
         monkeypatch.setattr(module, "CHUNK", batching.device.CHUNK)
-    monkeypatch.setattr(batching.sharding, "batch_shards", lambda: shards)
+    monkeypatch.setattr(rows.sharding, "batch_shards", lambda: shards)
     keys = np.zeros((P, K, 2), np.uint32)
     batcher = batching.ContinuousBatcher(
         batching.device.DecodeSettings(None, (), None, None),
@@ -167,7 +156,7 @@ def test_work_on_long_responses_of_uneven_length_is_mostly_useful(monkeypatch, s
         budgets,
         Responses.empty(P, K, T),
         0,
-        rows,
+        max_rows,
         None,
         None,
     )

@@ -11,6 +11,10 @@ from tiny import vision_tokenizer
 
 from lpo_jax import load_model
 from lpo_jax.errors import UserError
+from lpo_jax.models.prompt_images import expand
+from lpo_jax.sampling import Ahead, PromptBatch, Responses, Sampler, SampleRequest
+from lpo_jax.sampling.padding import pad_prompts
+from lpo_jax.sampling.text import encode, prompt_ids
 
 GOLDEN = Path(__file__).parents[1] / "models" / "golden"
 
@@ -71,6 +75,30 @@ def test_log_probs_are_those_of_whole_sequences(model, generated):
 def test_responses_do_not_depend_on_other_prompts(model, generated):
     alone = model.generate(PROMPTS[1:2], images=IMAGES[1:2], **SETTINGS)
     assert [alone.ids(0, k) for k in range(3)] == [generated.ids(1, k) for k in range(3)]
+
+
+def test_rows_that_go_on_read_their_images_again(model, generated):
+    """Rows with tokens of an earlier call are prefilled behind their prompts and images."""
+    vision = model.config.vision
+    cut = [[vision.processor.patches(image) for image in row] for row in IMAGES]
+    ids = [
+        expand(vision, encode(model.tokenizer, prompt), [image.grid for image in row])
+        for prompt, row in zip(PROMPTS, cut)
+    ]
+    lengths = np.minimum(generated.lengths, 4)
+    begun = np.arange(generated.tokens.shape[-1]) < lengths[..., None]
+    kept = [np.where(begun, x, 0) for x in (generated.tokens, generated.log_probs, generated.entropies)]
+    ended = generated.finished & (generated.lengths <= 4)
+    started = Responses(*kept, begun * 0, lengths, ended, np.zeros(lengths.shape, np.float32))
+    sampler = Sampler(model.config, model.eos_ids)
+    found = sampler(
+        sampler.prepare(model.params),
+        PromptBatch(*pad_prompts(ids, 200), prompt_ids(ids, cut), cut),
+        SampleRequest(3, 12, seed=3),
+        ahead=Ahead(1, np.zeros(len(ids), np.uint32), started),
+    )
+    np.testing.assert_array_equal(found.tokens, generated.tokens)
+    np.testing.assert_allclose(found.log_probs, generated.log_probs, atol=2e-4)
 
 
 def test_images_change_the_responses(model, generated):

@@ -191,6 +191,23 @@ def test_top_p_keeps_the_smallest_set_that_reaches_p():
     assert jnp.isfinite(Sampling(top_p=1e-6).logits(logits)).sum() == 1
 
 
+@pytest.mark.parametrize("top_k", [0, 5])
+@pytest.mark.parametrize("top_p", [0.01, 0.3, 0.9, 0.999])
+def test_top_p_equals_a_sort(top_k, top_p):
+    """With equal logits (they are rounded), with logits of either sign and far from 0, and after top-k."""
+    rng = np.random.default_rng(0)
+    logits = np.round(rng.normal(size=(40, 300)) * rng.choice([0.1, 1, 30], (40, 1)), 1).astype(np.float32)
+    logits += rng.choice([-200, 0, 200], (40, 1)).astype(np.float32)
+    kept = np.isfinite(Sampling(top_k=top_k, top_p=top_p).logits(jnp.asarray(logits)))
+    for row, got in zip(np.asarray(Sampling(top_k=top_k).logits(jnp.asarray(logits)), np.float64), kept):
+        probabilities = np.exp(row - row.max()) / np.exp(row - row.max()).sum()
+        above = np.array([probabilities[row > x].sum() for x in row])  # of the tokens that precede x
+        at_least = np.array([probabilities[row >= x].sum() for x in row])
+        clear = (abs(above - top_p) > 1e-5) & (abs(at_least - top_p) > 1e-5)  # float32 decides the others
+        assert clear.mean() > 0.4
+        np.testing.assert_array_equal(got[clear], ((above < top_p) & np.isfinite(row))[clear])
+
+
 @pytest.mark.parametrize("wrong", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_k": -1}, {"min_p": 1.0}])
 def test_impossible_settings_are_refused(wrong):
     with pytest.raises(UserError, match=next(iter(wrong))):

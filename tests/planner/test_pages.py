@@ -1,0 +1,80 @@
+"""The decode step of Qwen3-8B with a KV cache in pages, compiled for TPU v6e: what it reads and what it needs."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lpo_jax.models.config import ModelConfig
+from lpo_jax.models.decoder import abstract_params
+from lpo_jax.models.placement import placed
+from lpo_jax.parallel import sharding
+from lpo_jax.planner.cost import program_cost
+from lpo_jax.planner.hlo import parse_hlo
+from lpo_jax.planner.topology import parse_topology, tpu_devices
+from lpo_jax.sampling import Sampling
+from lpo_jax.sampling import decode as device
+from lpo_jax.sampling.pages import Pool
+
+LAYERS = 36
+TENSOR = 4  # devices that a weight is split over
+K, S, T, MEAN = 8, 1024, 4096, 1024
+
+
+def compiled(size, layers):
+    """Compiles `decode_pages` at a small depth, for four devices that share every layer."""
+    config = ModelConfig(
+        *("qwen3", 151936, 4096, layers, 32, 8, 128, 12288, 40960), rope_theta=1e6, qk_norm=True
+    )
+    dtype = jnp.dtype(jnp.bfloat16)
+    mesh = jax.sharding.Mesh(
+        np.reshape(tpu_devices(parse_topology("v6e:2x2")), (1, 1, TENSOR)), sharding.AXES
+    )
+    ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)  # noqa: E731
+    with jax.set_mesh(mesh):
+        layout = lambda params: device.decode_layout(config, params, dtype)  # noqa: E731
+        weights = placed(config, jax.eval_shape(layout, abstract_params(config)))
+        shape = size.pages, 2, config.num_kv_heads, config.head_width, size.page_size
+        place = jax.sharding.NamedSharding(
+            mesh, sharding.spec(mesh, ("batch", None, "kv_heads", None, None), shape)
+        )
+        pool = [jax.ShapeDtypeStruct(shape, dtype, sharding=place) for _ in range(layers)]
+        rows = device.DecodeState(
+            *(ints(size.slots) for _ in range(4)),
+            active=jax.ShapeDtypeStruct((size.slots,), bool),
+            keys=jax.ShapeDtypeStruct((size.slots, 2), jnp.uint32),
+            members=ints(size.prompts, K),
+            member_index=ints(size.slots),
+        )
+        tables = ints(size.prompts, size.pages_of(S - 1)), ints(size.slots, size.pages_of(T))
+        settings = device.DecodeSettings(config, (1,), Sampling(), dtype, "pallas")
+        program = device.decode_pages.lower(
+            settings, weights, rows, ints(size.prompts), *tables, pool, ints(), ints()
+        ).compile()
+    local = lambda x: math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize  # noqa: E731
+    return program, local(pool[0]), sum(map(local, jax.tree.leaves(weights["layers"][0])))
+
+
+@pytest.mark.slow
+def test_a_decode_step_reads_weights_and_live_pages():
+    """64 rows of 1024 tokens each in a pool of twice as many pages, which the program does not copy."""
+    pytest.importorskip("libtpu")
+    size = Pool(2 * 64 * MEAN // 128, 128, 64, 32)
+    step, others = {}, {}
+    for layers in (2, 4):
+        program, pool, layer = compiled(size, layers)
+        cost = program_cost(parse_hlo(program.as_text(), device.CHUNK))
+        # Two kernels in each layer have the pool as an operand; what they read of it is added below.
+        step[layers] = cost.bytes / device.CHUNK - 2 * layers * pool
+        memory = program.memory_analysis()
+        assert memory.alias_size_in_bytes >= layers * pool  # the pool is updated in place
+        others[layers] = memory.temp_size_in_bytes
+    assert max(others.values()) < pool  # neither copied nor gathered
+    head = 2 * 151936 * 4096 / TENSOR
+    page = pool / size.pages
+    live = (64 * size.pages_of(MEAN) + 64 // K * size.pages_of(S)) * page
+    measured = step[2] + (LAYERS - 2) / 2 * (step[4] - step[2]) + LAYERS * live
+    assert measured <= 1.15 * (head + LAYERS * (layer + live))
+    print(f"{measured / (head + LAYERS * (layer + live)):.3f} of weights and live pages")
