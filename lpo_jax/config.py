@@ -55,6 +55,16 @@ class LoraSection(_Strict):
 
 
 @dataclasses.dataclass(frozen=True)
+class VisionSection(_Strict):
+    """The vision tower of a model that reads images."""
+
+    freeze: bool = _option(
+        True,
+        "Whether the tower keeps its weights, as it does beside adapters; false trains it with the decoder.",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelSection(_Strict):
     """The model, its weights, and how they are held in memory."""
 
@@ -73,10 +83,11 @@ class ModelSection(_Strict):
         {}, "Chat template arguments, such as {enable_thinking: false}; `chat_template` selects a template."
     )
     lora: LoraSection = LoraSection()
+    vision: VisionSection = VisionSection()
 
     @property
     def frozen_dtype(self) -> str:
-        """The data type in which the frozen weights are stored when adapters are trained."""
+        """The data type in which frozen weights are stored: the base of adapters, or a vision tower."""
         return self.dtype if self.lora.base_dtype == "compute" else self.lora.base_dtype
 
 

@@ -42,6 +42,7 @@ def token_log_probs(
     *,
     top_ids: jax.Array | None = None,
     extra: tuple[Field, ...] = (),
+    never: tuple[int, ...] = (),
 ) -> dict[str, jax.Array]:
     """Compute statistics of softmax(logits / temperature) for each target. Not meant to be differentiated.
 
@@ -52,6 +53,7 @@ def token_log_probs(
       temperature: the sampler's temperature, so that log-probs are those of the sampling distribution.
       top_ids: `[B, X, J]` further ids to compute log-probs of.
       extra: which statistics of `Source.POLICY_EXTRA` to compute.
+      never: ids without probability, which are not sampled either (`ModelConfig.never_sampled`).
 
     Returns:
       Float32 arrays: "logp" `[B, X]`, "entropy" `[B, X]` in nats, and on request "top_logp" `[B, X, J]`, "collision"
@@ -60,7 +62,7 @@ def token_log_probs(
 
     def chunk(_, xs):
         h, target, top = xs
-        return None, _statistics(_logits(h, unembed, temperature), h, target, top, extra)[0]
+        return None, _statistics(_logits(h, unembed, temperature, never), h, target, top, extra)[0]
 
     unembed = gathered(unembed, hidden.dtype, "vocab", "embed")
     with jax.named_scope("token_log_probs"):
@@ -76,6 +78,7 @@ def weighted_log_probs(
     *,
     top_ids: jax.Array | None = None,
     extra: tuple[Field, ...] = (),
+    never: tuple[int, ...] = (),
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Compute the sum of cotangent times statistic, for `jax.grad` with respect to `hidden` and `unembed`.
 
@@ -86,23 +89,23 @@ def weighted_log_probs(
     Returns:
       A float32 scalar, and the statistics themselves, which carry no gradient.
     """
-    return _weighted((temperature, extra), hidden, unembed, (targets, dict(cotangent), top_ids))
+    return _weighted((temperature, extra, never), hidden, unembed, (targets, dict(cotangent), top_ids))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _weighted(options, hidden, unembed, given):
-    temperature, extra = options
+    temperature, extra, never = options
     targets, cotangent, top_ids = given
-    stats = token_log_probs(hidden, unembed, targets, temperature, top_ids=top_ids, extra=extra)
+    stats = token_log_probs(hidden, unembed, targets, temperature, top_ids=top_ids, extra=extra, never=never)
     return sum(jnp.vdot(stats[name], weight) for name, weight in cotangent.items()), stats
 
 
 def _weighted_forward(options, hidden, unembed, given):
-    temperature, extra = options
+    temperature, extra, never = options
 
     def chunk(unembed, d_unembed, xs):
         h, target, cotangent, top = xs
-        logits = _logits(h, unembed, temperature)
+        logits = _logits(h, unembed, temperature, never)
         stats, probabilities = _statistics(logits, h, target, top, extra)
         slope = _slope(logits, probabilities, stats, target, top, cotangent) / temperature
         slope = constrain(slope.astype(h.dtype), "batch", None, "vocab")
@@ -140,12 +143,12 @@ _weighted.defvjp(_weighted_forward, _weighted_backward)
 
 
 def top_tokens(
-    hidden: jax.Array, unembed: jax.Array, count: int, temperature: float = 1.0
+    hidden: jax.Array, unembed: jax.Array, count: int, temperature: float = 1.0, never: tuple[int, ...] = ()
 ) -> dict[str, jax.Array]:
     """Compute the top-k next tokens: "ids" `[B, X, J]` int32, their "logp", and the "entropy" `[B, X]` of all."""
 
     def chunk(_, xs):
-        logits = _logits(xs[0], unembed, temperature)
+        logits = _logits(xs[0], unembed, temperature, never)
         lse = jax.nn.logsumexp(logits, axis=-1)
         top, ids = jax.lax.top_k(logits, count)
         entropy = lse - jnp.einsum("bcv,bcv->bc", jnp.exp(logits - lse[..., None]), logits)
@@ -156,9 +159,13 @@ def top_tokens(
         return _by_chunks(chunk, None, unembed.shape[0], hidden)[1]
 
 
-def _logits(h, unembed, temperature):
-    """`[B, C, V]` float32."""
-    return constrain(project(h, unembed) / temperature, "batch", None, "vocab")
+def _logits(h, unembed, temperature, never):
+    """`[B, C, V]` float32; those of ids without probability are the lowest number, which is finite."""
+    logits = project(h, unembed) / temperature
+    if never:
+        ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+        logits = jnp.where(jnp.isin(ids, jnp.array(never)), jnp.finfo(logits.dtype).min, logits)
+    return constrain(logits, "batch", None, "vocab")
 
 
 def _statistics(logits, h, target, top, extra):

@@ -78,15 +78,15 @@ class Lora:
 
 
 class Frozen(struct.PyTreeNode):
-    """The base of adapters: weights that are not trained.
+    """Weights that are not trained: the base of adapters, or the vision tower alone.
 
     Attributes:
-      params: the parameter tree.
-      scale: alpha / r of the adapters.
+      params: the parameter tree, or its branch `vision`.
+      scale: alpha / r of the adapters; None without adapters.
     """
 
     params: decoder.Params
-    scale: float = struct.field(pytree_node=False)
+    scale: float | None = struct.field(pytree_node=False)
 
 
 class Adapted(struct.PyTreeNode):
@@ -189,9 +189,11 @@ def abstract_params(config: ModelConfig, lora: Lora) -> decoder.Params:
 
 
 def with_adapters(frozen: Frozen | None, trained: decoder.Params) -> decoder.Params:
-    """Return the tree for the forward pass: the base with its adapters, or `trained` itself if there is no base."""
+    """Return the tree for the forward pass: the base with its adapters, or `trained` with what is frozen beside it."""
     if frozen is None:
         return trained
+    if frozen.scale is None:
+        return {**trained, **frozen.params}
     base = frozen.params["layers"]
     adapted = {name: Adapted(base[name], **ab, scale=frozen.scale) for name, ab in trained["layers"].items()}
     return {**frozen.params, "layers": {**base, **adapted}}

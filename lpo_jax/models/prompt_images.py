@@ -82,23 +82,24 @@ class PromptImages(struct.PyTreeNode):
         """Return what belongs to some prompts, without the rows of the tower. On the host only."""
         return PromptImages(None, self.index[prompts], self.positions[prompts], self.next[prompts])
 
-    def continued(self, prompts: np.ndarray, lengths: np.ndarray, tokens: int) -> "PromptImages":
-        """Return what belongs to sequences that begin with some prompts. On the host only.
+    def extended(self, prompts: np.ndarray, lengths: np.ndarray, size: int) -> "PromptImages":
+        """Return what belongs to sequences of some prompts and their responses, of `size` tokens with padding.
 
         Args:
-          prompts: `[n]` the prompt of each sequence.
+          prompts: `[n]` indices.
           lengths: `[n]` tokens of these prompts.
-          tokens: of each sequence, with its padding.
+          size: at least the longest of `lengths`.
         """
-        own, at = self.take(prompts), np.arange(tokens)
-        width = min(tokens, own.index.shape[1])
-        of_prompt = at < lengths[:, None]  # [n, tokens]
-        index = np.full(of_prompt.shape, NOWHERE, np.int32)
-        index[:, :width] = np.where(of_prompt[:, :width], own.index[:, :width], NOWHERE)
-        positions = np.repeat((at + own.next[:, None])[..., None], 3, -1).astype(np.int32)
-        inside = of_prompt[:, :width, None]
-        positions[:, :width] = np.where(inside, own.positions[:, :width], positions[:, :width])
-        return PromptImages(None, index, positions, own.next)
+        taken, at = self.take(prompts), np.arange(size)
+        source = np.minimum(at, self.index.shape[1] - 1)
+        own = at < lengths[:, None]
+        after = at + taken.next[:, None]
+        return PromptImages(
+            None,
+            np.where(own, taken.index[:, source], NOWHERE).astype(np.int32),
+            np.where(own[..., None], taken.positions[:, source], after[..., None]).astype(np.int32),
+            taken.next,
+        )
 
 
 def expand(

@@ -10,6 +10,7 @@ tokens of a row.
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -24,9 +25,13 @@ from lpo_jax.models.config import ModelConfig
 from lpo_jax.models.head import token_log_probs, top_tokens, weighted_log_probs
 from lpo_jax.models.lora import Frozen, with_adapters
 from lpo_jax.models.placement import constrain_params
+from lpo_jax.models.prompt_images import Images, PromptImages, lay_out
+from lpo_jax.models.rotary import mrope_table
+from lpo_jax.models.vision import ImageTokens
 from lpo_jax.objectives import Teacher, TokenStats
 from lpo_jax.objectives.batch import Field
 from lpo_jax.parallel.sharding import batch_shards, summed, whole
+from lpo_jax.types import PyTree
 
 
 class Groups(struct.PyTreeNode):
@@ -38,6 +43,9 @@ class Groups(struct.PyTreeNode):
       responses: `[P, K, T]`.
       top_ids: `[P, K, T, J]` further tokens to compute log-probs of.
       layout: the packed layout. None: that of responses of T tokens each.
+      pictures: `[P]` array of objects on the host, the images of each prompt (`prompt_images.Images`), which `pack`
+        turns into `images`. None: there are none.
+      images: of the prompts, for the device.
     """
 
     prompts: jax.Array
@@ -45,6 +53,8 @@ class Groups(struct.PyTreeNode):
     responses: jax.Array
     top_ids: jax.Array | None = None
     layout: packing.PackedLayout | None = None
+    pictures: np.ndarray | None = None
+    images: PromptImages | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +80,7 @@ class ModelRunner:
     attention: Attention = "auto"
 
     def pack(self, groups: Groups, mask: np.ndarray, *, rounded: bool = False) -> Groups:
-        """Plan the packed layout of groups on the host.
+        """Plan the packed layout of groups and of their images on the host.
 
         Args:
           groups: the groups.
@@ -82,14 +92,21 @@ class ModelRunner:
         S = groups.prompts.shape[1]
         budget, shards = self.token_budget, batch_shards()
         layout = packing.plan_layout(groups.lengths, sizes, S, T, budget, shards, rounded=rounded)
-        return groups.replace(layout=layout)
+        images = groups.images
+        if groups.pictures is not None:
+            real = np.arange(S) < np.asarray(groups.lengths)[:, None]
+            images = lay_out(self.config, np.asarray(groups.prompts), real, groups.pictures, shards)
+        return groups.replace(layout=layout, pictures=None, images=images)
 
     def rows(self, groups: Groups) -> tuple[packing.PackedLayout, "PackedRows"]:
         """Return the layout of the batch and its rows, with leaves `[M, B, ...]`."""
         (P, S), (_, K, T) = groups.prompts.shape, groups.responses.shape
         layout = groups.layout or packing.full_layout(P, K, S, T, self.token_budget, batch_shards())
         ids = jnp.concatenate([jnp.ravel(groups.prompts), jnp.ravel(groups.responses)])
+        seen, positions = (None, None) if groups.images is None else _image_rows(groups, layout)
         return layout, PackedRows(
+            seen=seen,
+            positions=positions,
             tokens=packing.take(ids, layout.token),
             lengths=jnp.maximum(packing.take(groups.lengths, layout.prompt), 1),
             unpack=layout.unpack,
@@ -102,8 +119,22 @@ class ModelRunner:
             response_size=T,
         )
 
-    def hidden(self, params: decoder.Params, rows: "PackedRows") -> jax.Array:
-        """Compute normed states `[B, C, D]` of all tokens. A prompt is computed once for all of its responses."""
+    def image_outputs(self, params: decoder.Params, groups: Groups) -> jax.Array | None:
+        """Run the vision tower once over the images of all prompts; None if there are none."""
+        if groups.images is None:
+            return None
+        return decoder.image_outputs(self.config, params, groups.images.rows, self.dtype)
+
+    def hidden(
+        self, params: decoder.Params, rows: "PackedRows", outputs: jax.Array | None = None
+    ) -> jax.Array:
+        """Compute normed states `[B, C, D]` of all tokens. A prompt is computed once for all of its responses.
+
+        Args:
+          params: the parameters.
+          rows: of a microbatch.
+          outputs: `image_outputs` of the batch.
+        """
         context = SharedPrefix(
             rows.lengths,
             rows.unpack,
@@ -117,73 +148,100 @@ class ModelRunner:
             self.config,
             params,
             rows.tokens,
-            context.positions(),
+            context.positions() if rows.positions is None else mrope_table(self.config, rows.positions),
             context,
+            images=ImageTokens.of(outputs, rows.seen),
             dtype=self.dtype,
             remat=self.remat,
         )[0]
 
-    def token_stats(self, params: decoder.Params, rows: "PackedRows") -> TokenStats:
-        """Compute the statistics of every response token, `[B, X]` each."""
-        states = rows.predicting(self.hidden(params, rows))
-        unembed, options = decoder.unembedding(params), {"top_ids": rows.top_ids, "extra": self.extra}
-        return TokenStats(**token_log_probs(states, unembed, rows.targets, self.temperature, **options))
+    def token_stats(
+        self, params: decoder.Params, rows: "PackedRows", outputs: jax.Array | None = None
+    ) -> TokenStats:
+        """Compute the statistics of every response token, `[B, X]` each; arguments as in `hidden`."""
+        states, unembed = rows.predicting(self.hidden(params, rows, outputs)), decoder.unembedding(params)
+        return TokenStats(
+            **token_log_probs(states, unembed, rows.targets, self.temperature, **self._options(rows))
+        )
+
+    def _options(self, rows: "PackedRows") -> dict[str, PyTree]:
+        """The options of the head."""
+        return {"top_ids": rows.top_ids, "extra": self.extra, "never": self.config.never_sampled}
 
     def pull_back(
         self, params: decoder.Params, groups: Groups, cotangent: TokenStats, frozen: Frozen | None = None
     ) -> tuple[decoder.Params, TokenStats]:
         """Compute the gradient of the loss (part 3 of a step), and the statistics from the same pass.
 
+        The vision tower runs once, before the microbatches. If it is trained, they yield the gradient of its outputs,
+        which is pulled back through it once, after them.
+
         Args:
           params: the parameters to differentiate by; with `frozen`, the adapters of that base.
           groups: the groups.
           cotangent: d loss / d statistics; None for a statistic that the loss does not depend on.
-          frozen: the base of adapters, or None.
+          frozen: the base of adapters, a frozen vision tower, or None.
 
         Returns:
           The gradient, at least float32, and the statistics `[P, K, T]`; 0 at tokens that are not in the layout.
         """
         layout, rows = self.rows(groups)
         given = {name: layout.to_rows(x) for name, x in vars(cotangent).items() if x is not None}
-        gradient, stats = self.accumulate(params, rows, layout.count, given, frozen)
+        own = {name: x for name, x in params.items() if name != "vision"}
+        if own.keys() == params.keys():
+            outputs = None
+            fixed = frozen, self.image_outputs(with_adapters(frozen, params), groups)
+        else:
+            run = lambda tower: self.image_outputs({"vision": tower}, groups)  # noqa: E731
+            outputs, through_tower = jax.vjp(run, params["vision"])
+            fixed = frozen, None
+        (gradient, of_outputs), stats = self.accumulate((own, outputs), rows, layout.count, given, fixed)
+        if own.keys() != params.keys():
+            cast = lambda g, x: g.astype(x.dtype)  # noqa: E731
+            (of_tower,) = through_tower(jax.tree.map(cast, of_outputs, outputs))
+            widen = lambda g: g.astype(accumulator(g.dtype))  # noqa: E731
+            gradient = {**gradient, "vision": constrain_params(self.config, jax.tree.map(widen, of_tower))}
         return gradient, jax.tree.map(layout.from_rows, TokenStats(**stats))
 
     def accumulate(
         self,
-        params: decoder.Params,
+        trained: tuple[decoder.Params, jax.Array | None],
         rows: "PackedRows",
         count: int | jax.Array,
         given: dict[str, jax.Array],
-        frozen: Frozen | None,
-    ) -> tuple[decoder.Params, dict[str, jax.Array]]:
+        fixed: tuple[Frozen | None, jax.Array | None],
+    ) -> tuple[tuple[decoder.Params, jax.Array | None], dict[str, jax.Array]]:
         """Compute the sum of the gradients of the first `count` microbatches, and their statistics `[M, B, X]`.
+
+        `trained` holds the parameters and `image_outputs` that are differentiated, `fixed` those that are not.
 
         Along `fsdp`, parameters are gathered and gradients reduced layer by layer, as memory requires. Along `data`,
         where devices have whole copies, gradients are reduced once.
         """
 
-        def weighted(params, frozen, rows, given):
-            policy = with_adapters(frozen, params)
-            states, unembed = rows.predicting(self.hidden(policy, rows)), decoder.unembedding(policy)
-            options = {"top_ids": rows.top_ids, "extra": self.extra}
-            return weighted_log_probs(states, unembed, rows.targets, given, self.temperature, **options)
+        def weighted(trained, fixed, rows, given):
+            (params, outputs), (frozen, fixed_outputs) = trained, fixed
+            policy, outputs = with_adapters(frozen, params), fixed_outputs if outputs is None else outputs
+            states = rows.predicting(self.hidden(policy, rows, outputs))
+            head = states, decoder.unembedding(policy), rows.targets, given, self.temperature
+            return weighted_log_probs(*head, **self._options(rows))
 
         def microbatches(weights, batch):
-            params, frozen = weights
+            trained, fixed = weights
             microbatch = lambda i: jax.tree.map(lambda x: jnp.asarray(x)[i], batch)  # noqa: E731
 
             def add(i, sums):
                 total, stats = sums
-                gradient, of_rows = jax.grad(weighted, has_aux=True)(params, frozen, *microbatch(i))
+                gradient, of_rows = jax.grad(weighted, has_aux=True)(trained, fixed, *microbatch(i))
                 total = constrain_params(self.config, jax.tree.map(jnp.add, total, gradient))
                 return total, jax.tree.map(lambda kept, x: kept.at[i].set(x), stats, of_rows)
 
-            zero = jax.tree.map(lambda p: jnp.zeros(p.shape, accumulator(p.dtype)), params)
-            _, shapes = jax.eval_shape(weighted, params, frozen, *microbatch(0))
+            zero = jax.tree.map(lambda p: jnp.zeros(p.shape, accumulator(p.dtype)), trained)
+            _, shapes = jax.eval_shape(weighted, trained, fixed, *microbatch(0))
             stats = jax.tree.map(lambda x: jnp.zeros((len(rows.tokens), *x.shape), x.dtype), shapes)
             return jax.lax.fori_loop(0, count, add, (constrain_params(self.config, zero), stats))
 
-        return summed(microbatches, ("data",), dim=1)((params, frozen), (rows, given))
+        return summed(microbatches, ("data",), dim=1)((trained, fixed), (rows, given))
 
 
 class PackedRows(struct.PyTreeNode):
@@ -197,6 +255,8 @@ class PackedRows(struct.PyTreeNode):
       targets: `[B, X]` ids of the predicted tokens.
       top_ids: `[B, X, J]` further ids to compute log-probs of.
       prompt_size, num_responses, response_size: S, k, T.
+      seen: `[B, C]` the vision tower's output for each token, `packing.NOWHERE` at text; None without images.
+      positions: `[B, C, 3]` time, row and column of each token; None without images.
     """
 
     tokens: jax.Array
@@ -209,6 +269,8 @@ class PackedRows(struct.PyTreeNode):
     prompt_size: int = struct.field(pytree_node=False)
     num_responses: int = struct.field(pytree_node=False)
     response_size: int = struct.field(pytree_node=False)
+    seen: jax.Array | None = None
+    positions: jax.Array | None = None
 
     def predicting(self, hidden: jax.Array) -> jax.Array:
         """Select the states `[B, X, D]` that predict the targets from all states `[B, C, D]`.
@@ -225,11 +287,33 @@ class PackedRows(struct.PyTreeNode):
         return jax.vmap(packing.take)(hidden, at)
 
 
+def picture_array(images: Sequence[Images]) -> np.ndarray | None:
+    """Return the images of P prompts as `Groups.pictures`; None if there are none."""
+    if not any(images):
+        return None
+    pictures = np.empty(len(images), object)
+    for p, row in enumerate(images):
+        pictures[p] = tuple(row)
+    return pictures
+
+
+def _image_rows(groups: Groups, layout: packing.PackedLayout) -> tuple[jax.Array, jax.Array]:
+    """The fields `seen` and `positions` of packed rows, `[M, B, C]` and `[M, B, C, 3]`."""
+    images, (P, K, T) = groups.images, groups.responses.shape
+    text = jnp.full(P * K * T, packing.NOWHERE, jnp.int32)
+    index = jnp.concatenate([jnp.ravel(images.index), text])
+    seen = index.at[layout.token].get(mode="fill", fill_value=packing.NOWHERE)
+    after = (jnp.asarray(groups.lengths) + images.next)[:, None, None] + jnp.arange(T)
+    after = jnp.broadcast_to(after[..., None], (P, K, T, 3)).reshape(-1, 3)
+    return seen, packing.take(jnp.concatenate([images.positions.reshape(-1, 3), after]), layout.token)
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def score(runner: ModelRunner, params: decoder.Params, groups: Groups) -> TokenStats:
     """Compute the trainer's statistics `[P, K, T]` of given responses (part 1 of a step)."""
     layout, rows = runner.rows(groups)
-    stats = jax.lax.map(lambda rows: runner.token_stats(params, rows), rows)
+    outputs = runner.image_outputs(params, groups)
+    stats = jax.lax.map(lambda rows: runner.token_stats(params, rows, outputs), rows)
     return whole(jax.tree.map(layout.from_rows, stats))
 
 
@@ -237,9 +321,12 @@ def score(runner: ModelRunner, params: decoder.Params, groups: Groups) -> TokenS
 def top_k_teacher(runner: ModelRunner, count: int, params: decoder.Params, groups: Groups) -> Teacher:
     """Compute the top `count` tokens at every position of given responses, as a teacher for all of them."""
 
+    outputs = runner.image_outputs(params, groups)
+
     def top_k(rows):
-        states = rows.predicting(runner.hidden(params, rows))
-        return top_tokens(states, decoder.unembedding(params), count, runner.temperature)
+        states = rows.predicting(runner.hidden(params, rows, outputs))
+        head = states, decoder.unembedding(params), count, runner.temperature
+        return top_tokens(*head, runner.config.never_sampled)
 
     layout, rows = runner.rows(groups)
     top = jax.tree.map(layout.from_rows, jax.lax.map(top_k, rows))

@@ -10,7 +10,7 @@ import numpy as np
 
 from lpo_jax import tasks
 from lpo_jax.models.decoder import Params
-from lpo_jax.models.runner import Groups, ModelRunner
+from lpo_jax.models.runner import Groups, ModelRunner, picture_array
 from lpo_jax.objectives import Scored
 from lpo_jax.rollout.batch import Batch
 from lpo_jax.rollout.collect import Rollouts, concatenate
@@ -150,7 +150,8 @@ def make_batch(rollouts: Rollouts, max_tokens: int, progress: float) -> Batch:
         clusters=clusters(rollouts),
         progress=np.float32(progress),
     )
-    return Batch(Groups(rollouts.prompts, rollouts.prompt_lengths, tokens), scored)
+    pictures = picture_array(rollouts.patches)
+    return Batch(Groups(rollouts.prompts, rollouts.prompt_lengths, tokens, pictures=pictures), scored)
 
 
 def clusters(rollouts: Rollouts) -> np.ndarray:

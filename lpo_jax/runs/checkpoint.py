@@ -287,10 +287,18 @@ def load_run(run: str | Path, checkpoint: str = "best") -> tuple[Model, int]:
             if adapters is not None
             else decoder.abstract_params(model_config)
         )
+        freezes = model_config.vision is not None and adapters is None and config.model.vision.freeze
+        if freezes:
+            del trained["vision"]
         params = checkpoints.restore_params(step, placed(model_config, trained))
     if adapters is not None:
         base = load_weights(name, frozen_dtype, current_shardings(model_config))
         params = lora.merge_adapters(lora.with_adapters(lora.Frozen(base, adapters.scale), params))
+    if freezes:
+        params = {
+            **params,
+            "vision": load_weights(name, frozen_dtype, current_shardings(model_config))["vision"],
+        }
     return Model(model_config, params, tokenizer, eos_ids), step
 
 

@@ -168,12 +168,12 @@ class Recorder:
                 self._told[found.name] = step
                 self.progress.log(found.line())
 
-    def finish(self, position: Position, task: str, example_prompt: str) -> None:
+    def finish(self, position: Position, task: str, example_prompt: str | None) -> None:
         """Print the end of a run: evaluations before and after, sample responses, plots, and the next commands.
 
         Args:
           task: its name.
-          example_prompt: for the suggested `lpo sample`.
+          example_prompt: for the suggested `lpo sample`; None suggests none, as `lpo sample` takes no images.
         """
         self.checkpoints.wait()
         if not hosts.is_first():
@@ -194,7 +194,7 @@ class Recorder:
             f"responses    {run}/rollouts, {run}/validation",
             f"checkpoints  latest step {self.checkpoints.latest()}, best step {self.checkpoints.best()}",
             "next",
-            f"  lpo sample {run} {shlex.quote(example_prompt)}",
+            *([] if example_prompt is None else [f"  lpo sample {run} {shlex.quote(example_prompt)}"]),
             f"  lpo eval {run}",
             f"  lpo export {run} {run}/hf",
         )

@@ -23,7 +23,8 @@ class TrainState(struct.PyTreeNode):
       opt_state: of the optimizer; it also counts the updates and the skipped ones.
       control: state of the method's controller; None for a method without one.
       reference: the reference policy that a penalty is measured from, as `params`; None without a penalty.
-      frozen: the base of adapters, shared by policy and reference; None if all parameters are trained.
+      frozen: the base of adapters or a frozen vision tower, shared by policy and reference; None if all parameters are
+        trained.
     """
 
     params: Params

@@ -50,9 +50,7 @@ class ContinuousBatcher(Batcher):
         self.entered = [] if capacity.queued else np.flatnonzero(self.remaining & (self.lengths > 0)).tolist()
         self.members_per_prompt = self.K  # C
         allocate = functools.partial(kv_cache.allocate, self.settings.config, self.settings.dtype)
-        self.prompt_cache = PromptCache(
-            self.prefill, allocate, self.prompts, capacity, self.shards, self.images
-        )
+        self.prompt_cache = PromptCache(self.prefill_prompts, allocate, self.prompts, capacity, self.shards)
         self.response_cache = ResponseCache(allocate, capacity, self._longest())
 
     def _arrange(self) -> None:

@@ -23,7 +23,7 @@ import numpy as np
 from lpo_jax.models import decoder
 from lpo_jax.models.attention import Attention, Causal
 from lpo_jax.models.config import ModelConfig
-from lpo_jax.models.prompt_images import PromptImages, TowerRows
+from lpo_jax.models.prompt_images import PromptImages
 from lpo_jax.models.rotary import mrope_table, rope_table
 from lpo_jax.models.vision import ImageTokens
 from lpo_jax.parallel import sharding
@@ -161,13 +161,13 @@ def prefill(
     tokens: jax.Array,
     lengths: jax.Array,
     images: PromptImages | None = None,
-    seen: jax.Array | None = None,
+    outputs: jax.Array | None = None,
 ) -> KVCache:
     """Computes the keys and values of prompts `tokens [U, S]` with `lengths [U]`.
 
     Args:
       images: of these prompts; None: there are none.
-      seen: `image_outputs` of all prompts.
+      outputs: `decoder.image_outputs` of all prompts.
     """
     tokens = sharding.constrain(tokens, "batch", None)
     U, S = tokens.shape
@@ -175,19 +175,11 @@ def prefill(
     positions = jnp.broadcast_to(jnp.arange(S), (U, S))
     context = Causal(valid, positions, keep=True, attention=attention)
     no_kv = [None] * config.num_layers
-    rope, shown = rope_table(config, positions), None
+    rope, seen = rope_table(config, positions), None
     if images is not None:
-        rope, shown = mrope_table(config, images.positions), ImageTokens.of(seen, images.index)
-    _, kept = decoder.forward(config, weights, tokens, rope, context, no_kv, shown, dtype=dtype)  # type: ignore[arg-type]
+        rope, seen = mrope_table(config, images.positions), ImageTokens.of(outputs, images.index)
+    _, kept = decoder.forward(config, weights, tokens, rope, context, no_kv, seen, dtype=dtype)  # type: ignore[arg-type]
     return [(jnp.transpose(k, (0, 2, 3, 1)), jnp.swapaxes(v, 1, 2)) for k, v in kept]
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def image_outputs(
-    config: ModelConfig, dtype: np.dtype, weights: decoder.Params, rows: TowerRows
-) -> jax.Array | None:
-    """Runs the vision tower over the images of all prompts."""
-    return decoder.image_outputs(config, weights, rows, dtype)
 
 
 class PromptPrefill:
@@ -199,22 +191,17 @@ class PromptPrefill:
       index: where in its shard's part of `kv` each prompt is; callers remove what they have copied.
 
     Args:
-      prefill: computes the keys and values of `(tokens [n, S], lengths [n], images)`.
-      prompts: P of them.
-      images: of the prompts; None: there are none.
+      prefill: computes the keys and values of the prompts with the indices `[n]`.
       size: as the attribute.
     """
 
     def __init__(
         self,
-        prefill: Callable[[np.ndarray, np.ndarray, PromptImages | None], KVCache],
-        prompts: PromptBatch,
-        images: PromptImages | None,
+        prefill: Callable[[np.ndarray], KVCache],
         size: int,
         shards: int,
     ):
-        self._prefill, self._prompts, self._images = prefill, prompts, images
-        self.size, self._shards = size, shards
+        self._prefill, self.size, self._shards = prefill, size, shards
         self.kv: KVCache | None = None
         self.index: dict[int, int] = {}
 
@@ -235,12 +222,7 @@ class PromptPrefill:
             row[: len(coming)] = coming
             self.index |= {prompt: i for i, prompt in enumerate(coming)}
         self.kv = None  # freed before the next one is computed
-        self.kv = self.of(batch.ravel())
-
-    def of(self, prompts: np.ndarray) -> KVCache:
-        """Computes the keys and values of some prompts."""
-        images = None if self._images is None else self._images.take(prompts)
-        return self._prefill(self._prompts.tokens[prompts], self._prompts.lengths[prompts], images)
+        self.kv = self._prefill(batch.ravel())
 
 
 class PromptCache:
@@ -251,29 +233,27 @@ class PromptCache:
       prompt_of: `[U]` the prompt in each entry, or EMPTY.
 
     Args:
-      prefill: computes the keys and values of `(tokens [n, S], lengths [n], images)`.
+      prefill: computes the keys and values of the prompts with the indices `[n]`.
       allocate: makes a cache of `(sequences, tokens)`.
       prompts: P of them. All are prefilled at once unless the capacity says that rows are queued.
-      images: of the prompts; None: there are none.
     """
 
     def __init__(
         self,
-        prefill: Callable[[np.ndarray, np.ndarray, PromptImages | None], KVCache],
+        prefill: Callable[[np.ndarray], KVCache],
         allocate: Callable[[int, int], KVCache],
         prompts: PromptBatch,
         capacity: Capacity,
         shards: int,
-        images: PromptImages | None = None,
     ):
         self._prompts, self._shards = prompts, shards
-        self._prefilled = PromptPrefill(prefill, prompts, images, capacity.prefill_batch, shards)
+        self._prefilled = PromptPrefill(prefill, capacity.prefill_batch, shards)
         if capacity.queued:
             self.kv = allocate(capacity.prompts, prompts.tokens.shape[1])
             self.prompt_of = np.full(capacity.prompts, EMPTY)
         else:
             self.prompt_of = np.arange(len(prompts.lengths))
-            self.kv = self._prefilled.of(self.prompt_of)
+            self.kv = prefill(self.prompt_of)
 
     def insert(self, entries: dict[int, tuple[int, int]], queues: Sequence[Iterable[int]]) -> None:
         """Writes at most one prompt per shard into the cache.

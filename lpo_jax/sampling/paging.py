@@ -46,7 +46,7 @@ class PagedBatcher(Batcher):
             )
         ]
         batch = self.shards * max(1, self.size.slots // K)  # prompts whose rows fill the slots
-        self.prompt_prefill = PromptPrefill(self.prefill, self.prompts, self.images, batch, self.shards)
+        self.prompt_prefill = PromptPrefill(self.prefill_prompts, batch, self.shards)
         config, dtype = self.settings.config, self.settings.dtype
         self.pool = page_pool.allocate_pool(config, dtype, self.shards * self.size.pages, self.size.page_size)
 

@@ -9,6 +9,7 @@ import collections
 import functools
 from collections.abc import Callable, Iterable, Sequence
 
+import jax
 import numpy as np
 
 from lpo_jax.models import decoder
@@ -24,6 +25,8 @@ from lpo_jax.sampling.stop_strings import StopFinder
 
 PREFILL_ROWS = 8  # most rows of each shard whose earlier tokens are prefilled together
 IDLE = 16  # while rows are queued, one slot in so many may be idle before `decode` returns to have it filled
+
+_image_outputs = jax.jit(decoder.image_outputs, static_argnums=(0, 3))
 
 
 class Batcher(abc.ABC):
@@ -89,11 +92,11 @@ class Batcher(abc.ABC):
             kv_cache.prefill, settings.config, settings.dtype, settings.attention, weights
         )
         self.images = images
-        # What the position of a response differs by from its index in the sequence.
+        # How much further on than its index in the sequence a response token's position is.
         self.shift = np.zeros(P, np.int32) if images is None else images.next
         if images is not None:
-            seen = kv_cache.image_outputs(settings.config, settings.dtype, weights, images.rows)
-            self.prefill = functools.partial(self.prefill, seen=seen)
+            outputs = _image_outputs(settings.config, weights, images.rows, settings.dtype)
+            self.prefill = functools.partial(self.prefill, outputs=outputs)
 
     def run(self) -> Responses:
         """Samples all required rows to their end, and others as far as they come. Returns all of them."""
@@ -137,6 +140,11 @@ class Batcher(abc.ABC):
         """`[shards, ...]` view of an array over slots or cached prompts."""
         return x.reshape(self.shards, -1)
 
+    def prefill_prompts(self, prompts: np.ndarray) -> KVCache:
+        """Computes the keys and values of the prompts with these indices."""
+        images = None if self.images is None else self.images.take(prompts)
+        return self.prefill(self.prompts.tokens[prompts], self.prompts.lengths[prompts], images)
+
     def _tokens_left(self) -> int:
         """The number of tokens that an active row may still draw, maximum over rows."""
         rows = self.row_of[self._active_slots()]
@@ -161,7 +169,7 @@ class Batcher(abc.ABC):
             images = None
             if self.images is not None:
                 prompts = np.maximum(batch, 0) // self.K
-                images = self.images.continued(prompts, self.prompts.lengths[prompts], tokens.shape[1])
+                images = self.images.extended(prompts, self.prompts.lengths[prompts], tokens.shape[1])
             self._insert_rows(batch, self.prefill(tokens, lengths, images), lengths)
 
     def _sequence(self, row: int) -> list[int]:

@@ -98,17 +98,14 @@ class Sampler:
             shards = sharding.batch_shards()
             index = _shard_order(P, ahead.rounds, at_least, shards)
             of_batch = functools.partial(_take, index)
-            given, prompts = (
-                prompts,
-                PromptBatch(
-                    of_batch(np.asarray(prompts.tokens, np.int32)),
-                    of_batch(np.asarray(prompts.lengths, np.int32), 1),
-                    of_batch(np.asarray(prompts.ids, np.uint32)),
-                ),
+            pictures, images = prompts.images, None
+            prompts = PromptBatch(
+                of_batch(np.asarray(prompts.tokens, np.int32)),
+                of_batch(np.asarray(prompts.lengths, np.int32), 1),
+                of_batch(np.asarray(prompts.ids, np.uint32)),
             )
-            images = None
-            if any(given.images):
-                shown = [given.images[p] if p >= 0 else () for p in index]
+            if any(pictures):
+                shown = [pictures[p] if p >= 0 else () for p in index]
                 mask = np.arange(prompts.tokens.shape[1]) < prompts.lengths[:, None]
                 images = lay_out(self.config, prompts.tokens, mask, shown, shards)
             # K is the shape of `keys`; everything that changes without a new program is a traced argument.

@@ -54,7 +54,7 @@ def prompt_ids(ids: Sequence[Sequence[int]], images: Sequence[Images] = ()) -> n
     seen: collections.Counter[tuple[object, ...]] = collections.Counter()
     identities = []
     for tokens, shown in zip(ids, images or [()] * len(ids)):
-        row = (*tokens, *(image.digest for image in shown))
+        row: tuple[int | str, ...] = (*tokens, *(image.digest for image in shown))
         digest = hashlib.sha256(f"{seen[row]} {row}".encode()).digest()
         identities.append(int.from_bytes(digest[:4], "little"))
         seen[row] += 1

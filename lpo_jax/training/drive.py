@@ -10,6 +10,7 @@ from lpo_jax.runs.directory import VERIFIER_FAILED
 from lpo_jax.runs.recorder import Recorder
 from lpo_jax.runs.signals import Interrupted
 from lpo_jax.runs.state import Position, TrainState
+from lpo_jax.tasks.images import row_images
 from lpo_jax.training import measure
 from lpo_jax.training.session import Session
 
@@ -42,8 +43,10 @@ def drive(
             recorder.checkpoints.wait()
             raise
     task = session.environment.task
-    prompt = task.prompt(session.environment.heldout_rows[0])
-    recorder.finish(position, task.name, prompt if isinstance(prompt, str) else prompt[-1]["content"])
+    row = session.environment.heldout_rows[0]
+    prompt = task.prompt(row)
+    example = None if row_images(row) else prompt if isinstance(prompt, str) else prompt[-1]["content"]
+    recorder.finish(position, task.name, example)
 
 
 def restore(session: Session, recorder: Recorder, abstract_state: TrainState) -> Position | None:

@@ -42,9 +42,10 @@ def round_features(
     def chunk(xs):
         rows, weight, prompts = xs  # prompts [B, p, S]
         B, p = rows.lengths.shape
-        hidden = runner.hidden(params, rows)
+        hidden = runner.hidden(params, rows, outputs)
         states = rows.predicting(hidden)
-        entropy = token_log_probs(states, unembed, rows.targets, runner.temperature)["entropy"]
+        head = states, unembed, rows.targets, runner.temperature
+        entropy = token_log_probs(*head, never=runner.config.never_sampled)["entropy"]
         response = jnp.arange(p * rows.num_responses)[:, None] == rows.place[:, None] // T  # [B, p k, X]
         own = _sum(jnp.where(response, weight[:, None], 0), states).reshape(B, p, rows.num_responses, -1)
         padded = hidden if rows.unpack is None else jax.vmap(take)(hidden, rows.unpack)
@@ -64,6 +65,7 @@ def round_features(
         )
 
     layout, rows = runner.rows(groups)
+    outputs = runner.image_outputs(params, groups)
     xs = rows, layout.to_rows(weight), take(groups.prompts, layout.prompt)
     entropy, *of_response = jax.lax.map(chunk, xs)
     own, prompt, sure = (layout.responses_from_rows(x) for x in of_response)

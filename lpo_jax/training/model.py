@@ -42,11 +42,25 @@ class TrainedModel:
         return lora.configured(self.config.model.lora)
 
     @property
+    def freezes_tower(self) -> bool:
+        """Whether the decoder is trained and the vision tower is not."""
+        has_tower = self.architecture.vision is not None
+        return has_tower and self.adapters is None and self.config.model.vision.freeze
+
+    @property
     def trainable(self) -> Params:
-        """Shapes and types of what the optimizer updates: the adapters, or all parameters."""
-        if self.adapters is None:
-            return abstract_params(self.architecture)
-        return lora.abstract_params(self.architecture, self.adapters)
+        """Shapes and types of what the optimizer updates: the adapters, or all parameters that are not frozen."""
+        if self.adapters is not None:
+            return lora.abstract_params(self.architecture, self.adapters)
+        return without_tower(abstract_params(self.architecture), self.freezes_tower)
+
+    @property
+    def abstract_frozen(self) -> lora.Frozen | None:
+        """Shapes and types of what the optimizer does not update; None if that is nothing."""
+        whole = abstract_params(self.architecture, self.config.model.frozen_dtype)
+        if self.adapters is not None:
+            return lora.Frozen(whole, self.adapters.scale)
+        return lora.Frozen({"vision": whole["vision"]}, None) if self.freezes_tower else None
 
     @property
     def num_params(self) -> int:
@@ -61,7 +75,9 @@ class TrainedModel:
         return load_weights(self.config.model.path, dtype, where)
 
     def load_frozen(self) -> lora.Frozen | None:
-        """The frozen base of the run's adapters; None if all weights are trained."""
+        """What the run does not train: the base of its adapters or the vision tower; None if it trains all weights."""
+        if self.freezes_tower:
+            return lora.Frozen({"vision": self.load_params(self.config.model.frozen_dtype)["vision"]}, None)
         if self.adapters is None:
             return None
         return lora.Frozen(self.load_params(self.config.model.frozen_dtype), self.adapters.scale)
@@ -69,7 +85,8 @@ class TrainedModel:
     def load_state(self) -> TrainState:
         """The initial model without an optimizer: float32 weights, or a frozen base with fresh adapters."""
         if self.adapters is None:
-            return TrainState(self.load_params(), None)
+            params = without_tower(self.load_params(), self.freezes_tower)
+            return TrainState(params, None, frozen=self.load_frozen())
         fresh = lora.init(self.architecture, self.adapters, jax.random.key(self.config.seed))
         return TrainState(fresh, None, frozen=self.load_frozen())
 
@@ -77,8 +94,7 @@ class TrainedModel:
     def microbatch(self) -> Microbatch:
         """The size of a microbatch; decided once, so that a run compiles one program."""
         state = STATE_BYTES * sum(leaf.size for leaf in jax.tree.leaves(self.trainable))
-        if self.adapters is not None:
-            state += self.num_params * jnp.dtype(self.config.model.frozen_dtype).itemsize
+        state += sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.abstract_frozen))
         return fit_microbatch(self.config, self.architecture, state)
 
     def runner(self, temperature: float, objective: Objective | None = None) -> ModelRunner:
@@ -115,9 +131,11 @@ class TrainedModel:
 
     def abstract_state(self, optimizer: Optimizer, objective: Objective | None = None) -> TrainState:
         """Shapes, types and shardings of a train state, to restore or to plan one."""
-        state, adapters = TrainState(self.trainable, None), self.adapters
-        if adapters is not None:
-            base = abstract_params(self.architecture, self.config.model.frozen_dtype)
-            state = state.replace(frozen=lora.Frozen(base, adapters.scale))
+        state = TrainState(self.trainable, None, frozen=self.abstract_frozen)
         start = lambda s: self.start(s, optimizer, objective)  # noqa: E731
         return placed(self.architecture, jax.eval_shape(start, state))
+
+
+def without_tower(params: Params, freezes: bool) -> Params:
+    """Return the parameters without those of the vision tower, if it is frozen."""
+    return {name: x for name, x in params.items() if not (freezes and name == "vision")}

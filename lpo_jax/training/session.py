@@ -16,6 +16,7 @@ from lpo_jax.errors import UserError
 from lpo_jax.evaluation.heldout import Evaluation, evaluate_rows
 from lpo_jax.models import lora
 from lpo_jax.models.attention import uses_kernels
+from lpo_jax.models.config import ModelConfig
 from lpo_jax.models.decoder import Params
 from lpo_jax.models.load import load_config_and_tokenizer
 from lpo_jax.models.placement import model_sizes
@@ -73,6 +74,7 @@ def open_session(config: Config) -> Iterator[Session]:
         raise UserError(f"{config.model.path}: has no tokenizer")
     if (adapters := lora.configured(config.model.lora)) is not None:
         adapters.check(model)
+    check_vision(config, model)
     sizes, mesh = open_mesh(config, model_sizes(model))
     if config.model.attention == "pallas" and jax.default_backend() != "tpu":
         raise UserError(
@@ -101,3 +103,28 @@ def _check_pages(config: Config, shards: int) -> None:
         raise UserError(
             "sampling.kv_tokens: the KV cache is in pages with the kernels for TPUs only; set it to 0 here"
         )
+
+
+def check_vision(config: Config, model: ModelConfig) -> None:
+    """Refuse settings of a vision tower that cannot be followed.
+
+    Raises:
+      UserError: the model has no tower to train, a tower is to be trained beside adapters, or it is random and frozen.
+    """
+    freeze = config.model.vision.freeze
+    if model.vision is None:
+        if not freeze:
+            raise UserError(
+                f"model.vision.freeze=false: {config.model.path} reads text only; remove it or take a vision model"
+            )
+        return
+    if not freeze and config.model.lora.rank:
+        raise UserError(
+            "model.vision.freeze=false: with model.lora the tower is always frozen; set model.lora.rank=0 or freeze it"
+        )
+    if freeze and config.model.init == "random":
+        raise UserError(
+            "model.init=random draws the vision tower too, which must then be trained: set model.vision.freeze=false"
+        )
+    if config.sampling.ahead:
+        raise UserError("sampling.ahead is not available to vision models; set sampling.ahead=0")

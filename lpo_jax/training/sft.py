@@ -17,9 +17,9 @@ import numpy as np
 from lpo_jax import reporting, tasks
 from lpo_jax.config import Config
 from lpo_jax.errors import UserError
-from lpo_jax.models.runner import Groups
+from lpo_jax.models.runner import Groups, picture_array
 from lpo_jax.objectives import TokenStats
-from lpo_jax.rollout.encode import encode_prompt, encode_solution
+from lpo_jax.rollout.encode import encode_images, encode_prompt, encode_solution
 from lpo_jax.runs.directory import RunDirectory
 from lpo_jax.runs.recorder import Recorder, open_writer
 from lpo_jax.runs.signals import Signals
@@ -120,7 +120,8 @@ def supervised_batch(session: Session, rows: Sequence[tasks.Row]) -> tuple[Group
     responses, mask = np.zeros(shape, np.int32), np.zeros(shape, bool)
     for p, ids in enumerate(solutions):
         responses[p, 0, : len(ids)], mask[p, 0, : len(ids)] = ids, True
-    return Groups(prompts, lengths, responses), mask
+    pictures = picture_array([encode_images(tokenizer, row) for row in rows])
+    return Groups(prompts, lengths, responses, pictures=pictures), mask
 
 
 def check_solutions(session: Session) -> None:

@@ -12,7 +12,10 @@ from tiny import vision_tokenizer
 
 from lpo_jax import load_model
 from lpo_jax.errors import UserError
-from lpo_jax.sampling import Sampler, pages, paging
+from lpo_jax.models.prompt_images import expand
+from lpo_jax.sampling import Ahead, PromptBatch, Responses, Sampler, SampleRequest, pages, paging
+from lpo_jax.sampling.padding import pad_prompts
+from lpo_jax.sampling.text import encode, prompt_ids
 
 GOLDEN = Path(__file__).parents[1] / "models" / "golden"
 
@@ -89,6 +92,30 @@ def test_rows_set_aside_continue_behind_their_images(model, generated, monkeypat
     assert resumed
     np.testing.assert_array_equal(paged.tokens, generated.tokens)
     np.testing.assert_allclose(paged.log_probs, generated.log_probs, atol=2e-4)
+
+
+def test_rows_that_go_on_read_their_images_again(model, generated):
+    """Rows with tokens of an earlier call are prefilled behind their prompts and images."""
+    vision = model.config.vision
+    cut = [[vision.processor.patches(image) for image in row] for row in IMAGES]
+    ids = [
+        expand(vision, encode(model.tokenizer, prompt), [image.grid for image in row])
+        for prompt, row in zip(PROMPTS, cut)
+    ]
+    lengths = np.minimum(generated.lengths, 4)
+    begun = np.arange(generated.tokens.shape[-1]) < lengths[..., None]
+    kept = [np.where(begun, x, 0) for x in (generated.tokens, generated.log_probs, generated.entropies)]
+    ended = generated.finished & (generated.lengths <= 4)
+    started = Responses(*kept, begun * 0, lengths, ended, np.zeros(lengths.shape, np.float32))
+    sampler = Sampler(model.config, model.eos_ids)
+    found = sampler(
+        sampler.prepare(model.params),
+        PromptBatch(*pad_prompts(ids, 200), prompt_ids(ids, cut), cut),
+        SampleRequest(3, 12, seed=3),
+        ahead=Ahead(1, np.zeros(len(ids), np.uint32), started),
+    )
+    np.testing.assert_array_equal(found.tokens, generated.tokens)
+    np.testing.assert_allclose(found.log_probs, generated.log_probs, atol=2e-4)
 
 
 def test_images_change_the_responses(model, generated):
