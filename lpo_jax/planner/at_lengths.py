@@ -90,27 +90,25 @@ def at_lengths(
         sampled = simulate_slots(padded, size, shards)
     reserved = occurring(sampled, whole)
     found = []
-    for paged in _in_pages(work, setting, by_name["decode"].temporary) if work.kernels else ():
+    for paged in _in_pages(work, setting) if work.kernels else ():
         sampled = simulate_pages(padded, paged.pool(work), work.S - 1, shards)
         found.append(occurring(sampled, paged))
     return AtLengths(reserved, min(found, key=lambda one: one.step_seconds) if found else None)
 
 
-def _in_pages(work: Workload, setting: Setting, temporary: float) -> Iterator[Setting]:
+def _in_pages(work: Workload, setting: Setting) -> Iterator[Setting]:
     """Settings whose KV cache holds fewer tokens than all of their rows may have, in the memory of the given one's.
 
     More rows need more temporaries, which leave less memory for tokens. Settings that do not hold the longest row are
     left out. If the given setting has `kv_tokens`, it is the only one.
-
-    Args:
-      temporary: bytes of temporaries of the given setting's decode phase.
     """
     if setting.kv_tokens:
         yield setting
         return
-    memory = roofline.standing(work, setting)["keys and values"]
+    used = lambda setting: roofline.decode_temporaries(work, setting)  # noqa: E731
+    memory = roofline.standing(work, setting)["keys and values"] + used(setting)
     for more in sorted({min(more * setting.rows, work.P * work.K) for more in MORE_ROWS}):
-        left = memory - (more / setting.rows - 1) * temporary
+        left = memory - used(dataclasses.replace(setting, rows=more))
         tokens = int(left * setting.mesh.devices / roofline.kv_bytes(work))
         prompts = max(1, more // work.K) * work.S  # prefilled next
         paged = dataclasses.replace(setting, rows=more, kv_tokens=max(tokens - prompts, 1))

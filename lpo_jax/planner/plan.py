@@ -188,8 +188,10 @@ def settings(config: Config, work: Workload, target: Topology) -> Iterator[Setti
     """Yield candidate settings: all meshes of the slice, some token budgets, remat or not, all rows or fewer."""
     model = model_sizes(work.model)
     n = config.mesh.devices or target.num_devices
-    group, one = work.S + work.K * work.T, work.S + work.T
-    budgets = sorted({one, max(group // 2, one), group, 2 * group, 4 * group})
+    # A prompt with all, half, a quarter or one of its responses: it runs once with each part.
+    split = lambda parts: work.S + -(-work.K // parts) * work.T  # noqa: E731
+    group = split(1)
+    budgets = sorted({split(work.K), split(4), split(2), group, 2 * group, 4 * group})
     for tensor, fsdp in itertools.product(meshes.divisors(min(n, 8)), meshes.divisors(n)):
         if n % (tensor * fsdp):
             continue

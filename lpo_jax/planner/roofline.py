@@ -272,6 +272,19 @@ def decode_reads(work: Workload, setting: Setting) -> float:
     return prompts * (work.S + work.K * work.mean_cached) * kv_bytes(work) / setting.mesh.decode_tensor
 
 
+def decode_temporaries(work: Workload, setting: Setting) -> float:
+    """Return the bytes of the activations and logits of a decode step on a device."""
+    rows = math.ceil(setting.rows / work.K / setting.decode_shards) * work.K
+    logits = LOGIT_COPIES * FULL * work.model.vocab_size / setting.mesh.decode_tensor
+    return rows * (work.itemsize * _activations(work, setting) + logits)
+
+
+def _activations(work: Workload, setting: Setting) -> float:
+    """The activations of one token in a layer while sampling."""
+    m = work.model
+    return 4 * m.width + (2 * m.num_heads * m.head_width + 3 * m.ffn_width) / setting.mesh.decode_tensor
+
+
 def kv_bytes(work: Workload) -> int:
     """Return the bytes of the keys and values of one token in all layers."""
     m = work.model
@@ -316,14 +329,13 @@ def _sampling_phases(work: Workload, setting: Setting) -> Iterator[StepPhase]:
     """Layout, prefill and decode: a device has all weights or a part of each, and some prompts with their rows."""
     m, sizes, mesh = work.model, Sizes.of(work.model), setting.mesh
     D, L, K, S, item = m.width, m.num_layers, work.K, work.S, work.itemsize
-    heads = m.num_heads * m.head_width
     *parameters, weights, stored = standing(work, setting).values()
     state = sum(parameters)
     parts = mesh.decode_tensor
     prompts = math.ceil(setting.rows / K / setting.decode_shards)
     rows, waves = prompts * K, setting.waves(work)
     read = decode_reads(work, setting)
-    width = 4 * D + (2 * heads + 3 * m.ffn_width) / parts  # activations of one token in a layer
+    width = _activations(work, setting)
     sums = lambda tokens, turns=1: (Exchange("all-reduce", tokens * D * item, parts, 2 * L * turns),)  # noqa: E731
     moved = (Exchange("all-gather", weights / L, mesh.fsdp, 1),)
     yield StepPhase("layout", L, 0.0, 3 * weights / L, state + weights, weights / L, moved)
@@ -343,7 +355,7 @@ def _sampling_phases(work: Workload, setting: Setting) -> Iterator[StepPhase]:
         products + phase_attention(work, setting, "decode"),
         work.call_tokens * (weights + read),
         state + weights + stored,
-        rows * (item * width + LOGIT_COPIES * FULL * m.vocab_size / parts),
+        decode_temporaries(work, setting),
         sums(rows, work.call_tokens),
     )
 
