@@ -242,6 +242,11 @@ class MeshSection(_Strict):
     fsdp: NonNegative = _option(0, "Shards of the batch and of every parameter. 0 derives the number.")
     tensor: NonNegative = _option(0, "Shards of heads, feed-forward and vocabulary. 0 derives the number.")
     devices: NonNegative = _option(0, "Number of devices to use. 0 uses all.")
+    decode_tensor: NonNegative = _option(
+        0,
+        "Devices that every weight is split over while sampling: more of them read fewer weights and exchange more. "
+        "0 derives the smallest number that leaves memory for the KV cache.",
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,11 +3,11 @@
 import argparse
 import json
 import sys
+from typing import Any
 
 from lpo_jax.commands.parsers import CommandParser
 from lpo_jax.errors import UserError
 from lpo_jax.planner import topology
-from lpo_jax.types import Json
 
 DOES_NOT_FIT = 3  # exit status
 
@@ -20,6 +20,12 @@ def add_arguments(command: CommandParser) -> None:
         required=True,
         metavar="CHIP:SHAPE",
         help=f"such as v5p:4x4x4 or h100:8; chips: {', '.join(topology.CHIPS)} (GPUs are estimated without compiling)",
+    )
+    command.add_argument(
+        "--lengths",
+        metavar="LENGTHS",
+        help="response lengths to plan for, beside full length: mean=1024,sigma=1.0 (log-normal, cut at "
+        "sampling.max_tokens) or a run directory, whose recorded lengths are taken",
     )
     text = "plan only the config; suggest no better settings"
     command.add_argument("--no-suggest", dest="suggest", action="store_false", help=text)
@@ -35,7 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Run `lpo plan` and return the exit status, which is `DOES_NOT_FIT` if the config does not fit.
 
     Raises:
-      UserError: the topology is unknown, the config or mesh is invalid, or libtpu is missing.
+      UserError: the topology is unknown, the config, mesh or response lengths are invalid, or libtpu is missing.
     """
     target = topology.parse_topology(arguments.topology)
     import jax
@@ -43,12 +49,17 @@ def run(arguments: argparse.Namespace) -> int:
     jax.config.update("jax_platforms", "cpu")  # planning opens no accelerator, even if there is one
     from lpo_jax.config import load_config
     from lpo_jax.models.load import load_config_and_tokenizer
+    from lpo_jax.planner.lengths import response_lengths
     from lpo_jax.planner.plan import plan, to_json
     from lpo_jax.planner.plan_text import show
     from lpo_jax.training.check import check_config
 
     config = load_config(arguments.config, arguments.overrides)
     objective = check_config(config)
+    sampling, prompts = config.sampling, config.training.prompts_per_step
+    lengths = arguments.lengths and response_lengths(
+        arguments.lengths, prompts, sampling.num_responses, sampling.max_tokens
+    )
     if target.chip.kind == "tpu":
         topology.tpu_devices(target)  # report a missing libtpu before loading a model
     model, _, eos_ids = load_config_and_tokenizer(config.model.path)
@@ -62,7 +73,12 @@ def run(arguments: argparse.Namespace) -> int:
     def report(line: str) -> None:
         print(f"lpo: {line}", file=sys.stderr, flush=True)
 
-    options: dict[str, Json] = {"suggest": arguments.suggest, "whole": arguments.whole, "report": report}
+    options: dict[str, Any] = {
+        "lengths": lengths,
+        "suggest": arguments.suggest,
+        "whole": arguments.whole,
+        "report": report,
+    }
     result = plan(config, target, model, eos_ids, objective, **options)
     if arguments.json:
         print(json.dumps(to_json(result), indent=2))

@@ -21,6 +21,8 @@ Axes: P prompts · K responses · S prompt tokens · T response tokens · M micr
 C tokens of a packed row · p splits of a row · k responses of a split · X predicted tokens of a row.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -118,9 +120,9 @@ def plan_layout(
     lengths, sizes = np.asarray(lengths), np.asarray(response_lengths)
     P, K = sizes.shape
     splits, k, rows = _best(lengths, sizes, S, T, token_budget, shards, extra_splits)
-    p, count, steps = max(1, *map(len, rows)), sum(map(bool, rows[::shards])), (8, 4)
+    p, k, count = _padded(rows, k, K, shards, rounded)
+    steps = (2, 2) if rounded else (8, 4)
     if rounded:
-        p, k, steps = stepped(p, 1, least=1), min(stepped(k, 2, least=1), K), (2, 2)
         rows = rows + [[]] * (shards * stepped(len(rows) // shards, 1, least=1) - len(rows))
     R = len(rows)
 
@@ -141,7 +143,7 @@ def plan_layout(
     real, token = real.reshape(R, -1), np.where(real, token, NOWHERE).reshape(R, -1)
 
     most = int(real.sum(-1).max())
-    pack = _compressed(real, min(stepped(most, steps[0]), max(token_budget, most)))
+    pack = _compressed(real, _row_size(most, steps[0], token_budget))
     C = real.shape[1] if pack is None else pack.shape[1]
     own, source = own.reshape(R, -1), source.reshape(R, -1)
     place = _compressed(own, min(stepped(int(own.sum(-1).max()), steps[1]), C))
@@ -170,6 +172,44 @@ def full_layout(P: int, K: int, S: int, T: int, token_budget: int, shards: int =
     return plan_layout(np.full(P, S), np.full((P, K), T), S, T, token_budget, shards, extra_splits=(0,))
 
 
+@dataclasses.dataclass(frozen=True)
+class PackedSize:
+    """The sizes of a layout without its indices.
+
+    Attributes:
+      microbatches: the number of microbatches that run.
+      tokens: C, tokens of a packed row.
+      padded: tokens of a padded row, the form that attention runs on.
+      splits: splits of all rows together; a prompt runs once with each of its splits.
+    """
+
+    microbatches: int
+    tokens: int
+    padded: int
+    splits: int
+
+
+def packed_size(
+    lengths: np.ndarray,
+    response_lengths: np.ndarray,
+    S: int,
+    T: int,
+    token_budget: int,
+    shards: int = 1,
+    *,
+    extra_splits: tuple[int, ...] = (0, 1),
+    rounded: bool = False,
+) -> PackedSize:
+    """Return the sizes of the layout that `plan_layout` plans from the same arguments, in a fraction of its time."""
+    lengths, sizes = np.asarray(lengths), np.asarray(response_lengths)
+    splits, k, rows = _best(lengths, sizes, S, T, token_budget, shards, extra_splits)
+    p, k, count = _padded(rows, k, sizes.shape[1], shards, rounded)
+    tokens = [lengths[group] + sizes[group, chosen].sum() for group, chosen in splits]
+    most, padded = max(sum(int(tokens[split]) for split in row) for row in rows), p * (S + k * T)
+    packed = _row_size(most, 2 if rounded else 8, token_budget)
+    return PackedSize(count, min(packed, padded), padded, len(splits))
+
+
 def full_splits(K: int, S: int, T: int, token_budget: int) -> int:
     """Return the number of splits of a group in `full_layout`."""
     return -(-K // min(max((token_budget - S) // T, 1), K))
@@ -180,6 +220,17 @@ def stepped(n: int, steps: int = 8, least: int = 16) -> int:
     n = max(n, 1)
     step = max(least, (1 << n.bit_length() - 1) // steps)
     return -(-n // step) * step
+
+
+def _padded(rows: list[list[int]], k: int, K: int, shards: int, rounded: bool) -> tuple[int, int, int]:
+    """Return p and k as they are padded, and the number of microbatches with tokens."""
+    p, count = max(1, *map(len, rows)), sum(map(bool, rows[::shards]))
+    return (stepped(p, 1, least=1), min(stepped(k, 2, least=1), K), count) if rounded else (p, k, count)
+
+
+def _row_size(most: int, steps: int, token_budget: int) -> int:
+    """Return C for rows of at most `most` real tokens."""
+    return min(stepped(most, steps), max(token_budget, most))
 
 
 def _best(lengths, sizes, S, T, budget, shards, extra_splits) -> tuple[list[Split], int, list[list[int]]]:

@@ -76,7 +76,8 @@ def choose_mesh(
       weight_bytes: bytes of one parameter while sampling.
 
     Raises:
-      UserError: the product of the given axes is not the number of devices, or they do not divide heads or prompts.
+      UserError: the product of the given axes is not the number of devices, or they do not divide heads or prompts,
+        or the decode tensor axis does not divide devices and heads.
     """
     asked = (given.data, given.fsdp, given.tensor)
     if any(asked):
@@ -84,7 +85,13 @@ def choose_mesh(
         _check(sizes, devices, model, prompts)
     else:
         sizes = next(s for n in range(devices, 0, -1) if (s := _derive(n, model, prompts, memory)))
-    return dataclasses.replace(sizes, decode_tensor=_decode_tensor(sizes, model, memory, weight_bytes))
+    decode_tensor = given.decode_tensor or _decode_tensor(sizes, model, memory, weight_bytes)
+    if decode_tensor not in (allowed := decode_sizes(sizes, model)):
+        raise UserError(
+            f"mesh.decode_tensor = {decode_tensor}: must divide the {sizes.devices} devices and the model's heads "
+            f"({model.num_heads} query, {model.num_kv_heads} key/value): one of {', '.join(map(str, allowed))}"
+        )
+    return dataclasses.replace(sizes, decode_tensor=decode_tensor)
 
 
 def build_mesh(sizes: MeshSizes, devices: list | None = None) -> Mesh:
@@ -189,10 +196,15 @@ def _fsdp(shards: int, tensor: int, model: ModelSizes, memory: float | None) -> 
 
 def _decode_tensor(sizes: MeshSizes, model: ModelSizes, memory: float | None, weight_bytes: int) -> int:
     """The smallest number of devices, a divisor of the heads, over which the sampler's weights fit."""
-    allowed = [n for n in divisors(sizes.devices) if model.common_heads % n == 0]
+    allowed = decode_sizes(sizes, model)
     weights = weight_bytes * model.num_params
     fits = lambda n: memory is None or weights / n <= WEIGHTS_SHARE * memory  # noqa: E731
     return next((n for n in allowed if fits(n)), allowed[-1])
+
+
+def decode_sizes(sizes: MeshSizes, model: ModelSizes) -> list[int]:
+    """Return the possible numbers of devices that the sampler's weights are split over, from 1 up."""
+    return [n for n in divisors(sizes.devices) if model.common_heads % n == 0]
 
 
 def divisors(n: int) -> list[int]:

@@ -1,14 +1,17 @@
 """`lpo plan`: whether a config fits into a slice, how long a step takes there, and which settings would be faster.
 
-A setting is a mesh, the tokens in a microbatch, rematerialisation, and the rows sampled at once. The config's own
-setting is compiled phase by phase. Other settings are ranked by `roofline.estimate_phases`, scaled by the ratio of
-compiled to estimated figures of the phases compiled so far, and the best are compiled until one fits.
+A setting is the meshes for training and for decoding, the tokens in a microbatch, rematerialisation, and the rows
+sampled at once. The config's own setting is compiled phase by phase. Other settings are ranked by
+`roofline.estimate_phases`, scaled by the ratio of compiled to estimated figures of the phases compiled so far, and the
+best are compiled until one fits. With response lengths, they are ranked by the time of a step at these lengths.
 """
 
 import dataclasses
 import itertools
 import time
 from collections.abc import Callable, Iterator
+
+import numpy as np
 
 from lpo_jax.config import Config, override_config
 from lpo_jax.errors import UserError
@@ -17,8 +20,9 @@ from lpo_jax.models.placement import model_sizes
 from lpo_jax.objectives import Objective
 from lpo_jax.parallel import mesh as meshes
 from lpo_jax.planner import roofline, topology
+from lpo_jax.planner.at_lengths import AtLengths, Occurring, at_lengths
 from lpo_jax.planner.roofline import Setting, Sizes, StepPhase, Workload
-from lpo_jax.planner.topology import Topology
+from lpo_jax.planner.topology import Chip, Topology
 from lpo_jax.training.behaviour import choose_behaviour
 from lpo_jax.training.learner import scores_first
 from lpo_jax.types import Json
@@ -26,6 +30,7 @@ from lpo_jax.types import Json
 # The phases with nearly all of the time and memory. Only these phases of a suggestion are compiled.
 DECISIVE = ("update", "decode")
 TRIES = 3  # the most suggestions that are compiled
+SHORTLIST = 6  # meshes whose best setting at full length is simulated at other lengths
 # The share of a chip's memory that a suggestion leaves free, because batches of uneven lengths need a little more than
 # full ones.
 SPARE = 0.03
@@ -37,18 +42,26 @@ class Proposal:
 
     Attributes:
       setting: the setting.
-      phases: the phases of a step.
+      phases: the phases of a step, with every response at full length.
       compiled: the names of the phases that were compiled; the figures of the others are estimates.
+      at_lengths: the step at the response lengths that the plan is for; None: there are none.
     """
 
     setting: Setting
     phases: tuple[StepPhase, ...]
     compiled: frozenset[str]
+    at_lengths: AtLengths | None = None
 
     @property
     def memory(self) -> float:
         """The peak memory of one device during a step, in bytes."""
         return max(phase.memory for phase in self.phases)
+
+    def seconds(self, chip: Chip) -> float:
+        """Return the seconds of a step: at the given response lengths, with the faster cache, else at full length."""
+        if self.at_lengths is None:
+            return sum(phase.seconds(chip) for phase in self.phases)
+        return self.at_lengths.best.step_seconds
 
 
 Compiler = Callable[[Setting, str], StepPhase]  # compiles the named phase of a setting
@@ -65,6 +78,7 @@ class Plan:
       suggested: a better setting that fits, or None.
       searched: whether a better setting was searched for.
       seconds: the time that planning took.
+      lengths: `[P, K]` response tokens to plan for; None: all responses have their full length.
     """
 
     topology: Topology
@@ -73,6 +87,7 @@ class Plan:
     suggested: Proposal | None
     searched: bool
     seconds: float
+    lengths: np.ndarray | None = None
 
     def spare(self, proposal: Proposal) -> float:
         """Return the free bytes of a device; negative if the proposal does not fit."""
@@ -104,6 +119,7 @@ def plan(
     eos_ids: tuple[int, ...],
     objective: Objective,
     *,
+    lengths: np.ndarray | None = None,
     suggest: bool = True,
     whole: bool = False,
     report: Callable[[str], None] = lambda line: None,
@@ -116,6 +132,7 @@ def plan(
       model: the model's config.
       eos_ids: every id that ends a response.
       objective: the objective.
+      lengths: `[P, K]` response tokens of a step to plan for; None: all responses have their full length.
       suggest: whether to search for a better setting.
       whole: whether to compile unrolled programs at full depth (see `programs`).
       report: called with a line about each program before it is compiled.
@@ -126,6 +143,8 @@ def plan(
     started = time.perf_counter()
     config = choose_behaviour(config, objective).resolve(config)
     work = roofline.workload(config, model, objective.needs, scores_first(objective))
+    kernels = target.chip.kind == "tpu" and config.model.attention != "plain"
+    work = dataclasses.replace(work, kernels=kernels)
     asked = setting_of(config, work, target)
     compiler: Compiler | None = None
     if target.chip.kind == "tpu":
@@ -139,9 +158,10 @@ def plan(
             report(f"compiling {name} for {target.name}, {setting.describe()}")
             return Slice(chosen, model, eos_ids, objective, work, setting, devices, whole).phase(name)
 
-    own = _propose(work, asked, compiler, None)
-    better = _suggest(config, work, target, own, compiler) if suggest else None
-    return Plan(target, work, own, better, suggest, time.perf_counter() - started)
+    search = _Search(work, target.chip, compiler, lengths)
+    own = search.timed(search.propose(asked, None))
+    better = search.better(own, list(settings(config, work, target))) if suggest else None
+    return Plan(target, work, own, better, suggest, time.perf_counter() - started, lengths)
 
 
 def setting_of(config: Config, work: Workload, target: Topology) -> Setting:
@@ -159,15 +179,19 @@ def setting_of(config: Config, work: Workload, target: Topology) -> Setting:
     sizes = meshes.choose_mesh(config.mesh, devices, model, prompts, memory, work.itemsize)
     # A run decides remat=auto by its free memory. The plan assumes recomputation, which needs less memory.
     training = config.training
-    asked = Setting(sizes, training.token_budget, bool(training.remat), config.sampling.max_rows)
+    kv_tokens = config.sampling.kv_tokens if work.kernels else 0
+    asked = Setting(sizes, training.token_budget, bool(training.remat), config.sampling.max_rows, kv_tokens)
     return dataclasses.replace(asked, rows=asked.capacity(work).slots)
 
 
 def settings(config: Config, work: Workload, target: Topology) -> Iterator[Setting]:
     """Yield candidate settings: all meshes of the slice, some token budgets, remat or not, all rows or fewer."""
+    model = model_sizes(work.model)
     n = config.mesh.devices or target.num_devices
-    group, one = work.S + work.K * work.T, work.S + work.T
-    budgets = sorted({one, max(group // 2, one), group, 2 * group, 4 * group})
+    # A prompt with all, half, a quarter or one of its responses: it runs once with each part.
+    split = lambda parts: work.S + -(-work.K // parts) * work.T  # noqa: E731
+    group = split(1)
+    budgets = sorted({split(work.K), split(4), split(2), group, 2 * group, 4 * group})
     for tensor, fsdp in itertools.product(meshes.divisors(min(n, 8)), meshes.divisors(n)):
         if n % (tensor * fsdp):
             continue
@@ -177,28 +201,14 @@ def settings(config: Config, work: Workload, target: Topology) -> Iterator[Setti
             start = setting_of(given, work, target)
         except UserError:  # does not divide heads or prompts
             continue
-        fewest = start.mesh.devices // start.mesh.decode_tensor * work.K
-        rows = sorted({fewest * -(-work.P * work.K // (fewest * cut)) for cut in (1, 2, 4, 8, 16, 32)})
-        for budget, remat, at_once in itertools.product(budgets, (True, False), rows):
-            yield dataclasses.replace(start, token_budget=budget, remat=remat, rows=at_once)
-
-
-def _propose(
-    work: Workload, setting: Setting, compiler: Compiler | None, scales: dict[str, "_Scale"] | None
-) -> Proposal:
-    """Return a setting's phases, compiled if there is a compiler; with `scales`, only the decisive ones."""
-    phases, compiled = [], set()
-    for phase in roofline.estimate_phases(work, setting):
-        if compiler and (scales is None or phase.name in DECISIVE):
-            made = compiler(setting, phase.name)
-            if made.too_large:
-                made = dataclasses.replace(phase, held=made.held, temporary=made.temporary, too_large=True)
-            phase = made
-            compiled.add(phase.name)
-        elif scales:
-            phase = scales[phase.name](phase)
-        phases.append(phase)
-    return Proposal(setting, tuple(phases), frozenset(compiled))
+        decoding = [
+            dataclasses.replace(start.mesh, decode_tensor=n) for n in meshes.decode_sizes(start.mesh, model)
+        ]
+        for mesh, budget, remat in itertools.product(decoding, budgets, (True, False)):
+            fewest = mesh.devices // mesh.decode_tensor * work.K
+            rows = sorted({fewest * -(-work.P * work.K // (fewest * cut)) for cut in (1, 2, 4, 8, 16, 32)})
+            for at_once in rows:
+                yield Setting(mesh, budget, remat, at_once)
 
 
 @dataclasses.dataclass
@@ -221,39 +231,105 @@ class _Scale:
         return cls(*(ratio(field.name) for field in dataclasses.fields(cls)))
 
 
-def _suggest(
-    config: Config, work: Workload, target: Topology, own: Proposal, compiler: Compiler | None
-) -> Proposal | None:
-    """Return the fastest setting that fits; None unless it is faster than the config's own, or that does not fit."""
-    limit = (1 - SPARE) * target.chip.memory
-    seconds = lambda proposal: sum(phase.seconds(target.chip) for phase in proposal.phases)  # noqa: E731
-    scales = _scales(work, own)
-    fitting = own if own.memory <= target.chip.memory else None
-    pool = list(settings(config, work, target))
-    for _ in range(TRIES if compiler else 1):
-        ranked = [_propose(work, setting, None, scales) for setting in pool]
-        ranked = sorted((p for p in ranked if p.memory <= limit), key=seconds)
-        if not ranked or (fitting and seconds(ranked[0]) > 0.95 * seconds(fitting)):
-            return None
-        best = _propose(work, ranked[0].setting, compiler, scales)
-        if best.memory <= target.chip.memory:
-            return best if fitting is None or seconds(best) < seconds(fitting) else None
-        pool.remove(best.setting)
-        found = _scales(work, best)
-        for name in best.compiled:
-            scales[name].temporary = max(scales[name].temporary, found[name].temporary)
-    return None
+@dataclasses.dataclass(frozen=True)
+class _Search:
+    """The search for a better setting.
 
+    Attributes:
+      work: the sizes of a step.
+      chip: the device.
+      compiler: compiles phases; None: there are estimates only.
+      lengths: as in `Plan`.
+    """
 
-def _scales(work: Workload, proposal: Proposal) -> dict[str, _Scale]:
-    pairs = zip(proposal.phases, roofline.estimate_phases(work, proposal.setting))
-    return {
-        made.name: _Scale.between(made, estimate) if made.name in proposal.compiled else _Scale()
-        for made, estimate in pairs
-    }
+    work: Workload
+    chip: Chip
+    compiler: Compiler | None
+    lengths: np.ndarray | None
+
+    def propose(self, setting: Setting, scales: dict[str, _Scale] | None, compiled: bool = True) -> Proposal:
+        """Return a setting's phases: compiled if there is a compiler, with `scales` only the decisive ones."""
+        phases, made_names = [], set()
+        for phase in roofline.estimate_phases(self.work, setting):
+            if compiled and self.compiler and (scales is None or phase.name in DECISIVE):
+                made = self.compiler(setting, phase.name)
+                if made.too_large:
+                    made = dataclasses.replace(
+                        phase, held=made.held, temporary=made.temporary, too_large=True
+                    )
+                phase = made
+                made_names.add(phase.name)
+            elif scales:
+                phase = scales[phase.name](phase)
+            phases.append(phase)
+        return Proposal(setting, tuple(phases), frozenset(made_names))
+
+    def timed(self, proposal: Proposal) -> Proposal:
+        """Return a proposal with its step at the lengths to plan for."""
+        if self.lengths is None:
+            return proposal
+        found = at_lengths(self.work, proposal.setting, proposal.phases, self.lengths, self.chip)
+        return dataclasses.replace(proposal, at_lengths=found)
+
+    def better(self, own: Proposal, pool: list[Setting]) -> Proposal | None:
+        """Return the fastest setting that fits; None if it is no faster than the config's own, and that fits."""
+        scales = self._scales(own)
+        fitting = own if own.memory <= self.chip.memory else None
+        for _ in range(TRIES if self.compiler else 1):
+            ranked = self._ranked(pool, scales)
+            if not ranked or (fitting and ranked[0].seconds(self.chip) > 0.95 * fitting.seconds(self.chip)):
+                return None
+            best = self.timed(self.propose(ranked[0].setting, scales))
+            if best.memory <= self.chip.memory:
+                return (
+                    best if fitting is None or best.seconds(self.chip) < fitting.seconds(self.chip) else None
+                )
+            pool.remove(best.setting)
+            found = self._scales(best)
+            for name in best.compiled:
+                scales[name].temporary = max(scales[name].temporary, found[name].temporary)
+        return None
+
+    def _ranked(self, pool: list[Setting], scales: dict[str, _Scale]) -> list[Proposal]:
+        """The proposals that fit, the fastest first. At given lengths, the best ones of each mesh at full length."""
+        limit = (1 - SPARE) * self.chip.memory
+        proposals = [self.propose(setting, scales, compiled=False) for setting in pool]
+        ranked = sorted((p for p in proposals if p.memory <= limit), key=lambda p: p.seconds(self.chip))
+        if self.lengths is None:
+            return ranked
+        first: dict[meshes.MeshSizes, Proposal] = {}
+        for proposal in ranked:
+            first.setdefault(proposal.setting.mesh, proposal)
+        shortlist = list(first.values())[:SHORTLIST]
+        return sorted(map(self.timed, shortlist), key=lambda p: p.seconds(self.chip))
+
+    def _scales(self, proposal: Proposal) -> dict[str, _Scale]:
+        pairs = zip(proposal.phases, roofline.estimate_phases(self.work, proposal.setting))
+        return {
+            made.name: _Scale.between(made, estimate) if made.name in proposal.compiled else _Scale()
+            for made, estimate in pairs
+        }
 
 
 _NUMBERS = ("times", "flops", "bytes", "sent", "held", "temporary")
+
+
+def lengths_json(found: AtLengths | None) -> dict[str, Json] | None:
+    """Convert a step at given response lengths to plain values."""
+
+    def of(one: Occurring | None) -> dict[str, Json] | None:
+        if one is None:
+            return None
+        return {
+            "seconds_per_step": one.step_seconds,
+            "seconds": dict(one.seconds),
+            "overrides": one.setting.overrides(),
+            "rows_at_once": one.sampled.rows_at_once,
+            "decode_steps": one.sampled.steps,
+            "tokens_prefilled_again": one.sampled.repeated,
+        }
+
+    return None if found is None else {"reserved": of(found.reserved), "pages": of(found.pages)}
 
 
 def to_json(made: Plan) -> dict[str, Json]:
@@ -282,6 +358,7 @@ def to_json(made: Plan) -> dict[str, Json]:
                 for phase in proposal.phases
             ],
             "seconds_per_step": made.step_seconds(proposal),
+            "at_lengths": lengths_json(proposal.at_lengths),
             "tokens_per_second": made.work.trained_tokens / made.step_seconds(proposal),
             "mfu": made.utilisation(proposal),
             "gradient_flops_ratio": made.gradient_ratio(proposal),
@@ -293,6 +370,9 @@ def to_json(made: Plan) -> dict[str, Json]:
         "chip": dataclasses.asdict(chip),
         "parameters": Sizes.of(made.work.model).total,
         "work": dataclasses.asdict(made.work),
+        "lengths": made.lengths
+        if made.lengths is None
+        else {"mean": float(made.lengths.mean()), "longest": int(made.lengths.max())},
         "asked": of(made.asked),
         "suggested": of(made.suggested),
         "seconds_planning": made.seconds,

@@ -1,8 +1,10 @@
 """Prints a plan to the terminal."""
 
+import numpy as np
 from rich.table import Table
 
 from lpo_jax.planner import roofline
+from lpo_jax.planner.at_lengths import AtLengths
 from lpo_jax.planner.plan import Plan, Proposal
 from lpo_jax.planner.roofline import StepPhase
 from lpo_jax.reporting.text import console, duration
@@ -10,7 +12,7 @@ from lpo_jax.reporting.text import console, duration
 GB = 1e9
 
 NOTES = (
-    "All responses are assumed to have their full length; shorter ones cost less.",
+    "Unless --lengths is given, all responses have their full length; prompts always do.",
     "A phase takes max(FLOPs / peak, bytes / bandwidth) plus bytes sent / ring: no kernel reaches its roofline, and "
     "communication is partly hidden.",
     "Not included: verifying rewards, the host, compiling, evaluation, checkpoints, and the network between slices. "
@@ -34,6 +36,12 @@ def show(made: Plan, model: str) -> None:
         f"a step: {work.P} prompts x {work.K} responses, {work.S} + {work.T} tokens, {work.updates} updates",
         highlight=False,
     )
+    if made.lengths is not None:
+        out.print(
+            f"response lengths to plan for: mean {made.lengths.mean():.0f}, median {np.median(made.lengths):.0f}, "
+            f"longest {made.lengths.max()} tokens",
+            highlight=False,
+        )
     _show(made, made.asked, "as configured")
     if made.suggested:
         _show(made, made.suggested, "suggested")
@@ -91,6 +99,37 @@ def _show(made: Plan, proposal: Proposal, title: str) -> None:
         highlight=False,
         soft_wrap=True,
     )
+    if proposal.at_lengths:
+        _show_lengths(made, proposal, proposal.at_lengths)
+
+
+def _show_lengths(made: Plan, proposal: Proposal, found: AtLengths) -> None:
+    """Print the seconds of a step at full length and at the given lengths, with both kinds of KV cache."""
+    out, chip = console(), made.topology.chip
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    kinds = {"longest reserved": found.reserved} | ({"pages": found.pages} if found.pages else {})
+    for name in ("seconds", "full length", *kinds):
+        table.add_column(name, justify="left" if name == "seconds" else "right")
+    for phase in proposal.phases:
+        of_kinds = (f"{kind.seconds[phase.name]:.1f}" for kind in kinds.values())
+        table.add_row(phase.name, f"{phase.seconds(chip):.1f}", *of_kinds)
+    step = made.step_seconds(proposal)
+    table.add_row("step", f"{step:.1f}", *(f"{kind.step_seconds:.1f}" for kind in kinds.values()))
+    table.add_row(
+        "rows at once",
+        f"{min(proposal.setting.rows, made.work.P * made.work.K)}",
+        *(f"{kind.sampled.rows_at_once:.0f}" for kind in kinds.values()),
+    )
+    out.print("  at these lengths, with both kinds of KV cache in the same memory:")
+    out.print(table)
+    if found.pages:
+        setting, repeated = found.pages.setting, found.pages.sampled.repeated
+        out.print(
+            f"  pages: --sampling.max_rows={setting.rows} --sampling.kv_tokens={setting.kv_tokens}; a shard prefills "
+            f"{repeated} tokens again, of rows that were set aside",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def _origin(phase: StepPhase, proposal: Proposal) -> str:

@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 
 from lpo_jax.config import Config
-from lpo_jax.models.attention import uses_kernels
 from lpo_jax.models.config import ModelConfig
 from lpo_jax.models.placement import placed
 from lpo_jax.models.runner import Groups, score
@@ -27,11 +26,10 @@ from lpo_jax.parallel import mesh as meshes
 from lpo_jax.parallel import sharding
 from lpo_jax.planner.cost import program_cost
 from lpo_jax.planner.hlo import collectives, parse_hlo
-from lpo_jax.planner.roofline import Exchange, Setting, StepPhase, Workload, kernel_flops, mean_cache_tokens
+from lpo_jax.planner.roofline import Exchange, Setting, StepPhase, Workload, phase_attention
 from lpo_jax.runs.state import TrainState
 from lpo_jax.sampling import Sampling, kv_cache, page_pool
 from lpo_jax.sampling import decode as sampler
-from lpo_jax.sampling.pages import Pool
 from lpo_jax.training.model import TrainedModel
 from lpo_jax.training.optimizer import Optimizer, make_optimizer, planned_updates
 from lpo_jax.training.step import update
@@ -119,7 +117,7 @@ class Slice:
     def _sampling(self, name: str, model: ModelConfig) -> StepPhase:
         work, setting, attention = self.work, self.setting, self.config.model.attention
         dtype = self._dtype
-        kernels = kernel_flops(dataclasses.replace(work, model=model), setting, name)
+        kernels = phase_attention(dataclasses.replace(work, model=model), setting, name)
         size = setting.capacity(work)
         state = self._state(model)
         with sharding.using(self._decode_mesh):
@@ -128,7 +126,7 @@ class Slice:
                 alive = state, self._weights(model, state)
                 return _measure(name, self.model.num_layers, sampler.decode_layer.lower(*one), alive)
             weights = self._weights(model, state)
-            if uses_kernels(attention):
+            if work.kernels:
                 return self._in_pages(name, model, state, weights, kernels)
             prompt_kv = self._kv_cache(model, size.prompts, work.S)
             own_kv = self._kv_cache(model, size.slots, size.tokens)
@@ -153,7 +151,7 @@ class Slice:
             times, turns = setting.waves(work) * work.calls, work.call_tokens
             phase = _measure(name, times, lowered, alive, kernels, turns)
         # The program was compiled for a response cache of full length, which grows with the responses.
-        unread = (1 - mean_cache_tokens(work.T) / size.tokens) * _bytes(own_kv)
+        unread = (1 - work.mean_cached / size.tokens) * _bytes(own_kv)
         least = (1 - unread / _bytes((own_kv, prompt_kv))) * phase.bytes
         return dataclasses.replace(phase, bytes=max(phase.bytes - turns * unread, least))
 
@@ -166,9 +164,7 @@ class Slice:
     ) -> StepPhase:
         """Prefill or decode with the kernels, whose KV cache is in pages."""
         work, setting, shards = self.work, self.setting, self.setting.decode_shards
-        P, kv_tokens = work.P + -work.P % shards, self.config.sampling.kv_tokens
-        max_rows = min(setting.rows or P * work.K, P * work.K)
-        size = Pool.of(P * (1 + work.ahead), work.K, work.S, work.T, max_rows, kv_tokens, shards)
+        size = setting.pool(work)
         R, U, batch = (shards * n for n in (size.slots, size.prompts, max(1, size.slots // work.K)))
         make = functools.partial(
             page_pool.allocate_pool, model, self._dtype, shards * size.pages, size.page_size
@@ -215,7 +211,7 @@ class Slice:
                 lowered = update.lower(runner, self._optimizer, state, groups, cotangent)
         # Hooks may sample until the first update, so the sampler's weights are in memory while responses are scored.
         alive = (state, self._weights(self.model, state)) if name == "score" else state
-        return _measure(name, times, lowered, alive, kernel_flops(work, self.setting, name))
+        return _measure(name, times, lowered, alive, phase_attention(work, self.setting, name))
 
 
 def _ints(*shape: int) -> jax.ShapeDtypeStruct:

@@ -21,6 +21,7 @@ from lpo_jax.objectives.batch import Field
 from lpo_jax.parallel.mesh import MeshSizes
 from lpo_jax.planner.topology import Chip
 from lpo_jax.sampling.kv_cache import CHUNK, FIRST_TOKENS, Capacity
+from lpo_jax.sampling.pages import Pool
 
 HALF, FULL = 2, 4  # bytes of bfloat16 and of float32
 # The number of float32 arrays of the size of a chunk's logits that exist at once (`models.head`).
@@ -45,6 +46,7 @@ class Workload:
     reference: bool  # whether a frozen copy of the parameters is kept
     scorings: int  # forward passes over a minibatch that only score, with those of the reference
     ahead: int = 0  # later steps whose prompts take free slots
+    kernels: bool = False  # whether attention runs in kernels, which skip masked pairs and unused cache
 
     @property
     def trained_tokens(self) -> int:
@@ -55,6 +57,11 @@ class Workload:
     def call_tokens(self) -> int:
         """Tokens that every row draws in one call of `sampling.decode`."""
         return min(CHUNK, self.T)
+
+    @property
+    def mean_cached(self) -> float:
+        """Tokens of a response that attention reads in a decode step, mean over a response of full length."""
+        return self.T / 2 if self.kernels else mean_cache_tokens(self.T)
 
     @property
     def calls(self) -> int:
@@ -71,12 +78,14 @@ class Setting:
       token_budget: the most tokens in a row of a microbatch.
       remat: whether layers are recomputed in the backward pass.
       rows: responses that are sampled at once; the others are queued.
+      kv_tokens: tokens that the KV cache holds, with kernels; 0: as many as `rows` rows of full length need.
     """
 
     mesh: MeshSizes
     token_budget: int
     remat: bool
     rows: int
+    kv_tokens: int = 0
 
     @property
     def shards(self) -> int:
@@ -95,7 +104,18 @@ class Setting:
 
     def waves(self, work: Workload) -> int:
         """How often the sampler fills all its rows in a step, with every response at full length."""
-        return math.ceil(work.P * work.K / self.rows)
+        rows = self.rows
+        if self.kv_tokens:  # as many as fit
+            pool = self.pool(work)
+            of_group = pool.pages_of(work.S - 1) + work.K * pool.pages_of(work.T)
+            rows = min(rows, max(1, self.decode_shards * work.K * pool.pages // of_group))
+        return math.ceil(work.P * work.K / rows)
+
+    def pool(self, work: Workload) -> Pool:
+        """Return the sizes of the pages of one shard, with kernels."""
+        shards = self.decode_shards
+        P, rows = work.P + -work.P % shards, min(self.rows or work.P * work.K, work.P * work.K)
+        return Pool.of(P * (1 + work.ahead), work.K, work.S, work.T, rows, self.kv_tokens, shards)
 
     def capacity(self, work: Workload) -> Capacity:
         """Return the sizes of the sampler's KV caches, over all devices together."""
@@ -111,6 +131,7 @@ class Setting:
         return (
             f"data {m.data} x fsdp {m.fsdp} x tensor {m.tensor}, {self.token_budget} tokens in a row of a microbatch, "
             f"{'remat' if self.remat else 'no remat'}, {self.rows} rows sampled at once, their weights {weights}"
+            + (f", {self.kv_tokens} tokens in the KV cache" if self.kv_tokens else "")
         )
 
     def overrides(self) -> list[str]:
@@ -119,10 +140,11 @@ class Setting:
             "mesh.data": self.mesh.data,
             "mesh.fsdp": self.mesh.fsdp,
             "mesh.tensor": self.mesh.tensor,
+            "mesh.decode_tensor": self.mesh.decode_tensor,
             "training.token_budget": self.token_budget,
             "training.remat": str(self.remat).lower(),
             "sampling.max_rows": self.rows,
-        }
+        } | ({"sampling.kv_tokens": self.kv_tokens} if self.kv_tokens else {})
         return [f"--{key}={value}" for key, value in keys.items()]
 
 
@@ -228,20 +250,39 @@ def attention_flops(work: Workload, prompts: int) -> float:
     return 4.0 * m.num_layers * m.num_heads * m.head_width * pairs * prompts
 
 
-def kernel_flops(work: Workload, setting: Setting, phase: str) -> float:
-    """Return the FLOPs of attention on one device with Pallas kernels, which skip masked pairs.
+def phase_attention(work: Workload, setting: Setting, phase: str) -> float:
+    """Return the FLOPs of attention in one run of a phase on one device. Kernels skip masked pairs.
 
-    The forward pass has two products. The backward pass recomputes the scores and has four more.
+    The forward pass has two products and the backward pass four; kernels recompute the scores there.
     """
     m, S, K, T = work.model, work.S, work.K, work.T
-    pair = 4.0 * m.num_layers * m.num_heads * m.head_width
+    pair, masked = 4.0 * m.num_layers * m.num_heads * m.head_width, 2 if work.kernels else 1
     if phase in ("prefill", "decode"):
         prompts = math.ceil(setting.rows / K / setting.decode_shards)
-        pairs = S * S / 2 if phase == "prefill" else work.call_tokens * K * (S + T / 2)
+        pairs = S * S / masked if phase == "prefill" else work.call_tokens * K * (S + work.mean_cached)
         return pair * pairs * prompts / setting.mesh.decode_tensor
     groups = math.ceil(work.P / work.updates / setting.shards)
-    forward = pair * (S * S / 2 + K * T * (S + T / 2)) * groups / setting.mesh.tensor
-    return forward * (3.5 + setting.remat if phase == "update" else 1)
+    forward = pair * (S * S / masked + K * T * (S + T / masked)) * groups / setting.mesh.tensor
+    return forward * ((3.5 if work.kernels else 4) + setting.remat if phase == "update" else 1)
+
+
+def decode_reads(work: Workload, setting: Setting) -> float:
+    """Return the bytes of keys and values that a device reads in a decode step, mean over responses of full length."""
+    prompts = math.ceil(setting.rows / work.K / setting.decode_shards)
+    return prompts * (work.S + work.K * work.mean_cached) * kv_bytes(work) / setting.mesh.decode_tensor
+
+
+def decode_temporaries(work: Workload, setting: Setting) -> float:
+    """Return the bytes of the activations and logits of a decode step on a device."""
+    rows = math.ceil(setting.rows / work.K / setting.decode_shards) * work.K
+    logits = LOGIT_COPIES * FULL * work.model.vocab_size / setting.mesh.decode_tensor
+    return rows * (work.itemsize * _activations(work, setting) + logits)
+
+
+def _activations(work: Workload, setting: Setting) -> float:
+    """The activations of one token in a layer while sampling."""
+    m = work.model
+    return 4 * m.width + (2 * m.num_heads * m.head_width + 3 * m.ffn_width) / setting.mesh.decode_tensor
 
 
 def kv_bytes(work: Workload) -> int:
@@ -264,6 +305,10 @@ def standing(work: Workload, setting: Setting) -> dict[str, float]:
     total, parts = Sizes.of(work.model).total, setting.mesh.decode_tensor
     size = setting.capacity(work)
     kept = (size.prompts + size.prefill_batch * size.queued) * work.S + size.slots * size.tokens
+    if work.kernels:
+        pool = setting.pool(work)
+        batch = max(1, pool.slots // work.K) * work.S  # prompts that are prefilled next
+        kept = setting.decode_shards * (pool.pages * pool.page_size + batch)
     return {
         "parameters": FULL * total / setting.parts,
         "optimizer": 2 * FULL * total / setting.parts,
@@ -274,7 +319,7 @@ def standing(work: Workload, setting: Setting) -> dict[str, float]:
 
 
 def estimate_phases(work: Workload, setting: Setting) -> list[StepPhase]:
-    """Estimate the phases of a step, with plain attention."""
+    """Estimate the phases of a step. Temporaries are those of plain attention."""
     phases = (*_sampling_phases(work, setting), *_training_phases(work, setting))
     apart = lambda phase: tuple(e for e in phase.exchanges if e.devices > 1)  # noqa: E731
     return [dataclasses.replace(phase, exchanges=apart(phase)) for phase in phases]
@@ -283,35 +328,34 @@ def estimate_phases(work: Workload, setting: Setting) -> list[StepPhase]:
 def _sampling_phases(work: Workload, setting: Setting) -> Iterator[StepPhase]:
     """Layout, prefill and decode: a device has all weights or a part of each, and some prompts with their rows."""
     m, sizes, mesh = work.model, Sizes.of(work.model), setting.mesh
-    D, L, K, S, T, item = m.width, m.num_layers, work.K, work.S, work.T, work.itemsize
-    heads = m.num_heads * m.head_width
+    D, L, K, S, item = m.width, m.num_layers, work.K, work.S, work.itemsize
     *parameters, weights, stored = standing(work, setting).values()
     state = sum(parameters)
     parts = mesh.decode_tensor
     prompts = math.ceil(setting.rows / K / setting.decode_shards)
     rows, waves = prompts * K, setting.waves(work)
-    read = prompts * (S + K * mean_cache_tokens(T)) * kv_bytes(work) / parts
-    width = 4 * D + (2 * heads + 3 * m.ffn_width) / parts  # activations of one token in a layer
+    read = decode_reads(work, setting)
+    width = _activations(work, setting)
     sums = lambda tokens, turns=1: (Exchange("all-reduce", tokens * D * item, parts, 2 * L * turns),)  # noqa: E731
     moved = (Exchange("all-gather", weights / L, mesh.fsdp, 1),)
     yield StepPhase("layout", L, 0.0, 3 * weights / L, state + weights, weights / L, moved)
     yield StepPhase(
         "prefill",
         waves,
-        prompts * S * (2 * sizes.layers + 4 * L * heads * S) / parts,
+        prompts * S * 2 * sizes.layers / parts + phase_attention(work, setting, "prefill"),
         weights + 12 * L * prompts * S * D * item,
         state + weights + (stored if setting.capacity(work).queued else 0),
         prompts * S * (item * width + 8 * m.num_heads / parts * min(S, SCORED)),
         sums(prompts * S),
     )
-    token = rows * (2 * (sizes.layers + sizes.head) + 4 * L * heads * (S + mean_cache_tokens(T))) / parts
+    products = work.call_tokens * rows * 2 * (sizes.layers + sizes.head) / parts
     yield StepPhase(
         "decode",
         waves * work.calls,
-        work.call_tokens * token,
+        products + phase_attention(work, setting, "decode"),
         work.call_tokens * (weights + read),
         state + weights + stored,
-        rows * (item * width + LOGIT_COPIES * FULL * m.vocab_size / parts),
+        decode_temporaries(work, setting),
         sums(rows, work.call_tokens),
     )
 
@@ -330,7 +374,6 @@ def _training_phases(work: Workload, setting: Setting) -> Iterator[StepPhase]:
     runs = math.ceil(tokens / micro)
     forward = 2 * sizes.layers * tokens / parts
     head = 2 * sizes.head * tokens * (K * T / group) / parts
-    attention = attention_flops(work, 1) * tokens / group / parts
     layers = item * sizes.total / parts
     traffic = runs * layers + 20 * L * tokens * D * item / parts
     gathered = lambda passes: Exchange("all-gather", layers, mesh.fsdp, runs * passes)  # noqa: E731
@@ -342,7 +385,7 @@ def _training_phases(work: Workload, setting: Setting) -> Iterator[StepPhase]:
         yield StepPhase(
             "score",
             work.scorings,
-            forward + head + attention,
+            forward + head + phase_attention(work, setting, "score"),
             traffic,
             state + weights,
             micro * item * width + scores + logits,
@@ -352,7 +395,7 @@ def _training_phases(work: Workload, setting: Setting) -> Iterator[StepPhase]:
     yield StepPhase(
         "update",
         work.updates,
-        (3 + again) * forward + 3 * head + (4 + again) * attention,
+        (3 + again) * forward + 3 * head + phase_attention(work, setting, "update"),
         (3 + again) * traffic + 28 * sizes.total / setting.parts,
         state,
         FULL * sizes.total / setting.parts  # the gradient

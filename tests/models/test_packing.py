@@ -43,6 +43,10 @@ def test_every_token_runs_once(budget, shards, rounded):
     # a prompt runs once where whole groups fit
     whole = (prompts + sizes.sum(1)).max() <= budget
     assert (tokens.sum() == prompts.sum() - prompts[2] + sizes.sum()) == whole
+    size = packing.packed_size(prompts, sizes, S, T, budget, shards, rounded=rounded)
+    assert (size.microbatches, size.tokens) == (layout.count, layout.token.shape[2])
+    assert size.splits == (layout.prompt != packing.NOWHERE).sum()
+    assert layout.unpack is None or layout.unpack.shape[2] == size.padded
 
 
 def test_packing_and_unpacking_are_inverse():

@@ -51,6 +51,7 @@ def test_a_derived_mesh_leaves_devices_idle_rather_than_fail():
         ({"data": 2}, (2, 4, 1, 1)),
         ({"fsdp": 2}, (4, 2, 1, 1)),
         ({"data": 2, "fsdp": 1}, (2, 1, 4, 1)),
+        ({"data": 2, "decode_tensor": 4}, (2, 4, 1, 4)),
     ],
 )
 def test_what_is_not_given_is_derived(given, expected):
@@ -65,6 +66,7 @@ def test_what_is_not_given_is_derived(given, expected):
         ({"tensor": 3}, 4, "but there are 8 devices"),
         ({"data": 8}, 12, "data x fsdp = 8 does not divide the 12 prompts of a minibatch"),
         ({"data": 8}, 12, "training.prompts_per_step"),
+        ({"data": 8, "decode_tensor": 3}, 8, "mesh.decode_tensor = 3: must divide the 8 devices"),
     ],
 )
 def test_refused(given, prompts, says):

@@ -52,16 +52,17 @@ def one_device(step_on):
 
 
 @pytest.mark.parametrize(
-    "data, fsdp, tensor",
+    "data, fsdp, tensor, decode_tensor",
     [
-        pytest.param(8, 1, 1, marks=pytest.mark.slow),
-        pytest.param(1, 8, 1, marks=pytest.mark.slow),
-        (2, 2, 2),
-        pytest.param(1, 4, 2, marks=pytest.mark.slow),
+        pytest.param(8, 1, 1, 1, marks=pytest.mark.slow),
+        pytest.param(1, 8, 1, 1, marks=pytest.mark.slow),
+        (2, 2, 2, 1),
+        (1, 8, 1, 2),  # weights are split over two devices while sampling, and over none while training
+        pytest.param(1, 4, 2, 2, marks=pytest.mark.slow),
     ],
 )
-def test_equals_one_device(step_on, one_device, tiny_model, data, fsdp, tensor):
-    metrics, rollouts, params = step_on(data=data, fsdp=fsdp, tensor=tensor)
+def test_equals_one_device(step_on, one_device, tiny_model, data, fsdp, tensor, decode_tensor):
+    metrics, rollouts, params = step_on(data=data, fsdp=fsdp, tensor=tensor, decode_tensor=decode_tensor)
     expected_metrics, expected_rollouts, expected_params = one_device
     assert [row["output"] for row in rollouts] == [row["output"] for row in expected_rollouts]
     for name in ("target", "policy", "coefficient"):

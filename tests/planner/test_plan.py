@@ -179,9 +179,11 @@ def test_suggestions_are_measured_by_what_was_compiled(run_config):
         return dataclasses.replace(phase, temporary=phase.temporary * (3 if name == "update" else 1))
 
     setting = plans.setting_of(config, work, GPU)
-    own = plans._propose(work, setting, compiler, None)
+    search = plans._Search(work, GPU.chip, compiler, None)
+    own = search.propose(setting, None)
     target = dataclasses.replace(GPU, chip=dataclasses.replace(GPU.chip, memory=0.4 * own.memory))
-    better = plans._suggest(config, work, target, own, compiler)
+    search = dataclasses.replace(search, chip=target.chip)
+    better = search.better(own, list(plans.settings(config, work, target)))
     assert better.compiled == set(plans.DECISIVE)
     assert better.memory <= target.chip.memory < own.memory
 
