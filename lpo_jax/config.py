@@ -58,10 +58,7 @@ class LoraSection(_Strict):
 class VisionSection(_Strict):
     """The vision tower of a model that reads images."""
 
-    freeze: bool = _option(
-        True,
-        "Whether the tower keeps its weights, as it does beside adapters; false trains it with the decoder.",
-    )
+    freeze: bool = _option(True, "Keep the tower's weights, as beside adapters. false trains it too.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,11 +239,7 @@ class MeshSection(_Strict):
     fsdp: NonNegative = _option(0, "Shards of the batch and of every parameter. 0 derives the number.")
     tensor: NonNegative = _option(0, "Shards of heads, feed-forward and vocabulary. 0 derives the number.")
     devices: NonNegative = _option(0, "Number of devices to use. 0 uses all.")
-    decode_tensor: NonNegative = _option(
-        0,
-        "Devices that every weight is split over while sampling: more of them read fewer weights and exchange more. "
-        "0 derives the smallest number that leaves memory for the KV cache.",
-    )
+    decode_tensor: NonNegative = _option(0, "Devices that weights are split over in sampling. 0 derives it.")
 
 
 @dataclasses.dataclass(frozen=True)
