@@ -82,6 +82,7 @@ VISION_CONFIG = ModelConfig(
             patch_size=8, min_pixels=64 * 64, max_pixels=64 * 64, mean=(0.5,) * 3, std=(0.5,) * 3
         ),
         num_positions=64,
+        deepstack=(0,),
     ),
 )
 

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import PIL.Image
 import pytest
 
 from lpo_jax import tasks
@@ -18,6 +19,7 @@ PAPER = {
     "math_1p7b": ("Qwen/Qwen3-1.7B-Base", 256, 128, 4096, 800, "math"),
     "math_8b": ("Qwen/Qwen3-8B-Base", 256, 128, 4096, 500, "math"),
     "polaris_14b": ("Qwen/Qwen3-14B-Base", 256, 128, 4096, 200, "math"),
+    "geometry_3b_vl": ("Qwen/Qwen2.5-VL-3B-Instruct", 128, 64, 1024, 200, "geometry3k"),
     "code_1p7b": ("Qwen/Qwen3-1.7B-Base", 256, 128, 4096, 450, "code"),
 }
 
@@ -36,7 +38,11 @@ def code(index):
     return {"ability": "code", "prompt": prompt, "reward_model": {"style": "rule", "ground_truth": tests}}
 
 
-ROWS = {"countdown": countdown, "math": mathematics, "code": code}
+def geometry(index):
+    return {"problem": f"<image>Find {index}.", "answer": str(index), "images": ["x.png"]}
+
+
+ROWS = {"countdown": countdown, "math": mathematics, "code": code, "geometry3k": geometry}
 
 
 @pytest.mark.parametrize("name", PAPER)
@@ -85,6 +91,7 @@ def test_data(name, tmp_path, monkeypatch):
         path.write_text("\n".join(json.dumps(ROWS[kind](first + index)) for index in range(rows)))
         return [path]
 
+    PIL.Image.new("L", (40, 30)).save(tmp_path / "x.png")
     monkeypatch.setattr(records, "_from_hub", from_hub)
     monkeypatch.setenv("LPO_CACHE", str(tmp_path / "cache"))
     task = tasks.get(kind, **options)
