@@ -281,9 +281,8 @@ class _Search:
                 return None
             best = self.timed(self.propose(ranked[0].setting, scales))
             if best.memory <= self.chip.memory:
-                return (
-                    best if fitting is None or best.seconds(self.chip) < fitting.seconds(self.chip) else None
-                )
+                improves = fitting is None or best.seconds(self.chip) < fitting.seconds(self.chip)
+                return best if improves else None
             pool.remove(best.setting)
             found = self._scales(best)
             for name in best.compiled:
@@ -370,7 +369,7 @@ def to_json(made: Plan) -> dict[str, Json]:
         "chip": dataclasses.asdict(chip),
         "parameters": Sizes.of(made.work.model).total,
         "work": dataclasses.asdict(made.work),
-        "lengths": made.lengths
+        "lengths": None
         if made.lengths is None
         else {"mean": float(made.lengths.mean()), "longest": int(made.lengths.max())},
         "asked": of(made.asked),
