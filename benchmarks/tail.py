@@ -169,7 +169,7 @@ def no_device(shards: int, counts: dict[str, int]) -> Iterator[None]:
         floats = tokens.astype(np.float32)
         return device.DecodeOutput(tokens, floats, floats, drawn, active, steps), pool
 
-    def prefill(config, dtype, attention, weights, tokens, lengths):
+    def prefill(config, dtype, attention, weights, tokens, lengths, images):
         counts["prefilled"] += tokens.size // shards
 
     fakes = {

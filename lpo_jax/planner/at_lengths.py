@@ -83,7 +83,7 @@ def at_lengths(
         seconds = {**layout, "prefill": costs.prefill(sampled), "decode": costs.decode(sampled), **training}
         return Occurring(seconds, sampled, setting)
 
-    whole = dataclasses.replace(setting, kv_tokens=0)
+    whole = _reserving(work, setting)
     if work.kernels:
         sampled = simulate_pages(padded, whole.pool(work), work.S - 1, shards)
     else:
@@ -94,6 +94,20 @@ def at_lengths(
         sampled = simulate_pages(padded, paged.pool(work), work.S - 1, shards)
         found.append(occurring(sampled, paged))
     return AtLengths(reserved, min(found, key=lambda one: one.step_seconds) if found else None)
+
+
+def _reserving(work: Workload, setting: Setting) -> Setting:
+    """The setting with as many rows as its KV cache holds if each of them reserves the longest response."""
+    whole = dataclasses.replace(setting, kv_tokens=0)
+    if not setting.kv_tokens:
+        return whole
+    shards = setting.decode_shards
+    for slots in range(setting.rows // shards, 1, -1):
+        whole = dataclasses.replace(whole, rows=slots * shards)
+        pool = whole.pool(work)
+        if shards * pool.pages * pool.page_size <= setting.kv_tokens:
+            return whole
+    return dataclasses.replace(whole, rows=shards)
 
 
 def _in_pages(work: Workload, setting: Setting) -> Iterator[Setting]:

@@ -193,7 +193,7 @@ class Slice:
         # A kernel counts as reading the whole pool, once for prompts and once for rows. It reads the tokens that rows
         # have so far, and only the prompts that have active rows.
         live = size.slots * size.pages_of(work.T / 2) + math.ceil(size.slots / work.K) * size.pages_of(work.S)
-        unread = (2 - live / size.pages) * _bytes(pool)
+        unread = (2 - min(live / size.pages, 1)) * _bytes(pool)
         return dataclasses.replace(phase, bytes=phase.bytes - turns * unread)
 
     def _training(self, name: str) -> StepPhase:

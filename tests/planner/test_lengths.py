@@ -116,7 +116,7 @@ def test_simulated_slots_are_those_of_the_real_batching(max_rows, monkeypatch):
         ones = np.ones((len(drawn), kv_cache.CHUNK), np.int32)
         return decode.DecodeOutput(ones, ones, ones, drawn, active, steps), tokens
 
-    def prefill(config, dtype, attention, weights, tokens, lengths):
+    def prefill(config, dtype, attention, weights, tokens, lengths, images):
         counts["prefilled"] += tokens.shape[0] // shards
 
     monkeypatch.setattr(decode, "decode", draw)
@@ -160,6 +160,9 @@ def test_a_pool_of_the_config_is_planned_as_it_is():
     phases = roofline.estimate_phases(WORK, setting)
     found = at_lengths(WORK, setting, phases, log_normal(64, 8, 1024, 4096), CHIP)
     assert found.pages.setting == setting and found.reserved.setting.kv_tokens == 0
+    pool = found.reserved.setting.pool(WORK)
+    assert setting.decode_shards * pool.pages * pool.page_size <= setting.kv_tokens
+    assert found.reserved.setting.rows < setting.rows
     # At full length fewer rows fit than there are slots.
     assert setting.waves(WORK) > dataclasses.replace(setting, kv_tokens=0).waves(WORK)
 
