@@ -2,7 +2,7 @@
 
 An `ImageProcessor` is what the `preprocessor_config.json` of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL directory describes.
 The number of tokens of an image follows from its size alone, so that prompts can be counted without a model. Only numpy
-and Pillow are needed; results equal those of transformers' processor for Pillow (`tests/test_images.py`).
+and Pillow are needed; results equal those of transformers' processor for Pillow (`tests/test_image_patches.py`).
 """
 
 import dataclasses
