@@ -101,7 +101,7 @@ def _run(config: VisionConfig, dtype: jnp.dtype, params: PyTree, rows: TowerRows
         layers = jax.tree.map(lambda w, a=start, b=stop: w[a:b], params["layers"])
         block = functools.partial(_block, config, rope, rows)
         x, _ = jax.lax.scan(jax.checkpoint(block, prevent_cse=False), x, (layers, full[start:stop]))
-        if stop <= config.depth and i < len(config.deepstack):
+        if i < len(config.deepstack):
             merger = jax.tree.map(lambda w, i=i: w[i], params["deepstack"])
             outputs.append(_merge(config, merger, "deep", x, norm_first=False))
         start = stop
