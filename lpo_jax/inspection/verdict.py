@@ -92,7 +92,9 @@ def judge(run: Run) -> Headline:
 
 
 def _score_name(run: Run) -> str:
-    return str(run.config.get("evaluation.score") or "pass")
+    """What the run maximises. Older runs do not record what `auto` stood for; most tasks name `pass`."""
+    configured = run.config.get("evaluation.score")
+    return str(run.about.get("score") or (configured if configured not in (None, "auto") else "pass"))
 
 
 def _interval(run: Run, name: str, start: int, last: int) -> Mapping[str, Json] | None:

@@ -50,7 +50,7 @@ def train(config: Config, *, resume: bool = False) -> None:
         tokenizer = session.environment.tokenizer
         with run, Signals() as signals, Recorder(run, signals, config.training.steps, tokenizer) as recorder:
             note_facts(session, recorder)
-            run.note(behaviour=dataclasses.asdict(behaviour))
+            run.note(behaviour=dataclasses.asdict(behaviour), score=session.score_name)
             introduce(session, learner.runner, behaviour, recorder.progress)
             abstract = session.model.abstract_state(learner.optimizer, objective)
             position = restore(session, recorder, abstract) or begin(session, learner, recorder)

@@ -37,6 +37,12 @@ class Session:
     environment: Environment
     model: TrainedModel
 
+    @property
+    def score_name(self) -> str:
+        """What the run maximises: `evaluation.score`, or what the task names."""
+        named = self.config.evaluation.score
+        return self.environment.task.score if named == "auto" else named
+
     def evaluate(self, params: Params) -> Evaluation:
         """pass@k on the held-out problems, sampled with the weights of `params` in `model.dtype`."""
         config, environment = self.config, self.environment
@@ -53,7 +59,7 @@ class Session:
             ),
             prompts_per_batch=min(config.training.prompts_per_step, len(environment.heldout_rows)),
             ks=config.evaluation.ks,
-            score=environment.task.score if config.evaluation.score == "auto" else config.evaluation.score,
+            score=self.score_name,
         )
 
 

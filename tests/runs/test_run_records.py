@@ -1,6 +1,7 @@
 """Records of responses in whole runs: complete, and in agreement with the metrics of their step."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,8 @@ from tiny import VERIFIER
 
 from lpo_jax.config import parse_config
 from lpo_jax.errors import UserError
+from lpo_jax.inspection.load import read_run
+from lpo_jax.inspection.verdict import judge
 from lpo_jax.reporting import read_metrics
 from lpo_jax.reporting.metric_names import heldout_score
 from lpo_jax.reporting.writers import sample_files
@@ -145,6 +148,18 @@ def test_the_best_checkpoint_follows_the_named_score(run_config, capsys):
         best = max(rows[1:], key=lambda row: heldout_score(row)[0])["step"]
         printed = capsys.readouterr().out
         assert f"best step {best}" in printed and score in printed
+
+
+@pytest.mark.parametrize(("score", "name", "unit"), [("auto", "pass@1", 100), ("length", "length", 1)])
+def test_the_report_judges_the_score_of_the_run(run_config, score, name, unit):
+    """Its interval is that of the difference between both evaluations, also where the task names the score."""
+    config = run_config(evaluation={"every": 2, "score": score}, training={"steps": 2})
+    train(parse_config(config))
+    sentence = judge(read_run(Path(config["output"]))).sentence
+    (first, *_), *_, (last, *_) = filter(None, map(heldout_score, read_metrics(config["output"])))
+    assert f" {name} " in sentence
+    low, high = map(float, re.search(r"interval (\S+) to (\S+) over", sentence).groups())
+    assert low - 0.06 <= unit * (last - first) <= high + 0.06 and low < high
 
 
 def test_an_unknown_score_is_refused(run_config):
