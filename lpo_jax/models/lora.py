@@ -26,7 +26,7 @@ from flax import struct
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
-from lpo_jax.config import LoraSection
+from lpo_jax.config import LoraSection, ModelSection
 from lpo_jax.errors import UserError, nearest
 from lpo_jax.models import decoder
 from lpo_jax.models.attend import KEPT
@@ -168,6 +168,11 @@ def configured(section: LoraSection) -> Lora | None:
         return None
     targets = tuple(section.targets)
     return Lora(section.rank, section.alpha, matrix_names() if targets == ("all",) else targets)
+
+
+def freezes_tower(section: ModelSection, model: ModelConfig) -> bool:
+    """Return whether a run trains the decoder and keeps the vision tower; beside adapters it belongs to their base."""
+    return model.vision is not None and not section.lora.rank and section.vision.freeze
 
 
 def init(config: ModelConfig, lora: Lora, key: jax.Array) -> decoder.Params:

@@ -287,7 +287,7 @@ def load_run(run: str | Path, checkpoint: str = "best") -> tuple[Model, int]:
             if adapters is not None
             else decoder.abstract_params(model_config)
         )
-        freezes = model_config.vision is not None and adapters is None and config.model.vision.freeze
+        freezes = lora.freezes_tower(config.model, model_config)
         if freezes:
             del trained["vision"]
         params = checkpoints.restore_params(step, placed(model_config, trained))
@@ -295,10 +295,8 @@ def load_run(run: str | Path, checkpoint: str = "best") -> tuple[Model, int]:
         base = load_weights(name, frozen_dtype, current_shardings(model_config))
         params = lora.merge_adapters(lora.with_adapters(lora.Frozen(base, adapters.scale), params))
     if freezes:
-        params = {
-            **params,
-            "vision": load_weights(name, frozen_dtype, current_shardings(model_config))["vision"],
-        }
+        whole = load_weights(name, frozen_dtype, current_shardings(model_config))
+        params = {**params, "vision": whole["vision"]}
     return Model(model_config, params, tokenizer, eos_ids), step
 
 

@@ -44,8 +44,7 @@ class TrainedModel:
     @property
     def freezes_tower(self) -> bool:
         """Whether the decoder is trained and the vision tower is not."""
-        has_tower = self.architecture.vision is not None
-        return has_tower and self.adapters is None and self.config.model.vision.freeze
+        return lora.freezes_tower(self.config.model, self.architecture)
 
     @property
     def trainable(self) -> Params:
