@@ -1,13 +1,10 @@
 """What the tests of kernels share: arrays, gradients, and a plain twin with the interface of the kernels for GPUs."""
 
 import functools
-from importlib import resources
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
-from jax.experimental import topologies
 
 from lpo_jax.models.attend import accumulator
 from lpo_jax.models.kernels.union import Kernel, KeySource
@@ -70,15 +67,6 @@ def _backward(q, source, out, lse, d_out):
 
 
 PLAIN = Kernel(_forward, _backward)  # with whole matrices of scores
-
-
-def h100(devices: int):
-    """H100s to compile for; the test is skipped without the extra [plan-gpu]."""
-    pytest.importorskip("jax_cuda12_plugin", reason="the extra [plan-gpu] is not installed")
-    described = resources.files("lpo_jax.planner") / "gpus" / "h100.txtpb"
-    return topologies.get_topology_desc(
-        "h100", platform="cuda", target_config=described.read_text(), topology=f"1x1x{devices}"
-    ).devices
 
 
 def compile_for(devices, function, *shapes):

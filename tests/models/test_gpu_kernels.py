@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from kernel_cases import PLAIN, compile_for, h100, normal, rng, values_and_gradients
+from gpus import h100
+from kernel_cases import PLAIN, compile_for, normal, rng, values_and_gradients
 
 from lpo_jax.config import parse_config
 from lpo_jax.errors import UserError
@@ -30,7 +31,7 @@ slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 def small_blocks(monkeypatch):
     """Small blocks, so that short rows have several."""
     monkeypatch.setattr(triton, "QUERIES", 16)
-    monkeypatch.setattr(triton, "KEYS", 32)  # 16 in float32
+    monkeypatch.setattr(triton, "KEYS", 16)
 
 
 def shared_prefix_case(P, K, S, T, H=4, G=2, N=16):
@@ -128,12 +129,17 @@ def test_causal(small_blocks, tiny_config):
 Z, X, M = 40, 8, 7  # pages, tokens of a page, pages of the longest row
 
 
-@pytest.mark.parametrize("programs, width", [(512, 16), (30, 16), (1, 12)])
-def test_keys_in_pages(monkeypatch, programs, width):
-    """Pages in any order and a pool without a free page; several splits of a row's keys; a row without keys."""
+@pytest.mark.parametrize(
+    "programs, heads, width, block_bytes",
+    [(512, 2, 16, 1 << 15), (30, 6, 16, 16 * 4 * 4), (1, 1, 12, 1 << 15)],
+)
+def test_keys_in_pages(monkeypatch, programs, heads, width, block_bytes):
+    """Pages in any order, read whole or in parts; several splits of a row's keys; a row without keys."""
     monkeypatch.setattr(triton_pages, "PROGRAMS", programs)
+    monkeypatch.setattr(triton_pages, "BLOCK_BYTES", block_bytes)
     triton_pages.attend_pages.clear_cache()
-    B, G, C, I = 5, 2, 3, 2
+    monkeypatch.setattr(triton_pages, "QUERIES", 16)
+    B, G, C, I = 5, 2, 3, heads  # with six heads there are two blocks of queries
     table = rng.permutation(Z)[: B * M].reshape(B, M)
     table[1, 5:], table[2, 3:], table[-1] = Z, -7, 10**6  # numbers that stand for no page
     q, pool = normal(B, G, C, I, width), normal(Z, 2, G, width, X)
@@ -161,7 +167,7 @@ def test_only_pages_with_keys_are_read():
     assert jnp.isfinite(out).all() and jnp.isfinite(lse).all()
 
 
-@pytest.mark.parametrize("programs, M, splits", [(512, 33, 1), (64, 33, 8), (64, 3, 3), (2, 100, 16)])
+@pytest.mark.parametrize("programs, M, splits", [(512, 33, 1), (64, 33, 4), (64, 3, 3), (2, 100, 16)])
 def test_few_rows_are_split(programs, M, splits):
     assert triton_pages.number_of_splits(programs, M) == splits
 
@@ -301,6 +307,7 @@ def test_shared_prefix_of_a_large_model_compiled_for_h100(optimised):
         ("triton", 1, (8, 2), 128, jnp.bfloat16, 100),
         ("triton", 1, (4, 2), 128, jnp.float32, None),
         ("triton", 1, (4, 2), 80, jnp.bfloat16, None),
+        ("triton", 1, (80, 2), 256, jnp.bfloat16, None),
     ],
 )
 def test_compiles_for_h100(choice, devices, heads, width, dtype, window):

@@ -19,8 +19,8 @@ from jax.experimental.pallas import triton as plgpu
 
 from lpo_jax.models.kernels.union import Kernel, KeySource
 
-# Queries and keys of a block. Triton takes powers of two from 16. Two blocks of keys and values fit into the shared
-# memory of a multiprocessor of Ampere (164 KiB) beside a block of queries, in float32 with half as many keys.
+# Queries and keys of a block, of heads up to 512 and 256 bytes; with wider heads they are fewer, so that all blocks of
+# a program fit into the shared memory of a multiprocessor of Ampere, 163 KiB. The compiler refuses what does not fit.
 QUERIES, KEYS = 64, 64
 NARROWEST = 16  # a dimension of a product
 LOWEST = jnp.finfo(jnp.float32).min  # the score of a masked key
@@ -50,10 +50,10 @@ def pad(x: jax.Array, sizes: dict[int, int]) -> jax.Array:
     return jnp.pad(x, [(0, sizes.get(axis, size) - size) for axis, size in enumerate(x.shape)])
 
 
-def _blocks(X: int, Y: int, dtype) -> tuple[int, int, int, int]:
+def _blocks(X: int, Y: int, head_bytes: int) -> tuple[int, int, int, int]:
     """Queries and keys of a block, and of all blocks together."""
-    queries = min(QUERIES, power_of_two(X))
-    keys = min(KEYS // (2 if dtype == jnp.float32 else 1), power_of_two(Y))
+    queries = min(QUERIES * 512 // max(head_bytes, 512), power_of_two(X))
+    keys = min(KEYS * 256 // max(head_bytes, 256), power_of_two(Y))
     return queries, keys, pl.cdiv(X, queries) * queries, pl.cdiv(Y, keys) * keys
 
 
@@ -63,8 +63,8 @@ def _parameters(warps: int) -> plgpu.CompilerParams:
 
 def _forward(q: jax.Array, source: KeySource, *, interpret: bool) -> tuple[jax.Array, jax.Array]:
     (B, X, H, N), (Y, G) = q.shape, source.k.shape[1:3]
-    queries, keys, all_queries, all_keys = _blocks(X, Y, q.dtype)
     width, I = power_of_two(N), H // G
+    queries, keys, all_queries, all_keys = _blocks(X, Y, width * q.dtype.itemsize)
     of_queries = pl.BlockSpec((None, queries, None, width), lambda x, h, b: (b, x, h, 0))
     of_keys = pl.BlockSpec((None, all_keys, None, width), lambda x, h, b: (b, 0, jax.lax.div(h, I), 0))
     bounds = pl.BlockSpec((None, queries), lambda x, h, b: (b, x))
@@ -139,8 +139,8 @@ def _forward_kernel(q_ref, k_ref, v_ref, first_ref, stop_ref, out_ref, lse_ref, 
 
 def _backward(q, source: KeySource, out, lse, d_out, *, interpret: bool):
     (B, X, H, N), (Y, G) = q.shape, source.k.shape[1:3]
-    queries, keys, all_queries, all_keys = _blocks(X, Y, q.dtype)
     width, I = power_of_two(N), H // G
+    queries, keys, all_queries, all_keys = _blocks(X, Y, width * q.dtype.itemsize)
     mean = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1)
     q_and_cotangent = [pad(x.astype(q.dtype), {1: all_queries, 3: width}) for x in (q, d_out)]
     k_and_v = [pad(x, {1: all_keys, 3: width}) for x in (source.k, source.v)]
