@@ -73,8 +73,10 @@ class ModelSection(_Strict):
     dtype: Literal["float32", "bfloat16"] = _option(
         "float32", "Data type of activations and matrix products. Trained weights are stored in float32."
     )
-    attention: Literal["auto", "plain", "pallas"] = _option(
-        "auto", "plain: matrix products; pallas: TPU kernels; auto: pallas on TPUs, else plain."
+    attention: Literal["auto", "plain", "pallas", "cudnn", "triton"] = _option(
+        "auto",
+        "plain: matrix products; pallas: kernels for TPUs; cudnn: cuDNN on NVIDIA GPUs; triton: Pallas kernels there; "
+        "auto: the best that the device and the model allow.",
     )
     template_arguments: dict[str, Json] = _option(
         {}, "Chat template arguments, such as {enable_thinking: false}; `chat_template` selects a template."

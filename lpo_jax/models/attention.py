@@ -11,15 +11,12 @@ differ only in their context, so they cannot drift apart:
 All but the first attend to several sources, the prompt and the row's own tokens. Each has its own softmax, and the
 results are merged by their log-sum-exps. Sequences are left-aligned: position = index, padding comes last.
 
-On a TPU all but `Decode` can use Pallas kernels; the code here is the plain twin. The caller chooses by the static
-argument `attention`, so that a machine without a TPU can compile for one.
+On TPUs and NVIDIA GPUs all but `Decode` can use kernels (`kernels.choice`); the code here is the plain twin.
 
 Axes: B rows · P prompts · K responses · S prompt tokens · T response tokens · H query heads ·
 G key/value heads · N head width · X tokens of a row, Y keys of a source (inside this file only). Of decoding: R rows ·
 U prompts in the cache · C rows of a prompt · Z pages of X tokens · M pages of the longest row.
 """
-
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -27,32 +24,10 @@ from flax import struct
 
 from lpo_jax.models.attend import accumulator, attend
 from lpo_jax.models.config import ModelConfig
-from lpo_jax.models.kernels import pages, splash
+from lpo_jax.models.kernels import cudnn, pages, splash, triton, triton_pages, union
+from lpo_jax.models.kernels.choice import Attention, chosen
+from lpo_jax.models.kernels.union import merge
 from lpo_jax.parallel.sharding import on_each_shard
-
-# plain: matrix products, on any device. pallas: the kernels for TPUs. auto: the kernels if the default device is a TPU,
-# else plain. interpret: the kernels in the interpreter, on any device, for tests.
-Attention = Literal["auto", "plain", "pallas", "interpret"]
-
-
-def uses_kernels(attention: Attention) -> bool:
-    """Return whether this choice selects the kernels on the default device."""
-    return jax.default_backend() == "tpu" if attention == "auto" else attention != "plain"
-
-
-def merge(parts: list[tuple[jax.Array, jax.Array]]) -> jax.Array:
-    """Merge attention over disjoint sources into attention over their union.
-
-    Args:
-      parts: `(out [..., H, N], lse [..., H])` for each source, as returned by `attend`.
-
-    Returns:
-      `[..., H, N]`: the sum of exp(lse_i - lse) out_i, where lse is the log-sum-exp over all sources.
-    """
-    lses = jnp.stack([lse for _, lse in parts])
-    weights = jax.nn.softmax(lses, axis=0)[..., None]
-    dtype = parts[0][0].dtype
-    return sum((w * out.astype(accumulator(dtype)) for w, (out, _) in zip(weights, parts))).astype(dtype)
 
 
 def _within(window: int | None, query_position: jax.Array, key_position: jax.Array) -> jax.Array:
@@ -90,9 +65,12 @@ def shared_prefix_attention(
     Returns:
       `[P, S + K T, H, N]`; finite but meaningless at padding.
     """
-    if uses_kernels(attention):
-        return splash.shared_prefix(q, k, v, lengths, S, K, window, interpret=attention == "interpret")
     P, X, H, N = q.shape
+    attention, _ = chosen(attention, q.dtype, N, window)
+    if attention in ("pallas", "interpret"):
+        return splash.shared_prefix(q, k, v, lengths, S, K, window, interpret=attention == "interpret")
+    if attention != "plain":
+        return union.shared_prefix(_gpu_kernel(attention), q, k, v, lengths, S, K, window)
     T = (X - S) // K
     position = shared_prefix_positions(lengths, S, K, T)
     prompt_keys = jnp.broadcast_to(jnp.arange(S), (P, S))
@@ -109,7 +87,11 @@ def shared_prefix_attention(
         step = jnp.arange(T)
         out, lse = attend(rows(q), rows(k), rows(v), _within(window, step, step)[None], True)
         to_self = out.reshape(P, K * T, H, N), lse.reshape(P, K * T, H)
-    return jnp.concatenate([prompt_out, merge([to_prompt, to_self])], axis=1)
+    return jnp.concatenate([prompt_out, merge([to_prompt, to_self])[0]], axis=1)
+
+
+def _gpu_kernel(attention: Attention) -> union.Kernel:
+    return cudnn.KERNEL if attention == "cudnn" else triton.kernel(interpret=attention == "interpret_triton")
 
 
 def shared_prefix_positions(lengths: jax.Array, S: int, K: int, T: int) -> jax.Array:
@@ -127,20 +109,27 @@ class Causal(struct.PyTreeNode):
       valid: `[B, X]` bool, real tokens.
       positions: `[B, X]` position of each token in its sequence.
       keep: whether to return the block's keys and values (prefill).
+      aligned: states that all rows begin with a real token, so that padding comes last.
     """
 
     valid: jax.Array
     positions: jax.Array
     keep: bool = struct.field(pytree_node=False, default=False)
+    aligned: bool = struct.field(pytree_node=False, default=False)
     attention: Attention = struct.field(pytree_node=False, default="auto")
 
     def __call__(self, config: ModelConfig, q, k, v, kv=None):
         return self._attend(config.sliding_window, q, k, v), (k, v) if self.keep else None
 
     def _attend(self, window, q, k, v):
-        if uses_kernels(self.attention):
-            return splash.causal(q, k, v, self.valid, window, interpret=self.attention == "interpret")
-        X = q.shape[1]
+        _, X, _, N = q.shape
+        attention, _ = chosen(self.attention, q.dtype, N, window)
+        if attention in ("pallas", "interpret"):
+            return splash.causal(q, k, v, self.valid, window, interpret=attention == "interpret")
+        if attention != "plain":
+            # cuDNN counts keys from the start of a row.
+            kernel = _gpu_kernel(attention if self.aligned or attention != "cudnn" else "triton")
+            return union.causal(kernel, q, k, v, self.valid, window)
         mask = _within(window, self.positions, self.positions) & self.valid[:, None, :]
         # Padding is ordered by index, and every query attends to itself, so that no row of the mask is empty.
         mask = (mask & jnp.tri(X, dtype=bool)) | jnp.eye(X, dtype=bool)
@@ -239,7 +228,7 @@ class Decode(struct.PyTreeNode):
             start = jnp.maximum(self.first, _first_seen(window, self.at))[:, None]  # [R, 1]
             stop = jnp.broadcast_to(self.at + 1, R)
             out, lse = attend_cached(q[:, :, None], own_k, own_v, start, stop)
-        out = merge([to_prompt, (out[:, :, 0], lse[:, :, 0])])
+        out, _ = merge([to_prompt, (out[:, :, 0], lse[:, :, 0])])
         return out.reshape(R, 1, H, N), (own_k, own_v)
 
 
@@ -291,7 +280,7 @@ class DecodePages(struct.PyTreeNode):
             stop = jnp.broadcast_to(self.at + 1, R)
             recent = attend_cached(q, recent_k, recent_v, first - self.stored[:, None], stop)
         own = [(out[:, :, 0], lse[:, :, 0]) for out, lse in (stored, recent)]
-        return merge([to_prompt, *own]).reshape(R, 1, H, N), (recent_k, recent_v)
+        return merge([to_prompt, *own])[0].reshape(R, 1, H, N), (recent_k, recent_v)
 
 
 def _write(own_k, own_v, k, v, at):
@@ -368,8 +357,12 @@ def attend_pages(q, pool, table, start, stop, attention: Attention = "auto") -> 
     Returns:
       `[B, G, C, I, N]`, and the log-sum-exp of the scaled scores `[B, G, C, I]` float32.
     """
-    if uses_kernels(attention):
+    attention, _ = chosen(attention, q.dtype, q.shape[-1], None)
+    if attention in ("pallas", "interpret"):
         return pages.attend_pages(q, pool, table, start, stop, interpret=attention == "interpret")
+    if attention != "plain":
+        interpret = attention == "interpret_triton"
+        return triton_pages.attend_pages(q, pool, table, start, stop, interpret=interpret)
     k, v = on_each_shard(_gather_pages, table, pool)
     return attend_cached(q, k, v, start, stop)
 

@@ -20,9 +20,10 @@ from jax.typing import DTypeLike
 
 from lpo_jax.models import decoder, packing
 from lpo_jax.models.attend import accumulator
-from lpo_jax.models.attention import Attention, SharedPrefix
+from lpo_jax.models.attention import SharedPrefix
 from lpo_jax.models.config import ModelConfig
 from lpo_jax.models.head import token_log_probs, top_tokens, weighted_log_probs
+from lpo_jax.models.kernels.choice import Attention
 from lpo_jax.models.lora import Frozen, with_adapters
 from lpo_jax.models.placement import constrain_params
 from lpo_jax.models.prompt_images import Images, PromptImages, lay_out
@@ -68,7 +69,7 @@ class ModelRunner:
       dtype: the dtype of activations and products.
       remat: whether to recompute layers in the backward pass.
       extra: which statistics of `Source.POLICY_EXTRA` to compute.
-      attention: kernels for TPUs, or plain products (`lpo_jax.models.attention`).
+      attention: kernels or plain products (`lpo_jax.models.kernels.choice`).
     """
 
     config: ModelConfig

@@ -23,6 +23,7 @@ import numpy as np
 from jax._src import distributed  # the client's key-value store has no public name
 
 from lpo_jax.errors import RunStopped, UserError
+from lpo_jax.parallel.gpu_flags import add_gpu_flags
 from lpo_jax.parallel.presence import SILENCE, Presence
 from lpo_jax.types import Json
 
@@ -82,6 +83,7 @@ def require_devices() -> None:
     Raises:
       UserError: the platform named by JAX_PLATFORMS is not available.
     """
+    add_gpu_flags()
     try:
         jax.devices()
     except Exception as error:  # RuntimeError, or AssertionError for a platform whose plugin is missing

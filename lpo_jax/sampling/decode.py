@@ -20,8 +20,9 @@ import numpy as np
 from flax import struct
 
 from lpo_jax.models import decoder
-from lpo_jax.models.attention import Attention, Context, Decode, DecodePages
+from lpo_jax.models.attention import Context, Decode, DecodePages
 from lpo_jax.models.config import ModelConfig
+from lpo_jax.models.kernels.choice import Attention
 from lpo_jax.models.placement import constrain_params
 from lpo_jax.models.quantize import quantise_layer
 from lpo_jax.models.rotary import rope_table

@@ -21,8 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from lpo_jax.models import decoder
-from lpo_jax.models.attention import Attention, Causal
+from lpo_jax.models.attention import Causal
 from lpo_jax.models.config import ModelConfig
+from lpo_jax.models.kernels.choice import Attention
 from lpo_jax.models.prompt_images import PromptImages
 from lpo_jax.models.rotary import mrope_table, rope_table
 from lpo_jax.models.vision import ImageTokens
@@ -173,7 +174,7 @@ def prefill(
     U, S = tokens.shape
     valid = jnp.arange(S) < lengths[:, None]
     positions = jnp.broadcast_to(jnp.arange(S), (U, S))
-    context = Causal(valid, positions, keep=True, attention=attention)
+    context = Causal(valid, positions, keep=True, aligned=True, attention=attention)
     no_kv = [None] * config.num_layers
     rope, seen = rope_table(config, positions), None
     if images is not None:

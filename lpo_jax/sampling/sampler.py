@@ -18,8 +18,8 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from lpo_jax.models import decoder
-from lpo_jax.models.attention import Attention, uses_kernels
 from lpo_jax.models.config import ModelConfig
+from lpo_jax.models.kernels.choice import Attention, uses_kernels
 from lpo_jax.models.prompt_images import lay_out
 from lpo_jax.parallel import sharding
 from lpo_jax.sampling.batching import ContinuousBatcher
@@ -42,7 +42,7 @@ class Sampler:
       decode: token ids to text; needed for stop strings only.
       mesh: `sharding.decode_mesh` of the mesh that the parameters are on; None: one device.
       max_rows: limit on the rows that all devices decode at once; the others are queued. 0: no limit.
-      attention: kernels for TPUs or plain matrix products (`lpo_jax.models.attention`).
+      attention: kernels or plain matrix products (`lpo_jax.models.kernels.choice`).
       kv_tokens: with kernels, tokens of prompts and responses that the KV caches of all devices hold together; 0: as
         many as `max_rows` rows of full length need. Plain attention has a cache that grows.
     """

@@ -3,6 +3,9 @@
 import jax
 
 from lpo_jax import objectives, reporting
+from lpo_jax.config import ModelSection
+from lpo_jax.models.config import ModelConfig
+from lpo_jax.models.kernels.choice import chosen
 from lpo_jax.models.packing import full_layout
 from lpo_jax.models.runner import ModelRunner
 from lpo_jax.parallel.sharding import batch_shards
@@ -28,6 +31,7 @@ def introduce(
         + (f", {environment.dropped} dropped for their length" if environment.dropped else ""),
         f"method   {name}: {objectives.names()[name]['formula']}",
         f"devices  {jax.device_count()} x {jax.devices()[0].device_kind} ({jax.default_backend()}){mesh_line()}",
+        *attention_line(config.model, model),
         *sandbox_line(environment.collect.pool.sandbox),
         f"ratios   to the {'trainer' if behaviour.rescored else 'sampler'}'s log-probs of what was sampled "
         f"(training.behaviour={behaviour.choice}: {behaviour.reason})",
@@ -49,6 +53,14 @@ def mesh_line() -> str:
     used = 1 if mesh.empty else mesh.size
     axes = ", mesh " + " x ".join(f"{name} {size}" for name, size in mesh.shape.items()) if used > 1 else ""
     return axes + (f"; {jax.device_count() - used} are not used" if used < jax.device_count() else "")
+
+
+def attention_line(section: ModelSection, model: ModelConfig) -> list[str]:
+    """Which attention an accelerator runs, and why; a CPU has the plain one only."""
+    if jax.default_backend() == "cpu":
+        return []
+    name, reason = chosen(section.attention, section.dtype, model.head_width, model.sliding_window)
+    return [f"attention {name}: {reason}"]
 
 
 def sandbox_line(kind: str) -> list[str]:

@@ -15,9 +15,10 @@ from lpo_jax.config import Config
 from lpo_jax.errors import UserError
 from lpo_jax.evaluation.heldout import Evaluation, evaluate_rows
 from lpo_jax.models import lora
-from lpo_jax.models.attention import uses_kernels
 from lpo_jax.models.config import ModelConfig
 from lpo_jax.models.decoder import Params
+from lpo_jax.models.kernels import cudnn
+from lpo_jax.models.kernels.choice import lacks_gpu, uses_kernels
 from lpo_jax.models.load import load_config_and_tokenizer
 from lpo_jax.models.placement import model_sizes
 from lpo_jax.parallel.mesh import open_mesh
@@ -82,10 +83,7 @@ def open_session(config: Config) -> Iterator[Session]:
         adapters.check(model)
     check_vision(config, model)
     sizes, mesh = open_mesh(config, model_sizes(model))
-    if config.model.attention == "pallas" and jax.default_backend() != "tpu":
-        raise UserError(
-            "model.attention=pallas: there is no TPU here; auto takes the kernels where there is one"
-        )
+    _check_attention(config, model)
     longest = config.sampling.max_prompt_tokens + config.sampling.max_tokens
     if longest > model.max_positions:
         raise UserError(
@@ -98,6 +96,22 @@ def open_session(config: Config) -> Iterator[Session]:
         yield Session(config, environment, TrainedModel(config, model))
 
 
+def _check_attention(config: Config, model: ModelConfig) -> None:
+    """Raise a UserError if the device or the model does not allow the kernels that the config demands."""
+    choice = config.model.attention
+    if choice == "pallas" and jax.default_backend() != "tpu":
+        raise UserError(
+            "model.attention=pallas: there is no TPU here; auto takes the kernels where there is one"
+        )
+    if choice not in ("cudnn", "triton"):
+        return
+    if lacking := lacks_gpu():
+        raise UserError(f"model.attention={choice}: {lacking}; auto takes kernels where there are some")
+    refused = cudnn.refuses(config.model.dtype, model.head_width, model.sliding_window)
+    if choice == "cudnn" and refused:
+        raise UserError(f"model.attention=cudnn: {refused}; set triton, or auto")
+
+
 def _check_pages(config: Config, shards: int) -> None:
     """Raise a UserError if the KV cache cannot be in pages as the config says."""
     sampling = config.sampling
@@ -107,7 +121,7 @@ def _check_pages(config: Config, shards: int) -> None:
         Pool.of(P + -P % shards, sampling.num_responses, S, T, *limits).check(S, T)
     elif sampling.kv_tokens:
         raise UserError(
-            "sampling.kv_tokens: the KV cache is in pages with the kernels for TPUs only; set it to 0 here"
+            "sampling.kv_tokens: the KV cache is in pages with kernels only, and attention is plain here; set it to 0"
         )
 
 

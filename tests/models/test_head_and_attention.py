@@ -176,14 +176,14 @@ def test_merged_sources_equal_one_source():
     q, k, v = normal(2, 5, 4, 8), normal(2, 9, 2, 8), normal(2, 9, 2, 8)
     mask = jnp.asarray(rng.random((2, 5, 9)) < 0.6).at[:, :, 8].set(True)
     parts = [attention.attend(q, k[:, a:b], v[:, a:b], mask[..., a:b]) for a, b in ((0, 4), (4, 9))]
-    chex.assert_trees_all_close(attention.merge(parts), plain_attention(q, k, v, mask), atol=1e-5)
+    chex.assert_trees_all_close(attention.merge(parts)[0], plain_attention(q, k, v, mask), atol=1e-5)
 
 
 def test_source_without_a_key_has_no_weight():
     q, k, v = normal(1, 2, 2, 4), normal(1, 3, 2, 4), normal(1, 3, 2, 4)
     nothing = attention.attend(q, 1e3 * k, 1e3 * v, jnp.zeros((1, 2, 3), bool))
     something = attention.attend(q, k, v, jnp.ones((1, 2, 3), bool))
-    chex.assert_trees_all_close(attention.merge([nothing, something]), something[0])
+    chex.assert_trees_all_close(attention.merge([nothing, something])[0], something[0])
 
 
 def test_attention_over_long_rows_runs_forward_once_where_its_results_are_kept(

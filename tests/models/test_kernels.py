@@ -8,23 +8,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from kernel_cases import compile_for, normal, rng, values_and_gradients
 
 from lpo_jax.config import parse_config
 from lpo_jax.errors import UserError
 from lpo_jax.models import attention
 from lpo_jax.models.attention import Causal, attend_pages, shared_prefix_attention
 from lpo_jax.models.kernels import pages, splash
+from lpo_jax.models.kernels.choice import uses_kernels
 from lpo_jax.models.runner import Groups, ModelRunner, score
 from lpo_jax.parallel import sharding
 from lpo_jax.planner.topology import parse_topology, tpu_devices
 from lpo_jax.sampling import PromptBatch, Sampler, SampleRequest
 from lpo_jax.training.session import open_session
-
-rng = np.random.default_rng(0)
-
-
-def normal(*shape):
-    return jnp.asarray(rng.normal(size=shape), jnp.float32)
 
 
 @pytest.fixture
@@ -32,17 +28,6 @@ def small_blocks(monkeypatch):
     """Small blocks, so that short rows have several; cached programs of other block sizes are dropped."""
     monkeypatch.setattr(splash, "QUERIES", 128)
     monkeypatch.setattr(splash, "KEYS", 128)
-
-
-def values_and_gradients(function, real, *qkv):
-    """A function's values at real tokens, and their gradients with respect to its arguments."""
-
-    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # compiles sooner
-    def both(*qkv):
-        out, pull_back = jax.vjp(lambda *qkv: jnp.where(real, function(*qkv), 0.0), *qkv)
-        return out, pull_back(jnp.cos(jnp.arange(out.size)).reshape(out.shape))
-
-    return both(*qkv)
 
 
 # The interpreter's programs take seconds to compile: one of each kind, the other combinations when there is time.
@@ -235,10 +220,10 @@ def test_the_model_with_kernels_is_the_model(tiny_config, tiny_params):
 
 
 def test_kernels_where_there_are_tpus(monkeypatch):
-    assert not attention.uses_kernels("auto") and not attention.uses_kernels("plain")
-    assert attention.uses_kernels("pallas") and attention.uses_kernels("interpret")
+    assert not uses_kernels("auto") and not uses_kernels("plain")
+    assert uses_kernels("pallas") and uses_kernels("interpret")
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    assert attention.uses_kernels("auto") and not attention.uses_kernels("plain")
+    assert uses_kernels("auto") and not uses_kernels("plain")
 
 
 def test_kernels_where_there_is_no_tpu(run_config):
@@ -252,7 +237,7 @@ def test_kernels_where_there_is_no_tpu(run_config):
 @pytest.mark.parametrize(
     ("kernels", "kv_tokens", "says"),
     [
-        (False, 4096, "with the kernels for TPUs only; set it to 0 here"),
+        (False, 4096, "with kernels only, and attention is plain here; set it to 0"),
         (True, 200, r"1 pages of 128 tokens .* needs 2; raise it"),
     ],
 )
@@ -263,18 +248,6 @@ def test_a_cache_in_pages_is_checked_before_the_run(run_config, monkeypatch, ker
     with pytest.raises(UserError, match=rf"^sampling\.kv_tokens: .*{says}") as error, session:
         pass
     assert "\n" not in str(error.value)
-
-
-def compile_for(devices, function, *shapes):
-    """Compiles for one device of a slice, or for a (2, 1, 2) mesh of four."""
-    make = lambda place: [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place(x)) for x in shapes]  # noqa: E731
-    if len(devices) == 1:
-        where = jax.sharding.SingleDeviceSharding(devices[0])
-        return jax.jit(function).lower(*make(lambda _: where)).compile()
-    mesh = jax.sharding.Mesh(np.reshape(devices, (2, 1, 2)), sharding.AXES)
-    batch = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
-    with jax.set_mesh(mesh):
-        return jax.jit(function).lower(*make(lambda _: batch)).compile()
 
 
 @pytest.mark.slow

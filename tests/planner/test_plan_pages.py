@@ -1,4 +1,4 @@
-"""The decode step of Qwen3-8B with a KV cache in pages, compiled for TPU v6e: what it reads and what it needs."""
+"""The decode step of Qwen3-8B with a KV cache in pages, compiled for TPU v6e and H100: what it reads and needs."""
 
 import math
 
@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from gpus import h100
 
 from lpo_jax.models.config import ModelConfig
 from lpo_jax.models.decoder import abstract_params
@@ -19,19 +20,16 @@ from lpo_jax.sampling import decode as device
 from lpo_jax.sampling.pages import Pool
 
 LAYERS = 36
-TENSOR = 4  # devices that a weight is split over
 K, S, T, MEAN = 8, 1024, 4096, 1024
 
 
-def compiled(size, layers):
-    """Compiles `decode_pages` at a small depth, for four devices that share every layer."""
+def compiled(size, layers, devices, attention):
+    """Compiles `decode_pages` at a small depth, for devices that share every layer."""
     config = ModelConfig(
         *("qwen3", 151936, 4096, layers, 32, 8, 128, 12288, 40960), rope_theta=1e6, qk_norm=True
     )
     dtype = jnp.dtype(jnp.bfloat16)
-    mesh = jax.sharding.Mesh(
-        np.reshape(tpu_devices(parse_topology("v6e:2x2")), (1, 1, TENSOR)), sharding.AXES
-    )
+    mesh = jax.sharding.Mesh(np.reshape(devices, (1, 1, -1)), sharding.AXES)
     ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)  # noqa: E731
     with jax.set_mesh(mesh):
         layout = lambda params: device.decode_layout(config, params, dtype)  # noqa: E731
@@ -49,7 +47,7 @@ def compiled(size, layers):
             member_index=ints(size.slots),
         )
         tables = ints(size.prompts, size.pages_of(S - 1)), ints(size.slots, size.pages_of(T))
-        settings = device.DecodeSettings(config, (1,), Sampling(), dtype, "pallas")
+        settings = device.DecodeSettings(config, (1,), Sampling(), dtype, attention)
         program = device.decode_pages.lower(
             settings, weights, rows, ints(size.prompts), *tables, pool, ints(), ints()
         ).compile()
@@ -57,14 +55,24 @@ def compiled(size, layers):
     return program, local(pool[0]), sum(map(local, jax.tree.leaves(weights["layers"][0])))
 
 
-@pytest.mark.slow
-def test_a_decode_step_reads_weights_and_live_pages():
-    """64 rows of 1024 tokens each in a pool of twice as many pages, which the program does not copy."""
+def v6e():
     pytest.importorskip("libtpu")
-    size = Pool(2 * 64 * MEAN // 128, 128, 64, 32)
+    return tpu_devices(parse_topology("v6e:2x2"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "open_devices, attention, tokens, prompts",
+    [(v6e, "pallas", MEAN, 32), (lambda: h100(1), "cudnn", 2 * MEAN, 8)],
+    ids=["v6e", "h100"],
+)
+def test_a_decode_step_reads_weights_and_live_pages(open_devices, attention, tokens, prompts):
+    """64 rows of as many tokens each in a pool of twice as many pages, which the program does not copy."""
+    devices = open_devices()
+    size = Pool(2 * 64 * tokens // 128, 128, 64, prompts)
     step, others = {}, {}
     for layers in (2, 4):
-        program, pool, layer = compiled(size, layers)
+        program, pool, layer = compiled(size, layers, devices, attention)
         cost = program_cost(parse_hlo(program.as_text(), device.CHUNK))
         # Two kernels in each layer have the pool as an operand; what they read of it is added below.
         step[layers] = cost.bytes / device.CHUNK - 2 * layers * pool
@@ -72,9 +80,9 @@ def test_a_decode_step_reads_weights_and_live_pages():
         assert memory.alias_size_in_bytes >= layers * pool  # the pool is updated in place
         others[layers] = memory.temp_size_in_bytes
     assert max(others.values()) < pool  # neither copied nor gathered
-    head = 2 * 151936 * 4096 / TENSOR
+    head = 2 * 151936 * 4096 / len(devices)
     page = pool / size.pages
-    live = (64 * size.pages_of(MEAN) + 64 // K * size.pages_of(S)) * page
+    live = (64 * size.pages_of(tokens) + 64 // K * size.pages_of(S)) * page
     measured = step[2] + (LAYERS - 2) / 2 * (step[4] - step[2]) + LAYERS * live
     assert measured <= 1.15 * (head + LAYERS * (layer + live))
     print(f"{measured / (head + LAYERS * (layer + live)):.3f} of weights and live pages")

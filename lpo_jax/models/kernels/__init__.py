@@ -1,1 +1,1 @@
-"""Pallas kernels for TPUs. Each has a plain twin in `lpo_jax.models.attention`, which chooses between the two."""
+"""Attention kernels for TPUs and NVIDIA GPUs. Each has a plain twin in `lpo_jax.models.attention`; see `choice`."""

@@ -15,6 +15,7 @@ X tokens · M pages of the longest row.
 
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -47,11 +48,16 @@ def attend_pages(q, pool, table, start, stop, *, interpret: bool = False) -> tup
     Returns:
       `[B, G, C, I, N]` in q's dtype and the log-sum-exp of the scaled scores, `[B, G, C, I]` float32.
     """
-    attention = functools.partial(_attend_pages, interpret=interpret)
+    return on_each_shard_of_pages(
+        functools.partial(_attend_pages, interpret=interpret), q, pool, table, start, stop
+    )
+
+
+def on_each_shard_of_pages(attention: Callable, q, pool, table, start, stop) -> tuple[jax.Array, jax.Array]:
+    """Run `attention` on each device's rows and heads, because the compiler cannot partition a kernel."""
     mesh = current_mesh()
     if mesh is None:
         return attention(q, pool, table, start, stop)
-    # The compiler cannot partition a kernel, so each device runs it on its own rows and heads.
     rows, heads = spec(mesh, ("batch", "kv_heads"), q.shape[:2])
     split, by_row = PartitionSpec(rows, heads), PartitionSpec(rows)
     specs = (split, PartitionSpec(rows, None, heads), by_row, by_row, by_row)
