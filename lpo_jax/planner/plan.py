@@ -8,6 +8,7 @@ best are compiled until one fits. With response lengths, they are ranked by the 
 
 import dataclasses
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterator
 
@@ -16,6 +17,7 @@ import numpy as np
 from lpo_jax.config import Config, override_config
 from lpo_jax.errors import UserError
 from lpo_jax.models.config import ModelConfig
+from lpo_jax.models.eight_bits import check_device
 from lpo_jax.models.placement import model_sizes
 from lpo_jax.objectives import Objective
 from lpo_jax.parallel import mesh as meshes
@@ -34,6 +36,7 @@ SHORTLIST = 6  # meshes whose best setting at full length is simulated at other 
 # The share of a chip's memory that a suggestion leaves free, because batches of uneven lengths need a little more than
 # full ones.
 SPARE = 0.03
+WITHOUT_FP8 = {"a100": 8.0}  # chips without 8-bit floats, and their CUDA compute capability
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,9 +141,11 @@ def plan(
       report: called with a line about each program before it is compiled.
 
     Raises:
-      UserError: libtpu is missing, or the config's mesh does not fit the slice.
+      UserError: libtpu is missing, the config's mesh does not fit the slice, or the chip lacks a data type.
     """
     started = time.perf_counter()
+    chip = target.chip.name
+    check_device(config.sampling.kv_dtype, chip, WITHOUT_FP8.get(chip, math.inf))
     config = choose_behaviour(config, objective).resolve(config)
     work = roofline.workload(config, model, objective.needs, scores_first(objective))
     kernels = target.chip.kind == "tpu" and config.model.attention != "plain"

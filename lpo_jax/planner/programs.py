@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from lpo_jax.config import Config
 from lpo_jax.models.config import ModelConfig
+from lpo_jax.models.eight_bits import stored_dtype
 from lpo_jax.models.placement import placed
 from lpo_jax.models.runner import Groups, score
 from lpo_jax.objectives import Objective, TokenStats
@@ -83,6 +84,10 @@ class Slice:
         return jnp.dtype(self.config.model.dtype)
 
     @property
+    def _stored(self) -> jnp.dtype:
+        return stored_dtype(self.config.sampling.kv_dtype, self._dtype)
+
+    @property
     def _int8(self) -> bool:
         return self.config.sampling.weights == "int8"
 
@@ -104,7 +109,7 @@ class Slice:
 
     def _kv_cache(self, model: ModelConfig, sequences: int, tokens: int) -> kv_cache.KVCache:
         """An abstract KV cache on the decode mesh, sharded as `allocate` does it."""
-        make = functools.partial(kv_cache.allocate, model, self._dtype, sequences, tokens)
+        make = functools.partial(kv_cache.allocate, model, self._stored, sequences, tokens)
         place = functools.partial(self._placed, ("batch", "kv_heads", None, None))
         return jax.tree.map(place, jax.eval_shape(make))
 
@@ -134,7 +139,7 @@ class Slice:
             coming = self._kv_cache(model, size.prefill_batch, work.S) if size.queued else []
             if name == "prefill":
                 arguments = weights, _ints(size.prefill_batch, work.S), _ints(size.prefill_batch)
-                lowered = kv_cache.prefill.lower(model, dtype, attention, *arguments)
+                lowered = kv_cache.prefill.lower(model, dtype, self._stored, attention, *arguments)
                 alive = (state, weights) + ((prompt_kv, own_kv) if size.queued else ())  # type: ignore[assignment]
                 return _measure(name, setting.waves(work), lowered, alive, kernels)
             rows = sampler.DecodeState(  # type: ignore[misc]
@@ -157,7 +162,8 @@ class Slice:
 
     def _decode_settings(self, model: ModelConfig) -> sampler.DecodeSettings:
         distribution, attention = Sampling(self.config.sampling.temperature), self.config.model.attention
-        return sampler.DecodeSettings(model, self.eos_ids, distribution, self._dtype, attention)
+        kv_dtype = self.config.sampling.kv_dtype
+        return sampler.DecodeSettings(model, self.eos_ids, distribution, self._dtype, attention, kv_dtype)
 
     def _in_pages(
         self, name: str, model: ModelConfig, state: TrainState, weights: object, kernels: float
@@ -167,14 +173,16 @@ class Slice:
         size = setting.pool(work)
         R, U, batch = (shards * n for n in (size.slots, size.prompts, max(1, size.slots // work.K)))
         make = functools.partial(
-            page_pool.allocate_pool, model, self._dtype, shards * size.pages, size.page_size
+            page_pool.allocate_pool, model, self._stored, shards * size.pages, size.page_size
         )
         pool = jax.tree.map(
             functools.partial(self._placed, ("batch", None, "kv_heads", None, None)), jax.eval_shape(make)
         )
         if name == "prefill":
             arguments = weights, _ints(batch, work.S), _ints(batch)
-            lowered = kv_cache.prefill.lower(model, self._dtype, self.config.model.attention, *arguments)
+            lowered = kv_cache.prefill.lower(
+                model, self._dtype, self._stored, self.config.model.attention, *arguments
+            )
             return _measure(name, setting.waves(work), lowered, (state, weights, pool), kernels)
         rows = sampler.DecodeState(  # type: ignore[misc]
             *(_ints(R) for _ in range(4)),

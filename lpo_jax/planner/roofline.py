@@ -14,6 +14,7 @@ from collections.abc import Iterator
 
 from lpo_jax.config import Config
 from lpo_jax.models.config import ModelConfig
+from lpo_jax.models.eight_bits import SCALE_BYTES, KVDtype
 from lpo_jax.models.head import chunk_size
 from lpo_jax.models.packing import full_splits
 from lpo_jax.models.parameters import num_params
@@ -47,6 +48,7 @@ class Workload:
     scorings: int  # forward passes over a minibatch that only score, with those of the reference
     ahead: int = 0  # later steps whose prompts take free slots
     kernels: bool = False  # whether attention runs in kernels, which skip masked pairs and unused cache
+    kv_dtype: KVDtype = "compute"  # of the KV cache
 
     @property
     def trained_tokens(self) -> int:
@@ -291,7 +293,8 @@ def _activations(work: Workload, setting: Setting) -> float:
 def kv_bytes(work: Workload) -> int:
     """Return the bytes of the keys and values of one token in all layers."""
     m = work.model
-    return 2 * m.num_layers * m.num_kv_heads * m.head_width * work.itemsize
+    head = m.head_width * work.itemsize if work.kv_dtype == "compute" else m.head_width + SCALE_BYTES
+    return 2 * m.num_layers * m.num_kv_heads * head
 
 
 def mean_cache_tokens(T: int, first: int = FIRST_TOKENS) -> float:
@@ -442,4 +445,5 @@ def workload(config: Config, model: ModelConfig, needs: frozenset[Field], scores
         reference,
         passes + updates * reference,
         sampling.ahead,
+        kv_dtype=sampling.kv_dtype,
     )

@@ -49,7 +49,7 @@ class ContinuousBatcher(Batcher):
         # Rows in slots whose earlier tokens have no keys and values yet.
         self.entered = [] if capacity.queued else np.flatnonzero(self.remaining & (self.lengths > 0)).tolist()
         self.members_per_prompt = self.K  # C
-        allocate = functools.partial(kv_cache.allocate, self.settings.config, self.settings.dtype)
+        allocate = functools.partial(kv_cache.allocate, self.settings.config, self.settings.stored)
         self.prompt_cache = PromptCache(self.prefill_prompts, allocate, self.prompts, capacity, self.shards)
         self.response_cache = ResponseCache(allocate, capacity, self._longest())
 

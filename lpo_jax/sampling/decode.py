@@ -22,6 +22,7 @@ from flax import struct
 from lpo_jax.models import decoder
 from lpo_jax.models.attention import Attention, Context, Decode, DecodePages
 from lpo_jax.models.config import ModelConfig
+from lpo_jax.models.eight_bits import KVDtype, stored_dtype
 from lpo_jax.models.placement import constrain_params
 from lpo_jax.models.quantize import quantise_layer
 from lpo_jax.models.rotary import rope_table
@@ -38,6 +39,7 @@ class DecodeSettings:
     Attributes:
       eos_ids: every token id that ends a response.
       dtype: of activations.
+      kv_dtype: of the KV cache.
     """
 
     config: ModelConfig
@@ -45,6 +47,12 @@ class DecodeSettings:
     distribution: Sampling
     dtype: np.dtype
     attention: Attention = "auto"
+    kv_dtype: KVDtype = "compute"
+
+    @property
+    def stored(self) -> np.dtype:
+        """The type of the numbers in the KV cache."""
+        return stored_dtype(self.kv_dtype, self.dtype)
 
 
 class DecodeState(struct.PyTreeNode):
@@ -208,7 +216,7 @@ def decode_pages(
       What was drawn, and the pool with its keys and values.
     """
     # While the loop runs, the pool is only read. What is drawn is kept beside it and moves into its pages at the end.
-    recent = allocate(settings.config, settings.dtype, len(state.token), CHUNK)
+    recent = allocate(settings.config, settings.stored, len(state.token), CHUNK)
     stored = jnp.where(state.active, state.drawn, 0)  # kernels read nothing for a slot that is not active
 
     def context(steps, active, positions):

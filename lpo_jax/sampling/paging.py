@@ -47,8 +47,9 @@ class PagedBatcher(Batcher):
         ]
         batch = self.shards * max(1, self.size.slots // K)  # prompts whose rows fill the slots
         self.prompt_prefill = PromptPrefill(self.prefill_prompts, batch, self.shards)
-        config, dtype = self.settings.config, self.settings.dtype
-        self.pool = page_pool.allocate_pool(config, dtype, self.shards * self.size.pages, self.size.page_size)
+        self.pool = page_pool.allocate_pool(
+            self.settings.config, self.settings.stored, self.shards * self.size.pages, self.size.page_size
+        )
 
     def _arrange(self) -> None:
         needed = np.minimum(self.lengths + CHUNK, self.budgets)

@@ -89,7 +89,7 @@ class Batcher(abc.ABC):
 
         self.max_rows, self.shards = max_rows, sharding.batch_shards()
         self.prefill = functools.partial(
-            kv_cache.prefill, settings.config, settings.dtype, settings.attention, weights
+            kv_cache.prefill, settings.config, settings.dtype, settings.stored, settings.attention, weights
         )
         self.images = images
         # How much further on than its index in the sequence a response token's position is.

@@ -20,6 +20,7 @@ from jax.typing import DTypeLike
 from lpo_jax.models import decoder
 from lpo_jax.models.attention import Attention, uses_kernels
 from lpo_jax.models.config import ModelConfig
+from lpo_jax.models.eight_bits import KVDtype
 from lpo_jax.models.prompt_images import lay_out
 from lpo_jax.parallel import sharding
 from lpo_jax.sampling.batching import ContinuousBatcher
@@ -38,13 +39,14 @@ class Sampler:
     Attributes:
       config: of the model.
       eos_ids: every token id that ends a response.
-      dtype: of activations, weights and KV caches during sampling.
+      dtype: of activations and weights during sampling.
       decode: token ids to text; needed for stop strings only.
       mesh: `sharding.decode_mesh` of the mesh that the parameters are on; None: one device.
       max_rows: limit on the rows that all devices decode at once; the others are queued. 0: no limit.
       attention: kernels for TPUs or plain matrix products (`lpo_jax.models.attention`).
       kv_tokens: with kernels, tokens of prompts and responses that the KV caches of all devices hold together; 0: as
         many as `max_rows` rows of full length need. Plain attention has a cache that grows.
+      kv_dtype: of the KV caches; compute: `dtype`.
     """
 
     config: ModelConfig
@@ -55,6 +57,7 @@ class Sampler:
     max_rows: int = 0
     attention: Attention = "auto"
     kv_tokens: int = 0
+    kv_dtype: KVDtype = "compute"
 
     def prepare(self, params: decoder.Params, int8: bool = False) -> decoder.Params:
         """Returns the weights in decode layout: one dict per layer, in the sampling dtype. Call it once per round.
@@ -121,6 +124,7 @@ class Sampler:
                     request.distribution,
                     jnp.dtype(self.dtype),
                     self.attention,
+                    self.kv_dtype,
                 ),
                 weights,
                 prompts,

@@ -18,6 +18,7 @@ from lpo_jax.models import lora
 from lpo_jax.models.attention import uses_kernels
 from lpo_jax.models.config import ModelConfig
 from lpo_jax.models.decoder import Params
+from lpo_jax.models.eight_bits import check_device
 from lpo_jax.models.load import load_config_and_tokenizer
 from lpo_jax.models.placement import model_sizes
 from lpo_jax.parallel.mesh import open_mesh
@@ -92,6 +93,10 @@ def open_session(config: Config) -> Iterator[Session]:
             f"sampling.max_prompt_tokens + max_tokens = {longest} is more than the {model.max_positions} "
             f"positions of {config.model.path}"
         )
+    device = jax.local_devices()[0]
+    check_device(
+        config.sampling.kv_dtype, device.device_kind, float(getattr(device, "compute_capability", "inf"))
+    )
     decoding = mesh and decode_mesh(mesh, sizes.decode_tensor)
     _check_pages(config, sizes.devices // sizes.decode_tensor)
     with using(mesh), open_environment(config, task, model, tokenizer, eos_ids, decoding) as environment:
