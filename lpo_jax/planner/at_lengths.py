@@ -15,9 +15,11 @@ import numpy as np
 from lpo_jax.errors import UserError
 from lpo_jax.models.packing import PackedSize, packed_size
 from lpo_jax.planner import roofline
-from lpo_jax.planner.roofline import Exchange, Setting, Sizes, StepPhase, Workload
+from lpo_jax.planner.phases import Exchange, StepPhase
+from lpo_jax.planner.roofline import Setting, Sizes, Workload
 from lpo_jax.planner.simulation import Sampled, simulate_pages, simulate_slots
 from lpo_jax.planner.topology import Chip
+from lpo_jax.sampling.calls import look_seconds
 
 # Rows to try with pages, as multiples of those that reserve the longest response.
 MORE_ROWS = (1, 2, 4, 8)
@@ -85,13 +87,13 @@ def at_lengths(
 
     whole = _reserving(work, setting)
     if work.kernels:
-        sampled = simulate_pages(padded, whole.pool(work), work.S - 1, shards)
+        sampled = simulate_pages(padded, whole.pool(work), work.S - 1, shards, whole.call_tokens(work))
     else:
-        sampled = simulate_slots(padded, size, shards)
+        sampled = simulate_slots(padded, size, shards, setting.call_tokens(work))
     reserved = occurring(sampled, whole)
     found = []
     for paged in _in_pages(work, setting) if work.kernels else ():
-        sampled = simulate_pages(padded, paged.pool(work), work.S - 1, shards)
+        sampled = simulate_pages(padded, paged.pool(work), work.S - 1, shards, paged.call_tokens(work))
         found.append(occurring(sampled, paged))
     return AtLengths(reserved, min(found, key=lambda one: one.step_seconds) if found else None)
 
@@ -145,8 +147,8 @@ class _Costs:
     @classmethod
     def of(cls, work: Workload, setting: Setting, phases: Mapping[str, StepPhase], chip: Chip) -> "_Costs":
         size, shards, phase = setting.capacity(work), setting.decode_shards, phases["decode"]
-        slots, steps = size.slots / shards, work.call_tokens
-        weights = work.itemsize * Sizes.of(work.model).total / setting.mesh.decode_tensor
+        slots, steps = size.slots / shards, setting.call_tokens(work)
+        weights = roofline.weight_bytes(work, setting)
         rest = phase.bytes / steps - weights - roofline.decode_reads(work, setting)
         token = roofline.kv_bytes(work) / setting.mesh.decode_tensor
         slot = max(rest, 0.0) / slots, phase.flops / steps / slots, phase.sent / steps / slots
@@ -165,7 +167,7 @@ class _Costs:
             read = (call.tokens + call.prompts * self.prompt_tokens) * self.token
             moved, flops, sent = (call.slots * cost for cost in self.slot)
             busy = max(flops / self.chip.peak, (self.weights + moved + read) / self.chip.bandwidth)
-            total += call.steps * (busy + sent / self.chip.ring)
+            total += call.steps * (busy + sent / self.chip.ring) + look_seconds(call.rows)
         return total
 
 

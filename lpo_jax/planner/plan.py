@@ -23,7 +23,8 @@ from lpo_jax.objectives import Objective
 from lpo_jax.parallel import mesh as meshes
 from lpo_jax.planner import roofline, topology
 from lpo_jax.planner.at_lengths import AtLengths, Occurring, at_lengths
-from lpo_jax.planner.roofline import Setting, Sizes, StepPhase, Workload
+from lpo_jax.planner.phases import StepPhase
+from lpo_jax.planner.roofline import Setting, Sizes, Workload
 from lpo_jax.planner.topology import Chip, Topology
 from lpo_jax.training.behaviour import choose_behaviour
 from lpo_jax.training.learner import scores_first
@@ -149,7 +150,7 @@ def plan(
     config = choose_behaviour(config, objective).resolve(config)
     work = roofline.workload(config, model, objective.needs, scores_first(objective))
     kernels = target.chip.kind == "tpu" and config.model.attention != "plain"
-    work = dataclasses.replace(work, kernels=kernels)
+    work = dataclasses.replace(work, kernels=kernels, platform=target.chip.kind)
     asked = setting_of(config, work, target)
     compiler: Compiler | None = None
     if target.chip.kind == "tpu":
@@ -315,7 +316,7 @@ class _Search:
         }
 
 
-_NUMBERS = ("times", "flops", "bytes", "sent", "held", "temporary")
+_NUMBERS = ("times", "flops", "bytes", "sent", "held", "temporary", "host")
 
 
 def lengths_json(found: AtLengths | None) -> dict[str, Json] | None:
@@ -346,6 +347,7 @@ def to_json(made: Plan) -> dict[str, Json]:
         return {
             "overrides": proposal.setting.overrides(),
             "mesh": dataclasses.asdict(proposal.setting.mesh),
+            "call_tokens": proposal.setting.call_tokens(made.work),
             "memory": proposal.memory,
             "spare": made.spare(proposal),
             "fits": made.spare(proposal) >= 0,

@@ -5,8 +5,8 @@ from rich.table import Table
 
 from lpo_jax.planner import roofline
 from lpo_jax.planner.at_lengths import AtLengths
+from lpo_jax.planner.phases import StepPhase
 from lpo_jax.planner.plan import Plan, Proposal
-from lpo_jax.planner.roofline import StepPhase
 from lpo_jax.reporting.text import console, duration
 
 GB = 1e9
@@ -15,8 +15,8 @@ NOTES = (
     "Unless --lengths is given, all responses have their full length; prompts always do.",
     "A phase takes max(FLOPs / peak, bytes / bandwidth) plus bytes sent / ring: no kernel reaches its roofline, and "
     "communication is partly hidden.",
-    "Not included: verifying rewards, the host, compiling, evaluation, checkpoints, and the network between slices. "
-    "Uneven lengths pad attention, which can need more memory than full ones; leave a few GB.",
+    "Not included: verifying rewards, compiling, evaluation, checkpoints, the host except between decode calls, and "
+    "the network between slices. Uneven lengths pad attention, which can need more memory than full ones: leave GBs.",
 )
 
 
@@ -85,6 +85,13 @@ def _show(made: Plan, proposal: Proposal, title: str) -> None:
     for phase in proposal.phases:
         if phase.exchanges:
             out.print(f"  {phase.name} exchanges {exchanged(phase)}", highlight=False, soft_wrap=True)
+    decode = next(phase for phase in proposal.phases if phase.name == "decode")
+    out.print(
+        f"  decode: {proposal.setting.call_tokens(made.work)} tokens between two looks of the host, which take "
+        f"{1e3 * decode.host:.1f} ms each",
+        highlight=False,
+        soft_wrap=True,
+    )
     verdict = (
         f"fits, with {spare / GB:.1f} of {chip.memory / GB:.1f} GB to spare"
         if spare >= 0

@@ -27,10 +27,12 @@ from lpo_jax.parallel import mesh as meshes
 from lpo_jax.parallel import sharding
 from lpo_jax.planner.cost import program_cost
 from lpo_jax.planner.hlo import collectives, parse_hlo
-from lpo_jax.planner.roofline import Exchange, Setting, StepPhase, Workload, phase_attention
+from lpo_jax.planner.phases import Exchange, StepPhase
+from lpo_jax.planner.roofline import Setting, Workload, phase_attention
 from lpo_jax.runs.state import TrainState
 from lpo_jax.sampling import Sampling, kv_cache, page_pool
 from lpo_jax.sampling import decode as sampler
+from lpo_jax.sampling.calls import look_seconds
 from lpo_jax.training.model import TrainedModel
 from lpo_jax.training.optimizer import Optimizer, make_optimizer, planned_updates
 from lpo_jax.training.step import update
@@ -153,17 +155,21 @@ class Slice:
             arguments = weights, rows, _ints(size.prompts), prompt_kv, own_kv  # type: ignore[assignment]
             lowered = sampler.decode.lower(settings, *arguments, _ints(), _ints(), _ints())
             alive = state, arguments, coming  # type: ignore[assignment]
-            times, turns = setting.waves(work) * work.calls, work.call_tokens
+            turns = setting.call_tokens(work)
+            times = setting.waves(work) * setting.calls(work)
             phase = _measure(name, times, lowered, alive, kernels, turns)
         # The program was compiled for a response cache of full length, which grows with the responses.
         unread = (1 - work.mean_cached / size.tokens) * _bytes(own_kv)
         least = (1 - unread / _bytes((own_kv, prompt_kv))) * phase.bytes
-        return dataclasses.replace(phase, bytes=max(phase.bytes - turns * unread, least))
+        looks = look_seconds(setting.rows)
+        return dataclasses.replace(phase, bytes=max(phase.bytes - turns * unread, least), host=looks)
 
     def _decode_settings(self, model: ModelConfig) -> sampler.DecodeSettings:
         distribution, attention = Sampling(self.config.sampling.temperature), self.config.model.attention
-        kv_dtype = self.config.sampling.kv_dtype
-        return sampler.DecodeSettings(model, self.eos_ids, distribution, self._dtype, attention, kv_dtype)
+        kv_dtype, tokens = self.config.sampling.kv_dtype, self.setting.call_tokens(self.work)
+        return sampler.DecodeSettings(
+            model, self.eos_ids, distribution, self._dtype, attention, kv_dtype, tokens
+        )
 
     def _in_pages(
         self, name: str, model: ModelConfig, state: TrainState, weights: object, kernels: float
@@ -196,13 +202,15 @@ class Slice:
             self._decode_settings(model), weights, rows, _ints(U), *tables, pool, _ints(), _ints()
         )
         coming = self._kv_cache(model, batch, work.S)  # prompts that are prefilled next
-        times, turns = setting.waves(work) * work.calls, work.call_tokens
+        turns = setting.call_tokens(work)
+        times = setting.waves(work) * setting.calls(work)
         phase = _measure(name, times, lowered, (state, weights, rows, pool, coming), kernels, turns)
         # A kernel counts as reading the whole pool, once for prompts and once for rows. It reads the tokens that rows
         # have so far, and only the prompts that have active rows.
         live = size.slots * size.pages_of(work.T / 2) + math.ceil(size.slots / work.K) * size.pages_of(work.S)
         unread = (2 - min(live / size.pages, 1)) * _bytes(pool)
-        return dataclasses.replace(phase, bytes=phase.bytes - turns * unread)
+        looks = look_seconds(setting.rows)
+        return dataclasses.replace(phase, bytes=phase.bytes - turns * unread, host=looks)
 
     def _training(self, name: str) -> StepPhase:
         work, state = self.work, self._state(self.model)

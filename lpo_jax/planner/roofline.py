@@ -12,16 +12,19 @@ import dataclasses
 import math
 from collections.abc import Iterator
 
+import numpy as np
+
 from lpo_jax.config import Config
 from lpo_jax.models.config import ModelConfig
-from lpo_jax.models.eight_bits import SCALE_BYTES, KVDtype
+from lpo_jax.models.eight_bits import KVDtype, stored_dtype
 from lpo_jax.models.head import chunk_size
 from lpo_jax.models.packing import full_splits
 from lpo_jax.models.parameters import num_params
 from lpo_jax.objectives.batch import Field
 from lpo_jax.parallel.mesh import MeshSizes
-from lpo_jax.planner.topology import Chip
-from lpo_jax.sampling.kv_cache import CHUNK, FIRST_TOKENS, Capacity
+from lpo_jax.planner.phases import Exchange, StepPhase
+from lpo_jax.sampling.calls import look_seconds, planned_call_tokens
+from lpo_jax.sampling.kv_cache import FIRST_TOKENS, Capacity, token_bytes
 from lpo_jax.sampling.pages import Pool
 
 HALF, FULL = 2, 4  # bytes of bfloat16 and of float32
@@ -49,6 +52,7 @@ class Workload:
     ahead: int = 0  # later steps whose prompts take free slots
     kernels: bool = False  # whether attention runs in kernels, which skip masked pairs and unused cache
     kv_dtype: KVDtype = "compute"  # of the KV cache
+    platform: str = "tpu"  # "tpu" or "gpu"
 
     @property
     def trained_tokens(self) -> int:
@@ -56,19 +60,9 @@ class Workload:
         return self.P * (self.S + self.K * self.T)
 
     @property
-    def call_tokens(self) -> int:
-        """Tokens that every row draws in one call of `sampling.decode`."""
-        return min(CHUNK, self.T)
-
-    @property
     def mean_cached(self) -> float:
         """Tokens of a response that attention reads in a decode step, mean over a response of full length."""
         return self.T / 2 if self.kernels else mean_cache_tokens(self.T)
-
-    @property
-    def calls(self) -> int:
-        """Calls of `sampling.decode` until a response has its full length."""
-        return math.ceil(self.T / self.call_tokens)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +107,16 @@ class Setting:
             rows = min(rows, max(1, self.decode_shards * work.K * pool.pages // of_group))
         return math.ceil(work.P * work.K / rows)
 
+    def call_tokens(self, work: Workload) -> int:
+        """Return the number of tokens that every row draws in one call of `sampling.decode`, at most T."""
+        recent = recent_bytes(work, self) if work.kernels else 0.0
+        chosen = planned_call_tokens(work.T, self.rows, weight_bytes(work, self), recent, work.platform)
+        return min(chosen, work.T)
+
+    def calls(self, work: Workload) -> int:
+        """Return the number of calls of `sampling.decode` until a response has its full length."""
+        return math.ceil(work.T / self.call_tokens(work))
+
     def pool(self, work: Workload) -> Pool:
         """Return the sizes of the pages of one shard, with kernels."""
         shards = self.decode_shards
@@ -148,73 +152,6 @@ class Setting:
             "sampling.max_rows": self.rows,
         } | ({"sampling.kv_tokens": self.kv_tokens} if self.kv_tokens else {})
         return [f"--{key}={value}" for key, value in keys.items()]
-
-
-@dataclasses.dataclass(frozen=True)
-class Exchange:
-    """A collective that runs `times` in one run of a phase, each with a result of `bytes` on one of `devices`."""
-
-    kind: str
-    bytes: float
-    devices: int
-    times: int
-
-    @property
-    def sent(self) -> float:
-        """Bytes that each device of a ring sends in one run of the phase."""
-        others = max(self.devices - 1, 0)
-        share = others / max(self.devices, 1)
-        of = {"all-reduce": 2 * share, "reduce-scatter": others, "all-gather": share, "all-to-all": share}
-        return of.get(self.kind, 1.0) * self.bytes * self.times
-
-
-@dataclasses.dataclass(frozen=True)
-class StepPhase:
-    """A part of a step, on one device.
-
-    Attributes:
-      name: its name.
-      times: how often it runs in a step; all other figures are those of one run.
-      flops: FLOPs of matrix products, with recomputed ones.
-      bytes: bytes moved between memory and chip.
-      held: bytes in memory before, during and after a run: parameters, optimizer, weights, KV cache.
-      temporary: bytes that it needs in addition.
-      exchanges: its collectives.
-      seconds_compiling: the time that compilation took; 0 for an estimate.
-      too_large: whether the compiler refused it because of its memory, so that nothing else is known.
-    """
-
-    name: str
-    times: int
-    flops: float
-    bytes: float
-    held: float
-    temporary: float
-    exchanges: tuple[Exchange, ...] = ()
-    seconds_compiling: float = 0.0
-    too_large: bool = False
-
-    @property
-    def memory(self) -> float:
-        return self.held + self.temporary
-
-    @property
-    def sent(self) -> float:
-        """Bytes that a device sends to others in one run."""
-        return sum(exchange.sent for exchange in self.exchanges)
-
-    def shares(self, chip: Chip) -> dict[str, float]:
-        """Return the seconds that each resource is busy in one run."""
-        return {
-            "arithmetic": self.flops / chip.peak,
-            "memory": self.bytes / chip.bandwidth,
-            "network": self.sent / chip.ring,
-        }
-
-    def seconds(self, chip: Chip) -> float:
-        """Return the seconds of all its runs in a step, at the hardware's limits."""
-        shares = self.shares(chip)
-        return self.times * (max(shares["arithmetic"], shares["memory"]) + shares["network"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,7 +198,9 @@ def phase_attention(work: Workload, setting: Setting, phase: str) -> float:
     pair, masked = 4.0 * m.num_layers * m.num_heads * m.head_width, 2 if work.kernels else 1
     if phase in ("prefill", "decode"):
         prompts = math.ceil(setting.rows / K / setting.decode_shards)
-        pairs = S * S / masked if phase == "prefill" else work.call_tokens * K * (S + work.mean_cached)
+        pairs = (
+            S * S / masked if phase == "prefill" else setting.call_tokens(work) * K * (S + work.mean_cached)
+        )
         return pair * pairs * prompts / setting.mesh.decode_tensor
     groups = math.ceil(work.P / work.updates / setting.shards)
     forward = pair * (S * S / masked + K * T * (S + T / masked)) * groups / setting.mesh.tensor
@@ -292,9 +231,18 @@ def _activations(work: Workload, setting: Setting) -> float:
 
 def kv_bytes(work: Workload) -> int:
     """Return the bytes of the keys and values of one token in all layers."""
-    m = work.model
-    head = m.head_width * work.itemsize if work.kv_dtype == "compute" else m.head_width + SCALE_BYTES
-    return 2 * m.num_layers * m.num_kv_heads * head
+    compute = "float32" if work.itemsize == FULL else "bfloat16"
+    return token_bytes(work.model, stored_dtype(work.kv_dtype, np.dtype(compute)))
+
+
+def weight_bytes(work: Workload, setting: Setting) -> float:
+    """Return the bytes of the sampler's weights on a device."""
+    return work.itemsize * Sizes.of(work.model).total / setting.mesh.decode_tensor
+
+
+def recent_bytes(work: Workload, setting: Setting) -> float:
+    """Return the bytes of the keys and values on a device of one token of each row."""
+    return setting.rows / setting.decode_shards * kv_bytes(work) / setting.mesh.decode_tensor
 
 
 def mean_cache_tokens(T: int, first: int = FIRST_TOKENS) -> float:
@@ -308,7 +256,7 @@ def mean_cache_tokens(T: int, first: int = FIRST_TOKENS) -> float:
 
 def standing(work: Workload, setting: Setting) -> dict[str, float]:
     """Return the bytes on a device that are in memory during a whole step, by their use."""
-    total, parts = Sizes.of(work.model).total, setting.mesh.decode_tensor
+    total = Sizes.of(work.model).total
     size = setting.capacity(work)
     kept = (size.prompts + size.prefill_batch * size.queued) * work.S + size.slots * size.tokens
     if work.kernels:
@@ -319,7 +267,7 @@ def standing(work: Workload, setting: Setting) -> dict[str, float]:
         "parameters": FULL * total / setting.parts,
         "optimizer": 2 * FULL * total / setting.parts,
         "reference": FULL * total * work.reference / setting.parts,
-        "sampler's weights": work.itemsize * total / parts,
+        "sampler's weights": weight_bytes(work, setting),
         "keys and values": kept * kv_bytes(work) / setting.mesh.devices,
     }
 
@@ -354,15 +302,19 @@ def _sampling_phases(work: Workload, setting: Setting) -> Iterator[StepPhase]:
         prompts * S * (item * width + 8 * m.num_heads / parts * min(S, SCORED)),
         sums(prompts * S),
     )
-    products = work.call_tokens * rows * 2 * (sizes.layers + sizes.head) / parts
+    tokens = setting.call_tokens(work)
+    if work.kernels:
+        read += tokens * recent_bytes(work, setting)
+    products = tokens * rows * 2 * (sizes.layers + sizes.head) / parts
     yield StepPhase(
         "decode",
-        waves * work.calls,
+        waves * setting.calls(work),
         products + phase_attention(work, setting, "decode"),
-        work.call_tokens * (weights + read),
+        tokens * (weights + read),
         state + weights + stored,
         decode_temporaries(work, setting),
-        sums(rows, work.call_tokens),
+        sums(rows, tokens),
+        host=look_seconds(setting.rows),
     )
 
 

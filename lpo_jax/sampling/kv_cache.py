@@ -23,15 +23,15 @@ import numpy as np
 from lpo_jax.models import decoder
 from lpo_jax.models.attention import Attention, Causal
 from lpo_jax.models.config import ModelConfig
-from lpo_jax.models.eight_bits import Stored, zeros
+from lpo_jax.models.eight_bits import SCALE_BYTES, Stored, zeros
 from lpo_jax.models.prompt_images import PromptImages
 from lpo_jax.models.rotary import mrope_table, rope_table
 from lpo_jax.models.vision import ImageTokens
 from lpo_jax.parallel import sharding
+from lpo_jax.sampling import calls
 from lpo_jax.sampling.padding import next_power_of_two, pad_to
 from lpo_jax.sampling.request import PromptBatch
 
-CHUNK = 16  # maximum tokens per call of `decode`; rows enter and leave, and caches change size, between calls only
 FIRST_TOKENS = 64  # initial T of a response cache that grows; it doubles as responses get longer
 EMPTY = -1  # an entry without a prompt, or a slot without a row
 
@@ -72,8 +72,14 @@ class Capacity:
         batch = max(1, slots // K)  # prompts whose rows fill the slots of a shard
         # Rows start at different times but write at the same index, so the cache also spans the start of older rows.
         # A quarter more than the longest response makes it rare that unused tokens must be dropped.
-        tokens = max_tokens + max(CHUNK, max_tokens // 4)
+        tokens = max_tokens + max(calls.FEWEST, max_tokens // 4)
         return cls(shards * slots, shards * min(P // shards, 4 * batch), shards * batch, tokens, True)
+
+
+def token_bytes(config: ModelConfig, dtype: np.dtype) -> int:
+    """Returns the bytes of the keys and values of one token in all layers."""
+    scale = SCALE_BYTES if dtype.itemsize == 1 else 0
+    return 2 * config.num_layers * config.num_kv_heads * (config.head_width * dtype.itemsize + scale)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
@@ -322,7 +328,7 @@ class ResponseCache:
 
     def _enough(self, tokens: int, longest: int) -> int:
         """Returns `tokens`, doubled as often as the longest row needs."""
-        while tokens < self._max_tokens and longest + max(CHUNK, tokens // 4) > tokens:
+        while tokens < self._max_tokens and longest + max(calls.FEWEST, tokens // 4) > tokens:
             tokens = min(2 * tokens, self._max_tokens)
         return tokens
 

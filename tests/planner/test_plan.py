@@ -16,8 +16,9 @@ from lpo_jax.models.decoder import abstract_params
 from lpo_jax.parallel.mesh import MeshSizes
 from lpo_jax.planner import plan as plans
 from lpo_jax.planner import roofline, topology
+from lpo_jax.planner.phases import Exchange, StepPhase
 from lpo_jax.planner.programs import _needed, extrapolate
-from lpo_jax.planner.roofline import Exchange, Setting, StepPhase, Workload
+from lpo_jax.planner.roofline import Setting, Workload
 from lpo_jax.training.check import check_config
 
 WORK = Workload(CONFIG, P=8, K=4, S=16, T=32, updates=2, itemsize=2, reference=False, scorings=1)

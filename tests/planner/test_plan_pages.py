@@ -21,6 +21,7 @@ from lpo_jax.sampling.pages import Pool
 LAYERS = 36
 TENSOR = 4  # devices that a weight is split over
 K, S, T, MEAN = 8, 1024, 4096, 1024
+TOKENS = 16  # of a call
 
 
 def compiled(size, layers):
@@ -65,9 +66,9 @@ def test_a_decode_step_reads_weights_and_live_pages():
     step, others = {}, {}
     for layers in (2, 4):
         program, pool, layer = compiled(size, layers)
-        cost = program_cost(parse_hlo(program.as_text(), device.CHUNK))
+        cost = program_cost(parse_hlo(program.as_text(), TOKENS))
         # Two kernels in each layer have the pool as an operand; what they read of it is added below.
-        step[layers] = cost.bytes / device.CHUNK - 2 * layers * pool
+        step[layers] = cost.bytes / TOKENS - 2 * layers * pool
         memory = program.memory_analysis()
         assert memory.alias_size_in_bytes >= layers * pool  # the pool is updated in place
         others[layers] = memory.temp_size_in_bytes

@@ -16,9 +16,9 @@ from lpo_jax.sampling import (
     Responses,
     Sampler,
     SampleRequest,
+    calls,
     page_pool,
     pages,
-    paging,
     rows,
 )
 from lpo_jax.sampling import decode as device
@@ -33,7 +33,7 @@ BUDGETS = np.random.default_rng(0).integers(1, T + 10, (P, K))
 @pytest.fixture(autouse=True)
 def small_steps(monkeypatch):
     monkeypatch.setattr(rows, "PREFILL_ROWS", 2)
-    monkeypatch.setattr(paging, "CHUNK", 4)
+    monkeypatch.setattr(calls, "FEWEST", 4)
     monkeypatch.setattr(pages, "PAGE", 4)
 
 
