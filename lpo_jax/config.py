@@ -193,6 +193,11 @@ class OptimizerConfig(_Strict):
     b2: BelowOne = _option(0.999, "Decay rate of the second moment.")
     eps: PositiveFloat = _option(1e-8, "Added to the square root of the second moment.")
     weight_decay: NonNegativeFloat = _option(0.1, "Decoupled weight decay, applied only to matrices.")
+    state: Literal["float32", "bfloat16", "host"] = _option(
+        "float32",
+        "How the moments are kept: float32; bfloat16: half the memory, with float32 arithmetic (the second one rounded "
+        "stochastically); host: float32, in the host's memory while responses are sampled.",
+    )
     clip_norm: NonNegativeFloat = _option(1.0, "Largest global norm of the gradient. 0 disables clipping.")
 
 

@@ -195,7 +195,7 @@ def _repacked(work: Workload, setting: Setting, phase: StepPhase, lengths: np.nd
     tokens = runs * found.tokens / full.tokens
     attention = roofline.phase_attention(work, setting, phase.name)
     pairs = _pairs(work, found, lengths) / _pairs(work, full, np.full_like(lengths, T))
-    once = 28 * Sizes.of(work.model).total / setting.parts if update else 0.0  # the optimizer
+    once = roofline.updated_bytes(work, setting) if update else 0.0
     weights = work.itemsize * Sizes.of(work.model).total / setting.mesh.tensor
     weights = min(weights * full.microbatches * (4 if update else 1), phase.bytes - once)
 

@@ -182,7 +182,8 @@ def setting_of(config: Config, work: Workload, target: Topology) -> Setting:
             f"mesh.devices = {devices}: {target.name} has {target.num_devices}; 0 uses all of them"
         )
     model, prompts, memory = model_sizes(work.model), work.P // work.updates, target.chip.memory
-    sizes = meshes.choose_mesh(config.mesh, devices, model, prompts, memory, work.itemsize)
+    state = meshes.STATE_BYTES[config.optimizer.state]
+    sizes = meshes.choose_mesh(config.mesh, devices, model, prompts, memory, work.itemsize, state)
     # A run decides remat=auto by its free memory. The plan assumes recomputation, which needs less memory.
     training = config.training
     kv_tokens = config.sampling.kv_tokens if work.kernels else 0

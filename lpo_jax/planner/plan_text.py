@@ -16,7 +16,7 @@ NOTES = (
     "A phase takes max(FLOPs / peak, bytes / bandwidth) plus bytes sent / ring: no kernel reaches its roofline, and "
     "communication is partly hidden.",
     "Not included: verifying rewards, compiling, evaluation, checkpoints, the host except between decode calls, and "
-    "the network between slices. Uneven lengths pad attention, which can need more memory than full ones: leave GBs.",
+    "the network between slices. Uneven lengths pad attention, which can need more memory than full ones.",
 )
 
 

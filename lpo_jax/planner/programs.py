@@ -28,7 +28,7 @@ from lpo_jax.parallel import sharding
 from lpo_jax.planner.cost import program_cost
 from lpo_jax.planner.hlo import collectives, parse_hlo
 from lpo_jax.planner.phases import Exchange, StepPhase
-from lpo_jax.planner.roofline import Setting, Workload, phase_attention
+from lpo_jax.planner.roofline import Setting, Workload, moved_seconds, phase_attention
 from lpo_jax.runs.state import TrainState
 from lpo_jax.sampling import Sampling, kv_cache, page_pool
 from lpo_jax.sampling import decode as sampler
@@ -103,6 +103,10 @@ class Slice:
         with sharding.using(self._mesh):
             return TrainedModel(self.config, model).abstract_state(self._optimizer, self.objective)
 
+    def _at_rest(self, state: TrainState) -> TrainState:
+        """What is in the memory of the devices while there are no updates."""
+        return state.replace(opt_state=None) if self._optimizer.on_host else state
+
     def _weights(self, model: ModelConfig, state: TrainState):
         """The sampler's abstract weights on the decode mesh."""
         make = lambda params: sampler.decode_layout(model, params, self._dtype, self._int8)  # noqa: E731
@@ -126,7 +130,7 @@ class Slice:
         dtype = self._dtype
         kernels = phase_attention(dataclasses.replace(work, model=model), setting, name)
         size = setting.capacity(work)
-        state = self._state(model)
+        state = self._at_rest(self._state(model))
         with sharding.using(self._decode_mesh):
             if name == "layout":
                 one = model, state.policy["layers"], _ints(), dtype, self._int8
@@ -226,8 +230,10 @@ class Slice:
                 times = work.updates
                 lowered = update.lower(runner, self._optimizer, state, groups, cotangent)
         # Hooks may sample until the first update, so the sampler's weights are in memory while responses are scored.
-        alive = (state, self._weights(self.model, state)) if name == "score" else state
-        return _measure(name, times, lowered, alive, phase_attention(work, self.setting, name))
+        alive = (self._at_rest(state), self._weights(self.model, state)) if name == "score" else state
+        phase = _measure(name, times, lowered, alive, phase_attention(work, self.setting, name))
+        host = moved_seconds(work, self.setting) if name == "update" else 0.0
+        return dataclasses.replace(phase, host=host)
 
 
 def _ints(*shape: int) -> jax.ShapeDtypeStruct:

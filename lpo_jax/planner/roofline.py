@@ -27,6 +27,8 @@ from lpo_jax.sampling.calls import look_seconds, planned_call_tokens
 from lpo_jax.sampling.kv_cache import FIRST_TOKENS, Capacity, token_bytes
 from lpo_jax.sampling.pages import Pool
 
+# Assumed bytes a second between the memory of the host and one device, with all of its devices at work.
+HOST_LINK = 8e9
 HALF, FULL = 2, 4  # bytes of bfloat16 and of float32
 # The number of float32 arrays of the size of a chunk's logits that exist at once (`models.head`).
 LOGIT_COPIES = 3
@@ -53,11 +55,17 @@ class Workload:
     kernels: bool = False  # whether attention runs in kernels, which skip masked pairs and unused cache
     kv_dtype: KVDtype = "compute"  # of the KV cache
     platform: str = "tpu"  # "tpu" or "gpu"
+    optimizer: str = "float32"  # `optimizer.state`
 
     @property
     def trained_tokens(self) -> int:
         """Tokens in a step: every prompt once and every response, at full length."""
         return self.P * (self.S + self.K * self.T)
+
+    @property
+    def moments(self) -> int:
+        """Bytes of the two moments of a parameter."""
+        return 2 * (HALF if self.optimizer == "bfloat16" else FULL)
 
     @property
     def mean_cached(self) -> float:
@@ -254,8 +262,22 @@ def mean_cache_tokens(T: int, first: int = FIRST_TOKENS) -> float:
     return total / T
 
 
+def updated_bytes(work: Workload, setting: Setting) -> float:
+    """Return the bytes that the optimizer reads and writes in an update: parameters, gradient and moments."""
+    return (3 * FULL + 2 * work.moments) * Sizes.of(work.model).total / setting.parts
+
+
+def moved_seconds(work: Workload, setting: Setting) -> float:
+    """Return the seconds of an update that moments take from the memory of the host and back, once in a step."""
+    moved = 2 * (work.optimizer == "host") * work.moments * Sizes.of(work.model).total / setting.parts
+    return moved / HOST_LINK / work.updates
+
+
 def standing(work: Workload, setting: Setting) -> dict[str, float]:
-    """Return the bytes on a device that are in memory during a whole step, by their use."""
+    """Return the bytes on a device that are in memory while responses are sampled, by their use.
+
+    The optimizer's are 0 if they are in the memory of the host then.
+    """
     total = Sizes.of(work.model).total
     size = setting.capacity(work)
     kept = (size.prompts + size.prefill_batch * size.queued) * work.S + size.slots * size.tokens
@@ -265,7 +287,7 @@ def standing(work: Workload, setting: Setting) -> dict[str, float]:
         kept = setting.decode_shards * (pool.pages * pool.page_size + batch)
     return {
         "parameters": FULL * total / setting.parts,
-        "optimizer": 2 * FULL * total / setting.parts,
+        "optimizer": (work.optimizer != "host") * work.moments * total / setting.parts,
         "reference": FULL * total * work.reference / setting.parts,
         "sampler's weights": weight_bytes(work, setting),
         "keys and values": kept * kv_bytes(work) / setting.mesh.devices,
@@ -354,8 +376,8 @@ def _training_phases(work: Workload, setting: Setting) -> Iterator[StepPhase]:
         "update",
         work.updates,
         (3 + again) * forward + 3 * head + phase_attention(work, setting, "update"),
-        (3 + again) * traffic + 28 * sizes.total / setting.parts,
-        state,
+        (3 + again) * traffic + updated_bytes(work, setting),
+        state + (work.optimizer == "host") * work.moments * sizes.total / setting.parts,
         FULL * sizes.total / setting.parts  # the gradient
         + L * micro * item * (D if setting.remat else width)
         + 2 * micro * item * width
@@ -367,6 +389,7 @@ def _training_phases(work: Workload, setting: Setting) -> Iterator[StepPhase]:
             Exchange("reduce-scatter", FULL * sizes.total / setting.parts, mesh.fsdp, runs),
             Exchange("all-reduce", FULL * sizes.total / setting.parts, mesh.data, 1),
         ),
+        host=moved_seconds(work, setting),
     )
 
 
@@ -398,4 +421,5 @@ def workload(config: Config, model: ModelConfig, needs: frozenset[Field], scores
         passes + updates * reference,
         sampling.ahead,
         kv_dtype=sampling.kv_dtype,
+        optimizer=config.optimizer.state,
     )

@@ -28,6 +28,7 @@ from lpo_jax.rollout.environment import Environment, open_environment
 from lpo_jax.sampling import SampleRequest, Sampling
 from lpo_jax.sampling.pages import Pool
 from lpo_jax.training.model import TrainedModel
+from lpo_jax.training.moments import check_host_memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +94,8 @@ def open_session(config: Config) -> Iterator[Session]:
             f"sampling.max_prompt_tokens + max_tokens = {longest} is more than the {model.max_positions} "
             f"positions of {config.model.path}"
         )
+    if config.optimizer.state == "host":
+        check_host_memory()
     device = jax.local_devices()[0]
     check_device(
         config.sampling.kv_dtype, device.device_kind, float(getattr(device, "compute_capability", "inf"))

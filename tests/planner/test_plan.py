@@ -93,6 +93,23 @@ def test_memory_by_hand():
     assert spread.waves(WORK) == 2
 
 
+def test_memory_of_moments_and_8_bits():
+    """Moments in bfloat16 take half; on the host, none while sampling, and time for the way there and back."""
+    total, plain = roofline.Sizes.of(CONFIG).total, phases()
+    for state, sampling, updating in (("bfloat16", 4, 4), ("host", 0, 8)):
+        work = dataclasses.replace(WORK, optimizer=state)
+        assert roofline.standing(work, ALONE)["optimizer"] == sampling * total
+        found = phases(work)
+        assert plain["decode"].held - found["decode"].held == (8 - sampling) * total
+        assert plain["update"].held - found["update"].held == (8 - updating) * total
+        assert found["update"].host * 2 == pytest.approx(
+            (state == "host") * 2 * 8 * total / roofline.HOST_LINK
+        )
+    eight = dataclasses.replace(WORK, kv_dtype="int8")
+    bytes_of = lambda work: roofline.standing(work, ALONE)["keys and values"]  # noqa: E731
+    assert bytes_of(eight) / bytes_of(WORK) == (CONFIG.head_width + 4) / (2 * CONFIG.head_width)
+
+
 @pytest.mark.parametrize("T", [1, 64, 65, 100, 300])
 def test_mean_cache_tokens_is_that_of_a_loop(T):
     size, total = min(64, T), 0
