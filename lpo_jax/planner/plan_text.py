@@ -11,6 +11,11 @@ from lpo_jax.reporting.text import console, duration
 
 GB = 1e9
 
+INT8 = (
+    "Assumed: the run learns as well from samples of the rounded model, of which lpo/logp_gap_mean and _max report how "
+    "far it is off. The trainer computes the log-probs of all samples, which is counted in `score`."
+)
+
 NOTES = (
     "Unless --lengths is given, all responses have their full length; prompts always do.",
     "A phase takes max(FLOPs / peak, bytes / bandwidth) plus bytes sent / ring: no kernel reaches its roofline, and "
@@ -46,7 +51,11 @@ def show(made: Plan, model: str) -> None:
     if made.suggested:
         _show(made, made.suggested, "suggested")
         out.print(f"  {' '.join(made.suggested.setting.overrides())}", highlight=False, soft_wrap=True)
-    elif made.searched and made.spare(made.asked) < 0:
+    if made.with_int8:
+        _show(made, made.with_int8, "suggested, with int8 weights")
+        out.print(f"  {' '.join(made.with_int8.setting.overrides())}", highlight=False, soft_wrap=True)
+        out.print(f"  {INT8}", highlight=False, soft_wrap=True)
+    if made.searched and made.spare(made.asked) < 0 and not (made.suggested or made.with_int8):
         out.print("\nNo mesh, microbatch, remat or number of rows was found that fits: use a larger slice.")
     out.print(f"\nplanned in {duration(made.seconds)}. {' '.join(NOTES)}", highlight=False)
 

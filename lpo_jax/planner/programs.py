@@ -224,7 +224,7 @@ class Slice:
             P = work.P // work.updates
             groups = Groups(_ints(P, work.S), _ints(P), _ints(P, work.K, work.T))
             if name == "score":
-                times, lowered = work.scorings, score.lower(runner, state.policy, groups)
+                times, lowered = self.setting.scorings(work), score.lower(runner, state.policy, groups)
             else:
                 cotangent = TokenStats(jax.ShapeDtypeStruct((P, work.K, work.T), jnp.float32))
                 times = work.updates

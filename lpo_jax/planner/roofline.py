@@ -51,6 +51,7 @@ class Workload:
     itemsize: int  # bytes of an activation and of one of the sampler's weights
     reference: bool  # whether a frozen copy of the parameters is kept
     scorings: int  # forward passes over a minibatch that only score, with those of the reference
+    rescorings: int = 0  # those with int8 weights, after whose sampling the trainer computes all log-probs
     ahead: int = 0  # later steps whose prompts take free slots
     kernels: bool = False  # whether attention runs in kernels, which skip masked pairs and unused cache
     kv_dtype: KVDtype = "compute"  # of the KV cache
@@ -83,6 +84,7 @@ class Setting:
       remat: whether layers are recomputed in the backward pass.
       rows: responses that are sampled at once; the others are queued.
       kv_tokens: tokens that the KV cache holds, with kernels; 0: as many as `rows` rows of full length need.
+      int8: whether the layers' matrices are in 8 bits while sampling.
     """
 
     mesh: MeshSizes
@@ -90,6 +92,7 @@ class Setting:
     remat: bool
     rows: int
     kv_tokens: int = 0
+    int8: bool = False
 
     @property
     def shards(self) -> int:
@@ -105,6 +108,10 @@ class Setting:
     def decode_shards(self) -> int:
         """The number of shards of the prompts while sampling."""
         return self.mesh.devices // self.mesh.decode_tensor
+
+    def scorings(self, work: Workload) -> int:
+        """Return the forward passes over a minibatch that only score."""
+        return work.rescorings if self.int8 else work.scorings
 
     def waves(self, work: Workload) -> int:
         """How often the sampler fills all its rows in a step, with every response at full length."""
@@ -146,6 +153,7 @@ class Setting:
             f"data {m.data} x fsdp {m.fsdp} x tensor {m.tensor}, {self.token_budget} tokens in a row of a microbatch, "
             f"{'remat' if self.remat else 'no remat'}, {self.rows} rows sampled at once, their weights {weights}"
             + (f", {self.kv_tokens} tokens in the KV cache" if self.kv_tokens else "")
+            + (", in int8" if self.int8 else "")
         )
 
     def overrides(self) -> list[str]:
@@ -158,7 +166,9 @@ class Setting:
             "training.token_budget": self.token_budget,
             "training.remat": str(self.remat).lower(),
             "sampling.max_rows": self.rows,
-        } | ({"sampling.kv_tokens": self.kv_tokens} if self.kv_tokens else {})
+        }
+        keys |= {"sampling.kv_tokens": self.kv_tokens} if self.kv_tokens else {}
+        keys |= {"sampling.weights": "int8"} if self.int8 else {}
         return [f"--{key}={value}" for key, value in keys.items()]
 
 
@@ -245,7 +255,9 @@ def kv_bytes(work: Workload) -> int:
 
 def weight_bytes(work: Workload, setting: Setting) -> float:
     """Return the bytes of the sampler's weights on a device."""
-    return work.itemsize * Sizes.of(work.model).total / setting.mesh.decode_tensor
+    sizes = Sizes.of(work.model)
+    saved = (work.itemsize - 1) * sizes.layers if setting.int8 else 0
+    return (work.itemsize * sizes.total - saved) / setting.mesh.decode_tensor
 
 
 def recent_bytes(work: Workload, setting: Setting) -> float:
@@ -361,10 +373,10 @@ def _training_phases(work: Workload, setting: Setting) -> Iterator[StepPhase]:
     width = 6 * D + (5 * heads + 4 * m.ffn_width) / parts
     scores = 8 * micro / (S + T) * m.num_heads / parts * min(T, SCORED) * (S + T)
     logits = LOGIT_COPIES * FULL * min(chunk_size(m.vocab_size), micro) * m.vocab_size / parts
-    if work.scorings:
+    if scorings := setting.scorings(work):
         yield StepPhase(
             "score",
-            work.scorings,
+            scorings,
             forward + head + phase_attention(work, setting, "score"),
             traffic,
             state + weights,
@@ -406,9 +418,8 @@ def workload(config: Config, model: ModelConfig, needs: frozenset[Field], scores
     updates = training.updates_per_step
     reference = Field.REF_LOGP in needs
     rescored = training.behaviour == "rescored"
-    passes = (
-        updates if scores_first or (sampling.ahead and not rescored) else updates - 1
-    ) + updates * rescored
+    passes = updates if scores_first or (sampling.ahead and not rescored) else updates - 1
+    with_int8 = updates if scores_first else updates - 1
     return Workload(
         model,
         training.prompts_per_step,
@@ -418,7 +429,8 @@ def workload(config: Config, model: ModelConfig, needs: frozenset[Field], scores
         updates,
         HALF if config.model.dtype == "bfloat16" else FULL,
         reference,
-        passes + updates * reference,
+        passes + updates * (rescored + reference),
+        with_int8 + updates * (1 + reference),
         sampling.ahead,
         kv_dtype=sampling.kv_dtype,
         optimizer=config.optimizer.state,

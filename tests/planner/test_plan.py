@@ -17,6 +17,7 @@ from lpo_jax.parallel.mesh import MeshSizes
 from lpo_jax.planner import plan as plans
 from lpo_jax.planner import roofline, topology
 from lpo_jax.planner.phases import Exchange, StepPhase
+from lpo_jax.planner.plan_text import show
 from lpo_jax.planner.programs import _needed, extrapolate
 from lpo_jax.planner.roofline import Setting, Workload
 from lpo_jax.training.check import check_config
@@ -186,6 +187,37 @@ def test_a_setting_that_fits_is_suggested(run_config, tiny_model):
     assert again == chosen
 
 
+def test_int8_weights_are_suggested_where_weights_are_most_of_the_traffic(run_config, capsys):
+    pytest.importorskip("qwix")
+    big = dataclasses.replace(
+        CONFIG, width=4096, num_layers=36, num_heads=32, num_kv_heads=8, head_width=128, ffn_width=12288
+    )
+    sampling = {"num_responses": 4, "max_tokens": 1024, "max_prompt_tokens": 16}
+
+    def plan(**training):
+        training = {"prompts_per_step": 16, "updates_per_step": 2, **training}
+        values = run_config(sampling=sampling, training=training, mesh={"devices": 0})
+        config = parse_config(values | {"model": {**values["model"], "dtype": "bfloat16"}})
+        return plans.plan(config, GPU, big, (1,), check_config(config))
+
+    made = plan()
+    found, without = made.with_int8, made.suggested or made.asked
+    assert "--sampling.weights=int8" in found.setting.overrides()
+    assert found.seconds(GPU.chip) < 0.95 * without.seconds(GPU.chip)
+    weights = [
+        roofline.standing(made.work, proposal.setting)["sampler's weights"] for proposal in (found, without)
+    ]
+    parts = [proposal.setting.mesh.decode_tensor for proposal in (found, without)]
+    assert weights[0] * parts[0] == pytest.approx(weights[1] * parts[1] / 2, rel=0.01)
+    show(made, "model")
+    text = " ".join(capsys.readouterr().out.split())
+    assert "with int8 weights" in text and "Assumed: the run learns as well" in text
+    sampled = plan(behaviour="sampled")  # which int8 weights do not allow
+    assert sampled.with_int8 is None
+    # The trainer computes the log-probs of all samples then.
+    assert found.setting.scorings(made.work) == made.work.rescorings == sampled.work.scorings + 2
+
+
 def test_suggestions_are_measured_by_what_was_compiled(run_config):
     sampling = {"num_responses": 4, "max_tokens": 100, "max_prompt_tokens": 16}
     training = {"prompts_per_step": 64, "updates_per_step": 2, "token_budget": 10**6, "remat": False}
@@ -201,7 +233,7 @@ def test_suggestions_are_measured_by_what_was_compiled(run_config):
     own = search.propose(setting, None)
     target = dataclasses.replace(GPU, chip=dataclasses.replace(GPU.chip, memory=0.4 * own.memory))
     search = dataclasses.replace(search, chip=target.chip)
-    better = search.better(own, list(plans.settings(config, work, target)))
+    better = search.better(own, list(plans.settings(config, work, target)), search.scales(own))
     assert better.compiled == set(plans.DECISIVE)
     assert better.memory <= target.chip.memory < own.memory
 
