@@ -16,7 +16,7 @@ from lpo_jax.errors import UserError
 from lpo_jax.models.packing import PackedSize, packed_size
 from lpo_jax.planner import roofline
 from lpo_jax.planner.phases import Exchange, StepPhase
-from lpo_jax.planner.roofline import Setting, Sizes, Workload
+from lpo_jax.planner.setting import Setting, Sizes, Workload, kv_bytes, weight_bytes
 from lpo_jax.planner.simulation import Sampled, simulate_pages, simulate_slots
 from lpo_jax.planner.topology import Chip
 from lpo_jax.sampling.calls import look_seconds
@@ -125,7 +125,7 @@ def _in_pages(work: Workload, setting: Setting) -> Iterator[Setting]:
     memory = roofline.standing(work, setting)["keys and values"] + used(setting)
     for more in sorted({min(more * setting.rows, work.P * work.K) for more in MORE_ROWS}):
         left = memory - used(dataclasses.replace(setting, rows=more))
-        tokens = int(left * setting.mesh.devices / roofline.kv_bytes(work))
+        tokens = int(left * setting.mesh.devices / kv_bytes(work))
         prompts = max(1, more // work.K) * work.S  # prefilled next
         paged = dataclasses.replace(setting, rows=more, kv_tokens=max(tokens - prompts, 1))
         with contextlib.suppress(UserError):
@@ -148,9 +148,9 @@ class _Costs:
     def of(cls, work: Workload, setting: Setting, phases: Mapping[str, StepPhase], chip: Chip) -> "_Costs":
         size, shards, phase = setting.capacity(work), setting.decode_shards, phases["decode"]
         slots, steps = size.slots / shards, setting.call_tokens(work)
-        weights = roofline.weight_bytes(work, setting)
+        weights = weight_bytes(work, setting)
         rest = phase.bytes / steps - weights - roofline.decode_reads(work, setting)
-        token = roofline.kv_bytes(work) / setting.mesh.decode_tensor
+        token = kv_bytes(work) / setting.mesh.decode_tensor
         slot = max(rest, 0.0) / slots, phase.flops / steps / slots, phase.sent / steps / slots
         prefill = phases["prefill"]
         prompts = prefill.times * size.prefill_batch / shards

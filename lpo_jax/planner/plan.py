@@ -24,7 +24,7 @@ from lpo_jax.parallel import mesh as meshes
 from lpo_jax.planner import roofline, topology
 from lpo_jax.planner.at_lengths import AtLengths, Occurring, at_lengths
 from lpo_jax.planner.phases import StepPhase
-from lpo_jax.planner.roofline import Setting, Sizes, Workload
+from lpo_jax.planner.setting import Setting, Sizes, Workload
 from lpo_jax.planner.topology import Chip, Topology
 from lpo_jax.training.behaviour import choose_behaviour
 from lpo_jax.training.check import check_config

@@ -28,7 +28,8 @@ from lpo_jax.parallel import sharding
 from lpo_jax.planner.cost import program_cost
 from lpo_jax.planner.hlo import collectives, parse_hlo
 from lpo_jax.planner.phases import Exchange, StepPhase
-from lpo_jax.planner.roofline import Setting, Workload, moved_seconds, phase_attention
+from lpo_jax.planner.roofline import moved_seconds, phase_attention
+from lpo_jax.planner.setting import Setting, Workload
 from lpo_jax.runs.state import TrainState
 from lpo_jax.sampling import Sampling, kv_cache, page_pool
 from lpo_jax.sampling import decode as sampler
@@ -147,7 +148,7 @@ class Slice:
                 arguments = weights, _ints(size.prefill_batch, work.S), _ints(size.prefill_batch)
                 lowered = kv_cache.prefill.lower(model, dtype, self._stored, attention, *arguments)
                 alive = (state, weights) + ((prompt_kv, own_kv) if size.queued else ())  # type: ignore[assignment]
-                return _measure(name, setting.waves(work), lowered, alive, kernels)
+                return _measure(name, setting.prefills(work), lowered, alive, kernels)
             rows = sampler.DecodeState(  # type: ignore[misc]
                 *(_ints(size.slots) for _ in range(4)),
                 active=jax.ShapeDtypeStruct((size.slots,), bool),
@@ -160,7 +161,7 @@ class Slice:
             lowered = sampler.decode.lower(settings, *arguments, _ints(), _ints(), _ints())
             alive = state, arguments, coming  # type: ignore[assignment]
             turns = setting.call_tokens(work)
-            times = setting.waves(work) * setting.calls(work)
+            times = setting.calls(work)
             phase = _measure(name, times, lowered, alive, kernels, turns)
         # The program was compiled for a response cache of full length, which grows with the responses.
         unread = (1 - work.mean_cached / size.tokens) * _bytes(own_kv)
@@ -193,7 +194,7 @@ class Slice:
             lowered = kv_cache.prefill.lower(
                 model, self._dtype, self._stored, self.config.model.attention, *arguments
             )
-            return _measure(name, setting.waves(work), lowered, (state, weights, pool), kernels)
+            return _measure(name, setting.prefills(work), lowered, (state, weights, pool), kernels)
         rows = sampler.DecodeState(  # type: ignore[misc]
             *(_ints(R) for _ in range(4)),
             active=jax.ShapeDtypeStruct((R,), bool),
@@ -207,7 +208,7 @@ class Slice:
         )
         coming = self._kv_cache(model, batch, work.S)  # prompts that are prefilled next
         turns = setting.call_tokens(work)
-        times = setting.waves(work) * setting.calls(work)
+        times = setting.calls(work)
         phase = _measure(name, times, lowered, (state, weights, rows, pool, coming), kernels, turns)
         # A kernel counts as reading the whole pool, once for prompts and once for rows. It reads the tokens that rows
         # have so far, and only the prompts that have active rows.

@@ -12,184 +12,32 @@ import dataclasses
 import math
 from collections.abc import Iterator
 
-import numpy as np
-
 from lpo_jax.config import Config
 from lpo_jax.models.config import ModelConfig
-from lpo_jax.models.eight_bits import KVDtype, stored_dtype
 from lpo_jax.models.head import chunk_size
 from lpo_jax.models.packing import full_splits
-from lpo_jax.models.parameters import num_params
 from lpo_jax.objectives.batch import Field
-from lpo_jax.parallel.mesh import MeshSizes
 from lpo_jax.planner.phases import Exchange, StepPhase
-from lpo_jax.sampling.calls import look_seconds, planned_call_tokens
-from lpo_jax.sampling.kv_cache import FIRST_TOKENS, Capacity, token_bytes
-from lpo_jax.sampling.pages import Pool
+from lpo_jax.planner.setting import (
+    FULL,
+    HALF,
+    Setting,
+    Sizes,
+    Workload,
+    kv_bytes,
+    recent_bytes,
+    weight_bytes,
+)
+from lpo_jax.sampling.calls import look_seconds
 
 # Assumed bytes a second between the memory of the host and one device, with all of its devices at work.
 HOST_LINK = 8e9
-HALF, FULL = 2, 4  # bytes of bfloat16 and of float32
 # The number of float32 arrays of the size of a chunk's logits that exist at once (`models.head`).
 LOGIT_COPIES = 3
 # Queries of a row whose scores are assumed to be in memory at once. Plain attention has fewer, and kernels have none.
 # The estimate is deliberately conservative: settings that it accepts are compiled next, and a failed compile costs a
 # minute.
 SCORED = 512
-
-
-@dataclasses.dataclass(frozen=True)
-class Workload:
-    """The sizes of one step: P prompts of at most S tokens, K responses of at most T each, in `updates` minibatches."""
-
-    model: ModelConfig
-    P: int
-    K: int
-    S: int
-    T: int
-    updates: int
-    itemsize: int  # bytes of an activation and of one of the sampler's weights
-    reference: bool  # whether a frozen copy of the parameters is kept
-    scorings: int  # forward passes over a minibatch that only score, with those of the reference
-    rescorings: int = 0  # those with int8 weights, after whose sampling the trainer computes all log-probs
-    ahead: int = 0  # later steps whose prompts take free slots
-    kernels: bool = False  # whether attention runs in kernels, which skip masked pairs and unused cache
-    kv_dtype: KVDtype = "compute"  # of the KV cache
-    platform: str = "tpu"  # "tpu" or "gpu"
-    optimizer: str = "float32"  # `optimizer.state`
-
-    @property
-    def trained_tokens(self) -> int:
-        """Tokens in a step: every prompt once and every response, at full length."""
-        return self.P * (self.S + self.K * self.T)
-
-    @property
-    def moments(self) -> int:
-        """Bytes of the two moments of a parameter."""
-        return 2 * (HALF if self.optimizer == "bfloat16" else FULL)
-
-    @property
-    def mean_cached(self) -> float:
-        """Tokens of a response that attention reads in a decode step, mean over a response of full length."""
-        return self.T / 2 if self.kernels else mean_cache_tokens(self.T)
-
-
-@dataclasses.dataclass(frozen=True)
-class Setting:
-    """The choices of a user for a given slice.
-
-    Attributes:
-      mesh: the sizes of the mesh.
-      token_budget: the most tokens in a row of a microbatch.
-      remat: whether layers are recomputed in the backward pass.
-      rows: responses that are sampled at once; the others are queued.
-      kv_tokens: tokens that the KV cache holds, with kernels; 0: as many as `rows` rows of full length need.
-      int8: whether the layers' matrices are in 8 bits while sampling.
-    """
-
-    mesh: MeshSizes
-    token_budget: int
-    remat: bool
-    rows: int
-    kv_tokens: int = 0
-    int8: bool = False
-
-    @property
-    def shards(self) -> int:
-        """The number of shards of a minibatch."""
-        return self.mesh.data * self.mesh.fsdp
-
-    @property
-    def parts(self) -> int:
-        """The number of devices that a parameter and its optimizer state are split over."""
-        return self.mesh.fsdp * self.mesh.tensor
-
-    @property
-    def decode_shards(self) -> int:
-        """The number of shards of the prompts while sampling."""
-        return self.mesh.devices // self.mesh.decode_tensor
-
-    def scorings(self, work: Workload) -> int:
-        """Return the forward passes over a minibatch that only score."""
-        return work.rescorings if self.int8 else work.scorings
-
-    def waves(self, work: Workload) -> int:
-        """How often the sampler fills all its rows in a step, with every response at full length."""
-        rows = self.rows
-        if self.kv_tokens:  # as many as fit
-            pool = self.pool(work)
-            of_group = pool.pages_of(work.S - 1) + work.K * pool.pages_of(work.T)
-            rows = min(rows, max(1, self.decode_shards * work.K * pool.pages // of_group))
-        return math.ceil(work.P * work.K / rows)
-
-    def call_tokens(self, work: Workload) -> int:
-        """Return the number of tokens that every row draws in one call of `sampling.decode`, at most T."""
-        recent = recent_bytes(work, self) if work.kernels else 0.0
-        chosen = planned_call_tokens(work.T, self.rows, weight_bytes(work, self), recent, work.platform)
-        return min(chosen, work.T)
-
-    def calls(self, work: Workload) -> int:
-        """Return the number of calls of `sampling.decode` until a response has its full length."""
-        return math.ceil(work.T / self.call_tokens(work))
-
-    def pool(self, work: Workload) -> Pool:
-        """Return the sizes of the pages of one shard, with kernels."""
-        shards = self.decode_shards
-        P, rows = work.P + -work.P % shards, min(self.rows or work.P * work.K, work.P * work.K)
-        return Pool.of(P * (1 + work.ahead), work.K, work.S, work.T, rows, self.kv_tokens, shards)
-
-    def capacity(self, work: Workload) -> Capacity:
-        """Return the sizes of the sampler's KV caches, over all devices together."""
-        shards = self.decode_shards
-        P = work.P + -work.P % shards
-        rows = min(self.rows or P * work.K, P * work.K)
-        return Capacity.of(P * (1 + work.ahead), work.K, work.T, rows, shards)
-
-    def describe(self) -> str:
-        """Describe the setting in words."""
-        m = self.mesh
-        weights = f"split over {m.decode_tensor}" if m.decode_tensor > 1 else "whole on every device"
-        return (
-            f"data {m.data} x fsdp {m.fsdp} x tensor {m.tensor}, {self.token_budget} tokens in a row of a microbatch, "
-            f"{'remat' if self.remat else 'no remat'}, {self.rows} rows sampled at once, their weights {weights}"
-            + (f", {self.kv_tokens} tokens in the KV cache" if self.kv_tokens else "")
-            + (", in int8" if self.int8 else "")
-        )
-
-    def overrides(self) -> list[str]:
-        """Return the setting as command-line overrides of the config."""
-        keys = {
-            "mesh.data": self.mesh.data,
-            "mesh.fsdp": self.mesh.fsdp,
-            "mesh.tensor": self.mesh.tensor,
-            "mesh.decode_tensor": self.mesh.decode_tensor,
-            "training.token_budget": self.token_budget,
-            "training.remat": str(self.remat).lower(),
-            "sampling.max_rows": self.rows,
-        }
-        keys |= {"sampling.kv_tokens": self.kv_tokens} if self.kv_tokens else {}
-        keys |= {"sampling.weights": "int8"} if self.int8 else {}
-        return [f"--{key}={value}" for key, value in keys.items()]
-
-
-@dataclasses.dataclass(frozen=True)
-class Sizes:
-    """The number of parameters of a model by their role."""
-
-    layers: int  # matrices of all layers
-    head: int  # the output matrix
-    embed: int  # the input table where it is not the output matrix
-    other: int  # norms and biases
-
-    @classmethod
-    def of(cls, m: ModelConfig) -> "Sizes":
-        head = m.vocab_size * m.width
-        tables, other = num_params(m, "embedding"), num_params(m, "norm", "bias")
-        return cls(num_params(m, "matrix"), head, tables - head, other)
-
-    @property
-    def total(self) -> int:
-        return self.layers + self.head + self.embed + self.other
 
 
 def model_flops(work: Workload) -> float:
@@ -247,33 +95,6 @@ def _activations(work: Workload, setting: Setting) -> float:
     return 4 * m.width + (2 * m.num_heads * m.head_width + 3 * m.ffn_width) / setting.mesh.decode_tensor
 
 
-def kv_bytes(work: Workload) -> int:
-    """Return the bytes of the keys and values of one token in all layers."""
-    compute = "float32" if work.itemsize == FULL else "bfloat16"
-    return token_bytes(work.model, stored_dtype(work.kv_dtype, np.dtype(compute)))
-
-
-def weight_bytes(work: Workload, setting: Setting) -> float:
-    """Return the bytes of the sampler's weights on a device."""
-    sizes = Sizes.of(work.model)
-    saved = (work.itemsize - 1) * sizes.layers if setting.int8 else 0
-    return (work.itemsize * sizes.total - saved) / setting.mesh.decode_tensor
-
-
-def recent_bytes(work: Workload, setting: Setting) -> float:
-    """Return the bytes of the keys and values on a device of one token of each row."""
-    return setting.rows / setting.decode_shards * kv_bytes(work) / setting.mesh.decode_tensor
-
-
-def mean_cache_tokens(T: int, first: int = FIRST_TOKENS) -> float:
-    """Return the mean length of the response cache while T tokens are drawn: it doubles from `first` as they grow."""
-    total, size, done = 0, min(first, T), 0
-    while done < T:
-        total += (size - done) * size
-        done, size = size, min(2 * size, T)
-    return total / T
-
-
 def updated_bytes(work: Workload, setting: Setting) -> float:
     """Return the bytes that the optimizer reads and writes in an update: parameters, gradient and moments."""
     return (3 * FULL + 2 * work.moments) * Sizes.of(work.model).total / setting.parts
@@ -321,7 +142,7 @@ def _sampling_phases(work: Workload, setting: Setting) -> Iterator[StepPhase]:
     state = sum(parameters)
     parts = mesh.decode_tensor
     prompts = math.ceil(setting.rows / K / setting.decode_shards)
-    rows, waves = prompts * K, setting.waves(work)
+    rows = prompts * K
     read = decode_reads(work, setting)
     width = _activations(work, setting)
     sums = lambda tokens, turns=1: (Exchange("all-reduce", tokens * D * item, parts, 2 * L * turns),)  # noqa: E731
@@ -329,7 +150,7 @@ def _sampling_phases(work: Workload, setting: Setting) -> Iterator[StepPhase]:
     yield StepPhase("layout", L, 0.0, 3 * weights / L, state + weights, weights / L, moved)
     yield StepPhase(
         "prefill",
-        waves,
+        setting.prefills(work),
         prompts * S * 2 * sizes.layers / parts + phase_attention(work, setting, "prefill"),
         weights + 12 * L * prompts * S * D * item,
         state + weights + (stored if setting.capacity(work).queued else 0),
@@ -342,7 +163,7 @@ def _sampling_phases(work: Workload, setting: Setting) -> Iterator[StepPhase]:
     products = tokens * rows * 2 * (sizes.layers + sizes.head) / parts
     yield StepPhase(
         "decode",
-        waves * setting.calls(work),
+        setting.calls(work),
         products + phase_attention(work, setting, "decode"),
         tokens * (weights + read),
         state + weights + stored,

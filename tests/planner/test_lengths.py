@@ -17,7 +17,7 @@ from lpo_jax.parallel.mesh import MeshSizes
 from lpo_jax.planner import roofline, topology
 from lpo_jax.planner.at_lengths import at_lengths
 from lpo_jax.planner.lengths import response_lengths
-from lpo_jax.planner.roofline import Setting, Workload
+from lpo_jax.planner.setting import Setting, Workload
 from lpo_jax.planner.simulation import simulate_pages, simulate_slots
 from lpo_jax.sampling import PromptBatch, Sampler, SampleRequest, decode, kv_cache
 from lpo_jax.sampling.kv_cache import Capacity
@@ -171,7 +171,7 @@ def test_a_pool_of_the_config_is_planned_as_it_is():
     assert setting.decode_shards * pool.pages * pool.page_size <= setting.kv_tokens
     assert found.reserved.setting.rows < setting.rows
     # At full length fewer rows fit than there are slots.
-    assert setting.waves(WORK) > dataclasses.replace(setting, kv_tokens=0).waves(WORK)
+    assert setting.calls(WORK) > dataclasses.replace(setting, kv_tokens=0).calls(WORK)
 
 
 def test_full_lengths_take_the_time_of_the_plan():

@@ -19,7 +19,7 @@ from lpo_jax.planner import roofline, topology
 from lpo_jax.planner.phases import Exchange, StepPhase
 from lpo_jax.planner.plan_text import show
 from lpo_jax.planner.programs import _needed, extrapolate
-from lpo_jax.planner.roofline import Setting, Workload
+from lpo_jax.planner.setting import Setting, Sizes, Workload, mean_cache_tokens
 from lpo_jax.training.check import check_config
 
 WORK = Workload(CONFIG, P=8, K=4, S=16, T=32, updates=2, itemsize=2, reference=False, scorings=1)
@@ -44,7 +44,7 @@ def config_file(tmp_path, run_config, tiny_model):
 def test_parameters_are_those_of_the_model():
     for config in (CONFIG, dataclasses.replace(CONFIG, tie_embeddings=False, qkv_bias=True, qk_norm=False)):
         leaves = jax.tree.leaves(abstract_params(config))
-        assert roofline.Sizes.of(config).total == sum(leaf.size for leaf in leaves)
+        assert Sizes.of(config).total == sum(leaf.size for leaf in leaves)
 
 
 def test_arithmetic_of_a_step_by_hand():
@@ -61,7 +61,7 @@ def test_arithmetic_of_a_step_by_hand():
     assert score.flops == 2 * matrices * tokens + 2 * head * 4 * K * T + 4 * attention
     decode = phases()["decode"]
     assert decode.times == T // 16  # tokens are drawn in calls of 16
-    of_a_token = 2 * (matrices + head) + 4 * c.num_layers * 4 * 8 * (S + roofline.mean_cache_tokens(T))
+    of_a_token = 2 * (matrices + head) + 4 * c.num_layers * 4 * 8 * (S + mean_cache_tokens(T))
     assert decode.flops == pytest.approx(16 * 32 * of_a_token)
     remat = phases(setting=dataclasses.replace(ALONE, remat=True))["update"]
     assert remat.flops - update.flops == score.flops - 2 * head * 4 * K * T
@@ -72,7 +72,7 @@ def test_arithmetic_of_a_step_by_hand():
 
 
 def test_memory_by_hand():
-    total, c = roofline.Sizes.of(CONFIG).total, CONFIG
+    total, c = Sizes.of(CONFIG).total, CONFIG
     own = roofline.standing(WORK, ALONE)
     kv = 2 * c.num_layers * c.num_kv_heads * c.head_width * 2
     assert own == {
@@ -96,7 +96,7 @@ def test_memory_by_hand():
 
 def test_memory_of_moments_and_8_bits():
     """Moments in bfloat16 take half; on the host, none while sampling, and time for the way there and back."""
-    total, plain = roofline.Sizes.of(CONFIG).total, phases()
+    total, plain = Sizes.of(CONFIG).total, phases()
     for state, sampling, updating in (("bfloat16", 4, 4), ("host", 0, 8)):
         work = dataclasses.replace(WORK, optimizer=state)
         assert roofline.standing(work, ALONE)["optimizer"] == sampling * total
@@ -118,7 +118,7 @@ def test_mean_cache_tokens_is_that_of_a_loop(T):
         if t == size:
             size = min(2 * size, T)
         total += size
-    assert roofline.mean_cache_tokens(T) == pytest.approx(total / T)
+    assert mean_cache_tokens(T) == pytest.approx(total / T)
 
 
 def test_what_a_ring_sends():
