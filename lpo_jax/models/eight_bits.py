@@ -2,7 +2,7 @@
 
 Every token has a scale for each key/value head, set by its largest number there. A scale for a page or a whole
 sequence would change as tokens are added, so that what is stored would have to be rounded again. A scale for each token
-takes 4 bytes beside the N numbers of a head: 3% of what bfloat16 takes with N = 128, 6% with 64.
+takes 4 bytes beside the N bytes of a head: 3% more with N = 128, 6% with 64.
 
 Everything that is sampled attends to the rounded keys and values, those of the prompt and of the new token included.
 Tokens therefore do not depend on when a key was computed, or whether a prefill or a decode step did it. The sampled

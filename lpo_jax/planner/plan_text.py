@@ -72,6 +72,15 @@ def _show(made: Plan, proposal: Proposal, title: str) -> None:
         highlight=False,
         soft_wrap=True,
     )
+    peak = max(proposal.phases, key=lambda phase: phase.memory).name
+    if made.work.optimizer == "float32" and peak in ("prefill", "decode"):
+        moments = parts["optimizer"] / GB
+        out.print(
+            f"  {peak} needs the most memory: there --optimizer.state=host would free {moments:.1f} GB, and bfloat16 "
+            f"{moments / 2:.1f} GB",
+            highlight=False,
+            soft_wrap=True,
+        )
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("", *_NUMBERS, "limited by", ""):
         table.add_column(name, justify="left" if name in ("", "limited by") else "right")

@@ -150,6 +150,14 @@ def test_a_gpu_plan_is_arithmetic(config_file, capsys):
     assert 0 < asked["mfu"] < 1 and asked["tokens_per_second"] > 0
 
 
+@pytest.mark.parametrize("peak", ["decode", "update"])
+def test_moments_elsewhere_are_offered_where_sampling_needs_the_memory(capsys, peak):
+    found = [dataclasses.replace(phase, temporary=1e9 * (name == peak)) for name, phase in phases().items()]
+    proposal = plans.Proposal(ALONE, tuple(found), frozenset())
+    show(plans.Plan(GPU, WORK, proposal, None, None, False, 0.0), "model")
+    assert ("--optimizer.state=host would free" in capsys.readouterr().out) == (peak == "decode")
+
+
 def test_text_names_memory_times_and_what_is_left_out(config_file, capsys):
     assert main(["plan", config_file(), "--topology", "h100:4"]) == 0
     text = capsys.readouterr().out
