@@ -66,9 +66,9 @@ def compiled(size, layers, kv_dtype):
 @pytest.mark.slow
 @pytest.mark.parametrize("kv_dtype", ["compute", "int8", "fp8"])
 def test_a_decode_step_reads_weights_and_live_pages(kv_dtype):
-    """64 rows of 1024 tokens each in a pool of twice as many pages, which the program does not copy."""
+    """64 rows of 1024 tokens each in a pool of four times as many pages, which the program does not copy."""
     pytest.importorskip("libtpu")
-    size = Pool(2 * 64 * MEAN // 128, 128, 64, 32)
+    size = Pool(4 * 64 * MEAN // 128, 128, 64, 32)
     step, others = {}, {}
     for layers in (2, 4):
         program, pool, layer = compiled(size, layers, kv_dtype)
