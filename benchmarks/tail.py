@@ -165,11 +165,11 @@ def no_device(shards: int, counts: dict[str, int]) -> Iterator[None]:
             drawn += active
             active, steps = active & (drawn < state.budget), steps + 1
         counts["steps"] += steps
-        tokens = np.ones((len(drawn), kv_cache.CHUNK), np.int32)
+        tokens = np.ones((len(drawn), settings.call_tokens), np.int32)
         floats = tokens.astype(np.float32)
         return device.DecodeOutput(tokens, floats, floats, drawn, active, steps), pool
 
-    def prefill(config, dtype, attention, weights, tokens, lengths, images):
+    def prefill(config, dtype, stored, attention, weights, tokens, lengths, images):
         counts["prefilled"] += tokens.size // shards
 
     fakes = {
@@ -189,7 +189,7 @@ def simulated(arguments: argparse.Namespace) -> dict[str, Any]:
     """Simulate the steps of both settings and compare their times in units of a token's update."""
     P, K, S, shards = arguments.prompts, arguments.responses, arguments.prompt_tokens, arguments.shards
     sampler = TailSampler(
-        types.SimpleNamespace(num_layers=0),  # type: ignore[arg-type]
+        types.SimpleNamespace(num_layers=0, num_kv_heads=1, head_width=1),  # type: ignore[arg-type]
         (-1,),
         max_rows=arguments.max_rows,
         attention="interpret",  # schedules as with kernels: neither slots nor cache change size

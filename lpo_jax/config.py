@@ -6,7 +6,7 @@ ranges. The options of `task` and `objective` are checked by the functions that 
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -16,7 +16,7 @@ from pydantic import ConfigDict, Field
 
 from lpo_jax.errors import UserError, nearest
 from lpo_jax.types import Json
-from lpo_jax.yaml_text import parse_yaml, read_yaml
+from lpo_jax.yaml_text import apply_override, numbers_in, read_yaml
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -118,6 +118,11 @@ class SamplingSection(_Strict):
         "Tokens of prompts and responses that the KV cache holds, on all devices together; needs a TPU. If responses "
         "turn out longer, the youngest rows are set aside and resumed later. 0: max_rows rows of full length.",
     )
+    kv_dtype: Literal["compute", "int8", "fp8"] = _option(
+        "compute",
+        "Type of the KV cache, in evaluation too. compute: model.dtype; int8, fp8: half of bfloat16's memory, with a "
+        "scale for each token and head (not with training.behaviour=sampled).",
+    )
     ahead: NonNegative = _option(
         0,
         "Steps whose prompts may take the slots that are idle while the last responses of a step are sampled. Their "
@@ -190,6 +195,11 @@ class OptimizerConfig(_Strict):
     b2: BelowOne = _option(0.999, "Decay rate of the second moment.")
     eps: PositiveFloat = _option(1e-8, "Added to the square root of the second moment.")
     weight_decay: NonNegativeFloat = _option(0.1, "Decoupled weight decay, applied only to matrices.")
+    state: Literal["float32", "bfloat16", "host"] = _option(
+        "float32",
+        "How the moments are kept: float32; bfloat16: half the memory, with float32 arithmetic (the second one rounded "
+        "stochastically); host: float32, in the host's memory while responses are sampled.",
+    )
     clip_norm: NonNegativeFloat = _option(1.0, "Largest global norm of the gradient. 0 disables clipping.")
 
 
@@ -335,7 +345,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             f"config {path}: expected sections such as `model:` and `task:`, got {type(values).__name__}"
         )
     for override in overrides:
-        _apply(values, override)
+        apply_override(values, override, FREE_FORM)
     return parse_config(values, str(path))
 
 
@@ -347,7 +357,7 @@ def override_config(config: Config, overrides: Sequence[str]) -> Config:
     """
     values = config.to_dict()
     for override in overrides:
-        _apply(values, override)
+        apply_override(values, override, FREE_FORM)
     return parse_config(values)
 
 
@@ -373,7 +383,7 @@ def parse_config(values: Mapping[str, Json], where: str = "config") -> Config:
         if not isinstance(name, str) or not name.strip():
             raise UserError(f"{where}: {section}.name is missing; set it to the {section} to use")
     for section in (*FREE_FORM, "compare"):  # their values have any type
-        for key, value in _numbers(section, values.get(section)):
+        for key, value in numbers_in(section, values.get(section)):
             if not math.isfinite(value):
                 raise UserError(f"{where}: {key}: should be a finite number, got {value}")
     for key in ("output", "model.path"):
@@ -402,38 +412,10 @@ def _show(value) -> str:
     return yaml.safe_dump(plain, default_flow_style=True).split("\n")[0]
 
 
-def _numbers(key: str, value: Json) -> Iterator[tuple[str, float]]:
-    """Yield (dotted key, number) for every floating-point number in plain values."""
-    if isinstance(value, float):
-        yield key, value
-    if isinstance(value, list | tuple):
-        value = dict(enumerate(value))
-    for name, item in value.items() if isinstance(value, Mapping) else ():
-        yield from _numbers(f"{key}.{name}", item)
-
-
 def _get(config, dotted: str):
     for part in dotted.split("."):
         config = getattr(config, part)
     return config
-
-
-def _apply(values: dict[str, Json], override: str) -> None:
-    key, equals, text = override.removeprefix("--").partition("=")
-    if not override.startswith("--") or not equals or not key:
-        raise UserError(f"override {override!r}: write it as --section.key=value")
-    *sections, last = key.split(".")
-    for section in sections:
-        held = values.setdefault(section, {})
-        if isinstance(held, str) and section in FREE_FORM:
-            held = values[section] = {"name": held}
-        if not isinstance(held, dict):
-            raise UserError(f"override {override!r}: {section} is not a section")
-        values = held
-    try:
-        values[last] = parse_yaml(text)
-    except ValueError as error:
-        raise UserError(f"override {override!r}: the value is not valid YAML ({error})") from None
 
 
 def _explain(error) -> str:

@@ -1,6 +1,7 @@
 """Read and write the YAML of configs, suites and command lines."""
 
 import re
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 import yaml
@@ -78,3 +79,41 @@ def read_yaml(path: str | Path, what: str) -> Json:
         raise UserError(f"{what} {path}: cannot be read (not UTF-8: {error.reason})") from None
     except ValueError as error:
         raise UserError(f"{what} {path}: not valid YAML ({error})") from None
+
+
+def apply_override(values: dict[str, Json], override: str, free_form: Collection[str]) -> None:
+    """Apply an override `--section.key=value` to the plain values of a config.
+
+    Args:
+      values: changed in place.
+      override: the text; its value is YAML.
+      free_form: sections of which a text is short for `{name: text}`.
+
+    Raises:
+      UserError: the override has another form, its value is not YAML, or the section is a value.
+    """
+    key, equals, text = override.removeprefix("--").partition("=")
+    if not override.startswith("--") or not equals or not key:
+        raise UserError(f"override {override!r}: write it as --section.key=value")
+    *sections, last = key.split(".")
+    for section in sections:
+        held = values.setdefault(section, {})
+        if isinstance(held, str) and section in free_form:
+            held = values[section] = {"name": held}
+        if not isinstance(held, dict):
+            raise UserError(f"override {override!r}: {section} is not a section")
+        values = held
+    try:
+        values[last] = parse_yaml(text)
+    except ValueError as error:
+        raise UserError(f"override {override!r}: the value is not valid YAML ({error})") from None
+
+
+def numbers_in(key: str, value: Json) -> Iterator[tuple[str, float]]:
+    """Yield (dotted key, number) for every floating-point number in plain values."""
+    if isinstance(value, float):
+        yield key, value
+    if isinstance(value, list | tuple):
+        value = dict(enumerate(value))
+    for name, item in value.items() if isinstance(value, Mapping) else ():
+        yield from numbers_in(f"{key}.{name}", item)

@@ -164,7 +164,7 @@ def _product(axes: str, x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def _scores(rows: jax.Array, keys: jax.Array, mask: jax.Array) -> jax.Array:
-    """Scaled and masked scores `[B, G, I, X, Y]` of `rows [B, G, I X, N]` and `keys [B, G, N, Y]`."""
+    """Quantised and masked scores `[B, G, I, X, Y]` of `rows [B, G, I X, N]` and `keys [B, G, N, Y]`."""
     scores = _product("bgxn,bgny->bgxy", rows, keys) * rows.shape[-1] ** -0.5
     scores = scores.reshape(*rows.shape[:2], -1, *mask.shape[1:])
     return jnp.where(mask[:, None, None], scores, LOWEST)

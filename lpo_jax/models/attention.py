@@ -20,10 +20,12 @@ U prompts in the cache · C rows of a prompt · Z pages of X tokens · M pages o
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from lpo_jax.models.attend import accumulator, attend
 from lpo_jax.models.config import ModelConfig
+from lpo_jax.models.eight_bits import dtype_of, load, split, store
 from lpo_jax.models.kernels import cudnn, pages, splash, triton, triton_pages, union
 from lpo_jax.models.kernels.choice import Attention, chosen
 from lpo_jax.models.kernels.union import merge
@@ -108,18 +110,22 @@ class Causal(struct.PyTreeNode):
     Attributes:
       valid: `[B, X]` bool, real tokens.
       positions: `[B, X]` position of each token in its sequence.
-      keep: whether to return the block's keys and values (prefill).
+      keep: the data type in which the block's keys and values are stored and returned (prefill); queries attend to them
+        as they are stored. None: they are not.
       aligned: states that all rows begin with a real token, so that padding comes last.
     """
 
     valid: jax.Array
     positions: jax.Array
-    keep: bool = struct.field(pytree_node=False, default=False)
+    keep: np.dtype | None = struct.field(pytree_node=False, default=None)
     aligned: bool = struct.field(pytree_node=False, default=False)
     attention: Attention = struct.field(pytree_node=False, default="auto")
 
     def __call__(self, config: ModelConfig, q, k, v, kv=None):
-        return self._attend(config.sliding_window, q, k, v), (k, v) if self.keep else None
+        if self.keep is None:
+            return self._attend(config.sliding_window, q, k, v), None
+        kept = store(k, self.keep), store(v, self.keep)
+        return self._attend(config.sliding_window, q, *(load(x, q.dtype) for x in kept)), kept
 
     def _attend(self, window, q, k, v):
         _, X, _, N = q.shape
@@ -221,7 +227,9 @@ class Decode(struct.PyTreeNode):
         own_k, own_v = _write(own_k, own_v, k, v, self.at)
         q = q.reshape(R, k.shape[2], -1, N)
         with jax.named_scope("response_to_prompt"):
-            queries, start = _by_prompt(q, _first_seen(window, self.positions), self.members, len(prompt_k))
+            queries, start = _by_prompt(
+                q, _first_seen(window, self.positions), self.members, len(self.prompt_lengths)
+            )
             found = attend_cached(queries, prompt_k, prompt_v, start, self.prompt_lengths)
             to_prompt = _by_row(found, self.slots)
         with jax.named_scope("response_self"):
@@ -286,8 +294,11 @@ class DecodePages(struct.PyTreeNode):
 def _write(own_k, own_v, k, v, at):
     """Write the keys and values of new tokens, `[R, 1, G, N]`, at the same index of all rows."""
     R, _, G, N = k.shape
-    own_k = jax.lax.dynamic_update_slice(own_k, k.reshape(R, G, N, 1).astype(own_k.dtype), (0, 0, 0, at))
-    own_v = jax.lax.dynamic_update_slice(own_v, v.reshape(R, G, 1, N).astype(own_v.dtype), (0, 0, at, 0))
+    put = lambda old, new, index: jax.tree.map(  # noqa: E731
+        lambda x, y: jax.lax.dynamic_update_slice(x, y, index), old, new
+    )
+    own_k = put(own_k, store(k.reshape(R, G, N, 1), dtype_of(own_k), 2), (0, 0, 0, at))
+    own_v = put(own_v, store(v.reshape(R, G, 1, N), dtype_of(own_v), 3), (0, 0, at, 0))
     return own_k, own_v
 
 
@@ -321,7 +332,7 @@ def attend_cached(q, k, v, start, stop) -> tuple[jax.Array, jax.Array]:
 
     Args:
       q: `[B, G, C, I, N]`, C queries for each of the I query heads of a key/value head.
-      k: `[B, G, N, Y]`.
+      k: `[B, G, N, Y]`, floats or 8-bit numbers with scales.
       v: `[B, G, Y, N]`.
       start: `[B, C]`.
       stop: `[B]`.
@@ -329,16 +340,21 @@ def attend_cached(q, k, v, start, stop) -> tuple[jax.Array, jax.Array]:
     Returns:
       `[B, G, C, I, N]`, and the log-sum-exp of the scaled scores `[B, G, C, I]` float32.
     """
+    (k, k_scale), (v, v_scale) = split(k, q.dtype), split(v, q.dtype)
     index = jnp.arange(k.shape[-1])
     mask = (index >= start[..., None]) & (index < stop[:, None, None])  # [B, C, Y]
     B, G, C, I, N = q.shape
     scores = jnp.einsum(
         "bgin,bgny->bgiy", q.reshape(B, G, C * I, N), k, preferred_element_type=accumulator(q.dtype)
     ).reshape(B, G, C, I, -1)
+    if k_scale is not None:
+        scores *= k_scale[:, :, :, None]  # [B, G, 1, 1, Y]
     scores = jnp.where(mask[:, None, :, None], scores * N**-0.5, jnp.finfo(jnp.float32).min)
     peak = scores.max(-1, keepdims=True)
     weights = jnp.exp(scores - peak)
     total = weights.sum(-1, keepdims=True)
+    if v_scale is not None:
+        weights *= jnp.swapaxes(v_scale, 2, 3)[:, :, :, None]
     out = jnp.einsum("bgiy,bgyn->bgin", weights.astype(v.dtype).reshape(B, G, C * I, -1), v)
     return out.reshape(q.shape) / total.astype(v.dtype), (jnp.log(total) + peak)[..., 0]
 
@@ -348,7 +364,7 @@ def attend_pages(q, pool, table, start, stop, attention: Attention = "auto") -> 
 
     Args:
       q: `[B, G, C, I, N]`, C queries for each of the I query heads of a key/value head.
-      pool: `[Z, 2, G, N, X]`, keys and values of each page.
+      pool: `[Z, 2, G, N, X]`, keys and values of each page, floats or 8-bit numbers with scales.
       table: `[B, M]` the page of key y is `table[b, y // X]`; what is listed behind the last key is not read.
       start: `[B, C]`.
       stop: `[B]`.
@@ -363,7 +379,8 @@ def attend_pages(q, pool, table, start, stop, attention: Attention = "auto") -> 
     if attention != "plain":
         interpret = attention == "interpret_triton"
         return triton_pages.attend_pages(q, pool, table, start, stop, interpret=interpret)
-    k, v = on_each_shard(_gather_pages, table, pool)
+    by_leaf = jax.tree.map(lambda x: on_each_shard(_gather_pages, table, x), pool)
+    k, v = jax.tree.transpose(jax.tree.structure(pool), jax.tree.structure((0, 0)), by_leaf)
     return attend_cached(q, k, v, start, stop)
 
 

@@ -22,8 +22,8 @@ from lpo_jax.config import Config, MeshSection
 from lpo_jax.errors import UserError
 from lpo_jax.parallel.sharding import AXES
 
-# Bytes per parameter of training: float32 parameter, gradient and the two moments of Adam.
-STATE_BYTES = 16
+# Bytes per parameter of an update, by `optimizer.state`: float32 parameter and gradient, and the two moments of Adam.
+STATE_BYTES = {"float32": 16, "bfloat16": 12, "host": 16}
 # Largest shares of a device's memory for the training state and for the sampler's weights. The rest is for activations
 # and the KV cache.
 STATE_SHARE, WEIGHTS_SHARE = 0.5, 0.4
@@ -64,6 +64,7 @@ def choose_mesh(
     prompts: int,
     memory: float | None,
     weight_bytes: int = 4,
+    state_bytes: int = STATE_BYTES["float32"],
 ) -> MeshSizes:
     """Choose the sizes of a run's mesh.
 
@@ -74,17 +75,19 @@ def choose_mesh(
       prompts: prompts in a minibatch.
       memory: bytes of memory of one device. None: unknown, and assumed to be enough.
       weight_bytes: bytes of one parameter while sampling.
+      state_bytes: bytes of one parameter in an update, from `STATE_BYTES`.
 
     Raises:
       UserError: the product of the given axes is not the number of devices, or they do not divide heads or prompts,
         or the decode tensor axis does not divide devices and heads.
     """
     asked = (given.data, given.fsdp, given.tensor)
+    state = state_bytes * model.num_params
     if any(asked):
-        sizes = _complete(asked, devices, model, prompts, memory)
+        sizes = _complete(asked, devices, state, memory)
         _check(sizes, devices, model, prompts)
     else:
-        sizes = next(s for n in range(devices, 0, -1) if (s := _derive(n, model, prompts, memory)))
+        sizes = next(s for n in range(devices, 0, -1) if (s := _derive(n, model, prompts, state, memory)))
     decode_tensor = given.decode_tensor or _decode_tensor(sizes, model, memory, weight_bytes)
     if decode_tensor not in (allowed := decode_sizes(sizes, model)):
         raise UserError(
@@ -136,7 +139,8 @@ def open_mesh(config: Config, model: ModelSizes) -> tuple[MeshSizes, Mesh | None
     prompts = config.training.prompts_per_step // config.training.updates_per_step
     stats = jax.local_devices()[0].memory_stats() or {}
     itemsize = np.dtype(jax.numpy.dtype(config.model.dtype)).itemsize
-    sizes = choose_mesh(config.mesh, devices, model, prompts, stats.get("bytes_limit"), itemsize)
+    state = STATE_BYTES[config.optimizer.state]
+    sizes = choose_mesh(config.mesh, devices, model, prompts, stats.get("bytes_limit"), itemsize, state)
     if jax.process_count() > 1 and sizes.devices < there:
         raise UserError(
             f"mesh: only {sizes.devices} of {there} devices would be used, which leaves hosts without work; "
@@ -145,13 +149,13 @@ def open_mesh(config: Config, model: ModelSizes) -> tuple[MeshSizes, Mesh | None
     return sizes, build_mesh(sizes) if sizes.devices > 1 else None
 
 
-def _complete(asked, devices: int, model: ModelSizes, prompts: int, memory) -> MeshSizes:
+def _complete(asked, devices: int, state: int, memory: float | None) -> MeshSizes:
     """Derive the axes that are not given: tensor is 1 unless the others leave devices over, fsdp depends on memory."""
     data, fsdp, tensor = asked
     tensor = tensor or (devices // (data * fsdp) if data and fsdp else 1) or 1
     left = max(devices // (tensor * (data or 1) * (fsdp or 1)), 1)
     if not data and not fsdp:
-        fsdp = _fsdp(left, tensor, model, memory)
+        fsdp = _fsdp(left, tensor, state, memory)
         data = left // fsdp
     return MeshSizes(data or left, fsdp or left, tensor)
 
@@ -177,20 +181,21 @@ def _check(sizes: MeshSizes, devices: int, model: ModelSizes, prompts: int) -> N
         )
 
 
-def _derive(devices: int, model: ModelSizes, prompts: int, memory: float | None) -> MeshSizes | None:
+def _derive(
+    devices: int, model: ModelSizes, prompts: int, state: int, memory: float | None
+) -> MeshSizes | None:
     """Derive a mesh of exactly this many devices by the rules above; None if there is none."""
     for tensor in range(1, devices + 1):
         shards = devices // tensor
         if devices % tensor == 0 and model.common_heads % tensor == 0 and prompts % shards == 0:
-            fsdp = _fsdp(shards, tensor, model, memory)
+            fsdp = _fsdp(shards, tensor, state, memory)
             return MeshSizes(shards // fsdp, fsdp, tensor)
     return None
 
 
-def _fsdp(shards: int, tensor: int, model: ModelSizes, memory: float | None) -> int:
+def _fsdp(shards: int, tensor: int, state: int, memory: float | None) -> int:
     """The smallest divisor of `shards` for which parameters and optimizer state fit; `shards` if none does."""
-    state = STATE_BYTES * model.num_params / tensor
-    fits = lambda n: memory is None or state / n <= STATE_SHARE * memory  # noqa: E731
+    fits = lambda n: memory is None or state / tensor / n <= STATE_SHARE * memory  # noqa: E731
     return next((n for n in divisors(shards) if fits(n)), shards)
 
 

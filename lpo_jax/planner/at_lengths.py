@@ -15,9 +15,11 @@ import numpy as np
 from lpo_jax.errors import UserError
 from lpo_jax.models.packing import PackedSize, packed_size
 from lpo_jax.planner import roofline
-from lpo_jax.planner.roofline import Exchange, Setting, Sizes, StepPhase, Workload
+from lpo_jax.planner.phases import Exchange, StepPhase
+from lpo_jax.planner.setting import Setting, Sizes, Workload, kv_bytes, weight_bytes
 from lpo_jax.planner.simulation import Sampled, simulate_pages, simulate_slots
 from lpo_jax.planner.topology import Chip
+from lpo_jax.sampling.calls import look_seconds
 
 # Rows to try with pages, as multiples of those that reserve the longest response.
 MORE_ROWS = (1, 2, 4, 8)
@@ -85,13 +87,13 @@ def at_lengths(
 
     whole = _reserving(work, setting)
     if work.kernels:
-        sampled = simulate_pages(padded, whole.pool(work), work.S - 1, shards)
+        sampled = simulate_pages(padded, whole.pool(work), work.S - 1, shards, whole.call_tokens(work))
     else:
-        sampled = simulate_slots(padded, size, shards)
+        sampled = simulate_slots(padded, size, shards, setting.call_tokens(work))
     reserved = occurring(sampled, whole)
     found = []
     for paged in _in_pages(work, setting) if work.kernels else ():
-        sampled = simulate_pages(padded, paged.pool(work), work.S - 1, shards)
+        sampled = simulate_pages(padded, paged.pool(work), work.S - 1, shards, paged.call_tokens(work))
         found.append(occurring(sampled, paged))
     return AtLengths(reserved, min(found, key=lambda one: one.step_seconds) if found else None)
 
@@ -123,7 +125,7 @@ def _in_pages(work: Workload, setting: Setting) -> Iterator[Setting]:
     memory = roofline.standing(work, setting)["keys and values"] + used(setting)
     for more in sorted({min(more * setting.rows, work.P * work.K) for more in MORE_ROWS}):
         left = memory - used(dataclasses.replace(setting, rows=more))
-        tokens = int(left * setting.mesh.devices / roofline.kv_bytes(work))
+        tokens = int(left * setting.mesh.devices / kv_bytes(work))
         prompts = max(1, more // work.K) * work.S  # prefilled next
         paged = dataclasses.replace(setting, rows=more, kv_tokens=max(tokens - prompts, 1))
         with contextlib.suppress(UserError):
@@ -145,10 +147,10 @@ class _Costs:
     @classmethod
     def of(cls, work: Workload, setting: Setting, phases: Mapping[str, StepPhase], chip: Chip) -> "_Costs":
         size, shards, phase = setting.capacity(work), setting.decode_shards, phases["decode"]
-        slots, steps = size.slots / shards, work.call_tokens
-        weights = work.itemsize * Sizes.of(work.model).total / setting.mesh.decode_tensor
+        slots, steps = size.slots / shards, setting.call_tokens(work)
+        weights = weight_bytes(work, setting)
         rest = phase.bytes / steps - weights - roofline.decode_reads(work, setting)
-        token = roofline.kv_bytes(work) / setting.mesh.decode_tensor
+        token = kv_bytes(work) / setting.mesh.decode_tensor
         slot = max(rest, 0.0) / slots, phase.flops / steps / slots, phase.sent / steps / slots
         prefill = phases["prefill"]
         prompts = prefill.times * size.prefill_batch / shards
@@ -165,7 +167,7 @@ class _Costs:
             read = (call.tokens + call.prompts * self.prompt_tokens) * self.token
             moved, flops, sent = (call.slots * cost for cost in self.slot)
             busy = max(flops / self.chip.peak, (self.weights + moved + read) / self.chip.bandwidth)
-            total += call.steps * (busy + sent / self.chip.ring)
+            total += call.steps * (busy + sent / self.chip.ring) + look_seconds(call.rows)
         return total
 
 
@@ -193,7 +195,7 @@ def _repacked(work: Workload, setting: Setting, phase: StepPhase, lengths: np.nd
     tokens = runs * found.tokens / full.tokens
     attention = roofline.phase_attention(work, setting, phase.name)
     pairs = _pairs(work, found, lengths) / _pairs(work, full, np.full_like(lengths, T))
-    once = 28 * Sizes.of(work.model).total / setting.parts if update else 0.0  # the optimizer
+    once = roofline.updated_bytes(work, setting) if update else 0.0
     weights = work.itemsize * Sizes.of(work.model).total / setting.mesh.tensor
     weights = min(weights * full.microbatches * (4 if update else 1), phase.bytes - once)
 

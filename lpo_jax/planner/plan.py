@@ -8,6 +8,7 @@ best are compiled until one fits. With response lengths, they are ranked by the 
 
 import dataclasses
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterator
 
@@ -16,14 +17,17 @@ import numpy as np
 from lpo_jax.config import Config, override_config
 from lpo_jax.errors import UserError
 from lpo_jax.models.config import ModelConfig
+from lpo_jax.models.eight_bits import check_device
 from lpo_jax.models.placement import model_sizes
 from lpo_jax.objectives import Objective
 from lpo_jax.parallel import mesh as meshes
 from lpo_jax.planner import roofline, topology
 from lpo_jax.planner.at_lengths import AtLengths, Occurring, at_lengths
-from lpo_jax.planner.roofline import Setting, Sizes, StepPhase, Workload
+from lpo_jax.planner.phases import StepPhase
+from lpo_jax.planner.setting import Setting, Sizes, Workload
 from lpo_jax.planner.topology import Chip, Topology
 from lpo_jax.training.behaviour import choose_behaviour
+from lpo_jax.training.check import check_config
 from lpo_jax.training.learner import scores_first
 from lpo_jax.types import Json
 
@@ -34,6 +38,7 @@ SHORTLIST = 6  # meshes whose best setting at full length is simulated at other 
 # The share of a chip's memory that a suggestion leaves free, because batches of uneven lengths need a little more than
 # full ones.
 SPARE = 0.03
+WITHOUT_FP8 = {"a100": 8.0}  # chips without 8-bit floats, and their CUDA compute capability
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +81,7 @@ class Plan:
       work: the sizes of a step.
       asked: the config's own setting.
       suggested: a better setting that fits, or None.
+      with_int8: a setting that fits and is better still with int8 weights while sampling, or None.
       searched: whether a better setting was searched for.
       seconds: the time that planning took.
       lengths: `[P, K]` response tokens to plan for; None: all responses have their full length.
@@ -85,6 +91,7 @@ class Plan:
     work: Workload
     asked: Proposal
     suggested: Proposal | None
+    with_int8: Proposal | None
     searched: bool
     seconds: float
     lengths: np.ndarray | None = None
@@ -138,13 +145,16 @@ def plan(
       report: called with a line about each program before it is compiled.
 
     Raises:
-      UserError: libtpu is missing, or the config's mesh does not fit the slice.
+      UserError: libtpu is missing, the config's mesh does not fit the slice, or the chip lacks a data type.
     """
     started = time.perf_counter()
+    chip = target.chip.name
+    check_device(config.sampling.kv_dtype, chip, WITHOUT_FP8.get(chip, math.inf))
+    may_round = allows_int8(config)
     config = choose_behaviour(config, objective).resolve(config)
     work = roofline.workload(config, model, objective.needs, scores_first(objective))
     kernels = target.chip.kind == "tpu" and config.model.attention != "plain"
-    work = dataclasses.replace(work, kernels=kernels)
+    work = dataclasses.replace(work, kernels=kernels, platform=target.chip.kind)
     asked = setting_of(config, work, target)
     compiler: Compiler | None = None
     if target.chip.kind == "tpu":
@@ -160,8 +170,26 @@ def plan(
 
     search = _Search(work, target.chip, compiler, lengths)
     own = search.timed(search.propose(asked, None))
-    better = search.better(own, list(settings(config, work, target))) if suggest else None
-    return Plan(target, work, own, better, suggest, time.perf_counter() - started, lengths)
+    better = with_int8 = None
+    if suggest:
+        scales = search.scales(own)
+        found = list(settings(config, work, target))
+        better = search.better(own, found, scales)
+        if may_round:
+            rounded = [dataclasses.replace(setting, int8=True) for setting in found]
+            with_int8 = search.better(better or own, rounded, scales)
+    return Plan(target, work, own, better, with_int8, suggest, time.perf_counter() - started, lengths)
+
+
+def allows_int8(config: Config) -> bool:
+    """Return whether int8 weights while sampling are a choice that the config leaves open."""
+    if config.sampling.weights == "int8":
+        return False
+    try:
+        check_config(override_config(config, ["--sampling.weights=int8"]))
+    except UserError:
+        return False
+    return True
 
 
 def setting_of(config: Config, work: Workload, target: Topology) -> Setting:
@@ -176,12 +204,14 @@ def setting_of(config: Config, work: Workload, target: Topology) -> Setting:
             f"mesh.devices = {devices}: {target.name} has {target.num_devices}; 0 uses all of them"
         )
     model, prompts, memory = model_sizes(work.model), work.P // work.updates, target.chip.memory
-    sizes = meshes.choose_mesh(config.mesh, devices, model, prompts, memory, work.itemsize)
+    state = meshes.STATE_BYTES[config.optimizer.state]
+    sizes = meshes.choose_mesh(config.mesh, devices, model, prompts, memory, work.itemsize, state)
     # A run decides remat=auto by its free memory. The plan assumes recomputation, which needs less memory.
     training = config.training
     kv_tokens = config.sampling.kv_tokens if work.kernels else 0
     asked = Setting(sizes, training.token_budget, bool(training.remat), config.sampling.max_rows, kv_tokens)
-    return dataclasses.replace(asked, rows=asked.capacity(work).slots)
+    int8 = config.sampling.weights == "int8"
+    return dataclasses.replace(asked, rows=asked.capacity(work).slots, int8=int8)
 
 
 def settings(config: Config, work: Workload, target: Topology) -> Iterator[Setting]:
@@ -208,7 +238,7 @@ def settings(config: Config, work: Workload, target: Topology) -> Iterator[Setti
             fewest = mesh.devices // mesh.decode_tensor * work.K
             rows = sorted({fewest * -(-work.P * work.K // (fewest * cut)) for cut in (1, 2, 4, 8, 16, 32)})
             for at_once in rows:
-                yield Setting(mesh, budget, remat, at_once)
+                yield Setting(mesh, budget, remat, at_once, int8=start.int8)
 
 
 @dataclasses.dataclass
@@ -240,19 +270,29 @@ class _Search:
       chip: the device.
       compiler: compiles phases; None: there are estimates only.
       lengths: as in `Plan`.
+      made: what has been compiled.
     """
 
     work: Workload
     chip: Chip
     compiler: Compiler | None
     lengths: np.ndarray | None
+    made: dict[tuple, StepPhase] = dataclasses.field(default_factory=dict)
+
+    def compiled(self, compiler: Compiler, setting: Setting, name: str) -> StepPhase:
+        """Compile a phase, unless it has been compiled; an update does not depend on how responses are sampled."""
+        sampling = () if name == "update" else (setting,)
+        key = name, setting.mesh, setting.token_budget, setting.remat, *sampling
+        if key not in self.made:
+            self.made[key] = compiler(setting, name)
+        return self.made[key]
 
     def propose(self, setting: Setting, scales: dict[str, _Scale] | None, compiled: bool = True) -> Proposal:
         """Return a setting's phases: compiled if there is a compiler, with `scales` only the decisive ones."""
         phases, made_names = [], set()
         for phase in roofline.estimate_phases(self.work, setting):
             if compiled and self.compiler and (scales is None or phase.name in DECISIVE):
-                made = self.compiler(setting, phase.name)
+                made = self.compiled(self.compiler, setting, phase.name)
                 if made.too_large:
                     made = dataclasses.replace(
                         phase, held=made.held, temporary=made.temporary, too_large=True
@@ -260,7 +300,7 @@ class _Search:
                 phase = made
                 made_names.add(phase.name)
             elif scales:
-                phase = scales[phase.name](phase)
+                phase = scales.get(phase.name, _Scale())(phase)
             phases.append(phase)
         return Proposal(setting, tuple(phases), frozenset(made_names))
 
@@ -271,10 +311,15 @@ class _Search:
         found = at_lengths(self.work, proposal.setting, proposal.phases, self.lengths, self.chip)
         return dataclasses.replace(proposal, at_lengths=found)
 
-    def better(self, own: Proposal, pool: list[Setting]) -> Proposal | None:
-        """Return the fastest setting that fits; None if it is no faster than the config's own, and that fits."""
-        scales = self._scales(own)
-        fitting = own if own.memory <= self.chip.memory else None
+    def better(self, known: Proposal, pool: list[Setting], scales: dict[str, _Scale]) -> Proposal | None:
+        """Return the fastest setting that fits; None if it is no faster than the known one, and that fits.
+
+        Args:
+          known: the best proposal so far.
+          pool: the settings; those that turn out not to fit are removed.
+          scales: by phase; corrected by what is compiled.
+        """
+        fitting = known if known.memory <= self.chip.memory else None
         for _ in range(TRIES if self.compiler else 1):
             ranked = self._ranked(pool, scales)
             if not ranked or (fitting and ranked[0].seconds(self.chip) > 0.95 * fitting.seconds(self.chip)):
@@ -284,7 +329,7 @@ class _Search:
                 improves = fitting is None or best.seconds(self.chip) < fitting.seconds(self.chip)
                 return best if improves else None
             pool.remove(best.setting)
-            found = self._scales(best)
+            found = self.scales(best)
             for name in best.compiled:
                 scales[name].temporary = max(scales[name].temporary, found[name].temporary)
         return None
@@ -302,7 +347,8 @@ class _Search:
         shortlist = list(first.values())[:SHORTLIST]
         return sorted(map(self.timed, shortlist), key=lambda p: p.seconds(self.chip))
 
-    def _scales(self, proposal: Proposal) -> dict[str, _Scale]:
+    def scales(self, proposal: Proposal) -> dict[str, _Scale]:
+        """Return the ratios of the compiled phases' figures to the estimates; 1 for the others."""
         pairs = zip(proposal.phases, roofline.estimate_phases(self.work, proposal.setting))
         return {
             made.name: _Scale.between(made, estimate) if made.name in proposal.compiled else _Scale()
@@ -310,7 +356,7 @@ class _Search:
         }
 
 
-_NUMBERS = ("times", "flops", "bytes", "sent", "held", "temporary")
+_NUMBERS = ("times", "flops", "bytes", "sent", "held", "temporary", "host")
 
 
 def lengths_json(found: AtLengths | None) -> dict[str, Json] | None:
@@ -341,6 +387,7 @@ def to_json(made: Plan) -> dict[str, Json]:
         return {
             "overrides": proposal.setting.overrides(),
             "mesh": dataclasses.asdict(proposal.setting.mesh),
+            "call_tokens": proposal.setting.call_tokens(made.work),
             "memory": proposal.memory,
             "spare": made.spare(proposal),
             "fits": made.spare(proposal) >= 0,
@@ -374,5 +421,6 @@ def to_json(made: Plan) -> dict[str, Json]:
         else {"mean": float(made.lengths.mean()), "longest": int(made.lengths.max())},
         "asked": of(made.asked),
         "suggested": of(made.suggested),
+        "with_int8": of(made.with_int8),
         "seconds_planning": made.seconds,
     }

@@ -5,18 +5,24 @@ from rich.table import Table
 
 from lpo_jax.planner import roofline
 from lpo_jax.planner.at_lengths import AtLengths
+from lpo_jax.planner.phases import StepPhase
 from lpo_jax.planner.plan import Plan, Proposal
-from lpo_jax.planner.roofline import StepPhase
+from lpo_jax.planner.setting import Sizes
 from lpo_jax.reporting.text import console, duration
 
 GB = 1e9
+
+INT8 = (
+    "Assumed: the run learns as well from samples of the rounded model, of which lpo/logp_gap_mean and _max report how "
+    "far it is off. The trainer computes the log-probs of all samples, which is counted in `score`."
+)
 
 NOTES = (
     "Unless --lengths is given, all responses have their full length; prompts always do.",
     "A phase takes max(FLOPs / peak, bytes / bandwidth) plus bytes sent / ring: no kernel reaches its roofline, and "
     "communication is partly hidden.",
-    "Not included: verifying rewards, the host, compiling, evaluation, checkpoints, and the network between slices. "
-    "Uneven lengths pad attention, which can need more memory than full ones; leave a few GB.",
+    "Not included: verifying rewards, compiling, evaluation, checkpoints, the host except between decode calls, and "
+    "the network between slices. Uneven lengths pad attention, which can need more memory than full ones.",
 )
 
 
@@ -27,7 +33,7 @@ def show(made: Plan, model: str) -> None:
     """Print a plan for a model of this name."""
     out, work, chip = console(), made.work, made.topology.chip
     out.print(
-        f"{model} ({roofline.Sizes.of(work.model).total / 1e9:.2f} B parameters) on {made.topology.name}: "
+        f"{model} ({Sizes.of(work.model).total / 1e9:.2f} B parameters) on {made.topology.name}: "
         f"{made.topology.num_devices} x {chip.name}, {chip.memory / GB:.1f} GB, {chip.peak / 1e12:.0f} TFLOP/s bf16, "
         f"{chip.bandwidth / GB:.0f} GB/s memory, {chip.ring / GB:.0f} GB/s ring",
         highlight=False,
@@ -46,7 +52,11 @@ def show(made: Plan, model: str) -> None:
     if made.suggested:
         _show(made, made.suggested, "suggested")
         out.print(f"  {' '.join(made.suggested.setting.overrides())}", highlight=False, soft_wrap=True)
-    elif made.searched and made.spare(made.asked) < 0:
+    if made.with_int8:
+        _show(made, made.with_int8, "suggested, with int8 weights")
+        out.print(f"  {' '.join(made.with_int8.setting.overrides())}", highlight=False, soft_wrap=True)
+        out.print(f"  {INT8}", highlight=False, soft_wrap=True)
+    if made.searched and made.spare(made.asked) < 0 and not (made.suggested or made.with_int8):
         out.print("\nNo mesh, microbatch, remat or number of rows was found that fits: use a larger slice.")
     out.print(f"\nplanned in {duration(made.seconds)}. {' '.join(NOTES)}", highlight=False)
 
@@ -62,6 +72,15 @@ def _show(made: Plan, proposal: Proposal, title: str) -> None:
         highlight=False,
         soft_wrap=True,
     )
+    peak = max(proposal.phases, key=lambda phase: phase.memory).name
+    if made.work.optimizer == "float32" and peak in ("prefill", "decode"):
+        moments = parts["optimizer"] / GB
+        out.print(
+            f"  {peak} needs the most memory: there --optimizer.state=host would free {moments:.1f} GB, and bfloat16 "
+            f"{moments / 2:.1f} GB",
+            highlight=False,
+            soft_wrap=True,
+        )
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("", *_NUMBERS, "limited by", ""):
         table.add_column(name, justify="left" if name in ("", "limited by") else "right")
@@ -85,6 +104,13 @@ def _show(made: Plan, proposal: Proposal, title: str) -> None:
     for phase in proposal.phases:
         if phase.exchanges:
             out.print(f"  {phase.name} exchanges {exchanged(phase)}", highlight=False, soft_wrap=True)
+    decode = next(phase for phase in proposal.phases if phase.name == "decode")
+    out.print(
+        f"  decode: {proposal.setting.call_tokens(made.work)} tokens between two looks of the host, which take "
+        f"{1e3 * decode.host:.1f} ms each",
+        highlight=False,
+        soft_wrap=True,
+    )
     verdict = (
         f"fits, with {spare / GB:.1f} of {chip.memory / GB:.1f} GB to spare"
         if spare >= 0

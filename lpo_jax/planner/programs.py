@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from lpo_jax.config import Config
 from lpo_jax.models.config import ModelConfig
+from lpo_jax.models.eight_bits import stored_dtype
 from lpo_jax.models.placement import placed
 from lpo_jax.models.runner import Groups, score
 from lpo_jax.objectives import Objective, TokenStats
@@ -26,10 +27,13 @@ from lpo_jax.parallel import mesh as meshes
 from lpo_jax.parallel import sharding
 from lpo_jax.planner.cost import program_cost
 from lpo_jax.planner.hlo import collectives, parse_hlo
-from lpo_jax.planner.roofline import Exchange, Setting, StepPhase, Workload, phase_attention
+from lpo_jax.planner.phases import Exchange, StepPhase
+from lpo_jax.planner.roofline import moved_seconds, phase_attention
+from lpo_jax.planner.setting import Setting, Workload
 from lpo_jax.runs.state import TrainState
 from lpo_jax.sampling import Sampling, kv_cache, page_pool
 from lpo_jax.sampling import decode as sampler
+from lpo_jax.sampling.calls import look_seconds
 from lpo_jax.training.model import TrainedModel
 from lpo_jax.training.optimizer import Optimizer, make_optimizer, planned_updates
 from lpo_jax.training.step import update
@@ -83,6 +87,10 @@ class Slice:
         return jnp.dtype(self.config.model.dtype)
 
     @property
+    def _stored(self) -> jnp.dtype:
+        return stored_dtype(self.config.sampling.kv_dtype, self._dtype)
+
+    @property
     def _int8(self) -> bool:
         return self.config.sampling.weights == "int8"
 
@@ -96,6 +104,10 @@ class Slice:
         with sharding.using(self._mesh):
             return TrainedModel(self.config, model).abstract_state(self._optimizer, self.objective)
 
+    def _at_rest(self, state: TrainState) -> TrainState:
+        """What is in the memory of the devices while there are no updates."""
+        return state.replace(opt_state=None) if self._optimizer.on_host else state
+
     def _weights(self, model: ModelConfig, state: TrainState):
         """The sampler's abstract weights on the decode mesh."""
         make = lambda params: sampler.decode_layout(model, params, self._dtype, self._int8)  # noqa: E731
@@ -104,7 +116,7 @@ class Slice:
 
     def _kv_cache(self, model: ModelConfig, sequences: int, tokens: int) -> kv_cache.KVCache:
         """An abstract KV cache on the decode mesh, sharded as `allocate` does it."""
-        make = functools.partial(kv_cache.allocate, model, self._dtype, sequences, tokens)
+        make = functools.partial(kv_cache.allocate, model, self._stored, sequences, tokens)
         place = functools.partial(self._placed, ("batch", "kv_heads", None, None))
         return jax.tree.map(place, jax.eval_shape(make))
 
@@ -119,7 +131,7 @@ class Slice:
         dtype = self._dtype
         kernels = phase_attention(dataclasses.replace(work, model=model), setting, name)
         size = setting.capacity(work)
-        state = self._state(model)
+        state = self._at_rest(self._state(model))
         with sharding.using(self._decode_mesh):
             if name == "layout":
                 one = model, state.policy["layers"], _ints(), dtype, self._int8
@@ -134,9 +146,9 @@ class Slice:
             coming = self._kv_cache(model, size.prefill_batch, work.S) if size.queued else []
             if name == "prefill":
                 arguments = weights, _ints(size.prefill_batch, work.S), _ints(size.prefill_batch)
-                lowered = kv_cache.prefill.lower(model, dtype, attention, *arguments)
+                lowered = kv_cache.prefill.lower(model, dtype, self._stored, attention, *arguments)
                 alive = (state, weights) + ((prompt_kv, own_kv) if size.queued else ())  # type: ignore[assignment]
-                return _measure(name, setting.waves(work), lowered, alive, kernels)
+                return _measure(name, setting.prefills(work), lowered, alive, kernels)
             rows = sampler.DecodeState(  # type: ignore[misc]
                 *(_ints(size.slots) for _ in range(4)),
                 active=jax.ShapeDtypeStruct((size.slots,), bool),
@@ -148,16 +160,21 @@ class Slice:
             arguments = weights, rows, _ints(size.prompts), prompt_kv, own_kv  # type: ignore[assignment]
             lowered = sampler.decode.lower(settings, *arguments, _ints(), _ints(), _ints())
             alive = state, arguments, coming  # type: ignore[assignment]
-            times, turns = setting.waves(work) * work.calls, work.call_tokens
+            turns = setting.call_tokens(work)
+            times = setting.calls(work)
             phase = _measure(name, times, lowered, alive, kernels, turns)
         # The program was compiled for a response cache of full length, which grows with the responses.
         unread = (1 - work.mean_cached / size.tokens) * _bytes(own_kv)
         least = (1 - unread / _bytes((own_kv, prompt_kv))) * phase.bytes
-        return dataclasses.replace(phase, bytes=max(phase.bytes - turns * unread, least))
+        looks = look_seconds(setting.rows)
+        return dataclasses.replace(phase, bytes=max(phase.bytes - turns * unread, least), host=looks)
 
     def _decode_settings(self, model: ModelConfig) -> sampler.DecodeSettings:
         distribution, attention = Sampling(self.config.sampling.temperature), self.config.model.attention
-        return sampler.DecodeSettings(model, self.eos_ids, distribution, self._dtype, attention)
+        kv_dtype, tokens = self.config.sampling.kv_dtype, self.setting.call_tokens(self.work)
+        return sampler.DecodeSettings(
+            model, self.eos_ids, distribution, self._dtype, attention, kv_dtype, tokens
+        )
 
     def _in_pages(
         self, name: str, model: ModelConfig, state: TrainState, weights: object, kernels: float
@@ -167,15 +184,17 @@ class Slice:
         size = setting.pool(work)
         R, U, batch = (shards * n for n in (size.slots, size.prompts, max(1, size.slots // work.K)))
         make = functools.partial(
-            page_pool.allocate_pool, model, self._dtype, shards * size.pages, size.page_size
+            page_pool.allocate_pool, model, self._stored, shards * size.pages, size.page_size
         )
         pool = jax.tree.map(
             functools.partial(self._placed, ("batch", None, "kv_heads", None, None)), jax.eval_shape(make)
         )
         if name == "prefill":
             arguments = weights, _ints(batch, work.S), _ints(batch)
-            lowered = kv_cache.prefill.lower(model, self._dtype, self.config.model.attention, *arguments)
-            return _measure(name, setting.waves(work), lowered, (state, weights, pool), kernels)
+            lowered = kv_cache.prefill.lower(
+                model, self._dtype, self._stored, self.config.model.attention, *arguments
+            )
+            return _measure(name, setting.prefills(work), lowered, (state, weights, pool), kernels)
         rows = sampler.DecodeState(  # type: ignore[misc]
             *(_ints(R) for _ in range(4)),
             active=jax.ShapeDtypeStruct((R,), bool),
@@ -188,13 +207,15 @@ class Slice:
             self._decode_settings(model), weights, rows, _ints(U), *tables, pool, _ints(), _ints()
         )
         coming = self._kv_cache(model, batch, work.S)  # prompts that are prefilled next
-        times, turns = setting.waves(work) * work.calls, work.call_tokens
+        turns = setting.call_tokens(work)
+        times = setting.calls(work)
         phase = _measure(name, times, lowered, (state, weights, rows, pool, coming), kernels, turns)
         # A kernel counts as reading the whole pool, once for prompts and once for rows. It reads the tokens that rows
         # have so far, and only the prompts that have active rows.
         live = size.slots * size.pages_of(work.T / 2) + math.ceil(size.slots / work.K) * size.pages_of(work.S)
         unread = (2 - min(live / size.pages, 1)) * _bytes(pool)
-        return dataclasses.replace(phase, bytes=phase.bytes - turns * unread)
+        looks = look_seconds(setting.rows)
+        return dataclasses.replace(phase, bytes=phase.bytes - turns * unread, host=looks)
 
     def _training(self, name: str) -> StepPhase:
         work, state = self.work, self._state(self.model)
@@ -204,14 +225,16 @@ class Slice:
             P = work.P // work.updates
             groups = Groups(_ints(P, work.S), _ints(P), _ints(P, work.K, work.T))
             if name == "score":
-                times, lowered = work.scorings, score.lower(runner, state.policy, groups)
+                times, lowered = self.setting.scorings(work), score.lower(runner, state.policy, groups)
             else:
                 cotangent = TokenStats(jax.ShapeDtypeStruct((P, work.K, work.T), jnp.float32))
                 times = work.updates
                 lowered = update.lower(runner, self._optimizer, state, groups, cotangent)
         # Hooks may sample until the first update, so the sampler's weights are in memory while responses are scored.
-        alive = (state, self._weights(self.model, state)) if name == "score" else state
-        return _measure(name, times, lowered, alive, phase_attention(work, self.setting, name))
+        alive = (self._at_rest(state), self._weights(self.model, state)) if name == "score" else state
+        phase = _measure(name, times, lowered, alive, phase_attention(work, self.setting, name))
+        host = moved_seconds(work, self.setting) if name == "update" else 0.0
+        return dataclasses.replace(phase, host=host)
 
 
 def _ints(*shape: int) -> jax.ShapeDtypeStruct:

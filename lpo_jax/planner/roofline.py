@@ -16,223 +16,28 @@ from lpo_jax.config import Config
 from lpo_jax.models.config import ModelConfig
 from lpo_jax.models.head import chunk_size
 from lpo_jax.models.packing import full_splits
-from lpo_jax.models.parameters import num_params
 from lpo_jax.objectives.batch import Field
-from lpo_jax.parallel.mesh import MeshSizes
-from lpo_jax.planner.topology import Chip
-from lpo_jax.sampling.kv_cache import CHUNK, FIRST_TOKENS, Capacity
-from lpo_jax.sampling.pages import Pool
+from lpo_jax.planner.phases import Exchange, StepPhase
+from lpo_jax.planner.setting import (
+    FULL,
+    HALF,
+    Setting,
+    Sizes,
+    Workload,
+    kv_bytes,
+    recent_bytes,
+    weight_bytes,
+)
+from lpo_jax.sampling.calls import look_seconds
 
-HALF, FULL = 2, 4  # bytes of bfloat16 and of float32
+# Assumed bytes a second between the memory of the host and one device, with all of its devices at work.
+HOST_LINK = 8e9
 # The number of float32 arrays of the size of a chunk's logits that exist at once (`models.head`).
 LOGIT_COPIES = 3
 # Queries of a row whose scores are assumed to be in memory at once. Plain attention has fewer, and kernels have none.
 # The estimate is deliberately conservative: settings that it accepts are compiled next, and a failed compile costs a
 # minute.
 SCORED = 512
-
-
-@dataclasses.dataclass(frozen=True)
-class Workload:
-    """The sizes of one step: P prompts of at most S tokens, K responses of at most T each, in `updates` minibatches."""
-
-    model: ModelConfig
-    P: int
-    K: int
-    S: int
-    T: int
-    updates: int
-    itemsize: int  # bytes of an activation and of one of the sampler's weights
-    reference: bool  # whether a frozen copy of the parameters is kept
-    scorings: int  # forward passes over a minibatch that only score, with those of the reference
-    ahead: int = 0  # later steps whose prompts take free slots
-    kernels: bool = False  # whether attention runs in kernels, which skip masked pairs and unused cache
-
-    @property
-    def trained_tokens(self) -> int:
-        """Tokens in a step: every prompt once and every response, at full length."""
-        return self.P * (self.S + self.K * self.T)
-
-    @property
-    def call_tokens(self) -> int:
-        """Tokens that every row draws in one call of `sampling.decode`."""
-        return min(CHUNK, self.T)
-
-    @property
-    def mean_cached(self) -> float:
-        """Tokens of a response that attention reads in a decode step, mean over a response of full length."""
-        return self.T / 2 if self.kernels else mean_cache_tokens(self.T)
-
-    @property
-    def calls(self) -> int:
-        """Calls of `sampling.decode` until a response has its full length."""
-        return math.ceil(self.T / self.call_tokens)
-
-
-@dataclasses.dataclass(frozen=True)
-class Setting:
-    """The choices of a user for a given slice.
-
-    Attributes:
-      mesh: the sizes of the mesh.
-      token_budget: the most tokens in a row of a microbatch.
-      remat: whether layers are recomputed in the backward pass.
-      rows: responses that are sampled at once; the others are queued.
-      kv_tokens: tokens that the KV cache holds, with kernels; 0: as many as `rows` rows of full length need.
-    """
-
-    mesh: MeshSizes
-    token_budget: int
-    remat: bool
-    rows: int
-    kv_tokens: int = 0
-
-    @property
-    def shards(self) -> int:
-        """The number of shards of a minibatch."""
-        return self.mesh.data * self.mesh.fsdp
-
-    @property
-    def parts(self) -> int:
-        """The number of devices that a parameter and its optimizer state are split over."""
-        return self.mesh.fsdp * self.mesh.tensor
-
-    @property
-    def decode_shards(self) -> int:
-        """The number of shards of the prompts while sampling."""
-        return self.mesh.devices // self.mesh.decode_tensor
-
-    def waves(self, work: Workload) -> int:
-        """How often the sampler fills all its rows in a step, with every response at full length."""
-        rows = self.rows
-        if self.kv_tokens:  # as many as fit
-            pool = self.pool(work)
-            of_group = pool.pages_of(work.S - 1) + work.K * pool.pages_of(work.T)
-            rows = min(rows, max(1, self.decode_shards * work.K * pool.pages // of_group))
-        return math.ceil(work.P * work.K / rows)
-
-    def pool(self, work: Workload) -> Pool:
-        """Return the sizes of the pages of one shard, with kernels."""
-        shards = self.decode_shards
-        P, rows = work.P + -work.P % shards, min(self.rows or work.P * work.K, work.P * work.K)
-        return Pool.of(P * (1 + work.ahead), work.K, work.S, work.T, rows, self.kv_tokens, shards)
-
-    def capacity(self, work: Workload) -> Capacity:
-        """Return the sizes of the sampler's KV caches, over all devices together."""
-        shards = self.decode_shards
-        P = work.P + -work.P % shards
-        rows = min(self.rows or P * work.K, P * work.K)
-        return Capacity.of(P * (1 + work.ahead), work.K, work.T, rows, shards)
-
-    def describe(self) -> str:
-        """Describe the setting in words."""
-        m = self.mesh
-        weights = f"split over {m.decode_tensor}" if m.decode_tensor > 1 else "whole on every device"
-        return (
-            f"data {m.data} x fsdp {m.fsdp} x tensor {m.tensor}, {self.token_budget} tokens in a row of a microbatch, "
-            f"{'remat' if self.remat else 'no remat'}, {self.rows} rows sampled at once, their weights {weights}"
-            + (f", {self.kv_tokens} tokens in the KV cache" if self.kv_tokens else "")
-        )
-
-    def overrides(self) -> list[str]:
-        """Return the setting as command-line overrides of the config."""
-        keys = {
-            "mesh.data": self.mesh.data,
-            "mesh.fsdp": self.mesh.fsdp,
-            "mesh.tensor": self.mesh.tensor,
-            "mesh.decode_tensor": self.mesh.decode_tensor,
-            "training.token_budget": self.token_budget,
-            "training.remat": str(self.remat).lower(),
-            "sampling.max_rows": self.rows,
-        } | ({"sampling.kv_tokens": self.kv_tokens} if self.kv_tokens else {})
-        return [f"--{key}={value}" for key, value in keys.items()]
-
-
-@dataclasses.dataclass(frozen=True)
-class Exchange:
-    """A collective that runs `times` in one run of a phase, each with a result of `bytes` on one of `devices`."""
-
-    kind: str
-    bytes: float
-    devices: int
-    times: int
-
-    @property
-    def sent(self) -> float:
-        """Bytes that each device of a ring sends in one run of the phase."""
-        others = max(self.devices - 1, 0)
-        share = others / max(self.devices, 1)
-        of = {"all-reduce": 2 * share, "reduce-scatter": others, "all-gather": share, "all-to-all": share}
-        return of.get(self.kind, 1.0) * self.bytes * self.times
-
-
-@dataclasses.dataclass(frozen=True)
-class StepPhase:
-    """A part of a step, on one device.
-
-    Attributes:
-      name: its name.
-      times: how often it runs in a step; all other figures are those of one run.
-      flops: FLOPs of matrix products, with recomputed ones.
-      bytes: bytes moved between memory and chip.
-      held: bytes in memory before, during and after a run: parameters, optimizer, weights, KV cache.
-      temporary: bytes that it needs in addition.
-      exchanges: its collectives.
-      seconds_compiling: the time that compilation took; 0 for an estimate.
-      too_large: whether the compiler refused it because of its memory, so that nothing else is known.
-    """
-
-    name: str
-    times: int
-    flops: float
-    bytes: float
-    held: float
-    temporary: float
-    exchanges: tuple[Exchange, ...] = ()
-    seconds_compiling: float = 0.0
-    too_large: bool = False
-
-    @property
-    def memory(self) -> float:
-        return self.held + self.temporary
-
-    @property
-    def sent(self) -> float:
-        """Bytes that a device sends to others in one run."""
-        return sum(exchange.sent for exchange in self.exchanges)
-
-    def shares(self, chip: Chip) -> dict[str, float]:
-        """Return the seconds that each resource is busy in one run."""
-        return {
-            "arithmetic": self.flops / chip.peak,
-            "memory": self.bytes / chip.bandwidth,
-            "network": self.sent / chip.ring,
-        }
-
-    def seconds(self, chip: Chip) -> float:
-        """Return the seconds of all its runs in a step, at the hardware's limits."""
-        shares = self.shares(chip)
-        return self.times * (max(shares["arithmetic"], shares["memory"]) + shares["network"])
-
-
-@dataclasses.dataclass(frozen=True)
-class Sizes:
-    """The number of parameters of a model by their role."""
-
-    layers: int  # matrices of all layers
-    head: int  # the output matrix
-    embed: int  # the input table where it is not the output matrix
-    other: int  # norms and biases
-
-    @classmethod
-    def of(cls, m: ModelConfig) -> "Sizes":
-        head = m.vocab_size * m.width
-        tables, other = num_params(m, "embedding"), num_params(m, "norm", "bias")
-        return cls(num_params(m, "matrix"), head, tables - head, other)
-
-    @property
-    def total(self) -> int:
-        return self.layers + self.head + self.embed + self.other
 
 
 def model_flops(work: Workload) -> float:
@@ -259,7 +64,9 @@ def phase_attention(work: Workload, setting: Setting, phase: str) -> float:
     pair, masked = 4.0 * m.num_layers * m.num_heads * m.head_width, 2 if work.kernels else 1
     if phase in ("prefill", "decode"):
         prompts = math.ceil(setting.rows / K / setting.decode_shards)
-        pairs = S * S / masked if phase == "prefill" else work.call_tokens * K * (S + work.mean_cached)
+        pairs = (
+            S * S / masked if phase == "prefill" else setting.call_tokens(work) * K * (S + work.mean_cached)
+        )
         return pair * pairs * prompts / setting.mesh.decode_tensor
     groups = math.ceil(work.P / work.updates / setting.shards)
     forward = pair * (S * S / masked + K * T * (S + T / masked)) * groups / setting.mesh.tensor
@@ -288,24 +95,23 @@ def _activations(work: Workload, setting: Setting) -> float:
     return 4 * m.width + (2 * m.num_heads * m.head_width + 3 * m.ffn_width) / setting.mesh.decode_tensor
 
 
-def kv_bytes(work: Workload) -> int:
-    """Return the bytes of the keys and values of one token in all layers."""
-    m = work.model
-    return 2 * m.num_layers * m.num_kv_heads * m.head_width * work.itemsize
+def updated_bytes(work: Workload, setting: Setting) -> float:
+    """Return the bytes that the optimizer reads and writes in an update: parameters, gradient and moments."""
+    return (3 * FULL + 2 * work.moments) * Sizes.of(work.model).total / setting.parts
 
 
-def mean_cache_tokens(T: int, first: int = FIRST_TOKENS) -> float:
-    """Return the mean length of the response cache while T tokens are drawn: it doubles from `first` as they grow."""
-    total, size, done = 0, min(first, T), 0
-    while done < T:
-        total += (size - done) * size
-        done, size = size, min(2 * size, T)
-    return total / T
+def moved_seconds(work: Workload, setting: Setting) -> float:
+    """Return the seconds of an update that moments take from the memory of the host and back, once in a step."""
+    moved = 2 * (work.optimizer == "host") * work.moments * Sizes.of(work.model).total / setting.parts
+    return moved / HOST_LINK / work.updates
 
 
 def standing(work: Workload, setting: Setting) -> dict[str, float]:
-    """Return the bytes on a device that are in memory during a whole step, by their use."""
-    total, parts = Sizes.of(work.model).total, setting.mesh.decode_tensor
+    """Return the bytes on a device that are in memory while responses are sampled, by their use.
+
+    The optimizer's are 0 if they are in the memory of the host then.
+    """
+    total = Sizes.of(work.model).total
     size = setting.capacity(work)
     kept = (size.prompts + size.prefill_batch * size.queued) * work.S + size.slots * size.tokens
     if work.kernels:
@@ -314,9 +120,9 @@ def standing(work: Workload, setting: Setting) -> dict[str, float]:
         kept = setting.decode_shards * (pool.pages * pool.page_size + batch)
     return {
         "parameters": FULL * total / setting.parts,
-        "optimizer": 2 * FULL * total / setting.parts,
+        "optimizer": (work.optimizer != "host") * work.moments * total / setting.parts,
         "reference": FULL * total * work.reference / setting.parts,
-        "sampler's weights": work.itemsize * total / parts,
+        "sampler's weights": weight_bytes(work, setting),
         "keys and values": kept * kv_bytes(work) / setting.mesh.devices,
     }
 
@@ -336,7 +142,7 @@ def _sampling_phases(work: Workload, setting: Setting) -> Iterator[StepPhase]:
     state = sum(parameters)
     parts = mesh.decode_tensor
     prompts = math.ceil(setting.rows / K / setting.decode_shards)
-    rows, waves = prompts * K, setting.waves(work)
+    rows = prompts * K
     read = decode_reads(work, setting)
     width = _activations(work, setting)
     sums = lambda tokens, turns=1: (Exchange("all-reduce", tokens * D * item, parts, 2 * L * turns),)  # noqa: E731
@@ -344,22 +150,26 @@ def _sampling_phases(work: Workload, setting: Setting) -> Iterator[StepPhase]:
     yield StepPhase("layout", L, 0.0, 3 * weights / L, state + weights, weights / L, moved)
     yield StepPhase(
         "prefill",
-        waves,
+        setting.prefills(work),
         prompts * S * 2 * sizes.layers / parts + phase_attention(work, setting, "prefill"),
         weights + 12 * L * prompts * S * D * item,
         state + weights + (stored if setting.capacity(work).queued else 0),
         prompts * S * (item * width + 8 * m.num_heads / parts * min(S, SCORED)),
         sums(prompts * S),
     )
-    products = work.call_tokens * rows * 2 * (sizes.layers + sizes.head) / parts
+    tokens = setting.call_tokens(work)
+    if work.kernels:
+        read += tokens * recent_bytes(work, setting)
+    products = tokens * rows * 2 * (sizes.layers + sizes.head) / parts
     yield StepPhase(
         "decode",
-        waves * work.calls,
+        setting.calls(work),
         products + phase_attention(work, setting, "decode"),
-        work.call_tokens * (weights + read),
+        tokens * (weights + read),
         state + weights + stored,
         decode_temporaries(work, setting),
-        sums(rows, work.call_tokens),
+        sums(rows, tokens),
+        host=look_seconds(setting.rows),
     )
 
 
@@ -384,10 +194,10 @@ def _training_phases(work: Workload, setting: Setting) -> Iterator[StepPhase]:
     width = 6 * D + (5 * heads + 4 * m.ffn_width) / parts
     scores = 8 * micro / (S + T) * m.num_heads / parts * min(T, SCORED) * (S + T)
     logits = LOGIT_COPIES * FULL * min(chunk_size(m.vocab_size), micro) * m.vocab_size / parts
-    if work.scorings:
+    if scorings := setting.scorings(work):
         yield StepPhase(
             "score",
-            work.scorings,
+            scorings,
             forward + head + phase_attention(work, setting, "score"),
             traffic,
             state + weights,
@@ -399,8 +209,8 @@ def _training_phases(work: Workload, setting: Setting) -> Iterator[StepPhase]:
         "update",
         work.updates,
         (3 + again) * forward + 3 * head + phase_attention(work, setting, "update"),
-        (3 + again) * traffic + 28 * sizes.total / setting.parts,
-        state,
+        (3 + again) * traffic + updated_bytes(work, setting),
+        state + (work.optimizer == "host") * work.moments * sizes.total / setting.parts,
         FULL * sizes.total / setting.parts  # the gradient
         + L * micro * item * (D if setting.remat else width)
         + 2 * micro * item * width
@@ -412,6 +222,7 @@ def _training_phases(work: Workload, setting: Setting) -> Iterator[StepPhase]:
             Exchange("reduce-scatter", FULL * sizes.total / setting.parts, mesh.fsdp, runs),
             Exchange("all-reduce", FULL * sizes.total / setting.parts, mesh.data, 1),
         ),
+        host=moved_seconds(work, setting),
     )
 
 
@@ -428,9 +239,8 @@ def workload(config: Config, model: ModelConfig, needs: frozenset[Field], scores
     updates = training.updates_per_step
     reference = Field.REF_LOGP in needs
     rescored = training.behaviour == "rescored"
-    passes = (
-        updates if scores_first or (sampling.ahead and not rescored) else updates - 1
-    ) + updates * rescored
+    passes = updates if scores_first or (sampling.ahead and not rescored) else updates - 1
+    with_int8 = updates if scores_first else updates - 1
     return Workload(
         model,
         training.prompts_per_step,
@@ -440,6 +250,9 @@ def workload(config: Config, model: ModelConfig, needs: frozenset[Field], scores
         updates,
         HALF if config.model.dtype == "bfloat16" else FULL,
         reference,
-        passes + updates * reference,
+        passes + updates * (rescored + reference),
+        with_int8 + updates * (1 + reference),
         sampling.ahead,
+        kv_dtype=sampling.kv_dtype,
+        optimizer=config.optimizer.state,
     )

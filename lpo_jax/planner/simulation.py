@@ -13,7 +13,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from lpo_jax.sampling.batching import IDLE, MIN_SLOTS
-from lpo_jax.sampling.kv_cache import CHUNK, EMPTY, FIRST_TOKENS, Capacity
+from lpo_jax.sampling.calls import FEWEST
+from lpo_jax.sampling.kv_cache import EMPTY, FIRST_TOKENS, Capacity
 from lpo_jax.sampling.padding import next_power_of_two
 from lpo_jax.sampling.pages import Admission, Pool
 
@@ -65,19 +66,21 @@ class Sampled:
         return float(drawn[first].sum() / steps[first].sum())
 
 
-def simulate_slots(lengths: np.ndarray, capacity: Capacity, shards: int) -> Sampled:
+def simulate_slots(lengths: np.ndarray, capacity: Capacity, shards: int, call_tokens: int) -> Sampled:
     """Simulate the sampling of responses with plain attention.
 
     Args:
       lengths: `[P, K]` of the responses, P a multiple of `shards`; a row of length 0 is not sampled.
       capacity: sizes, over all shards together.
       shards: shards of the prompts, which wait for one another.
+      call_tokens: the most tokens of a call.
     """
-    return _Slots(lengths, capacity, shards).run()
+    return _Slots(lengths, capacity, shards, call_tokens).run()
 
 
 class _Slots:
-    def __init__(self, lengths: np.ndarray, capacity: Capacity, shards: int):
+    def __init__(self, lengths: np.ndarray, capacity: Capacity, shards: int, call_tokens: int):
+        self.call_tokens = call_tokens
         self.K, self.capacity, self.shards = lengths.shape[1], capacity, shards
         self.left = lengths.reshape(shards, -1).astype(int)  # [shards, rows] tokens that a row still draws
         self.drawn = np.zeros_like(self.left)
@@ -137,13 +140,14 @@ class _Slots:
     def _resize(self) -> None:
         """Shrink the batch to the last rows, and enlarge the cache."""
         most, left = int(self._active().sum(1).max()), int(self.left[self.left > 0].max())
-        if not any(self.queues) and most <= self._smaller() and left > CHUNK:
+        if not any(self.queues) and most <= self._smaller() and left > self.call_tokens:
             self.slots = max(MIN_SLOTS, next_power_of_two(most))
             self.entries = min(self.entries, next_power_of_two(self._prompts()))
-        if self.index + min(CHUNK, left) > self.tokens:
+        if self.index + min(self.call_tokens, left) > self.tokens:
             self.index = int(self.drawn[self.left > 0].max())
             while (
-                self.tokens < self.capacity.tokens and self.index + max(CHUNK, self.tokens // 4) > self.tokens
+                self.tokens < self.capacity.tokens
+                and self.index + max(FEWEST, self.tokens // 4) > self.tokens
             ):
                 self.tokens = min(2 * self.tokens, self.capacity.tokens)
 
@@ -166,7 +170,7 @@ class _Slots:
         active, index = self._active(), np.maximum(self.row_of, 0)
         left = np.where(active, np.take_along_axis(self.left, index, 1), 0)
         rows = int(active.sum())
-        steps = _steps(left[active], self._least(rows))
+        steps = _steps(left[active], self._least(rows), min(self.call_tokens, self.tokens - self.index))
         drawn = np.minimum(left, steps)
         for shard, on in enumerate(active):
             self.left[shard, self.row_of[shard, on]] -= drawn[shard, on]
@@ -175,7 +179,9 @@ class _Slots:
         return Call(steps, rows, self.slots, self.slots * self.tokens, self.entries)
 
 
-def simulate_pages(lengths: np.ndarray, pool: Pool, prompt_tokens: int, shards: int) -> Sampled:
+def simulate_pages(
+    lengths: np.ndarray, pool: Pool, prompt_tokens: int, shards: int, call_tokens: int
+) -> Sampled:
     """Simulate the sampling of responses with a KV cache in pages.
 
     Args:
@@ -183,6 +189,7 @@ def simulate_pages(lengths: np.ndarray, pool: Pool, prompt_tokens: int, shards: 
       pool: sizes of the cache of one shard.
       prompt_tokens: tokens of every prompt that the cache holds.
       shards: shards of the prompts, which wait for one another.
+      call_tokens: the most tokens of a call.
     """
     K = lengths.shape[1]
     final = lengths.reshape(shards, -1).astype(int)
@@ -192,14 +199,14 @@ def simulate_pages(lengths: np.ndarray, pool: Pool, prompt_tokens: int, shards: 
     calls = []
     while any(admission.active or admission.queue for admission in admissions):
         for shard, admission in enumerate(admissions):
-            moves = admission.schedule(np.minimum(drawn[shard] + CHUNK, final[shard]))
+            moves = admission.schedule(np.minimum(drawn[shard] + call_tokens, final[shard]))
             prefilled[shard] += len(moves.prompts)
             again = [row for row in moves.entered if drawn[shard, row]]
             repeated[shard] += (prompt_tokens + drawn[shard, again]).sum()
         rows = [np.array(admission.active, int) for admission in admissions]
         left = np.concatenate([final[shard, on] - drawn[shard, on] for shard, on in enumerate(rows)])
         queued = any(admission.queue for admission in admissions)
-        steps = _steps(left, max(len(left) - pool.slots * shards // IDLE, 1) if queued else 1)
+        steps = _steps(left, max(len(left) - pool.slots * shards // IDLE, 1) if queued else 1, call_tokens)
         tokens, used = 0.0, 0
         for shard, on in enumerate(rows):
             more = np.minimum(final[shard, on] - drawn[shard, on], steps)
@@ -212,7 +219,7 @@ def simulate_pages(lengths: np.ndarray, pool: Pool, prompt_tokens: int, shards: 
     return Sampled(tuple(calls), int(prefilled.max()), int(repeated.max()))
 
 
-def _steps(left: Sequence[int] | np.ndarray, least: int) -> int:
-    """Decode steps of a call: until fewer than `least` rows are active, the longest has ended, or `CHUNK` are done."""
+def _steps(left: Sequence[int] | np.ndarray, least: int, most: int) -> int:
+    """Decode steps of a call: until fewer than `least` rows are active, the longest has ended, or `most` are done."""
     ordered = np.sort(left)
-    return int(min(CHUNK, ordered[-1], ordered[len(ordered) - least]))
+    return int(min(most, ordered[-1], ordered[len(ordered) - least]))

@@ -186,7 +186,8 @@ def sampler_gap(history: History) -> Found | None:
         return None
     return (
         f"sampler and trainer differ by {now[-1]:.2g} nats a token, by {start:.2g} at the beginning",
-        "set training.behaviour=rescored and sampling.weights=float; with model.dtype=float32 it is a bug to report",
+        "set training.behaviour=rescored, sampling.weights=float and sampling.kv_dtype=compute; with "
+        "model.dtype=float32 it is a bug to report",
     )
 
 

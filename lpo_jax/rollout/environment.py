@@ -127,6 +127,7 @@ def open_environment(
             config.sampling.max_rows,
             config.model.attention,
             config.sampling.kv_tokens,
+            config.sampling.kv_dtype,
         )
         collect = Collector(task, tokenizer, sampler, pool, config.sampling.max_prompt_tokens)
         yield Environment(config, task, tokenizer, collect, train_rows, heldout_rows, dropped, prompts_hash)

@@ -24,7 +24,7 @@ import numpy as np
 
 from lpo_jax.sampling import decode as device
 from lpo_jax.sampling import kv_cache
-from lpo_jax.sampling.kv_cache import CHUNK, EMPTY, Capacity, PromptCache, ResponseCache
+from lpo_jax.sampling.kv_cache import EMPTY, Capacity, PromptCache, ResponseCache
 from lpo_jax.sampling.padding import next_power_of_two, pad_to
 from lpo_jax.sampling.rows import IDLE, Batcher
 
@@ -49,7 +49,7 @@ class ContinuousBatcher(Batcher):
         # Rows in slots whose earlier tokens have no keys and values yet.
         self.entered = [] if capacity.queued else np.flatnonzero(self.remaining & (self.lengths > 0)).tolist()
         self.members_per_prompt = self.K  # C
-        allocate = functools.partial(kv_cache.allocate, self.settings.config, self.settings.dtype)
+        allocate = functools.partial(kv_cache.allocate, self.settings.config, self.settings.stored)
         self.prompt_cache = PromptCache(self.prefill_prompts, allocate, self.prompts, capacity, self.shards)
         self.response_cache = ResponseCache(allocate, capacity, self._longest())
 
@@ -58,7 +58,8 @@ class ContinuousBatcher(Batcher):
         entered, self.entered = self.entered, []
         self._prefill_rows(entered)
         self._compact()
-        self.response_cache.reserve(min(CHUNK, self._tokens_left()), self._longest())
+        more = min(self.settings.call_tokens, self._tokens_left())
+        self.response_cache.reserve(more, self._longest())
 
     def _longest(self) -> int:
         """The largest number of tokens that an active or queued row has."""
@@ -103,7 +104,8 @@ class ContinuousBatcher(Batcher):
         """Moves the last active rows into half as many slots or fewer, and keeps only their prompts."""
         active = self._by_shard(self._active())
         most = active.sum(1).max()
-        if any(self.queues) or most > self._smaller_size() or self._tokens_left() <= CHUNK:
+        soon = self._tokens_left() <= self.settings.call_tokens
+        if any(self.queues) or most > self._smaller_size() or soon:
             return
         R = max(MIN_SLOTS, next_power_of_two(most))
         slots = [np.flatnonzero(part) for part in active]
@@ -140,7 +142,7 @@ class ContinuousBatcher(Batcher):
             self.prompt_cache.kv,
             cache.kv,
             np.int32(cache.index),
-            np.int32(min(CHUNK, cache.tokens - cache.index, self._tokens_left())),
+            np.int32(min(self.settings.call_tokens, cache.tokens - cache.index, self._tokens_left())),
             np.int32(self._min_active()),
         )
         return out

@@ -1,4 +1,4 @@
-"""The decode programs: they draw up to CHUNK tokens for every slot in one call.
+"""The decode programs: they draw several tokens for every slot in one call (`lpo_jax.sampling.calls`).
 
 `decode` has a KV cache in which each slot has a row, `decode_pages` one in pages; all else is the same.
 
@@ -22,13 +22,15 @@ from flax import struct
 from lpo_jax.models import decoder
 from lpo_jax.models.attention import Context, Decode, DecodePages
 from lpo_jax.models.config import ModelConfig
+from lpo_jax.models.eight_bits import KVDtype, stored_dtype
 from lpo_jax.models.kernels.choice import Attention
 from lpo_jax.models.placement import constrain_params
 from lpo_jax.models.quantize import quantise_layer
 from lpo_jax.models.rotary import rope_table
 from lpo_jax.parallel import sharding
+from lpo_jax.sampling import calls
 from lpo_jax.sampling.distribution import Sampling
-from lpo_jax.sampling.kv_cache import CHUNK, KVCache, allocate
+from lpo_jax.sampling.kv_cache import KVCache, allocate
 from lpo_jax.sampling.page_pool import PagePool, store_recent
 
 
@@ -39,6 +41,8 @@ class DecodeSettings:
     Attributes:
       eos_ids: every token id that ends a response.
       dtype: of activations.
+      kv_dtype: of the KV cache.
+      call_tokens: the most tokens that a call draws for each slot.
     """
 
     config: ModelConfig
@@ -46,6 +50,13 @@ class DecodeSettings:
     distribution: Sampling
     dtype: np.dtype
     attention: Attention = "auto"
+    kv_dtype: KVDtype = "compute"
+    call_tokens: int = calls.FEWEST
+
+    @property
+    def stored(self) -> np.dtype:
+        """The type of the numbers in the KV cache."""
+        return stored_dtype(self.kv_dtype, self.dtype)
 
 
 class DecodeState(struct.PyTreeNode):
@@ -77,9 +88,10 @@ class DecodeOutput(struct.PyTreeNode):
     """The result of a call of `decode`.
 
     Attributes:
-      tokens: `[R, CHUNK]` int32; 0 in slots that are not active.
-      log_probs: `[R, CHUNK]` float32, under the distribution that was sampled from; 0 in slots that are not active.
-      entropies: `[R, CHUNK]` float32, of that distribution at each token; 0 in slots that are not active.
+      tokens: `[R, call_tokens]` int32; 0 in slots that are not active.
+      log_probs: `[R, call_tokens]` float32, under the distribution that was sampled from; 0 in slots that are not
+        active.
+      entropies: `[R, call_tokens]` float32, of that distribution at each token; 0 in slots that are not active.
       drawn: `[R]` int32, tokens drawn in all, those of earlier calls included.
       active: `[R]` bool.
       steps: int32 scalar, tokens that a slot could have drawn in this call.
@@ -159,7 +171,7 @@ def decode(
       prompt_lengths: `[U]` tokens of the prompts in the cache.
       response_kv: donated. Tokens are written from `index` on, where `limit` of them must fit.
       index: scalar, where the first token is written in every sequence of `response_kv`.
-      limit: scalar, at most CHUNK.
+      limit: scalar, at most `settings.call_tokens`.
       min_active: scalar, at least 1.
 
     Returns:
@@ -209,7 +221,7 @@ def decode_pages(
       What was drawn, and the pool with its keys and values.
     """
     # While the loop runs, the pool is only read. What is drawn is kept beside it and moves into its pages at the end.
-    recent = allocate(settings.config, settings.dtype, len(state.token), CHUNK)
+    recent = allocate(settings.config, settings.stored, len(state.token), settings.call_tokens)
     stored = jnp.where(state.active, state.drawn, 0)  # kernels read nothing for a slot that is not active
 
     def context(steps, active, positions):
@@ -252,9 +264,10 @@ def _draw_tokens(
     config, R = settings.config, state.token.shape[0]
     keys = jax.random.wrap_key_data(state.keys)
     # All positions of this call: inside the loop every layer would compute the same sines again.
-    ahead = state.start + state.drawn + jnp.arange(CHUNK)[:, None]  # [CHUNK, R]
+    ahead = state.start + state.drawn + jnp.arange(settings.call_tokens)[:, None]  # [call_tokens, R]
     rope = rope_table(config, ahead[..., None])
-    zeros = lambda dtype: sharding.constrain(jnp.zeros((R, CHUNK), dtype), "batch", None)  # noqa: E731
+    made = R, settings.call_tokens
+    zeros = lambda dtype: sharding.constrain(jnp.zeros(made, dtype), "batch", None)  # noqa: E731
     empty = DecodeOutput(
         tokens=zeros(jnp.int32),
         log_probs=zeros(jnp.float32),

@@ -23,21 +23,22 @@ import numpy as np
 from lpo_jax.models import decoder
 from lpo_jax.models.attention import Causal
 from lpo_jax.models.config import ModelConfig
+from lpo_jax.models.eight_bits import SCALE_BYTES, Stored, zeros
 from lpo_jax.models.kernels.choice import Attention
 from lpo_jax.models.prompt_images import PromptImages
 from lpo_jax.models.rotary import mrope_table, rope_table
 from lpo_jax.models.vision import ImageTokens
 from lpo_jax.parallel import sharding
+from lpo_jax.sampling import calls
 from lpo_jax.sampling.padding import next_power_of_two, pad_to
 from lpo_jax.sampling.request import PromptBatch
 
-CHUNK = 16  # maximum tokens per call of `decode`; rows enter and leave, and caches change size, between calls only
 FIRST_TOKENS = 64  # initial T of a response cache that grows; it doubles as responses get longer
 EMPTY = -1  # an entry without a prompt, or a slot without a row
 
 # Per layer: keys [B, G, N, T] and values [B, G, T, N] of B sequences of T tokens. The products of decode attention read
 # both in this layout, so that no step transposes a cache.
-KVCache = list[tuple[jax.Array, jax.Array]]
+KVCache = list[tuple[Stored, Stored]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,18 +73,23 @@ class Capacity:
         batch = max(1, slots // K)  # prompts whose rows fill the slots of a shard
         # Rows start at different times but write at the same index, so the cache also spans the start of older rows.
         # A quarter more than the longest response makes it rare that unused tokens must be dropped.
-        tokens = max_tokens + max(CHUNK, max_tokens // 4)
+        tokens = max_tokens + max(calls.FEWEST, max_tokens // 4)
         return cls(shards * slots, shards * min(P // shards, 4 * batch), shards * batch, tokens, True)
+
+
+def token_bytes(config: ModelConfig, dtype: np.dtype) -> int:
+    """Returns the bytes of the keys and values of one token in all layers."""
+    scale = SCALE_BYTES if dtype.itemsize == 1 else 0
+    return 2 * config.num_layers * config.num_kv_heads * (config.head_width * dtype.itemsize + scale)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def allocate(config: ModelConfig, dtype: np.dtype, sequences: int, tokens: int) -> KVCache:
     """Returns a cache of zeros."""
     G, N = config.num_kv_heads, config.head_width
-    keys, values = jnp.zeros((sequences, G, N, tokens), dtype), jnp.zeros((sequences, G, tokens, N), dtype)
-    keys = sharding.constrain(keys, "batch", "kv_heads", None, None)
-    values = sharding.constrain(values, "batch", "kv_heads", None, None)
-    return [(keys, values) for _ in range(config.num_layers)]
+    kv = zeros((sequences, G, N, tokens), dtype, 2), zeros((sequences, G, tokens, N), dtype, 3)
+    kv = jax.tree.map(lambda x: sharding.constrain(x, "batch", "kv_heads", None, None), kv)
+    return [kv] * config.num_layers
 
 
 def resize(cache: KVCache, sequences: np.ndarray | None, shift: np.int32, tokens: int) -> KVCache:
@@ -105,7 +111,11 @@ def resize(cache: KVCache, sequences: np.ndarray | None, shift: np.int32, tokens
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4))
-def _resize(x, sequences, shift, tokens, axis):
+def _resize(stored, sequences, shift, tokens, axis):
+    return jax.tree.map(lambda x: _resize_array(x, sequences, shift, tokens, axis), stored)
+
+
+def _resize_array(x, sequences, shift, tokens, axis):
     x = x if sequences is None else sharding.on_each_shard(lambda x, index: x[index], x, sequences)
     x = jnp.roll(x, -shift, axis)[(slice(None),) * axis + (slice(tokens),)]
     return jnp.pad(x, [(0, tokens - x.shape[axis] if i == axis else 0) for i in range(x.ndim)])
@@ -135,7 +145,7 @@ def insert_rows(
       lengths: `[n]` tokens of each.
       index: scalar, where the next token is written. What a slot holds in front of its row's tokens is never read.
     """
-    T = cache[0][1].shape[2]
+    T = jax.tree.leaves(cache[0][1])[0].shape[2]
 
     def put(x, new, slots, lengths, index, axis):
         source = jnp.clip(lengths[:, None] - index + jnp.arange(T), 0, new.shape[axis] - 1)  # [n, T]
@@ -143,20 +153,21 @@ def insert_rows(
         return x.at[slots].set(jnp.take_along_axis(new, source, axis), mode="drop")
 
     def of_layer(old, new):
+        def write(x, y, axis):
+            return sharding.on_each_shard(lambda *arrays: put(*arrays, index, axis), x, y, slots, lengths)
+
         return tuple(
-            sharding.on_each_shard(
-                lambda *arguments, axis=axis: put(*arguments, index, axis), x, y, slots, lengths
-            )
-            for axis, x, y in zip((3, 2), old, new)
+            jax.tree.map(functools.partial(write, axis=axis), x, y) for axis, x, y in zip((3, 2), old, new)
         )
 
     return [of_layer(old, new) for old, new in zip(cache, prefilled)]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def prefill(
     config: ModelConfig,
     dtype: np.dtype,
+    stored: np.dtype,
     attention: Attention,
     weights: decoder.Params,
     tokens: jax.Array,
@@ -167,6 +178,8 @@ def prefill(
     """Computes the keys and values of prompts `tokens [U, S]` with `lengths [U]`.
 
     Args:
+      dtype: of activations.
+      stored: of the keys and values.
       images: of these prompts; None: there are none.
       outputs: `decoder.image_outputs` of all prompts.
     """
@@ -174,13 +187,15 @@ def prefill(
     U, S = tokens.shape
     valid = jnp.arange(S) < lengths[:, None]
     positions = jnp.broadcast_to(jnp.arange(S), (U, S))
-    context = Causal(valid, positions, keep=True, aligned=True, attention=attention)
+    context = Causal(valid, positions, keep=stored, aligned=True, attention=attention)
     no_kv = [None] * config.num_layers
     rope, seen = rope_table(config, positions), None
     if images is not None:
         rope, seen = mrope_table(config, images.positions), ImageTokens.of(outputs, images.index)
     _, kept = decoder.forward(config, weights, tokens, rope, context, no_kv, seen, dtype=dtype)  # type: ignore[arg-type]
-    return [(jnp.transpose(k, (0, 2, 3, 1)), jnp.swapaxes(v, 1, 2)) for k, v in kept]
+    keys = lambda x: jnp.transpose(x, (0, 2, 3, 1))  # noqa: E731
+    values = lambda x: jnp.swapaxes(x, 1, 2)  # noqa: E731
+    return [(jax.tree.map(keys, k), jax.tree.map(values, v)) for k, v in kept]
 
 
 class PromptPrefill:
@@ -314,7 +329,7 @@ class ResponseCache:
 
     def _enough(self, tokens: int, longest: int) -> int:
         """Returns `tokens`, doubled as often as the longest row needs."""
-        while tokens < self._max_tokens and longest + max(CHUNK, tokens // 4) > tokens:
+        while tokens < self._max_tokens and longest + max(calls.FEWEST, tokens // 4) > tokens:
             tokens = min(2 * tokens, self._max_tokens)
         return tokens
 

@@ -9,26 +9,28 @@ tokens · M pages of the longest sequence.
 
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from lpo_jax.models.config import ModelConfig
+from lpo_jax.models.eight_bits import Stored, zeros
 from lpo_jax.parallel import sharding
 from lpo_jax.sampling.kv_cache import KVCache
 
 # Per layer `[Z, 2, G, N, X]`: keys and values side by side, so that a page is contiguous, with tokens in the last axis,
 # so that heads of 64 take no more memory than they need.
-PagePool = list[jax.Array]
+PagePool = list[Stored]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def allocate_pool(config: ModelConfig, dtype: np.dtype, pages: int, page_size: int) -> PagePool:
     """Returns a pool of zeros with so many pages in all shards together."""
     shape = pages, 2, config.num_kv_heads, config.head_width, page_size
-    pool = sharding.constrain(jnp.zeros(shape, dtype), "batch", None, "kv_heads", None, None)
-    return [pool] * config.num_layers
+    constrain = lambda x: sharding.constrain(x, "batch", None, "kv_heads", None, None)  # noqa: E731
+    return [jax.tree.map(constrain, zeros(shape, dtype, 3))] * config.num_layers
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -43,7 +45,7 @@ def insert_sequences(
       table: `[n, M]` int32, pages of each.
       first: `[n]` int32, the first token of each that is copied; None: all are.
     """
-    X = pool[0].shape[-1]
+    X = page_size(pool)
 
     def put(pages, keys, values, table, *first):
         S = keys.shape[-1]
@@ -57,7 +59,7 @@ def insert_sequences(
         return pages.at[table[:, :M].reshape(-1)].set(new.astype(pages.dtype), mode="drop")
 
     rows = (table,) if first is None else (table, first)
-    return [sharding.on_each_shard(put, pages, *kv, *rows) for pages, kv in zip(pool, prefilled)]
+    return [_by_part(put, pages, *kv, *rows) for pages, kv in zip(pool, prefilled)]
 
 
 def store_recent(
@@ -72,7 +74,7 @@ def store_recent(
       stored: `[R]` tokens that are in the pages already.
       count: `[R]` new tokens, the first ones of `recent`.
     """
-    X, T = pool[0].shape[-1], recent[0][0].shape[-1]
+    X, T = page_size(pool), jax.tree.leaves(recent[0][0])[0].shape[-1]
     width = (T + X - 2) // X + 1  # pages that T tokens may touch
 
     def put(pages, keys, values, table, stored, count):
@@ -82,7 +84,9 @@ def store_recent(
         number = jnp.where(touched, number, len(pages))
         token = jnp.arange(width * X) - (stored % X)[:, None]  # [R, width X]: index in `recent`
         # As products with zeros and ones, which are exact, because gathers along the last axis are slow on a TPU.
-        chosen = (token[:, None, :] == jnp.arange(T)[:, None]).astype(keys.dtype)  # [R, T, width X]
+        wide = keys.dtype if keys.dtype.itemsize > 1 else jnp.bfloat16  # which holds all numbers of 8 bits
+        keys, values = keys.astype(wide), values.astype(wide)
+        chosen = (token[:, None, :] == jnp.arange(T)[:, None]).astype(wide)  # [R, T, width X]
         moved = functools.partial(jnp.einsum, precision="highest")
         new = jnp.stack([moved("rgnt,rtx->rgnx", keys, chosen), moved("rgtn,rtx->rgnx", values, chosen)], 1)
         new = jnp.moveaxis(new.reshape(*new.shape[:4], width, X), 4, 1)  # [R, width, 2, G, N, X]
@@ -92,4 +96,15 @@ def store_recent(
         new = jnp.where(drawn, new.astype(pages.dtype), old)
         return pages.at[number.reshape(-1)].set(new.reshape(-1, *pages.shape[1:]), mode="drop")
 
-    return [sharding.on_each_shard(put, pages, *kv, table, stored, count) for pages, kv in zip(pool, recent)]
+    return [_by_part(put, pages, *kv, table, stored, count) for pages, kv in zip(pool, recent)]
+
+
+def page_size(pool: PagePool) -> int:
+    """Returns X."""
+    return jax.tree.leaves(pool[0])[0].shape[-1]
+
+
+def _by_part(put: Callable, pages: Stored, keys: Stored, values: Stored, *rows: jax.Array) -> Stored:
+    """Applies `put` on each shard, to numbers and scales apart."""
+    part = lambda *parts: sharding.on_each_shard(put, *parts, *rows)  # noqa: E731
+    return jax.tree.map(part, pages, keys, values)

@@ -12,9 +12,9 @@ This file is host code without arrays of a device. It needs lengths only, so a s
 
     admission = Admission(pool, range(P * K), K, prompt_tokens)
     while admission.active or admission.queue:
-        admission.schedule(np.minimum(lengths + CHUNK, final_lengths))
+        admission.schedule(np.minimum(lengths + call_tokens, final_lengths))
         for row in list(admission.active):
-            lengths[row] = min(lengths[row] + CHUNK, final_lengths[row])
+            lengths[row] = min(lengths[row] + call_tokens, final_lengths[row])
             if lengths[row] == final_lengths[row]:
                 admission.end(row)
 

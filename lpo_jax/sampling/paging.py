@@ -16,7 +16,7 @@ import numpy as np
 
 from lpo_jax.sampling import decode as device
 from lpo_jax.sampling import page_pool, pages
-from lpo_jax.sampling.kv_cache import CHUNK, EMPTY, PromptPrefill
+from lpo_jax.sampling.kv_cache import EMPTY, PromptPrefill
 from lpo_jax.sampling.rows import IDLE, Batcher
 
 
@@ -47,11 +47,12 @@ class PagedBatcher(Batcher):
         ]
         batch = self.shards * max(1, self.size.slots // K)  # prompts whose rows fill the slots
         self.prompt_prefill = PromptPrefill(self.prefill_prompts, batch, self.shards)
-        config, dtype = self.settings.config, self.settings.dtype
-        self.pool = page_pool.allocate_pool(config, dtype, self.shards * self.size.pages, self.size.page_size)
+        self.pool = page_pool.allocate_pool(
+            self.settings.config, self.settings.stored, self.shards * self.size.pages, self.size.page_size
+        )
 
     def _arrange(self) -> None:
-        needed = np.minimum(self.lengths + CHUNK, self.budgets)
+        needed = np.minimum(self.lengths + self.settings.call_tokens, self.budgets)
         moves = [admission.schedule(needed) for admission in self.admissions]
         self.row_of = self._spread((admission.slot_of for admission in self.admissions), self.size.slots)
         self.prompt_of = self._spread(
@@ -112,7 +113,7 @@ class PagedBatcher(Batcher):
             self._table(prompts, self._prompt_pages),
             self._table(rows, self._row_pages),
             self.pool,
-            np.int32(min(CHUNK, self._tokens_left())),
+            np.int32(min(self.settings.call_tokens, self._tokens_left())),
             np.int32(max(len(slots) - len(self.row_of) // IDLE, 1) if queued else 1),
         )
         return out

@@ -17,7 +17,7 @@ from lpo_jax.models.prompt_images import PromptImages
 from lpo_jax.parallel import hosts, sharding
 from lpo_jax.sampling import decode as device
 from lpo_jax.sampling import kv_cache
-from lpo_jax.sampling.kv_cache import CHUNK, EMPTY, KVCache
+from lpo_jax.sampling.kv_cache import EMPTY, KVCache
 from lpo_jax.sampling.padding import NO_LIMIT, bucket, pad_prompts
 from lpo_jax.sampling.request import PromptBatch
 from lpo_jax.sampling.responses import Responses
@@ -89,7 +89,7 @@ class Batcher(abc.ABC):
 
         self.max_rows, self.shards = max_rows, sharding.batch_shards()
         self.prefill = functools.partial(
-            kv_cache.prefill, settings.config, settings.dtype, settings.attention, weights
+            kv_cache.prefill, settings.config, settings.dtype, settings.stored, settings.attention, weights
         )
         self.images = images
         # How much further on than its index in the sequence a response token's position is.
@@ -236,7 +236,7 @@ class Batcher(abc.ABC):
 
     def _cut_at_stop(self, row: int) -> None:
         """Ends a row behind the token that completed a stop string."""
-        end = self.find_stop(self.tokens[row, : self.lengths[row]].tolist(), CHUNK)
+        end = self.find_stop(self.tokens[row, : self.lengths[row]].tolist(), self.settings.call_tokens)
         if end is not None:
             for kept in (*self.of_tokens, self.versions):
                 kept[row, end:] = 0

@@ -9,6 +9,7 @@ Axes: P prompts · K responses · S prompt tokens (padded) · T response tokens 
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 
 import jax
@@ -19,9 +20,11 @@ from jax.typing import DTypeLike
 
 from lpo_jax.models import decoder
 from lpo_jax.models.config import ModelConfig
+from lpo_jax.models.eight_bits import KVDtype
 from lpo_jax.models.kernels.choice import Attention, uses_kernels
 from lpo_jax.models.prompt_images import lay_out
 from lpo_jax.parallel import sharding
+from lpo_jax.sampling import calls, kv_cache
 from lpo_jax.sampling.batching import ContinuousBatcher
 from lpo_jax.sampling.decode import DecodeSettings, decode_layout
 from lpo_jax.sampling.distribution import row_keys
@@ -38,13 +41,14 @@ class Sampler:
     Attributes:
       config: of the model.
       eos_ids: every token id that ends a response.
-      dtype: of activations, weights and KV caches during sampling.
+      dtype: of activations and weights during sampling.
       decode: token ids to text; needed for stop strings only.
       mesh: `sharding.decode_mesh` of the mesh that the parameters are on; None: one device.
       max_rows: limit on the rows that all devices decode at once; the others are queued. 0: no limit.
       attention: kernels or plain matrix products (`lpo_jax.models.kernels.choice`).
       kv_tokens: with kernels, tokens of prompts and responses that the KV caches of all devices hold together; 0: as
         many as `max_rows` rows of full length need. Plain attention has a cache that grows.
+      kv_dtype: of the KV caches; compute: `dtype`.
     """
 
     config: ModelConfig
@@ -55,6 +59,7 @@ class Sampler:
     max_rows: int = 0
     attention: Attention = "auto"
     kv_tokens: int = 0
+    kv_dtype: KVDtype = "compute"
 
     def prepare(self, params: decoder.Params, int8: bool = False) -> decoder.Params:
         """Returns the weights in decode layout: one dict per layer, in the sampling dtype. Call it once per round.
@@ -114,21 +119,16 @@ class Sampler:
             rows = len(index) // ahead.rounds * K  # of a round: later ones take free slots only
             kernels = uses_kernels(self.attention)
             kind = functools.partial(PagedBatcher, kv_tokens=self.kv_tokens) if kernels else ContinuousBatcher
+            slots = min(self.max_rows or rows, rows)
             batcher = kind(
-                DecodeSettings(
-                    self.config,
-                    self.eos_ids,
-                    request.distribution,
-                    jnp.dtype(self.dtype),
-                    self.attention,
-                ),
+                self._settings(request, weights, slots),
                 weights,
                 prompts,
                 np.asarray(keys),
                 of_batch(budgets),
                 Responses(*map(of_batch, vars(ahead.started.resized(limit)).values())),
                 request.step,
-                min(self.max_rows or rows, rows),
+                slots,
                 stop_finder(self.decode, request.stop),
                 on_finished and (lambda p, *row: on_finished(int(index[p]), *row)),
                 required=(index >= 0) & (index < P // ahead.rounds),
@@ -136,6 +136,27 @@ class Sampler:
             )
             found = batcher.run()
         return found.take(np.argsort(index, kind="stable")[-P:]).trimmed()
+
+    def _settings(self, request: SampleRequest, weights: decoder.Params, rows: int) -> DecodeSettings:
+        """Returns the settings of `decode` for so many rows at once, on the current mesh."""
+        settings = DecodeSettings(
+            self.config,
+            self.eos_ids,
+            request.distribution,
+            jnp.dtype(self.dtype),
+            self.attention,
+            self.kv_dtype,
+        )
+        local = lambda x: math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize  # noqa: E731
+        recent = 0.0
+        if uses_kernels(self.attention):
+            parts = 1 if self.mesh is None else self.mesh.shape["tensor"]
+            token = kv_cache.token_bytes(self.config, settings.stored)
+            recent = rows / sharding.batch_shards() * token / parts
+        tokens = calls.planned_call_tokens(
+            request.max_tokens, rows, sum(map(local, jax.tree.leaves(weights))), recent, jax.default_backend()
+        )
+        return dataclasses.replace(settings, call_tokens=tokens)
 
 
 def _shard_order(P: int, rounds: int, at_least: int, shards: int) -> np.ndarray:

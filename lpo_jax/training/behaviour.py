@@ -44,6 +44,14 @@ class Behaviour:
         return dataclasses.replace(config, training=training)
 
 
+def rounded_sampling(config: Config) -> str | None:
+    """Return the setting by which sampling runs another model than the one that is trained; None if it does not."""
+    sampling = config.sampling
+    if sampling.weights == "int8":
+        return "sampling.weights = int8"
+    return None if sampling.kv_dtype == "compute" else f"sampling.kv_dtype = {sampling.kv_dtype}"
+
+
 def choose_behaviour(config: Config, objective: Objective) -> Behaviour:
     """Resolve `training.behaviour`: with `auto`, log-probs are rescored if the gap can matter."""
     asked, dtype = config.training.behaviour, config.model.dtype
@@ -52,8 +60,8 @@ def choose_behaviour(config: Config, objective: Objective) -> Behaviour:
         return Behaviour(asked, "as set")
     if Field.SAMPLER_LOGP in objective.needs:
         return Behaviour("rescored", f"{objective.name} compares the trainer's log-probs with the sampler's")
-    if config.sampling.weights == "int8":
-        return Behaviour("rescored", "sampling.weights = int8 samples from another model than is trained")
+    if rounded := rounded_sampling(config):
+        return Behaviour("rescored", f"{rounded} samples from another model than is trained")
     if config.sampling.ahead:
         return Behaviour(
             "sampled", "sampling.ahead: the trainer no longer has the behaviour policy of every token"

@@ -10,7 +10,7 @@ from lpo_jax.objectives.hook_specs import HookPhase
 from lpo_jax.objectives.hook_specs import problem as hook_problem
 from lpo_jax.objectives.part import word
 from lpo_jax.parallel import hosts
-from lpo_jax.training.behaviour import choose_behaviour
+from lpo_jax.training.behaviour import choose_behaviour, rounded_sampling
 from lpo_jax.training.mirror_file import read_map
 
 
@@ -39,11 +39,11 @@ def check_config(config: Config) -> objectives.Objective:
     rescored = choose_behaviour(config, objective).rescored
     if sampling.weights == "int8":
         require_qwix()
-        if not rescored:
-            raise UserError(
-                "sampling.weights = int8 samples from another model than the one that is trained: set "
-                "training.behaviour=rescored (objective.token_weight=truncated-importance corrects the rest)"
-            )
+    if (rounded := rounded_sampling(config)) and not rescored:
+        raise UserError(
+            f"{rounded} samples from another model than the one that is trained: set "
+            "training.behaviour=rescored (objective.token_weight=truncated-importance corrects the rest)"
+        )
     if Field.SAMPLER_LOGP in objective.needs and not rescored:
         raise UserError(
             f"objective {objective.name}: truncated-importance compares the trainer's log-probs with the sampler's; "

@@ -5,13 +5,15 @@ from collections.abc import Callable
 
 from lpo_jax.errors import VerifierFailed
 from lpo_jax.evaluation.heldout import Evaluation
+from lpo_jax.objectives import Objective
 from lpo_jax.parallel import hosts
 from lpo_jax.runs.directory import VERIFIER_FAILED
 from lpo_jax.runs.recorder import Recorder
 from lpo_jax.runs.signals import Interrupted
-from lpo_jax.runs.state import Position, TrainState
+from lpo_jax.runs.state import Position
 from lpo_jax.tasks.images import row_images
 from lpo_jax.training import measure
+from lpo_jax.training.optimizer import Optimizer
 from lpo_jax.training.session import Session
 
 
@@ -49,12 +51,16 @@ def drive(
     recorder.finish(position, task.name, example)
 
 
-def restore(session: Session, recorder: Recorder, abstract_state: TrainState) -> Position | None:
+def restore(
+    session: Session, recorder: Recorder, optimizer: Optimizer, objective: Objective | None = None
+) -> Position | None:
     """The position of the newest checkpoint, with the frozen base of adapters; None in a fresh run."""
     hosts.phase("restoring")
-    position = recorder.restore(abstract_state)
+    position = recorder.restore(session.model.abstract_state(optimizer, objective))
     if position is not None:
-        position.state = position.state.replace(frozen=session.model.load_frozen())
+        position.state = position.state.replace(
+            frozen=session.model.load_frozen(), opt_state=optimizer.at_rest(position.state.opt_state)
+        )
     return position
 
 

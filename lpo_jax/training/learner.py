@@ -168,6 +168,7 @@ def take_step(
     minibatches = batch.split(learner.updates_per_step)
     replayed = [extra for hook in learner.hooks if (extra := hook.replay(batch)) is not None]
     metrics, learned = [], []
+    state = state.replace(opt_state=learner.optimizer.at_work(state.opt_state))
     for index, minibatch in enumerate([*minibatches, *replayed]):
         minibatch = learner.pack(minibatch)
         scored = minibatch.scored.replace(control=state.control)
@@ -185,4 +186,6 @@ def take_step(
         logp = jnp.where(ran, stats.logp, jnp.nan)
         learned.append(Learned(found.view, scored.mask, scored.behaviour_logp, used.logp, logp))
     # An update is dispatched as soon as its coefficients are known; this waits for the last one.
-    return state, over_updates(jax.device_get(metrics)), learned[: len(minibatches)]
+    of_updates = over_updates(jax.device_get(metrics))
+    state = state.replace(opt_state=learner.optimizer.at_rest(state.opt_state))
+    return state, of_updates, learned[: len(minibatches)]

@@ -52,8 +52,8 @@ def train(config: Config, *, resume: bool = False) -> None:
             note_facts(session, recorder)
             run.note(behaviour=dataclasses.asdict(behaviour), score=session.score_name)
             introduce(session, learner.runner, behaviour, recorder.progress)
-            abstract = session.model.abstract_state(learner.optimizer, objective)
-            position = restore(session, recorder, abstract) or begin(session, learner, recorder)
+            position = restore(session, recorder, learner.optimizer, objective)
+            position = position or begin(session, learner, recorder)
             if position.schedule_steps:
                 check_extension(config, position.schedule_steps)
                 learner = Learner.of(session.model, objective, hooks, position.schedule_steps)

@@ -92,7 +92,9 @@ class TrainedModel:
     @functools.cached_property
     def microbatch(self) -> Microbatch:
         """The size of a microbatch; decided once, so that a run compiles one program."""
-        state = STATE_BYTES * sum(leaf.size for leaf in jax.tree.leaves(self.trainable))
+        state = STATE_BYTES[self.config.optimizer.state] * sum(
+            leaf.size for leaf in jax.tree.leaves(self.trainable)
+        )
         state += sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.abstract_frozen))
         return fit_microbatch(self.config, self.architecture, state)
 
@@ -118,6 +120,11 @@ class TrainedModel:
         self, state: TrainState, optimizer: Optimizer, objective: Objective | None = None
     ) -> TrainState:
         """A state's parameters with a fresh optimizer state, and the arrays that the objective keeps beside them."""
+        state = self._fresh(state, optimizer, objective)
+        return state.replace(opt_state=optimizer.at_rest(state.opt_state))
+
+    def _fresh(self, state: TrainState, optimizer: Optimizer, objective: Objective | None) -> TrainState:
+        """`start`, with everything in the memory of the devices."""
         params = state.params
         control, referred = (
             (objective.init_control(), Field.REF_LOGP in objective.needs) if objective else (None, False)
@@ -131,7 +138,7 @@ class TrainedModel:
     def abstract_state(self, optimizer: Optimizer, objective: Objective | None = None) -> TrainState:
         """Shapes, types and shardings of a train state, to restore or to plan one."""
         state = TrainState(self.trainable, None, frozen=self.abstract_frozen)
-        start = lambda s: self.start(s, optimizer, objective)  # noqa: E731
+        start = lambda s: self._fresh(s, optimizer, objective)  # noqa: E731
         return placed(self.architecture, jax.eval_shape(start, state))
 
 

@@ -11,6 +11,7 @@ from lpo_jax.config import Config, OptimizerConfig
 from lpo_jax.models.decoder import Params
 from lpo_jax.models.parameters import of_path
 from lpo_jax.objectives import Objective
+from lpo_jax.training.moments import in_bfloat16, moments_to_device, moments_to_host
 
 
 def make_schedule(config: OptimizerConfig, total_updates: int) -> optax.Schedule:
@@ -39,11 +40,13 @@ class Optimizer:
       rule: the transformation from gradients to updates.
       clip_norm: the largest norm of a gradient; 0 disables clipping.
       schedule: the learning rate by update.
+      on_host: whether the moments are in the memory of the host between the updates of two steps.
     """
 
     rule: optax.GradientTransformation
     clip_norm: float = 0.0
     schedule: optax.Schedule | None = None
+    on_host: bool = False
 
     def init(self, params: Params) -> optax.ApplyIfFiniteState:
         count = lambda: jnp.zeros([], jnp.int32)  # noqa: E731 - an array each: both are donated
@@ -71,6 +74,14 @@ class Optimizer:
         in_a_row, in_all = (state.notfinite_count + 1) * skipped, state.total_notfinite + skipped
         return new, optax.ApplyIfFiniteState(in_a_row, finite, in_all, moved), norm
 
+    def at_rest(self, state: optax.ApplyIfFiniteState) -> optax.ApplyIfFiniteState:
+        """Return the state as it is kept while there are no updates."""
+        return moments_to_host(state) if self.on_host else state
+
+    def at_work(self, state: optax.ApplyIfFiniteState) -> optax.ApplyIfFiniteState:
+        """Return the state as updates need it."""
+        return moments_to_device(state) if self.on_host else state
+
     def rate_used(self, state: optax.ApplyIfFiniteState) -> float:
         """Return the learning rate of the last applied update; before the first, that of the first."""
         return float(self.schedule(max(applied_updates(state) - 1, 0)))
@@ -78,17 +89,15 @@ class Optimizer:
 
 @functools.cache  # one object for equal settings, so that a program that holds it is not traced again
 def make_optimizer(config: OptimizerConfig, total_updates: int) -> Optimizer:
-    """Return AdamW with float32 moments, clipping by global norm, and weight decay on matrices and embeddings only."""
+    """Return AdamW with clipping by global norm, and weight decay on matrices and embeddings only."""
     schedule = make_schedule(config, total_updates)
-    adamw = optax.adamw(
-        schedule,
-        b1=config.b1,
-        b2=config.b2,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        mask=_decayed,
+    moments = optax.scale_by_adam(config.b1, config.b2, config.eps)
+    adamw = optax.chain(  # as `optax.adamw`
+        in_bfloat16(moments) if config.state == "bfloat16" else moments,
+        optax.add_decayed_weights(config.weight_decay, _decayed),
+        optax.scale_by_learning_rate(schedule),
     )
-    return Optimizer(adamw, config.clip_norm, schedule)
+    return Optimizer(adamw, config.clip_norm, schedule, on_host=config.state == "host")
 
 
 def planned_updates(config: Config, objective: Objective, steps: int) -> int:

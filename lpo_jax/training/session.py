@@ -17,6 +17,7 @@ from lpo_jax.evaluation.heldout import Evaluation, evaluate_rows
 from lpo_jax.models import lora
 from lpo_jax.models.config import ModelConfig
 from lpo_jax.models.decoder import Params
+from lpo_jax.models.eight_bits import check_device
 from lpo_jax.models.kernels import cudnn
 from lpo_jax.models.kernels.choice import lacks_gpu, uses_kernels
 from lpo_jax.models.load import load_config_and_tokenizer
@@ -28,6 +29,7 @@ from lpo_jax.rollout.environment import Environment, open_environment
 from lpo_jax.sampling import SampleRequest, Sampling
 from lpo_jax.sampling.pages import Pool
 from lpo_jax.training.model import TrainedModel
+from lpo_jax.training.moments import check_host_memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +92,12 @@ def open_session(config: Config) -> Iterator[Session]:
             f"sampling.max_prompt_tokens + max_tokens = {longest} is more than the {model.max_positions} "
             f"positions of {config.model.path}"
         )
+    if config.optimizer.state == "host":
+        check_host_memory()
+    device = jax.local_devices()[0]
+    check_device(
+        config.sampling.kv_dtype, device.device_kind, float(getattr(device, "compute_capability", "inf"))
+    )
     decoding = mesh and decode_mesh(mesh, sizes.decode_tensor)
     _check_pages(config, sizes.devices // sizes.decode_tensor)
     with using(mesh), open_environment(config, task, model, tokenizer, eos_ids, decoding) as environment:

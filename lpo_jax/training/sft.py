@@ -50,7 +50,7 @@ def sft(config: Config, *, resume: bool = False) -> None:
         tokenizer = session.environment.tokenizer
         with run, Signals() as signals, Recorder(run, signals, warm.steps, tokenizer) as recorder:
             note_facts(session, recorder)
-            position = restore(session, recorder, session.model.abstract_state(optimizer)) or Position(
+            position = restore(session, recorder, optimizer) or Position(
                 session.model.start(session.model.load_state(), optimizer)
             )
             data = session.environment.prompts(warm.batch_size, position.data, backward=True)
@@ -99,7 +99,9 @@ def supervised_step(
     tokens = int(mask.sum())
     cotangent = TokenStats(np.where(mask, np.float32(-1 / tokens), 0))
     runner = session.model.runner(temperature=1.0)
+    state = state.replace(opt_state=optimizer.at_work(state.opt_state))
     state, stats, norm = update(runner, optimizer, state, runner.pack(groups, mask), cotangent)
+    state = state.replace(opt_state=optimizer.at_rest(state.opt_state))
     return state, {
         "train/loss": -float(jnp.where(mask, stats.logp, 0.0).sum()) / tokens,
         "train/grad_norm": float(norm),

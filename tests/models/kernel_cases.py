@@ -71,7 +71,9 @@ PLAIN = Kernel(_forward, _backward)  # with whole matrices of scores
 
 def compile_for(devices, function, *shapes):
     """Compiles for one device of a slice, or for a (2, 1, 2) mesh of four."""
-    make = lambda place: [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place(x)) for x in shapes]  # noqa: E731
+    make = lambda place: jax.tree.map(  # noqa: E731
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place(x)), shapes
+    )
     if len(devices) == 1:
         where = jax.sharding.SingleDeviceSharding(devices[0])
         return jax.jit(function).lower(*make(lambda _: where)).compile()

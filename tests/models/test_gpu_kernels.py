@@ -17,6 +17,7 @@ from kernel_cases import PLAIN, compile_for, normal, rng, values_and_gradients
 from lpo_jax.config import parse_config
 from lpo_jax.errors import UserError
 from lpo_jax.models.attention import Causal, attend_pages, shared_prefix_attention
+from lpo_jax.models.eight_bits import Quantised, store, stored_dtype
 from lpo_jax.models.kernels import choice, triton, triton_pages, union
 from lpo_jax.models.runner import Groups, ModelRunner, score
 from lpo_jax.parallel import sharding
@@ -133,7 +134,8 @@ Z, X, M = 40, 8, 7  # pages, tokens of a page, pages of the longest row
     "programs, heads, width, block_bytes",
     [(512, 2, 16, 1 << 15), (30, 6, 16, 16 * 4 * 4), (1, 1, 12, 1 << 15)],
 )
-def test_keys_in_pages(monkeypatch, programs, heads, width, block_bytes):
+@pytest.mark.parametrize("stored", ["compute", "int8", "fp8"])
+def test_keys_in_pages(monkeypatch, programs, heads, width, block_bytes, stored):
     """Pages in any order, read whole or in parts; several splits of a row's keys; a row without keys."""
     monkeypatch.setattr(triton_pages, "PROGRAMS", programs)
     monkeypatch.setattr(triton_pages, "BLOCK_BYTES", block_bytes)
@@ -143,6 +145,7 @@ def test_keys_in_pages(monkeypatch, programs, heads, width, block_bytes):
     table = rng.permutation(Z)[: B * M].reshape(B, M)
     table[1, 5:], table[2, 3:], table[-1] = Z, -7, 10**6  # numbers that stand for no page
     q, pool = normal(B, G, C, I, width), normal(Z, 2, G, width, X)
+    pool = store(pool, stored_dtype(stored, pool.dtype), 3)
     stop = jnp.array([M * X, 40, 17, 1, 0])
     start = jnp.array([[0, 49, 50], [3, 39, 11], [5, 5, 6], [-7, 0, 0], [0, 0, 0]])
     arrays = q, pool, jnp.asarray(table, jnp.int32), start, stop
@@ -320,8 +323,12 @@ def test_compiles_for_h100(choice, devices, heads, width, dtype, window):
     for program, calls in zip(programs, (3, 3 + 3 * per_source)):
         assert program.as_text().count(f'custom_call_target="{name}') == calls
 
-    stored = shape(P, G, K, H // G, width, dtype=dtype), shape(16, 2, G, width, 128, dtype=dtype)
+    q = shape(P, G, K, H // G, width, dtype=dtype)
     bounds = shape(P, 9, dtype=jnp.int32), shape(P, K, dtype=jnp.int32), shape(P, dtype=jnp.int32)
     step = functools.partial(attend_pages, attention=choice)
-    program = compile_for(h100(devices), step, *stored, *bounds)
-    assert program.as_text().count('custom_call_target="__gpu$xla.gpu.triton') == 1
+    for kv_dtype in ("compute", "int8", "fp8"):
+        numbers = shape(16, 2, G, width, 128, dtype=stored_dtype(kv_dtype, dtype))
+        scale = shape(16, 2, G, 1, 128, dtype=jnp.float32)
+        pool = numbers if kv_dtype == "compute" else Quantised(numbers, scale)
+        program = compile_for(h100(devices), step, q, pool, *bounds)
+        assert program.as_text().count('custom_call_target="__gpu$xla.gpu.triton') == 1

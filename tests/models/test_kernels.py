@@ -14,6 +14,7 @@ from lpo_jax.config import parse_config
 from lpo_jax.errors import UserError
 from lpo_jax.models import attention
 from lpo_jax.models.attention import Causal, attend_pages, shared_prefix_attention
+from lpo_jax.models.eight_bits import Quantised, store, stored_dtype
 from lpo_jax.models.kernels import pages, splash
 from lpo_jax.models.kernels.choice import uses_kernels
 from lpo_jax.models.runner import Groups, ModelRunner, score
@@ -100,8 +101,8 @@ def page_table(rows):
     return jnp.asarray(table, jnp.int32)
 
 
-@pytest.mark.parametrize("block", [1, 3, 16])
-def test_keys_in_pages(monkeypatch, block):
+@pytest.mark.parametrize("block, stored", [(1, None), (3, None), (16, None), (3, "int8"), (16, "fp8")])
+def test_keys_in_pages(monkeypatch, block, stored):
     """Pages in any order and a pool without a free page; bounds within a page and at its end; a row without keys.
 
     Starts are those of sliding windows: each query's own, before the first key, behind several blocks.
@@ -110,6 +111,8 @@ def test_keys_in_pages(monkeypatch, block):
     pages.attend_pages.clear_cache()
     B, G, C, I, N = 5, 2, 3, 2, 16
     q, pool, table = normal(B, G, C, I, N), normal(Z, 2, G, N, X), page_table(B)
+    if stored:
+        pool = store(pool, stored_dtype(stored, pool.dtype), 3)
     stop = jnp.array([M * X, 40, 17, 1, 0])
     start = jnp.array([[0, 49, 50], [3, 39, 11], [5, 5, 6], [-7, 0, 0], [0, 0, 0]])
     kernel = jax.jit(lambda *x: attend_pages(*x, "interpret"))(q, pool, table, start, stop)
@@ -271,7 +274,11 @@ def test_compiles_for_tpus(name, num_devices, model):
     compiled = compile_for(devices, update, *row, shape(P, dtype=jnp.int32)).as_text()
     assert compiled.count("tpu_custom_call") >= 6  # forward, dq, dk and dv of prompts and of responses
 
-    stored = shape(P, G, K, H // G, N), shape(16, 2, G, N, 128), shape(P, T // 128, dtype=jnp.int32)
+    q, table = shape(P, G, K, H // G, N), shape(P, T // 128, dtype=jnp.int32)
     bounds = shape(P, K, dtype=jnp.int32), shape(P, dtype=jnp.int32)
     step = functools.partial(attend_pages, attention="pallas")
-    assert "tpu_custom_call" in compile_for(devices, step, *stored, *bounds).as_text()
+    for kv_dtype in ("compute", "int8", "fp8"):
+        numbers = shape(16, 2, G, N, 128, dtype=stored_dtype(kv_dtype, dtype))
+        scale = shape(16, 2, G, 1, 128, dtype=jnp.float32)
+        pool = numbers if kv_dtype == "compute" else Quantised(numbers, scale)
+        assert "tpu_custom_call" in compile_for(devices, step, q, pool, table, *bounds).as_text()

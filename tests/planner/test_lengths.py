@@ -17,7 +17,7 @@ from lpo_jax.parallel.mesh import MeshSizes
 from lpo_jax.planner import roofline, topology
 from lpo_jax.planner.at_lengths import at_lengths
 from lpo_jax.planner.lengths import response_lengths
-from lpo_jax.planner.roofline import Setting, Workload
+from lpo_jax.planner.setting import Setting, Workload
 from lpo_jax.planner.simulation import simulate_pages, simulate_slots
 from lpo_jax.sampling import PromptBatch, Sampler, SampleRequest, decode, kv_cache
 from lpo_jax.sampling.kv_cache import Capacity
@@ -25,6 +25,8 @@ from lpo_jax.sampling.pages import Pool
 
 CHIP = topology.CHIPS["v5e"]
 LIMIT = 512
+NO_MODEL = types.SimpleNamespace(num_layers=0, num_kv_heads=1, head_width=1)
+TOKENS = 32  # of a call of a model without weights, whose steps take no time
 
 
 def log_normal(P, K, mean=LIMIT // 4, limit=LIMIT):
@@ -86,7 +88,7 @@ def test_simulated_pages_are_those_of_the_real_batching(tail, max_rows, kv_token
     P, K, shards = 32, 4, 2
     lengths, counts = log_normal(P, K), {"steps": 0, "prefilled": 0}
     sampler = Sampler(
-        types.SimpleNamespace(num_layers=0),
+        NO_MODEL,
         (-1,),
         max_rows=max_rows,
         attention="interpret",
@@ -95,7 +97,7 @@ def test_simulated_pages_are_those_of_the_real_batching(tail, max_rows, kv_token
     prompts = PromptBatch(np.ones((P, 4), np.int32), np.full(P, 4), np.arange(P))
     with tail.no_device(shards, counts):
         sampler(None, prompts, SampleRequest(K, LIMIT), budgets=lengths)
-    found = simulate_pages(lengths, Pool.of(P, K, 4, LIMIT, max_rows, kv_tokens, shards), 3, shards)
+    found = simulate_pages(lengths, Pool.of(P, K, 4, LIMIT, max_rows, kv_tokens, shards), 3, shards, TOKENS)
     assert found.steps == counts["steps"]
     assert sum(call.rows * call.steps for call in found.calls) >= lengths.sum()
     assert (found.repeated > 0) == (kv_tokens > 0)
@@ -113,10 +115,10 @@ def test_simulated_slots_are_those_of_the_real_batching(max_rows, monkeypatch):
             drawn, steps = drawn + active, steps + 1
             active = active & (drawn < state.budget)
         counts["steps"] += steps
-        ones = np.ones((len(drawn), kv_cache.CHUNK), np.int32)
+        ones = np.ones((len(drawn), settings.call_tokens), np.int32)
         return decode.DecodeOutput(ones, ones, ones, drawn, active, steps), tokens
 
-    def prefill(config, dtype, attention, weights, tokens, lengths, images):
+    def prefill(config, dtype, stored, attention, weights, tokens, lengths, images):
         counts["prefilled"] += tokens.shape[0] // shards
 
     monkeypatch.setattr(decode, "decode", draw)
@@ -125,19 +127,24 @@ def test_simulated_slots_are_those_of_the_real_batching(max_rows, monkeypatch):
     monkeypatch.setattr(kv_cache, "resize", lambda cache, sequences, shift, tokens: tokens)
     monkeypatch.setattr(kv_cache, "insert_prompts", lambda cache, *rest: cache)
     monkeypatch.setattr("lpo_jax.parallel.sharding.batch_shards", lambda: shards)
-    sampler = Sampler(types.SimpleNamespace(num_layers=0), (-1,), max_rows=max_rows, attention="plain")
+    sampler = Sampler(
+        NO_MODEL,
+        (-1,),
+        max_rows=max_rows,
+        attention="plain",
+    )
     prompts = PromptBatch(np.ones((P, 4), np.int32), np.full(P, 4), np.arange(P))
     sampler(None, prompts, SampleRequest(K, LIMIT), budgets=lengths)
-    found = simulate_slots(lengths, Capacity.of(P, K, LIMIT, max_rows, shards), shards)
+    found = simulate_slots(lengths, Capacity.of(P, K, LIMIT, max_rows, shards), shards, TOKENS)
     assert (found.steps, found.prompts) == (counts["steps"], counts["prefilled"])
 
 
 def test_a_small_pool_sets_rows_aside_and_finishes():
     lengths = log_normal(16, 4)
     pool = Pool.of(16, 4, 16, LIMIT, 0, 2 * 128 * 20, 2)
-    found = simulate_pages(lengths, pool, 15, 2)
+    found = simulate_pages(lengths, pool, 15, 2, TOKENS)
     assert found.repeated > 0
-    assert found.steps > simulate_pages(lengths, Pool.of(16, 4, 16, LIMIT, 0, 0, 2), 15, 2).steps
+    assert found.steps > simulate_pages(lengths, Pool.of(16, 4, 16, LIMIT, 0, 0, 2), 15, 2, TOKENS).steps
 
 
 WORK = Workload(CONFIG, 64, 8, 128, 4096, 2, 2, False, 1, kernels=True)
@@ -164,7 +171,7 @@ def test_a_pool_of_the_config_is_planned_as_it_is():
     assert setting.decode_shards * pool.pages * pool.page_size <= setting.kv_tokens
     assert found.reserved.setting.rows < setting.rows
     # At full length fewer rows fit than there are slots.
-    assert setting.waves(WORK) > dataclasses.replace(setting, kv_tokens=0).waves(WORK)
+    assert setting.calls(WORK) > dataclasses.replace(setting, kv_tokens=0).calls(WORK)
 
 
 def test_full_lengths_take_the_time_of_the_plan():
@@ -190,7 +197,8 @@ def test_the_command_shows_full_and_given_lengths(config_file, capsys):
     made = json.loads(capsys.readouterr().out)
     asked = made["asked"]["at_lengths"]["reserved"]
     assert asked["seconds_per_step"] == pytest.approx(sum(asked["seconds"].values()))
-    assert asked["seconds_per_step"] < made["asked"]["seconds_per_step"]
+    full = {phase["name"]: phase["seconds"] for phase in made["asked"]["phases"]}
+    assert asked["seconds"]["update"] < full["update"]
 
 
 def test_a_run_without_rollouts_ends_in_one_line(config_file, tmp_path, capsys):

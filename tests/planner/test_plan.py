@@ -16,8 +16,10 @@ from lpo_jax.models.decoder import abstract_params
 from lpo_jax.parallel.mesh import MeshSizes
 from lpo_jax.planner import plan as plans
 from lpo_jax.planner import roofline, topology
+from lpo_jax.planner.phases import Exchange, StepPhase
+from lpo_jax.planner.plan_text import show
 from lpo_jax.planner.programs import _needed, extrapolate
-from lpo_jax.planner.roofline import Exchange, Setting, StepPhase, Workload
+from lpo_jax.planner.setting import Setting, Sizes, Workload, mean_cache_tokens
 from lpo_jax.training.check import check_config
 
 WORK = Workload(CONFIG, P=8, K=4, S=16, T=32, updates=2, itemsize=2, reference=False, scorings=1)
@@ -42,7 +44,7 @@ def config_file(tmp_path, run_config, tiny_model):
 def test_parameters_are_those_of_the_model():
     for config in (CONFIG, dataclasses.replace(CONFIG, tie_embeddings=False, qkv_bias=True, qk_norm=False)):
         leaves = jax.tree.leaves(abstract_params(config))
-        assert roofline.Sizes.of(config).total == sum(leaf.size for leaf in leaves)
+        assert Sizes.of(config).total == sum(leaf.size for leaf in leaves)
 
 
 def test_arithmetic_of_a_step_by_hand():
@@ -59,7 +61,7 @@ def test_arithmetic_of_a_step_by_hand():
     assert score.flops == 2 * matrices * tokens + 2 * head * 4 * K * T + 4 * attention
     decode = phases()["decode"]
     assert decode.times == T // 16  # tokens are drawn in calls of 16
-    of_a_token = 2 * (matrices + head) + 4 * c.num_layers * 4 * 8 * (S + roofline.mean_cache_tokens(T))
+    of_a_token = 2 * (matrices + head) + 4 * c.num_layers * 4 * 8 * (S + mean_cache_tokens(T))
     assert decode.flops == pytest.approx(16 * 32 * of_a_token)
     remat = phases(setting=dataclasses.replace(ALONE, remat=True))["update"]
     assert remat.flops - update.flops == score.flops - 2 * head * 4 * K * T
@@ -70,7 +72,7 @@ def test_arithmetic_of_a_step_by_hand():
 
 
 def test_memory_by_hand():
-    total, c = roofline.Sizes.of(CONFIG).total, CONFIG
+    total, c = Sizes.of(CONFIG).total, CONFIG
     own = roofline.standing(WORK, ALONE)
     kv = 2 * c.num_layers * c.num_kv_heads * c.head_width * 2
     assert own == {
@@ -92,6 +94,23 @@ def test_memory_by_hand():
     assert spread.waves(WORK) == 2
 
 
+def test_memory_of_moments_and_8_bits():
+    """Moments in bfloat16 take half; on the host, none while sampling, and time for the way there and back."""
+    total, plain = Sizes.of(CONFIG).total, phases()
+    for state, sampling, updating in (("bfloat16", 4, 4), ("host", 0, 8)):
+        work = dataclasses.replace(WORK, optimizer=state)
+        assert roofline.standing(work, ALONE)["optimizer"] == sampling * total
+        found = phases(work)
+        assert plain["decode"].held - found["decode"].held == (8 - sampling) * total
+        assert plain["update"].held - found["update"].held == (8 - updating) * total
+        assert found["update"].host * 2 == pytest.approx(
+            (state == "host") * 2 * 8 * total / roofline.HOST_LINK
+        )
+    eight = dataclasses.replace(WORK, kv_dtype="int8")
+    bytes_of = lambda work: roofline.standing(work, ALONE)["keys and values"]  # noqa: E731
+    assert bytes_of(eight) / bytes_of(WORK) == (CONFIG.head_width + 4) / (2 * CONFIG.head_width)
+
+
 @pytest.mark.parametrize("T", [1, 64, 65, 100, 300])
 def test_mean_cache_tokens_is_that_of_a_loop(T):
     size, total = min(64, T), 0
@@ -99,7 +118,7 @@ def test_mean_cache_tokens_is_that_of_a_loop(T):
         if t == size:
             size = min(2 * size, T)
         total += size
-    assert roofline.mean_cache_tokens(T) == pytest.approx(total / T)
+    assert mean_cache_tokens(T) == pytest.approx(total / T)
 
 
 def test_what_a_ring_sends():
@@ -129,6 +148,14 @@ def test_a_gpu_plan_is_arithmetic(config_file, capsys):
     assert not any(phase["compiled"] for phase in asked["phases"])
     assert asked["seconds_per_step"] == pytest.approx(sum(phase["seconds"] for phase in asked["phases"]))
     assert 0 < asked["mfu"] < 1 and asked["tokens_per_second"] > 0
+
+
+@pytest.mark.parametrize("peak", ["decode", "update"])
+def test_moments_elsewhere_are_offered_where_sampling_needs_the_memory(capsys, peak):
+    found = [dataclasses.replace(phase, temporary=1e9 * (name == peak)) for name, phase in phases().items()]
+    proposal = plans.Proposal(ALONE, tuple(found), frozenset())
+    show(plans.Plan(GPU, WORK, proposal, None, None, False, 0.0), "model")
+    assert ("--optimizer.state=host would free" in capsys.readouterr().out) == (peak == "decode")
 
 
 def test_text_names_memory_times_and_what_is_left_out(config_file, capsys):
@@ -168,6 +195,37 @@ def test_a_setting_that_fits_is_suggested(run_config, tiny_model):
     assert again == chosen
 
 
+def test_int8_weights_are_suggested_where_weights_are_most_of_the_traffic(run_config, capsys):
+    pytest.importorskip("qwix")
+    big = dataclasses.replace(
+        CONFIG, width=4096, num_layers=36, num_heads=32, num_kv_heads=8, head_width=128, ffn_width=12288
+    )
+    sampling = {"num_responses": 4, "max_tokens": 1024, "max_prompt_tokens": 16}
+
+    def plan(**training):
+        training = {"prompts_per_step": 16, "updates_per_step": 2, **training}
+        values = run_config(sampling=sampling, training=training, mesh={"devices": 0})
+        config = parse_config(values | {"model": {**values["model"], "dtype": "bfloat16"}})
+        return plans.plan(config, GPU, big, (1,), check_config(config))
+
+    made = plan()
+    found, without = made.with_int8, made.suggested or made.asked
+    assert "--sampling.weights=int8" in found.setting.overrides()
+    assert found.seconds(GPU.chip) < 0.95 * without.seconds(GPU.chip)
+    weights = [
+        roofline.standing(made.work, proposal.setting)["sampler's weights"] for proposal in (found, without)
+    ]
+    parts = [proposal.setting.mesh.decode_tensor for proposal in (found, without)]
+    assert weights[0] * parts[0] == pytest.approx(weights[1] * parts[1] / 2, rel=0.01)
+    show(made, "model")
+    text = " ".join(capsys.readouterr().out.split())
+    assert "with int8 weights" in text and "Assumed: the run learns as well" in text
+    sampled = plan(behaviour="sampled")  # which int8 weights do not allow
+    assert sampled.with_int8 is None
+    # The trainer computes the log-probs of all samples then.
+    assert found.setting.scorings(made.work) == made.work.rescorings == sampled.work.scorings + 2
+
+
 def test_suggestions_are_measured_by_what_was_compiled(run_config):
     sampling = {"num_responses": 4, "max_tokens": 100, "max_prompt_tokens": 16}
     training = {"prompts_per_step": 64, "updates_per_step": 2, "token_budget": 10**6, "remat": False}
@@ -183,7 +241,7 @@ def test_suggestions_are_measured_by_what_was_compiled(run_config):
     own = search.propose(setting, None)
     target = dataclasses.replace(GPU, chip=dataclasses.replace(GPU.chip, memory=0.4 * own.memory))
     search = dataclasses.replace(search, chip=target.chip)
-    better = search.better(own, list(plans.settings(config, work, target)))
+    better = search.better(own, list(plans.settings(config, work, target)), search.scales(own))
     assert better.compiled == set(plans.DECISIVE)
     assert better.memory <= target.chip.memory < own.memory
 

@@ -1,5 +1,6 @@
 """The decode step of Qwen3-8B with a KV cache in pages, compiled for TPU v6e and H100: what it reads and needs."""
 
+import functools
 import math
 
 import jax
@@ -17,13 +18,15 @@ from lpo_jax.planner.hlo import parse_hlo
 from lpo_jax.planner.topology import parse_topology, tpu_devices
 from lpo_jax.sampling import Sampling
 from lpo_jax.sampling import decode as device
+from lpo_jax.sampling.page_pool import allocate_pool
 from lpo_jax.sampling.pages import Pool
 
 LAYERS = 36
 K, S, T, MEAN = 8, 1024, 4096, 1024
+TOKENS = 16  # of a call
 
 
-def compiled(size, layers, devices, attention):
+def compiled(size, layers, devices, attention, kv_dtype):
     """Compiles `decode_pages` at a small depth, for devices that share every layer."""
     config = ModelConfig(
         *("qwen3", 151936, 4096, layers, 32, 8, 128, 12288, 40960), rope_theta=1e6, qk_norm=True
@@ -34,11 +37,14 @@ def compiled(size, layers, devices, attention):
     with jax.set_mesh(mesh):
         layout = lambda params: device.decode_layout(config, params, dtype)  # noqa: E731
         weights = placed(config, jax.eval_shape(layout, abstract_params(config)))
-        shape = size.pages, 2, config.num_kv_heads, config.head_width, size.page_size
-        place = jax.sharding.NamedSharding(
-            mesh, sharding.spec(mesh, ("batch", None, "kv_heads", None, None), shape)
-        )
-        pool = [jax.ShapeDtypeStruct(shape, dtype, sharding=place) for _ in range(layers)]
+        settings = device.DecodeSettings(config, (1,), Sampling(), dtype, attention, kv_dtype)
+
+        def placed_page(x):
+            where = sharding.spec(mesh, ("batch", None, "kv_heads", None, None), x.shape)
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.sharding.NamedSharding(mesh, where))
+
+        allocate = functools.partial(allocate_pool, config, settings.stored, size.pages, size.page_size)
+        pool = jax.tree.map(placed_page, jax.eval_shape(allocate))
         rows = device.DecodeState(
             *(ints(size.slots) for _ in range(4)),
             active=jax.ShapeDtypeStruct((size.slots,), bool),
@@ -47,12 +53,12 @@ def compiled(size, layers, devices, attention):
             member_index=ints(size.slots),
         )
         tables = ints(size.prompts, size.pages_of(S - 1)), ints(size.slots, size.pages_of(T))
-        settings = device.DecodeSettings(config, (1,), Sampling(), dtype, attention)
         program = device.decode_pages.lower(
             settings, weights, rows, ints(size.prompts), *tables, pool, ints(), ints()
         ).compile()
     local = lambda x: math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize  # noqa: E731
-    return program, local(pool[0]), sum(map(local, jax.tree.leaves(weights["layers"][0])))
+    held = lambda tree: sum(map(local, jax.tree.leaves(tree)))  # noqa: E731
+    return program, held(pool[0]), held(weights["layers"][0])
 
 
 def v6e():
@@ -61,21 +67,22 @@ def v6e():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kv_dtype", ["compute", "int8", "fp8"])
 @pytest.mark.parametrize(
     "open_devices, attention, tokens, prompts",
     [(v6e, "pallas", MEAN, 32), (lambda: h100(1), "cudnn", 2 * MEAN, 8)],
     ids=["v6e", "h100"],
 )
-def test_a_decode_step_reads_weights_and_live_pages(open_devices, attention, tokens, prompts):
+def test_a_decode_step_reads_weights_and_live_pages(open_devices, attention, tokens, prompts, kv_dtype):
     """64 rows of as many tokens each in a pool of twice as many pages, which the program does not copy."""
     devices = open_devices()
     size = Pool(2 * 64 * tokens // 128, 128, 64, prompts)
     step, others = {}, {}
     for layers in (2, 4):
-        program, pool, layer = compiled(size, layers, devices, attention)
-        cost = program_cost(parse_hlo(program.as_text(), device.CHUNK))
+        program, pool, layer = compiled(size, layers, devices, attention, kv_dtype)
+        cost = program_cost(parse_hlo(program.as_text(), TOKENS))
         # Two kernels in each layer have the pool as an operand; what they read of it is added below.
-        step[layers] = cost.bytes / device.CHUNK - 2 * layers * pool
+        step[layers] = cost.bytes / TOKENS - 2 * layers * pool
         memory = program.memory_analysis()
         assert memory.alias_size_in_bytes >= layers * pool  # the pool is updated in place
         others[layers] = memory.temp_size_in_bytes

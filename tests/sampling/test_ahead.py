@@ -17,9 +17,9 @@ from lpo_jax.sampling import (
     Sampler,
     SampleRequest,
     batching,
+    calls,
     kv_cache,
     pages,
-    paging,
     rows,
 )
 from lpo_jax.sampling.padding import pad_prompts
@@ -43,8 +43,7 @@ LENGTHS = {
 def small_steps(monkeypatch):
     monkeypatch.setattr(batching, "MIN_SLOTS", 4)
     monkeypatch.setattr(rows, "PREFILL_ROWS", 3)
-    for module in (batching, kv_cache, paging, rows):
-        monkeypatch.setattr(module, "CHUNK", 4)
+    monkeypatch.setattr(calls, "FEWEST", 4)
     monkeypatch.setattr(pages, "PAGE", 4)
     monkeypatch.setattr(kv_cache, "FIRST_TOKENS", 16)
 

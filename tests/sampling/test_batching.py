@@ -15,6 +15,7 @@ from lpo_jax.sampling import (
     Sampler,
     SampleRequest,
     batching,
+    calls,
     kv_cache,
     rows,
 )
@@ -51,8 +52,7 @@ def sample(tiny_config, tiny_params):
 @pytest.fixture(autouse=True)
 def small_steps(monkeypatch):
     monkeypatch.setattr(batching, "MIN_SLOTS", 4)
-    for module in (batching, kv_cache, rows):
-        monkeypatch.setattr(module, "CHUNK", 4)
+    monkeypatch.setattr(calls, "FEWEST", 4)
     monkeypatch.setattr(kv_cache, "FIRST_TOKENS", 16)
 
 
@@ -130,7 +130,7 @@ def test_work_on_long_responses_of_uneven_length_is_mostly_useful(monkeypatch, s
         while steps < limit and active.sum() >= min_active:
             drawn += active
             active, steps = active & (drawn < state.budget), steps + 1
-        tokens = np.ones((len(drawn), batching.device.CHUNK), np.int32)
+        tokens = np.ones((len(drawn), settings.call_tokens), np.int32)
         floats = tokens.astype(np.float32)
         out = batching.device.DecodeOutput(tokens, floats, floats, drawn, active, steps)
         return out, cache_tokens
@@ -144,8 +144,7 @@ def test_work_on_long_responses_of_uneven_length_is_mostly_useful(monkeypatch, s
     }
     for name, fake in fakes.items():
         monkeypatch.setattr(kv_cache, name, fake)
-    for module in (batching, kv_cache, rows):
-        monkeypatch.setattr(module, "CHUNK", batching.device.CHUNK)
+    monkeypatch.setattr(calls, "FEWEST", batching.device.DecodeSettings.call_tokens)
     monkeypatch.setattr(rows.sharding, "batch_shards", lambda: shards)
     keys = np.zeros((P, K, 2), np.uint32)
     batcher = batching.ContinuousBatcher(

@@ -13,7 +13,7 @@ from tiny import vision_tokenizer
 from lpo_jax import load_model
 from lpo_jax.errors import UserError
 from lpo_jax.models.prompt_images import expand
-from lpo_jax.sampling import Ahead, PromptBatch, Responses, Sampler, SampleRequest, pages, paging
+from lpo_jax.sampling import Ahead, PromptBatch, Responses, Sampler, SampleRequest, calls, pages, paging
 from lpo_jax.sampling.padding import pad_prompts
 from lpo_jax.sampling.text import encode, prompt_ids
 
@@ -85,7 +85,7 @@ def test_rows_set_aside_continue_behind_their_images(model, generated, monkeypat
         paging.PagedBatcher, "_insert_rows", lambda self, *a: resumed.append(a[0]) or prefill(self, *a)
     )
     monkeypatch.setattr(pages, "PAGE", 4)
-    monkeypatch.setattr(paging, "CHUNK", 4)
+    monkeypatch.setattr(calls, "FEWEST", 4)
     small = functools.partial(Sampler, attention="interpret", kv_tokens=92)
     monkeypatch.setattr("lpo_jax.sampling.model.Sampler", small)
     paged = model.generate(PROMPTS, images=IMAGES, **SETTINGS)

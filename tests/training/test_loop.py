@@ -111,6 +111,29 @@ def test_resume_is_exact(reference, run_config):
     assert_same_run(learned(config), reference)
 
 
+def test_moments_on_the_host_change_nothing(reference, run_config):
+    """Nor does a resume, which reads them to the memory of the device first."""
+    for steps in (2, 4):
+        config = run_config(training={"steps": steps}, optimizer={"state": "host"})
+        train(parse_config(config), resume=steps == 4)
+    assert_same_run(learned(config), reference)
+
+
+def test_resume_is_exact_with_8_bits_and_rounded_moments(run_config, one_layout):
+    sections = {"sampling": {"kv_dtype": "int8"}, "optimizer": {"state": "bfloat16"}}
+    ends = []
+    for output, stops in (("whole", (3,)), ("parts", (1, 3))):
+        for steps in stops:
+            config = run_config(output, training={"steps": steps}, evaluation={"every": 0}, **sections)
+            train(parse_config(config), resume=steps > stops[0])
+        ends.append(learned(config))
+    chex.assert_trees_all_equal(ends[0][0], ends[1][0])
+    steps = [[row for row in end[1] if "training/global_step" in row] for end in ends]
+    assert steps[0] == steps[1] and len(steps[0]) == 3
+    of_training = [{name: text for name, text in end[2].items() if "rollouts" in name} for end in ends]
+    assert of_training[0] == of_training[1]
+
+
 @pytest.mark.parametrize(
     "number",
     [signal.SIGKILL, *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGTERM, signal.SIGINT))],

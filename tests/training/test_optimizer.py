@@ -1,14 +1,22 @@
 """Learning-rate schedules, the weight-decay mask, and the guard against non-finite gradients."""
 
+import dataclasses
 import functools
+import types
 
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
+from tiny import CONFIG
 
 from lpo_jax.config import OptimizerConfig
+from lpo_jax.errors import UserError
+from lpo_jax.models.placement import param_shardings
+from lpo_jax.parallel import sharding
+from lpo_jax.training import moments
 from lpo_jax.training.optimizer import applied_updates, make_optimizer, make_schedule, skipped_updates
 
 
@@ -109,3 +117,89 @@ def test_the_rate_reported_is_the_rate_used():
             assert before - params["wq"] == pytest.approx(rates[-1], rel=1e-3)
     assert rates == pytest.approx([1.0, 1.0, 0.75, 0.5])
     assert applied_updates(state) == 3 and skipped_updates(state) == (0, 1)
+
+
+def test_the_chain_is_that_of_adamw(tiny_params):
+    """Checkpoints hold the states of `optax.adamw`."""
+    plain = optax.adamw(lambda count: 1e-3, mask=jax.tree.map(lambda _: True, tiny_params))
+    structure = jax.tree.structure(make_optimizer(OptimizerConfig(), 10).rule.init(tiny_params))
+    assert structure == jax.tree.structure(plain.init(tiny_params))
+
+
+def test_stochastic_rounding_keeps_the_mean():
+    """Numbers become one of their two neighbours, and their mean over seeds is within five standard deviations."""
+    x = jnp.exp(jnp.linspace(-20.0, 20.0, 999)).reshape(27, 37)
+    seeds = 4096
+    rounded = jax.jit(jax.vmap(lambda seed: moments.round_stochastically(x, seed)))(jnp.arange(seeds))
+    assert rounded.dtype == jnp.bfloat16
+    below = jax.lax.bitcast_convert_type((x.view(jnp.uint32) >> 16) << 16, jnp.float32)
+    space = jax.lax.bitcast_convert_type(((x.view(jnp.uint32) >> 16) + 1) << 16, jnp.float32) - below
+    up = (np.asarray(rounded, np.float32) - below) / space
+    assert set(np.unique(up)) == {0.0, 1.0}
+    share = np.asarray((x - below) / space)
+    deviation = np.sqrt(share * (1 - share) / seeds)
+    assert (np.abs(up.mean(0) - share) <= 5 * deviation + 1e-3).all()
+    # Neighbours are rounded independently of each other.
+    centred = (up - share) / np.maximum(np.sqrt(share * (1 - share)), 1e-6)
+    busy = (share > 0.1) & (share < 0.9)
+    pairs = (centred[:, :, 1:] * centred[:, :, :-1])[:, busy[:, 1:] & busy[:, :-1]]
+    assert abs(pairs.mean()) < 0.01
+
+
+def test_moments_in_bfloat16_follow_those_in_float32():
+    """Small changes of the second moment are not lost, as they would be by rounding to nearest."""
+    config = OptimizerConfig(learning_rate=1e-3, weight_decay=0.0, clip_norm=0.0)
+    params = {"wq": jnp.ones((64, 64))}
+    ends = {}
+    for state in ("float32", "bfloat16"):
+        optimizer = make_optimizer(dataclasses.replace(config, state=state), 1000)
+        apply = jax.jit(optimizer.apply)
+        new, held = params, optimizer.init(params)
+        for step in range(300):
+            gradient = {"wq": (1 + step / 100) * jnp.cos(jnp.arange(4096.0) + step).reshape(64, 64)}
+            new, held, _ = apply(gradient, held, new)
+        ends[state] = new, held.inner_state[0]
+    (wide, of_wide), (narrow, of_narrow) = ends["float32"], ends["bfloat16"]
+    assert of_narrow.mu["wq"].dtype == of_narrow.nu["wq"].dtype == jnp.bfloat16
+    ratio = of_narrow.nu["wq"].astype(jnp.float32) / of_wide.nu["wq"]
+    assert abs(ratio.mean() - 1) < 2e-3 and ratio.std() < 0.05
+    moved = lambda new: new["wq"] - params["wq"]  # noqa: E731
+    assert jnp.abs(moved(narrow) - moved(wide)).max() < 0.15 * jnp.abs(moved(wide)).max()
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_moments_wait_in_the_memory_of_the_host(many, tiny_params):
+    """Updates are those of float32, bit for bit, on one device and on a mesh."""
+    mesh = None
+    if many:
+        auto = (jax.sharding.AxisType.Auto,) * 3
+        mesh = jax.make_mesh((1, 4, 2), sharding.AXES, devices=jax.devices()[:8], axis_types=auto)
+        where = param_shardings(CONFIG, mesh)
+        tiny_params = jax.tree.map(jax.device_put, tiny_params, where)
+    ends = []
+    with sharding.using(mesh):
+        for state in ("float32", "host"):
+            optimizer = make_optimizer(OptimizerConfig(learning_rate=0.1, state=state), 10)
+            params, held = tiny_params, optimizer.at_rest(jax.jit(optimizer.init)(tiny_params))
+            for _ in range(2):
+                gradient = jax.tree.map(lambda p: jnp.cos(100 * p), params)
+                params, held, _ = jax.jit(optimizer.apply)(gradient, optimizer.at_work(held), params)
+                held = optimizer.at_rest(held)
+            ends.append((params, held))
+    kinds = [{x.sharding.memory_kind for x in jax.tree.leaves(held) if x.ndim} for _, held in ends]
+    assert kinds == [{"device"}, {"pinned_host"}]
+    chex.assert_trees_all_equal(*ends)
+
+
+def test_a_device_without_host_memory_is_refused(monkeypatch):
+    class Device:
+        device_kind = "Abacus"
+
+        def addressable_memories(self):
+            return [types.SimpleNamespace(kind="beads")]
+
+    monkeypatch.setattr(moments.jax, "local_devices", lambda: [Device()])
+    with pytest.raises(
+        UserError, match=r"^optimizer.state = host: Abacus has no pinned_host memory \(it has beads\)"
+    ):
+        moments.check_host_memory()

@@ -15,15 +15,21 @@ from lpo_jax.training import learner
 from lpo_jax.training.behaviour import choose_behaviour
 from lpo_jax.training.check import check_config
 from lpo_jax.training.loop import train
+from lpo_jax.training.session import open_session
 
 INT8 = {"weights": "int8"}
 TRUNCATED = {"name": "dr-grpo", "token_weight": "truncated-importance"}
 
 
-def test_gap_of_sampling_in_8_bits_is_reported(run_config, one_layout, no_plots):
-    pytest.importorskip("qwix")
+@pytest.mark.parametrize(
+    "sampling, most",
+    [(INT8, [1.0, 0.15]), ({"kv_dtype": "int8"}, [1.0, 0.15]), ({"kv_dtype": "fp8"}, [3.0, 0.5])],
+)
+def test_gap_of_sampling_in_8_bits_is_reported(run_config, one_layout, no_plots, sampling, most):
+    if sampling is INT8:
+        pytest.importorskip("qwix")
     values = run_config(
-        sampling=INT8,
+        sampling=sampling,
         objective=TRUNCATED,
         training={"steps": 1, "updates_per_step": 1},
         evaluation={"every": 0, "problems": 1},
@@ -31,7 +37,7 @@ def test_gap_of_sampling_in_8_bits_is_reported(run_config, one_layout, no_plots)
     train(parse_config(values))
     (row,) = (row for row in read_metrics(values["output"]) if "lpo/logp_gap_max" in row)
     assert row["lpo/logp_gap_max"] > 1e-3 and row["lpo/logp_gap_mean"] > 1e-4
-    np.testing.assert_array_less([row["lpo/logp_gap_max"], row["lpo/logp_gap_mean"]], [1.0, 0.15])
+    np.testing.assert_array_less([row["lpo/logp_gap_max"], row["lpo/logp_gap_mean"]], most)
     assert row["actor/grad_norm"] > 0 and row["lpo/skipped_updates"] == 0
 
 
@@ -49,6 +55,25 @@ def test_what_cannot_be_corrected_is_refused(run_config, monkeypatch):
     monkeypatch.setattr(quantize.importlib.util, "find_spec", lambda name: name)
     assert "samples from another model" in problem(sampling=INT8, training=sampled)
     check_config(parse_config(run_config(sampling=INT8, objective=TRUNCATED)))
+    cache = {"kv_dtype": "int8"}
+    assert problem(sampling=cache, training=sampled).startswith(
+        "sampling.kv_dtype = int8 samples from another"
+    )
+    assert "training.behaviour = rescored replaces" in problem(sampling={**cache, "ahead": 1})
+
+
+def test_8_bit_floats_need_a_chip_that_has_them(run_config, monkeypatch):
+    class Ampere:
+        device_kind, compute_capability = "NVIDIA A100-SXM4-80GB", "8.0"
+
+        def memory_stats(self):
+            return None
+
+    monkeypatch.setattr("lpo_jax.training.session.jax.local_devices", lambda: [Ampere()])
+    values = run_config(sampling={"kv_dtype": "fp8"})
+    session = open_session(parse_config(values))
+    with pytest.raises(UserError, match=r"^sampling.kv_dtype = fp8: NVIDIA A100.* use int8$"), session:
+        pass
 
 
 def test_a_constant_of_the_method_is_not_the_response_budget(run_config):

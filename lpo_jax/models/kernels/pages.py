@@ -23,12 +23,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec
 
+from lpo_jax.models.eight_bits import Quantised
 from lpo_jax.parallel.sharding import current_mesh, spec
 
 # Bytes of keys and values that a grid step reads. Two blocks are in VMEM at a time, which is 16 MiB on every chip.
 BLOCK_BYTES = 1 << 21
 MOST_PAGES = 16  # of a block: each is an operand of its own
-LANES, SUBLANES = 128, 16
+LANES = 128
 LOWEST = jnp.finfo(jnp.float32).min
 
 
@@ -38,7 +39,7 @@ def attend_pages(q, pool, table, start, stop, *, interpret: bool = False) -> tup
 
     Args:
       q: `[B, G, C, I, N]`.
-      pool: `[Z, 2, G, N, X]`, keys and values of each page.
+      pool: `[Z, 2, G, N, X]`, keys and values of each page, floats or 8-bit numbers with scales `[Z, 2, G, 1, X]`.
       table: `[B, M]` int32, the pages of each row; key y is in the page `table[b, y // X]`. On a mesh, pages are
         counted within the shard. What is listed behind a row's last page is not read.
       start: `[B, C]` int32.
@@ -75,7 +76,8 @@ def pages_per_block(page: tuple[int, ...], itemsize: int, M: int) -> int:
       M: pages of the longest row.
     """
     _, G, N, X = page
-    page_bytes = 2 * G * math.ceil(N / SUBLANES) * SUBLANES * math.ceil(X / LANES) * LANES * itemsize
+    sublanes = 32 // itemsize
+    page_bytes = 2 * G * math.ceil(N / sublanes) * sublanes * math.ceil(X / LANES) * LANES * itemsize
     return max(1, min(BLOCK_BYTES // page_bytes, MOST_PAGES, M))
 
 
@@ -119,22 +121,23 @@ def _blocks(table, start, stop, n: int, X: int, pages: int):
 
 def _attend_pages(q, pool, table, start, stop, *, interpret):
     B, G, C, I, N = q.shape
-    Z, X = pool.shape[0], pool.shape[-1]
-    n = pages_per_block(pool.shape[1:], pool.dtype.itemsize, table.shape[1])
+    parts = [pool.numbers, pool.scale] if isinstance(pool, Quantised) else [pool]
+    Z, X = parts[0].shape[0], parts[0].shape[-1]
+    n = pages_per_block(parts[0].shape[1:], parts[0].dtype.itemsize, table.shape[1])
     steps, row, block, first, last, page = _blocks(table, start, stop, n, X, Z)
 
     def rows(*shape):
         return pl.BlockSpec((None, *shape), lambda s, row, *_: (row[s],) + (0,) * len(shape))
 
-    def nth_page(i):
-        return pl.BlockSpec((None, 2, G, N, X), lambda s, *scalars: (scalars[-1][s * n + i], 0, 0, 0, 0))
+    def nth_page(i, part):
+        return pl.BlockSpec((None, *part.shape[1:]), lambda s, *scalars: (scalars[-1][s * n + i], 0, 0, 0, 0))
 
     out, lse = pl.pallas_call(
         functools.partial(_kernel, n=n, X=X),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=6,
             grid=(steps,),
-            in_specs=[rows(C * I, 1), rows(G, C * I, N), *map(nth_page, range(n))],
+            in_specs=[rows(C * I, 1), rows(G, C * I, N), *(nth_page(i, x) for x in parts for i in range(n))],
             out_specs=[rows(G, C * I, N), rows(G, C * I, 1)],
             scratch_shapes=[pltpu.VMEM((G, C * I, size), jnp.float32) for size in (1, 1, N)],
         ),
@@ -154,20 +157,31 @@ def _attend_pages(q, pool, table, start, stop, *, interpret):
         page.reshape(-1),
         jnp.repeat(start, I, axis=1)[..., None],
         (q * N**-0.5).reshape(B, G, C * I, N),
-        *[pool] * n,
+        *(x for x in parts for _ in range(n)),
     )
     return out.reshape(q.shape), lse.reshape(q.shape[:-1])
 
 
 def _kernel(row, block, first, last, stop, _, start, q, *refs, n, X):
-    pages, (out, lse, peak, total, weighted) = refs[:n], refs[n:]
+    pages, scales, (out, lse, peak, total, weighted) = refs[:n], refs[n:-5], refs[-5:]
     s = pl.program_id(0)
     b, j = row[s], block[s]
-    precision = jax.lax.Precision.HIGHEST if pages[0].dtype == jnp.float32 else None
+    precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
 
     def product(x, y, axis):
         dimensions = (((1,), (axis,)), ((), ()))
         return jax.lax.dot_general(x, y, dimensions, precision=precision, preferred_element_type=jnp.float32)
+
+    def scaled(x, i, part, g):
+        """Scales columns `[C I, X]` of keys (part 0) or values (1), one for each token of page i."""
+        return x * scales[i][part, g] if scales else x
+
+    def score(i, g):
+        return scaled(product(q[g], pages[i][0, g].astype(q.dtype), 0), i, 0, g)
+
+    def value(i, g, weights):
+        weights = scaled(weights[:, i * X : (i + 1) * X], i, 1, g)
+        return product(weights.astype(q.dtype), pages[i][1, g].astype(q.dtype), 1)
 
     @pl.when(j == first[b])
     def _():
@@ -178,16 +192,13 @@ def _kernel(row, block, first, last, stop, _, start, q, *refs, n, X):
     key = j * (n * X) + jax.lax.broadcasted_iota(jnp.int32, (q.shape[1], n * X), 1)
     seen = (key >= start[...]) & (key < stop[b])
     for g in range(q.shape[0]):
-        scores = jnp.concatenate([product(q[g], page[0, g], 0) for page in pages], axis=-1)  # [C I, n X]
+        scores = jnp.concatenate([score(i, g) for i in range(n)], axis=-1)  # [C I, n X]
         scores = jnp.where(seen, scores, LOWEST)
         new_peak = jnp.maximum(peak[g], scores.max(-1, keepdims=True))
         weights = jnp.where(seen, jnp.exp(scores - new_peak), 0.0)
         shrink = jnp.exp(peak[g] - new_peak)
         total[g] = shrink * total[g] + weights.sum(-1, keepdims=True)
-        parts = (
-            product(weights[:, i * X : (i + 1) * X].astype(page.dtype), page[1, g], 1)
-            for i, page in enumerate(pages)
-        )
+        parts = (value(i, g, weights) for i in range(n))
         weighted[g] = shrink * weighted[g] + functools.reduce(jnp.add, parts)
         peak[g] = new_peak
 

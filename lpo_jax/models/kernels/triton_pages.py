@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from lpo_jax.models.eight_bits import Quantised
 from lpo_jax.models.kernels.pages import on_each_shard_of_pages
 from lpo_jax.models.kernels.triton import add_block, empty_softmax, finish, power_of_two, scores_of
 from lpo_jax.models.kernels.union import merge
@@ -46,11 +47,12 @@ def number_of_splits(programs: int, M: int) -> int:
 
 def _attend_pages(q, pool, table, start, stop, *, interpret):
     B, G, C, I, N = q.shape
-    (Z, *_, X), M = pool.shape, table.shape[1]
+    parts = [pool.numbers, pool.scale] if isinstance(pool, Quantised) else [pool]
+    (Z, *_, X), M = parts[0].shape, table.shape[1]
     queries, width = min(QUERIES, power_of_two(C * I)), power_of_two(N)
     blocks = pl.cdiv(C * I, queries)
     splits = number_of_splits(B * G * blocks, M)
-    tokens = min(X, BLOCK_BYTES // (width * pool.dtype.itemsize))
+    tokens = min(X, BLOCK_BYTES // (width * q.dtype.itemsize))
     # The first axis of the grid has the blocks of queries of each split, the fastest one.
     split, block = lambda at: jax.lax.div(at, blocks), lambda at: jax.lax.rem(at, blocks)
     out, lse = pl.pallas_call(
@@ -58,7 +60,10 @@ def _attend_pages(q, pool, table, start, stop, *, interpret):
         grid=(splits * blocks, G, B),
         in_specs=[
             pl.BlockSpec((None, None, queries, width), lambda at, g, b: (b, g, block(at), 0)),
-            pl.BlockSpec((Z, 2, None, width, X), lambda at, g, b: (0, 0, g, 0, 0)),
+            *(
+                pl.BlockSpec((Z, 2, None, size, X), lambda at, g, b: (0, 0, g, 0, 0))
+                for size in (width, 1)[: len(parts)]
+            ),
             pl.BlockSpec((None, M), lambda at, g, b: (b, 0)),
             pl.BlockSpec((None, queries), lambda at, g, b: (b, block(at))),
             pl.BlockSpec((None,), lambda at, g, b: (b,)),
@@ -78,7 +83,7 @@ def _attend_pages(q, pool, table, start, stop, *, interpret):
         name="attend_pages",
     )(
         q.reshape(B, G, C * I, N),
-        pool,
+        *parts,
         jnp.clip(table, 0, Z - 1),
         jnp.repeat(start, I, axis=1).astype(jnp.int32),
         stop.astype(jnp.int32),
@@ -87,11 +92,12 @@ def _attend_pages(q, pool, table, start, stop, *, interpret):
     return out.reshape(q.shape), lse.reshape(q.shape[:-1])
 
 
-def _kernel(q_ref, pool_ref, table_ref, first_ref, stop_ref, out_ref, lse_ref, *, splits, queries, N, tokens):
+def _kernel(q_ref, pool_ref, *refs, splits, queries, N, tokens):
     """Blocks have powers of two; `queries` and N are what is in the arrays, beyond which nothing is accessed.
 
-    A step reads `tokens` keys and values, a page or a part of one.
+    A step reads `tokens` keys and values, a page or a part of one. Numbers of 8 bits have scales, the first of `refs`.
     """
+    *scale_refs, table_ref, first_ref, stop_ref, out_ref, lse_ref = refs
     (rows, width), X = q_ref.shape, pool_ref.shape[-1]
     blocks = pl.cdiv(queries, rows)
     split, block = jax.lax.div(pl.program_id(0), blocks), jax.lax.rem(pl.program_id(0), blocks)
@@ -106,13 +112,17 @@ def _kernel(q_ref, pool_ref, table_ref, first_ref, stop_ref, out_ref, lse_ref, *
     low = begin + split * share
     stops = jnp.broadcast_to(stop, first.shape)
 
+    def loaded(page, i, at):
+        """Keys or values `[N, tokens]` of a page in q's dtype."""
+        x = plgpu.load(pool_ref.at[page, i, :, at], mask=in_page, other=0)
+        for scale_ref in scale_refs:
+            x = x.astype(jnp.float32) * scale_ref[page, i, :, at]
+        return x.astype(q.dtype)
+
     def step(j, softmax):
         page = table_ref[jax.lax.div(j, jnp.int32(X // tokens))]
         at = pl.ds(jax.lax.rem(j, jnp.int32(X // tokens)) * tokens, tokens)
-        k, v = (
-            plgpu.load(pool_ref.at[page, jnp.int32(i), :, at], mask=in_page, other=0.0)  # [N, tokens]
-            for i in (0, 1)
-        )
+        k, v = (loaded(page, jnp.int32(i), at) for i in (0, 1))
         return add_block(softmax, *scores_of(q, k, first, stops, j * tokens, N**-0.5), v.T)
 
     softmax = jax.lax.fori_loop(low, jnp.minimum(low + share, end), step, empty_softmax(rows, width))
