@@ -112,9 +112,11 @@ def _kernel(q_ref, pool_ref, *refs, splits, queries, N, tokens):
     low = begin + split * share
     stops = jnp.broadcast_to(stop, first.shape)
 
+    zero = 0.0 if jnp.issubdtype(pool_ref.dtype, jnp.floating) else 0
+
     def loaded(page, i, at):
         """Keys or values `[N, tokens]` of a page in q's dtype."""
-        x = plgpu.load(pool_ref.at[page, i, :, at], mask=in_page, other=0)
+        x = plgpu.load(pool_ref.at[page, i, :, at], mask=in_page, other=zero)
         for scale_ref in scale_refs:
             x = x.astype(jnp.float32) * scale_ref[page, i, :, at]
         return x.astype(q.dtype)
