@@ -91,5 +91,7 @@ def test_a_decode_step_reads_weights_and_live_pages(open_devices, attention, tok
     page = pool / size.pages
     live = (64 * size.pages_of(tokens) + 64 // K * size.pages_of(S)) * page
     measured = step[2] + (LAYERS - 2) / 2 * (step[4] - step[2]) + LAYERS * live
-    assert measured <= 1.15 * (head + LAYERS * (layer + live))
+    # Pages of 8 bits are half as large, and what a GPU moves besides weights and pages is not.
+    most = 1.25 if attention == "cudnn" and kv_dtype != "compute" else 1.15
+    assert measured <= most * (head + LAYERS * (layer + live))
     print(f"{measured / (head + LAYERS * (layer + live)):.3f} of weights and live pages")
