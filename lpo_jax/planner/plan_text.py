@@ -64,23 +64,7 @@ def show(made: Plan, model: str) -> None:
 def _show(made: Plan, proposal: Proposal, title: str) -> None:
     out, chip, spare = console(), made.topology.chip, made.spare(proposal)
     out.print(f"\n[bold]{title}[/bold]: {proposal.setting.describe()}", highlight=False)
-    parts = roofline.standing(made.work, proposal.setting)
-    out.print(
-        "  on each device, GB: "
-        + ", ".join(f"{name} {size / GB:.2f}" for name, size in parts.items() if size)
-        + f", temporaries up to {max(p.temporary for p in proposal.phases) / GB:.2f}",
-        highlight=False,
-        soft_wrap=True,
-    )
-    peak = max(proposal.phases, key=lambda phase: phase.memory).name
-    if made.work.optimizer == "float32" and peak in ("prefill", "decode"):
-        moments = parts["optimizer"] / GB
-        out.print(
-            f"  {peak} needs the most memory: there --optimizer.state=host would free {moments:.1f} GB, and bfloat16 "
-            f"{moments / 2:.1f} GB",
-            highlight=False,
-            soft_wrap=True,
-        )
+    _show_memory(made, proposal)
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("", *_NUMBERS, "limited by", ""):
         table.add_column(name, justify="left" if name in ("", "limited by") else "right")
@@ -127,6 +111,28 @@ def _show(made: Plan, proposal: Proposal, title: str) -> None:
     )
     if proposal.at_lengths:
         _show_lengths(made, proposal, proposal.at_lengths)
+
+
+def _show_memory(made: Plan, proposal: Proposal) -> None:
+    """Print how the memory of a device is used, and what `optimizer.state` would free where sampling needs the most."""
+    out = console()
+    parts = roofline.standing(made.work, proposal.setting)
+    out.print(
+        "  on each device, GB: "
+        + ", ".join(f"{name} {size / GB:.2f}" for name, size in parts.items() if size)
+        + f", temporaries up to {max(p.temporary for p in proposal.phases) / GB:.2f}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    peak = max(proposal.phases, key=lambda phase: phase.memory).name
+    if made.work.optimizer == "float32" and peak in ("prefill", "decode"):
+        moments = parts["optimizer"] / GB
+        out.print(
+            f"  {peak} needs the most memory: there --optimizer.state=host would free {moments:.1f} GB, and bfloat16 "
+            f"{moments / 2:.1f} GB",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def _show_lengths(made: Plan, proposal: Proposal, found: AtLengths) -> None:

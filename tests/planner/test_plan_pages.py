@@ -74,9 +74,9 @@ def v6e():
     ids=["v6e", "h100"],
 )
 def test_a_decode_step_reads_weights_and_live_pages(open_devices, attention, tokens, prompts, kv_dtype):
-    """64 rows of as many tokens each in a pool of twice as many pages, which the program does not copy."""
+    """64 rows of as many tokens each in a pool of four times as many pages, which the program does not copy."""
     devices = open_devices()
-    size = Pool(2 * 64 * tokens // 128, 128, 64, prompts)
+    size = Pool(4 * 64 * tokens // 128, 128, 64, prompts)
     step, others = {}, {}
     for layers in (2, 4):
         program, pool, layer = compiled(size, layers, devices, attention, kv_dtype)
