@@ -127,6 +127,7 @@ def plan(
     objective: Objective,
     *,
     lengths: np.ndarray | None = None,
+    estimate: bool = False,
     suggest: bool = True,
     whole: bool = False,
     report: Callable[[str], None] = lambda line: None,
@@ -140,12 +141,13 @@ def plan(
       eos_ids: every id that ends a response.
       objective: the objective.
       lengths: `[P, K]` response tokens of a step to plan for; None: all responses have their full length.
+      estimate: whether to compile nothing, and estimate all phases by arithmetic.
       suggest: whether to search for a better setting.
       whole: whether to compile unrolled programs at full depth (see `programs`).
       report: called with a line about each program before it is compiled.
 
     Raises:
-      UserError: libtpu is missing, the config's mesh does not fit the slice, or the chip lacks a data type.
+      UserError: the compiler is missing, the config's mesh does not fit the slice, or the chip lacks a data type.
     """
     started = time.perf_counter()
     chip = target.chip.name
@@ -153,20 +155,19 @@ def plan(
     may_round = allows_int8(config)
     config = choose_behaviour(config, objective).resolve(config)
     work = roofline.workload(config, model, objective.needs, scores_first(objective))
-    kernels = target.chip.kind == "tpu" and config.model.attention != "plain"
-    work = dataclasses.replace(work, kernels=kernels, platform=target.chip.kind)
+    attention = attention_of(config, target.chip)
+    work = dataclasses.replace(work, kernels=attention != "plain", platform=target.chip.kind)
     asked = setting_of(config, work, target)
     compiler: Compiler | None = None
-    if target.chip.kind == "tpu":
-        devices = topology.tpu_devices(target)
+    if not estimate:
+        devices = topology.open_compiler(target)
         from lpo_jax.planner.programs import Slice
 
         def compiler(setting: Setting, name: str) -> StepPhase:
-            chosen = override_config(config, setting.overrides())
-            if chosen.model.attention == "auto":  # the choice of a run on a TPU
-                chosen = override_config(chosen, ["--model.attention=pallas"])
+            chosen = override_config(config, [*setting.overrides(), f"--model.attention={attention}"])
             report(f"compiling {name} for {target.name}, {setting.describe()}")
-            return Slice(chosen, model, eos_ids, objective, work, setting, devices, whole).phase(name)
+            of = Slice(chosen, model, eos_ids, objective, work, setting, devices, target, whole)
+            return of.phase(name)
 
     search = _Search(work, target.chip, compiler, lengths)
     own = search.timed(search.propose(asked, None))
@@ -192,6 +193,13 @@ def allows_int8(config: Config) -> bool:
     return True
 
 
+def attention_of(config: Config, chip: Chip) -> str:
+    """Return the attention that a run on this chip has."""
+    if config.model.attention != "auto":
+        return config.model.attention
+    return "pallas" if chip.kind == "tpu" else "plain"
+
+
 def setting_of(config: Config, work: Workload, target: Topology) -> Setting:
     """Return the config's own setting on a slice, with the mesh derived if it is not given.
 
@@ -209,9 +217,14 @@ def setting_of(config: Config, work: Workload, target: Topology) -> Setting:
     # A run decides remat=auto by its free memory. The plan assumes recomputation, which needs less memory.
     training = config.training
     kv_tokens = config.sampling.kv_tokens if work.kernels else 0
-    asked = Setting(sizes, training.token_budget, bool(training.remat), config.sampling.max_rows, kv_tokens)
-    int8 = config.sampling.weights == "int8"
-    return dataclasses.replace(asked, rows=asked.capacity(work).slots, int8=int8)
+    if sizes.data % target.hosts:
+        raise UserError(
+            f"mesh.data = {sizes.data}: {target.name} has {target.hosts} hosts, over which only the data axis is laid "
+            f"out; set it to a multiple of {target.hosts}"
+        )
+    rows, int8 = config.sampling.max_rows, config.sampling.weights == "int8"
+    asked = Setting(sizes, training.token_budget, bool(training.remat), rows, kv_tokens, int8, target.hosts)
+    return dataclasses.replace(asked, rows=asked.capacity(work).slots)
 
 
 def settings(config: Config, work: Workload, target: Topology) -> Iterator[Setting]:
@@ -238,27 +251,34 @@ def settings(config: Config, work: Workload, target: Topology) -> Iterator[Setti
             fewest = mesh.devices // mesh.decode_tensor * work.K
             rows = sorted({fewest * -(-work.P * work.K // (fewest * cut)) for cut in (1, 2, 4, 8, 16, 32)})
             for at_once in rows:
-                yield Setting(mesh, budget, remat, at_once, int8=start.int8)
+                yield Setting(mesh, budget, remat, at_once, int8=start.int8, hosts=target.hosts)
 
 
 @dataclasses.dataclass
 class _Scale:
-    """The ratios of a compiled phase's figures to its estimate's."""
+    """The ratios of a compiled phase's figures to its estimate's, and its `StepPhase.apart`; 0 if kernels overlap."""
 
     flops: float = 1.0
     bytes: float = 1.0
     temporary: float = 1.0
+    launches: float = 1.0
+    apart: float = 0.0
 
-    def __call__(self, phase: StepPhase) -> StepPhase:
-        numbers = {name: scale * getattr(phase, name) for name, scale in vars(self).items()}
-        return dataclasses.replace(phase, **numbers)
+    def __call__(self, phase: StepPhase, chip: Chip) -> StepPhase:
+        numbers = {name: getattr(self, name) * getattr(phase, name) for name in _SCALED}
+        scaled = dataclasses.replace(phase, **numbers)
+        return dataclasses.replace(scaled, busy=self.apart * scaled.working(chip))
 
     @classmethod
-    def between(cls, made: StepPhase, estimate: StepPhase) -> "_Scale":
+    def between(cls, made: StepPhase, estimate: StepPhase, chip: Chip) -> "_Scale":
         ratio = lambda name: getattr(made, name) / max(getattr(estimate, name), 1.0)  # noqa: E731
         if made.too_large:
             return cls(temporary=ratio("temporary"))
-        return cls(*(ratio(field.name) for field in dataclasses.fields(cls)))
+        ratios = {name: ratio(name) for name in _SCALED}
+        return cls(**ratios, apart=made.apart(chip) if made.busy else 0.0)
+
+
+_SCALED = ("flops", "bytes", "temporary", "launches")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -300,7 +320,7 @@ class _Search:
                 phase = made
                 made_names.add(phase.name)
             elif scales:
-                phase = scales.get(phase.name, _Scale())(phase)
+                phase = scales.get(phase.name, _Scale())(phase, self.chip)
             phases.append(phase)
         return Proposal(setting, tuple(phases), frozenset(made_names))
 
@@ -351,12 +371,14 @@ class _Search:
         """Return the ratios of the compiled phases' figures to the estimates; 1 for the others."""
         pairs = zip(proposal.phases, roofline.estimate_phases(self.work, proposal.setting))
         return {
-            made.name: _Scale.between(made, estimate) if made.name in proposal.compiled else _Scale()
+            made.name: _Scale.between(made, estimate, self.chip)
+            if made.name in proposal.compiled
+            else _Scale()
             for made, estimate in pairs
         }
 
 
-_NUMBERS = ("times", "flops", "bytes", "sent", "held", "temporary", "host")
+_NUMBERS = ("times", "flops", "bytes", "sent", "held", "temporary", "launches", "busy", "host")
 
 
 def lengths_json(found: AtLengths | None) -> dict[str, Json] | None:
