@@ -3,12 +3,13 @@
 import numpy as np
 from rich.table import Table
 
+from lpo_jax.parallel import gpus
 from lpo_jax.planner import roofline
 from lpo_jax.planner.at_lengths import AtLengths
 from lpo_jax.planner.phases import StepPhase
 from lpo_jax.planner.plan import Plan, Proposal
 from lpo_jax.planner.setting import Sizes
-from lpo_jax.planner.topology import GPU_MEMORY_SHARE, Chip
+from lpo_jax.planner.topology import Chip
 from lpo_jax.reporting.text import console, duration
 
 GB = 1e9
@@ -193,5 +194,5 @@ def assumed(chip: Chip) -> str:
         f"{chip.bandwidth_share * chip.bandwidth / GB:.0f} GB/s, {1e6 * chip.launch:.0f} us), the shares of the "
         f"specification that one H200 reached, and bytes sent / {chip.link / GB:.0f} GB/s inside a host or "
         f"{chip.network / GB:.0f} GB/s per device between hosts are added, though part of communication is hidden. "
-        f"Memory is {GPU_MEMORY_SHARE:.0%} of the card's."
+        f"Memory is {gpus.MEMORY_SHARE:.0%} of the card's."
     )

@@ -12,6 +12,7 @@ import re
 from importlib import resources
 
 from lpo_jax.errors import UserError, nearest
+from lpo_jax.parallel import gpus
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Chip:
       name: its name in `--topology`.
       kind: "tpu" or "gpu".
       memory: bytes that a program can use: for a TPU the limit of its compiler, for a GPU the share of the memory that
-        JAX's allocator takes (`lpo_jax.commands.devices`).
+        JAX's allocator takes (`lpo_jax.parallel.gpus`).
       peak: dense bfloat16 operations per second.
       bandwidth: bytes per second between memory and chip.
       link: bytes per second of one link to a neighbour, in one direction; for a GPU the sum of its NVLinks.
@@ -74,9 +75,6 @@ class Chip:
         return max(self.shares(flops, moved, launches).values())
 
 
-# The part of a GPU's memory that the allocator of a run takes. JAX's default of 0.75 would leave the rest unused; the
-# CUDA context, cuBLAS and NCCL need some of it.
-GPU_MEMORY_SHARE = 0.9
 # What one H200 reached (docs/performance.md, "One NVIDIA H200"). Other GPUs are assumed to reach the same parts of what
 # is specified.
 _MEASURED = {"peak_share": 0.65, "bandwidth_share": 0.68, "launch": 3e-6}
@@ -84,7 +82,7 @@ _MEASURED = {"peak_share": 0.65, "bandwidth_share": 0.68, "launch": 3e-6}
 
 def _gpu(name: str, memory: int, peak: float, bandwidth: float, link: float, network: float) -> Chip:
     return Chip(
-        name, "gpu", GPU_MEMORY_SHARE * memory, peak, bandwidth, link, 0, 8, 8, network=network, **_MEASURED
+        name, "gpu", gpus.MEMORY_SHARE * memory, peak, bandwidth, link, 0, 8, 8, network=network, **_MEASURED
     )
 
 

@@ -6,6 +6,7 @@ from importlib import resources
 import pytest
 
 from lpo_jax.errors import UserError
+from lpo_jax.parallel import gpus
 from lpo_jax.planner import topology
 
 
@@ -66,7 +67,7 @@ def test_every_gpu_has_a_description_of_its_memory():
         if chip.kind == "gpu":
             text = (resources.files("lpo_jax.planner") / "gpus" / f"{chip.name}.txtpb").read_text()
             memory = int(re.search(r"device_memory_size: (\d+)", text)[1])
-            assert chip.memory == topology.GPU_MEMORY_SHARE * memory
+            assert chip.memory == gpus.MEMORY_SHARE * memory
 
 
 def test_a_ring_between_hosts_has_an_adapter_for_each_of_its_devices_on_a_host():
