@@ -40,12 +40,14 @@ class Cost:
       flops: matrix FLOPs.
       bytes: bytes read from and written to main memory.
       launches: kernels.
-      busy: seconds of all kernels, one after another.
+      kernels: bytes of Pallas kernels and cuDNN, part of `bytes`.
+      busy: seconds of all other kernels, one after another.
     """
 
     flops: float = 0.0
     bytes: float = 0.0
     launches: float = 0.0
+    kernels: float = 0.0
     busy: float = 0.0
 
     def add(self, other: "Cost", times: int = 1) -> None:
@@ -53,6 +55,7 @@ class Cost:
         self.flops += times * other.flops
         self.bytes += times * other.bytes
         self.launches += times * other.launches
+        self.kernels += times * other.kernels
         self.busy += times * other.busy
 
 
@@ -98,7 +101,10 @@ class _Reader:
                 moved = self._bytes(i, instructions, called.get("calls"))
                 total.bytes += moved
                 total.launches += 1
-                total.busy += self.seconds(total.flops - before, moved)
+                if _KERNEL.search(i.rest):
+                    total.kernels += moved
+                else:
+                    total.busy += self.seconds(total.flops - before, moved)
         return total
 
     def _bytes(self, i: Instruction, instructions: dict[str, Instruction], fused: str | None) -> float:
@@ -149,6 +155,10 @@ class _Reader:
                 elif user.opcode not in _UPDATED_BY or n != 0:
                     return whole
         return min(total, whole)
+
+
+# Custom calls that are Pallas kernels on TPUs, on GPUs, and attention by cuDNN. Their FLOPs are not in the text.
+_KERNEL = re.compile(r'custom_call_target="(?:tpu_custom_call|__gpu\$xla\.gpu\.triton|__cudnn\$fmha)')
 
 
 def _free(i: Instruction) -> bool:

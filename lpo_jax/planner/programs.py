@@ -42,8 +42,6 @@ from lpo_jax.training.step import update
 DEPTHS = (2, 4)  # numbers of layers at which unrolled programs are compiled
 # Options for GPUs: a plan reads the program before LLVM makes machine code of it, so that its optimisation is left out.
 UNUSED_CODE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-# The targets of custom calls that are Pallas kernels on TPUs, on GPUs, and attention by cuDNN.
-KERNEL_CALLS = ("tpu_custom_call", "__gpu$xla.gpu.triton", "__cudnn$fmha")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -298,7 +296,7 @@ def measure(
       open_iterations: assumed iterations of loops whose number depends on data.
       target: the devices that it is compiled for.
     """
-    gpu = target.chip.kind == "gpu"
+    chip, gpu = target.chip, target.chip.kind == "gpu"
     started, held = time.perf_counter(), _bytes(alive)
     try:
         compiled = lowered.compile(compiler_options=UNUSED_CODE if gpu else None)
@@ -309,12 +307,16 @@ def measure(
         return StepPhase(name, times, 0.0, 0.0, held, _needed(str(error), arguments), too_large=True)
     memory, text = compiled.memory_analysis(), compiled.as_text()
     program = parse_hlo(text, open_iterations)
-    cost = program_cost(program, seconds=target.chip.busy) if gpu else program_cost(program)
+    cost = program_cost(program, seconds=chip.busy) if gpu else program_cost(program)
+    kernels *= cost.kernels > 0  # without kernels, attention is in the text
+    attending = max(
+        kernels / (chip.attention_share * chip.peak), cost.kernels / (chip.bandwidth_share * chip.bandwidth)
+    )
     fresh = memory.output_size_in_bytes - memory.alias_size_in_bytes
     return StepPhase(
         name,
         times,
-        cost.flops + kernels * any(name in text for name in KERNEL_CALLS),
+        cost.flops + kernels,
         cost.bytes,
         held,
         memory.temp_size_in_bytes + fresh + memory.generated_code_size_in_bytes,
@@ -323,7 +325,7 @@ def measure(
             for c in collectives(program)
         ),
         cost.launches,
-        cost.busy,
+        cost.busy + attending if gpu else 0.0,
         time.perf_counter() - started,
     )
 

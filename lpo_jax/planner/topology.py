@@ -33,6 +33,7 @@ class Chip:
       network: bytes per second of a device to other hosts, in one direction; 0: hosts of a pod have no other links.
       peak_share: the part of `peak` that large matrix products are assumed to reach.
       bandwidth_share: the part of `bandwidth` that programs are assumed to reach.
+      attention_share: the part of `peak` that attention kernels are assumed to reach.
       launch: seconds that a kernel is assumed to take at least; 0: operations overlap, and only their sums count.
     """
 
@@ -48,6 +49,7 @@ class Chip:
     network: float = 0.0
     peak_share: float = 1.0
     bandwidth_share: float = 1.0
+    attention_share: float = 1.0
     launch: float = 0.0
 
     @property
@@ -77,7 +79,7 @@ class Chip:
 
 # What one H200 reached (docs/performance.md, "One NVIDIA H200"). Other GPUs are assumed to reach the same parts of what
 # is specified.
-_MEASURED = {"peak_share": 0.65, "bandwidth_share": 0.68, "launch": 3e-6}
+_MEASURED = {"peak_share": 0.65, "bandwidth_share": 0.68, "attention_share": 0.37, "launch": 3e-6}
 
 
 def _gpu(name: str, memory: int, peak: float, bandwidth: float, link: float, network: float) -> Chip:
