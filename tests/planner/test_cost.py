@@ -162,4 +162,6 @@ def test_products_of_a_gpu_program_one_after_another():
     assert (cost.flops, cost.launches, cost.kernels) == (first + second, 3, attended)
     assert cost.bytes - attended == read + 2 * written + 2 * (32 * 64 + 8 * 64) + 4
     # The first kernel is limited by memory, and the second one by arithmetic or memory, whichever takes longer.
-    assert cost.busy == max(first, 20 * (read + written)) + max(second, 20 * (cost.bytes - attended - read - written))
+    assert cost.busy == max(first, 20 * (read + written)) + max(
+        second, 20 * (cost.bytes - attended - read - written)
+    )
