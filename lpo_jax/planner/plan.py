@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -18,8 +18,10 @@ from lpo_jax.config import Config, override_config
 from lpo_jax.errors import UserError
 from lpo_jax.models.config import ModelConfig
 from lpo_jax.models.eight_bits import check_device
+from lpo_jax.models.kernels import cudnn
 from lpo_jax.models.placement import model_sizes
 from lpo_jax.objectives import Objective
+from lpo_jax.objectives.batch import Field
 from lpo_jax.parallel import mesh as meshes
 from lpo_jax.planner import roofline, topology
 from lpo_jax.planner.at_lengths import AtLengths, Occurring, at_lengths
@@ -154,20 +156,17 @@ def plan(
     check_device(config.sampling.kv_dtype, chip, WITHOUT_FP8.get(chip, math.inf))
     may_round = allows_int8(config)
     config = choose_behaviour(config, objective).resolve(config)
-    work = roofline.workload(config, model, objective.needs, scores_first(objective))
-    attention = attention_of(config, target.chip)
-    work = dataclasses.replace(work, kernels=attention != "plain", platform=target.chip.kind)
+    work = workload(config, model, objective.needs, scores_first(objective), target.chip)
     asked = setting_of(config, work, target)
     compiler: Compiler | None = None
     if not estimate:
         devices = topology.open_compiler(target)
-        from lpo_jax.planner.programs import Slice
 
         def compiler(setting: Setting, name: str) -> StepPhase:
-            chosen = override_config(config, [*setting.overrides(), f"--model.attention={attention}"])
             report(f"compiling {name} for {target.name}, {setting.describe()}")
-            of = Slice(chosen, model, eos_ids, objective, work, setting, devices, target, whole)
-            return of.phase(name)
+            return compile_phase(
+                config, model, eos_ids, objective, work, setting, devices, target, name, whole
+            )
 
     search = _Search(work, target.chip, compiler, lengths)
     own = search.timed(search.propose(asked, None))
@@ -193,11 +192,42 @@ def allows_int8(config: Config) -> bool:
     return True
 
 
-def attention_of(config: Config, chip: Chip) -> str:
-    """Return the attention that a run on this chip has."""
+def workload(
+    config: Config, model: ModelConfig, needs: frozenset[Field], scores_first: bool, chip: Chip
+) -> Workload:
+    """Return the sizes of one step on this chip; arguments as in `roofline.workload`."""
+    work = roofline.workload(config, model, needs, scores_first)
+    kernels = attention_of(config, chip, model) != "plain"
+    return dataclasses.replace(work, kernels=kernels, platform=chip.kind)
+
+
+def compile_phase(
+    config: Config,
+    model: ModelConfig,
+    eos_ids: tuple[int, ...],
+    objective: Objective,
+    work: Workload,
+    setting: Setting,
+    devices: Sequence[object],
+    target: Topology,
+    name: str,
+    whole: bool = False,
+) -> StepPhase:
+    """Compile a phase of the step with this setting; arguments as in `programs.Slice`."""
+    from lpo_jax.planner.programs import Slice
+
+    attention = attention_of(config, target.chip, model)
+    chosen = override_config(config, [*setting.overrides(), f"--model.attention={attention}"])
+    return Slice(chosen, model, eos_ids, objective, work, setting, devices, target, whole).phase(name)
+
+
+def attention_of(config: Config, chip: Chip, model: ModelConfig) -> str:
+    """Return the attention that a run on this chip has (`lpo_jax.models.kernels.choice`)."""
     if config.model.attention != "auto":
         return config.model.attention
-    return "pallas" if chip.kind == "tpu" else "plain"
+    if chip.kind == "tpu":
+        return "pallas"
+    return "triton" if cudnn.refuses(config.model.dtype, model.head_width, model.sliding_window) else "cudnn"
 
 
 def setting_of(config: Config, work: Workload, target: Topology) -> Setting:

@@ -173,6 +173,13 @@ def parse_topology(name: str) -> Topology:
     return Topology(chip, shape, hosts)
 
 
+def chip_of(device_kind: str) -> Chip | None:
+    """Return the chip with this `jax.Device.device_kind`; None if it is not in `CHIPS`."""
+    tpus = {"TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p", "TPU v6 lite": "v6e"}
+    gpu = re.match(r"NVIDIA ([ABH]\d00)\b", device_kind)
+    return CHIPS.get(tpus.get(device_kind) or (gpu[1].lower() if gpu else ""))
+
+
 def open_compiler(topology: Topology) -> list[object]:
     """Return the devices of a topology to compile for. None of them is needed, and none is searched for.
 

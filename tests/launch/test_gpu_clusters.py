@@ -14,7 +14,7 @@ from lpo_jax.config import load_config
 from lpo_jax.parallel import hosts
 
 ROOT = Path(__file__).parents[2]
-# Records its arguments and some variables, and exits as told.
+# Records its arguments and some variables, and exits with the given status.
 MOCK = """#!/usr/bin/env bash
 printf '%s\\0' "$(basename "$0")" "$@" >>"$CALLS"
 printf '\\n' >>"$CALLS"

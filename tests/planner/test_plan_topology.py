@@ -78,6 +78,22 @@ def test_a_ring_between_hosts_has_an_adapter_for_each_of_its_devices_on_a_host()
     assert h100.link_rate(32, 2) == h100.link  # as fast as the ring inside a host
 
 
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA B200", "b200"),
+        ("TPU v5 lite", "v5e"),
+        ("TPU v6 lite", "v6e"),
+    ],
+)
+def test_chips_by_the_names_that_jax_has_for_them(kind, name):
+    assert topology.chip_of(kind) is topology.CHIPS[name]
+    assert topology.chip_of("NVIDIA GeForce RTX 4090") is topology.chip_of("cpu") is None
+
+
 def test_a_ring_uses_both_directions_of_a_torus_axis():
     assert topology.CHIPS["v5e"].ring == 2 * topology.CHIPS["v5e"].link
     assert topology.CHIPS["h100"].ring == topology.CHIPS["h100"].link
