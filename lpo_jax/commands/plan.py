@@ -57,7 +57,8 @@ def run(arguments: argparse.Namespace) -> int:
     from lpo_jax.config import load_config
     from lpo_jax.models.load import load_config_and_tokenizer
     from lpo_jax.planner.lengths import response_lengths
-    from lpo_jax.planner.plan import plan, to_json
+    from lpo_jax.planner.plan import plan
+    from lpo_jax.planner.plan_json import to_json
     from lpo_jax.planner.plan_text import show
     from lpo_jax.training.check import check_config
 

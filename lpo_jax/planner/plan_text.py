@@ -101,18 +101,7 @@ def _show(made: Plan, proposal: Proposal, title: str) -> None:
             _origin(phase, proposal),
         )
     out.print(table)
-    for phase in proposal.phases:
-        if phase.exchanges:
-            out.print(
-                f"  {phase.name} exchanges {exchanged(phase, chip.kind)}", highlight=False, soft_wrap=True
-            )
-    decode = next(phase for phase in proposal.phases if phase.name == "decode")
-    out.print(
-        f"  decode: {proposal.setting.call_tokens(made.work)} tokens between two looks of the host, which take "
-        f"{1e3 * decode.host:.1f} ms each",
-        highlight=False,
-        soft_wrap=True,
-    )
+    _show_waiting(made, proposal)
     verdict = (
         f"fits, with {spare / GB:.1f} of {chip.memory / GB:.1f} GB to spare"
         if spare >= 0
@@ -129,6 +118,21 @@ def _show(made: Plan, proposal: Proposal, title: str) -> None:
     )
     if proposal.at_lengths:
         _show_lengths(made, proposal, proposal.at_lengths)
+
+
+def _show_waiting(made: Plan, proposal: Proposal) -> None:
+    """Print the collectives of each phase, and how often sampling waits for the host."""
+    out, kind = console(), made.topology.chip.kind
+    for phase in proposal.phases:
+        if phase.exchanges:
+            out.print(f"  {phase.name} exchanges {exchanged(phase, kind)}", highlight=False, soft_wrap=True)
+    decode = next(phase for phase in proposal.phases if phase.name == "decode")
+    out.print(
+        f"  decode: {proposal.setting.call_tokens(made.work)} tokens between two looks of the host, which take "
+        f"{1e3 * decode.host:.1f} ms each",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def _show_lengths(made: Plan, proposal: Proposal, found: AtLengths) -> None:
