@@ -1,10 +1,11 @@
-"""Measure one accelerator: print one JSON line per measurement and a table at the end.
+"""Measure one accelerator, and compare it with `lpo plan`: print one JSON line per measurement and a table at the end.
 
 Models have the shapes of `configs/models` and random weights, so nothing is downloaded. Every time is the median of
 several calls after one that compiles; each call waits for its results. Rates are compared with the rates of large
-matrix products and copies that the same device reached in the same run.
+matrix products and copies that the same device reached in the same run. `planned_over_measured` is the time that `lpo
+plan` predicts for the same shapes, divided by the measured one.
 
-    python benchmarks/device.py                    # about seven minutes on one H200, mostly compiling
+    python benchmarks/device.py                    # at most seven minutes, mostly compiling; what is left over is named
     python benchmarks/device.py --dry-run          # tiny shapes on any device, to test this script
     python benchmarks/device.py --only parity decode --out results/
 
@@ -34,23 +35,29 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lpo_jax import objectives
 from lpo_jax.bench.measure import Machine, peak_memory, seconds
 from lpo_jax.bench.work import Shapes, Work
-from lpo_jax.config import OptimizerConfig
+from lpo_jax.config import OptimizerConfig, load_config
 from lpo_jax.models.config import ModelConfig
-from lpo_jax.models.decoder import Params, init_params
+from lpo_jax.models.decoder import Params, abstract_params, init_params
 from lpo_jax.models.runner import Groups, ModelRunner, score
 from lpo_jax.objectives import Scored, TokenStats
+from lpo_jax.planner.plan import compile_phase, setting_of, workload
+from lpo_jax.planner.topology import CHIPS, Topology, chip_of
 from lpo_jax.runs.state import TrainState
 from lpo_jax.sampling import PromptBatch, Responses, Sampler, SampleRequest
+from lpo_jax.training.check import check_config
 from lpo_jax.training.optimizer import make_optimizer
 from lpo_jax.training.step import signal, update
 
-MODELS = Path(__file__).resolve().parents[1] / "configs" / "models"
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 REPEATS = 3
 
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """The shapes of each measurement; `decode` has one entry per number of rows."""
+    """The shapes of each measurement; `decode` has one entry per number of rows.
+
+    `stand_in` is the chip whose plan is compared with a device that the planner does not know.
+    """
 
     models: tuple[str, ...] = ("qwen3-0.6b", "qwen3-4b")
     decode: tuple[Shapes, ...] = (Shapes(8, 8, 1024, 64), Shapes(32, 8, 1024, 64))
@@ -60,6 +67,7 @@ class Sizes:
     parity: Shapes = Shapes(2, 4, 64, 32)
     layers: int | None = None  # number of layers of the models; None: all of them
     vocab_size: int | None = None  # vocabulary size of the models; None: unchanged
+    stand_in: str | None = None
 
 
 TINY = Sizes(
@@ -71,6 +79,7 @@ TINY = Sizes(
     parity=Shapes(2, 2, 8, 4),
     layers=1,
     vocab_size=512,
+    stand_in="h100",
 )
 
 
@@ -81,7 +90,15 @@ def main() -> int:
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes, on any device")
     parser.add_argument("--only", nargs="+", choices=tuple(MEASUREMENTS), default=tuple(MEASUREMENTS))
     parser.add_argument("--models", nargs="+", help="names in configs/models")
-    parser.add_argument("--out", type=Path, help="folder of device.jsonl, to which the lines are appended")
+    parser.add_argument(
+        "--out", type=Path, help="folder of device.jsonl and device.txt, which are appended to"
+    )
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=420,
+        help="time after which no further row is begun; each takes a minute at most",
+    )
     arguments = parser.parse_args()
     sizes = TINY if arguments.dry_run else Sizes()
     if arguments.models:
@@ -90,19 +107,34 @@ def main() -> int:
     started, rows, failed = time.perf_counter(), [], 0
     for name in arguments.only:
         try:
-            for row in MEASUREMENTS[name](sizes):
+            for row in within(arguments.seconds - (time.perf_counter() - started), MEASUREMENTS[name](sizes)):
                 row = {"measurement": name, **row, "at_s": round(time.perf_counter() - started, 1)}
                 rows.append(row)
                 print(json.dumps(row), flush=True)
-                if arguments.out:
-                    arguments.out.mkdir(parents=True, exist_ok=True)
-                    with open(arguments.out / "device.jsonl", "a") as file:
-                        file.write(json.dumps(row) + "\n")
+                save(arguments.out, "device.jsonl", json.dumps(row))
         except Exception:  # continue with the other measurements; the exit status reports the failure
             traceback.print_exc()
             failed += 1
     print(table(rows))
+    save(arguments.out, "device.txt", table(rows))
     return int(failed > 0)
+
+
+def within(seconds: float, rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yield rows until the time is over, then one that says so instead of the rest."""
+    end = time.perf_counter() + seconds
+    for row in iter(lambda: {"left_out": "no time"} if time.perf_counter() > end else next(rows, None), None):
+        yield row
+        if "left_out" in row:
+            return
+
+
+def save(folder: Path | None, name: str, text: str) -> None:
+    """Append text to a file of the folder, if there is one."""
+    if folder:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / name, "a") as file:
+            file.write(text + "\n")
 
 
 def machine(sizes: Sizes) -> Iterator[dict[str, Any]]:
@@ -119,7 +151,7 @@ def machine(sizes: Sizes) -> Iterator[dict[str, Any]]:
 
 
 def parity(sizes: Sizes) -> Iterator[dict[str, Any]]:
-    """Yield the largest differences between the device and this machine's CPU, and between sampler and trainer."""
+    """Yield the largest differences between the device and this machine's CPU, plain attention, and the sampler."""
     shapes = sizes.parity
     # Two layers and a small vocabulary, because the slow CPU computes the same program.
     config = dataclasses.replace(model_config(sizes.models[0], sizes), num_layers=2, vocab_size=4096)
@@ -130,27 +162,31 @@ def parity(sizes: Sizes) -> Iterator[dict[str, Any]]:
     cotangent = cotangents(mask)
     for dtype in (jnp.float32, jnp.bfloat16):
         runner = ModelRunner(config, token_budget=sizes.token_budget, dtype=dtype)
+        plain = dataclasses.replace(runner, attention="plain")
         results = []
-        for device in (cpu, jax.devices()[0]):
+        for device, runs in ((cpu, plain), (jax.devices()[0], plain), (jax.devices()[0], runner)):
             with jax.default_device(device):
                 here = jax.device_put(params, device)
-                stats = score(runner, here, groups)
-                gradient, _ = jax.jit(runner.pull_back)(here, groups, cotangent)
+                stats = score(runs, here, groups)
+                gradient, _ = jax.jit(runs.pull_back)(here, groups, cotangent)
                 results.append(jax.device_get((stats.logp, gradient)))
-        (logp_cpu, gradient_cpu), (logp, gradient) = results
+        on_cpu, (logp, gradient), with_kernels = results
         sampled = sample(config, here, shapes, dtype)
         rescored = score(runner, here, groups.replace(responses=sampled.tokens))
-        largest = max(float(np.abs(x).max()) for x in jax.tree.leaves(gradient_cpu))
+        largest = max(float(np.abs(x).max()) for x in jax.tree.leaves(gradient))
+        differ = lambda a, b: max(map(_largest, jax.tree.leaves(a), jax.tree.leaves(b)))  # noqa: E731
         yield {
             "dtype": jnp.dtype(dtype).name,
-            "logp_device_minus_cpu": float(np.abs(logp - logp_cpu).max()),
-            "gradient_device_minus_cpu": max(
-                float(np.abs(a - b).max())
-                for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(gradient_cpu))
-            )
-            / largest,
+            "logp_device_minus_cpu": differ(logp, on_cpu[0]),
+            "gradient_device_minus_cpu": differ(gradient, on_cpu[1]) / largest,
+            "logp_kernels_minus_plain": differ(with_kernels[0], logp),
+            "gradient_kernels_minus_plain": differ(with_kernels[1], gradient) / largest,
             "logp_sampler_minus_trainer": float(np.abs(sampled.log_probs - rescored.logp).max()),
         }
+
+
+def _largest(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.abs(a - b).max())
 
 
 def decode(sizes: Sizes) -> Iterator[dict[str, Any]]:
@@ -167,11 +203,13 @@ def decode(sizes: Sizes) -> Iterator[dict[str, Any]]:
             steps = shapes.tokens - 1  # `prefill` includes the first token
             work = Work.forward(config, shapes, shapes.lengths(), 2)
             least = (work.weight_bytes * steps + work.cache_reads) / rates.copy_bytes
+            measured = (middle - prefill) / steps
             yield {
                 "model": name,
                 "rows": shapes.prompts * shapes.responses,
                 "tokens_per_s": shapes.prompts * shapes.responses * shapes.tokens / middle,
-                "ms_per_token_step": 1e3 * (middle - prefill) / steps,
+                "ms_per_token_step": 1e3 * measured,
+                **compared(measured, planned(sizes, config, shapes, "decode"), shapes.tokens),
                 "prefill_s": prefill,
                 "of_bandwidth": least / (middle - prefill),
                 "compile_s": first - middle,
@@ -186,25 +224,24 @@ def gradient(sizes: Sizes) -> Iterator[dict[str, Any]]:
         config, rates = model_config(name, sizes), device_rates()
         params = init_params(config, jax.random.key(0))
         groups, mask = batch(config, shapes)
-        for remat in (False, True):
-            runner = ModelRunner(config, token_budget=sizes.token_budget, dtype=jnp.bfloat16, remat=remat)
-            packed = runner.pack(groups, mask)
-            run = jax.jit(runner.pull_back)
-            call = lambda: run(params, packed, cotangents(mask))  # noqa: B023, E731 - called before the next one
-            first = seconds(call)
-            middle = statistics.median(seconds(call) for _ in range(REPEATS))
-            work = Work.forward(config, shapes, shapes.lengths(), 2)
-            tokens = shapes.prompts * (shapes.prompt_tokens + shapes.responses * shapes.tokens)
-            yield {
-                "model": name,
-                "remat": remat,
-                "tokens": tokens,
-                "tokens_per_s": tokens / middle,
-                "seconds": middle,
-                "of_matrix_rate": 3 * work.flops / rates.matrix_flops / middle,
-                "compile_s": first - middle,
-                "peak_gb": peak_memory() / 1e9,
-            }
+        runner = ModelRunner(config, token_budget=sizes.token_budget, dtype=jnp.bfloat16, remat=False)
+        packed = runner.pack(groups, mask)
+        run = jax.jit(runner.pull_back)
+        call = lambda: run(params, packed, cotangents(mask))  # noqa: B023, E731 - called before the next one
+        first = seconds(call)
+        middle = statistics.median(seconds(call) for _ in range(REPEATS))
+        work = Work.forward(config, shapes, shapes.lengths(), 2)
+        tokens = shapes.prompts * (shapes.prompt_tokens + shapes.responses * shapes.tokens)
+        yield {
+            "model": name,
+            "tokens": tokens,
+            "tokens_per_s": tokens / middle,
+            "seconds": middle,
+            "of_matrix_rate": 3 * work.flops / rates.matrix_flops / middle,
+            **compared(middle, planned(sizes, config, shapes, "gradient")),
+            "compile_s": first - middle,
+            "peak_gb": peak_memory() / 1e9,
+        }
 
 
 def step(sizes: Sizes) -> Iterator[dict[str, Any]]:
@@ -243,12 +280,52 @@ def step(sizes: Sizes) -> Iterator[dict[str, Any]]:
     }
 
 
+def planned(sizes: Sizes, config: ModelConfig, shapes: Shapes, name: str) -> float | None:
+    """Return the seconds that the planner predicts for "decode" or "gradient"; None for a chip that it does not know.
+
+    The program is compiled by the device's own compiler. Only if the device is no accelerator, as in tests, its
+    attention is plain and the chip another one.
+    """
+    known = chip_of(jax.devices()[0].device_kind)
+    if known is None and sizes.stand_in is None:
+        return None
+    chip = known or CHIPS[sizes.stand_in]
+    target = Topology(chip, (1,) * max(chip.axes, 1))
+    overrides = {
+        "model.attention": "auto" if known else "plain",
+        "sampling.num_responses": shapes.responses,
+        "sampling.max_prompt_tokens": shapes.prompt_tokens,
+        "sampling.max_tokens": shapes.tokens,
+        "training.prompts_per_step": shapes.prompts,
+        "training.updates_per_step": 1,
+        "training.token_budget": sizes.token_budget,
+        "training.remat": "false",
+        "training.behaviour": "sampled",
+    }
+    run = load_config(CONFIGS / "math_1p7b.yaml", [f"--{key}={value}" for key, value in overrides.items()])
+    objective = check_config(run)
+    work = workload(run, config, objective.needs, False, chip)
+    of = run, config, (-1,), objective, work, setting_of(run, work, target), jax.devices()[:1], target
+    phase = compile_phase(*of, "decode" if name == "decode" else "update")
+    if name == "decode":
+        return phase.seconds(chip)
+    optimizer = chip.busy(0.0, 28.0 * sum(leaf.size for leaf in jax.tree.leaves(abstract_params(config))))
+    return phase.seconds(chip) - optimizer
+
+
+def compared(measured: float, seconds_planned: float | None, runs: int = 1) -> dict[str, float]:
+    """Return the prediction for `runs` runs beside the measured seconds of one, if there is a prediction."""
+    if seconds_planned is None:
+        return {}
+    return {"planned_s": seconds_planned / runs, "planned_over_measured": seconds_planned / runs / measured}
+
+
 MEASUREMENTS: dict[str, Callable[[Sizes], Iterator[dict[str, Any]]]] = {
     "machine": machine,
     "parity": parity,
-    "decode": decode,
     "gradient": gradient,
     "step": step,
+    "decode": decode,
 }
 
 
@@ -259,7 +336,7 @@ def device_rates() -> Machine:
 
 def model_config(name: str, sizes: Sizes) -> ModelConfig:
     """Return a model of `configs/models`, with the layers and vocabulary of `sizes` if set."""
-    config = ModelConfig.from_hf(json.loads((MODELS / name / "config.json").read_text()), name)
+    config = ModelConfig.from_hf(json.loads((CONFIGS / "models" / name / "config.json").read_text()), name)
     layers, vocab_size = sizes.layers or config.num_layers, sizes.vocab_size or config.vocab_size
     return dataclasses.replace(config, num_layers=layers, vocab_size=vocab_size)
 

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Measure this machine's accelerator with device.py: parity, decoding, the gradient, a full step, memory.
+# Measure this machine's accelerator with device.py: matrix rate and copy bandwidth, parity of the kernels, the gradient,
+# a full step, decoding, memory, and `lpo plan` against the measured times. At most eight minutes with installation.
 # Uses the interpreter in PYTHON if it can import the required packages, otherwise the repository's .venv.
 #
-#   benchmarks/device.sh --out results          # all measurements, at most eight minutes
+#   benchmarks/device.sh --out results          # all measurements; JSON and a table in results/
 #   benchmarks/device.sh --dry-run              # tiny shapes on any device
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -11,4 +12,4 @@ if ! "$python" -c 'import flax, jax, optax, pydantic' 2>/dev/null; then
   make --quiet .venv/installed
   python=.venv/bin/python
 fi
-exec timeout --signal=INT 480 "$python" benchmarks/device.py "$@"
+exec timeout --signal=INT $((480 - SECONDS)) "$python" benchmarks/device.py --seconds $((420 - SECONDS)) "$@"

@@ -78,10 +78,12 @@ CASES = (
         "--problems=4 --num-responses=2 --max-tokens=12",
         prints=True,
     ),
-    Case("plan", "plan configs/quickstart.yaml --topology=h100:8 --json", prints=True, status=(0, 3)),
+    Case(
+        "plan", "plan configs/quickstart.yaml --topology=h100:8 --estimate --json", prints=True, status=(0, 3)
+    ),
     Case(
         "plan-1p7b",
-        "plan configs/math_1p7b.yaml --model.path=configs/models/qwen3-1.7b --topology=h100:8 --json",
+        "plan configs/math_1p7b.yaml --model.path=configs/models/qwen3-1.7b --topology=h100:8 --estimate --json",
         prints=True,
         status=(0, 3),
     ),

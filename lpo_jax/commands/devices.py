@@ -7,7 +7,7 @@ def open_devices() -> None:
     """Set up the compile cache and open the devices.
 
     Raises:
-      UserError: the platform named by JAX_PLATFORMS is not available.
+      UserError: the platform named by JAX_PLATFORMS is not available, or the driver of its GPUs is too old.
     """
     from lpo_jax.parallel import hosts
 

@@ -19,7 +19,13 @@ def add_arguments(command: CommandParser) -> None:
         "--topology",
         required=True,
         metavar="CHIP:SHAPE",
-        help=f"such as v5p:4x4x4 or h100:8; chips: {', '.join(topology.CHIPS)} (GPUs are estimated without compiling)",
+        help="a slice of TPUs such as v5p:4x4x4, or GPUs such as h100:8 or '2x h100:8' (two hosts); chips: "
+        + ", ".join(topology.CHIPS),
+    )
+    command.add_argument(
+        "--estimate",
+        action="store_true",
+        help="compile nothing, and estimate everything by arithmetic; needs no compiler for the chip",
     )
     command.add_argument(
         "--lengths",
@@ -41,7 +47,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Run `lpo plan` and return the exit status, which is `DOES_NOT_FIT` if the config does not fit.
 
     Raises:
-      UserError: the topology is unknown, the config, mesh or response lengths are invalid, or libtpu is missing.
+      UserError: the topology is unknown, the config, mesh or response lengths are invalid, or the compiler for the
+        chip is missing.
     """
     target = topology.parse_topology(arguments.topology)
     import jax
@@ -50,7 +57,8 @@ def run(arguments: argparse.Namespace) -> int:
     from lpo_jax.config import load_config
     from lpo_jax.models.load import load_config_and_tokenizer
     from lpo_jax.planner.lengths import response_lengths
-    from lpo_jax.planner.plan import plan, to_json
+    from lpo_jax.planner.plan import plan
+    from lpo_jax.planner.plan_json import to_json
     from lpo_jax.planner.plan_text import show
     from lpo_jax.training.check import check_config
 
@@ -60,8 +68,8 @@ def run(arguments: argparse.Namespace) -> int:
     lengths = arguments.lengths and response_lengths(
         arguments.lengths, prompts, sampling.num_responses, sampling.max_tokens
     )
-    if target.chip.kind == "tpu":
-        topology.tpu_devices(target)  # report a missing libtpu before loading a model
+    if not arguments.estimate:
+        topology.open_compiler(target)  # report a missing compiler before loading a model
     model, _, eos_ids = load_config_and_tokenizer(config.model.path)
     longest = config.sampling.max_prompt_tokens + config.sampling.max_tokens
     if longest > model.max_positions:
@@ -75,6 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     options: dict[str, Any] = {
         "lengths": lengths,
+        "estimate": arguments.estimate,
         "suggest": arguments.suggest,
         "whole": arguments.whole,
         "report": report,

@@ -23,6 +23,7 @@ import numpy as np
 from jax._src import distributed  # the client's key-value store has no public name
 
 from lpo_jax.errors import RunStopped, UserError
+from lpo_jax.parallel import gpus
 from lpo_jax.parallel.gpu_flags import add_gpu_flags
 from lpo_jax.parallel.presence import SILENCE, Presence
 from lpo_jax.types import Json
@@ -81,8 +82,11 @@ def require_devices() -> None:
     """Initialise the devices. Call this after `start` and before long work begins.
 
     Raises:
-      UserError: the platform named by JAX_PLATFORMS is not available.
+      UserError: the platform named by JAX_PLATFORMS is not available, or the driver of its GPUs is too old.
     """
+    platforms = jax.config.jax_platforms or ""  # type: ignore[attr-defined]
+    if not platforms or {"cuda", "gpu"} & set(platforms.split(",")):
+        gpus.prepare()
     add_gpu_flags()
     try:
         jax.devices()

@@ -135,11 +135,13 @@ def _in_pages(work: Workload, setting: Setting) -> Iterator[Setting]:
 
 @dataclasses.dataclass(frozen=True)
 class _Costs:
-    """The costs of sampling on one device: bytes, FLOPs and bytes sent of a decode step, and seconds of a prompt."""
+    """The costs of sampling on one device: of a decode step, and the seconds of a prompt."""
 
     chip: Chip
+    apart: float  # as `StepPhase.apart`
     weights: float  # bytes of a step whatever its rows
-    slot: tuple[float, float, float]  # bytes, FLOPs and bytes sent of a slot in a step
+    launches: float  # kernels of a step
+    slot: tuple[float, float, float]  # bytes, FLOPs and seconds of communication of a slot in a step
     token: float  # bytes of the keys and values of one token
     prompt_tokens: int
     prompt_seconds: float
@@ -151,10 +153,14 @@ class _Costs:
         weights = weight_bytes(work, setting)
         rest = phase.bytes / steps - weights - roofline.decode_reads(work, setting)
         token = kv_bytes(work) / setting.mesh.decode_tensor
-        slot = max(rest, 0.0) / slots, phase.flops / steps / slots, phase.sent / steps / slots
+        sending = phase.shares(chip)["network"]
+        slot = max(rest, 0.0) / slots, phase.flops / steps / slots, sending / steps / slots
         prefill = phases["prefill"]
         prompts = prefill.times * size.prefill_batch / shards
-        return cls(chip, weights, slot, token, work.S, prefill.seconds(chip) / prompts)
+        launches = phase.launches / steps
+        return cls(
+            chip, phase.apart(chip), weights, launches, slot, token, work.S, prefill.seconds(chip) / prompts
+        )
 
     def prefill(self, sampled: Sampled) -> float:
         """Seconds of all prefills of a step."""
@@ -165,9 +171,9 @@ class _Costs:
         total = 0.0
         for call in sampled.calls:
             read = (call.tokens + call.prompts * self.prompt_tokens) * self.token
-            moved, flops, sent = (call.slots * cost for cost in self.slot)
-            busy = max(flops / self.chip.peak, (self.weights + moved + read) / self.chip.bandwidth)
-            total += call.steps * (busy + sent / self.chip.ring) + look_seconds(call.rows)
+            moved, flops, sending = (call.slots * cost for cost in self.slot)
+            busy = self.chip.busy(flops, self.weights + moved + read, self.launches)
+            total += call.steps * (self.apart * busy + sending) + look_seconds(call.rows)
         return total
 
 
@@ -179,12 +185,14 @@ def _training_seconds(
     minibatches = np.array_split(lengths, work.updates)
     for name in ("score", "update"):
         if phase := phases.get(name):
-            parts = [_repacked(work, setting, phase, part).seconds(chip) for part in minibatches]
+            parts = [_repacked(work, setting, phase, part, chip).seconds(chip) for part in minibatches]
             seconds[name] = float(np.mean(parts))
     return seconds
 
 
-def _repacked(work: Workload, setting: Setting, phase: StepPhase, lengths: np.ndarray) -> StepPhase:
+def _repacked(
+    work: Workload, setting: Setting, phase: StepPhase, lengths: np.ndarray, chip: Chip
+) -> StepPhase:
     """A phase of full responses with those of other lengths, packed into other rows."""
     S, T, update = work.S, work.T, phase.name == "update"
     prompts = np.full(len(lengths), S)
@@ -204,12 +212,15 @@ def _repacked(work: Workload, setting: Setting, phase: StepPhase, lengths: np.nd
             return dataclasses.replace(e, bytes=e.bytes * tokens)
         return dataclasses.replace(e, bytes=e.bytes * (runs if e.times >= full.microbatches else 1))
 
-    return dataclasses.replace(
+    repacked = dataclasses.replace(
         phase,
         flops=(phase.flops - attention) * tokens + attention * pairs,
         bytes=once + weights * runs + (phase.bytes - once - weights) * tokens,
+        launches=phase.launches * runs,
         exchanges=tuple(map(scaled, phase.exchanges)),
+        busy=0.0,
     )
+    return dataclasses.replace(repacked, busy=phase.apart(chip) * repacked.working(chip))
 
 
 def _pairs(work: Workload, size: PackedSize, lengths: np.ndarray) -> float:

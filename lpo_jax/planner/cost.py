@@ -4,16 +4,18 @@ XLA's `cost_analysis` counts the body of a loop once, however often it runs, and
 microbatches around a scan over layers. Here the body of a loop is multiplied by its number of iterations. If every loop
 is counted once, the FLOPs agree with `cost_analysis` up to element-wise operations, which a test checks.
 
-FLOPs are those of `dot` and `convolution`, which matrix products become on a TPU; the text does not contain those of
-Pallas kernels. Bytes are those of the operands and results of every fused operation in main memory; for slices, only
-the part that is accessed. Communication between devices is in `collectives`.
+FLOPs are those of `dot`, of `convolution`, which matrix products become on a TPU, and of cuBLAS; the text does not
+contain those of Pallas kernels and cuDNN. Bytes are those of the operands and results of every fused operation in main
+memory; for slices, only the part that is accessed. Communication between devices is in `collectives`.
+
+On a GPU one kernel runs after another, so that their times are summed: `busy`. On a TPU operations overlap.
 """
 
 import dataclasses
 import functools
 import math
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import numpy as np
 
@@ -32,31 +34,49 @@ _UPDATED_BY = {"dynamic-update-slice": 1, "scatter": 2}
 
 @dataclasses.dataclass
 class Cost:
-    """Matrix FLOPs of one device, and bytes that it reads from and writes to main memory."""
+    """The cost of a program on one device.
+
+    Attributes:
+      flops: matrix FLOPs.
+      bytes: bytes read from and written to main memory.
+      launches: kernels.
+      kernels: bytes of Pallas kernels and cuDNN, part of `bytes`.
+      busy: seconds of all other kernels, one after another.
+    """
 
     flops: float = 0.0
     bytes: float = 0.0
+    launches: float = 0.0
+    kernels: float = 0.0
+    busy: float = 0.0
 
     def add(self, other: "Cost", times: int = 1) -> None:
         """Add the cost of `times` runs of `other`."""
         self.flops += times * other.flops
         self.bytes += times * other.bytes
+        self.launches += times * other.launches
+        self.kernels += times * other.kernels
+        self.busy += times * other.busy
 
 
-def program_cost(program: Program, loops_once: bool = False) -> Cost:
+def program_cost(
+    program: Program, loops_once: bool = False, seconds: Callable[[float, float], float] = lambda f, b: 0.0
+) -> Cost:
     """Compute the cost of one run of an optimised program.
 
     Args:
       program: the program.
       loops_once: count the body of every loop once, as XLA does.
+      seconds: the time of a kernel with these FLOPs and bytes.
     """
-    return _Reader(program, loops_once).of(program.entry, True)
+    return _Reader(program, loops_once, seconds).of(program.entry, True)
 
 
 class _Reader:
-    def __init__(self, program: Program, loops_once: bool):
+    def __init__(self, program: Program, loops_once: bool, seconds: Callable[[float, float], float]):
         self.program = program
         self.loops_once = loops_once
+        self.seconds = seconds
         self.of = functools.cache(self._of)
 
     def _of(self, name: str, traffic: bool) -> Cost:
@@ -64,7 +84,7 @@ class _Reader:
         total = Cost()
         instructions = self.program.computations[name]
         for i in instructions.values():
-            called = i.called
+            called, before = i.called, total.flops
             if i.opcode == "while":
                 iterations = 1 if self.loops_once else self.program.iterations(i)
                 total.add(self.of(called["body"], traffic), iterations)
@@ -75,15 +95,19 @@ class _Reader:
                 total.add(self.of(called["to_apply"], traffic))
             elif i.opcode in ("fusion", "async-start") and "calls" in called:
                 total.add(self.of(called["calls"], False))
-            elif i.opcode in ("dot", "convolution"):
+            elif i.opcode in ("dot", "convolution") or _CUBLAS in i.rest:
                 total.flops += _matrix_flops(i, instructions)
-            if traffic:
-                total.bytes += self._bytes(i, instructions, called.get("calls"))
+            if traffic and not _free(i):
+                moved = self._bytes(i, instructions, called.get("calls"))
+                total.bytes += moved
+                total.launches += 1
+                if _KERNEL.search(i.rest):
+                    total.kernels += moved
+                else:
+                    total.busy += self.seconds(total.flops - before, moved)
         return total
 
     def _bytes(self, i: Instruction, instructions: dict[str, Instruction], fused: str | None) -> float:
-        if i.opcode in _FREE or i.opcode.endswith("-done") or i.opcode.endswith("-update"):
-            return 0.0
         operands = [instructions[name] for name in i.operands if name in instructions]
         if i.opcode in ("dynamic-slice", "slice", "gather"):
             return 2 * _main(i.arrays)
@@ -133,16 +157,28 @@ class _Reader:
         return min(total, whole)
 
 
+# Custom calls that are Pallas kernels on TPUs, on GPUs, and attention by cuDNN. Their FLOPs are not in the text.
+_KERNEL = re.compile(r'custom_call_target="(?:tpu_custom_call|__gpu\$xla\.gpu\.triton|__cudnn\$fmha)')
+
+
+def _free(i: Instruction) -> bool:
+    return i.opcode in _FREE or i.opcode.endswith(("-done", "-update"))
+
+
 def _main(arrays: tuple[Array, ...]) -> int:
     return sum(a.size for a in arrays if a.main)
+
+
+_CUBLAS = 'custom_call_target="__cublas$'
+_CONTRACTED = re.compile(r'lhs_contracting_dim(?:s=\{|ensions":\[)([^\]}]*)')
 
 
 def _matrix_flops(i: Instruction, instructions: dict[str, Instruction]) -> float:
     left, right = (instructions[name].arrays[0].dims for name in i.operands[:2])
     out = i.arrays[0].dims
-    if i.opcode == "dot":
-        contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", i.rest)[1]
-        return 2.0 * math.prod(out) * math.prod(left[int(d)] for d in contracted.split(",") if d)
+    if i.opcode != "convolution":
+        contracted = _CONTRACTED.search(i.rest)[1]
+        return 2.0 * math.prod(out) * math.prod(left[int(d)] for d in re.findall(r"\d+", contracted))
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", i.rest)
     sizes = [dict(zip(axes, dims)) for axes, dims in zip(labels.groups(), (left, right, out))]
     flops = 2.0 * sizes[2]["b"] * sizes[2]["f"] * sizes[1]["i"]

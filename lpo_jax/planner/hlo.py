@@ -9,6 +9,8 @@ import math
 import re
 from collections.abc import Iterator
 
+import numpy as np
+
 _BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16, "token": 0, "opaque": 0, "c64": 64, "c128": 128}
 
 
@@ -185,7 +187,7 @@ class Collective:
       kind: one of `KINDS`.
       shape: the shape of its result on one device, as XLA prints it; several if operations were combined.
       bytes: the size of that result.
-      devices: the number of devices in a group; 0 if the text does not contain it.
+      group: the devices of the first group; empty if the text does not contain it.
       in_loop: the number of loops around it.
       times: how often it runs, given the iterations of these loops.
       source: the operation in the Python program, if XLA has recorded it.
@@ -194,10 +196,19 @@ class Collective:
     kind: str
     shape: str
     bytes: int
-    devices: int
+    group: tuple[int, ...]
     in_loop: int
     times: int
     source: str
+
+    @property
+    def devices(self) -> int:
+        """The number of devices in a group; 0 if the text does not contain it."""
+        return len(self.group)
+
+    def hosts(self, per_host: int) -> int:
+        """Return the number of hosts that a group is on, with devices in the order of hosts."""
+        return len({device // per_host for device in self.group}) or 1
 
 
 def collectives(program: Program) -> list[Collective]:
@@ -207,7 +218,7 @@ def collectives(program: Program) -> list[Collective]:
             kind,
             " ".join(map(str, arrays)),
             sum(array.size for array in arrays),
-            _devices(i.rest),
+            _group(i.rest),
             in_loop,
             times,
             source[1] if (source := _SOURCE.search(i.rest)) else "",
@@ -219,10 +230,13 @@ def collectives(program: Program) -> list[Collective]:
 
 
 _SOURCE = re.compile(r'op_name="([^"]*)"')
-# Groups of devices are printed in three forms: {{0,1},{2,3}}, [2,2]<=[4], and mesh['a'=2,'b'=2] {'a', 'b':(1)2}.
+# Groups of devices are printed in three forms: {{0,1},{2,3}}, [2,2]<=[4] with axes that may be transposed, and
+# mesh['a'=2,'b'=2], device_ids=([4]) {'a', 'b':(1)2}, where the identifiers of a plain range are left out.
 _LISTED = re.compile(r"replica_groups=\{\{([\d,]*)\}")
-_IOTA = re.compile(r"replica_groups=\[\d+,(\d+)\]")
-_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}")
+_IOTA = re.compile(r"replica_groups=\[\d+,(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+_MESH = re.compile(
+    r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))?[^{]*\{([^}]*)\}"
+)
 
 
 def _received(i: Instruction) -> tuple[Array, ...]:
@@ -234,14 +248,30 @@ def _received(i: Instruction) -> tuple[Array, ...]:
     return i.arrays
 
 
-def _devices(attributes: str) -> int:
-    """The number of devices in a group."""
+def _group(attributes: str) -> tuple[int, ...]:
+    """The devices of the first group."""
     if match := _LISTED.search(attributes):
-        return len(match[1].split(","))
+        return tuple(_numbers(match[1]))
     if match := _IOTA.search(attributes):
-        return int(match[1])
+        return tuple(_range(match[2], match[3])[: int(match[1])].tolist())
     if match := _MESH.search(attributes):
         sizes = {name: int(size) for name, size in re.findall(r"'([^']*)'=(\d+)", match[1])}
-        used = re.findall(r"'([^']*)'(?::\(\d+\)(\d+))?", match[2])
-        return math.prod(int(part) if part else sizes[name] for name, part in used)
-    return 0
+        devices = _range(match[2] or str(math.prod(sizes.values())), match[3]).reshape(tuple(sizes.values()))
+        for at, name in enumerate(sizes):
+            # 'b':(2)4 is the part of four of an axis behind a part of two.
+            used = re.search(rf"'{re.escape(name)}'(?::\((\d+)\)(\d+))?", match[4])
+            before, size = (int(used[1] or 1), int(used[2] or sizes[name])) if used else (1, 1)
+            after = sizes[name] // before // size
+            devices = devices.take(after * np.arange(size), axis=at)
+        return tuple(devices.ravel().tolist())
+    return ()
+
+
+def _range(shape: str, axes: str | None) -> np.ndarray:
+    """The numbers from 0 up in this shape with its axes permuted, as one list."""
+    sizes = _numbers(shape)
+    return np.arange(math.prod(sizes)).reshape(sizes).transpose(_numbers(axes) if axes else None).ravel()
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",") if number]

@@ -1,4 +1,4 @@
-"""A part of a step on one device: its work, and the time that it takes at the limits of a chip."""
+"""The phases of a step: the work of one device in each of them, and the time that it takes on a chip."""
 
 import dataclasses
 
@@ -7,12 +7,16 @@ from lpo_jax.planner.topology import Chip
 
 @dataclasses.dataclass(frozen=True)
 class Exchange:
-    """A collective that runs `times` in one run of a phase, each with a result of `bytes` on one of `devices`."""
+    """A collective that runs `times` in one run of a phase, each with a result of `bytes` on one of `devices`.
+
+    The devices are on `hosts` that a network connects.
+    """
 
     kind: str
     bytes: float
     devices: int
     times: int
+    hosts: int = 1
 
     @property
     def sent(self) -> float:
@@ -36,6 +40,8 @@ class StepPhase:
       temporary: bytes that it needs in addition.
       exchanges: its collectives.
       host: seconds in which the device waits for the host.
+      launches: kernels that it starts.
+      busy: seconds of its kernels one after another; 0: kernels overlap, or it is an estimate.
       seconds_compiling: the time that compilation took; 0 for an estimate.
       too_large: whether the compiler refused it because of its memory, so that nothing else is known.
     """
@@ -47,6 +53,8 @@ class StepPhase:
     held: float
     temporary: float
     exchanges: tuple[Exchange, ...] = ()
+    launches: float = 0.0
+    busy: float = 0.0
     host: float = 0.0
     seconds_compiling: float = 0.0
     too_large: bool = False
@@ -62,13 +70,17 @@ class StepPhase:
 
     def shares(self, chip: Chip) -> dict[str, float]:
         """Return the seconds that each resource is busy in one run."""
-        return {
-            "arithmetic": self.flops / chip.peak,
-            "memory": self.bytes / chip.bandwidth,
-            "network": self.sent / chip.ring,
-        }
+        sent = sum(e.sent / chip.link_rate(e.devices, e.hosts) for e in self.exchanges)
+        return chip.shares(self.flops, self.bytes, self.launches) | {"network": sent}
+
+    def working(self, chip: Chip) -> float:
+        """Return the seconds of one run without communication."""
+        return self.busy or chip.busy(self.flops, self.bytes, self.launches)
+
+    def apart(self, chip: Chip) -> float:
+        """Return how much longer its kernels take one after another than if they overlapped."""
+        return self.working(chip) / max(chip.busy(self.flops, self.bytes, self.launches), 1e-12)
 
     def seconds(self, chip: Chip) -> float:
-        """Return the seconds of all its runs in a step, at the hardware's limits, and of the host between them."""
-        shares = self.shares(chip)
-        return self.times * (max(shares["arithmetic"], shares["memory"]) + shares["network"] + self.host)
+        """Return the seconds of all its runs in a step, at the limits of the hardware that `Chip` states."""
+        return self.times * (self.working(chip) + self.shares(chip)["network"] + self.host)

@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -18,18 +18,19 @@ from lpo_jax.config import Config, override_config
 from lpo_jax.errors import UserError
 from lpo_jax.models.config import ModelConfig
 from lpo_jax.models.eight_bits import check_device
+from lpo_jax.models.kernels import cudnn
 from lpo_jax.models.placement import model_sizes
 from lpo_jax.objectives import Objective
+from lpo_jax.objectives.batch import Field
 from lpo_jax.parallel import mesh as meshes
 from lpo_jax.planner import roofline, topology
-from lpo_jax.planner.at_lengths import AtLengths, Occurring, at_lengths
+from lpo_jax.planner.at_lengths import AtLengths, at_lengths
 from lpo_jax.planner.phases import StepPhase
 from lpo_jax.planner.setting import Setting, Sizes, Workload
 from lpo_jax.planner.topology import Chip, Topology
 from lpo_jax.training.behaviour import choose_behaviour
 from lpo_jax.training.check import check_config
 from lpo_jax.training.learner import scores_first
-from lpo_jax.types import Json
 
 # The phases with nearly all of the time and memory. Only these phases of a suggestion are compiled.
 DECISIVE = ("update", "decode")
@@ -127,6 +128,7 @@ def plan(
     objective: Objective,
     *,
     lengths: np.ndarray | None = None,
+    estimate: bool = False,
     suggest: bool = True,
     whole: bool = False,
     report: Callable[[str], None] = lambda line: None,
@@ -140,33 +142,30 @@ def plan(
       eos_ids: every id that ends a response.
       objective: the objective.
       lengths: `[P, K]` response tokens of a step to plan for; None: all responses have their full length.
+      estimate: whether to compile nothing, and estimate all phases by arithmetic.
       suggest: whether to search for a better setting.
       whole: whether to compile unrolled programs at full depth (see `programs`).
       report: called with a line about each program before it is compiled.
 
     Raises:
-      UserError: libtpu is missing, the config's mesh does not fit the slice, or the chip lacks a data type.
+      UserError: the compiler is missing, the config's mesh does not fit the slice, or the chip lacks a data type.
     """
     started = time.perf_counter()
     chip = target.chip.name
     check_device(config.sampling.kv_dtype, chip, WITHOUT_FP8.get(chip, math.inf))
     may_round = allows_int8(config)
     config = choose_behaviour(config, objective).resolve(config)
-    work = roofline.workload(config, model, objective.needs, scores_first(objective))
-    kernels = target.chip.kind == "tpu" and config.model.attention != "plain"
-    work = dataclasses.replace(work, kernels=kernels, platform=target.chip.kind)
+    work = workload(config, model, objective.needs, scores_first(objective), target.chip)
     asked = setting_of(config, work, target)
     compiler: Compiler | None = None
-    if target.chip.kind == "tpu":
-        devices = topology.tpu_devices(target)
-        from lpo_jax.planner.programs import Slice
+    if not estimate:
+        devices = topology.open_compiler(target)
 
         def compiler(setting: Setting, name: str) -> StepPhase:
-            chosen = override_config(config, setting.overrides())
-            if chosen.model.attention == "auto":  # the choice of a run on a TPU
-                chosen = override_config(chosen, ["--model.attention=pallas"])
             report(f"compiling {name} for {target.name}, {setting.describe()}")
-            return Slice(chosen, model, eos_ids, objective, work, setting, devices, whole).phase(name)
+            return compile_phase(
+                config, model, eos_ids, objective, work, setting, devices, target, name, whole
+            )
 
     search = _Search(work, target.chip, compiler, lengths)
     own = search.timed(search.propose(asked, None))
@@ -192,6 +191,44 @@ def allows_int8(config: Config) -> bool:
     return True
 
 
+def workload(
+    config: Config, model: ModelConfig, needs: frozenset[Field], scores_first: bool, chip: Chip
+) -> Workload:
+    """Return the sizes of one step on this chip; arguments as in `roofline.workload`."""
+    work = roofline.workload(config, model, needs, scores_first)
+    kernels = attention_of(config, chip, model) != "plain"
+    return dataclasses.replace(work, kernels=kernels, platform=chip.kind)
+
+
+def compile_phase(
+    config: Config,
+    model: ModelConfig,
+    eos_ids: tuple[int, ...],
+    objective: Objective,
+    work: Workload,
+    setting: Setting,
+    devices: Sequence[object],
+    target: Topology,
+    name: str,
+    whole: bool = False,
+) -> StepPhase:
+    """Compile a phase of the step with this setting; arguments as in `programs.Slice`."""
+    from lpo_jax.planner.programs import Slice
+
+    attention = attention_of(config, target.chip, model)
+    chosen = override_config(config, [*setting.overrides(), f"--model.attention={attention}"])
+    return Slice(chosen, model, eos_ids, objective, work, setting, devices, target, whole).phase(name)
+
+
+def attention_of(config: Config, chip: Chip, model: ModelConfig) -> str:
+    """Return the attention that a run on this chip has (`lpo_jax.models.kernels.choice`)."""
+    if config.model.attention != "auto":
+        return config.model.attention
+    if chip.kind == "tpu":
+        return "pallas"
+    return "triton" if cudnn.refuses(config.model.dtype, model.head_width, model.sliding_window) else "cudnn"
+
+
 def setting_of(config: Config, work: Workload, target: Topology) -> Setting:
     """Return the config's own setting on a slice, with the mesh derived if it is not given.
 
@@ -209,9 +246,14 @@ def setting_of(config: Config, work: Workload, target: Topology) -> Setting:
     # A run decides remat=auto by its free memory. The plan assumes recomputation, which needs less memory.
     training = config.training
     kv_tokens = config.sampling.kv_tokens if work.kernels else 0
-    asked = Setting(sizes, training.token_budget, bool(training.remat), config.sampling.max_rows, kv_tokens)
-    int8 = config.sampling.weights == "int8"
-    return dataclasses.replace(asked, rows=asked.capacity(work).slots, int8=int8)
+    if sizes.data % target.hosts:
+        raise UserError(
+            f"mesh.data = {sizes.data}: {target.name} has {target.hosts} hosts, over which only the data axis is laid "
+            f"out; set it to a multiple of {target.hosts}"
+        )
+    rows, int8 = config.sampling.max_rows, config.sampling.weights == "int8"
+    asked = Setting(sizes, training.token_budget, bool(training.remat), rows, kv_tokens, int8, target.hosts)
+    return dataclasses.replace(asked, rows=asked.capacity(work).slots)
 
 
 def settings(config: Config, work: Workload, target: Topology) -> Iterator[Setting]:
@@ -238,27 +280,34 @@ def settings(config: Config, work: Workload, target: Topology) -> Iterator[Setti
             fewest = mesh.devices // mesh.decode_tensor * work.K
             rows = sorted({fewest * -(-work.P * work.K // (fewest * cut)) for cut in (1, 2, 4, 8, 16, 32)})
             for at_once in rows:
-                yield Setting(mesh, budget, remat, at_once, int8=start.int8)
+                yield Setting(mesh, budget, remat, at_once, int8=start.int8, hosts=target.hosts)
 
 
 @dataclasses.dataclass
 class _Scale:
-    """The ratios of a compiled phase's figures to its estimate's."""
+    """The ratios of a compiled phase's figures to its estimate's, and its `StepPhase.apart`; 0 if kernels overlap."""
 
     flops: float = 1.0
     bytes: float = 1.0
     temporary: float = 1.0
+    launches: float = 1.0
+    apart: float = 0.0
 
-    def __call__(self, phase: StepPhase) -> StepPhase:
-        numbers = {name: scale * getattr(phase, name) for name, scale in vars(self).items()}
-        return dataclasses.replace(phase, **numbers)
+    def __call__(self, phase: StepPhase, chip: Chip) -> StepPhase:
+        numbers = {name: getattr(self, name) * getattr(phase, name) for name in _SCALED}
+        scaled = dataclasses.replace(phase, **numbers)
+        return dataclasses.replace(scaled, busy=self.apart * scaled.working(chip))
 
     @classmethod
-    def between(cls, made: StepPhase, estimate: StepPhase) -> "_Scale":
+    def between(cls, made: StepPhase, estimate: StepPhase, chip: Chip) -> "_Scale":
         ratio = lambda name: getattr(made, name) / max(getattr(estimate, name), 1.0)  # noqa: E731
         if made.too_large:
             return cls(temporary=ratio("temporary"))
-        return cls(*(ratio(field.name) for field in dataclasses.fields(cls)))
+        ratios = {name: ratio(name) for name in _SCALED}
+        return cls(**ratios, apart=made.apart(chip) if made.busy else 0.0)
+
+
+_SCALED = ("flops", "bytes", "temporary", "launches")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -300,7 +349,7 @@ class _Search:
                 phase = made
                 made_names.add(phase.name)
             elif scales:
-                phase = scales.get(phase.name, _Scale())(phase)
+                phase = scales.get(phase.name, _Scale())(phase, self.chip)
             phases.append(phase)
         return Proposal(setting, tuple(phases), frozenset(made_names))
 
@@ -351,76 +400,8 @@ class _Search:
         """Return the ratios of the compiled phases' figures to the estimates; 1 for the others."""
         pairs = zip(proposal.phases, roofline.estimate_phases(self.work, proposal.setting))
         return {
-            made.name: _Scale.between(made, estimate) if made.name in proposal.compiled else _Scale()
+            made.name: _Scale.between(made, estimate, self.chip)
+            if made.name in proposal.compiled
+            else _Scale()
             for made, estimate in pairs
         }
-
-
-_NUMBERS = ("times", "flops", "bytes", "sent", "held", "temporary", "host")
-
-
-def lengths_json(found: AtLengths | None) -> dict[str, Json] | None:
-    """Convert a step at given response lengths to plain values."""
-
-    def of(one: Occurring | None) -> dict[str, Json] | None:
-        if one is None:
-            return None
-        return {
-            "seconds_per_step": one.step_seconds,
-            "seconds": dict(one.seconds),
-            "overrides": one.setting.overrides(),
-            "rows_at_once": one.sampled.rows_at_once,
-            "decode_steps": one.sampled.steps,
-            "tokens_prefilled_again": one.sampled.repeated,
-        }
-
-    return None if found is None else {"reserved": of(found.reserved), "pages": of(found.pages)}
-
-
-def to_json(made: Plan) -> dict[str, Json]:
-    """Convert a plan to plain values; sizes are bytes on one device, and times are seconds."""
-    chip = made.topology.chip
-
-    def of(proposal: Proposal | None) -> dict[str, Json] | None:
-        if proposal is None:
-            return None
-        return {
-            "overrides": proposal.setting.overrides(),
-            "mesh": dataclasses.asdict(proposal.setting.mesh),
-            "call_tokens": proposal.setting.call_tokens(made.work),
-            "memory": proposal.memory,
-            "spare": made.spare(proposal),
-            "fits": made.spare(proposal) >= 0,
-            "standing": roofline.standing(made.work, proposal.setting),
-            "phases": [
-                {
-                    "name": phase.name,
-                    "compiled": phase.name in proposal.compiled,
-                    **{name: getattr(phase, name) for name in _NUMBERS},
-                    "seconds": phase.seconds(chip),
-                    "too_large": phase.too_large,
-                    "exchanges": [dataclasses.asdict(e) | {"sent": e.sent} for e in phase.exchanges],
-                }
-                for phase in proposal.phases
-            ],
-            "seconds_per_step": made.step_seconds(proposal),
-            "at_lengths": lengths_json(proposal.at_lengths),
-            "tokens_per_second": made.work.trained_tokens / made.step_seconds(proposal),
-            "mfu": made.utilisation(proposal),
-            "gradient_flops_ratio": made.gradient_ratio(proposal),
-        }
-
-    return {
-        "topology": made.topology.name,
-        "devices": made.topology.num_devices,
-        "chip": dataclasses.asdict(chip),
-        "parameters": Sizes.of(made.work.model).total,
-        "work": dataclasses.asdict(made.work),
-        "lengths": None
-        if made.lengths is None
-        else {"mean": float(made.lengths.mean()), "longest": int(made.lengths.max())},
-        "asked": of(made.asked),
-        "suggested": of(made.suggested),
-        "with_int8": of(made.with_int8),
-        "seconds_planning": made.seconds,
-    }

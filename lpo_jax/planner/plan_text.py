@@ -3,11 +3,13 @@
 import numpy as np
 from rich.table import Table
 
+from lpo_jax.parallel import gpus
 from lpo_jax.planner import roofline
 from lpo_jax.planner.at_lengths import AtLengths
 from lpo_jax.planner.phases import StepPhase
 from lpo_jax.planner.plan import Plan, Proposal
 from lpo_jax.planner.setting import Sizes
+from lpo_jax.planner.topology import Chip
 from lpo_jax.reporting.text import console, duration
 
 GB = 1e9
@@ -19,10 +21,8 @@ INT8 = (
 
 NOTES = (
     "Unless --lengths is given, all responses have their full length; prompts always do.",
-    "A phase takes max(FLOPs / peak, bytes / bandwidth) plus bytes sent / ring: no kernel reaches its roofline, and "
-    "communication is partly hidden.",
-    "Not included: verifying rewards, compiling, evaluation, checkpoints, the host except between decode calls, and "
-    "the network between slices. Uneven lengths pad attention, which can need more memory than full ones.",
+    "Not included: verifying rewards, compiling, evaluation, checkpoints, and the host except between decode calls. "
+    "Uneven lengths pad attention, which can need more memory than full ones.",
 )
 
 
@@ -58,7 +58,7 @@ def show(made: Plan, model: str) -> None:
         out.print(f"  {INT8}", highlight=False, soft_wrap=True)
     if made.searched and made.spare(made.asked) < 0 and not (made.suggested or made.with_int8):
         out.print("\nNo mesh, microbatch, remat or number of rows was found that fits: use a larger slice.")
-    out.print(f"\nplanned in {duration(made.seconds)}. {' '.join(NOTES)}", highlight=False)
+    out.print(f"\nplanned in {duration(made.seconds)}. {assumed(chip)} {' '.join(NOTES)}", highlight=False)
 
 
 def _show(made: Plan, proposal: Proposal, title: str) -> None:
@@ -85,16 +85,7 @@ def _show(made: Plan, proposal: Proposal, title: str) -> None:
             _origin(phase, proposal),
         )
     out.print(table)
-    for phase in proposal.phases:
-        if phase.exchanges:
-            out.print(f"  {phase.name} exchanges {exchanged(phase)}", highlight=False, soft_wrap=True)
-    decode = next(phase for phase in proposal.phases if phase.name == "decode")
-    out.print(
-        f"  decode: {proposal.setting.call_tokens(made.work)} tokens between two looks of the host, which take "
-        f"{1e3 * decode.host:.1f} ms each",
-        highlight=False,
-        soft_wrap=True,
-    )
+    _show_waiting(made, proposal)
     verdict = (
         f"fits, with {spare / GB:.1f} of {chip.memory / GB:.1f} GB to spare"
         if spare >= 0
@@ -135,6 +126,21 @@ def _show_memory(made: Plan, proposal: Proposal) -> None:
         )
 
 
+def _show_waiting(made: Plan, proposal: Proposal) -> None:
+    """Print the collectives of each phase, and how often sampling waits for the host."""
+    out, kind = console(), made.topology.chip.kind
+    for phase in proposal.phases:
+        if phase.exchanges:
+            out.print(f"  {phase.name} exchanges {exchanged(phase, kind)}", highlight=False, soft_wrap=True)
+    decode = next(phase for phase in proposal.phases if phase.name == "decode")
+    out.print(
+        f"  decode: {proposal.setting.call_tokens(made.work)} tokens between two looks of the host, which take "
+        f"{1e3 * decode.host:.1f} ms each",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
 def _show_lengths(made: Plan, proposal: Proposal, found: AtLengths) -> None:
     """Print the seconds of a step at full length and at the given lengths, with both kinds of KV cache."""
     out, chip = console(), made.topology.chip
@@ -170,16 +176,33 @@ def _origin(phase: StepPhase, proposal: Proposal) -> str:
     return "" if phase.name in proposal.compiled else "estimated"
 
 
-def exchanged(phase: StepPhase) -> str:
-    """Describe a phase's collectives by kind and number of devices, the largest first, in one line."""
-    totals: dict[tuple[str, int], list[float]] = {}
+def exchanged(phase: StepPhase, kind: str = "tpu") -> str:
+    """Describe a phase's collectives by kind, number of devices and link, the largest first, in one line."""
+    totals: dict[tuple[str, int, int], list[float]] = {}
     for e in phase.exchanges:
-        total = totals.setdefault((e.kind, e.devices), [0, 0.0, 0.0])
+        total = totals.setdefault((e.kind, e.devices, e.hosts), [0, 0.0, 0.0])
         total[0] += e.times
         total[1] += e.bytes * e.times
         total[2] = max(total[2], e.bytes)
     ordered = sorted(totals.items(), key=lambda item: -item[1][1])
+    link = lambda hosts: " over the network" if hosts > 1 else " over NVLink" if kind == "gpu" else ""  # noqa: E731
     return "; ".join(
-        f"{kind} among {devices}: {times} x, {size / GB:.3g} GB in all, {largest / GB:.3g} GB at most"
-        for (kind, devices), (times, size, largest) in ordered[:4]
+        f"{name} among {devices}{link(hosts)}: {times} x, {size / GB:.3g} GB in all, {largest / GB:.3g} GB at most"
+        for (name, devices, hosts), (times, size, largest) in ordered[:4]
+    )
+
+
+def assumed(chip: Chip) -> str:
+    """State the constants behind the times of a chip."""
+    if chip.kind == "tpu":
+        return (
+            "A phase takes max(FLOPs / peak, bytes / bandwidth) plus bytes sent / ring: no kernel reaches its "
+            "roofline, and communication is partly hidden. The network between slices is not included."
+        )
+    return (
+        f"A kernel takes max(FLOPs / {chip.peak_share * chip.peak / 1e12:.0f} TFLOP/s, bytes / "
+        f"{chip.bandwidth_share * chip.bandwidth / GB:.0f} GB/s, {1e6 * chip.launch:.0f} us), the shares of the "
+        f"specification that one H200 reached, and bytes sent / {chip.link / GB:.0f} GB/s inside a host or "
+        f"{chip.network / GB:.0f} GB/s per device between hosts are added, though part of communication is hidden. "
+        f"Memory is {gpus.MEMORY_SHARE:.0%} of the card's."
     )

@@ -30,6 +30,7 @@ from lpo_jax.planner.hlo import collectives, parse_hlo
 from lpo_jax.planner.phases import Exchange, StepPhase
 from lpo_jax.planner.roofline import moved_seconds, phase_attention
 from lpo_jax.planner.setting import Setting, Workload
+from lpo_jax.planner.topology import Topology
 from lpo_jax.runs.state import TrainState
 from lpo_jax.sampling import Sampling, kv_cache, page_pool
 from lpo_jax.sampling import decode as sampler
@@ -39,6 +40,8 @@ from lpo_jax.training.optimizer import Optimizer, make_optimizer, planned_update
 from lpo_jax.training.step import update
 
 DEPTHS = (2, 4)  # numbers of layers at which unrolled programs are compiled
+# Options for GPUs: a plan reads the program before LLVM makes machine code of it, so that its optimisation is left out.
+UNUSED_CODE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +56,7 @@ class Slice:
       work: the sizes of a step.
       setting: the setting.
       devices: the devices to compile for.
+      target: what they are.
       whole: whether to compile unrolled programs at full depth.
     """
 
@@ -63,6 +67,7 @@ class Slice:
     work: Workload
     setting: Setting
     devices: Sequence[jax.Device]
+    target: Topology
     whole: bool = False
 
     def phase(self, name: str) -> StepPhase:
@@ -126,6 +131,9 @@ class Slice:
         place = jax.sharding.NamedSharding(self._decode_mesh, where)
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
 
+    def _measure(self, *arguments, **options) -> StepPhase:
+        return measure(*arguments, target=self.target, **options)
+
     def _sampling(self, name: str, model: ModelConfig) -> StepPhase:
         work, setting, attention = self.work, self.setting, self.config.model.attention
         dtype = self._dtype
@@ -136,7 +144,7 @@ class Slice:
             if name == "layout":
                 one = model, state.policy["layers"], _ints(), dtype, self._int8
                 alive = state, self._weights(model, state)
-                return _measure(name, self.model.num_layers, sampler.decode_layer.lower(*one), alive)
+                return self._measure(name, self.model.num_layers, sampler.decode_layer.lower(*one), alive)
             weights = self._weights(model, state)
             if work.kernels:
                 return self._in_pages(name, model, state, weights, kernels)
@@ -148,7 +156,7 @@ class Slice:
                 arguments = weights, _ints(size.prefill_batch, work.S), _ints(size.prefill_batch)
                 lowered = kv_cache.prefill.lower(model, dtype, self._stored, attention, *arguments)
                 alive = (state, weights) + ((prompt_kv, own_kv) if size.queued else ())  # type: ignore[assignment]
-                return _measure(name, setting.prefills(work), lowered, alive, kernels)
+                return self._measure(name, setting.prefills(work), lowered, alive, kernels)
             rows = sampler.DecodeState(  # type: ignore[misc]
                 *(_ints(size.slots) for _ in range(4)),
                 active=jax.ShapeDtypeStruct((size.slots,), bool),
@@ -161,13 +169,17 @@ class Slice:
             lowered = sampler.decode.lower(settings, *arguments, _ints(), _ints(), _ints())
             alive = state, arguments, coming  # type: ignore[assignment]
             turns = setting.call_tokens(work)
-            times = setting.calls(work)
-            phase = _measure(name, times, lowered, alive, kernels, turns)
+            phase = self._measure(name, setting.calls(work), lowered, alive, kernels, turns)
         # The program was compiled for a response cache of full length, which grows with the responses.
         unread = (1 - work.mean_cached / size.tokens) * _bytes(own_kv)
         least = (1 - unread / _bytes((own_kv, prompt_kv))) * phase.bytes
-        looks = look_seconds(setting.rows)
-        return dataclasses.replace(phase, bytes=max(phase.bytes - turns * unread, least), host=looks)
+        return self._reading(phase, max(phase.bytes - turns * unread, least))
+
+    def _reading(self, phase: StepPhase, moved: float) -> StepPhase:
+        """A decode phase that moves fewer bytes than its program says, with the looks of the host."""
+        spared = self.target.chip.busy(0.0, phase.bytes - moved, 0.0)
+        busy, host = max(phase.busy - spared, 0.0), look_seconds(self.setting.rows)
+        return dataclasses.replace(phase, bytes=moved, busy=busy, host=host)
 
     def _decode_settings(self, model: ModelConfig) -> sampler.DecodeSettings:
         distribution, attention = Sampling(self.config.sampling.temperature), self.config.model.attention
@@ -194,7 +206,7 @@ class Slice:
             lowered = kv_cache.prefill.lower(
                 model, self._dtype, self._stored, self.config.model.attention, *arguments
             )
-            return _measure(name, setting.prefills(work), lowered, (state, weights, pool), kernels)
+            return self._measure(name, setting.prefills(work), lowered, (state, weights, pool), kernels)
         rows = sampler.DecodeState(  # type: ignore[misc]
             *(_ints(R) for _ in range(4)),
             active=jax.ShapeDtypeStruct((R,), bool),
@@ -207,15 +219,13 @@ class Slice:
             self._decode_settings(model), weights, rows, _ints(U), *tables, pool, _ints(), _ints()
         )
         coming = self._kv_cache(model, batch, work.S)  # prompts that are prefilled next
-        turns = setting.call_tokens(work)
-        times = setting.calls(work)
-        phase = _measure(name, times, lowered, (state, weights, rows, pool, coming), kernels, turns)
+        turns, alive = setting.call_tokens(work), (state, weights, rows, pool, coming)
+        phase = self._measure(name, setting.calls(work), lowered, alive, kernels, turns)
         # A kernel counts as reading the whole pool, once for prompts and once for rows. It reads the tokens that rows
         # have so far, and only the prompts that have active rows.
         live = size.slots * size.pages_of(work.T / 2) + math.ceil(size.slots / work.K) * size.pages_of(work.S)
         unread = (2 - min(live / size.pages, 1)) * _bytes(pool)
-        looks = look_seconds(setting.rows)
-        return dataclasses.replace(phase, bytes=phase.bytes - turns * unread, host=looks)
+        return self._reading(phase, phase.bytes - turns * unread)
 
     def _training(self, name: str) -> StepPhase:
         work, state = self.work, self._state(self.model)
@@ -232,7 +242,7 @@ class Slice:
                 lowered = update.lower(runner, self._optimizer, state, groups, cotangent)
         # Hooks may sample until the first update, so the sampler's weights are in memory while responses are scored.
         alive = (self._at_rest(state), self._weights(self.model, state)) if name == "score" else state
-        phase = _measure(name, times, lowered, alive, phase_attention(work, self.setting, name))
+        phase = self._measure(name, times, lowered, alive, phase_attention(work, self.setting, name))
         host = moved_seconds(work, self.setting) if name == "update" else 0.0
         return dataclasses.replace(phase, host=host)
 
@@ -245,32 +255,35 @@ def extrapolate(few: StepPhase, more: StepPhase, steps: float) -> StepPhase:
     """Extrapolate linearly: the phase at `steps` times the distance from `few` to `more`."""
     line = lambda a, b: max(a + steps * (b - a), 0.0)  # noqa: E731
 
-    def totals(phase: StepPhase) -> dict[tuple[str, int], tuple[float, float]]:
-        found: dict[tuple[str, int], tuple[float, float]] = collections.defaultdict(lambda: (0.0, 0.0))
+    def totals(phase: StepPhase) -> dict[tuple[str, int, int], tuple[float, float]]:
+        found: dict[tuple[str, int, int], tuple[float, float]] = collections.defaultdict(lambda: (0.0, 0.0))
         for e in phase.exchanges:
-            size, times = found[e.kind, e.devices]
-            found[e.kind, e.devices] = size + e.bytes * e.times, times + e.times
+            size, times = found[e.kind, e.devices, e.hosts]
+            found[e.kind, e.devices, e.hosts] = size + e.bytes * e.times, times + e.times
         return found
 
     exchanges = []
     ends = totals(few), totals(more)
-    for kind, devices in sorted({**ends[0], **ends[1]}):
-        size, times = (line(*pair) for pair in zip(ends[0][kind, devices], ends[1][kind, devices]))
+    for key in sorted({**ends[0], **ends[1]}):
+        size, times = (line(*pair) for pair in zip(ends[0][key], ends[1][key]))
+        kind, devices, hosts = key
         times = max(round(times), 1)
-        exchanges.append(Exchange(kind, size / times, devices, times))
-    names = ("flops", "bytes", "held", "temporary")
+        exchanges.append(Exchange(kind, size / times, devices, times, hosts))
+    names = ("flops", "bytes", "held", "temporary", "launches", "busy")
     numbers = {name: line(getattr(few, name), getattr(more, name)) for name in names}
     compiling = few.seconds_compiling + more.seconds_compiling
     return dataclasses.replace(more, **numbers, exchanges=tuple(exchanges), seconds_compiling=compiling)
 
 
-def _measure(
+def measure(
     name: str,
     times: int,
     lowered: jax.stages.Lowered,
     alive: object,
     kernels: float = 0.0,
     open_iterations: int = 1,
+    *,
+    target: Topology,
 ) -> StepPhase:
     """Compile a program, and read its memory, FLOPs, traffic and communication in one run.
 
@@ -279,12 +292,14 @@ def _measure(
       times: how often it runs in a step.
       lowered: the program.
       alive: abstract arrays that are in memory while it runs, with its arguments.
-      kernels: matrix FLOPs of its Pallas kernels, which the compiler does not count.
+      kernels: matrix FLOPs of its Pallas kernels and of cuDNN, which the text does not contain.
       open_iterations: assumed iterations of loops whose number depends on data.
+      target: the devices that it is compiled for.
     """
+    chip, gpu = target.chip, target.chip.kind == "gpu"
     started, held = time.perf_counter(), _bytes(alive)
     try:
-        compiled = lowered.compile()
+        compiled = lowered.compile(compiler_options=UNUSED_CODE if gpu else None)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -292,16 +307,25 @@ def _measure(
         return StepPhase(name, times, 0.0, 0.0, held, _needed(str(error), arguments), too_large=True)
     memory, text = compiled.memory_analysis(), compiled.as_text()
     program = parse_hlo(text, open_iterations)
-    cost = program_cost(program)
+    cost = program_cost(program, seconds=chip.busy) if gpu else program_cost(program)
+    kernels *= cost.kernels > 0  # without kernels, attention is in the text
+    attending = max(
+        kernels / (chip.attention_share * chip.peak), cost.kernels / (chip.bandwidth_share * chip.bandwidth)
+    )
     fresh = memory.output_size_in_bytes - memory.alias_size_in_bytes
     return StepPhase(
         name,
         times,
-        cost.flops + kernels * ("tpu_custom_call" in text),
+        cost.flops + kernels,
         cost.bytes,
         held,
         memory.temp_size_in_bytes + fresh + memory.generated_code_size_in_bytes,
-        tuple(Exchange(c.kind, c.bytes, c.devices, c.times) for c in collectives(program)),
+        tuple(
+            Exchange(c.kind, c.bytes, c.devices, c.times, c.hosts(target.devices_per_host))
+            for c in collectives(program)
+        ),
+        cost.launches,
+        cost.busy + attending if gpu else 0.0,
         time.perf_counter() - started,
     )
 

@@ -1,9 +1,11 @@
 """Roofline estimates: the time of a step at the limits of the hardware, and its memory, by arithmetic alone.
 
-A phase is described by the work of each device: matrix FLOPs, bytes read and written, and bytes sent to other devices.
-It takes at least max(FLOPs / peak, bytes / bandwidth), plus the communication, which is assumed not to overlap.
+A phase is described by the work of each device: matrix FLOPs, bytes read and written, kernels started, and bytes sent
+to other devices. It takes at least max(FLOPs / peak, bytes / bandwidth), plus the communication, which is assumed not
+to overlap. On a GPU this holds for each kernel, which takes some microseconds at least, with the parts of peak and
+bandwidth that were measured (`topology.Chip`).
 `estimate_phases` derives these figures from the sizes of the model; `lpo_jax.planner.programs` reads them from compiled
-programs. Estimates rank settings, and are the only figures for GPUs; for TPUs, plans report the compiled figures.
+programs. Estimates rank settings; plans report the compiled figures, unless only an estimate is asked for.
 
 Axes: P prompts · K responses · S prompt tokens · T response tokens · L D H G N F V of the model.
 """
@@ -12,7 +14,11 @@ import dataclasses
 import math
 from collections.abc import Iterator
 
+import jax
+import jax.numpy as jnp
+
 from lpo_jax.config import Config
+from lpo_jax.models import lora
 from lpo_jax.models.config import ModelConfig
 from lpo_jax.models.head import chunk_size
 from lpo_jax.models.packing import full_splits
@@ -38,13 +44,19 @@ LOGIT_COPIES = 3
 # The estimate is deliberately conservative: settings that it accepts are compiled next, and a failed compile costs a
 # minute.
 SCORED = 512
+# Kernels of one layer's forward pass on a GPU.
+KERNELS = 12
 
 
 def model_flops(work: Workload) -> float:
-    """Return the model FLOPs of a step's updates: 6 per parameter and token, and three times those of attention."""
+    """Return the model FLOPs of a step's updates.
+
+    They are 6 per parameter and token, 4 with frozen weights, and three times those of attention. Those of adapters are
+    left out.
+    """
     sizes = Sizes.of(work.model)
     responses = work.P * work.K * work.T
-    matrices = 6 * (sizes.layers * work.trained_tokens + sizes.head * responses)
+    matrices = 2 * (1 + work.backward) * (sizes.layers * work.trained_tokens + sizes.head * responses)
     return matrices + 3 * attention_flops(work, work.P)
 
 
@@ -97,12 +109,12 @@ def _activations(work: Workload, setting: Setting) -> float:
 
 def updated_bytes(work: Workload, setting: Setting) -> float:
     """Return the bytes that the optimizer reads and writes in an update: parameters, gradient and moments."""
-    return (3 * FULL + 2 * work.moments) * Sizes.of(work.model).total / setting.parts
+    return (3 * FULL + 2 * work.moments) * setting.updated(work)
 
 
 def moved_seconds(work: Workload, setting: Setting) -> float:
     """Return the seconds of an update that moments take from the memory of the host and back, once in a step."""
-    moved = 2 * (work.optimizer == "host") * work.moments * Sizes.of(work.model).total / setting.parts
+    moved = 2 * (work.optimizer == "host") * work.moments * setting.updated(work)
     return moved / HOST_LINK / work.updates
 
 
@@ -118,10 +130,12 @@ def standing(work: Workload, setting: Setting) -> dict[str, float]:
         pool = setting.pool(work)
         batch = max(1, pool.slots // work.K) * work.S  # prompts that are prefilled next
         kept = setting.decode_shards * (pool.pages * pool.page_size + batch)
+    own = setting.updated(work)
     return {
-        "parameters": FULL * total / setting.parts,
-        "optimizer": (work.optimizer != "host") * work.moments * total / setting.parts,
-        "reference": FULL * total * work.reference / setting.parts,
+        "frozen weights": work.frozen * total / setting.parts,
+        "parameters": FULL * own,
+        "optimizer": (work.optimizer != "host") * work.moments * own,
+        "reference": FULL * own * work.reference,
         "sampler's weights": weight_bytes(work, setting),
         "keys and values": kept * kv_bytes(work) / setting.mesh.devices,
     }
@@ -156,6 +170,7 @@ def _sampling_phases(work: Workload, setting: Setting) -> Iterator[StepPhase]:
         state + weights + (stored if setting.capacity(work).queued else 0),
         prompts * S * (item * width + 8 * m.num_heads / parts * min(S, SCORED)),
         sums(prompts * S),
+        KERNELS * L,
     )
     tokens = setting.call_tokens(work)
     if work.kernels:
@@ -169,6 +184,7 @@ def _sampling_phases(work: Workload, setting: Setting) -> Iterator[StepPhase]:
         state + weights + stored,
         decode_temporaries(work, setting),
         sums(rows, tokens),
+        KERNELS * L * tokens,
         host=look_seconds(setting.rows),
     )
 
@@ -203,15 +219,19 @@ def _training_phases(work: Workload, setting: Setting) -> Iterator[StepPhase]:
             state + weights,
             micro * item * width + scores + logits,
             (gathered(1), summed(1)),
+            KERNELS * L * runs,
         )
     again = 1 if setting.remat else 0
+    updated = setting.updated(work)
     yield StepPhase(
         "update",
         work.updates,
-        (3 + again) * forward + 3 * head + phase_attention(work, setting, "update"),
+        (1 + work.backward + again) * forward
+        + (1 + work.backward) * head
+        + phase_attention(work, setting, "update"),
         (3 + again) * traffic + updated_bytes(work, setting),
-        state + (work.optimizer == "host") * work.moments * sizes.total / setting.parts,
-        FULL * sizes.total / setting.parts  # the gradient
+        state + (work.optimizer == "host") * work.moments * updated,
+        FULL * updated  # the gradient
         + L * micro * item * (D if setting.remat else width)
         + 2 * micro * item * width
         + 2 * scores
@@ -219,10 +239,20 @@ def _training_phases(work: Workload, setting: Setting) -> Iterator[StepPhase]:
         (
             gathered(2 + again),
             summed(3 + again),
-            Exchange("reduce-scatter", FULL * sizes.total / setting.parts, mesh.fsdp, runs),
-            Exchange("all-reduce", FULL * sizes.total / setting.parts, mesh.data, 1),
+            *_summed_gradient(work, setting, FULL * updated, runs),
         ),
+        (3 + again) * KERNELS * L * runs,
         host=moved_seconds(work, setting),
+    )
+
+
+def _summed_gradient(work: Workload, setting: Setting, size: float, runs: int) -> tuple[Exchange, ...]:
+    """The sum of the gradient of `size` bytes on a device, where each shard of the batch has a part of it."""
+    if work.adapters:
+        return (Exchange("all-reduce", size, setting.shards, 1, setting.hosts),)
+    return (
+        Exchange("reduce-scatter", size, setting.mesh.fsdp, runs),
+        Exchange("all-reduce", size, setting.mesh.data, 1, setting.hosts),
     )
 
 
@@ -255,4 +285,14 @@ def workload(config: Config, model: ModelConfig, needs: frozenset[Field], scores
         sampling.ahead,
         kv_dtype=sampling.kv_dtype,
         optimizer=config.optimizer.state,
+        adapters=num_adapters(config, model),
+        frozen=jnp.dtype(config.model.frozen_dtype).itemsize if config.model.lora.rank else 0,
     )
+
+
+def num_adapters(config: Config, model: ModelConfig) -> int:
+    """Return the number of parameters of the adapters that a run trains; 0 if it trains the weights."""
+    adapters = lora.configured(config.model.lora)
+    if adapters is None:
+        return 0
+    return sum(leaf.size for leaf in jax.tree.leaves(lora.abstract_params(model, adapters)))

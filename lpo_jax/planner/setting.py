@@ -40,6 +40,8 @@ class Workload:
     kv_dtype: KVDtype = "compute"  # of the KV cache
     platform: str = "tpu"  # "tpu" or "gpu"
     optimizer: str = "float32"  # `optimizer.state`
+    adapters: int = 0  # parameters of adapters, on frozen weights; 0: the weights are trained
+    frozen: int = 0  # bytes of a frozen weight
 
     @property
     def trained_tokens(self) -> int:
@@ -50,6 +52,11 @@ class Workload:
     def moments(self) -> int:
         """Bytes of the two moments of a parameter."""
         return 2 * (HALF if self.optimizer == "bfloat16" else FULL)
+
+    @property
+    def backward(self) -> int:
+        """Matrix products of the backward pass per product of the forward pass; frozen weights need no gradient."""
+        return 1 if self.adapters else 2
 
     @property
     def mean_cached(self) -> float:
@@ -68,6 +75,7 @@ class Setting:
       rows: responses that are sampled at once; the others are queued.
       kv_tokens: tokens that the KV cache holds, with kernels; 0: as many as `rows` rows of full length need.
       int8: whether the layers' matrices are in 8 bits while sampling.
+      hosts: the number of hosts that only a network connects, over which the data axis is laid out.
     """
 
     mesh: MeshSizes
@@ -76,6 +84,7 @@ class Setting:
     rows: int
     kv_tokens: int = 0
     int8: bool = False
+    hosts: int = 1
 
     @property
     def shards(self) -> int:
@@ -91,6 +100,10 @@ class Setting:
     def decode_shards(self) -> int:
         """The number of shards of the prompts while sampling."""
         return self.mesh.devices // self.mesh.decode_tensor
+
+    def updated(self, work: Workload) -> float:
+        """Return the number of parameters on a device that the optimizer updates; adapters are whole on each."""
+        return work.adapters or Sizes.of(work.model).total / self.parts
 
     def scorings(self, work: Workload) -> int:
         """Return the forward passes over a minibatch that only score."""

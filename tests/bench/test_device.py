@@ -1,6 +1,8 @@
 """Test benchmarks/device.py with tiny shapes on this machine's CPU."""
 
+import dataclasses
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
@@ -27,7 +29,36 @@ def test_one_layer_agrees_with_itself_and_its_sampler(device):
     assert [row["dtype"] for row in rows] == ["float32", "bfloat16"]
     exact, rounded = rows
     assert exact["logp_device_minus_cpu"] == 0.0  # the device is the CPU
+    assert (
+        exact["logp_kernels_minus_plain"] == exact["gradient_kernels_minus_plain"] == 0.0
+    )  # plain attention
     assert exact["logp_sampler_minus_trainer"] < 1e-3 < rounded["logp_sampler_minus_trainer"] < 0.5
+
+
+def test_what_there_is_no_time_for_is_named(device):
+    assert list(device.within(60, iter([{"a": 1}, {"a": 2}]))) == [{"a": 1}, {"a": 2}]
+    assert list(device.within(-1, iter([{"a": 1}]))) == [{"left_out": "no time"}]
+
+
+@pytest.mark.slow
+def test_a_dry_run_writes_rows_and_a_table(device, tmp_path, monkeypatch, capsys):
+    command = ["device.py", "--dry-run", "--only", "machine", "gradient", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", command)
+    assert device.main() == 0
+    rows = [json.loads(line) for line in (tmp_path / "device.jsonl").read_text().splitlines()]
+    assert [row["measurement"] for row in rows] == ["machine", "gradient"]
+    assert (tmp_path / "device.txt").read_text() in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["decode", "gradient"])
+def test_the_plan_is_compared_with_the_measurement(device, name, monkeypatch):
+    (row,) = device.MEASUREMENTS[name](device.TINY)
+    measured = row["seconds"] if name == "gradient" else row["ms_per_token_step"] / 1e3
+    assert row["planned_over_measured"] == pytest.approx(row["planned_s"] / measured)
+    assert row["planned_s"] > 0
+    unknown = dataclasses.replace(device.TINY, stand_in=None)
+    assert device.planned(unknown, None, unknown.gradient, name) is None
 
 
 @pytest.mark.slow

@@ -76,3 +76,20 @@ CONDITION = """%cond (arg.1: (s32[], bf16[8,4])) -> pred[] {
 }
 
 %body (arg"""
+
+
+def test_groups_and_the_hosts_that_they_are_on():
+    """The three forms in which groups of sixteen devices on two hosts are printed, some with permuted axes."""
+    mesh = "mesh['a'=8,'b'=2], device_ids=([2,8]T(1,0))"
+    for groups, first, hosts in [
+        ("{{0,1,2,3},{4,5,6,7}}", (0, 1, 2, 3), 1),
+        ("[2,8]<=[16]", tuple(range(8)), 1),
+        ("[8,2]<=[2,8]T(1,0)", (0, 8), 2),
+        (mesh + " {'a'}", tuple(range(8)), 1),
+        (mesh + " {'b'}", (0, 8), 2),
+        ("mesh['a'=2,'b'=8] {'b':(2)4}", (0, 1, 2, 3), 1),
+        ("mesh['a'=2,'b'=8] {'a', 'b':(1)2}", (0, 4, 8, 12), 2),
+    ]:
+        text = f"ENTRY %main (p: f32[2]) -> f32[2] {{\n  %r = f32[2] all-reduce(%p), replica_groups={groups}\n}}\n"
+        (found,) = collectives(parse_hlo(text))
+        assert (found.group, found.devices, found.hosts(8)) == (first, len(first), hosts), groups

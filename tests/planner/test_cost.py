@@ -132,3 +132,36 @@ def test_with_loops_counted_once_xla_agrees(gradient):
     theirs = gradient.cost_analysis()
     assert ours.flops == 4 * 2 * B * D * D
     assert 0.8 * theirs["flops"] < ours.flops <= theirs["flops"]  # which counts element-wise operations too
+
+
+# Products of a GPU program: in a fusion for Triton, and by cuBLAS, which states the contracted axes in another way.
+GPU_TEXT = """HloModule jit_f
+
+%fused (p.0: bf16[8,16], p.1: bf16[16,32]) -> bf16[8,32] {
+  %p.0 = bf16[8,16]{1,0} parameter(0)
+  %p.1 = bf16[16,32]{1,0} parameter(1)
+  ROOT %dot.1 = bf16[8,32]{1,0} dot(%p.0, %p.1), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+ENTRY %main (x: bf16[8,16], w: bf16[16,32], v: bf16[32,64]) -> (bf16[8,64], s8[4]) {
+  %x = bf16[8,16]{1,0} parameter(0)
+  %w = bf16[16,32]{1,0} parameter(1)
+  %v = bf16[32,64]{1,0} parameter(2)
+  %y = bf16[8,32]{1,0} fusion(%x, %w), kind=kCustom, calls=%fused
+  %attended = bf16[8,16]{1,0} custom-call(%x, %x), custom_call_target="__cudnn$fmhaSoftmax"
+  ROOT %z = (bf16[8,64]{1,0}, s8[4]{0}) custom-call(%y, %v), custom_call_target="__cublas$gemm", backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["0"]}}}
+}
+"""  # noqa: E501
+
+
+def test_products_of_a_gpu_program_one_after_another():
+    first, second = 2 * 8 * 16 * 32, 2 * 8 * 32 * 64
+    read, written = 2 * (8 * 16 + 16 * 32), 2 * 8 * 32
+    cost = program_cost(parse_hlo(GPU_TEXT), seconds=lambda flops, moved: max(flops, 20 * moved))
+    attended = 2 * 2 * 8 * 16  # its input, which is two operands, and its result
+    assert (cost.flops, cost.launches, cost.kernels) == (first + second, 3, attended)
+    assert cost.bytes - attended == read + 2 * written + 2 * (32 * 64 + 8 * 64) + 4
+    # The first kernel is limited by memory, and the second one by arithmetic or memory, whichever takes longer.
+    assert cost.busy == max(first, 20 * (read + written)) + max(
+        second, 20 * (cost.bytes - attended - read - written)
+    )

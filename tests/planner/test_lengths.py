@@ -189,7 +189,7 @@ def config_file(tmp_path, run_config, tiny_model):
 
 
 def test_the_command_shows_full_and_given_lengths(config_file, capsys):
-    arguments = ["plan", config_file, "--topology", "h100:4", "--lengths", "mean=3,sigma=1.0"]
+    arguments = ["plan", config_file, "--topology", "h100:4", "--estimate", "--lengths", "mean=3,sigma=1.0"]
     assert main(arguments) == 0
     text = capsys.readouterr().out
     assert all(part in text for part in ("response lengths", "longest reserved", "rows at once"))
@@ -203,6 +203,6 @@ def test_the_command_shows_full_and_given_lengths(config_file, capsys):
 
 def test_a_run_without_rollouts_ends_in_one_line(config_file, tmp_path, capsys):
     run = write_run(tmp_path / "run", [])
-    assert main(["plan", config_file, "--topology", "h100:4", "--lengths", str(run)]) == 2
+    assert main(["plan", config_file, "--topology", "h100:4", "--estimate", "--lengths", str(run)]) == 2
     error = capsys.readouterr().err
     assert "no rollouts" in error and error.count("\n") == 1

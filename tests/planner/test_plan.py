@@ -76,6 +76,7 @@ def test_memory_by_hand():
     own = roofline.standing(WORK, ALONE)
     kv = 2 * c.num_layers * c.num_kv_heads * c.head_width * 2
     assert own == {
+        "frozen weights": 0,
         "parameters": 4 * total,
         "optimizer": 8 * total,
         "reference": 0,
@@ -84,6 +85,7 @@ def test_memory_by_hand():
     }
     spread = Setting(MeshSizes(2, 2, 2, decode_tensor=2), 144, False, rows=16)
     assert roofline.standing(WORK, spread) == {
+        "frozen weights": 0,
         "parameters": total,
         "optimizer": 2 * total,
         "reference": 0,
@@ -137,8 +139,8 @@ def test_a_phase_takes_as_long_as_its_worst_resource():
     assert dataclasses.replace(phase, flops=5 * chip.peak).seconds(chip) == 3 * 5
 
 
-def test_a_gpu_plan_is_arithmetic(config_file, capsys):
-    assert main(["plan", config_file(), "--topology", "h100:4", "--json"]) == 0
+def test_an_estimate_is_arithmetic(config_file, capsys):
+    assert main(["plan", config_file(), "--topology", "h100:4", "--estimate", "--json"]) == 0
     made = json.loads(capsys.readouterr().out)
     assert (made["topology"], made["devices"], made["chip"]["name"]) == ("h100:4", 4, "h100")
     asked = made["asked"]
@@ -159,7 +161,7 @@ def test_moments_elsewhere_are_offered_where_sampling_needs_the_memory(capsys, p
 
 
 def test_text_names_memory_times_and_what_is_left_out(config_file, capsys):
-    assert main(["plan", config_file(), "--topology", "h100:4"]) == 0
+    assert main(["plan", config_file(), "--topology", "h100:4", "--estimate"]) == 0
     text = capsys.readouterr().out
     for part in (
         "as configured",
@@ -176,7 +178,7 @@ def test_text_names_memory_times_and_what_is_left_out(config_file, capsys):
 def test_what_does_not_fit_is_said_with_exit_status_3(config_file, capsys, monkeypatch):
     small = dataclasses.replace(topology.CHIPS["h100"], memory=1e4)
     monkeypatch.setitem(topology.CHIPS, "h100", small)
-    assert main(["plan", config_file(), "--topology", "h100:1"]) == 3
+    assert main(["plan", config_file(), "--topology", "h100:1", "--estimate"]) == 3
     text = " ".join(capsys.readouterr().out.split())
     assert "does not fit" in text and "GB too much" in text and "use a larger slice" in text
 
@@ -185,9 +187,11 @@ def test_a_setting_that_fits_is_suggested(run_config, tiny_model):
     sampling = {"num_responses": 4, "max_tokens": 100, "max_prompt_tokens": 16}
     training = {"prompts_per_step": 64, "updates_per_step": 2, "token_budget": 10**6, "remat": False}
     config = parse_config(run_config(sampling=sampling, training=training, mesh={"devices": 0}))
-    made = plans.plan(config, GPU, CONFIG, (1,), check_config(config), suggest=False)
+    made = plans.plan(config, GPU, CONFIG, (1,), check_config(config), estimate=True, suggest=False)
     tight = dataclasses.replace(GPU.chip, memory=0.6 * made.asked.memory)
-    less = plans.plan(config, dataclasses.replace(GPU, chip=tight), CONFIG, (1,), check_config(config))
+    less = plans.plan(
+        config, dataclasses.replace(GPU, chip=tight), CONFIG, (1,), check_config(config), estimate=True
+    )
     assert less.spare(less.asked) < 0 <= less.spare(less.suggested)
     chosen = less.suggested.setting
     # Its command-line overrides give the same setting.
@@ -250,9 +254,9 @@ def test_suggestions_are_measured_by_what_was_compiled(run_config):
     ("arguments", "says"),
     [
         (["--topology", "v7:4x4"], "known: v5e"),
-        (["--topology", "h100:8", "--mesh.tensor=3"], "mesh"),
-        (["--topology", "h100:4", "--mesh.devices=8"], "h100:4 has 4"),
-        (["--topology", "h100:1", "--sampling.max_tokens=4096"], "positions"),
+        (["--topology", "h100:8", "--estimate", "--mesh.tensor=3"], "mesh"),
+        (["--topology", "h100:4", "--estimate", "--mesh.devices=8"], "h100:4 has 4"),
+        (["--topology", "h100:1", "--estimate", "--sampling.max_tokens=4096"], "positions"),
     ],
 )
 def test_mistakes_end_in_one_line(config_file, capsys, arguments, says):
@@ -261,12 +265,54 @@ def test_mistakes_end_in_one_line(config_file, capsys, arguments, says):
     assert says in error and error.count("\n") == 1
 
 
+def test_a_mesh_that_does_not_fit_two_hosts(config_file, capsys):
+    path = config_file(mesh={"devices": 0}, training={"prompts_per_step": 8})
+    where = ["--topology", "2x h100:2", "--estimate"]
+    assert main(["plan", path, *where, "--mesh.data=1", "--mesh.fsdp=4"]) == 2
+    error = capsys.readouterr().err
+    assert "mesh.data = 1: 2x h100:2 has 2 hosts" in error and error.count("\n") == 1
+    assert main(["plan", path, *where, "--mesh.data=2", "--mesh.fsdp=2"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "2x h100:2: 4 x h100" in text and "all-reduce among 2 over the network" in text
+
+
 def test_extrapolation_is_a_straight_line():
     few = StepPhase("decode", 5, 10.0, 100.0, 7.0, 3.0, (Exchange("all-reduce", 8.0, 2, 4),))
     more = StepPhase("decode", 5, 14.0, 120.0, 9.0, 3.0, (Exchange("all-reduce", 8.0, 2, 8),))
     far = extrapolate(few, more, 3)
     assert (far.flops, far.bytes, far.held, far.temporary) == (22.0, 160.0, 13.0, 3.0)
     assert far.exchanges == (Exchange("all-reduce", 8.0, 2, 16),)
+
+
+def test_between_hosts_the_network_is_the_limit():
+    chip = topology.CHIPS["h100"]
+    inside, between = (
+        StepPhase("update", 1, 0, 0, 0, 0, (Exchange("all-reduce", 1e9, 2, 1, n),)) for n in (1, 2)
+    )
+    assert inside.seconds(chip) == pytest.approx(1e9 / chip.link)
+    assert between.seconds(chip) == pytest.approx(1e9 / chip.network)
+
+
+def test_kernels_of_a_gpu_run_one_after_another():
+    chip = topology.CHIPS["h100"]
+    phase = StepPhase("decode", 2, 0, 0, 0, 0, launches=1000)
+    assert phase.seconds(chip) == pytest.approx(2 * 1000 * chip.launch)
+    assert dataclasses.replace(phase, busy=1.5).seconds(chip) == 3
+    estimate = StepPhase("decode", 2, chip.peak, 0, 0, 0, launches=10)
+    made = dataclasses.replace(estimate, flops=2 * estimate.flops, busy=6 / chip.peak_share)
+    scale = plans._Scale.between(made, estimate, chip)
+    assert scale.apart == pytest.approx(3)  # 6 seconds for what would take 2
+    assert scale(estimate, chip).seconds(chip) == pytest.approx(made.seconds(chip))
+
+
+def test_adapters_need_neither_gradients_nor_moments_of_the_weights():
+    trained = dataclasses.replace(WORK, adapters=1000, frozen=2)
+    total = roofline.Sizes.of(CONFIG).total
+    own = roofline.standing(trained, ALONE)
+    assert (own["frozen weights"], own["parameters"], own["optimizer"]) == (2 * total, 4000, 8000)
+    whole, adapted = phases()["update"], phases(trained)["update"]
+    assert adapted.flops < whole.flops and adapted.temporary < whole.temporary
+    assert roofline.model_flops(WORK) / roofline.model_flops(trained) < 6 / 4
 
 
 def test_complaints_of_the_compiler_are_read():
@@ -283,6 +329,21 @@ def test_a_topology_that_libtpu_refuses():
         pytest.skip("needs libtpu: pip install 'lpo_jax[plan]'")
     with pytest.raises(UserError, match="no such slice"):
         topology.tpu_devices(topology.parse_topology("v5e:3x4"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", ["a100", "h100", "h200", "b200"])
+def test_a_tiny_model_compiled_for_gpus(config_file, capsys, chip):
+    pytest.importorskip("jax_cuda12_plugin", reason="needs the CUDA plugin: pip install 'lpo_jax[plan-gpu]'")
+    path = config_file(mesh={"devices": 0, "data": 2, "fsdp": 2}, training={"prompts_per_step": 8})
+    assert main(["plan", path, "--topology", f"2x {chip}:2", "--no-suggest", "--json"]) == 0
+    asked = json.loads(capsys.readouterr().out)["asked"]
+    assert asked["fits"] and all(phase["compiled"] for phase in asked["phases"])
+    assert all(phase["held"] > 0 and phase["bytes"] > 0 and phase["busy"] > 0 for phase in asked["phases"])
+    update = asked["phases"][-1]
+    # Weights are gathered inside a host, and only gradients and the loss cross the network.
+    assert all(e["hosts"] == 1 for e in update["exchanges"] if e["kind"] == "all-gather")
+    assert any(e["hosts"] == 2 for e in update["exchanges"] if e["kind"] == "all-reduce")
 
 
 @pytest.mark.slow
