@@ -15,8 +15,10 @@ import numpy as np
 from lpo_jax.errors import UserError
 from lpo_jax.models.packing import PackedSize, packed_size
 from lpo_jax.planner import roofline
-from lpo_jax.planner.roofline import Exchange, Setting, Sizes, StepPhase, Workload
+from lpo_jax.planner.phase import Exchange, StepPhase
+from lpo_jax.planner.roofline import Setting, Workload
 from lpo_jax.planner.simulation import Sampled, simulate_pages, simulate_slots
+from lpo_jax.planner.sizes import Sizes
 from lpo_jax.planner.topology import Chip
 
 # Rows to try with pages, as multiples of those that reserve the longest response.
@@ -77,10 +79,10 @@ def at_lengths(
     costs = _Costs.of(work, setting, by_name, chip)
     shards, size = setting.decode_shards, setting.capacity(work)
     padded = np.pad(lengths, ((0, -work.P % shards), (0, 0)))
-    layout = {"layout": by_name["layout"].seconds(chip)}
+    whatever = {name: by_name[name].seconds(chip) for name in ("layout", "vision") if name in by_name}
 
     def occurring(sampled: Sampled, setting: Setting) -> Occurring:
-        seconds = {**layout, "prefill": costs.prefill(sampled), "decode": costs.decode(sampled), **training}
+        seconds = {**whatever, "prefill": costs.prefill(sampled), "decode": costs.decode(sampled), **training}
         return Occurring(seconds, sampled, setting)
 
     whole = _reserving(work, setting)
@@ -146,7 +148,7 @@ class _Costs:
     def of(cls, work: Workload, setting: Setting, phases: Mapping[str, StepPhase], chip: Chip) -> "_Costs":
         size, shards, phase = setting.capacity(work), setting.decode_shards, phases["decode"]
         slots, steps = size.slots / shards, work.call_tokens
-        weights = work.itemsize * Sizes.of(work.model).total / setting.mesh.decode_tensor
+        weights = work.itemsize * Sizes.of(work.model).decoder / setting.mesh.decode_tensor
         rest = phase.bytes / steps - weights - roofline.decode_reads(work, setting)
         token = roofline.kv_bytes(work) / setting.mesh.decode_tensor
         slot = max(rest, 0.0) / slots, phase.flops / steps / slots, phase.sent / steps / slots
@@ -193,8 +195,8 @@ def _repacked(work: Workload, setting: Setting, phase: StepPhase, lengths: np.nd
     tokens = runs * found.tokens / full.tokens
     attention = roofline.phase_attention(work, setting, phase.name)
     pairs = _pairs(work, found, lengths) / _pairs(work, full, np.full_like(lengths, T))
-    once = 28 * Sizes.of(work.model).total / setting.parts if update else 0.0  # the optimizer
-    weights = work.itemsize * Sizes.of(work.model).total / setting.mesh.tensor
+    once = 28 * work.trained / setting.parts if update else 0.0  # the optimizer
+    weights = work.itemsize * Sizes.of(work.model).decoder / setting.mesh.tensor
     weights = min(weights * full.microbatches * (4 if update else 1), phase.bytes - once)
 
     def scaled(e: Exchange) -> Exchange:

@@ -5,8 +5,9 @@ from rich.table import Table
 
 from lpo_jax.planner import roofline
 from lpo_jax.planner.at_lengths import AtLengths
+from lpo_jax.planner.phase import StepPhase
 from lpo_jax.planner.plan import Plan, Proposal
-from lpo_jax.planner.roofline import StepPhase
+from lpo_jax.planner.sizes import Sizes
 from lpo_jax.reporting.text import console, duration
 
 GB = 1e9
@@ -27,13 +28,14 @@ def show(made: Plan, model: str) -> None:
     """Print a plan for a model of this name."""
     out, work, chip = console(), made.work, made.topology.chip
     out.print(
-        f"{model} ({roofline.Sizes.of(work.model).total / 1e9:.2f} B parameters) on {made.topology.name}: "
+        f"{model} ({Sizes.of(work.model).total / 1e9:.2f} B parameters) on {made.topology.name}: "
         f"{made.topology.num_devices} x {chip.name}, {chip.memory / GB:.1f} GB, {chip.peak / 1e12:.0f} TFLOP/s bf16, "
         f"{chip.bandwidth / GB:.0f} GB/s memory, {chip.ring / GB:.0f} GB/s ring",
         highlight=False,
     )
+    seen = f", of which an image takes up to {work.image_tokens}" if work.image_tokens else ""
     out.print(
-        f"a step: {work.P} prompts x {work.K} responses, {work.S} + {work.T} tokens, {work.updates} updates",
+        f"a step: {work.P} prompts x {work.K} responses, {work.S} + {work.T} tokens, {work.updates} updates{seen}",
         highlight=False,
     )
     if made.lengths is not None:

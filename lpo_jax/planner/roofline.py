@@ -15,11 +15,13 @@ from collections.abc import Iterator
 from lpo_jax.config import Config
 from lpo_jax.models.config import ModelConfig
 from lpo_jax.models.head import chunk_size
+from lpo_jax.models.lora import freezes_tower
 from lpo_jax.models.packing import full_splits
-from lpo_jax.models.parameters import num_params
+from lpo_jax.models.prompt_images import ROW_PATCHES
 from lpo_jax.objectives.batch import Field
 from lpo_jax.parallel.mesh import MeshSizes
-from lpo_jax.planner.topology import Chip
+from lpo_jax.planner.phase import Exchange, StepPhase
+from lpo_jax.planner.sizes import TRAINED_PASSES, Sizes, TowerWork
 from lpo_jax.sampling.kv_cache import CHUNK, FIRST_TOKENS, Capacity
 from lpo_jax.sampling.pages import Pool
 
@@ -47,6 +49,19 @@ class Workload:
     scorings: int  # forward passes over a minibatch that only score, with those of the reference
     ahead: int = 0  # later steps whose prompts take free slots
     kernels: bool = False  # whether attention runs in kernels, which skip masked pairs and unused cache
+    image_tokens: int = 0  # of an image, one in each prompt; 0: the model reads text only
+    frozen_tower: int = 0  # bytes of a parameter of a frozen vision tower; 0: there is none
+
+    @property
+    def tower(self) -> TowerWork | None:
+        """The work of the vision tower for one prompt; None without one."""
+        return TowerWork.of(self.model, self.image_tokens) if self.image_tokens else None
+
+    @property
+    def trained(self) -> int:
+        """The number of parameters that the optimizer updates."""
+        sizes = Sizes.of(self.model)
+        return sizes.total - sizes.tower * (self.frozen_tower > 0)
 
     @property
     def trained_tokens(self) -> int:
@@ -148,99 +163,16 @@ class Setting:
         return [f"--{key}={value}" for key, value in keys.items()]
 
 
-@dataclasses.dataclass(frozen=True)
-class Exchange:
-    """A collective that runs `times` in one run of a phase, each with a result of `bytes` on one of `devices`."""
-
-    kind: str
-    bytes: float
-    devices: int
-    times: int
-
-    @property
-    def sent(self) -> float:
-        """Bytes that each device of a ring sends in one run of the phase."""
-        others = max(self.devices - 1, 0)
-        share = others / max(self.devices, 1)
-        of = {"all-reduce": 2 * share, "reduce-scatter": others, "all-gather": share, "all-to-all": share}
-        return of.get(self.kind, 1.0) * self.bytes * self.times
-
-
-@dataclasses.dataclass(frozen=True)
-class StepPhase:
-    """A part of a step, on one device.
-
-    Attributes:
-      name: its name.
-      times: how often it runs in a step; all other figures are those of one run.
-      flops: FLOPs of matrix products, with recomputed ones.
-      bytes: bytes moved between memory and chip.
-      held: bytes in memory before, during and after a run: parameters, optimizer, weights, KV cache.
-      temporary: bytes that it needs in addition.
-      exchanges: its collectives.
-      seconds_compiling: the time that compilation took; 0 for an estimate.
-      too_large: whether the compiler refused it because of its memory, so that nothing else is known.
-    """
-
-    name: str
-    times: int
-    flops: float
-    bytes: float
-    held: float
-    temporary: float
-    exchanges: tuple[Exchange, ...] = ()
-    seconds_compiling: float = 0.0
-    too_large: bool = False
-
-    @property
-    def memory(self) -> float:
-        return self.held + self.temporary
-
-    @property
-    def sent(self) -> float:
-        """Bytes that a device sends to others in one run."""
-        return sum(exchange.sent for exchange in self.exchanges)
-
-    def shares(self, chip: Chip) -> dict[str, float]:
-        """Return the seconds that each resource is busy in one run."""
-        return {
-            "arithmetic": self.flops / chip.peak,
-            "memory": self.bytes / chip.bandwidth,
-            "network": self.sent / chip.ring,
-        }
-
-    def seconds(self, chip: Chip) -> float:
-        """Return the seconds of all its runs in a step, at the hardware's limits."""
-        shares = self.shares(chip)
-        return self.times * (max(shares["arithmetic"], shares["memory"]) + shares["network"])
-
-
-@dataclasses.dataclass(frozen=True)
-class Sizes:
-    """The number of parameters of a model by their role."""
-
-    layers: int  # matrices of all layers
-    head: int  # the output matrix
-    embed: int  # the input table where it is not the output matrix
-    other: int  # norms and biases
-
-    @classmethod
-    def of(cls, m: ModelConfig) -> "Sizes":
-        head = m.vocab_size * m.width
-        tables, other = num_params(m, "embedding"), num_params(m, "norm", "bias")
-        return cls(num_params(m, "matrix"), head, tables - head, other)
-
-    @property
-    def total(self) -> int:
-        return self.layers + self.head + self.embed + self.other
-
-
 def model_flops(work: Workload) -> float:
-    """Return the model FLOPs of a step's updates: 6 per parameter and token, and three times those of attention."""
+    """Return the model FLOPs of a step's updates: 6 per parameter and token, and three times those of attention.
+
+    Those of a vision tower are counted three times too, or once if it is frozen.
+    """
     sizes = Sizes.of(work.model)
     responses = work.P * work.K * work.T
     matrices = 6 * (sizes.layers * work.trained_tokens + sizes.head * responses)
-    return matrices + 3 * attention_flops(work, work.P)
+    seen = work.P * work.tower.flops * (1 if work.frozen_tower else 3) if work.tower else 0.0
+    return matrices + 3 * attention_flops(work, work.P) + seen
 
 
 def attention_flops(work: Workload, prompts: int) -> float:
@@ -305,20 +237,49 @@ def mean_cache_tokens(T: int, first: int = FIRST_TOKENS) -> float:
 
 def standing(work: Workload, setting: Setting) -> dict[str, float]:
     """Return the bytes on a device that are in memory during a whole step, by their use."""
-    total, parts = Sizes.of(work.model).total, setting.mesh.decode_tensor
+    sizes, parts = Sizes.of(work.model), setting.mesh.decode_tensor
     size = setting.capacity(work)
     kept = (size.prompts + size.prefill_batch * size.queued) * work.S + size.slots * size.tokens
     if work.kernels:
         pool = setting.pool(work)
         batch = max(1, pool.slots // work.K) * work.S  # prompts that are prefilled next
         kept = setting.decode_shards * (pool.pages * pool.page_size + batch)
-    return {
-        "parameters": FULL * total / setting.parts,
-        "optimizer": 2 * FULL * total / setting.parts,
-        "reference": FULL * total * work.reference / setting.parts,
-        "sampler's weights": work.itemsize * total / parts,
+    frozen = {"frozen tower": work.frozen_tower * sizes.tower / setting.parts} if work.frozen_tower else {}
+    return frozen | {
+        "parameters": FULL * work.trained / setting.parts,
+        "optimizer": 2 * FULL * work.trained / setting.parts,
+        "reference": FULL * work.trained * work.reference / setting.parts,
+        "sampler's weights": work.itemsize * sizes.total / parts,
         "keys and values": kept * kv_bytes(work) / setting.mesh.devices,
     }
+
+
+def _tower(work: Workload, prompts: int, shards: int, parts: int) -> StepPhase:
+    """A forward pass of the vision tower over the images of some prompts; without one all figures are 0.
+
+    What it holds is its outputs, which are replicated.
+    """
+    if (tower := work.tower) is None:
+        return StepPhase("vision", 1, 0.0, 0.0, 0.0, 0.0)
+    vision, item = work.model.vision, work.itemsize
+    outputs = item * tower.outputs * prompts
+    patches = math.ceil(prompts / shards) * tower.patches
+    row = min(max(ROW_PATCHES, tower.patches), patches)
+    scores = 2 * FULL * vision.num_heads / parts * min(tower.patches, SCORED)
+    pixels = 3 * vision.processor.patch_size**2
+    return StepPhase(
+        "vision",
+        1,
+        math.ceil(prompts / shards) * tower.flops / parts,
+        math.ceil(patches / row) * item * Sizes.of(work.model).tower / parts
+        + patches * (pixels + 12 * vision.depth * vision.width * item),
+        outputs,
+        row * (item * tower.width / parts + scores + (FULL + item) * pixels) + patches * pixels,
+        (
+            Exchange("all-gather", outputs, shards, 1),
+            Exchange("all-reduce", patches * vision.width * item, parts, 2 * vision.depth),
+        ),
+    )
 
 
 def estimate_phases(work: Workload, setting: Setting) -> list[StepPhase]:
@@ -341,13 +302,17 @@ def _sampling_phases(work: Workload, setting: Setting) -> Iterator[StepPhase]:
     width = _activations(work, setting)
     sums = lambda tokens, turns=1: (Exchange("all-reduce", tokens * D * item, parts, 2 * L * turns),)  # noqa: E731
     moved = (Exchange("all-gather", weights / L, mesh.fsdp, 1),)
+    vision = _tower(work, work.P * (1 + work.ahead), setting.decode_shards, parts)
+    seen = vision.held
     yield StepPhase("layout", L, 0.0, 3 * weights / L, state + weights, weights / L, moved)
+    if work.tower:
+        yield dataclasses.replace(vision, held=state + weights, temporary=vision.temporary + seen)
     yield StepPhase(
         "prefill",
         waves,
         prompts * S * 2 * sizes.layers / parts + phase_attention(work, setting, "prefill"),
-        weights + 12 * L * prompts * S * D * item,
-        state + weights + (stored if setting.capacity(work).queued else 0),
+        item * sizes.decoder / parts + 12 * L * prompts * S * D * item,
+        state + weights + seen + (stored if setting.capacity(work).queued else 0),
         prompts * S * (item * width + 8 * m.num_heads / parts * min(S, SCORED)),
         sums(prompts * S),
     )
@@ -356,8 +321,8 @@ def _sampling_phases(work: Workload, setting: Setting) -> Iterator[StepPhase]:
         "decode",
         waves * work.calls,
         products + phase_attention(work, setting, "decode"),
-        work.call_tokens * (weights + read),
-        state + weights + stored,
+        work.call_tokens * (item * sizes.decoder / parts + read),
+        state + weights + seen + stored,
         decode_temporaries(work, setting),
         sums(rows, work.call_tokens),
     )
@@ -377,40 +342,44 @@ def _training_phases(work: Workload, setting: Setting) -> Iterator[StepPhase]:
     runs = math.ceil(tokens / micro)
     forward = 2 * sizes.layers * tokens / parts
     head = 2 * sizes.head * tokens * (K * T / group) / parts
-    layers = item * sizes.total / parts
+    layers = item * sizes.decoder / parts
     traffic = runs * layers + 20 * L * tokens * D * item / parts
     gathered = lambda passes: Exchange("all-gather", layers, mesh.fsdp, runs * passes)  # noqa: E731
     summed = lambda passes: Exchange("all-reduce", micro * D * item, parts, 2 * L * runs * passes)  # noqa: E731
     width = 6 * D + (5 * heads + 4 * m.ffn_width) / parts
     scores = 8 * micro / (S + T) * m.num_heads / parts * min(T, SCORED) * (S + T)
     logits = LOGIT_COPIES * FULL * min(chunk_size(m.vocab_size), micro) * m.vocab_size / parts
+    vision = _tower(work, work.P // work.updates, setting.shards, parts)
+    towers = 1 if work.frozen_tower else TRAINED_PASSES
     if work.scorings:
         yield StepPhase(
             "score",
             work.scorings,
-            forward + head + phase_attention(work, setting, "score"),
-            traffic,
+            forward + head + phase_attention(work, setting, "score") + vision.flops,
+            traffic + vision.bytes,
             state + weights,
-            micro * item * width + scores + logits,
-            (gathered(1), summed(1)),
+            max(micro * item * width + scores + logits, vision.temporary) + vision.held,
+            (gathered(1), summed(1), *vision.exchanges),
         )
     again = 1 if setting.remat else 0
     yield StepPhase(
         "update",
         work.updates,
-        (3 + again) * forward + 3 * head + phase_attention(work, setting, "update"),
-        (3 + again) * traffic + 28 * sizes.total / setting.parts,
+        (3 + again) * forward + 3 * head + phase_attention(work, setting, "update") + towers * vision.flops,
+        (3 + again) * traffic + 28 * work.trained / setting.parts + towers * vision.bytes,
         state,
-        FULL * sizes.total / setting.parts  # the gradient
-        + L * micro * item * (D if setting.remat else width)
-        + 2 * micro * item * width
-        + 2 * scores
-        + logits,
+        FULL * work.trained / setting.parts  # the gradient
+        + max(
+            L * micro * item * (D if setting.remat else width) + 2 * (micro * item * width + scores) + logits,
+            vision.temporary * (1 if work.frozen_tower else 2),
+        )
+        + vision.held * (1 if work.frozen_tower else 3),
         (
             gathered(2 + again),
             summed(3 + again),
-            Exchange("reduce-scatter", FULL * sizes.total / setting.parts, mesh.fsdp, runs),
-            Exchange("all-reduce", FULL * sizes.total / setting.parts, mesh.data, 1),
+            Exchange("reduce-scatter", FULL * work.trained / setting.parts, mesh.fsdp, runs),
+            Exchange("all-reduce", FULL * work.trained / setting.parts, mesh.data, 1),
+            *(dataclasses.replace(e, times=towers * e.times) for e in vision.exchanges),
         ),
     )
 
@@ -427,6 +396,7 @@ def workload(config: Config, model: ModelConfig, needs: frozenset[Field], scores
     training, sampling = config.training, config.sampling
     updates = training.updates_per_step
     reference = Field.REF_LOGP in needs
+    frozen = HALF if config.model.frozen_dtype == "bfloat16" else FULL
     rescored = training.behaviour == "rescored"
     passes = (
         updates if scores_first or (sampling.ahead and not rescored) else updates - 1
@@ -442,4 +412,6 @@ def workload(config: Config, model: ModelConfig, needs: frozenset[Field], scores
         reference,
         passes + updates * reference,
         sampling.ahead,
+        image_tokens=model.vision.processor.most_tokens(sampling.max_prompt_tokens) if model.vision else 0,
+        frozen_tower=frozen * freezes_tower(config.model, model),
     )

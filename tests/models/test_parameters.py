@@ -19,7 +19,7 @@ from lpo_jax.models.placement import param_shardings
 from lpo_jax.models.quantize import quantise_layer
 from lpo_jax.models.runner import Groups, ModelRunner, score
 from lpo_jax.parallel.mesh import MeshSizes, build_mesh
-from lpo_jax.planner.roofline import Sizes
+from lpo_jax.planner.sizes import Sizes
 from lpo_jax.sampling import PromptBatch, Sampler, SampleRequest
 from lpo_jax.training.memory import kept_bytes
 from lpo_jax.training.optimizer import make_optimizer

@@ -16,8 +16,10 @@ from lpo_jax.models.decoder import abstract_params
 from lpo_jax.parallel.mesh import MeshSizes
 from lpo_jax.planner import plan as plans
 from lpo_jax.planner import roofline, topology
+from lpo_jax.planner.phase import Exchange, StepPhase
 from lpo_jax.planner.programs import _needed, extrapolate
-from lpo_jax.planner.roofline import Exchange, Setting, StepPhase, Workload
+from lpo_jax.planner.roofline import Setting, Workload
+from lpo_jax.planner.sizes import Sizes
 from lpo_jax.training.check import check_config
 
 WORK = Workload(CONFIG, P=8, K=4, S=16, T=32, updates=2, itemsize=2, reference=False, scorings=1)
@@ -42,7 +44,7 @@ def config_file(tmp_path, run_config, tiny_model):
 def test_parameters_are_those_of_the_model():
     for config in (CONFIG, dataclasses.replace(CONFIG, tie_embeddings=False, qkv_bias=True, qk_norm=False)):
         leaves = jax.tree.leaves(abstract_params(config))
-        assert roofline.Sizes.of(config).total == sum(leaf.size for leaf in leaves)
+        assert Sizes.of(config).total == sum(leaf.size for leaf in leaves)
 
 
 def test_arithmetic_of_a_step_by_hand():
@@ -70,7 +72,7 @@ def test_arithmetic_of_a_step_by_hand():
 
 
 def test_memory_by_hand():
-    total, c = roofline.Sizes.of(CONFIG).total, CONFIG
+    total, c = Sizes.of(CONFIG).total, CONFIG
     own = roofline.standing(WORK, ALONE)
     kv = 2 * c.num_layers * c.num_kv_heads * c.head_width * 2
     assert own == {
