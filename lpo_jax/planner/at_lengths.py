@@ -15,7 +15,7 @@ import numpy as np
 from lpo_jax.errors import UserError
 from lpo_jax.models.packing import PackedSize, packed_size
 from lpo_jax.planner import roofline
-from lpo_jax.planner.phase import Exchange, StepPhase
+from lpo_jax.planner.phases import Exchange, StepPhase
 from lpo_jax.planner.roofline import Setting, Workload
 from lpo_jax.planner.simulation import Sampled, simulate_pages, simulate_slots
 from lpo_jax.planner.sizes import Sizes

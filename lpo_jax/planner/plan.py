@@ -21,7 +21,7 @@ from lpo_jax.objectives import Objective
 from lpo_jax.parallel import mesh as meshes
 from lpo_jax.planner import roofline, topology
 from lpo_jax.planner.at_lengths import AtLengths, Occurring, at_lengths
-from lpo_jax.planner.phase import StepPhase
+from lpo_jax.planner.phases import StepPhase
 from lpo_jax.planner.roofline import Setting, Workload
 from lpo_jax.planner.sizes import Sizes
 from lpo_jax.planner.topology import Chip, Topology

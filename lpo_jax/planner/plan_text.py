@@ -5,7 +5,7 @@ from rich.table import Table
 
 from lpo_jax.planner import roofline
 from lpo_jax.planner.at_lengths import AtLengths
-from lpo_jax.planner.phase import StepPhase
+from lpo_jax.planner.phases import StepPhase
 from lpo_jax.planner.plan import Plan, Proposal
 from lpo_jax.planner.sizes import Sizes
 from lpo_jax.reporting.text import console, duration

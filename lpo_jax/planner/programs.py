@@ -27,7 +27,7 @@ from lpo_jax.parallel import mesh as meshes
 from lpo_jax.parallel import sharding
 from lpo_jax.planner.cost import program_cost
 from lpo_jax.planner.hlo import collectives, parse_hlo
-from lpo_jax.planner.phase import Exchange, StepPhase
+from lpo_jax.planner.phases import Exchange, StepPhase
 from lpo_jax.planner.roofline import Setting, Workload, phase_attention
 from lpo_jax.runs.state import TrainState
 from lpo_jax.sampling import Sampling, kv_cache, page_pool

@@ -20,7 +20,7 @@ from lpo_jax.models.packing import full_splits
 from lpo_jax.models.prompt_images import ROW_PATCHES
 from lpo_jax.objectives.batch import Field
 from lpo_jax.parallel.mesh import MeshSizes
-from lpo_jax.planner.phase import Exchange, StepPhase
+from lpo_jax.planner.phases import Exchange, StepPhase
 from lpo_jax.planner.sizes import TRAINED_PASSES, Sizes, TowerWork
 from lpo_jax.sampling.kv_cache import CHUNK, FIRST_TOKENS, Capacity
 from lpo_jax.sampling.pages import Pool

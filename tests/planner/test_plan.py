@@ -16,7 +16,7 @@ from lpo_jax.models.decoder import abstract_params
 from lpo_jax.parallel.mesh import MeshSizes
 from lpo_jax.planner import plan as plans
 from lpo_jax.planner import roofline, topology
-from lpo_jax.planner.phase import Exchange, StepPhase
+from lpo_jax.planner.phases import Exchange, StepPhase
 from lpo_jax.planner.programs import _needed, extrapolate
 from lpo_jax.planner.roofline import Setting, Workload
 from lpo_jax.planner.sizes import Sizes
