@@ -11,6 +11,7 @@ images of any sizes need few compiled programs.
 Axes: P prompts · S prompt tokens · M microbatches of the tower · B rows of a microbatch · C patches of a row.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -182,6 +183,7 @@ def lay_out(
     return PromptImages(rows, index.astype(np.int32), positions, after)
 
 
+@functools.lru_cache(maxsize=8)
 def abstract_images(config: ModelConfig, prompts: int, size: int, tokens: int, shards: int) -> PromptImages:
     """Return the shapes of what `lay_out` returns for prompts with one image each, as wide as it is high.
 
