@@ -47,7 +47,9 @@ class LoraSection(_Strict):
     rank: NonNegative = _option(0, "Rank of the adapters. 0 trains the weights themselves.")
     alpha: PositiveFloat = _option(32.0, "The output of an adapter is multiplied by alpha / rank.")
     targets: tuple[Word, ...] = _option(
-        ("all",), "Names of the matrices that get an adapter; all means every matrix of a layer."
+        ("all",),
+        "Names of the matrices that get an adapter; all: every matrix of the decoder's layers. Those of a vision tower "
+        "begin with v_ (v_qkv, v_out, ...).",
     )
     base_dtype: Literal["compute", "float32", "bfloat16"] = _option(
         "compute", "Data type in which the frozen weights are stored; compute is that of model.dtype."

@@ -215,6 +215,10 @@ class ImageProcessor:
         """Return the number of tokens of an image, which its placeholder expands to."""
         return grid[0] * grid[1] // self.merge_size**2
 
+    def most_tokens(self, limit: int) -> int:
+        """Return the largest number of tokens that an image can have, and that is at most `limit`."""
+        return min(limit, self.max_pixels // (self.patch_size * self.merge_size) ** 2)
+
     def patches(self, image: Picture | bytes, where: str = "image") -> Patches:
         """Resize an image and cut it into patches.
 

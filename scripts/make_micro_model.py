@@ -52,7 +52,7 @@ CONFIG = ModelConfig(
 # The vision model: special tokens, the questions and tags of the task shapes, and its answers.
 LOOK = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 SHAPES = (*(f"{text}\n" for text in TEXTS.values()), PREFILL, "</answer>")
-ANSWERS = (*map(str, range(1, 7)), *map(str, range(30, 331, 30)))
+ANSWERS = (*map(str, range(1, 10)), *map(str, range(30, 331, 30)))
 VISION_VOCABULARY = (*SPECIAL, *LOOK, *SHAPES, *ANSWERS)
 
 VISION_CONFIG = ModelConfig(

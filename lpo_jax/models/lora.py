@@ -1,10 +1,11 @@
 """Low-rank adapters (LoRA): y = x W + (x A) B alpha / r, where W is frozen and only A and B are trained.
 
 Adapters are a separate tree, `{"layers": {name: {"a": [L, in, R], "b": [L, R, out]}}}`, which the optimizer updates
-and checkpoints contain. `with_adapters` inserts them into the frozen base. The forward pass takes the resulting tree
-like any other, and its backward pass computes no gradient of W. `merge_adapters` adds them to the weights, for export.
-B starts at zero, so an untrained adapter changes nothing. On a mesh, the base is split as usual; the adapters, about a
-hundredth of its size, are replicated on every device.
+and checkpoints contain; those of a vision tower are in its branch `vision`, as its weights are. `with_adapters` inserts
+them into the frozen base. The forward pass takes the resulting tree like any other, and its backward pass computes no
+gradient of W. `merge_adapters` adds them to the weights, for export. B starts at zero, so an untrained adapter changes
+nothing. On a mesh, the base is split as usual; the adapters, about a hundredth of its size, are replicated on every
+device.
 
 In bfloat16, an adapter that has had few updates is far below the rounding error of the weights and of x W: merged
 weights would be rounded back to the base. Therefore the two products are computed separately, in sampling too, and
@@ -16,6 +17,7 @@ Axes: L layers · R rank; in and out are one or two of D H G N F. Source: LoRA, 
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 from typing import TypeVar
@@ -31,7 +33,7 @@ from lpo_jax.errors import UserError, nearest
 from lpo_jax.models import decoder
 from lpo_jax.models.attend import KEPT
 from lpo_jax.models.config import ModelConfig
-from lpo_jax.models.parameters import matrix_names, named
+from lpo_jax.models.parameters import VISION, declared, matrix_names, named, tower_matrix_names
 from lpo_jax.types import PyTree
 
 T = TypeVar("T")
@@ -44,7 +46,7 @@ class Lora:
     Attributes:
       rank: r; the adapter of a matrix has r (in + out) parameters.
       alpha: the output of an adapter is multiplied by alpha / r.
-      targets: names of matrices; by default all of a layer.
+      targets: names of matrices of the decoder's layers or of the vision tower's; by default all of the decoder's.
     """
 
     rank: int
@@ -58,7 +60,8 @@ class Lora:
 
     def check(self, config: ModelConfig) -> None:
         """Check that the targets exist and the rank fits. Raises `UserError` if not."""
-        have = matrix_names()
+        adaptable = (*matrix_names(), *tower_matrix_names())
+        have = [p.name for p in declared(config) if p.name in adaptable]
         for name in self.targets:
             if name not in have:
                 raise UserError(
@@ -167,7 +170,8 @@ def configured(section: LoraSection) -> Lora | None:
     if not section.rank:
         return None
     targets = tuple(section.targets)
-    return Lora(section.rank, section.alpha, matrix_names() if targets == ("all",) else targets)
+    named_all = (matrix_names() if name == "all" else (name,) for name in targets)
+    return Lora(section.rank, section.alpha, tuple(dict.fromkeys(itertools.chain(*named_all))))
 
 
 def freezes_tower(section: ModelSection, model: ModelConfig) -> bool:
@@ -177,15 +181,19 @@ def freezes_tower(section: ModelSection, model: ModelConfig) -> bool:
 
 def init(config: ModelConfig, lora: Lora, key: jax.Array) -> decoder.Params:
     """Draw initial adapters, float32: A normal with standard deviation 1 / sqrt(in), B zero."""
-    L, R, order = config.num_layers, lora.rank, matrix_names()
+    R, order = lora.rank, (*matrix_names(), *tower_matrix_names())
 
     def adapter(name: str) -> dict[str, jax.Array]:
-        into, out = _sides(config, name)
+        L, (into, out) = named(name).depth(config), _sides(config, name)
         # The key depends on the matrix, so that its adapter does not depend on which others are adapted.
         a = jax.random.normal(jax.random.fold_in(key, order.index(name)), (L, *into, R))
         return {"a": a / math.sqrt(math.prod(into)), "b": jnp.zeros((L, R, *out))}
 
-    return {"layers": {name: adapter(name) for name in lora.targets}}
+    adapters: dict[bool, dict[str, PyTree]] = {False: {}, True: {}}
+    for name in lora.targets:
+        adapters[named(name).branch[:1] == VISION][name] = adapter(name)
+    of_tower = {"vision": {"layers": adapters[True]}} if adapters[True] else {}
+    return ({"layers": adapters[False]} if adapters[False] else {}) | of_tower
 
 
 def abstract_params(config: ModelConfig, lora: Lora) -> decoder.Params:
@@ -199,9 +207,16 @@ def with_adapters(frozen: Frozen | None, trained: decoder.Params) -> decoder.Par
         return trained
     if frozen.scale is None:
         return {**trained, **frozen.params}
-    base = frozen.params["layers"]
-    adapted = {name: Adapted(base[name], **ab, scale=frozen.scale) for name, ab in trained["layers"].items()}
-    return {**frozen.params, "layers": {**base, **adapted}}
+    return _joined(frozen.params, trained, frozen.scale)
+
+
+def _joined(base: decoder.Params, adapters: decoder.Params, scale: float) -> decoder.Params:
+    """The branches of a base with their adapters."""
+    found = dict(base)
+    for name, x in adapters.items():
+        leaf = x.keys() == {"a", "b"}
+        found[name] = Adapted(base[name], **x, scale=scale) if leaf else _joined(base[name], x, scale)
+    return found
 
 
 def merge_adapters(params: T) -> T:

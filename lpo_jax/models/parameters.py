@@ -166,6 +166,10 @@ def _sees_3(config: ModelConfig) -> bool:
     return config.family == "qwen3_vl"
 
 
+def _deepens(config: ModelConfig) -> bool:
+    return config.vision is not None and bool(config.vision.deepstack)
+
+
 def _vision(
     name: str, kind: Kind, dims: str, hf: str, bias: Callable | None = None, **more: Json
 ) -> list[Parameter]:
@@ -186,7 +190,7 @@ def _block(name: str, kind: Kind, dims: str, hf: str, **more: Json) -> list[Para
 
 
 def _merger(name: str, kind: Kind, dims: str, hf: str, **more: Json) -> list[Parameter]:
-    return _vision(name, kind, dims, f"deepstack_merger_list.{{}}.{hf}", present=_sees_3, **more)
+    return _vision(name, kind, dims, f"deepstack_merger_list.{{}}.{hf}", present=_deepens, **more)
 
 
 # The order is that of the tensors in a saved file and of the random draws of initial values.
@@ -284,8 +288,13 @@ def of_path(path: tuple[PyTree, ...]) -> Parameter | None:
 
 
 def matrix_names() -> tuple[str, ...]:
-    """The names of all matrices of a layer."""
+    """The names of all matrices of a layer of the decoder."""
     return tuple(p.name for p in DECLARATIONS if p.kind == "matrix" and p.in_layers)
+
+
+def tower_matrix_names() -> tuple[str, ...]:
+    """The names of all matrices of a layer of a vision tower, of any family."""
+    return tuple(p.name for p in DECLARATIONS if p.kind == "matrix" and p.branch == (*VISION, "layers"))
 
 
 def tree_of(config: ModelConfig, leaf: Callable[[Parameter], PyTree]) -> dict[str, PyTree]:

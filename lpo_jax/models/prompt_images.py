@@ -11,6 +11,8 @@ images of any sizes need few compiled programs.
 Axes: P prompts · S prompt tokens · M microbatches of the tower · B rows of a microbatch · C patches of a row.
 """
 
+import functools
+import math
 from collections.abc import Sequence
 
 import jax
@@ -179,6 +181,31 @@ def lay_out(
     rows, of_output = _tower_rows(vision, flat, shards)
     index = np.where(number == NOWHERE, NOWHERE, np.append(of_output, 0)[np.minimum(number, len(of_output))])
     return PromptImages(rows, index.astype(np.int32), positions, after)
+
+
+@functools.lru_cache(maxsize=8)
+def abstract_images(config: ModelConfig, prompts: int, size: int, tokens: int, shards: int) -> PromptImages:
+    """Return the shapes of what `lay_out` returns for prompts with one image each, as wide as it is high.
+
+    Args:
+      config: of a vision model.
+      prompts: P.
+      size: S, tokens of a padded prompt.
+      tokens: the most tokens of an image.
+      shards: B.
+    """
+    vision, columns = config.vision, math.isqrt(tokens)
+    m, p = vision.processor.merge_size, vision.processor.patch_size
+    grid = m * (tokens // columns), m * columns
+    image = Patches(np.broadcast_to(np.uint8(0), (grid[0] * grid[1], 3, p, p)), grid)
+    rows, _ = _tower_rows(vision, [image] * prompts, shards)
+    of = lambda *shape: jax.ShapeDtypeStruct(shape, np.int32)  # noqa: E731
+    return PromptImages(
+        jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), rows),
+        of(prompts, size),
+        of(prompts, size, 3),
+        of(prompts),
+    )
 
 
 def token_positions(

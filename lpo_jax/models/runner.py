@@ -193,7 +193,7 @@ class ModelRunner:
             outputs = None
             fixed = frozen, self.image_outputs(with_adapters(frozen, params), groups)
         else:
-            run = lambda tower: self.image_outputs({"vision": tower}, groups)  # noqa: E731
+            run = lambda tower: self.image_outputs(with_adapters(frozen, {"vision": tower}), groups)  # noqa: E731
             outputs, through_tower = jax.vjp(run, params["vision"])
             fixed = frozen, None
         (gradient, of_outputs), stats = self.accumulate((own, outputs), rows, layout.count, given, fixed)

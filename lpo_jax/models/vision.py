@@ -171,9 +171,13 @@ def _merge(config: VisionConfig, weights: PyTree, name: str, x: jax.Array, norm_
 
 
 def _product(axes: str, weights: PyTree, name: str, x: jax.Array) -> jax.Array:
-    """Multiply `x [B, C, ...]` by a matrix and add its bias."""
-    weight = gathered(weights[name], x.dtype, *named(name).logical_axes(stacked=False))
-    out = jnp.einsum(axes, x.reshape(-1, *x.shape[2:]), weight.astype(x.dtype))
+    """Multiply `x [B, C, ...]` by a matrix, which may have an adapter, and add its bias."""
+    weight, rows = weights[name], x.reshape(-1, *x.shape[2:])
+    if hasattr(weight, "product"):
+        out = weight.product(axes, rows)
+    else:
+        weight = gathered(weight, x.dtype, *named(name).logical_axes(stacked=False))
+        out = jnp.einsum(axes, rows, weight.astype(x.dtype))
     out += weights[f"{name}_bias"].astype(x.dtype)
     return out.reshape(*x.shape[:2], *out.shape[1:])
 

@@ -16,8 +16,9 @@ from lpo_jax.errors import UserError
 from lpo_jax.models.packing import PackedSize, packed_size
 from lpo_jax.planner import roofline
 from lpo_jax.planner.phases import Exchange, StepPhase
-from lpo_jax.planner.setting import Setting, Sizes, Workload, kv_bytes, weight_bytes
+from lpo_jax.planner.setting import Setting, Workload, decoder_bytes, kv_bytes
 from lpo_jax.planner.simulation import Sampled, simulate_pages, simulate_slots
+from lpo_jax.planner.sizes import Sizes
 from lpo_jax.planner.topology import Chip
 from lpo_jax.sampling.calls import look_seconds
 
@@ -79,10 +80,10 @@ def at_lengths(
     costs = _Costs.of(work, setting, by_name, chip)
     shards, size = setting.decode_shards, setting.capacity(work)
     padded = np.pad(lengths, ((0, -work.P % shards), (0, 0)))
-    layout = {"layout": by_name["layout"].seconds(chip)}
+    whatever = {name: by_name[name].seconds(chip) for name in ("layout", "vision") if name in by_name}
 
     def occurring(sampled: Sampled, setting: Setting) -> Occurring:
-        seconds = {**layout, "prefill": costs.prefill(sampled), "decode": costs.decode(sampled), **training}
+        seconds = {**whatever, "prefill": costs.prefill(sampled), "decode": costs.decode(sampled), **training}
         return Occurring(seconds, sampled, setting)
 
     whole = _reserving(work, setting)
@@ -150,7 +151,7 @@ class _Costs:
     def of(cls, work: Workload, setting: Setting, phases: Mapping[str, StepPhase], chip: Chip) -> "_Costs":
         size, shards, phase = setting.capacity(work), setting.decode_shards, phases["decode"]
         slots, steps = size.slots / shards, setting.call_tokens(work)
-        weights = weight_bytes(work, setting)
+        weights = decoder_bytes(work, setting)
         rest = phase.bytes / steps - weights - roofline.decode_reads(work, setting)
         token = kv_bytes(work) / setting.mesh.decode_tensor
         sending = phase.shares(chip)["network"]
@@ -204,7 +205,7 @@ def _repacked(
     attention = roofline.phase_attention(work, setting, phase.name)
     pairs = _pairs(work, found, lengths) / _pairs(work, full, np.full_like(lengths, T))
     once = roofline.updated_bytes(work, setting) if update else 0.0
-    weights = work.itemsize * Sizes.of(work.model).total / setting.mesh.tensor
+    weights = work.itemsize * Sizes.of(work.model).decoder / setting.mesh.tensor
     weights = min(weights * full.microbatches * (4 if update else 1), phase.bytes - once)
 
     def scaled(e: Exchange) -> Exchange:

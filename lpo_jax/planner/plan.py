@@ -26,7 +26,8 @@ from lpo_jax.parallel import mesh as meshes
 from lpo_jax.planner import roofline, topology
 from lpo_jax.planner.at_lengths import AtLengths, at_lengths
 from lpo_jax.planner.phases import StepPhase
-from lpo_jax.planner.setting import Setting, Sizes, Workload
+from lpo_jax.planner.setting import Setting, Workload
+from lpo_jax.planner.sizes import Sizes
 from lpo_jax.planner.topology import Chip, Topology
 from lpo_jax.training.behaviour import choose_behaviour
 from lpo_jax.training.check import check_config
@@ -116,6 +117,7 @@ class Plan:
         sizes, work = Sizes.of(self.work.model), self.work
         sampled = 2.0 * (sizes.layers + sizes.head) * work.trained_tokens
         sampled += roofline.attention_flops(work, work.P)
+        sampled += work.P * work.tower.flops if work.tower else 0.0
         peak = self.step_seconds(proposal) * self.topology.chip.peak * self.topology.num_devices
         return (roofline.model_flops(work) + sampled) / peak
 

@@ -5,7 +5,7 @@ import dataclasses
 from lpo_jax.planner import roofline
 from lpo_jax.planner.at_lengths import AtLengths, Occurring
 from lpo_jax.planner.plan import Plan, Proposal
-from lpo_jax.planner.setting import Sizes
+from lpo_jax.planner.sizes import Sizes
 from lpo_jax.types import Json
 
 _NUMBERS = ("times", "flops", "bytes", "sent", "held", "temporary", "launches", "busy", "host")

@@ -8,7 +8,7 @@ from lpo_jax.planner import roofline
 from lpo_jax.planner.at_lengths import AtLengths
 from lpo_jax.planner.phases import StepPhase
 from lpo_jax.planner.plan import Plan, Proposal
-from lpo_jax.planner.setting import Sizes
+from lpo_jax.planner.sizes import Sizes
 from lpo_jax.planner.topology import Chip
 from lpo_jax.reporting.text import console, duration
 
@@ -38,8 +38,9 @@ def show(made: Plan, model: str) -> None:
         f"{chip.bandwidth / GB:.0f} GB/s memory, {chip.ring / GB:.0f} GB/s ring",
         highlight=False,
     )
+    seen = f", of which an image takes up to {work.image_tokens}" if work.image_tokens else ""
     out.print(
-        f"a step: {work.P} prompts x {work.K} responses, {work.S} + {work.T} tokens, {work.updates} updates",
+        f"a step: {work.P} prompts x {work.K} responses, {work.S} + {work.T} tokens, {work.updates} updates{seen}",
         highlight=False,
     )
     if made.lengths is not None:

@@ -21,6 +21,7 @@ from lpo_jax.config import Config
 from lpo_jax.models.config import ModelConfig
 from lpo_jax.models.eight_bits import stored_dtype
 from lpo_jax.models.placement import placed
+from lpo_jax.models.prompt_images import PromptImages, abstract_images
 from lpo_jax.models.runner import Groups, score
 from lpo_jax.objectives import Objective, TokenStats
 from lpo_jax.parallel import mesh as meshes
@@ -35,9 +36,11 @@ from lpo_jax.runs.state import TrainState
 from lpo_jax.sampling import Sampling, kv_cache, page_pool
 from lpo_jax.sampling import decode as sampler
 from lpo_jax.sampling.calls import look_seconds
+from lpo_jax.sampling.rows import image_outputs
 from lpo_jax.training.model import TrainedModel
 from lpo_jax.training.optimizer import Optimizer, make_optimizer, planned_updates
 from lpo_jax.training.step import update
+from lpo_jax.types import PyTree
 
 DEPTHS = (2, 4)  # numbers of layers at which unrolled programs are compiled
 # Options for GPUs: a plan reads the program before LLVM makes machine code of it, so that its optimisation is left out.
@@ -71,10 +74,10 @@ class Slice:
     whole: bool = False
 
     def phase(self, name: str) -> StepPhase:
-        """Compile one phase of the step: "layout", "prefill", "decode", "score" or "update"."""
+        """Compile one phase of the step: "layout", "vision", "prefill", "decode", "score" or "update"."""
         if name in ("score", "update"):
             return self._training(name)
-        if self.whole:
+        if self.whole or name == "vision":  # the tower scans its layers
             return self._sampling(name, self.model)
         few, more = (self._sampling(name, dataclasses.replace(self.model, num_layers=n)) for n in DEPTHS)
         return extrapolate(few, more, (self.model.num_layers - DEPTHS[0]) / (DEPTHS[1] - DEPTHS[0]))
@@ -134,9 +137,25 @@ class Slice:
     def _measure(self, *arguments, **options) -> StepPhase:
         return measure(*arguments, target=self.target, **options)
 
+    def _images(self, prompts: int, shards: int) -> PromptImages | None:
+        """Abstract images, one for each of these prompts; None for a model that reads text only."""
+        work = self.work
+        return abstract_images(self.model, prompts, work.S, work.image_tokens, shards) if work.tower else None
+
+    def _outputs(self, weights: PyTree) -> jax.ShapeDtypeStruct | None:
+        """The vision tower's abstract outputs for all prompts of a round."""
+        if (images := self._images(self._seen, self.setting.decode_shards)) is None:
+            return None
+        run = functools.partial(image_outputs, self.model, dtype=self._dtype)
+        return self._placed((None, None, None), jax.eval_shape(run, weights, images.rows))
+
+    @property
+    def _seen(self) -> int:
+        """The number of prompts whose images the tower reads in one call of the sampler."""
+        return self.work.P * (1 + self.work.ahead)
+
     def _sampling(self, name: str, model: ModelConfig) -> StepPhase:
-        work, setting, attention = self.work, self.setting, self.config.model.attention
-        dtype = self._dtype
+        work, setting, dtype = self.work, self.setting, self._dtype
         kernels = phase_attention(dataclasses.replace(work, model=model), setting, name)
         size = setting.capacity(work)
         state = self._at_rest(self._state(model))
@@ -146,16 +165,20 @@ class Slice:
                 alive = state, self._weights(model, state)
                 return self._measure(name, self.model.num_layers, sampler.decode_layer.lower(*one), alive)
             weights = self._weights(model, state)
+            if name == "vision":
+                images = self._images(self._seen, setting.decode_shards)
+                lowered = image_outputs.lower(model, weights, images.rows, dtype)
+                return self._measure(name, 1, lowered, (state, weights))
+            outputs = self._outputs(weights)
             if work.kernels:
-                return self._in_pages(name, model, state, weights, kernels)
+                return self._in_pages(name, model, weights, (state, outputs), kernels)
             prompt_kv = self._kv_cache(model, size.prompts, work.S)
             own_kv = self._kv_cache(model, size.slots, size.tokens)
             # If rows are queued, the prompts that are prefilled next are in memory too.
             coming = self._kv_cache(model, size.prefill_batch, work.S) if size.queued else []
             if name == "prefill":
-                arguments = weights, _ints(size.prefill_batch, work.S), _ints(size.prefill_batch)
-                lowered = kv_cache.prefill.lower(model, dtype, self._stored, attention, *arguments)
-                alive = (state, weights) + ((prompt_kv, own_kv) if size.queued else ())  # type: ignore[assignment]
+                lowered = self._prefill(model, weights, size.prefill_batch, outputs)
+                alive = (state, weights, outputs) + ((prompt_kv, own_kv) if size.queued else ())  # type: ignore[assignment]
                 return self._measure(name, setting.prefills(work), lowered, alive, kernels)
             rows = sampler.DecodeState(  # type: ignore[misc]
                 *(_ints(size.slots) for _ in range(4)),
@@ -165,9 +188,9 @@ class Slice:
                 member_index=_ints(size.slots) if size.queued else None,
             )
             settings = self._decode_settings(model)
-            arguments = weights, rows, _ints(size.prompts), prompt_kv, own_kv  # type: ignore[assignment]
+            arguments = weights, rows, _ints(size.prompts), prompt_kv, own_kv
             lowered = sampler.decode.lower(settings, *arguments, _ints(), _ints(), _ints())
-            alive = state, arguments, coming  # type: ignore[assignment]
+            alive = state, arguments, coming, outputs  # type: ignore[assignment]
             turns = setting.call_tokens(work)
             phase = self._measure(name, setting.calls(work), lowered, alive, kernels, turns)
         # The program was compiled for a response cache of full length, which grows with the responses.
@@ -188,10 +211,26 @@ class Slice:
             model, self.eos_ids, distribution, self._dtype, attention, kv_dtype, tokens
         )
 
+    def _prefill(
+        self, model: ModelConfig, weights: PyTree, prompts: int, outputs: jax.ShapeDtypeStruct | None
+    ) -> jax.stages.Lowered:
+        """The prefill of so many prompts, with the vision tower's outputs for those of the round."""
+        images = self._images(prompts, 1)
+        images = images and images.replace(rows=None)
+        arguments = weights, _ints(prompts, self.work.S), _ints(prompts), images, outputs
+        attention = self.config.model.attention
+        return kv_cache.prefill.lower(model, self._dtype, self._stored, attention, *arguments)
+
     def _in_pages(
-        self, name: str, model: ModelConfig, state: TrainState, weights: object, kernels: float
+        self,
+        name: str,
+        model: ModelConfig,
+        weights: PyTree,
+        kept: tuple[TrainState, jax.ShapeDtypeStruct | None],
+        kernels: float,
     ) -> StepPhase:
-        """Prefill or decode with the kernels, whose KV cache is in pages."""
+        """Prefill or decode with the kernels, whose KV cache is in pages; `kept` is in memory besides: the state, and
+        the vision tower's outputs."""
         work, setting, shards = self.work, self.setting, self.setting.decode_shards
         size = setting.pool(work)
         R, U, batch = (shards * n for n in (size.slots, size.prompts, max(1, size.slots // work.K)))
@@ -202,11 +241,8 @@ class Slice:
             functools.partial(self._placed, ("batch", None, "kv_heads", None, None)), jax.eval_shape(make)
         )
         if name == "prefill":
-            arguments = weights, _ints(batch, work.S), _ints(batch)
-            lowered = kv_cache.prefill.lower(
-                model, self._dtype, self._stored, self.config.model.attention, *arguments
-            )
-            return self._measure(name, setting.prefills(work), lowered, (state, weights, pool), kernels)
+            lowered = self._prefill(model, weights, batch, kept[1])
+            return self._measure(name, setting.prefills(work), lowered, (kept, weights, pool), kernels)
         rows = sampler.DecodeState(  # type: ignore[misc]
             *(_ints(R) for _ in range(4)),
             active=jax.ShapeDtypeStruct((R,), bool),
@@ -219,7 +255,7 @@ class Slice:
             self._decode_settings(model), weights, rows, _ints(U), *tables, pool, _ints(), _ints()
         )
         coming = self._kv_cache(model, batch, work.S)  # prompts that are prefilled next
-        turns, alive = setting.call_tokens(work), (state, weights, rows, pool, coming)
+        turns, alive = setting.call_tokens(work), (kept, weights, rows, pool, coming)
         phase = self._measure(name, setting.calls(work), lowered, alive, kernels, turns)
         # A kernel counts as reading the whole pool, once for prompts and once for rows. It reads the tokens that rows
         # have so far, and only the prompts that have active rows.
@@ -233,7 +269,8 @@ class Slice:
             trained = TrainedModel(self.config, self.model)
             runner = trained.runner(self.config.sampling.temperature, self.objective)
             P = work.P // work.updates
-            groups = Groups(_ints(P, work.S), _ints(P), _ints(P, work.K, work.T))
+            images = self._images(P, self.setting.shards)
+            groups = Groups(_ints(P, work.S), _ints(P), _ints(P, work.K, work.T), images=images)
             if name == "score":
                 times, lowered = self.setting.scorings(work), score.lower(runner, state.policy, groups)
             else:

@@ -21,19 +21,22 @@ from lpo_jax.config import Config
 from lpo_jax.models import lora
 from lpo_jax.models.config import ModelConfig
 from lpo_jax.models.head import chunk_size
+from lpo_jax.models.lora import freezes_tower
 from lpo_jax.models.packing import full_splits
+from lpo_jax.models.prompt_images import ROW_PATCHES
 from lpo_jax.objectives.batch import Field
 from lpo_jax.planner.phases import Exchange, StepPhase
 from lpo_jax.planner.setting import (
     FULL,
     HALF,
     Setting,
-    Sizes,
     Workload,
+    decoder_bytes,
     kv_bytes,
     recent_bytes,
     weight_bytes,
 )
+from lpo_jax.planner.sizes import TRAINED_PASSES, Sizes
 from lpo_jax.sampling.calls import look_seconds
 
 # Assumed bytes a second between the memory of the host and one device, with all of its devices at work.
@@ -51,13 +54,14 @@ KERNELS = 12
 def model_flops(work: Workload) -> float:
     """Return the model FLOPs of a step's updates.
 
-    They are 6 per parameter and token, 4 with frozen weights, and three times those of attention. Those of adapters are
-    left out.
+    They are 6 per parameter and token, 4 with frozen weights, and three times those of attention. Those of a vision
+    tower are counted three times too, or once if it is frozen; those of adapters are left out.
     """
     sizes = Sizes.of(work.model)
     responses = work.P * work.K * work.T
     matrices = 2 * (1 + work.backward) * (sizes.layers * work.trained_tokens + sizes.head * responses)
-    return matrices + 3 * attention_flops(work, work.P)
+    seen = work.P * work.tower.flops * work.tower_products if work.tower else 0.0
+    return matrices + 3 * attention_flops(work, work.P) + seen
 
 
 def attention_flops(work: Workload, prompts: int) -> float:
@@ -123,7 +127,7 @@ def standing(work: Workload, setting: Setting) -> dict[str, float]:
 
     The optimizer's are 0 if they are in the memory of the host then.
     """
-    total = Sizes.of(work.model).total
+    sizes = Sizes.of(work.model)
     size = setting.capacity(work)
     kept = (size.prompts + size.prefill_batch * size.queued) * work.S + size.slots * size.tokens
     if work.kernels:
@@ -131,14 +135,44 @@ def standing(work: Workload, setting: Setting) -> dict[str, float]:
         batch = max(1, pool.slots // work.K) * work.S  # prompts that are prefilled next
         kept = setting.decode_shards * (pool.pages * pool.page_size + batch)
     own = setting.updated(work)
-    return {
-        "frozen weights": work.frozen * total / setting.parts,
+    frozen = {"frozen tower": work.frozen_tower * sizes.tower / setting.parts} if work.frozen_tower else {}
+    if work.adapters:
+        frozen = {"frozen weights": work.frozen * sizes.total / setting.parts}
+    return frozen | {
         "parameters": FULL * own,
         "optimizer": (work.optimizer != "host") * work.moments * own,
         "reference": FULL * own * work.reference,
         "sampler's weights": weight_bytes(work, setting),
         "keys and values": kept * kv_bytes(work) / setting.mesh.devices,
     }
+
+
+def _tower(work: Workload, prompts: int, shards: int, parts: int) -> StepPhase:
+    """A forward pass of the vision tower over the images of some prompts; without one all figures are 0.
+
+    What it holds is its outputs, which are replicated.
+    """
+    if (tower := work.tower) is None:
+        return StepPhase("vision", 1, 0.0, 0.0, 0.0, 0.0)
+    vision, item = work.model.vision, work.itemsize
+    outputs = item * tower.outputs * prompts
+    patches = math.ceil(prompts / shards) * tower.patches
+    row = min(max(ROW_PATCHES, tower.patches), patches)
+    scores = 2 * FULL * vision.num_heads / parts * min(tower.patches, SCORED)
+    pixels = 3 * vision.processor.patch_size**2
+    return StepPhase(
+        "vision",
+        1,
+        math.ceil(prompts / shards) * tower.flops / parts,
+        math.ceil(patches / row) * item * Sizes.of(work.model).tower / parts
+        + patches * (pixels + 12 * vision.depth * vision.width * item),
+        outputs,
+        row * (item * tower.width / parts + scores + (FULL + item) * pixels) + patches * pixels,
+        (
+            Exchange("all-gather", outputs, shards, 1),
+            Exchange("all-reduce", patches * vision.width * item, parts, 2 * vision.depth),
+        ),
+    )
 
 
 def estimate_phases(work: Workload, setting: Setting) -> list[StepPhase]:
@@ -161,13 +195,17 @@ def _sampling_phases(work: Workload, setting: Setting) -> Iterator[StepPhase]:
     width = _activations(work, setting)
     sums = lambda tokens, turns=1: (Exchange("all-reduce", tokens * D * item, parts, 2 * L * turns),)  # noqa: E731
     moved = (Exchange("all-gather", weights / L, mesh.fsdp, 1),)
+    vision = _tower(work, work.P * (1 + work.ahead), setting.decode_shards, parts)
+    seen = vision.held
     yield StepPhase("layout", L, 0.0, 3 * weights / L, state + weights, weights / L, moved)
+    if work.tower:
+        yield dataclasses.replace(vision, held=state + weights, temporary=vision.temporary + seen)
     yield StepPhase(
         "prefill",
         setting.prefills(work),
         prompts * S * 2 * sizes.layers / parts + phase_attention(work, setting, "prefill"),
-        weights + 12 * L * prompts * S * D * item,
-        state + weights + (stored if setting.capacity(work).queued else 0),
+        decoder_bytes(work, setting) + 12 * L * prompts * S * D * item,
+        state + weights + seen + (stored if setting.capacity(work).queued else 0),
         prompts * S * (item * width + 8 * m.num_heads / parts * min(S, SCORED)),
         sums(prompts * S),
         KERNELS * L,
@@ -180,8 +218,8 @@ def _sampling_phases(work: Workload, setting: Setting) -> Iterator[StepPhase]:
         "decode",
         setting.calls(work),
         products + phase_attention(work, setting, "decode"),
-        tokens * (weights + read),
-        state + weights + stored,
+        tokens * (decoder_bytes(work, setting) + read),
+        state + weights + seen + stored,
         decode_temporaries(work, setting),
         sums(rows, tokens),
         KERNELS * L * tokens,
@@ -203,22 +241,24 @@ def _training_phases(work: Workload, setting: Setting) -> Iterator[StepPhase]:
     runs = math.ceil(tokens / micro)
     forward = 2 * sizes.layers * tokens / parts
     head = 2 * sizes.head * tokens * (K * T / group) / parts
-    layers = item * sizes.total / parts
+    layers = item * sizes.decoder / parts
     traffic = runs * layers + 20 * L * tokens * D * item / parts
     gathered = lambda passes: Exchange("all-gather", layers, mesh.fsdp, runs * passes)  # noqa: E731
     summed = lambda passes: Exchange("all-reduce", micro * D * item, parts, 2 * L * runs * passes)  # noqa: E731
     width = 6 * D + (5 * heads + 4 * m.ffn_width) / parts
     scores = 8 * micro / (S + T) * m.num_heads / parts * min(T, SCORED) * (S + T)
     logits = LOGIT_COPIES * FULL * min(chunk_size(m.vocab_size), micro) * m.vocab_size / parts
+    vision = _tower(work, work.P // work.updates, setting.shards, parts)
+    towers = TRAINED_PASSES if work.tower_products > 1 else 1
     if scorings := setting.scorings(work):
         yield StepPhase(
             "score",
             scorings,
-            forward + head + phase_attention(work, setting, "score"),
-            traffic,
+            forward + head + phase_attention(work, setting, "score") + vision.flops,
+            traffic + vision.bytes,
             state + weights,
-            micro * item * width + scores + logits,
-            (gathered(1), summed(1)),
+            max(micro * item * width + scores + logits, vision.temporary) + vision.held,
+            (gathered(1), summed(1), *vision.exchanges),
             KERNELS * L * runs,
         )
     again = 1 if setting.remat else 0
@@ -228,18 +268,21 @@ def _training_phases(work: Workload, setting: Setting) -> Iterator[StepPhase]:
         work.updates,
         (1 + work.backward + again) * forward
         + (1 + work.backward) * head
-        + phase_attention(work, setting, "update"),
-        (3 + again) * traffic + updated_bytes(work, setting),
+        + phase_attention(work, setting, "update")
+        + towers * vision.flops,
+        (3 + again) * traffic + updated_bytes(work, setting) + towers * vision.bytes,
         state + (work.optimizer == "host") * work.moments * updated,
         FULL * updated  # the gradient
-        + L * micro * item * (D if setting.remat else width)
-        + 2 * micro * item * width
-        + 2 * scores
-        + logits,
+        + max(
+            L * micro * item * (D if setting.remat else width) + 2 * (micro * item * width + scores) + logits,
+            vision.temporary * (1 if towers == 1 else 2),
+        )
+        + vision.held * (1 if towers == 1 else 3),
         (
             gathered(2 + again),
             summed(3 + again),
             *_summed_gradient(work, setting, FULL * updated, runs),
+            *(dataclasses.replace(e, times=towers * e.times) for e in vision.exchanges),
         ),
         (3 + again) * KERNELS * L * runs,
         host=moved_seconds(work, setting),
@@ -268,6 +311,7 @@ def workload(config: Config, model: ModelConfig, needs: frozenset[Field], scores
     training, sampling = config.training, config.sampling
     updates = training.updates_per_step
     reference = Field.REF_LOGP in needs
+    frozen = HALF if config.model.frozen_dtype == "bfloat16" else FULL
     rescored = training.behaviour == "rescored"
     passes = updates if scores_first or (sampling.ahead and not rescored) else updates - 1
     with_int8 = updates if scores_first else updates - 1
@@ -287,6 +331,8 @@ def workload(config: Config, model: ModelConfig, needs: frozenset[Field], scores
         optimizer=config.optimizer.state,
         adapters=num_adapters(config, model),
         frozen=jnp.dtype(config.model.frozen_dtype).itemsize if config.model.lora.rank else 0,
+        image_tokens=model.vision.processor.most_tokens(sampling.max_prompt_tokens) if model.vision else 0,
+        frozen_tower=frozen * freezes_tower(config.model, model),
     )
 
 

@@ -11,9 +11,9 @@ import numpy as np
 
 from lpo_jax.models.config import ModelConfig
 from lpo_jax.models.eight_bits import KVDtype, stored_dtype
-from lpo_jax.models.parameters import num_params
 from lpo_jax.parallel.mesh import MeshSizes
 from lpo_jax.planner.simulation import Sampled, simulate_pages
+from lpo_jax.planner.sizes import Sizes, TowerWork
 from lpo_jax.sampling.calls import planned_call_tokens
 from lpo_jax.sampling.kv_cache import FIRST_TOKENS, Capacity, token_bytes
 from lpo_jax.sampling.pages import Pool
@@ -42,6 +42,24 @@ class Workload:
     optimizer: str = "float32"  # `optimizer.state`
     adapters: int = 0  # parameters of adapters, on frozen weights; 0: the weights are trained
     frozen: int = 0  # bytes of a frozen weight
+    image_tokens: int = 0  # of an image, one in each prompt; 0: the model reads text only
+    frozen_tower: int = 0  # bytes of a parameter of a frozen vision tower; 0: there is none
+
+    @property
+    def tower(self) -> TowerWork | None:
+        """The work of the vision tower for one prompt; None without one."""
+        return TowerWork.of(self.model, self.image_tokens) if self.image_tokens else None
+
+    @property
+    def tower_products(self) -> int:
+        """Matrix products of the vision tower per product of its forward pass."""
+        return 1 if self.frozen_tower else 1 + self.backward
+
+    @property
+    def trained(self) -> int:
+        """The number of parameters that the optimizer updates if there are no adapters."""
+        sizes = Sizes.of(self.model)
+        return sizes.total - sizes.tower * (self.frozen_tower > 0)
 
     @property
     def trained_tokens(self) -> int:
@@ -103,7 +121,7 @@ class Setting:
 
     def updated(self, work: Workload) -> float:
         """Return the number of parameters on a device that the optimizer updates; adapters are whole on each."""
-        return work.adapters or Sizes.of(work.model).total / self.parts
+        return work.adapters or work.trained / self.parts
 
     def scorings(self, work: Workload) -> int:
         """Return the forward passes over a minibatch that only score."""
@@ -116,7 +134,7 @@ class Setting:
     def call_tokens(self, work: Workload) -> int:
         """Return the number of tokens that every row draws in one call of `sampling.decode`, at most T."""
         recent = recent_bytes(work, self) if work.kernels else 0.0
-        chosen = planned_call_tokens(work.T, self.rows, weight_bytes(work, self), recent, work.platform)
+        chosen = planned_call_tokens(work.T, self.rows, decoder_bytes(work, self), recent, work.platform)
         return min(chosen, work.T)
 
     def calls(self, work: Workload) -> int:
@@ -173,26 +191,6 @@ class Setting:
         return [f"--{key}={value}" for key, value in keys.items()]
 
 
-@dataclasses.dataclass(frozen=True)
-class Sizes:
-    """The number of parameters of a model by their role."""
-
-    layers: int  # matrices of all layers
-    head: int  # the output matrix
-    embed: int  # the input table where it is not the output matrix
-    other: int  # norms and biases
-
-    @classmethod
-    def of(cls, m: ModelConfig) -> "Sizes":
-        head = m.vocab_size * m.width
-        tables, other = num_params(m, "embedding"), num_params(m, "norm", "bias")
-        return cls(num_params(m, "matrix"), head, tables - head, other)
-
-    @property
-    def total(self) -> int:
-        return self.layers + self.head + self.embed + self.other
-
-
 @functools.cache
 def _full_length(work: Workload, setting: Setting) -> Sampled:
     """The simulated sampling of responses of full length, of which a pool holds fewer than there are slots."""
@@ -212,6 +210,12 @@ def weight_bytes(work: Workload, setting: Setting) -> float:
     sizes = Sizes.of(work.model)
     saved = (work.itemsize - 1) * sizes.layers if setting.int8 else 0
     return (work.itemsize * sizes.total - saved) / setting.mesh.decode_tensor
+
+
+def decoder_bytes(work: Workload, setting: Setting) -> float:
+    """Return the bytes of the sampler's weights on a device without those of a vision tower."""
+    tower = work.itemsize * Sizes.of(work.model).tower
+    return weight_bytes(work, setting) - tower / setting.mesh.decode_tensor
 
 
 def recent_bytes(work: Workload, setting: Setting) -> float:

@@ -28,9 +28,15 @@ def encode_prompt(task: Task, tokenizer: Tokenizer, row: Mapping[str, Json]) -> 
         raise UserError("the prompt has images, but the model reads text only; take a vision model")
     prompt = task.prompt(row)
     if isinstance(prompt, str) and images:
-        around = [vision.start_token, vision.image_token, vision.end_token]
-        prompt = prompt.replace(MARK, "".join(tokenizer.convert_ids_to_tokens(around)))
+        prompt = with_placeholders(tokenizer, prompt)
     return expand(vision, encode(tokenizer, prompt), [_grid(vision, image) for image in images])
+
+
+def with_placeholders(tokenizer: Tokenizer, text: str) -> str:
+    """Return a text with the tokens that a vision model has around an image, and a placeholder, at each mark."""
+    vision = tokenizer.vision
+    around = [vision.start_token, vision.image_token, vision.end_token]
+    return text.replace(MARK, "".join(tokenizer.convert_ids_to_tokens(around)))
 
 
 def encode_images(tokenizer: Tokenizer, row: Mapping[str, Json]) -> Images:

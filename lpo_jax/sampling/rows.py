@@ -26,7 +26,8 @@ from lpo_jax.sampling.stop_strings import StopFinder
 PREFILL_ROWS = 8  # most rows of each shard whose earlier tokens are prefilled together
 IDLE = 16  # while rows are queued, one slot in so many may be idle before `decode` returns to have it filled
 
-_image_outputs = jax.jit(decoder.image_outputs, static_argnums=(0, 3))
+# Runs the vision tower over the images of all prompts of a call.
+image_outputs = jax.jit(decoder.image_outputs, static_argnames=("config", "dtype"))
 
 
 class Batcher(abc.ABC):
@@ -95,7 +96,7 @@ class Batcher(abc.ABC):
         # How much further on than its index in the sequence a response token's position is.
         self.shift = np.zeros(P, np.int32) if images is None else images.next
         if images is not None:
-            outputs = _image_outputs(settings.config, weights, images.rows, settings.dtype)
+            outputs = image_outputs(settings.config, weights, images.rows, settings.dtype)
             self.prefill = functools.partial(self.prefill, outputs=outputs)
 
     def run(self) -> Responses:

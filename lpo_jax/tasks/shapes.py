@@ -2,6 +2,7 @@
 
 | question | picture | answer |
 | --- | --- | --- |
+| dots | equal dots, spread over the picture | their number, 1 to 9 |
 | corners | a filled polygon | its number of corners, 3 to 6 |
 | longest | four horizontal segments | the place of the longest one, counted from the top |
 | angle | two rays from a point | the angle in degrees, anticlockwise from the ray to the right: 30, 60, ..., 330 |
@@ -21,15 +22,21 @@ from lpo_jax.tasks.task import Task, with_prefill
 from lpo_jax.types import Json
 
 PREFILL = "<answer>"
-TEXTS = {"corners": "How many corners?", "longest": "Which segment is the longest?", "angle": "Which angle?"}
+TEXTS = {
+    "dots": "How many dots?",
+    "corners": "How many corners?",
+    "longest": "Which segment is the longest?",
+    "angle": "Which angle?",
+}
 
 _UNIT = 1000  # coordinates are whole numbers, thousandths of the side
+_RADIUS = 80  # of a dot
 _FINE = 4  # pictures are drawn larger by this factor and reduced, which smooths their edges
 
 
 def shapes_task(
     *,
-    questions: Sequence[str] = ("corners", "longest", "angle"),
+    questions: Sequence[str] = ("dots", "corners", "longest", "angle"),
     side: int = 64,
     blank: bool = False,
     train_size: int = 2000,
@@ -88,6 +95,13 @@ def _draw(questions: list[str], side: int, rng: random.Random) -> dict[str, Json
     return {"question": question, "points": points, "answer": answer, "images": [image]}
 
 
+def _dots(rng: random.Random) -> tuple[list[list[int]], int]:
+    """Draw dots in different cells of a grid of 4 x 4, off their middles, so that they do not touch."""
+    cells = rng.sample(range(16), 1 + rng.randrange(9))
+    shift = lambda: rng.randrange(61) - 30  # noqa: E731
+    return [[140 + 240 * (c % 4) + shift(), 140 + 240 * (c // 4) + shift()] for c in cells], len(cells)
+
+
 def _corners(rng: random.Random) -> tuple[list[list[int]], int]:
     """Draw a convex polygon: corners on a circle, at least 40 degrees apart."""
     count, start = 3 + rng.randrange(4), rng.randrange(360)
@@ -114,6 +128,7 @@ def _angle(rng: random.Random) -> tuple[list[list[int]], int]:
 
 
 _DRAWS: Mapping[str, Callable[[random.Random], tuple[list[list[int]], int]]] = {
+    "dots": _dots,
     "corners": _corners,
     "longest": _longest,
     "angle": _angle,
@@ -134,8 +149,11 @@ def _picture(kind: str, corners: list[list[int]], side: int) -> bytes:
     image = PIL.Image.new("RGB", (large, large), "white")
     draw = PIL.ImageDraw.Draw(image)
     points = [(x * large / _UNIT, y * large / _UNIT) for x, y in corners]
-    width = large // 20
-    if kind == "corners":
+    width, radius = large // 20, _RADIUS * large / _UNIT
+    if kind == "dots":
+        for x, y in points:
+            draw.ellipse([x - radius, y - radius, x + radius, y + radius], fill="black")
+    elif kind == "corners":
         draw.polygon(points, fill="black")
     elif kind == "longest":
         for start, end in zip(points[::2], points[1::2]):

@@ -84,13 +84,13 @@ def as_chat(task: Task, system: str = "") -> Task:
             prompt = with_prefill([user], task.prefill)
         asked: list[dict[str, Json]] = list(prompt)  # type: ignore[arg-type]
         if row_images(row):
-            asked = [{**message, "content": _parts(message["content"])} for message in asked]
+            asked = [{**message, "content": message_parts(message["content"])} for message in asked]
         return [{"role": "system", "content": system}, *asked] if system else asked
 
     return dataclasses.replace(task, prompt=messages)
 
 
-def _parts(content: Json) -> Json:
+def message_parts(content: Json) -> Json:
     """Split the text of a message at the marks of its images; return a text without marks, and parts, unchanged."""
     if not isinstance(content, str) or MARK not in content:
         return content

@@ -148,11 +148,10 @@ def check_vision(config: Config, model: ModelConfig) -> None:
         return
     if not freeze and config.model.lora.rank:
         raise UserError(
-            "model.vision.freeze=false: with model.lora the tower is always frozen; set model.lora.rank=0 or freeze it"
+            "model.vision.freeze=false: with model.lora all weights are frozen; set model.lora.rank=0, or name "
+            "matrices of the tower, such as v_qkv, in model.lora.targets"
         )
     if freeze and config.model.init == "random":
         raise UserError(
             "model.init=random draws the vision tower too, which must then be trained: set model.vision.freeze=false"
         )
-    if config.sampling.ahead:
-        raise UserError("sampling.ahead is not available to vision models; set sampling.ahead=0")

@@ -11,7 +11,8 @@ import pytest
 from lpo_jax import tasks
 from lpo_jax.config import load_config, parse_config
 from lpo_jax.models.load import load_config_and_tokenizer
-from lpo_jax.rollout.encode import encode_prompt, encode_solution
+from lpo_jax.rollout.encode import encode_prompt, encode_solution, prompt_text
+from lpo_jax.training.check import check_config
 from lpo_jax.training.model import TrainedModel
 
 ROOT = Path(__file__).parents[2]
@@ -44,14 +45,24 @@ def test_the_micro_model_is_that_of_its_script(script):
     assert eos_ids == (tokenizer.eos_token_id,) == (1,)
 
 
-def test_prompts_and_solutions_are_short_and_round_trip():
-    config = load_config(ROOT / "configs" / "compare_countdown_micro.yaml")
+@pytest.mark.parametrize(
+    ("file", "changes"),
+    [
+        ("compare_countdown_micro", {}),
+        ("micro_vision", {}),
+        ("micro_vision", {"questions": ["dots", "corners", "longest", "angle"]}),
+    ],
+)
+def test_prompts_and_solutions_are_short_and_round_trip(file, changes):
+    config = load_config(ROOT / "configs" / f"{file}.yaml")
+    check_config(config)
     options = {k: v for k, v in config.task.items() if k != "name"} | {"train_size": 200, "heldout_size": 8}
-    task = tasks.get("countdown", **options)
-    _, tokenizer, _ = load_config_and_tokenizer(MICRO)
+    task = tasks.get(config.task["name"], **options | changes)
+    _, tokenizer, _ = load_config_and_tokenizer(ROOT / config.model.path)
     for row in task.train:
         prompt, solution = encode_prompt(task, tokenizer, row), encode_solution(task, tokenizer, row)
-        assert tokenizer.decode(prompt) == task.prompt(row)
+        shown = "<|vision_start|><|image_pad|><|vision_end|>"
+        assert prompt_text(tokenizer, prompt) == task.prompt(row).replace("<image>", shown)
         assert tokenizer.decode(solution, skip_special_tokens=True) == task.solution(row)
         assert tokenizer.unk_token_id not in prompt + solution
         assert len(prompt) <= config.sampling.max_prompt_tokens

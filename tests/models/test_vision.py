@@ -13,6 +13,7 @@ from lpo_jax import load_model
 from lpo_jax.errors import UserError
 from lpo_jax.models import prompt_images, vision
 from lpo_jax.models.config import ModelConfig
+from lpo_jax.models.decoder import init_params
 
 VISION = ["qwen2_5_vl", "qwen3_vl"]
 
@@ -107,6 +108,28 @@ def test_text_alone_is_read_without_a_tower(case):
     real = data["mask"][row]
     np.testing.assert_allclose(without[0][real], data["logits"][row][real], atol=1e-4)
     np.testing.assert_allclose(with_empty[0][real], without[0][real], atol=1e-6)
+
+
+def test_a_tower_without_deepstack_is_saved_and_read(golden, tmp_path):
+    model, data, images = load(golden / "qwen3_vl")
+    tower = dataclasses.replace(model.config.vision, deepstack=())
+    model.config = dataclasses.replace(model.config, vision=tower)
+    model.params = init_params(model.config, jax.random.key(0))
+    assert "deepstack" not in model.params["vision"]
+    assert all(
+        leaf.size for leaf in jax.tree.leaves(model.params)
+    )  # checkpoints cannot hold arrays without elements
+    model.save(tmp_path / "saved")
+    again = load_model(tmp_path / "saved")
+    assert again.config == model.config
+    logits = [np.asarray(m.logits(data["tokens"], data["mask"], images)) for m in (model, again)]
+    np.testing.assert_array_equal(*logits)
+    assert (
+        np.abs(
+            logits[0] - model.logits(data["tokens"], data["mask"], [[255 - x for x in row] for row in images])
+        ).max()
+        > 1e-4
+    )
 
 
 def test_images_of_any_sizes_need_few_programs(golden):

@@ -19,7 +19,8 @@ from lpo_jax.planner import roofline, topology
 from lpo_jax.planner.phases import Exchange, StepPhase
 from lpo_jax.planner.plan_text import show
 from lpo_jax.planner.programs import _needed, extrapolate
-from lpo_jax.planner.setting import Setting, Sizes, Workload, mean_cache_tokens
+from lpo_jax.planner.setting import Setting, Workload, mean_cache_tokens
+from lpo_jax.planner.sizes import Sizes
 from lpo_jax.training.check import check_config
 
 WORK = Workload(CONFIG, P=8, K=4, S=16, T=32, updates=2, itemsize=2, reference=False, scorings=1)

@@ -18,7 +18,7 @@ def darkness(row):
 
 @pytest.fixture(scope="module")
 def rows():
-    task = tasks.get("shapes", train_size=300, heldout_size=60)
+    task = tasks.get("shapes", train_size=420, heldout_size=60)
     return [*task.train, *task.heldout]
 
 
@@ -29,6 +29,10 @@ def test_pictures_show_the_answer(rows):
         if row["question"] == "longest":
             middles = [round(64 * y) for y in (0.14, 0.38, 0.62, 0.86)]
             assert np.argmax([dark[y].sum() for y in middles]) + 1 == row["answer"]
+        elif row["question"] == "dots":
+            # None touches another: each takes the same area. Pillow's edges belong to the dot.
+            area = math.pi * (64 * 80 / 1000 + 1 / 8) ** 2
+            assert abs(dark.sum() / 255 / area - row["answer"]) < 0.1
         elif row["question"] == "angle":
             # The dark pixels of the other ray are, on average, in its direction.
             (image,) = row_images(row)
@@ -44,6 +48,7 @@ def test_pictures_show_the_answer(rows):
 def test_answers_are_spread_and_only_in_the_picture(rows):
     prompt = tasks.get("shapes", train_size=1, heldout_size=1).prompt
     for question, answers in (
+        ("dots", set(range(1, 10))),
         ("corners", {3, 4, 5, 6}),
         ("longest", {1, 2, 3, 4}),
         ("angle", set(range(30, 331, 30))),
@@ -84,7 +89,7 @@ def test_blank_pictures_are_a_control():
     ("options", "message"),
     [
         ({"questions": ["corner"]}, "did you mean 'corners'"),
-        ({"questions": []}, "need a list of different ones of corners, longest, angle"),
+        ({"questions": []}, "need a list of different ones of dots, corners, longest, angle"),
         ({"questions": "corners"}, "need a list"),
         ({"side": 8}, "side 8: need 16 to 1024 pixels"),
     ],

@@ -20,6 +20,8 @@ from lpo_jax.models.prompt_images import expand, lay_out
 from lpo_jax.models.runner import Groups, ModelRunner, picture_array, score
 from lpo_jax.objectives import TokenStats
 from lpo_jax.parallel.mesh import MeshSizes, build_mesh
+from lpo_jax.planner.cost import program_cost
+from lpo_jax.planner.hlo import parse_hlo
 from lpo_jax.reporting import is_timing, read_metrics
 from lpo_jax.runs.checkpoint import load_run
 from lpo_jax.training.loop import train
@@ -116,6 +118,46 @@ def test_gradient_by_parts_equals_autodiff(case, plain, budget):
     assert_close(alone, {name: x for name, x in gradient.items() if name != "vision"})
 
 
+def test_the_tower_runs_once_for_a_group(case):
+    """In the compiled update: its products do not become more with more responses, splits or microbatches."""
+    model, groups, mask, weight = case
+    fixed = Frozen({"vision": model.params["vision"]}, None)
+    own = {name: x for name, x in model.params.items() if name != "vision"}
+
+    def program(num_responses, budget):
+        K = num_responses
+        some = dataclasses.replace(groups, responses=groups.responses[:, :K])
+        runner = ModelRunner(model.config, token_budget=budget)
+        packed = runner.pack(some, mask[:, :K])
+
+        def compiled(packed):
+            run = jax.jit(
+                lambda params, tower: runner.pull_back(params, packed, TokenStats(weight[:, :K]), tower)
+            )
+            return run.lower(own, fixed).compile().as_text()
+
+        text = compiled(packed)
+        products = [line for line in text.splitlines() if " dot(" in line and "vision" in line]
+        without = compiled(packed.replace(images=packed.images.replace(rows=None)))
+        flops = program_cost(parse_hlo(text)).flops - program_cost(parse_hlo(without)).flops
+        return len(packed.layout.token), len(products), flops
+
+    (one, products, flops), (many, again, same) = program(1, 1000), program(3, 60)
+    assert one == 1 < many
+    assert products == again > 10
+    assert flops == same > 0
+
+
+def test_kernels_see_the_same_images(case):
+    """Prompts and responses through the kernels for TPUs, in their interpreter."""
+    model, groups, mask, _ = case
+    found = [
+        np.where(mask, score(runner, model.params, runner.pack(groups, mask)).logp, 0)
+        for runner in (ModelRunner(model.config, attention=name) for name in ("interpret", "plain"))
+    ]
+    np.testing.assert_allclose(*found, atol=1e-4)
+
+
 def test_a_batch_without_images_leaves_the_tower(case):
     model, groups, mask, weight = case
     runner = ModelRunner(model.config, token_budget=200)
@@ -135,6 +177,31 @@ def test_adapters_of_the_decoder_see_images(case):
     assert gradient.keys() == {"layers"} and np.abs(gradient["layers"]["wq"]["b"]).max() > 1e-3
     expected = score(runner, model.params, packed).logp
     np.testing.assert_allclose(np.where(mask, stats.logp, 0), np.where(mask, expected, 0), atol=3e-5)
+
+
+def test_gradient_of_adapters_of_the_tower_is_autodiffs(case):
+    model, groups, mask, weight = case
+    inner = "v_down" if model.config.family == "qwen2_5_vl" else "v_fc2"
+    adapters = lora.Lora(2, 4.0, ("wq", "v_qkv", "v_out", inner))
+    adapters.check(model.config)
+    noise = lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape)  # noqa: E731
+    trained = jax.tree.map(noise, lora.init(model.config, adapters, jax.random.key(0)))
+    assert trained["vision"]["layers"].keys() == {"v_qkv", "v_out", inner}
+    frozen = Frozen(model.params, adapters.scale)
+    runner = ModelRunner(model.config, token_budget=200)
+    packed = runner.pack(groups, mask)
+    gradient, stats = jax.jit(lambda p: runner.pull_back(p, packed, TokenStats(weight), frozen))(trained)
+
+    @jax.jit
+    def loss(adapters):
+        merged = lora.merge_adapters(lora.with_adapters(frozen, adapters))
+        logp = plain_log_probs(model.config, merged, groups)
+        return (logp * weight).sum(), logp
+
+    expected, logp = jax.grad(loss, has_aux=True)(trained)
+    assert all(np.abs(x).max() > 1e-3 for x in jax.tree.leaves(expected))
+    np.testing.assert_allclose(np.where(mask, stats.logp, 0), np.where(mask, logp, 0), atol=3e-5)
+    assert_close(gradient, expected)
 
 
 @pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)], ids=str)
@@ -200,12 +267,19 @@ def learned(output):
     return load_run(output, "latest")[0].params, [row for row in rows if len(row) > 1], rollouts
 
 
-@pytest.mark.parametrize("freeze", [True, False], ids=["frozen", "trained"])
-def test_two_and_two_steps_are_four(files, freeze, tmp_path):
-    config = values(files, tmp_path / "four", vision={"freeze": freeze})
+@pytest.mark.parametrize(
+    ("freeze", "ahead"), [(True, 0), (False, 0), (True, 1)], ids=["frozen", "trained", "ahead"]
+)
+def test_two_and_two_steps_are_four(files, freeze, ahead, tmp_path):
+    def config_of(name):
+        config = values(files, tmp_path / name, vision={"freeze": freeze})
+        config["sampling"] |= {"ahead": 1, "max_tokens": 24, "max_rows": 6} if ahead else {}
+        return config
+
+    config = config_of("four")
     train(parse_config(config))
     four = learned(tmp_path / "four")
-    config = values(files, tmp_path / "two", vision={"freeze": freeze})
+    config = config_of("two")
     config["training"]["steps"] = 2
     config["optimizer"]["schedule"] = "constant"
     train(parse_config(config))
@@ -222,7 +296,21 @@ def test_two_and_two_steps_are_four(files, freeze, tmp_path):
     gaps = [
         row["training/rollout_probs_diff_max"] for row in four[1] if "training/rollout_probs_diff_max" in row
     ]
-    assert gaps and max(gaps) < 1e-3
+    assert ahead or (gaps and max(gaps) < 1e-3)
+    assert max(row.get("lpo/staleness_max", 0) for row in four[1]) == ahead
+
+
+def test_adapters_of_the_tower_are_merged_for_export(files, tmp_path):
+    config = values(files, tmp_path / "run", lora={"rank": 2, "targets": ["wq", "v_qkv"]})
+    config["training"]["steps"] = 1
+    train(parse_config(config))
+    trained, _ = load_run(tmp_path / "run", "latest")
+    start = load_model(files / "model").params
+    for old, new in ((start, trained.params), (start["vision"], trained.params["vision"])):
+        changed = {name for name, x in old["layers"].items() if not np.array_equal(x, new["layers"][name])}
+        assert changed == ({"wq"} if old is start else {"v_qkv"})
+    trained.save(tmp_path / "hf")
+    chex.assert_trees_all_equal(load_model(tmp_path / "hf").params, trained.params)
 
 
 @pytest.mark.parametrize(
@@ -231,10 +319,9 @@ def test_two_and_two_steps_are_four(files, freeze, tmp_path):
         (
             "model",
             {"vision": {"freeze": False}, "lora": {"rank": 2}},
-            "with model.lora the tower is always frozen",
+            "with model.lora all weights are frozen",
         ),
         ("model", {"init": "random"}, "set model.vision.freeze=false"),
-        ("sampling", {"ahead": 1}, "sampling.ahead is not available to vision models"),
         ("sampling", {"max_prompt_tokens": 8}, "has .* tokens, more than sampling.max_prompt_tokens"),
         ("objective", {"name": "ghpo"}, "not supported for rows with images"),
     ],
