@@ -135,10 +135,9 @@ def standing(work: Workload, setting: Setting) -> dict[str, float]:
         batch = max(1, pool.slots // work.K) * work.S  # prompts that are prefilled next
         kept = setting.decode_shards * (pool.pages * pool.page_size + batch)
     own = setting.updated(work)
-    frozen = {"frozen tower": work.frozen_tower * sizes.tower / setting.parts} if work.frozen_tower else {}
-    if work.adapters:
-        frozen = {"frozen weights": work.frozen * sizes.total / setting.parts}
-    return frozen | {
+    frozen = work.frozen * sizes.total if work.adapters else work.frozen_tower * sizes.tower
+    return {
+        "frozen weights": frozen / setting.parts,
         "parameters": FULL * own,
         "optimizer": (work.optimizer != "host") * work.moments * own,
         "reference": FULL * own * work.reference,

@@ -108,5 +108,5 @@ def test_files_placement_and_estimates_know_the_additions(extended, tiny_config)
     assert Sizes.of(config).total == sum(x.size for x in jax.tree.leaves(params))
     before, after = vars(Sizes.of(tiny_config)), vars(Sizes.of(config))
     more = {key: after[key] - before[key] for key in before}
-    assert more == {"layers": 2 * 32 * 32, "head": 0, "embed": 0, "other": 2 * 32}
+    assert more == {"layers": 2 * 32 * 32, "head": 0, "embed": 0, "other": 2 * 32, "tower": 0}
     assert kept_bytes(config, 10, "float32") - kept_bytes(tiny_config, 10, "float32") == 2 * 10 * 32 * 4

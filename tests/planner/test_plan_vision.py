@@ -87,7 +87,7 @@ def test_a_frozen_tower_has_no_optimizer():
     model = read(GOLDEN / "qwen3_vl")
     sizes, alone = Sizes.of(model), roofline.Setting(plans.meshes.MeshSizes(1, 1, 1), 100, False, rows=8)
     trained, frozen = (roofline.standing(work_of(model, frozen_tower=n), alone) for n in (0, 2))
-    assert "frozen tower" not in trained and frozen["frozen tower"] == 2 * sizes.tower
+    assert trained["frozen weights"] == 0 and frozen["frozen weights"] == 2 * sizes.tower
     assert trained["optimizer"] - frozen["optimizer"] == 8 * sizes.tower
     assert trained["sampler's weights"] == frozen["sampler's weights"] == 4 * sizes.total
     phases = lambda n: {p.name: p for p in roofline.estimate_phases(work_of(model, frozen_tower=n), alone)}  # noqa: E731
@@ -117,8 +117,9 @@ def test_programs_with_images_compile_for_devices(freeze, run_config):
     objective = check_config(config)
     work = roofline.workload(config, model, objective.needs, False)
     assert work.image_tokens == 16
-    setting = plans.setting_of(config, work, topology.parse_topology("v5e:1x2"))
-    made = Slice(config, model, (1,), objective, work, setting, jax.devices()[:2])
+    target = topology.parse_topology("v5e:1x2")
+    setting = plans.setting_of(config, work, target)
+    made = Slice(config, model, (1,), objective, work, setting, jax.devices()[:2], target)
     estimates = {phase.name: phase for phase in roofline.estimate_phases(work, setting)}
     names = ["vision", "prefill", "update"] if freeze else ["update"]
     for name in names:
@@ -139,13 +140,13 @@ def test_the_plan_of_a_vision_model_names_the_tower(run_config, tmp_path, capsys
     vision_tokenizer().save_pretrained(model)
     values = run_config(model={"path": str(model)}, sampling={"max_prompt_tokens": 16})
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
-    assert main(["plan", str(tmp_path / "run.yaml"), "--topology", "h100:1", "--json"]) == 0
+    assert main(["plan", str(tmp_path / "run.yaml"), "--topology", "h100:1", "--estimate", "--json"]) == 0
     made = json.loads(capsys.readouterr().out)
     names = [phase["name"] for phase in made["asked"]["phases"]]
     assert names == ["layout", "vision", "prefill", "decode", "score", "update"]
-    assert "frozen tower" in made["asked"]["standing"]
-    arguments = ["plan", str(tmp_path / "run.yaml"), "--topology", "h100:1", "--lengths", "mean=3,sigma=1"]
-    assert main(arguments) == 0
+    assert made["asked"]["standing"]["frozen weights"] > 0
+    arguments = ["plan", str(tmp_path / "run.yaml"), "--topology", "h100:1", "--estimate"]
+    assert main([*arguments, "--lengths", "mean=3,sigma=1"]) == 0
     text = capsys.readouterr().out
     assert "of which an image takes up to 16" in " ".join(text.split())
 
@@ -156,6 +157,6 @@ def test_geometry_fits_on_one_h100():
         [f"--model.path={LARGE}"],
     )
     target = topology.parse_topology("h100:1")
-    made = plans.plan(config, target, read(LARGE), (1,), check_config(config))
+    made = plans.plan(config, target, read(LARGE), (1,), check_config(config), estimate=True)
     assert made.work.image_tokens == 1024
     assert made.suggested is not None and made.spare(made.suggested) > 0
