@@ -19,6 +19,7 @@ from lpo_jax.errors import UserError
 from lpo_jax.models.config import ModelConfig
 from lpo_jax.models.eight_bits import check_device
 from lpo_jax.models.kernels import cudnn
+from lpo_jax.models.kernels.choice import KERNELS_OF, best_on
 from lpo_jax.models.placement import model_sizes
 from lpo_jax.objectives import Objective
 from lpo_jax.objectives.batch import Field
@@ -223,12 +224,21 @@ def compile_phase(
 
 
 def attention_of(config: Config, chip: Chip, model: ModelConfig) -> str:
-    """Return the attention that a run on this chip has (`lpo_jax.models.kernels.choice`)."""
-    if config.model.attention != "auto":
-        return config.model.attention
-    if chip.kind == "tpu":
-        return "pallas"
-    return "triton" if cudnn.refuses(config.model.dtype, model.head_width, model.sliding_window) else "cudnn"
+    """Return the attention that a run on this chip has (`lpo_jax.models.kernels.choice`).
+
+    Raises:
+      UserError: the config demands kernels for other devices, or of a form that does not exist.
+    """
+    demanded, form = config.model.attention, (config.model.dtype, model.head_width, model.sliding_window)
+    if demanded == "auto":
+        return best_on(chip.kind, *form)[0]
+    if demanded in KERNELS_OF and KERNELS_OF[demanded] != chip.kind:
+        raise UserError(
+            f"model.attention={demanded}: {chip.name} is not a {KERNELS_OF[demanded].upper()}; set auto"
+        )
+    if demanded == "cudnn" and (refused := cudnn.refuses(*form)):
+        raise UserError(f"model.attention=cudnn: {refused}; set triton, or auto")
+    return demanded
 
 
 def setting_of(config: Config, work: Workload, target: Topology) -> Setting:

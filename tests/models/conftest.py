@@ -5,8 +5,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from kernel_cases import rng
 
 GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture(autouse=True)
+def _same_numbers():
+    """Every test draws the same numbers, whichever tests have run before."""
+    rng.bit_generator.state = np.random.default_rng(0).bit_generator.state
 
 
 @pytest.fixture(scope="session")

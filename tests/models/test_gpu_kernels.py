@@ -127,6 +127,14 @@ def test_causal(small_blocks, tiny_config):
     chex.assert_trees_all_close(run("interpret_triton"), run("plain"), atol=1e-5)
 
 
+def test_rows_that_may_begin_with_padding_are_not_for_cudnn(tiny_config):
+    """cuDNN counts keys from the start of a row; the Pallas kernels take these rows."""
+    q, valid = jnp.zeros((1, 16, 4, 16), jnp.bfloat16), jnp.ones((1, 16), bool)
+    rows = Causal(valid, jnp.zeros((1, 16), jnp.int32), attention="cudnn")
+    program = str(jax.make_jaxpr(lambda q: rows(tiny_config, q, q, q)[0])(q))
+    assert program.count("pallas_call[") == 1
+
+
 Z, X, M = 40, 8, 7  # pages, tokens of a page, pages of the longest row
 
 

@@ -5,9 +5,11 @@ from importlib import resources
 
 import pytest
 
+from lpo_jax.config import override_config, parse_config
 from lpo_jax.errors import UserError
 from lpo_jax.parallel import gpus
 from lpo_jax.planner import topology
+from lpo_jax.planner.plan import attention_of
 
 
 @pytest.mark.parametrize(
@@ -47,6 +49,38 @@ def test_what_is_not_a_topology_is_said_in_one_line(name, says):
     with pytest.raises(UserError, match=says) as error:
         topology.parse_topology(name)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("chip", "demanded", "dtype", "expected"),
+    [
+        ("v6e", "auto", "bfloat16", "pallas"),
+        ("h100", "auto", "bfloat16", "cudnn"),
+        ("h100", "auto", "float32", "triton"),
+        ("h100", "plain", "bfloat16", "plain"),
+    ],
+)
+def test_the_attention_that_a_chip_has(run_config, tiny_config, chip, demanded, dtype, expected):
+    config = override_config(
+        parse_config(run_config()), [f"--model.attention={demanded}", f"--model.dtype={dtype}"]
+    )
+    assert attention_of(config, topology.CHIPS[chip], tiny_config) == expected
+
+
+@pytest.mark.parametrize(
+    ("chip", "demanded", "reason"),
+    [
+        ("h100", "pallas", "h100 is not a TPU; set auto"),
+        ("v6e", "triton", "v6e is not a GPU; set auto"),
+        ("h100", "cudnn", "it has no attention in float32; set triton, or auto"),
+    ],
+)
+def test_attention_that_a_chip_does_not_have(run_config, tiny_config, chip, demanded, reason):
+    config = override_config(
+        parse_config(run_config()), [f"--model.attention={demanded}", "--model.dtype=float32"]
+    )
+    with pytest.raises(UserError, match=rf"^model\.attention={demanded}: {reason}$"):
+        attention_of(config, topology.CHIPS[chip], tiny_config)
 
 
 def test_without_libtpu_the_extra_is_named(monkeypatch):

@@ -17,6 +17,7 @@ from lpo_jax.models.kernels import cudnn
 # tests.
 Attention = Literal["auto", "plain", "pallas", "cudnn", "triton", "interpret", "interpret_triton"]
 
+KERNELS_OF = {"pallas": "tpu", "cudnn": "gpu", "triton": "gpu"}  # the platform of each
 CAPABILITY = 8.0  # Ampere: the oldest GPUs with bfloat16 in Triton and cuDNN
 
 
