@@ -361,9 +361,9 @@ def measure(
             Exchange(c.kind, c.bytes, c.devices, c.times, c.hosts(target.devices_per_host))
             for c in collectives(program)
         ),
-        cost.launches,
-        cost.busy + attending if gpu else 0.0,
-        time.perf_counter() - started,
+        launches=cost.launches,
+        busy=cost.busy + attending if gpu else 0.0,
+        seconds_compiling=time.perf_counter() - started,
     )
 
 

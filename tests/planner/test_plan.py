@@ -18,7 +18,7 @@ from lpo_jax.planner import plan as plans
 from lpo_jax.planner import roofline, topology
 from lpo_jax.planner.phases import Exchange, StepPhase
 from lpo_jax.planner.plan_text import show
-from lpo_jax.planner.programs import _needed, extrapolate
+from lpo_jax.planner.programs import _needed, extrapolate, measure
 from lpo_jax.planner.setting import Setting, Workload, mean_cache_tokens
 from lpo_jax.planner.sizes import Sizes
 from lpo_jax.training.check import check_config
@@ -304,6 +304,19 @@ def test_kernels_of_a_gpu_run_one_after_another():
     scale = plans._Scale.between(made, estimate, chip)
     assert scale.apart == pytest.approx(3)  # 6 seconds for what would take 2
     assert scale(estimate, chip).seconds(chip) == pytest.approx(made.seconds(chip))
+
+
+def test_a_compiled_program_is_measured_without_the_time_to_compile_it():
+    product = jax.jit(lambda x, y: x @ y).lower(*[jax.ShapeDtypeStruct((64, 64), "float32")] * 2)
+    made = {
+        name: measure("score", 1, product, (), target=topology.parse_topology(name))
+        for name in ("h100:1", "v5e:1x1")
+    }
+    for name, phase in made.items():
+        assert (phase.flops, phase.bytes, phase.launches) == (2 * 64**3, 3 * 4 * 64 * 64, 1)
+        assert phase.seconds_compiling > 0 == phase.host
+        assert (phase.busy > 0) == (name == "h100:1")  # kernels overlap on a TPU
+        assert phase.seconds(topology.parse_topology(name).chip) < 1e-5
 
 
 def test_adapters_need_neither_gradients_nor_moments_of_the_weights():
