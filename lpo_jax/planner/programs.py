@@ -363,7 +363,7 @@ def measure(
         ),
         cost.launches,
         cost.busy + attending if gpu else 0.0,
-        time.perf_counter() - started,
+        seconds_compiling=time.perf_counter() - started,
     )
 
 

@@ -18,7 +18,7 @@ from lpo_jax.planner import plan as plans
 from lpo_jax.planner import roofline, topology
 from lpo_jax.planner.phases import Exchange, StepPhase
 from lpo_jax.planner.plan_text import show
-from lpo_jax.planner.programs import _needed, extrapolate
+from lpo_jax.planner.programs import _needed, extrapolate, measure
 from lpo_jax.planner.setting import Setting, Workload, mean_cache_tokens
 from lpo_jax.planner.sizes import Sizes
 from lpo_jax.training.check import check_config
@@ -264,6 +264,12 @@ def test_mistakes_end_in_one_line(config_file, capsys, arguments, says):
     assert main(["plan", config_file(), *arguments]) == 2
     error = capsys.readouterr().err
     assert says in error and error.count("\n") == 1
+
+
+def test_the_time_of_compiling_is_not_that_of_a_step():
+    lowered = jax.jit(lambda x: x @ x).lower(jax.ShapeDtypeStruct((64, 64), "float32"))
+    made = measure("decode", 1, lowered, (), target=topology.parse_topology("v6e:2x2"))
+    assert made.host == 0 < made.seconds_compiling and made.flops == 2 * 64**3
 
 
 def test_a_mesh_that_does_not_fit_two_hosts(config_file, capsys):
