@@ -96,7 +96,13 @@ def store_recent(
         new = jnp.where(drawn, new.astype(pages.dtype), old)
         return pages.at[number.reshape(-1)].set(new.reshape(-1, *pages.shape[1:]), mode="drop")
 
-    return [_by_part(put, pages, *kv, table, stored, count) for pages, kv in zip(pool, recent)]
+    done: list[Stored] = []
+    for pages, kv in zip(pool, recent):
+        # One layer after another, because the compiler would keep the pages of all layers in memory at once.
+        pages, kv, *before = jax.lax.optimization_barrier((pages, kv, *done[-1:]))
+        done[-1:] = before
+        done.append(_by_part(put, pages, *kv, table, stored, count))
+    return done
 
 
 def page_size(pool: PagePool) -> int:

@@ -266,6 +266,12 @@ def test_mistakes_end_in_one_line(config_file, capsys, arguments, says):
     assert says in error and error.count("\n") == 1
 
 
+def test_the_time_of_compiling_is_not_that_of_a_step():
+    lowered = jax.jit(lambda x: x @ x).lower(jax.ShapeDtypeStruct((64, 64), "float32"))
+    made = measure("decode", 1, lowered, (), target=topology.parse_topology("v6e:2x2"))
+    assert made.host == 0 < made.seconds_compiling and made.flops == 2 * 64**3
+
+
 def test_a_mesh_that_does_not_fit_two_hosts(config_file, capsys):
     path = config_file(mesh={"devices": 0}, training={"prompts_per_step": 8})
     where = ["--topology", "2x h100:2", "--estimate"]
