@@ -179,6 +179,14 @@ def freezes_tower(section: ModelSection, model: ModelConfig) -> bool:
     return model.vision is not None and not section.lora.rank and section.vision.freeze
 
 
+def keeps_tower(section: ModelSection, model: ModelConfig) -> bool:
+    """Return whether a run neither trains nor adapts any weight of a vision tower."""
+    adapters = configured(section.lora)
+    if model.vision is None or adapters is None:
+        return freezes_tower(section, model)
+    return not set(adapters.targets) & set(tower_matrix_names())
+
+
 def init(config: ModelConfig, lora: Lora, key: jax.Array) -> decoder.Params:
     """Draw initial adapters, float32: A normal with standard deviation 1 / sqrt(in), B zero."""
     R, order = lora.rank, (*matrix_names(), *tower_matrix_names())

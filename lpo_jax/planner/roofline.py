@@ -21,7 +21,7 @@ from lpo_jax.config import Config
 from lpo_jax.models import lora
 from lpo_jax.models.config import ModelConfig
 from lpo_jax.models.head import chunk_size
-from lpo_jax.models.lora import freezes_tower
+from lpo_jax.models.lora import keeps_tower
 from lpo_jax.models.packing import full_splits
 from lpo_jax.models.prompt_images import ROW_PATCHES
 from lpo_jax.objectives.batch import Field
@@ -331,7 +331,7 @@ def workload(config: Config, model: ModelConfig, needs: frozenset[Field], scores
         adapters=num_adapters(config, model),
         frozen=jnp.dtype(config.model.frozen_dtype).itemsize if config.model.lora.rank else 0,
         image_tokens=model.vision.processor.most_tokens(sampling.max_prompt_tokens) if model.vision else 0,
-        frozen_tower=frozen * freezes_tower(config.model, model),
+        frozen_tower=frozen * keeps_tower(config.model, model),
     )
 
 

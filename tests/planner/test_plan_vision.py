@@ -102,6 +102,22 @@ def test_a_frozen_tower_has_no_optimizer():
     )
 
 
+@pytest.mark.parametrize(
+    ("section", "products"),
+    [
+        ({}, 1),
+        ({"vision": {"freeze": False}}, 3),
+        ({"lora": {"rank": 2}}, 1),
+        ({"lora": {"rank": 2, "targets": ["all", "v_qkv"]}}, 2),
+    ],
+    ids=["frozen", "trained", "beside adapters", "adapted"],
+)
+def test_the_tower_has_a_backward_pass_where_it_is_trained(section, products, run_config):
+    config = parse_config(run_config(model={"path": "model"} | section))
+    work = roofline.workload(config, read(GOLDEN / "qwen3_vl"), frozenset(), False)
+    assert work.tower_products == products
+
+
 @pytest.mark.parametrize("freeze", [True, False], ids=["frozen", "trained"])
 def test_programs_with_images_compile_for_devices(freeze, run_config):
     """The planner's programs, for two devices of this machine."""
