@@ -118,7 +118,7 @@ class SamplingSection(_Strict):
     kv_tokens: NonNegative = _option(
         0,
         "Tokens of prompts and responses that the KV cache holds, on all devices together; with kernels only. If "
-        "responses turn out longer, the youngest rows are set aside and resumed later. 0: max_rows rows of full length.",
+        "responses turn out longer, the youngest rows are set aside for a while. 0: max_rows rows of full length.",
     )
     kv_dtype: Literal["compute", "int8", "fp8"] = _option(
         "compute",

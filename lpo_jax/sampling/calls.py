@@ -21,12 +21,12 @@ BANDWIDTH = {"cpu": 1e10, "gpu": 3e12, "tpu": 1.6e12}
 
 
 def look_seconds(rows: int) -> float:
-    """Returns the seconds that the device waits between two calls with so many rows."""
+    """Return the seconds that the device waits between two calls with so many rows."""
     return LOOK + LOOK_OF_ROW * rows
 
 
 def call_tokens(limit: int, rows: int, step_seconds: float, recent_seconds: float = 0.0) -> int:
-    """Returns the number of tokens of a call: a power of two from FEWEST to MOST.
+    """Return the number of tokens of a call: a power of two from FEWEST to MOST.
 
     It is doubled as long as looks take more than SHARE of the time and a step gains more from fewer looks than it loses
     by reading memory for more tokens.
@@ -49,7 +49,7 @@ def call_tokens(limit: int, rows: int, step_seconds: float, recent_seconds: floa
 def planned_call_tokens(
     limit: int, rows: int, weight_bytes: float, recent_bytes: float, platform: str
 ) -> int:
-    """Returns `call_tokens` with the times that a step is planned to take.
+    """Return `call_tokens` with the times that a step is planned to take.
 
     Args:
       limit: as in `call_tokens`.
