@@ -124,7 +124,7 @@ class DecodeOutput(struct.PyTreeNode):
 def decode_layout(
     config: ModelConfig, params: decoder.Params, dtype: np.dtype, int8: bool = False
 ) -> decoder.Params:
-    """Returns the weights for decoding: one dict per layer, in `dtype`, sharded for the current mesh.
+    """Return the weights for decoding: one dict per layer, in `dtype`, sharded for the current mesh.
 
     Layers are converted one by one, so that no third copy exists beside the old and the new weights.
 

@@ -47,7 +47,7 @@ class Sampling:
             )
 
     def logits(self, logits: jax.Array) -> jax.Array:
-        """Returns the logits `[R, V]` of the distribution that is sampled from; removed tokens have -inf."""
+        """Return the logits `[R, V]` of the distribution that is sampled from; removed tokens have -inf."""
         if self.temperature == 0:
             return logits
         logits = logits / self.temperature
@@ -87,7 +87,7 @@ class Sampling:
 
 
 def _nucleus_floor(logits: jax.Array, top_p: float) -> jax.Array:
-    """Returns the largest value `[R, 1]` such that the tokens with logits of at least it have probability `top_p`.
+    """Return the largest value `[R, 1]` such that the tokens with logits of at least it have probability `top_p`.
 
     Bisects the float32 numbers between -inf and the largest logit, in 32 passes over the logits. A sort of the
     vocabulary gives the same value and takes twenty times as long on a CPU: 1.1 s for 64 rows of V = 49152.
@@ -107,13 +107,13 @@ def _nucleus_floor(logits: jax.Array, top_p: float) -> jax.Array:
 
 
 def _ordered(x: jax.Array) -> jax.Array:
-    """Returns integers in the order of the float32 numbers `x`: those of negative numbers have their bits inverted."""
+    """Return integers in the order of the float32 numbers `x`: those of negative numbers have their bits inverted."""
     bits = jax.lax.bitcast_convert_type(x, jnp.int32)
     return jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
 def _of_ordered(bits: jax.Array) -> jax.Array:
-    """Returns the float32 numbers whose `_ordered` integers are `bits`."""
+    """Return the float32 numbers whose `_ordered` integers are `bits`."""
     return jax.lax.bitcast_convert_type(jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits), jnp.float32)
 
 
@@ -136,7 +136,7 @@ def _categorical(keys: jax.Array, weights: jax.Array) -> jax.Array:
 
 
 def _inverse_cdf(mass: jax.Array, uniform: jax.Array) -> jax.Array:
-    """Returns the first index at which the cumulative sum of `mass [R, n]` exceeds `uniform [R]` times its total.
+    """Return the first index at which the cumulative sum of `mass [R, n]` exceeds `uniform [R]` times its total.
 
     An index of mass 0 is never returned.
     """
@@ -148,7 +148,7 @@ def _inverse_cdf(mass: jax.Array, uniform: jax.Array) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnums=3)
 def row_keys(seed: jax.Array, step: jax.Array, prompt_ids: jax.Array, num_responses: int) -> jax.Array:
-    """Returns random keys `[P, K]` that depend on (seed, step, prompt id, k) alone.
+    """Return random keys `[P, K]` that depend on (seed, step, prompt id, k) alone.
 
     The position is folded in at each token. A row therefore draws the same tokens in any batch, on any number of
     devices, and before or after a resume.

@@ -61,7 +61,7 @@ class Capacity:
 
     @classmethod
     def of(cls, P: int, K: int, max_tokens: int, max_rows: int, shards: int) -> "Capacity":
-        """Returns the capacity for P prompts with K responses each.
+        """Return the capacity for P prompts with K responses each.
 
         Args:
           P: a multiple of `shards`.
@@ -78,14 +78,14 @@ class Capacity:
 
 
 def token_bytes(config: ModelConfig, dtype: np.dtype) -> int:
-    """Returns the bytes of the keys and values of one token in all layers."""
+    """Return the bytes of the keys and values of one token in all layers."""
     scale = SCALE_BYTES if dtype.itemsize == 1 else 0
     return 2 * config.num_layers * config.num_kv_heads * (config.head_width * dtype.itemsize + scale)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def allocate(config: ModelConfig, dtype: np.dtype, sequences: int, tokens: int) -> KVCache:
-    """Returns a cache of zeros."""
+    """Return a cache of zeros."""
     G, N = config.num_kv_heads, config.head_width
     kv = zeros((sequences, G, N, tokens), dtype, 2), zeros((sequences, G, tokens, N), dtype, 3)
     kv = jax.tree.map(lambda x: sharding.constrain(x, "batch", "kv_heads", None, None), kv)
@@ -93,7 +93,7 @@ def allocate(config: ModelConfig, dtype: np.dtype, sequences: int, tokens: int) 
 
 
 def resize(cache: KVCache, sequences: np.ndarray | None, shift: np.int32, tokens: int) -> KVCache:
-    """Returns a cache of another size. The layers of `cache` are freed one by one, so two copies never coexist.
+    """Return a cache of another size. The layers of `cache` are freed one by one, so two copies never coexist.
 
     Args:
       cache: emptied by this call.
@@ -299,7 +299,7 @@ class PromptCache:
         self.prompt_of = np.concatenate([pad_to(part[x], U, value=EMPTY) for part, x in zip(parts, entries)])
 
     def lengths(self) -> np.ndarray:
-        """Returns the tokens of each entry `[U]`."""
+        """Return the tokens of each entry `[U]`."""
         return self._prompts.lengths[np.maximum(self.prompt_of, 0)]
 
 
@@ -328,7 +328,7 @@ class ResponseCache:
         self.kv = allocate(capacity.slots, self.tokens)
 
     def _enough(self, tokens: int, longest: int) -> int:
-        """Returns `tokens`, doubled as often as the longest row needs."""
+        """Return `tokens`, doubled as often as the longest row needs."""
         while tokens < self._max_tokens and longest + max(calls.FEWEST, tokens // 4) > tokens:
             tokens = min(2 * tokens, self._max_tokens)
         return tokens

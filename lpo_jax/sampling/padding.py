@@ -12,7 +12,7 @@ NO_LIMIT = 2**30
 
 
 def bucket(length: int, limit: int) -> int:
-    """Returns the padded size for `length` tokens: 16, 32, 64, ..., capped at `limit`.
+    """Return the padded size for `length` tokens: 16, 32, 64, ..., capped at `limit`.
 
     A length above the limit is returned as it is. A padded axis has at most log2(limit / 16) + 2 sizes, and so many
     compiled programs.
@@ -24,7 +24,7 @@ def bucket(length: int, limit: int) -> int:
 
 
 def next_power_of_two(n: int) -> int:
-    """Returns the smallest power of two that is at least n >= 1."""
+    """Return the smallest power of two that is at least n >= 1."""
     return 1 << (int(n) - 1).bit_length()
 
 
@@ -36,7 +36,7 @@ def pad_to(x: np.ndarray, size: int, axis: int = -1, value: int = 0) -> np.ndarr
 
 
 def pad_prompts(ids: Sequence[Sequence[int]], limit: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns token lists as an array `[P, S]` int32, with S a bucket, and their lengths `[P]` int32."""
+    """Return token lists as an array `[P, S]` int32, with S a bucket, and their lengths `[P]` int32."""
     lengths = np.array([len(row) for row in ids], np.int32)
     prompts = np.zeros((len(ids), bucket(int(lengths.max()), limit)), np.int32)
     for row, values in zip(prompts, ids):

@@ -27,7 +27,7 @@ PagePool = list[Stored]
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def allocate_pool(config: ModelConfig, dtype: np.dtype, pages: int, page_size: int) -> PagePool:
-    """Returns a pool of zeros with so many pages in all shards together."""
+    """Return a pool of zeros with so many pages in all shards together."""
     shape = pages, 2, config.num_kv_heads, config.head_width, page_size
     constrain = lambda x: sharding.constrain(x, "batch", None, "kv_heads", None, None)  # noqa: E731
     return [jax.tree.map(constrain, zeros(shape, dtype, 3))] * config.num_layers
@@ -106,7 +106,7 @@ def store_recent(
 
 
 def page_size(pool: PagePool) -> int:
-    """Returns X."""
+    """Return X."""
     return jax.tree.leaves(pool[0])[0].shape[-1]
 
 

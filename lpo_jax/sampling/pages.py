@@ -57,7 +57,7 @@ class Pool:
 
     @classmethod
     def of(cls, P: int, K: int, S: int, T: int, max_rows: int, kv_tokens: int, shards: int) -> "Pool":
-        """Returns the sizes for P prompts of at most S tokens with K responses of at most T tokens each.
+        """Return the sizes for P prompts of at most S tokens with K responses of at most T tokens each.
 
         Args:
           P: a multiple of `shards`.
@@ -77,7 +77,7 @@ class Pool:
         return dataclasses.replace(whole, pages=pages)
 
     def pages_of(self, tokens: int) -> int:
-        """Returns the number of pages that hold so many tokens."""
+        """Return the number of pages that hold so many tokens."""
         return -(-int(tokens) // self.page_size)
 
     def check(self, S: int, T: int) -> None:

@@ -125,14 +125,14 @@ class PagedBatcher(Batcher):
         return ended
 
     def _spread(self, index_of: Iterable[Mapping[int, int]], size: int) -> np.ndarray:
-        """Returns `[shards size]`: the number that each shard's map sends to each index, or EMPTY."""
+        """Return `[shards size]`: the number that each shard's map sends to each index, or EMPTY."""
         out = np.full((self.shards, size), EMPTY)
         for part, index in zip(out, index_of):
             part[list(index.values())] = list(index)
         return out.ravel()
 
     def _table(self, lists: Sequence[Sequence[int]], width: int) -> np.ndarray:
-        """Returns lists of pages as an array `[n, width]`, padded with a number past the end of the pool."""
+        """Return lists of pages as an array `[n, width]`, padded with a number past the end of the pool."""
         table = np.full((len(lists), width), self.size.pages, np.int32)
         for row, numbers in zip(table, lists):
             row[: len(numbers)] = numbers

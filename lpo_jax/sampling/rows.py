@@ -201,7 +201,7 @@ class Batcher(abc.ABC):
         )
 
     def _member_maps(self, slots: np.ndarray, prompt_of: np.ndarray, C: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns `members [U, C]` and `member_index [R]` of the active slots; indices count within each shard.
+        """Return `members [U, C]` and `member_index [R]` of the active slots; indices count within each shard.
 
         Args:
           prompt_of: `[U]` the prompt in each entry of the cache, or EMPTY.

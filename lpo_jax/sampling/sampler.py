@@ -62,7 +62,7 @@ class Sampler:
     kv_dtype: KVDtype = "compute"
 
     def prepare(self, params: decoder.Params, int8: bool = False) -> decoder.Params:
-        """Returns the weights in decode layout: one dict per layer, in the sampling dtype. Call it once per round.
+        """Return the weights in decode layout: one dict per layer, in the sampling dtype. Call it once per round.
 
         Args:
           int8: quantise matrices to 8 bits (`lpo_jax.models.quantize`).
@@ -138,7 +138,7 @@ class Sampler:
         return found.take(np.argsort(index, kind="stable")[-P:]).trimmed()
 
     def _settings(self, request: SampleRequest, weights: decoder.Params, rows: int) -> DecodeSettings:
-        """Returns the settings of `decode` for so many rows at once, on the current mesh."""
+        """Return the settings of `decode` for so many rows at once, on the current mesh."""
         settings = DecodeSettings(
             self.config,
             self.eos_ids,
@@ -160,7 +160,7 @@ class Sampler:
 
 
 def _shard_order(P: int, rounds: int, at_least: int, shards: int) -> np.ndarray:
-    """Returns the prompt at each place of a batch, -1 for an empty one.
+    """Return the prompt at each place of a batch, -1 for an empty one.
 
     Every shard gets the same number of prompts of each round, those of the first round first.
     """
@@ -172,7 +172,7 @@ def _shard_order(P: int, rounds: int, at_least: int, shards: int) -> np.ndarray:
 
 
 def _take(index: np.ndarray, x: np.ndarray, fill: int = 0) -> np.ndarray:
-    """Returns `x[index]`, and `fill` where the index is negative."""
+    """Return `x[index]`, and `fill` where the index is negative."""
     out = x[index]
     out[index < 0] = fill
     return out

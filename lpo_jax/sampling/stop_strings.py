@@ -12,7 +12,7 @@ StopFinder = Callable[[list[int], int], int | None]
 def find_stop(
     decode: Callable[[list[int]], str], stop: Sequence[str], ids: list[int], new: int
 ) -> int | None:
-    """Returns the smallest number of tokens whose text contains a stop string, or None.
+    """Return the smallest number of tokens whose text contains a stop string, or None.
 
     Args:
       decode: token ids to text.
@@ -31,7 +31,7 @@ def find_stop(
 
 
 def stop_finder(decode: Callable[[list[int]], str] | None, stop: Sequence[str]) -> StopFinder | None:
-    """Returns `find_stop` for one tokenizer and its stop strings, or None if there are no stop strings.
+    """Return `find_stop` for one tokenizer and its stop strings, or None if there are no stop strings.
 
     Raises:
       UserError: one of the strings is empty.

@@ -13,7 +13,7 @@ Prompt = str | Sequence[Message]  # a text, or chat messages
 
 
 def encode(tokenizer: ModelTokenizer, prompt: Prompt) -> list[int]:
-    """Returns the token ids that a response continues.
+    """Return the token ids that a response continues.
 
     A text gets the special tokens that the tokenizer puts before any text. Chat messages are rendered by the
     tokenizer's template, which adds its own, so that no prompt begins twice. If the last message is the assistant's,
@@ -28,7 +28,7 @@ def encode(tokenizer: ModelTokenizer, prompt: Prompt) -> list[int]:
 
 
 def response_text(tokenizer: ModelTokenizer, ids: Sequence[int], eos_ids: Collection[int]) -> str:
-    """Returns the text of a response, as verifiers judge it and as it is shown and recorded.
+    """Return the text of a response, as verifiers judge it and as it is shown and recorded.
 
     End tokens and padding at its end are left out. All other special tokens stay, because tags that a verifier looks
     for, such as `<answer>` or `<think>`, can be special tokens of a tokenizer.
@@ -46,7 +46,7 @@ def response_text(tokenizer: ModelTokenizer, ids: Sequence[int], eos_ids: Collec
 
 
 def prompt_ids(ids: Sequence[Sequence[int]], images: Sequence[Images] = ()) -> np.ndarray:
-    """Returns an identity `[P]` uint32 for the random numbers of each prompt.
+    """Return an identity `[P]` uint32 for the random numbers of each prompt.
 
     It is a hash of the prompt's tokens and images, and of the number of equal prompts before it. A prompt's responses
     are then the same alone and among others, and a repeated prompt gets different ones.
