@@ -13,6 +13,7 @@ from tokenizers import processors
 from lpo_jax.errors import UserError
 from lpo_jax.models import decoder
 from lpo_jax.models.text import ModelTokenizer
+from lpo_jax.planner.hlo import collectives, parse_hlo
 from lpo_jax.sampling import PromptBatch, Sampler, SampleRequest, Sampling, kv_cache
 from lpo_jax.sampling.padding import bucket, pad_prompts
 from lpo_jax.sampling.text import encode, prompt_ids, response_text
@@ -259,3 +260,14 @@ def test_every_prompt_has_one_beginning():
     for prompt, text in (("hi", "hi"), ([user], "hi>"), ([user, assistant], "hi>so")):
         ids = encode(tokenizer, prompt)
         assert ids[0] == 1 and ids.count(1) == 1 and tokenizer.decode(ids[1:]) == text
+
+
+def test_a_draw_does_not_gather_a_split_vocabulary():
+    """The vocabulary of Qwen3 over eight devices: its blocks divide over them."""
+    R, V = 16, 151936
+    axis = jax.make_mesh((8,), ("tensor",), axis_types=(jax.sharding.AxisType.Auto,))
+    split = jax.sharding.NamedSharding(axis, jax.sharding.PartitionSpec(None, "tensor"))
+    logits = jax.ShapeDtypeStruct((R, V), jnp.float32, sharding=split)
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), R))
+    program = jax.jit(Sampling().draw).lower(keys, logits).compile().as_text()
+    assert max(c.bytes for c in collectives(parse_hlo(program))) < 4 * R * V / 32
