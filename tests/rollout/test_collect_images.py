@@ -62,7 +62,7 @@ def test_records_refer_to_the_pictures(collected):
         assert record["outcome"] != "infrastructure"
     of_blank = response_records(collected[1][0], "train", 0)
     assert len({record["prompt_id"] for record in records}) == 8
-    assert len({record["prompt_id"] for record in of_blank}) <= 3
+    assert len({record["prompt_id"] for record in of_blank}) <= 4  # one for each question
     assert len({id_ for record in (*records, *of_blank) for id_ in [record["prompt_id"]]}) == 8 + len(
         {record["prompt_id"] for record in of_blank}
     )

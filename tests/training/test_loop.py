@@ -474,7 +474,7 @@ def test_ragged_prompts_compile_a_stated_number_of_programs(run_config, monkeypa
     for module, name, static, donated, most in (
         (step, "update", (0, 1), (2,), 6),
         (runner, "score", (0,), (), 6),
-        (kv_cache, "prefill", (0, 1, 2), (), 1),
+        (kv_cache, "prefill", (0, 1, 2, 3), (), 1),
         (sampling, "decode", (0,), (5,), 1),
     ):
         counted = chex.assert_max_traces(getattr(module, name).__wrapped__, n=most)
