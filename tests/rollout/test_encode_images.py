@@ -67,7 +67,16 @@ def test_placeholders_expand_to_the_tokens_of_each_image(wide):
     assert prompt_text(wide, ids) == f"{look}Which angle?\n{look}<answer>"
     # The same from messages, by the chat template.
     chat = with_template(wide)
-    assert encode_prompt(as_chat(task), chat, row) == [start, *[pad] * 8, end, 10, start, *[pad] * 12, end, 11]
+    assert encode_prompt(as_chat(task), chat, row) == [
+        start,
+        *[pad] * 8,
+        end,
+        10,
+        start,
+        *[pad] * 12,
+        end,
+        11,
+    ]
 
 
 def test_hints_are_refused(wide):

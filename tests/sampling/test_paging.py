@@ -109,7 +109,7 @@ def test_pages_and_preemption_change_no_response(sample, moves):
     assert set_aside[:2] == [0, 0] and min(set_aside[2:]) >= 3
 
 
-@pytest.mark.parametrize("kv_dtype", ["int8", "fp8"])
+@pytest.mark.parametrize("kv_dtype", ["int8", pytest.param("fp8", marks=pytest.mark.slow)])
 def test_keys_and_values_in_8_bits(sample, moves, kv_dtype, window):
     """The same responses plain and in pages, with preemption, on a mesh, and resumed; not those of floats.
 

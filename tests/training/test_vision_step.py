@@ -204,7 +204,7 @@ def test_gradient_of_adapters_of_the_tower_is_autodiffs(case):
     assert_close(gradient, expected)
 
 
-@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)], ids=str)
+@pytest.mark.parametrize("shape", [pytest.param((8, 1, 1), marks=pytest.mark.slow), (2, 2, 2)], ids=str)
 def test_meshes_compute_the_same_gradient(case, shape):
     model, groups, mask, weight = case
     runner = ModelRunner(model.config, token_budget=60)
@@ -268,9 +268,14 @@ def learned(output):
 
 
 @pytest.mark.parametrize(
-    ("freeze", "ahead"), [(True, 0), (False, 0), (True, 1)], ids=["frozen", "trained", "ahead"]
+    ("freeze", "ahead"),
+    [
+        pytest.param(True, 0, id="frozen"),
+        pytest.param(False, 0, id="trained", marks=pytest.mark.slow),
+        pytest.param(True, 1, id="ahead", marks=pytest.mark.slow),
+    ],
 )
-def test_two_and_two_steps_are_four(files, freeze, ahead, tmp_path):
+def test_two_and_two_steps_are_four(files, freeze, ahead, tmp_path, no_plots):
     def config_of(name):
         config = values(files, tmp_path / name, vision={"freeze": freeze})
         config["sampling"] |= {"ahead": 1, "max_tokens": 24, "max_rows": 6} if ahead else {}
@@ -300,7 +305,7 @@ def test_two_and_two_steps_are_four(files, freeze, ahead, tmp_path):
     assert max(row.get("lpo/staleness_max", 0) for row in four[1]) == ahead
 
 
-def test_adapters_of_the_tower_are_merged_for_export(files, tmp_path):
+def test_adapters_of_the_tower_are_merged_for_export(files, tmp_path, no_plots):
     config = values(files, tmp_path / "run", lora={"rank": 2, "targets": ["wq", "v_qkv"]})
     config["training"]["steps"] = 1
     train(parse_config(config))
