@@ -61,22 +61,14 @@ def test_placeholders_expand_to_the_tokens_of_each_image(wide):
     task, row = asked("<image>Which angle?\n<image><answer>", image(32, 64), image(64, 48))
     ids = encode_prompt(task, wide, row)
     start, end, pad = 3, 4, 5
-    assert ids == [start, *[pad] * 8, end, 10, start, *[pad] * 12, end, 11]
+    expected = [start, *[pad] * 8, end, 10, start, *[pad] * 12, end, 11]
+    assert ids == expected
     assert [count_image_tokens(wide, x) for x in row["images"]] == [8, 12]
     look = "<|vision_start|><|image_pad|><|vision_end|>"
     assert prompt_text(wide, ids) == f"{look}Which angle?\n{look}<answer>"
     # The same from messages, by the chat template.
     chat = with_template(wide)
-    assert encode_prompt(as_chat(task), chat, row) == [
-        start,
-        *[pad] * 8,
-        end,
-        10,
-        start,
-        *[pad] * 12,
-        end,
-        11,
-    ]
+    assert encode_prompt(as_chat(task), chat, row) == expected
 
 
 def test_hints_are_refused(wide):
