@@ -38,7 +38,7 @@ def main() -> None:
     arguments = parser.parse_args()
     shapes = Shapes(arguments.prompts, arguments.responses, arguments.prompt_tokens, arguments.tokens)
     config, *_ = load_config_and_tokenizer(arguments.model)
-    L, D, F, V = config.num_layers, config.hidden_size, config.intermediate_size, config.vocab_size
+    L, D, F, V = config.num_layers, config.width, config.ffn_width, config.vocab_size
     heads, shared = (n * config.head_width for n in (config.num_heads, config.num_kv_heads))
     rng = np.random.default_rng(0)
     weight = lambda *size: jnp.asarray(rng.normal(0, 1 / math.sqrt(D), size), jnp.float32)  # noqa: E731
