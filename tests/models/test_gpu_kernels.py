@@ -9,7 +9,6 @@ import types
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from gpus import h100
 from kernel_cases import PLAIN, compile_for, normal, rng, values_and_gradients
@@ -19,10 +18,7 @@ from lpo_jax.errors import UserError
 from lpo_jax.models.attention import Causal, attend_pages, shared_prefix_attention
 from lpo_jax.models.eight_bits import Quantised, store, stored_dtype
 from lpo_jax.models.kernels import choice, triton, triton_pages, union
-from lpo_jax.models.runner import Groups, ModelRunner, score
-from lpo_jax.parallel import sharding
 from lpo_jax.planner import hlo
-from lpo_jax.sampling import PromptBatch, Sampler, SampleRequest
 from lpo_jax.training.session import open_session
 
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
@@ -181,40 +177,6 @@ def test_only_pages_with_keys_are_read():
 @pytest.mark.parametrize("programs, M, splits", [(512, 33, 1), (64, 33, 4), (64, 3, 3), (2, 100, 16)])
 def test_few_rows_are_split(programs, M, splits):
     assert triton_pages.number_of_splits(programs, M) == splits
-
-
-def test_on_a_mesh():
-    """Each device runs the kernels on its rows and heads; an axis that does not divide stays whole."""
-    auto = (jax.sharding.AxisType.Auto,) * 3
-    mesh = jax.make_mesh((2, 1, 2), sharding.AXES, devices=jax.devices()[:4], axis_types=auto)
-    P, S, K, T = 4, 5, 2, 6
-    lengths = jnp.array([5, 1, 3, 4])
-    row = normal(P, S + K * T, 4, 16), normal(P, S + K * T, 2, 16), normal(P, S + K * T, 2, 16)
-    run = lambda: values_and_gradients(  # noqa: E731
-        lambda *qkv: shared_prefix_attention(*qkv, lengths, S, K, attention="interpret_triton"), True, *row
-    )
-    alone = run()
-    with jax.set_mesh(mesh):
-        chex.assert_trees_all_close(run(), alone, atol=1e-5)
-
-
-@pytest.mark.slow
-def test_the_model_with_kernels_is_the_model(tiny_config, tiny_params):
-    """Sampling and scoring with the kernels give the same tokens and log-probs as without."""
-    prompts, lengths = np.array([[5, 6, 7, 8], [9, 3, 0, 0]]), np.array([4, 2])
-
-    def run(choice):
-        sampler = Sampler(tiny_config, (1,), attention=choice)
-        batch = PromptBatch(prompts, lengths, np.arange(2))
-        drawn = sampler(sampler.prepare(tiny_params), batch, SampleRequest(2, max_tokens=5))
-        groups = Groups(jnp.asarray(prompts), jnp.asarray(lengths), jnp.asarray(drawn.tokens))
-        stats = score(ModelRunner(tiny_config, attention=choice), tiny_params, groups)
-        return drawn, np.where(drawn.mask, stats.logp, 0.0)
-
-    (drawn, scored), (plain, plain_scored) = run("interpret_triton"), run("plain")
-    np.testing.assert_array_equal(drawn.tokens, plain.tokens)
-    np.testing.assert_allclose(scored, plain_scored, atol=1e-4)
-    np.testing.assert_allclose(drawn.log_probs, scored, atol=1e-4)
 
 
 @pytest.fixture

@@ -23,6 +23,8 @@ from lpo_jax.planner.topology import parse_topology, tpu_devices
 from lpo_jax.sampling import PromptBatch, Sampler, SampleRequest
 from lpo_jax.training.session import open_session
 
+INTERPRETED = ("interpret", "interpret_triton")  # the kernels for TPUs and for GPUs
+
 
 @pytest.fixture
 def small_blocks(monkeypatch):
@@ -189,14 +191,15 @@ def test_on_a_mesh(G):
         )
 
 
-def test_the_gradient_on_a_mesh():
+@pytest.mark.parametrize("choice", INTERPRETED)
+def test_the_gradient_on_a_mesh(choice):
     auto = (jax.sharding.AxisType.Auto,) * 3
     mesh = jax.make_mesh((2, 2, 2), sharding.AXES, axis_types=auto)
     P, S, K, T = 4, 5, 2, 6
     lengths = jnp.array([5, 1, 3, 4])
     row = normal(P, S + K * T, 4, 16), normal(P, S + K * T, 2, 16), normal(P, S + K * T, 2, 16)
     run = lambda: values_and_gradients(  # noqa: E731
-        lambda *qkv: shared_prefix_attention(*qkv, lengths, S, K, attention="interpret"), True, *row
+        lambda *qkv: shared_prefix_attention(*qkv, lengths, S, K, attention=choice), True, *row
     )
     alone = run()
     with jax.set_mesh(mesh):
@@ -204,7 +207,8 @@ def test_the_gradient_on_a_mesh():
 
 
 @pytest.mark.slow
-def test_the_model_with_kernels_is_the_model(tiny_config, tiny_params):
+@pytest.mark.parametrize("kernels", INTERPRETED)
+def test_the_model_with_kernels_is_the_model(tiny_config, tiny_params, kernels):
     """Sampling and scoring with the kernels give the same tokens and log-probs as without."""
     prompts, lengths = np.array([[5, 6, 7, 8], [9, 3, 0, 0]]), np.array([4, 2])
 
@@ -216,7 +220,7 @@ def test_the_model_with_kernels_is_the_model(tiny_config, tiny_params):
         stats = score(ModelRunner(tiny_config, attention=choice), tiny_params, groups)
         return drawn, np.where(drawn.mask, stats.logp, 0.0)
 
-    (drawn, scored), (plain, plain_scored) = run("interpret"), run("plain")
+    (drawn, scored), (plain, plain_scored) = run(kernels), run("plain")
     np.testing.assert_array_equal(drawn.tokens, plain.tokens)
     np.testing.assert_allclose(scored, plain_scored, atol=1e-4)
     np.testing.assert_allclose(drawn.log_probs, scored, atol=1e-4)

@@ -203,3 +203,17 @@ def test_a_device_without_host_memory_is_refused(monkeypatch):
         UserError, match=r"^optimizer.state = host: Abacus has no pinned_host memory \(it has beads\)"
     ):
         moments.check_host_memory()
+
+
+@pytest.mark.parametrize("scale", [1.0, float("nan")])
+def test_the_update_for_gpus_is_that_of_other_platforms(monkeypatch, scale):
+    """What is compiled for a GPU selects element by element; run here, it gives the same numbers."""
+    optimizer = make_optimizer(OptimizerConfig(), 3)
+    params = {"w": jnp.arange(6.0).reshape(2, 3), "norm": jnp.ones(3)}
+    gradient = jax.tree.map(lambda x: scale * jnp.cos(x), params)
+    state = optimizer.init(params)
+    expected = jax.jit(optimizer.apply)(gradient, state, params)
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *operands, cuda, default: cuda(*operands))
+    found = jax.jit(lambda *arguments: optimizer.apply(*arguments))(gradient, state, params)
+    chex.assert_trees_all_close(found, expected, rtol=1e-6)
+    assert bool((found[0]["w"] == params["w"]).all()) == (scale != 1)
