@@ -15,7 +15,7 @@ import numpy as np
 from lpo_jax.errors import UserError
 from lpo_jax.models.packing import PackedSize, packed_size
 from lpo_jax.planner import roofline
-from lpo_jax.planner.phases import Exchange, StepPhase
+from lpo_jax.planner.phases import SPARE, Exchange, StepPhase
 from lpo_jax.planner.setting import Setting, Workload, decoder_bytes, kv_bytes
 from lpo_jax.planner.simulation import Sampled, simulate_pages, simulate_slots
 from lpo_jax.planner.sizes import Sizes
@@ -24,6 +24,7 @@ from lpo_jax.sampling.calls import look_seconds
 
 # Rows to try with pages, as multiples of those that reserve the longest response.
 MORE_ROWS = (1, 2, 4, 8)
+SAMPLING = ("prefill", "decode")  # the phases in which the KV cache is in memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,11 +48,12 @@ class Occurring:
 
 @dataclasses.dataclass(frozen=True)
 class AtLengths:
-    """A step at given response lengths, with both kinds of KV cache in the same memory.
+    """A step at given response lengths, with both kinds of KV cache.
 
     Attributes:
       reserved: with a cache that reserves the longest response for every slot.
-      pages: with a cache in pages; None with plain attention, or if the memory does not hold the pages of one row.
+      pages: with a cache in pages, in all the memory that is free while responses are sampled; None with plain
+        attention, or if the memory does not hold the pages of one row.
     """
 
     reserved: Occurring
@@ -93,7 +95,8 @@ def at_lengths(
         sampled = simulate_slots(padded, size, shards, setting.call_tokens(work))
     reserved = occurring(sampled, whole)
     found = []
-    for paged in _in_pages(work, setting) if work.kernels else ():
+    free = (1 - SPARE) * chip.memory - max(by_name[name].memory for name in SAMPLING)
+    for paged in _in_pages(work, setting, free) if work.kernels else ():
         sampled = simulate_pages(padded, paged.pool(work), work.S - 1, shards, paged.call_tokens(work))
         found.append(occurring(sampled, paged))
     return AtLengths(reserved, min(found, key=lambda one: one.step_seconds) if found else None)
@@ -113,17 +116,22 @@ def _reserving(work: Workload, setting: Setting) -> Setting:
     return dataclasses.replace(whole, rows=shards)
 
 
-def _in_pages(work: Workload, setting: Setting) -> Iterator[Setting]:
-    """Settings whose KV cache holds fewer tokens than all of their rows may have, in the memory of the given one's.
+def _in_pages(work: Workload, setting: Setting, free: float) -> Iterator[Setting]:
+    """Settings whose KV cache holds fewer tokens than all of their rows may have.
 
-    More rows need more temporaries, which leave less memory for tokens. Settings that do not hold the longest row are
-    left out. If the given setting has `kv_tokens`, it is the only one.
+    Its memory is that of the given setting's cache and the `free` bytes of a device. More rows need more temporaries,
+    which leave less memory for tokens. Settings that do not hold the longest row are left out. If the given setting has
+    `kv_tokens`, it is the only one.
     """
     if setting.kv_tokens:
         yield setting
         return
-    used = lambda setting: roofline.decode_temporaries(work, setting)  # noqa: E731
-    memory = roofline.standing(work, setting)["keys and values"] + used(setting)
+
+    def used(setting: Setting) -> float:
+        phases = roofline.estimate_phases(work, setting)
+        return max(phase.temporary for phase in phases if phase.name in SAMPLING)
+
+    memory = roofline.standing(work, setting)["keys and values"] + used(setting) + free
     for more in sorted({min(more * setting.rows, work.P * work.K) for more in MORE_ROWS}):
         left = memory - used(dataclasses.replace(setting, rows=more))
         tokens = int(left * setting.mesh.devices / kv_bytes(work))

@@ -4,6 +4,10 @@ import dataclasses
 
 from lpo_jax.planner.topology import Chip
 
+# The share of a chip's memory that a suggestion leaves free, because batches of uneven lengths need a little more than
+# full ones.
+SPARE = 0.03
+
 
 @dataclasses.dataclass(frozen=True)
 class Exchange:

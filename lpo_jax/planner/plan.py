@@ -26,7 +26,7 @@ from lpo_jax.objectives.batch import Field
 from lpo_jax.parallel import mesh as meshes
 from lpo_jax.planner import roofline, topology
 from lpo_jax.planner.at_lengths import AtLengths, at_lengths
-from lpo_jax.planner.phases import StepPhase
+from lpo_jax.planner.phases import SPARE, StepPhase
 from lpo_jax.planner.setting import Setting, Workload
 from lpo_jax.planner.sizes import Sizes
 from lpo_jax.planner.topology import Chip, Topology
@@ -38,9 +38,6 @@ from lpo_jax.training.learner import scores_first
 DECISIVE = ("update", "decode")
 TRIES = 3  # the most suggestions that are compiled
 SHORTLIST = 6  # meshes whose best setting at full length is simulated at other lengths
-# The share of a chip's memory that a suggestion leaves free, because batches of uneven lengths need a little more than
-# full ones.
-SPARE = 0.03
 WITHOUT_FP8 = {"a100": 8.0}  # chips without 8-bit floats, and their CUDA compute capability
 
 

@@ -159,7 +159,9 @@ def _show_lengths(made: Plan, proposal: Proposal, found: AtLengths) -> None:
         f"{min(proposal.setting.rows, made.work.P * made.work.K)}",
         *(f"{kind.sampled.rows_at_once:.0f}" for kind in kinds.values()),
     )
-    out.print("  at these lengths, with both kinds of KV cache in the same memory:")
+    out.print(
+        "  at these lengths, with both kinds of KV cache; pages have all memory that is free while sampling:"
+    )
     out.print(table)
     if found.pages:
         setting, repeated = found.pages.setting, found.pages.sampled.repeated

@@ -98,8 +98,8 @@ def decode_reads(work: Workload, setting: Setting) -> float:
     return tokens * kv_bytes(work) / setting.mesh.decode_tensor
 
 
-def decode_temporaries(work: Workload, setting: Setting) -> float:
-    """Return the bytes of the activations and logits of a decode step on a device."""
+def _decode_temporaries(work: Workload, setting: Setting) -> float:
+    """The bytes of the activations and logits of a decode step on a device."""
     rows = math.ceil(setting.rows / work.K / setting.decode_shards) * work.K
     logits = LOGIT_COPIES * FULL * work.model.vocab_size / setting.mesh.decode_tensor
     return rows * (work.itemsize * _activations(work, setting) + logits)
@@ -219,7 +219,7 @@ def _sampling_phases(work: Workload, setting: Setting) -> Iterator[StepPhase]:
         products + phase_attention(work, setting, "decode"),
         tokens * (decoder_bytes(work, setting) + read),
         state + weights + seen + stored,
-        decode_temporaries(work, setting),
+        _decode_temporaries(work, setting),
         sums(rows, tokens),
         KERNELS * L * tokens,
         host=look_seconds(setting.rows),

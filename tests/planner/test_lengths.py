@@ -17,6 +17,7 @@ from lpo_jax.parallel.mesh import MeshSizes
 from lpo_jax.planner import roofline, topology
 from lpo_jax.planner.at_lengths import at_lengths
 from lpo_jax.planner.lengths import response_lengths
+from lpo_jax.planner.phases import SPARE
 from lpo_jax.planner.setting import Setting, Workload
 from lpo_jax.planner.simulation import simulate_pages, simulate_slots
 from lpo_jax.sampling import PromptBatch, Sampler, SampleRequest, decode, kv_cache
@@ -151,15 +152,33 @@ WORK = Workload(CONFIG, 64, 8, 128, 4096, 2, 2, False, 1, kernels=True)
 SETTING = Setting(MeshSizes(2, 2, 1), token_budget=128 + 4 * 4096, remat=True, rows=64)
 
 
+def sampling_memory(phases):
+    return max(phase.memory for phase in phases if phase.name in ("prefill", "decode"))
+
+
 def test_pages_hold_three_times_the_rows_in_the_same_memory():
     phases = roofline.estimate_phases(WORK, SETTING)
-    found = at_lengths(WORK, SETTING, phases, log_normal(64, 8, 1024, 4096), CHIP)
+    full = dataclasses.replace(CHIP, memory=sampling_memory(phases) / (1 - SPARE))
+    found = at_lengths(WORK, SETTING, phases, log_normal(64, 8, 1024, 4096), full)
     assert found.pages.sampled.rows_at_once >= 3 * found.reserved.sampled.rows_at_once
     assert found.pages.seconds["decode"] < found.reserved.seconds["decode"]
     assert found.pages.seconds["update"] == found.reserved.seconds["update"]
     # The pages, and what more rows need, fit into the memory of the cache that they replace.
     kept = roofline.standing(WORK, found.pages.setting)["keys and values"]
     assert kept <= 1.001 * roofline.standing(WORK, SETTING)["keys and values"]
+
+
+def test_pages_take_the_memory_that_sampling_leaves_free():
+    lengths = log_normal(64, 8, 1024, 4096)
+    phases = roofline.estimate_phases(WORK, SETTING)
+    found = {}
+    for memory in (1.1, 1.4):
+        chip = dataclasses.replace(CHIP, memory=memory * sampling_memory(phases))
+        found[memory] = at_lengths(WORK, SETTING, phases, lengths, chip)
+        needed = sampling_memory(roofline.estimate_phases(WORK, found[memory].pages.setting))
+        assert 0.8 * chip.memory < needed <= (1 - SPARE) * chip.memory
+    assert found[1.4].pages.seconds["decode"] < found[1.1].pages.seconds["decode"]
+    assert found[1.4].reserved.seconds == found[1.1].reserved.seconds
 
 
 def test_a_pool_of_the_config_is_planned_as_it_is():
