@@ -5,6 +5,7 @@ ranges. The options of `task` and `objective` are checked by the functions that 
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -327,7 +328,13 @@ class Config(_Strict):
 
     def to_dict(self) -> dict[str, Json]:
         """Return the config as plain values, which YAML and JSON can represent."""
-        return pydantic.TypeAdapter(Config).dump_python(self, mode="json")
+        return _schema().dump_python(self, mode="json")
+
+
+@functools.cache
+def _schema() -> pydantic.TypeAdapter[Config]:
+    """Return what validates and writes configs; building it takes longer than a validation."""
+    return pydantic.TypeAdapter(Config)
 
 
 REQUIRED = ("output", "model.path", "task")
@@ -377,7 +384,7 @@ def parse_config(values: Mapping[str, Json], where: str = "config") -> Config:
         if isinstance(values.get(section), str):  # `objective: lpo-forward` for `objective: {name: ...}`
             values = {**values, section: {"name": values[section]}}
     try:
-        config = pydantic.TypeAdapter(Config).validate_python(values)
+        config = _schema().validate_python(values)
     except pydantic.ValidationError as error:
         raise UserError(f"{where}: {_explain(error.errors()[0])}") from None
     for section in FREE_FORM:

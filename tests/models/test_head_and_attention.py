@@ -14,6 +14,9 @@ from lpo_jax.models import attend, attention, decoder, head
 rng = np.random.default_rng(0)
 
 
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
+
+
 def normal(*shape):
     return jnp.asarray(rng.normal(size=shape), jnp.float32)
 
@@ -66,8 +69,11 @@ def small_chunks(monkeypatch):
 @pytest.mark.parametrize(
     "tokens, weighted",
     [
-        *((n, STATS) for n in (1, 7, 16, 37)),
-        *((37, some) for some in (("logp",), ("logp", "entropy"), STATS[1:])),
+        (7, STATS),
+        (37, STATS),
+        (37, ("logp",)),
+        *(slow(n, STATS) for n in (1, 16)),
+        *(slow(37, some) for some in (("logp", "entropy"), STATS[1:])),
     ],
 )
 @in_float64
@@ -143,8 +149,18 @@ def with_normaliser(q, k, v, mask):
     return jnp.einsum("bxhy,byhn->bxhn", jax.nn.softmax(scores), v), jax.nn.logsumexp(scores, axis=-1)
 
 
-@pytest.mark.parametrize("block", [512, 4, 2])  # a short row; blocks; strips of several blocks
-@pytest.mark.parametrize("ordered, Y", [(False, 23), (False, 7), (True, 23)])
+@pytest.mark.parametrize(
+    "ordered, Y, block",  # block: 512 for short rows, 4 for blocks, 2 for strips of several blocks
+    [
+        (False, 7, 512),
+        (False, 23, 2),
+        (True, 23, 4),
+        (True, 23, 2),
+        *(slow(False, 23, block) for block in (512, 4)),
+        *(slow(False, 7, block) for block in (4, 2)),
+        slow(True, 23, 512),
+    ],
+)
 def test_attention_and_its_gradient_equal_autodiff(monkeypatch, ordered, Y, block):
     for name, value in {"SHORT": block, "BLOCK_SCORES": 0, "FEWEST_QUERIES": block}.items():
         monkeypatch.setattr(attend, name, value)
@@ -175,15 +191,25 @@ def _attend(ordered, q, k, v, mask):
 def test_merged_sources_equal_one_source():
     q, k, v = normal(2, 5, 4, 8), normal(2, 9, 2, 8), normal(2, 9, 2, 8)
     mask = jnp.asarray(rng.random((2, 5, 9)) < 0.6).at[:, :, 8].set(True)
-    parts = [attention.attend(q, k[:, a:b], v[:, a:b], mask[..., a:b]) for a, b in ((0, 4), (4, 9))]
-    chex.assert_trees_all_close(attention.merge(parts)[0], plain_attention(q, k, v, mask), atol=1e-5)
+
+    @jax.jit
+    def merged(q, k, v, mask):
+        parts = [attention.attend(q, k[:, a:b], v[:, a:b], mask[..., a:b]) for a, b in ((0, 4), (4, 9))]
+        return attention.merge(parts)[0]
+
+    chex.assert_trees_all_close(merged(q, k, v, mask), jax.jit(plain_attention)(q, k, v, mask), atol=1e-5)
 
 
 def test_source_without_a_key_has_no_weight():
     q, k, v = normal(1, 2, 2, 4), normal(1, 3, 2, 4), normal(1, 3, 2, 4)
-    nothing = attention.attend(q, 1e3 * k, 1e3 * v, jnp.zeros((1, 2, 3), bool))
-    something = attention.attend(q, k, v, jnp.ones((1, 2, 3), bool))
-    chex.assert_trees_all_close(attention.merge([nothing, something])[0], something[0])
+
+    @jax.jit
+    def merged(q, k, v):
+        nothing = attention.attend(q, 1e3 * k, 1e3 * v, jnp.zeros((1, 2, 3), bool))
+        something = attention.attend(q, k, v, jnp.ones((1, 2, 3), bool))
+        return attention.merge([nothing, something])[0], something[0]
+
+    chex.assert_trees_all_close(*merged(q, k, v))
 
 
 def test_attention_over_long_rows_runs_forward_once_where_its_results_are_kept(

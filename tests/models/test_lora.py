@@ -1,6 +1,7 @@
 """Adapters against the model they are merged into."""
 
 import dataclasses
+import functools
 
 import chex
 import jax
@@ -32,6 +33,7 @@ def rows(tiny_config):
     return tokens, np.arange(9) < np.array([[9], [4], [1]])
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def log_probs(config, params, rows):
     tokens, mask = rows
     return jnp.where(mask[..., None], jax.nn.log_softmax(decoder.logits(config, params, tokens, mask)), 0.0)

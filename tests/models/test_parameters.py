@@ -71,7 +71,7 @@ def test_training_and_sampling_use_the_additions(extended):
         logp[scale] = score(runner, params, Groups(prompts, lengths, got.tokens)).logp
     np.testing.assert_allclose(np.where(got.mask, logp[3.0], 0), got.log_probs, atol=1e-4)
     assert np.abs(np.where(got.mask, logp[1.0] - logp[3.0], 0)).max() > 1e-2
-    gradient = jax.grad(lambda p: decoder.logits(config, p, prompts).std())(params)
+    gradient = jax.jit(jax.grad(lambda p: decoder.logits(config, p, prompts).std()))(params)
     assert all(np.abs(gradient["layers"][p.name]).max() > 0 for p in ADDED)
 
 

@@ -1,5 +1,7 @@
 """Inputs that the objective tests share. Axis letters: P prompts, K responses, T tokens."""
 
+import functools
+
 import hypothesis
 import hypothesis.extra.numpy as hnp
 import hypothesis.strategies as st
@@ -92,8 +94,17 @@ TEACHER_AXES = {"ids": "PKTJ", "logp": "PKTJ", "entropy": "PKT", "valid": "PK"}
 
 
 def all_but(names, *heavy):
-    """Parameters of a test; those whose programs take ten seconds to compile are marked slow."""
+    """Parameters of a test; those that are heavy, or repeat a mechanism, are marked slow."""
     return [pytest.param(name, marks=pytest.mark.slow) if name in heavy else name for name in names]
+
+
+def some(names, *default):
+    """Parameters of a test of one property of many methods: `default`, and the others marked slow.
+
+    The default ones differ most in their mechanisms, and each method has some property that is tested by default.
+    """
+    assert set(default) <= set(names), set(default) - set(names)
+    return [name if name in default else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 def full_batch(seed=0, K=4, T=6, J=3, off=0.1, dtype=np.float32, objective=None):
@@ -166,10 +177,22 @@ def padded(stats, scored, prompts=1, responses=2, tokens=3, garbage=np.nan):
 def run(objective, stats, scored):
     """(loss, metrics, gradient [P,K,T] in logp).
 
-    Not jitted: all objectives share the compiled operations of a shape, where each jit would take a second.
+    Not jitted: all objectives share the compiled operations of a shape, where each jit would take a second. That holds
+    for the shape of `batch` and `full_batch` alone; `run_jitted` is for others.
     """
     (loss, metrics), gradient = jax.value_and_grad(objective, has_aux=True)(stats, scored)
     return jax.device_get((loss, metrics, gradient.logp))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _jitted(objective, stats, scored):
+    (loss, metrics), gradient = jax.value_and_grad(objective, has_aux=True)(stats, scored)
+    return loss, metrics, gradient.logp
+
+
+def run_jitted(objective, stats, scored):
+    """As `run`, in one program for each objective and shape."""
+    return jax.device_get(_jitted(objective, stats, scored))
 
 
 def put(array, where, value):

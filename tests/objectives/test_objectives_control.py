@@ -42,7 +42,7 @@ def test_riskpo_against_the_public_code():
     rng = np.random.default_rng(0)
     R = (rng.random((10, 4)) < rng.random((10, 1))) * 1.0
     state = {"quantiles": jnp.array([1.7, 3.1]), "started": jnp.array(True)}
-    u, tau = RiskAdvantage()(context_of(R, control=state))
+    u, tau = jax.jit(RiskAdvantage())(context_of(R, control=state))
     np.testing.assert_allclose(u, public_code(R, 1.7, 3.1), rtol=1e-4, atol=1e-5)
     assert tau.shape == (10, 1) and u.min() < -1 and u.max() <= 0
 
@@ -52,10 +52,11 @@ def test_the_first_minibatch_is_its_own_yardstick():
     R = rng.random((10, 4))
     part = Quantiles()
     context = context_of(R, control=part.init())
-    state = part.update(part.init(), context, None)
+    state = jax.jit(part.update)(part.init(), context, None)
     expected = np.quantile(R.reshape(2, 5, 4).sum(1), [0.2, 0.8])
     np.testing.assert_allclose(state["quantiles"], expected, rtol=1e-5)
-    before, after = (RiskAdvantage()(context_of(R, control=s))[0] for s in (part.init(), state))
+    advantage = jax.jit(RiskAdvantage())
+    before, after = (advantage(context_of(R, control=s))[0] for s in (part.init(), state))
     np.testing.assert_allclose(before, after, rtol=1e-5)
 
 
@@ -110,9 +111,10 @@ def test_partial_bundles_and_invalid_responses():
 def test_item_4_state_without_a_valid_response(name):
     objective = O.get(name)
     stats, scored = full_batch(objective=objective)
-    for before in (scored.control, objective.next_control(stats, scored)):
+    learn = jax.jit(objective.next_control)
+    for before in (scored.control, learn(stats, scored)):
         nobody = scored.replace(valid=np.zeros((3, 4), bool), control=before)
-        after = objective.next_control(stats, nobody)
+        after = learn(stats, nobody)
         chex.assert_tree_all_finite(after)
         assert jax.tree.structure(after) == jax.tree.structure(objective.init_control())
         if name == "riskpo":
@@ -157,14 +159,15 @@ def test_the_probe_beats_no_baseline_and_the_other_response():
         state = update(state, *prompts_of_known_worth(rng, 32, K=2))
     rewards, phi = prompts_of_known_worth(rng, 512, K=2)
     u = {"none": rewards, "loo": rewards - rewards[:, ::-1]}
-    u["probe"] = np.asarray(objective.advantage(context_of(rewards, features=phi, control=state))[0])
+    advantage = jax.jit(objective.advantage)
+    u["probe"] = np.asarray(advantage(context_of(rewards, features=phi, control=state))[0])
     spread = {name: np.square(x).mean() for name, x in u.items()}
     assert spread["probe"] < 0.75 * spread["loo"] and spread["probe"] < 0.45 * spread["none"]
     # The least that any baseline can leave is the mean of p (1 - p) = 1/6.
     np.testing.assert_allclose(spread["probe"], 1 / 6, atol=0.04)
     # What a response is compared to does not move with its own states.
     moved = put(phi, np.s_[0, 0], 9.0)
-    other = np.asarray(objective.advantage(context_of(rewards, features=moved, control=state))[0])
+    other = np.asarray(advantage(context_of(rewards, features=moved, control=state))[0])
     assert other[0, 0] == u["probe"][0, 0] and other[0, 1] != u["probe"][0, 1]
 
 
@@ -173,7 +176,7 @@ def test_the_fit_is_ridge_regression():
     rewards, phi = prompts_of_known_worth(rng, 8)
     valid = rng.random((8, 3)) < 0.8
     part = Probe(probe_buffer=24, probe_width=8, probe_ridge=0.5)
-    state = part.update(
+    state = jax.jit(part.update)(
         part.init(), context_of(rewards, valid, features=np.where(valid[..., None], phi, np.nan)), None
     )
     rows, targets = [], []
@@ -196,14 +199,15 @@ def test_the_buffer_forgets():
     rng = np.random.default_rng(2)
     part = Probe(probe_buffer=24, probe_width=8)
     first, second = (context_of(r, features=f) for r, f in (prompts_of_known_worth(rng, 8) for _ in range(2)))
-    state = part.update(part.update(part.init(), first, None), second, None)
-    chex.assert_trees_all_close(state, part.update(part.init(), second, None), rtol=1e-6)
+    update = jax.jit(part.update)
+    state = update(update(part.init(), first, None), second, None)
+    chex.assert_trees_all_close(state, update(part.init(), second, None), rtol=1e-6)
     assert state["features"].shape == (24, 8)
 
 
 def test_before_it_is_fitted_the_other_responses_stand_in():
     stats, scored = full_batch(objective=O.get("poise"))
-    poise, rloo = (O.get(n).listwise(stats, scored).utilities for n in ("poise", "rloo"))
+    poise, rloo = (jax.jit(O.get(n).listwise)(stats, scored).utilities for n in ("poise", "rloo"))
     np.testing.assert_array_equal(poise, rloo)
 
 

@@ -101,7 +101,7 @@ class CoefficientsTest(chex.TestCase):
         c = self.variant(O.divergence("pointwise").coefficients)(self.log_p, self.log_w)
         chex.assert_trees_all_close(c, -self.w, atol=1e-6)
 
-    @chex.variants(with_jit=True, without_jit=True)
+    @chex.variants(with_jit=True)
     def test_item_5_sums_in_float32(self):
         for name in ("forward-kl", "reverse-kl", "js", "brier", "logit-var", "forward-onpolicy"):
             c = self.variant(O.divergence(name).coefficients)(self.log_p, self.log_w)

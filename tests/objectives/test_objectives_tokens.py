@@ -7,7 +7,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from objective_cases import all_but, full_batch, in_float64, on_host, padded, put, run, small
+from objective_cases import (
+    all_but,
+    full_batch,
+    in_float64,
+    on_host,
+    padded,
+    put,
+    run,
+    run_jitted,
+    small,
+    some,
+)
 
 from lpo_jax import objectives as O
 from lpo_jax.objectives import advantage, entropy_adaptive, weights
@@ -226,7 +237,7 @@ def test_truncated_importance_weighs_the_gradient_token_by_token():
     ratio = np.exp(np.where(scored.mask, scored.behaviour_logp - scored.sampler_logp, 0))
 
     def gradient(**parts):
-        return jax.grad(O.get("dr-grpo", max_tokens=6, **parts), has_aux=True)(stats, scored)[0].logp
+        return run_jitted(O.get("dr-grpo", max_tokens=6, **parts), stats, scored)[2]
 
     got = gradient(token_weight="truncated-importance", importance_cap=1.1)
     np.testing.assert_allclose(got, gradient() * np.minimum(ratio, 1.1), rtol=1e-5, atol=1e-8)
@@ -335,12 +346,12 @@ def made(name, **options):
 BATCH = full_batch(seed=5, off=0.2)
 
 
-@pytest.mark.parametrize("name", all_but(NAMES, "brpo", "capo-credit"))
+@pytest.mark.parametrize("name", some(NAMES, "hapo", "d3s", "grpo-vps", "capo-curvature", "gbmpo-l2kl"))
 def test_item_1_padding_changes_nothing(name):
     """More prompts, responses and tokens, NaN in every float of theirs and in the places after a response's end."""
     stats, scored = BATCH
     loss, metrics, gradient = run(made(name), stats, scored)
-    loss2, metrics2, gradient2 = run(made(name), *padded(stats, scored))
+    loss2, metrics2, gradient2 = run_jitted(made(name), *padded(stats, scored))
     np.testing.assert_allclose(loss2, loss, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(gradient2[:3, :4, :6], gradient, rtol=1e-5, atol=1e-7)
     outside = np.pad(np.asarray(scored.mask), ((0, 1), (0, 2), (0, 3))) == 0
@@ -350,7 +361,7 @@ def test_item_1_padding_changes_nothing(name):
         np.testing.assert_allclose(metrics2[key], metrics[key], rtol=1e-5, atol=1e-6, err_msg=key)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", some(NAMES, "hapo", "gtpo", "earl", "capo-curvature", "gbmpo-probl2kl"))
 def test_item_4_nothing_to_learn_from_is_finite(name):
     stats, scored = BATCH
     for empty in (

@@ -325,7 +325,7 @@ def test_gate_against_numpy(name):
 
 
 class NewGatesTest(chex.TestCase):
-    @chex.variants(with_jit=True, without_jit=True)
+    @chex.variants(with_jit=True)
     def test_float32_agrees_with_float64(self):
         k = Case(dtype=np.float32)
         context = jax.tree.map(jnp.asarray, k.context)
