@@ -1,7 +1,5 @@
 """Sampling ahead: rows of later steps take free slots, and go on with other weights where earlier ones have stopped."""
 
-import dataclasses
-
 import jax
 import numpy as np
 import pytest
@@ -39,9 +37,14 @@ LENGTHS = {
 }
 
 
+def slow(*values):
+    """A case whose programs no other test needs."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @pytest.fixture(autouse=True)
 def small_steps(monkeypatch):
-    monkeypatch.setattr(batching, "MIN_SLOTS", 4)
+    monkeypatch.setattr(batching, "MIN_SLOTS", 8)
     monkeypatch.setattr(rows, "PREFILL_ROWS", 3)
     monkeypatch.setattr(calls, "FEWEST", 4)
     monkeypatch.setattr(pages, "PAGE", 4)
@@ -49,10 +52,9 @@ def small_steps(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def models(tiny_config, tiny_params):
+def models(one_layer):
     """Config and the parameters of every step."""
-    config = dataclasses.replace(tiny_config, num_layers=1)  # many shapes are compiled
-    first = tiny_params | {"layers": jax.tree.map(lambda x: x[:1], tiny_params["layers"])}
+    config, first = one_layer
     return config, [jax.tree.map(lambda x, i=i: x * (1 + 0.05 * i), first) for i in range(STEPS)]
 
 
@@ -88,38 +90,38 @@ def alone(models, lengths, weights_of, **settings):
     return run(models, 0, lengths, weights_of, **settings)[0]
 
 
-@pytest.mark.parametrize("case", LENGTHS)
-def test_rows_that_began_early_draw_the_same_tokens_from_the_same_weights(models, case):
+@pytest.mark.parametrize("ahead, max_rows", [(1, 0), (2, 5), slow(2, 0), slow(1, 5)])
+@pytest.mark.parametrize("case", ["ends", "ragged", "long tail", slow("truncated"), "none"])
+def test_rows_that_began_early_draw_the_same_tokens_from_the_same_weights(models, case, ahead, max_rows):
     """Without an update in between, nothing shows when a row has been sampled, or with which others."""
     lengths = LENGTHS[case]
-    eos = EOS if case == "ends" else (-1,)
+    eos = (-1,) if case == "truncated" else EOS
     whole = alone(models, lengths, lambda step: 0, eos=eos)
-    for ahead, max_rows in ((1, 0), (2, 0), (1, 5), (2, 5)):
-        got, reported = run(models, ahead, lengths, lambda step: 0, eos=eos, max_rows=max_rows)
-        early = 0
-        for step, (one, other) in enumerate(zip(got, whole)):
-            np.testing.assert_array_equal(one.tokens, other.tokens)
-            np.testing.assert_array_equal(one.lengths, other.lengths)
-            np.testing.assert_array_equal(one.finished, other.finished)
-            np.testing.assert_allclose(one.log_probs, other.log_probs, atol=2 * FORWARD_ROUNDING)
-            age = step - one.versions[one.mask]
-            assert age.size == 0 or 0 <= age.min() <= age.max() <= min(ahead, step)
-            early += (age > 0).sum()
-        assert early > 0 or (case == "truncated" and not max_rows)  # then all rows end together
-        assert sorted(reported) == [
-            (step, p, k, x.ids(p, k))
-            for step, x in enumerate(got)
-            for p in range(P)
-            for k in range(K)
-            if lengths[step, p, k]
-        ]
+    got, reported = run(models, ahead, lengths, lambda step: 0, eos=eos, max_rows=max_rows)
+    early = 0
+    for step, (one, other) in enumerate(zip(got, whole)):
+        np.testing.assert_array_equal(one.tokens, other.tokens)
+        np.testing.assert_array_equal(one.lengths, other.lengths)
+        np.testing.assert_array_equal(one.finished, other.finished)
+        np.testing.assert_allclose(one.log_probs, other.log_probs, atol=2 * FORWARD_ROUNDING)
+        age = step - one.versions[one.mask]
+        assert age.size == 0 or 0 <= age.min() <= age.max() <= min(ahead, step)
+        early += (age > 0).sum()
+    assert early > 0 or (case == "truncated" and not max_rows)  # then all rows end together
+    assert sorted(reported) == [
+        (step, p, k, x.ids(p, k))
+        for step, x in enumerate(got)
+        for p in range(P)
+        for k in range(K)
+        if lengths[step, p, k]
+    ]
 
 
 @pytest.mark.parametrize("ahead", [1, 2])
 def test_tokens_are_those_of_the_recorded_weights(models, ahead):
     """The log-prob of each token is the one of the weights of its version, given all tokens before it."""
     config, params = models
-    got, _ = run(models, ahead, LENGTHS["ragged"], lambda step: step, eos=(-1,))
+    got, _ = run(models, ahead, LENGTHS["ragged"], lambda step: step)
     log_softmax = jax.jit(lambda params, ids: jax.nn.log_softmax(decoder.logits(config, params, ids)))
     ages, change = set(), 0.0
     for step, responses in enumerate(got):
@@ -149,8 +151,8 @@ def test_kernels_and_shards_go_on_alike(models, many, attention):
     devices = np.array(jax.devices()[:4]).reshape(2, 1, 2)
     mesh = Mesh(devices, AXES, axis_types=(AxisType.Auto,) * 3) if many else None
     lengths = LENGTHS["long tail"]
-    whole = alone(models, lengths, lambda step: 0, eos=(-1,))
-    got, _ = run(models, 1, lengths, lambda step: 0, eos=(-1,), mesh=mesh, attention=attention, max_rows=6)
+    whole = alone(models, lengths, lambda step: 0)
+    got, _ = run(models, 1, lengths, lambda step: 0, mesh=mesh, attention=attention, max_rows=6)
     assert any((x.versions[x.mask] < step).any() for step, x in enumerate(got))
     for one, other in zip(got, whole):
         np.testing.assert_array_equal(one.tokens, other.tokens)
@@ -160,7 +162,7 @@ def test_kernels_and_shards_go_on_alike(models, many, attention):
 def test_a_batch_may_go_on_without_later_rounds(models):
     """All rows have a slot from the start, and some of them begin with tokens."""
     config, params = models
-    sampler = Sampler(config, (-1,), np.float32)
+    sampler = Sampler(config, EOS, np.float32)
     weights, prompts = sampler.prepare(params[0]), batch(PROMPTS[0], 0)
     request = SampleRequest(K, T, seed=5)
     whole = sampler(weights, prompts, request)

@@ -1,7 +1,5 @@
 """Continuous batching: no response depends on when its row is queued, admitted or moved, or on how many devices."""
 
-import dataclasses
-
 import jax
 import numpy as np
 import pytest
@@ -25,16 +23,19 @@ P, K, T = 5, 4, 24
 EOS = (1, 17)
 
 
+def slow(*values):
+    """A case whose programs no other test needs."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def text(ids):
     return "".join(chr(97 + i % 26) for i in ids)
 
 
 @pytest.fixture(scope="module")
-def sample(tiny_config, tiny_params):
+def sample(one_layer):
     prompts = [list(range(3, 4 + p)) for p in range(P)]
-    config = dataclasses.replace(tiny_config, num_layers=1)  # many shapes are compiled
-    layers = jax.tree.map(lambda x: x[:1], tiny_params["layers"])
-    params = tiny_params | {"layers": layers}
+    config, params = one_layer
     # Two shards of two devices each: five prompts do not divide evenly.
     devices = np.array(jax.devices()[:4]).reshape(2, 1, 2)
     meshes = {False: None, True: Mesh(devices, AXES, axis_types=(AxisType.Auto,) * 3)}
@@ -65,23 +66,25 @@ CASES = {
 }
 
 
+@pytest.mark.parametrize(
+    "max_rows, many", [(0, False), (6, True), slow(6, False), slow(0, True), slow(2, True)]
+)
 @pytest.mark.parametrize("case", CASES)
-def test_batching_does_not_change_responses(sample, case, monkeypatch):
+def test_batching_does_not_change_responses(sample, case, max_rows, many, monkeypatch):
     options = CASES[case]
     with monkeypatch.context() as patch:
         patch.setattr(batching, "MIN_SLOTS", P * K)  # rows never move
         whole = sample(0, **options)
     assert len(np.unique(whole.lengths)) > 3
-    for max_rows, many in ((0, False), (6, False), (0, True), (6, True), (2, True)):
-        got = sample(max_rows, many, **options)
-        np.testing.assert_array_equal(got.tokens, whole.tokens)
-        np.testing.assert_array_equal(got.lengths, whole.lengths)
-        np.testing.assert_array_equal(got.finished, whole.finished)
-        np.testing.assert_allclose(got.log_probs, whole.log_probs, atol=2 * FORWARD_ROUNDING)
+    got = sample(max_rows, many, **options)
+    np.testing.assert_array_equal(got.tokens, whole.tokens)
+    np.testing.assert_array_equal(got.lengths, whole.lengths)
+    np.testing.assert_array_equal(got.finished, whole.finished)
+    np.testing.assert_allclose(got.log_probs, whole.log_probs, atol=2 * FORWARD_ROUNDING)
 
 
 def test_budgets_bound_each_response(sample):
-    free, bound = sample(6), sample(6, budgets=BUDGETS)
+    free, bound = sample(0), sample(0, budgets=BUDGETS)
     np.testing.assert_array_equal(bound.lengths, np.minimum(free.lengths, BUDGETS))
     cut = BUDGETS < free.lengths
     assert cut.any() and not bound.finished[cut].any()
@@ -89,13 +92,13 @@ def test_budgets_bound_each_response(sample):
 
 
 def test_finished_responses_are_reported_once_and_whole(sample):
-    for max_rows, many in ((0, False), (6, False), (6, True)):
+    for max_rows, many in ((0, False), (6, True)):
         reported = []
         got = sample(max_rows, many, stop=("q",), on_finished=lambda *row, to=reported: to.append(row))
         assert sorted(reported) == [(p, k, got.ids(p, k)) for p in range(P) for k in range(K)]
 
 
-@pytest.mark.parametrize("many", [False, True])
+@pytest.mark.parametrize("many", [slow(False), True])
 def test_free_slots_are_filled_and_the_last_rows_move(sample, monkeypatch, many):
     slots = []
 

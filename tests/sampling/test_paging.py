@@ -16,6 +16,7 @@ from lpo_jax.sampling import (
     Responses,
     Sampler,
     SampleRequest,
+    batching,
     calls,
     page_pool,
     pages,
@@ -32,20 +33,21 @@ BUDGETS = np.random.default_rng(0).integers(1, T + 10, (P, K))
 
 @pytest.fixture(autouse=True)
 def small_steps(monkeypatch):
+    monkeypatch.setattr(batching, "MIN_SLOTS", P * K)  # with plain attention, rows never move: one program
     monkeypatch.setattr(rows, "PREFILL_ROWS", 2)
     monkeypatch.setattr(calls, "FEWEST", 4)
     monkeypatch.setattr(pages, "PAGE", 4)
 
 
-@pytest.fixture(params=[None, 9], ids=["all keys", "window"])
+@pytest.fixture
 def window(request):
-    return request.param
+    return getattr(request, "param", None)
 
 
 @pytest.fixture
-def sample(tiny_config, tiny_params, window):
-    config = dataclasses.replace(tiny_config, num_layers=1, sliding_window=window)
-    params = tiny_params | {"layers": jax.tree.map(lambda x: x[:1], tiny_params["layers"])}
+def sample(one_layer, window):
+    config, params = one_layer
+    config = dataclasses.replace(config, sliding_window=window)
     # Two shards of two devices each: five prompts do not divide evenly.
     devices = np.array(jax.devices()[:4]).reshape(2, 1, 2)
     mesh = Mesh(devices, AXES, axis_types=(AxisType.Auto,) * 3)
@@ -89,51 +91,75 @@ def assert_same(got, whole):
     np.testing.assert_allclose(got.log_probs, whole.log_probs, atol=2 * FORWARD_ROUNDING)
 
 
-def test_pages_and_preemption_change_no_response(sample, moves):
+def slow(*values):
+    """A case whose programs no other test needs."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+def pool(max_rows=0, kv_tokens=0, many=False):
+    return {"max_rows": max_rows, "kv_tokens": kv_tokens, "many": many}
+
+
+@pytest.mark.parametrize(
+    "window, options",
+    [
+        (None, pool(6, 80)),
+        (None, pool(8, 112, many=True)),
+        (9, pool(6)),
+        (9, pool(kv_tokens=40)),
+        slow(None, pool()),
+        slow(None, pool(6)),
+        slow(None, pool(kv_tokens=40)),
+        slow(9, pool()),
+        slow(9, pool(6, 80)),
+        slow(9, pool(8, 112, many=True)),
+    ],
+    indirect=["window"],
+)
+def test_pages_and_preemption_change_no_response(sample, moves, options):
     """Against plain attention, with pools from the smallest to ample ones, on one device and on a mesh."""
-    options = {"budgets": BUDGETS}
-    whole = sample("plain", **options)
+    whole = sample("plain", budgets=BUDGETS)
     assert len(np.unique(whole.lengths)) > 3
-    set_aside = []
-    for max_rows, kv_tokens, many in (
-        (0, 0, False),
-        (6, 0, False),
-        (0, 40, False),
-        (6, 80, False),
-        (8, 112, True),
-    ):
-        moves.clear()
-        got = sample(max_rows=max_rows, kv_tokens=kv_tokens, many=many, **options)
-        set_aside.append(sum(len(move.set_aside) for move in moves))
-        assert_same(got, whole)
-    assert set_aside[:2] == [0, 0] and min(set_aside[2:]) >= 3
+    assert_same(sample(budgets=BUDGETS, **options), whole)
+    set_aside = sum(len(move.set_aside) for move in moves)
+    assert set_aside >= 3 if options["kv_tokens"] else set_aside == 0
 
 
-@pytest.mark.parametrize("kv_dtype", ["int8", pytest.param("fp8", marks=pytest.mark.slow)])
-def test_keys_and_values_in_8_bits(sample, moves, kv_dtype, window):
+@pytest.mark.parametrize("window", [None], indirect=True)
+@pytest.mark.parametrize(
+    "kv_dtype, way",
+    [
+        ("int8", "pages"),
+        ("int8", "resumed"),
+        slow("int8", "slots"),
+        slow("int8", "mesh"),
+        *(slow("fp8", way) for way in ("pages", "resumed", "slots", "mesh")),
+    ],
+)
+def test_keys_and_values_in_8_bits(sample, moves, kv_dtype, way):
     """The same responses plain and in pages, with preemption, on a mesh, and resumed; not those of floats.
 
     Where floats differ in their last digit, a number of 8 bits may differ by one, which is a difference of log-probs.
+    How keys and values are stored does not depend on the window.
     """
-    if window:
-        pytest.skip("how keys and values are stored does not depend on the window")
     options = {"budgets": BUDGETS, "kv_dtype": kv_dtype}
     whole, of_floats = sample("plain", **options), sample("plain", budgets=BUDGETS)
     same = whole.tokens[..., 0] == of_floats.tokens[..., 0]
     gap = np.abs(whole.log_probs - of_floats.log_probs)[same][:, 0]
     assert 1e-3 < gap.max() < 0.3 and same.mean() > 0.5
-    started = sample("plain", kv_dtype=kv_dtype, budgets=np.minimum(BUDGETS, 12))
-    for got in (
-        sample("plain", max_rows=6, **options),
-        sample(max_rows=6, kv_tokens=80, **options),
-        sample(max_rows=8, kv_tokens=112, many=True, **options),
-        sample("plain", max_rows=8, ahead=Ahead(1, np.zeros(P, np.uint32), started), **options),
-    ):
-        np.testing.assert_array_equal(got.tokens, whole.tokens)
-        np.testing.assert_allclose(got.log_probs, whole.log_probs, atol=0.02)
-    assert sum(len(move.set_aside) for move in moves) >= 3
+    if way == "resumed":
+        started = sample("plain", kv_dtype=kv_dtype, budgets=np.minimum(BUDGETS, 12))
+        got = sample("plain", max_rows=8, ahead=Ahead(1, np.zeros(P, np.uint32), started), **options)
+    elif way == "slots":
+        got = sample("plain", max_rows=6, **options)
+    else:
+        got = sample(**(pool(6, 80) if way == "pages" else pool(8, 112, many=True)), **options)
+    np.testing.assert_array_equal(got.tokens, whole.tokens)
+    np.testing.assert_allclose(got.log_probs, whole.log_probs, atol=0.02)
+    assert way not in ("pages", "mesh") or sum(len(move.set_aside) for move in moves) >= 3
 
 
+@pytest.mark.parametrize("window", [None, slow(9)], indirect=True)
 def test_rows_resume_in_a_later_call(sample, moves):
     """Rows begin with tokens of an earlier call, and some of them are set aside in this one."""
     whole = sample("plain")
@@ -144,10 +170,8 @@ def test_rows_resume_in_a_later_call(sample, moves):
     assert_same(got, whole)
 
 
-def test_rows_of_later_steps_are_set_aside_first(sample, moves, window):
+def test_rows_of_later_steps_are_set_aside_first(sample, moves):
     """Two rounds: those of the second are sampled as far as pages allow, and no row of the first waits for them."""
-    if window:
-        pytest.skip("the order does not depend on attention")
     first = np.zeros((P, K), int)
     first[:2] = T
     later = np.where(first, 0, T)
@@ -158,10 +182,8 @@ def test_rows_of_later_steps_are_set_aside_first(sample, moves, window):
     assert all(row >= min(move.entered, default=0) for move in moves for row in move.set_aside)
 
 
-def test_few_programs(sample, monkeypatch, window):
+def test_few_programs(sample, monkeypatch):
     """One program decodes, however many rows, pages and preemptions there are; prefills have one for each bucket."""
-    if window:
-        pytest.skip("programs do not depend on the window")
     shapes = {"decode_pages": [], "insert_sequences": []}
 
     def record(module, name):
@@ -182,9 +204,7 @@ def test_few_programs(sample, monkeypatch, window):
     assert len(set(shapes["insert_sequences"])) <= 3 < len(shapes["insert_sequences"])
 
 
-def test_a_cache_too_small_for_a_row_is_refused(sample, window):
-    if window:
-        pytest.skip("sizes do not depend on the window")
+def test_a_cache_too_small_for_a_row_is_refused(sample):
     with pytest.raises(
         UserError, match=r"^sampling.kv_tokens: 6 pages of 4 tokens .* needs 7; raise it"
     ) as error:

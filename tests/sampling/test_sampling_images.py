@@ -27,6 +27,12 @@ def model(request, tmp_path_factory):
     return load_model(folder)
 
 
+# The sampler treats both families alike; where their positions differ, log-probs show it.
+one_family = pytest.mark.parametrize(
+    "model", [pytest.param("qwen2_5_vl", marks=pytest.mark.slow), "qwen3_vl"], indirect=True
+)
+
+
 def asked(text, images=1):
     return [{"role": "user", "content": [*[{"type": "image"}] * images, {"type": "text", "text": text}]}]
 
@@ -73,11 +79,13 @@ def test_log_probs_are_those_of_whole_sequences(model, generated):
         np.testing.assert_allclose(logp[row, at, response], sampled[: len(response)], atol=2e-4)
 
 
+@one_family
 def test_responses_do_not_depend_on_other_prompts(model, generated):
     alone = model.generate(PROMPTS[1:2], images=IMAGES[1:2], **SETTINGS)
     assert [alone.ids(0, k) for k in range(3)] == [generated.ids(1, k) for k in range(3)]
 
 
+@one_family
 def test_rows_set_aside_continue_behind_their_images(model, generated, monkeypatch):
     """With the KV cache in pages: set aside and resumed, a row sees its images at the same positions."""
     resumed, prefill = [], paging.PagedBatcher._insert_rows
@@ -94,6 +102,7 @@ def test_rows_set_aside_continue_behind_their_images(model, generated, monkeypat
     np.testing.assert_allclose(paged.log_probs, generated.log_probs, atol=2e-4)
 
 
+@one_family
 def test_rows_that_go_on_read_their_images_again(model, generated):
     """Rows with tokens of an earlier call are prefilled behind their prompts and images."""
     vision = model.config.vision
@@ -125,6 +134,7 @@ def test_images_change_the_responses(model, generated):
     assert [other.ids(2, k) for k in range(3)] == [generated.ids(2, k) for k in range(3)]
 
 
+@one_family
 def test_placeholders_are_never_sampled(model):
     vision = model.config.vision
     unembed = np.array(model.params.get("unembed", model.params["embed"]))
@@ -138,6 +148,7 @@ def test_placeholders_are_never_sampled(model):
         assert np.isfinite(found.log_probs).all() and np.isfinite(found.entropies).all()
 
 
+@one_family
 @pytest.mark.parametrize(
     ("prompt", "images", "message"),
     [
