@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
@@ -103,8 +104,8 @@ def read_params(
 ) -> Params:
     """Build the parameter tree, one tensor of the file at a time.
 
-    Host memory is needed, on a CPU, for the model and one tensor of the file, and on an accelerator for one parameter
-    with all its layers. With shardings, a host reads only the parts that its own devices hold, each part once.
+    Host memory is needed for one parameter with all its layers, on a CPU besides the model. With shardings, a host
+    reads only the parts that its own devices hold, each part once.
 
     Args:
       config: the model's config.
@@ -126,7 +127,7 @@ def read_params(
 
 def _read_part(config: ModelConfig, parameter: Parameter, read, dtype: np.dtype, index: Index) -> np.ndarray:
     """Read a part of a parameter, with its leading axis if it is stacked."""
-    part = _empty(tuple(s.stop - s.start for s in index), dtype)
+    part = np.empty([s.stop - s.start for s in index], dtype)
     if parameter.stack:
         for layer in range(index[0].start, index[0].stop):
             rows = functools.partial(read, parameter, layer)
@@ -152,19 +153,13 @@ def file_tensors(config: ModelConfig, params: Params, dtype: np.dtype | None) ->
             yield parameter.hf_name(config, layer), file_shape(config, parameter), target, fetch
 
 
-def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Allocate uninitialised memory on a 64-byte boundary, which JAX's CPU backend uses without a copy."""
-    size = int(np.prod(shape)) * dtype.itemsize
-    raw = np.empty(size + 64, np.uint8)
-    start = -raw.ctypes.data % 64
-    return raw[start : start + size].view(dtype).reshape(shape)
-
-
 def _to_device(
     part: Callable[[Index], np.ndarray], shape: tuple[int, ...], sharding: jax.sharding.Sharding | None
 ) -> jax.Array:
     if sharding is None:
-        return jax.device_put(part(tuple(slice(0, n) for n in shape)))
+        # On a CPU, device_put may take over the memory of NumPy, in which an update cannot write in place.
+        # The copy ends before the next parameter is read, so that this takes memory for one more parameter only.
+        return jax.block_until_ready(jnp.copy(jax.device_put(part(tuple(slice(0, n) for n in shape)))))
     held: dict[tuple, np.ndarray] = {}  # devices with the same part share one read
 
     def of_device(index: tuple[slice, ...]) -> np.ndarray:

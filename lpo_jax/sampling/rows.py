@@ -98,6 +98,9 @@ class Batcher(abc.ABC):
         if images is not None:
             outputs = image_outputs(settings.config, weights, images.rows, settings.dtype)
             self.prefill = functools.partial(self.prefill, outputs=outputs)
+        # Not a method, because the caches keep it: a cycle would hold the weights and the KV cache in memory after the
+        # call, until the garbage collector finds it.
+        self.prefill_prompts = functools.partial(_prefill_prompts, self.prefill, prompts, images)
 
     def run(self) -> Responses:
         """Samples all required rows to their end, and others as far as they come. Returns all of them."""
@@ -140,11 +143,6 @@ class Batcher(abc.ABC):
     def _by_shard(self, x: np.ndarray) -> np.ndarray:
         """`[shards, ...]` view of an array over slots or cached prompts."""
         return x.reshape(self.shards, -1)
-
-    def prefill_prompts(self, prompts: np.ndarray) -> KVCache:
-        """Computes the keys and values of the prompts with these indices."""
-        images = None if self.images is None else self.images.take(prompts)
-        return self.prefill(self.prompts.tokens[prompts], self.prompts.lengths[prompts], images)
 
     def _tokens_left(self) -> int:
         """The number of tokens that an active row may still draw, maximum over rows."""
@@ -249,3 +247,11 @@ class Batcher(abc.ABC):
                 if self.required[row]:
                     p, k = divmod(row, self.K)
                     self.on_finished(p, k, self.tokens[row, : self.lengths[row]].tolist())
+
+
+def _prefill_prompts(
+    prefill: Callable[..., KVCache], prompts: PromptBatch, images: PromptImages | None, index: np.ndarray
+) -> KVCache:
+    """Computes the keys and values of the prompts with these indices."""
+    chosen = None if images is None else images.take(index)
+    return prefill(prompts.tokens[index], prompts.lengths[index], chosen)

@@ -1,5 +1,8 @@
 """Continuous batching: no response depends on when its row is queued, admitted or moved, or on how many devices."""
 
+import gc
+import weakref
+
 import jax
 import numpy as np
 import pytest
@@ -64,6 +67,22 @@ CASES = {
     "stops": {"stop": ("q", "ab")},
     "not sampled": {"budgets": BUDGETS * np.array([[1], [0], [1], [1], [0]])},
 }
+
+
+@pytest.mark.parametrize("max_rows", [0, 8])
+def test_weights_are_free_after_a_call_without_the_garbage_collector(tiny_config, tiny_params, max_rows):
+    sampler = Sampler(tiny_config, EOS, max_rows=max_rows)
+    weights = sampler.prepare(tiny_params)
+    padded, lengths = pad_prompts([[3, 4], [5]] * 2, 16)
+    gc.collect()
+    gc.disable()
+    try:
+        sampler(weights, PromptBatch(padded, lengths, np.arange(4)), SampleRequest(K, 4))
+        layer = weakref.ref(weights["layers"][0]["w_up"])
+        del weights
+        assert layer() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize(
