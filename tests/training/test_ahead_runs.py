@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_loop import assert_same_run, learned, start, wait_for_step
+from whole_runs import assert_same_run, learned, start, wait_for_step
 
 from lpo_jax.config import parse_config
 from lpo_jax.errors import UserError
