@@ -28,7 +28,7 @@ SMOOTH = {"learning_rate": 1e-2, "eps": 1e-1}
 @pytest.mark.slow
 def test_no_drift_at_learning_rate_zero(run_config, tiny_params):
     config = run_config(
-        optimizer={"learning_rate": 0.0}, training={"steps": 20}, evaluation={"every": 0, "problems": 1}
+        optimizer={"learning_rate": 0.0}, training={"steps": 20}, evaluation={"every": 0, "problems": 4}
     )
     train(parse_config(config))
     params, metrics, _ = learned(config)
@@ -61,7 +61,7 @@ def test_memory_and_scoring_settings_do_not_change_what_is_learned(run_config):
         [{}, {"behaviour": "rescored"}, {"remat": False, "token_budget": 4096}]
     ):
         config = run_config(
-            output=str(number), training=settings, optimizer=SMOOTH, evaluation={"problems": 1}
+            output=str(number), training=settings, optimizer=SMOOTH, evaluation={"problems": 4}
         )
         train(parse_config(config))
         params, metrics, _ = learned(config)
@@ -127,12 +127,12 @@ def test_failing_verifier_masks_its_sample(run_config, one_layout, tmp_path, tin
 import os, time
 
 def verify(response, row):
-    first = response[:1] or "?"
-    if first in "0123456789":
+    kind = ord((response + "??")[1]) % 7 if row["n"] < 100 else 3  # held-out responses are judged
+    if kind == 0:
         time.sleep(60)
-    if first in "+-*=":
+    if kind == 1:
         os._exit(3)
-    if first in "abcdefghijklm":
+    if kind == 2:
         raise ValueError("no idea")
     return Verdict(len(set(response)) / 6, "wrong")
 """
@@ -141,8 +141,7 @@ def verify(response, row):
         task={"name": "python", "file": str(task)},
         rewards={"workers": 2, "timeout": 0.3},
         training={"steps": 1},
-        sampling={"num_responses": 8},
-        evaluation={"problems": 1},
+        evaluation={"every": 0, "problems": 4},
     )
     train(parse_config(config))
     _, metrics, rollouts = learned(config)

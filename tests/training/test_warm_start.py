@@ -17,14 +17,17 @@ from lpo_jax.training.sft import sft
 pytestmark = pytest.mark.usefixtures("no_plots")
 
 
+WARM = {"batch_size": 8, "learning_rate": 1e-2}
+
+
 class Killed(BaseException):
     """Ends a run like kill -9: nothing is saved."""
 
 
 def test_a_kill_after_the_warm_start_keeps_the_cold_model(run_config, one_layout, monkeypatch, capsys):
     """The resumed run repeats the evaluation at step 0, but keeps that of the cold model, which is also at step 0."""
-    sections = {"warm_start": {"steps": 2, "batch_size": 8, "only_below": 0.9}, "training": {"steps": 1}}
-    whole, parts = (run_config(name, **sections, evaluation={"problems": 2}) for name in ("whole", "parts"))
+    sections = {"warm_start": {**WARM, "steps": 2, "only_below": 0.9}, "training": {"steps": 1}}
+    whole, parts = (run_config(name, **sections, evaluation={"problems": 4}) for name in ("whole", "parts"))
     train(parse_config(whole))
     table = evaluations(capsys)
     write, seen = RunWriter.write, []
@@ -51,7 +54,7 @@ def evaluations(capsys):
 
 @pytest.mark.slow
 def test_warm_start_then_rl(run_config, capsys):
-    warm = {"steps": 6, "batch_size": 8, "learning_rate": 1e-2, "only_below": 0.9}
+    warm = {**WARM, "steps": 6, "only_below": 0.9}
     config = run_config(warm_start=warm, training={"steps": 1})
     train(parse_config(config))
     rows = read_metrics(Path(config["output"]) / "warm_start")
@@ -62,7 +65,7 @@ def test_warm_start_then_rl(run_config, capsys):
 
 
 def test_rl_does_not_begin_with_the_rows_just_taught(run_config, one_layout, monkeypatch):
-    """Of 24 rows, two supervised updates of 4 use 8, and the first four steps of 4 prompts sample the other 16."""
+    """Of 24 rows, a supervised update uses 8, and the first four steps of 4 prompts sample the other 16."""
     taught, asked = [], []
     batch, record = training_sft.supervised_batch, loop.make_batch
     monkeypatch.setattr(
@@ -73,7 +76,7 @@ def test_rl_does_not_begin_with_the_rows_just_taught(run_config, one_layout, mon
     monkeypatch.setattr(
         loop, "make_batch", lambda rollouts, *args: asked.extend(rollouts.ids) or record(rollouts, *args)
     )
-    warm = {"steps": 2, "batch_size": 4, "only_below": 1.0}
+    warm = {**WARM, "steps": 1, "only_below": 1.0}
     train(parse_config(run_config(warm_start=warm, training={"steps": 4}, evaluation={"every": 0})))
     assert len(taught) == 8 and sorted(taught + asked) == list(range(24))
 
@@ -88,8 +91,8 @@ def test_no_warm_start_where_the_cold_model_succeeds(run_config, capsys):
 
 def test_sft_learns_and_resumes_exactly(run_config, one_layout):
     def config(output, steps):
-        warm = {"steps": steps, "batch_size": 8, "learning_rate": 1e-2}
-        return run_config(output=output, warm_start=warm, evaluation={"every": 0, "problems": 2})
+        warm = {**WARM, "steps": steps}
+        return run_config(output=output, warm_start=warm, evaluation={"every": 0, "problems": 4})
 
     whole = config("whole", 4)
     sft(parse_config(whole))
