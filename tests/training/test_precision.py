@@ -130,7 +130,7 @@ def test_a_policy_at_rest_is_not_clipped_in_bfloat16(
         objective={"name": name},
         optimizer={"learning_rate": 0.0},
         training={"steps": 1, "prompts_per_step": 8},
-        evaluation={"every": 0, "problems": 4},
+        evaluation={"every": 0, "problems": 8},
     )
     values["model"] |= {"dtype": "bfloat16"}
     train(parse_config(values))
