@@ -31,11 +31,9 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))  # so that tests can import tiny.py
 
 from tiny import CONFIG, VERIFIER, character_tokenizer, run_values
+from whole_runs import pad_groups, skip_plots
 
 from lpo_jax.models.decoder import init_params
-from lpo_jax.models.packing import full_layout
-from lpo_jax.models.runner import ModelRunner
-from lpo_jax.parallel.sharding import batch_shards
 
 pytest_plugins = ["margins"]
 
@@ -89,20 +87,13 @@ def run_config(tmp_path, tiny_model, tiny_task):
 @pytest.fixture
 def no_plots(monkeypatch):
     """Skip the plots and the report at the end of a run: drawing them takes longer than a short run."""
-    monkeypatch.setattr("lpo_jax.reporting.save_plots", lambda run: [])
-    monkeypatch.setattr("lpo_jax.inspection.page.save_report", lambda runs: runs[0])
+    skip_plots(monkeypatch)
 
 
 @pytest.fixture
 def one_layout(monkeypatch):
     """Run padded groups: the shapes of packed rows depend on sampled lengths, and each needs another program."""
-
-    def pack(self, groups, mask, *, rounded=False):
-        P, K, T = mask.shape
-        layout = full_layout(P, K, groups.prompts.shape[1], T, self.token_budget, batch_shards())
-        return groups.replace(layout=layout)
-
-    monkeypatch.setattr(ModelRunner, "pack", pack)
+    pad_groups(monkeypatch)
 
 
 @pytest.fixture(autouse=True)

@@ -60,6 +60,15 @@ def current_shardings(config: ModelConfig, tree: object = None) -> PyTree:
     return None if mesh.empty else param_shardings(config, mesh, tree)
 
 
+def committed(tree: T) -> T:
+    """Commit arrays to the device if there is no mesh; arrays that are there are not copied.
+
+    jax compiles a program once for committed arrays and once for others. Restored arrays are committed, and so is what
+    is computed from them: with this, a resumed run has the programs of the first one.
+    """
+    return jax.device_put(tree, jax.local_devices()[0]) if jax.sharding.get_mesh().empty else tree
+
+
 def placed(config: ModelConfig, abstract: T) -> T:
     """Add `param_shardings` to the abstract arrays of a tree; without a mesh, return it unchanged."""
     shardings = current_shardings(config, abstract)

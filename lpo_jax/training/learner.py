@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from lpo_jax.models.lora import with_adapters
+from lpo_jax.models.placement import committed
 from lpo_jax.models.runner import ModelRunner, log_prob_gap, score
 from lpo_jax.objectives import TokenStats
 from lpo_jax.objectives.batch import Field, Source, fields_from
@@ -147,7 +148,9 @@ def current_stats(learner: Learner, state: TrainState, batch: Batch, first: bool
       first: whether this is the first update after sampling by this policy, when the behaviour log-probs are its own
         and need not be computed again.
     """
-    used = TokenStats(batch.scored.behaviour_logp)
+    used = TokenStats(
+        committed(batch.scored.behaviour_logp)
+    )  # as those of `score`, for one program of `update`
     if scores_first(learner.objective) or not first:
         scored = score(learner.runner, state.policy, batch.groups)
         used = scored.replace(logp=used.logp) if first else scored

@@ -14,7 +14,7 @@ from lpo_jax.models import lora
 from lpo_jax.models.config import ModelConfig
 from lpo_jax.models.decoder import Params, abstract_params, init_params
 from lpo_jax.models.load import load_weights
-from lpo_jax.models.placement import constrain_params, current_shardings, placed
+from lpo_jax.models.placement import committed, constrain_params, current_shardings, placed
 from lpo_jax.models.runner import ModelRunner
 from lpo_jax.objectives import Objective
 from lpo_jax.objectives.batch import Field, Source, fields_from
@@ -70,8 +70,9 @@ class TrainedModel:
         """The initial weights: read from the model's files, or drawn from the run's seed in float32."""
         where = current_shardings(self.architecture)
         if self.config.model.init == "random":
-            return init_params(self.architecture, jax.random.key(self.config.seed), shardings=where)
-        return load_weights(self.config.model.path, dtype, where)
+            key = jax.random.key(self.config.seed)
+            return committed(init_params(self.architecture, key, shardings=where))
+        return committed(load_weights(self.config.model.path, dtype, where))
 
     def load_frozen(self) -> lora.Frozen | None:
         """What the run does not train: the base of its adapters or the vision tower; None if it trains all weights."""
@@ -86,7 +87,7 @@ class TrainedModel:
         if self.adapters is None:
             params = without_tower(self.load_params(), self.freezes_tower)
             return TrainState(params, None, frozen=self.load_frozen())
-        fresh = lora.init(self.architecture, self.adapters, jax.random.key(self.config.seed))
+        fresh = committed(lora.init(self.architecture, self.adapters, jax.random.key(self.config.seed)))
         return TrainState(fresh, None, frozen=self.load_frozen())
 
     @functools.cached_property
@@ -120,7 +121,7 @@ class TrainedModel:
         self, state: TrainState, optimizer: Optimizer, objective: Objective | None = None
     ) -> TrainState:
         """A state's parameters with a fresh optimizer state, and the arrays that the objective keeps beside them."""
-        state = self._fresh(state, optimizer, objective)
+        state = committed(self._fresh(state, optimizer, objective))
         return state.replace(opt_state=optimizer.at_rest(state.opt_state))
 
     def _fresh(self, state: TrainState, optimizer: Optimizer, objective: Objective | None) -> TrainState:

@@ -97,9 +97,13 @@ class Optimizer:
         return float(_evaluated(self.schedule, np.int32(max(applied_updates(state) - 1, 0))))
 
 
-@functools.cache  # one object for equal settings, so that a program that holds it is not traced again
 def make_optimizer(config: OptimizerConfig, total_updates: int) -> Optimizer:
     """Return AdamW with clipping by global norm, and weight decay on matrices and embeddings only."""
+    return _adamw(config, 0 if config.schedule == "constant" else total_updates)
+
+
+@functools.cache  # one object for equal settings, so that a program that holds it is not traced again
+def _adamw(config: OptimizerConfig, total_updates: int) -> Optimizer:
     schedule = make_schedule(config, total_updates)
     moments = optax.scale_by_adam(config.b1, config.b2, config.eps)
     adamw = optax.chain(  # as `optax.adamw`

@@ -139,7 +139,7 @@ def test_mistakes_in_a_data_file(config_file, fails, tmp_path, line, says):
 def test_failed_start_can_be_started_again(config_file, fails, tmp_path, tiny_model):
     model = shutil.copytree(tiny_model, tmp_path / "model")
     path = config_file(
-        model={"path": str(model)}, training={"steps": 0}, evaluation={"problems": 1}, checkpoint={"every": 0}
+        model={"path": str(model)}, training={"steps": 0}, evaluation={"problems": 4}, checkpoint={"every": 0}
     )
     weights = model / "model.safetensors"
     whole = weights.read_bytes()
@@ -161,18 +161,20 @@ def test_overlong_prompts_can_be_dropped(config_file, capsys):
     path = config_file(
         sampling={"max_prompt_tokens": 10, "overlong_prompts": "drop"},
         training={"steps": 0, "prompts_per_step": 2},
-        evaluation={"problems": 1},
+        evaluation={"problems": 2},
     )
     assert main(["train", path]) == 0
     assert "dropped for their length" in capsys.readouterr().out
 
 
-def test_train_then_eval_export_and_sample(config_file, capsys, tmp_path, fails):
+def test_train_then_eval_export_and_sample(config_file, one_layout, capsys, tmp_path, fails):
     path, run, out = config_file(training={"steps": 1}), str(tmp_path / "run"), str(tmp_path / "hf")
     assert main(["train", path]) == 0
     printed = capsys.readouterr().out
     assert "prompts per step" in printed and "lpo export" in printed
-    for name in ("config.yaml", "run.json", "metrics.jsonl", "rollouts/1.jsonl", "plots/learning_curves.png"):
+    plots = sorted(path.name for path in (tmp_path / "run" / "plots").iterdir())
+    assert plots == ["diagnostics.png", "learning_curves.png"]
+    for name in ("config.yaml", "run.json", "metrics.jsonl", "rollouts/1.jsonl", f"plots/{plots[1]}"):
         assert (tmp_path / "run" / name).stat().st_size > 0
     assert list((tmp_path / "run" / "tensorboard").iterdir())
     assert len(json.loads((tmp_path / "run" / "run.json").read_text())["data"]["content_hash"]) == 64
@@ -182,32 +184,32 @@ def test_train_then_eval_export_and_sample(config_file, capsys, tmp_path, fails)
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     during = [row["val-core/python/acc/pass@1"] for row in rows if "val-core/python/acc/pass@1" in row]
     assert summary["pass@1"]["mean"] == during[-1]  # same problems and same random numbers
-    assert main(["eval", path, "--evaluation.problems=2"]) == 0
+    assert main(["eval", path, "--evaluation.problems=4"]) == 0
     assert "pass@1" in capsys.readouterr().out
     suite = tmp_path / "suite.yaml"
     task = load_config(path).task
-    suite.write_text(yaml.safe_dump([{"name": "mine", "k": 2, "task": task}]))
-    sizes = ["--problems=3", "--max-tokens=6", "--json", "--out", str(tmp_path / "suite")]
+    suite.write_text(yaml.safe_dump([{"name": "mine", "k": 4, "task": task}]))
+    sizes = ["--problems=3", "--batch=4", "--max-tokens=6", "--json", "--out", str(tmp_path / "suite")]
     assert main(["eval", run, "--suite", str(suite), "--checkpoint=latest", *sizes]) == 0
     summary = json.loads(capsys.readouterr().out)
-    assert "step 1" in summary["model"] and summary["benchmarks"]["mine"]["samples"] == 6
+    assert "step 1" in summary["model"] and summary["benchmarks"]["mine"]["samples"] == 12
 
     assert main(["export", run, out]) == 0
     capsys.readouterr()
     assert out in fails("export", run, out)
     for model in (run, out):
         assert (
-            main(["sample", model, "say xx1", "--max-tokens", "5", "-n", "2", "--seed", "3", "--json"]) == 0
+            main(["sample", model, "say xx1", "--max-tokens", "6", "-n", "4", "--seed", "3", "--json"]) == 0
         )
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert lines[:2] == lines[2:] and lines[0]["prompt"] == "say xx1"
+    assert lines[:4] == lines[4:] and lines[0]["prompt"] == "say xx1"
 
 
-def test_exported_model_has_the_trained_weights(config_file, tmp_path):
+def test_exported_model_has_the_trained_weights(config_file, one_layout, tmp_path):
     import lpo_jax
     from lpo_jax.runs.checkpoint import load_run
 
-    assert main(["train", config_file(training={"steps": 1})]) == 0
+    assert main(["train", config_file(training={"steps": 1}, evaluation={"problems": 4})]) == 0
     assert main(["export", str(tmp_path / "run"), str(tmp_path / "hf"), "--checkpoint", "latest"]) == 0
     trained = load_run(tmp_path / "run", "latest")[0].params
     exported = lpo_jax.load_model(str(tmp_path / "hf")).params

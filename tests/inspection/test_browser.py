@@ -38,11 +38,20 @@ def other_run(synthetic_run, tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="module")
+def opened(browser, report):
+    """The report of one run, opened once: a page takes seconds to load."""
+    page = Page(browser)
+    page.open(report)
+    yield page
+    page.tab.close()
+
+
 @pytest.fixture
-def page(browser):
-    opened = Page(browser)
+def page(opened):
+    """The opened report at its overview."""
+    opened.go("", ".verdict")
     yield opened
-    opened.tab.close()
     assert not opened.problems
 
 
@@ -50,8 +59,7 @@ def draw_all(page):
     page.tab.evaluate("document.querySelectorAll('.plot').forEach(draw)")
 
 
-def test_every_panel_has_content(page, report):
-    page.open(report)
+def test_every_panel_has_content(page):
     draw_all(page)
     empty = page.tab.evaluate(
         "[...document.querySelectorAll('.chart')].filter(c => !c.querySelector('.scatterlayer path, .barlayer path'))"
@@ -71,8 +79,7 @@ def test_every_panel_has_content(page, report):
         assert page.tab.locator(f"{section} tbody tr").count() > 3
 
 
-def test_from_the_learning_curve_to_a_response(page, report, synthetic_run):
-    page.open(report)
+def test_from_the_learning_curve_to_a_response(page, synthetic_run):
     page.tab.wait_for_selector("#learning .plot .main-svg")
     plot = page.tab.locator("#learning .plot").nth(1)
     plot.scroll_into_view_if_needed()
@@ -98,10 +105,10 @@ def test_from_the_learning_curve_to_a_response(page, report, synthetic_run):
     page.tab.wait_for_selector(".group-table")
 
 
-def test_filters(page, report, synthetic_run):
+def test_filters(page, synthetic_run):
     run = read_run(synthetic_run)
     rows = [row for path in run.rollouts.values() for row in read_samples(path)[0]]
-    page.open(report, "#find")
+    page.go("find", "#filters")
 
     def found(**values) -> int:
         page.tab.evaluate("document.getElementById('filters').reset()")
@@ -130,30 +137,33 @@ def test_filters(page, report, synthetic_run):
     page.tab.wait_for_selector(".response.chosen")
 
 
-@pytest.mark.parametrize("width, scheme", [(1300, "dark"), (390, "light"), (390, "dark")])
-def test_dark_and_narrow_screens(browser, report, width, scheme):
-    page = Page(browser, width, scheme)
-    for route, selector in (("#", ".verdict"), ("#step/0/2", ".group-table"), ("#group/0/2/8", ".response")):
-        page.open(report, route)
-        page.tab.wait_for_selector(selector)
-        assert page.tab.evaluate("document.documentElement.scrollWidth") <= width
+@pytest.mark.parametrize("width", [pytest.param(1300, marks=pytest.mark.slow), 390])
+def test_dark_and_narrow_screens(browser, report, width):
+    page = Page(browser, width, "dark")
     page.open(report)
-    ground = page.tab.evaluate("getComputedStyle(document.body).backgroundColor")
-    ink = page.tab.evaluate("getComputedStyle(document.body).color")
-    brightness = [sum(map(int, of.removeprefix("rgb(").removesuffix(")").split(","))) for of in (ground, ink)]
-    assert (brightness[0] < 100 and brightness[1] > 600) == (scheme == "dark")
+    for route, selector in (("", ".verdict"), ("step/0/2", ".group-table"), ("group/0/2/8", ".response")):
+        page.go(route, selector)
+        assert page.tab.evaluate("document.documentElement.scrollWidth") <= width
+    for scheme in ("dark", "light"):
+        page.tab.emulate_media(color_scheme=scheme)
+        ground = page.tab.evaluate("getComputedStyle(document.body).backgroundColor")
+        ink = page.tab.evaluate("getComputedStyle(document.body).color")
+        brightness = [
+            sum(map(int, of.removeprefix("rgb(").removesuffix(")").split(","))) for of in (ground, ink)
+        ]
+        assert (brightness[0] < 100 and brightness[1] > 600) == (scheme == "dark")
     page.tab.close()
     assert not page.problems
 
 
-def test_one_prompt_across_steps(page, report):
-    page.open(report, "#prompts")
+def test_one_prompt_across_steps(page):
     page.go("prompt/0/5", ".response")
     assert page.texts(".response header a") == ["step 1", "step 5"]
     assert "olved at" in page.texts("#detail > p")[0]
 
 
-def test_two_runs(page, synthetic_run, other_run, tmp_path):
+def test_two_runs(browser, synthetic_run, other_run, tmp_path):
+    page = Page(browser)
     page.open(save_report([synthetic_run, other_run], tmp_path / "two.html"))
     page.tab.wait_for_selector("#pairs .differs")
     assert "Step 3, prompt" in page.texts("#two-runs .card p")[0]
@@ -162,6 +172,8 @@ def test_two_runs(page, synthetic_run, other_run, tmp_path):
     draw_all(page)
     names = page.tab.evaluate("document.querySelector('#learning .plot').data.map(trace => trace.name)")
     assert "sound: pass@1" in names and "other: pass@1" in names
+    page.tab.close()
+    assert not page.problems
 
 
 def test_hostile_texts_are_shown_and_not_executed(browser, tmp_path):

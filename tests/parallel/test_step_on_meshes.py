@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 from precision import EXACT, GRADIENT_ROUNDING, in_float64
+from whole_runs import pad_groups, skip_plots
 
 from lpo_jax import load_model
 from lpo_jax.config import parse_config
@@ -38,7 +39,8 @@ def step_on(tmp_path_factory, tiny_model, tiny_task):
         for section, keys in SETTINGS.items():
             values[section] = {**values[section], **keys}
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("lpo_jax.reporting.save_plots", lambda run: [])
+            skip_plots(patch)
+            pad_groups(patch)
             train(parse_config(values | {"mesh": mesh}))
         rows = [json.loads(line) for line in (output / "rollouts" / "1.jsonl").read_text().splitlines()]
         return read_metrics(output), rows, load_run(output, "latest")[0].params
@@ -56,8 +58,11 @@ def one_device(step_on):
     [
         pytest.param(8, 1, 1, 1, marks=pytest.mark.slow),
         pytest.param(1, 8, 1, 1, marks=pytest.mark.slow),
-        (2, 2, 2, 1),
-        (1, 8, 1, 2),  # weights are split over two devices while sampling, and over none while training
+        pytest.param(2, 2, 2, 1, marks=pytest.mark.slow),
+        pytest.param(1, 8, 1, 2, marks=pytest.mark.slow),
+        # Matrices are split over two devices while sampling, and whole while training; the gradient of matrices that
+        # are split is tested below.
+        (2, 4, 1, 2),
         pytest.param(1, 4, 2, 2, marks=pytest.mark.slow),
     ],
 )

@@ -102,7 +102,7 @@ def config_of(run_config, task_file):
             objective=options(*names, judge=f"{task_file}:judge"),
             task={"name": "python", "file": str(task_file)},
             training={"steps": 4, "save_rollouts": False},
-            evaluation={"problems": 1, "every": 0},
+            evaluation={"problems": 4, "every": 0},
             checkpoint={"every": 0, "keep": 1},
         )
 
@@ -340,7 +340,7 @@ def test_every_hook_is_paired():
     [pair if pair in FAST else pytest.param(pair, marks=pytest.mark.slow) for pair in PAIRS],
     ids="+".join,
 )
-def test_two_hooks_both_have_their_effect(config_of, watched, no_plots, pair):
+def test_two_hooks_both_have_their_effect(config_of, watched, no_plots, one_layout, pair):
     for seed in range(3):
         watched.clear()
         config = config_of(*pair) | {"seed": seed}

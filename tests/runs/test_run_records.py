@@ -124,7 +124,9 @@ def test_records_of_tokens_are_complete(run_config):
 
 def test_evaluations_before_and_after_a_warm_start_are_both_kept(run_config):
     config = run_config(
-        warm_start={"steps": 2, "batch_size": 8}, training={"steps": 1}, evaluation={"every": 0}
+        warm_start={"steps": 2, "batch_size": 8, "learning_rate": 1e-2},
+        training={"steps": 1},
+        evaluation={"every": 0},
     )
     train(parse_config(config))
     files = sample_files(config["output"], "validation")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_loop import assert_same_run, learned, start, wait_for_step
+from whole_runs import assert_same_run, learned, start, wait_for_step
 
 from lpo_jax.config import parse_config
 from lpo_jax.errors import UserError
@@ -41,7 +41,7 @@ def test_resume_with_rows_in_flight_is_exact(run_config, one_layout):
 
 
 @pytest.mark.slow
-def test_killed_run_with_rows_in_flight_goes_on_exactly(run_config, tmp_path):
+def test_killed_run_with_rows_in_flight_goes_on_exactly(run_config, one_layout, tmp_path):
     whole = run_config("whole", sampling=AHEAD)
     train(parse_config(whole))
     config = run_config(sampling=AHEAD)
@@ -59,7 +59,9 @@ def test_killed_run_with_rows_in_flight_goes_on_exactly(run_config, tmp_path):
     [
         {"sampling": AHEAD | {"ahead": 2}},
         {"objective": {"name": "grpo", "token_weight": "truncated-importance"}},
-        {"objective": {"name": "grpo"}, "training": {"updates_per_step": 1}},
+        pytest.param(
+            {"objective": {"name": "grpo"}, "training": {"updates_per_step": 1}}, marks=pytest.mark.slow
+        ),
     ],
 )
 def test_methods_learn_from_stale_tokens(run_config, one_layout, sections):

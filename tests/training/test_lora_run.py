@@ -108,7 +108,7 @@ def config_for(run_config, output, steps):
         objective={"name": "grpo", "kl_coef": 0.1},
         training={"steps": steps},
         warm_start={"steps": 2, "batch_size": 4, "learning_rate": 1e-2},
-        evaluation={"every": 0, "problems": 2},
+        evaluation={"every": 0, "problems": 4},
     )
 
 

@@ -33,15 +33,14 @@ def test_checkpoints_elsewhere_are_found_by_resume_and_by_load_run(
 ):
     elsewhere = {"checkpoint": {"every": 1, "directory": str(tmp_path / "elsewhere")}}
     ends = []
-    for output, sections, stops in (("whole", {}, (3,)), ("parts", elsewhere, (1, 3))):
+    for output, sections, stops in (("whole", {}, (2,)), ("parts", elsewhere, (1, 2))):
         for steps in stops:
-            values = run_config(
-                output, training={"steps": steps}, optimizer={"schedule": "constant"}, **sections
-            )
+            evaluation = {"every": 0, "problems": 4}
+            values = run_config(output, training={"steps": steps}, evaluation=evaluation, **sections)
             train(parse_config(values), resume=steps > stops[0])
         ends.append(load_run(values["output"], "latest"))
     assert not (tmp_path / "parts" / "checkpoints").exists() and (tmp_path / "elsewhere").is_dir()
-    assert ends[0][1] == ends[1][1] == 3
+    assert ends[0][1] == ends[1][1] == 2
     chex.assert_trees_all_equal(ends[0][0].params, ends[1][0].params)
 
 
@@ -49,13 +48,14 @@ def test_updates_of_what_has_a_signal_equal_those_of_everything(run_config, no_p
     """Responses of one token often have equal rewards in a group."""
     ends, shares = {}, {}
     for way in ("signal", "all"):
-        training = {"steps": 2, "updates_per_step": 1, "pull_back": way}
-        values = run_config(way, sampling={"max_tokens": 1}, training=training, optimizer=SMOOTH)
+        training = {"steps": 1, "updates_per_step": 1, "pull_back": way}
+        sections = {"sampling": {"max_tokens": 1}, "evaluation": {"every": 0, "problems": 4}}
+        values = run_config(way, training=training, optimizer=SMOOTH, **sections)
         train(parse_config(values))
         rows = [row for row in read_metrics(values["output"]) if "perf/signal_fraction" in row]
         shares[way] = [row["perf/signal_fraction"] for row in rows]
         ends[way] = texts(values["output"]), load_run(values["output"], "latest")[0].params
-    assert shares["all"] == [1, 1] and 0 < min(shares["signal"]) < 1
+    assert shares["all"] == [1] and 0 < shares["signal"][0] < 1
     assert ends["signal"][0] == ends["all"][0]
     chex.assert_trees_all_close(ends["signal"][1], ends["all"][1], rtol=1e-4, atol=1e-6)
 
@@ -71,7 +71,7 @@ def test_fewer_rows_at_once_sample_the_same(run_config, no_plots):
     chex.assert_trees_all_close(ends[0][1], ends[1][1], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("lora", [{}, {"rank": 2, "targets": ["wq"]}])
+@pytest.mark.parametrize("lora", [{}, pytest.param({"rank": 2, "targets": ["wq"]}, marks=pytest.mark.slow)])
 def test_a_head_that_the_config_denies_is_trained_and_exported(
     lora, run_config, tiny_model, tmp_path, no_plots, one_layout
 ):
@@ -81,8 +81,8 @@ def test_a_head_that_the_config_denies_is_trained_and_exported(
     save_file(weights, path / "model.safetensors")
     values = run_config(
         model={"path": str(path), "lora": lora},
-        training={"steps": 1},
-        evaluation={"every": 0, "problems": 1},
+        training={"steps": 1, "updates_per_step": 1},
+        evaluation={"every": 0, "problems": 4},
         optimizer={"weight_decay": 0.1},
     )
     with pytest.warns(UserWarning, match="tie_word_embeddings is true, but lm_head.weight differs"):

@@ -31,8 +31,8 @@ def test_gap_of_sampling_in_8_bits_is_reported(run_config, one_layout, no_plots,
     values = run_config(
         sampling=sampling,
         objective=TRUNCATED,
-        training={"steps": 1, "updates_per_step": 1},
-        evaluation={"every": 0, "problems": 1},
+        training={"steps": 1},
+        evaluation={"every": 0, "problems": 4},
     )
     train(parse_config(values))
     (row,) = (row for row in read_metrics(values["output"]) if "lpo/logp_gap_max" in row)
@@ -130,7 +130,7 @@ def test_a_policy_at_rest_is_not_clipped_in_bfloat16(
         objective={"name": name},
         optimizer={"learning_rate": 0.0},
         training={"steps": 1, "prompts_per_step": 8},
-        evaluation={"every": 0, "problems": 1},
+        evaluation={"every": 0, "problems": 8},
     )
     values["model"] |= {"dtype": "bfloat16"}
     train(parse_config(values))

@@ -33,7 +33,7 @@ def chat_model(tmp_path, tiny_params):
 @pytest.fixture
 def short_run(run_config, one_layout, no_plots):
     def make(**sections):
-        return run_config(**{"training": {"steps": 1}, "evaluation": {"every": 0, "problems": 1}} | sections)
+        return run_config(**{"training": {"steps": 1}, "evaluation": {"every": 0, "problems": 4}} | sections)
 
     return make
 

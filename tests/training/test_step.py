@@ -218,15 +218,15 @@ def test_features_are_those_of_each_response_alone(tiny_config, tiny_params, rol
         np.testing.assert_allclose(got["features"][p, k], want, atol=2e-4)
 
 
+@pytest.mark.parametrize("budget", [pytest.param(S + K * T, marks=pytest.mark.slow), S + T])
 @in_float64
-def test_split_and_unsplit_gradients_agree(tiny_config, tiny_params, rollouts):
+def test_split_and_unsplit_gradients_agree(tiny_config, tiny_params, rollouts, budget):
     rollouts = behaviour(tiny_config, tiny_params, rollouts, noise=0.1)
-    gradients = [
-        gradient_by_parts(program_for(tiny_config, budget), tiny_params, rollouts, O.get("lpo-forward"))
-        for budget in (10**6, S + K * T, S + T)
-    ]
-    for other in gradients[1:]:
-        np.testing.assert_array_less(relative_error(other, gradients[0]), EXACT)
+    want, got = (
+        gradient_by_parts(program_for(tiny_config, size), tiny_params, rollouts, O.get("lpo-forward"))
+        for size in (10**6, budget)
+    )
+    np.testing.assert_array_less(relative_error(got, want), EXACT)
 
 
 @in_float64
@@ -281,9 +281,18 @@ def with_equal_rewards(rollouts):
     return rollouts.replace(scored=rollouts.scored.replace(rewards=rewards, valid=valid))
 
 
-@pytest.mark.parametrize("budget", [10**6, S + 2 * T, 1])
+SIGNALS = [("lpo-forward", True, 2), ("lpo-forward", False, 0), ("grpo", False, 2)]
+BUDGETS = [S + 2 * T, 1, 10**6]
+
+
+# Every layout is a program: each budget is tested with one of the methods, and with the others in the slow tests.
 @pytest.mark.parametrize(
-    "name, first, left_out", [("lpo-forward", True, 2), ("lpo-forward", False, 0), ("grpo", False, 2)]
+    "name, first, left_out, budget",
+    [
+        pytest.param(*case, budget, marks=[] if i == j else pytest.mark.slow)
+        for i, case in enumerate(SIGNALS)
+        for j, budget in enumerate(BUDGETS)
+    ],
 )
 @in_float64
 def test_what_has_no_signal_does_not_run_and_changes_nothing(

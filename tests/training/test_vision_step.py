@@ -1,19 +1,14 @@
-"""Training on prompts with images: exact gradients, and whole runs."""
+"""The gradient of prompts with images: plain autodiff, microbatches, adapters and meshes."""
 
 import dataclasses
-import shutil
 from pathlib import Path
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import run_values, vision_tokenizer
 
 from lpo_jax import load_model
-from lpo_jax.config import parse_config
-from lpo_jax.errors import UserError
 from lpo_jax.models import decoder, lora
 from lpo_jax.models.lora import Frozen
 from lpo_jax.models.prompt_images import expand, lay_out
@@ -22,18 +17,20 @@ from lpo_jax.objectives import TokenStats
 from lpo_jax.parallel.mesh import MeshSizes, build_mesh
 from lpo_jax.planner.cost import program_cost
 from lpo_jax.planner.hlo import parse_hlo
-from lpo_jax.reporting import is_timing, read_metrics
-from lpo_jax.runs.checkpoint import load_run
-from lpo_jax.training.loop import train
 
 GOLDEN = Path(__file__).parents[1] / "models" / "golden"
+FAMILIES = ["qwen2_5_vl", "qwen3_vl"]
 SIZES = [[(60, 90)], [(30, 150), (99, 61)], [], [(120, 100)]]
 P, K, T = 4, 3, 5
 
-pytestmark = pytest.mark.usefixtures("no_plots")
+
+def families(always):
+    """Run a test for the family `always`, and for the other one in the slow tests: each compiles large programs."""
+    params = [name if name == always else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
+    return pytest.mark.parametrize("case", params, indirect=True)
 
 
-@pytest.fixture(scope="module", params=["qwen2_5_vl", "qwen3_vl"])
+@pytest.fixture(scope="module", params=FAMILIES)
 def case(request):
     """A model, groups of ragged prompts with no, one and two images, their mask, and coefficients."""
     model = load_model(GOLDEN / request.param)
@@ -52,6 +49,9 @@ def case(request):
     weight = np.where(mask, rng.normal(size=(P, K, T)), 0).astype(np.float32)
     groups = Groups(prompts, lengths, responses, pictures=picture_array(cut))
     return model, groups, mask, weight
+
+
+pull_back = jax.jit(ModelRunner.pull_back, static_argnums=0)
 
 
 def plain_log_probs(config, params, groups):
@@ -78,12 +78,11 @@ def plain(case):
     """The log-probs and the gradient of plain autodiff."""
     model, groups, _, weight = case
 
-    @jax.jit
     def loss(params):
         logp = plain_log_probs(model.config, params, groups)
         return (logp * weight).sum(), logp
 
-    gradient, logp = jax.grad(loss, has_aux=True)(model.params)
+    gradient, logp = jax.jit(jax.grad(loss, has_aux=True))(model.params)
     return np.asarray(logp), gradient
 
 
@@ -96,8 +95,17 @@ def assert_close(found, expected, bound=1e-5):
         )
 
 
-# Whole groups in one row, and groups split into single responses.
-@pytest.mark.parametrize("budget", [1000, 60], ids=["whole", "split"])
+# Whole groups in one row, as in the tests of adapters below, and groups split into single responses.
+@pytest.mark.parametrize(
+    ("case", "budget"),
+    [
+        pytest.param("qwen3_vl", 60, id="qwen3_vl-split"),
+        pytest.param("qwen3_vl", 1000, id="qwen3_vl-whole", marks=pytest.mark.slow),
+        pytest.param("qwen2_5_vl", 60, id="qwen2_5_vl-split", marks=pytest.mark.slow),
+        pytest.param("qwen2_5_vl", 1000, id="qwen2_5_vl-whole", marks=pytest.mark.slow),
+    ],
+    indirect=["case"],
+)
 def test_gradient_by_parts_equals_autodiff(case, plain, budget):
     model, groups, mask, weight = case
     logp, gradient = plain
@@ -107,17 +115,24 @@ def test_gradient_by_parts_equals_autodiff(case, plain, budget):
     np.testing.assert_allclose(
         np.where(mask, score(runner, model.params, packed).logp, 0), np.where(mask, logp, 0), atol=3e-5
     )
-    pull_back = jax.jit(lambda params, frozen: runner.pull_back(params, packed, TokenStats(weight), frozen))
-    trained, stats = pull_back(model.params, None)
+    trained, stats = pull_back(runner, model.params, packed, TokenStats(weight))
     assert max(float(jnp.abs(x).max()) for x in jax.tree.leaves(trained["vision"])) > 0.1
     assert_close(trained, gradient)
     np.testing.assert_allclose(np.where(mask, stats.logp, 0), np.where(mask, logp, 0), atol=3e-5)
 
+
+@families("qwen2_5_vl")
+def test_gradient_with_a_frozen_tower_equals_autodiff(case, plain):
+    model, groups, mask, weight = case
     own = {name: x for name, x in model.params.items() if name != "vision"}
-    alone, _ = pull_back(own, Frozen({"vision": model.params["vision"]}, None))
-    assert_close(alone, {name: x for name, x in gradient.items() if name != "vision"})
+    runner = ModelRunner(model.config, token_budget=60)
+    frozen = Frozen({"vision": model.params["vision"]}, None)
+    alone, stats = pull_back(runner, own, runner.pack(groups, mask), TokenStats(weight), frozen)
+    assert_close(alone, {name: x for name, x in plain[1].items() if name != "vision"})
+    np.testing.assert_allclose(np.where(mask, stats.logp, 0), np.where(mask, plain[0], 0), atol=3e-5)
 
 
+@families("qwen2_5_vl")
 def test_the_tower_runs_once_for_a_group(case):
     """In the compiled update: its products do not become more with more responses, splits or microbatches."""
     model, groups, mask, weight = case
@@ -148,6 +163,7 @@ def test_the_tower_runs_once_for_a_group(case):
     assert flops == same > 0
 
 
+@families("qwen2_5_vl")
 def test_kernels_see_the_same_images(case):
     """Prompts and responses through the kernels for TPUs, in their interpreter."""
     model, groups, mask, _ = case
@@ -158,14 +174,16 @@ def test_kernels_see_the_same_images(case):
     np.testing.assert_allclose(*found, atol=1e-4)
 
 
+@families("qwen3_vl")
 def test_a_batch_without_images_leaves_the_tower(case):
     model, groups, mask, weight = case
     runner = ModelRunner(model.config, token_budget=200)
     text = dataclasses.replace(groups, pictures=None, prompts=np.minimum(groups.prompts, 59))
-    gradient, _ = runner.pull_back(model.params, runner.pack(text, mask), TokenStats(weight))
+    gradient, _ = pull_back(runner, model.params, runner.pack(text, mask), TokenStats(weight))
     assert not any(np.asarray(x).any() for x in jax.tree.leaves(gradient["vision"]))
 
 
+@families("qwen3_vl")
 def test_adapters_of_the_decoder_see_images(case):
     model, groups, mask, weight = case
     adapters = lora.Lora(2, 4.0)
@@ -173,12 +191,13 @@ def test_adapters_of_the_decoder_see_images(case):
     runner = ModelRunner(model.config, token_budget=200)
     packed = runner.pack(groups, mask)
     frozen = Frozen(model.params, adapters.scale)
-    gradient, stats = jax.jit(lambda p: runner.pull_back(p, packed, TokenStats(weight), frozen))(trained)
+    gradient, stats = pull_back(runner, trained, packed, TokenStats(weight), frozen)
     assert gradient.keys() == {"layers"} and np.abs(gradient["layers"]["wq"]["b"]).max() > 1e-3
     expected = score(runner, model.params, packed).logp
     np.testing.assert_allclose(np.where(mask, stats.logp, 0), np.where(mask, expected, 0), atol=3e-5)
 
 
+@families("qwen2_5_vl")
 def test_gradient_of_adapters_of_the_tower_is_autodiffs(case):
     model, groups, mask, weight = case
     inner = "v_down" if model.config.family == "qwen2_5_vl" else "v_fc2"
@@ -205,146 +224,12 @@ def test_gradient_of_adapters_of_the_tower_is_autodiffs(case):
 
 
 @pytest.mark.parametrize("shape", [pytest.param((8, 1, 1), marks=pytest.mark.slow), (2, 2, 2)], ids=str)
-def test_meshes_compute_the_same_gradient(case, shape):
+@families("qwen2_5_vl")
+def test_meshes_compute_the_gradient_of_autodiff(case, plain, shape):
     model, groups, mask, weight = case
     runner = ModelRunner(model.config, token_budget=60)
-    run = lambda: jax.jit(runner.pull_back)(model.params, runner.pack(groups, mask), TokenStats(weight))  # noqa: E731
-    gradient, stats = jax.device_get(run())
     with jax.set_mesh(build_mesh(MeshSizes(*shape))):
-        found, others = jax.device_get(run())
-    np.testing.assert_allclose(np.where(mask, others.logp, 0), np.where(mask, stats.logp, 0), atol=3e-5)
-    assert_close(found, gradient)
-
-
-TASK = """
-import io
-import numpy as np
-import PIL.Image
-from lpo_jax.rewards import Verdict
-
-def picture(n):
-    file = io.BytesIO()
-    level = np.full((40 + 9 * (n % 3), 60, 3), 17 * n % 256, np.uint8)
-    PIL.Image.fromarray(level).save(file, "PNG")
-    return file.getvalue()
-
-def dataset(split):
-    first, count = {"train": (0, 12), "heldout": (100, 4)}[split]
-    return [{"n": n, "answer": "7", "images": [picture(n)]} for n in range(first, first + count)]
-
-def prompt(row):
-    return [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "say " + "x" * (row["n"] % 5)}]}]
-
-def solution(row):
-    return row["answer"]
-
-def verify(response, row):
-    digits = sum(c.isdigit() for c in response) / max(len(response), 1)
-    return Verdict(digits, "pass" if digits >= 0.5 else "wrong", {"answer": response[:1]})
-"""
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("vision")
-    shutil.copytree(GOLDEN / "qwen3_vl", folder / "model")
-    vision_tokenizer().save_pretrained(folder / "model")
-    (folder / "task.py").write_text(TASK)
-    return folder
-
-
-def values(files, output, **model):
-    config = run_values(output, files / "model", files / "task.py")
-    config["sampling"]["max_prompt_tokens"] = 48
-    config["training"] |= {"token_budget": 128}
-    config["model"] |= model
-    return config
-
-
-def learned(output):
-    rows = [{k: v for k, v in row.items() if not is_timing(k)} for row in read_metrics(output)]
-    rollouts = {path.name: path.read_text() for path in (Path(output) / "rollouts").iterdir()}
-    return load_run(output, "latest")[0].params, [row for row in rows if len(row) > 1], rollouts
-
-
-@pytest.mark.parametrize(
-    ("freeze", "ahead"),
-    [
-        pytest.param(True, 0, id="frozen"),
-        pytest.param(False, 0, id="trained", marks=pytest.mark.slow),
-        pytest.param(True, 1, id="ahead", marks=pytest.mark.slow),
-    ],
-)
-def test_two_and_two_steps_are_four(files, freeze, ahead, tmp_path, no_plots):
-    def config_of(name):
-        config = values(files, tmp_path / name, vision={"freeze": freeze})
-        config["sampling"] |= {"ahead": 1, "max_tokens": 24, "max_rows": 6} if ahead else {}
-        return config
-
-    config = config_of("four")
-    train(parse_config(config))
-    four = learned(tmp_path / "four")
-    config = config_of("two")
-    config["training"]["steps"] = 2
-    config["optimizer"]["schedule"] = "constant"
-    train(parse_config(config))
-    config["training"]["steps"] = 4
-    train(parse_config(config), resume=True)
-    two = learned(tmp_path / "two")
-    chex.assert_trees_all_equal(four[0]["vision"], two[0]["vision"])
-    chex.assert_trees_all_equal(four[0], two[0])
-    assert four[2] == two[2]
-    start = load_model(files / "model").params
-    moved = jax.tree.map(lambda x, y: float(np.abs(np.asarray(x) - y).max()), four[0], start)
-    assert min(jax.tree.leaves(moved["layers"])) > 0
-    assert (max(jax.tree.leaves(moved["vision"])) > 0) == (not freeze)
-    gaps = [
-        row["training/rollout_probs_diff_max"] for row in four[1] if "training/rollout_probs_diff_max" in row
-    ]
-    assert ahead or (gaps and max(gaps) < 1e-3)
-    assert max(row.get("lpo/staleness_max", 0) for row in four[1]) == ahead
-
-
-def test_adapters_of_the_tower_are_merged_for_export(files, tmp_path, no_plots):
-    config = values(files, tmp_path / "run", lora={"rank": 2, "targets": ["wq", "v_qkv"]})
-    config["training"]["steps"] = 1
-    train(parse_config(config))
-    trained, _ = load_run(tmp_path / "run", "latest")
-    start = load_model(files / "model").params
-    for old, new in ((start, trained.params), (start["vision"], trained.params["vision"])):
-        changed = {name for name, x in old["layers"].items() if not np.array_equal(x, new["layers"][name])}
-        assert changed == ({"wq"} if old is start else {"v_qkv"})
-    trained.save(tmp_path / "hf")
-    chex.assert_trees_all_equal(load_model(tmp_path / "hf").params, trained.params)
-
-
-@pytest.mark.parametrize(
-    ("section", "changes", "message"),
-    [
-        (
-            "model",
-            {"vision": {"freeze": False}, "lora": {"rank": 2}},
-            "with model.lora all weights are frozen",
-        ),
-        ("model", {"init": "random"}, "set model.vision.freeze=false"),
-        ("sampling", {"max_prompt_tokens": 8}, "has .* tokens, more than sampling.max_prompt_tokens"),
-        ("objective", {"name": "ghpo"}, "not supported for rows with images"),
-    ],
-)
-def test_settings_that_do_not_fit_are_refused(section, changes, message, files, tmp_path):
-    config = values(files, tmp_path / "run")
-    config[section] = config.get(section, {}) | changes
-    with pytest.raises(UserError, match=message):
-        train(parse_config(config))
-
-
-def test_a_text_model_refuses_rows_with_images(files, tmp_path):
-    config = values(files, tmp_path / "run")
-    shutil.copytree(GOLDEN / "qwen3", tmp_path / "model")
-    vision_tokenizer().save_pretrained(tmp_path / "model")
-    config["model"]["path"] = str(tmp_path / "model")
-    with pytest.raises(UserError, match="reads text only"):
-        train(parse_config(config))
-    config["model"] |= {"vision": {"freeze": False}}
-    with pytest.raises(UserError, match="reads text only; remove it"):
-        train(parse_config(config))
+        packed = runner.pack(groups, mask)
+        gradient, stats = jax.device_get(pull_back(runner, model.params, packed, TokenStats(weight)))
+    np.testing.assert_allclose(np.where(mask, stats.logp, 0), np.where(mask, plain[0], 0), atol=3e-5)
+    assert_close(gradient, plain[1])
