@@ -39,8 +39,10 @@ def shared_prefix_case(P, K, S, T, H=4, G=2, N=16):
     return (normal(P, X, H, N), normal(P, X, G, N), normal(P, X, G, N)), lengths, real[..., None, None]
 
 
-@pytest.mark.parametrize("window", [None, 9])
-@pytest.mark.parametrize("sizes", [(2, 20, 17), (1, 7, 140)])
+@pytest.mark.parametrize(
+    "sizes, window",
+    [((2, 20, 17), None), ((1, 7, 140), 9), slow((2, 20, 17), 9), slow((1, 7, 140), None)],
+)
 def test_the_merge_of_sources_has_the_gradient_of_plain_attention(sizes, window):
     """The backward pass of each source receives the merged output and the merged log-sum-exp."""
     K, S, T = sizes
@@ -55,8 +57,8 @@ def test_the_merge_of_sources_has_the_gradient_of_plain_attention(sizes, window)
 @pytest.mark.parametrize(
     "sizes, window, heads, width",
     [
-        ((2, 20, 17), None, (4, 2), 16),
         ((2, 20, 17), 9, (3, 3), 12),
+        slow((2, 20, 17), None, (4, 2), 16),
         slow((3, 7, 70), 9, (6, 2), 24),
         slow((1, 40, 6), None, (4, 1), 16),
     ],
@@ -134,13 +136,23 @@ def test_rows_that_may_begin_with_padding_are_not_for_cudnn(tiny_config):
 Z, X, M = 40, 8, 7  # pages, tokens of a page, pages of the longest row
 
 
+FEW, SPLIT, WHOLE = (1, 1, 12, 1 << 15), (30, 6, 16, 16 * 4 * 4), (512, 2, 16, 1 << 15)
+
+
 @pytest.mark.parametrize(
-    "programs, heads, width, block_bytes",
-    [(512, 2, 16, 1 << 15), (30, 6, 16, 16 * 4 * 4), (1, 1, 12, 1 << 15)],
+    "stored, sizes",
+    [
+        ("compute", WHOLE),
+        ("int8", SPLIT),
+        ("fp8", FEW),
+        *(slow("compute", sizes) for sizes in (SPLIT, FEW)),
+        *(slow("int8", sizes) for sizes in (WHOLE, FEW)),
+        *(slow("fp8", sizes) for sizes in (WHOLE, SPLIT)),
+    ],
 )
-@pytest.mark.parametrize("stored", ["compute", "int8", "fp8"])
-def test_keys_in_pages(monkeypatch, programs, heads, width, block_bytes, stored):
+def test_keys_in_pages(monkeypatch, stored, sizes):
     """Pages in any order, read whole or in parts; several splits of a row's keys; a row without keys."""
+    programs, heads, width, block_bytes = sizes
     monkeypatch.setattr(triton_pages, "PROGRAMS", programs)
     monkeypatch.setattr(triton_pages, "BLOCK_BYTES", block_bytes)
     triton_pages.attend_pages.clear_cache()
@@ -154,7 +166,7 @@ def test_keys_in_pages(monkeypatch, programs, heads, width, block_bytes, stored)
     start = jnp.array([[0, 49, 50], [3, 39, 11], [5, 5, 6], [-7, 0, 0], [0, 0, 0]])
     arrays = q, pool, jnp.asarray(table, jnp.int32), start, stop
     kernel = jax.jit(lambda *x: attend_pages(*x, "interpret_triton"))(*arrays)
-    plain = attend_pages(*arrays, "plain")
+    plain = jax.jit(lambda *x: attend_pages(*x, "plain"))(*arrays)
     some = lambda tree: jax.tree.map(lambda x: x[:-1], tree)  # noqa: E731
     chex.assert_trees_all_close(some(kernel), some(plain), atol=1e-5)
     nothing = jax.tree.map(lambda x: x[-1], kernel)

@@ -103,7 +103,9 @@ def page_table(rows):
     return jnp.asarray(table, jnp.int32)
 
 
-@pytest.mark.parametrize("block, stored", [(1, None), (3, None), (16, None), (3, "int8"), (16, "fp8")])
+@pytest.mark.parametrize(
+    "block, stored", [(1, None), (3, "int8"), slow(3, None), slow(16, None), slow(16, "fp8")]
+)
 def test_keys_in_pages(monkeypatch, block, stored):
     """Pages in any order and a pool without a free page; bounds within a page and at its end; a row without keys.
 
@@ -118,7 +120,7 @@ def test_keys_in_pages(monkeypatch, block, stored):
     stop = jnp.array([M * X, 40, 17, 1, 0])
     start = jnp.array([[0, 49, 50], [3, 39, 11], [5, 5, 6], [-7, 0, 0], [0, 0, 0]])
     kernel = jax.jit(lambda *x: attend_pages(*x, "interpret"))(q, pool, table, start, stop)
-    plain = attend_pages(q, pool, table, start, stop, "plain")
+    plain = jax.jit(lambda *x: attend_pages(*x, "plain"))(q, pool, table, start, stop)
     some = lambda tree: jax.tree.map(lambda x: x[:-1], tree)  # noqa: E731
     chex.assert_trees_all_close(some(kernel), some(plain), atol=1e-5)
     nothing = jax.tree.map(lambda x: x[-1], kernel)
@@ -159,7 +161,8 @@ def test_each_page_is_read_once():
     stop = jnp.array([0, 5 * X, 1, M * X, 2 * X + 1, 0])
     start = jnp.array([0, 2 * X + 3, 0, 0, X, 0])[:, None]
     table = jnp.arange(B * M).reshape(B, M)
-    steps, row, block, first, last, page = pages._blocks(table, start, stop, n, X, B * M)
+    blocks = jax.jit(pages._blocks, static_argnums=(3, 4, 5))
+    steps, row, block, first, last, page = blocks(table, start, stop, n, X, B * M)
     expected = [page for b in range(B) for page in table[b, start[b, 0] // X : -(-stop[b] // X)].tolist()]
     listed = np.asarray(page)[:steps]
     read = [p for place in listed.T for p, before in zip(place, [None, *place]) if p != before]
@@ -191,7 +194,7 @@ def test_on_a_mesh(G):
         )
 
 
-@pytest.mark.parametrize("choice", INTERPRETED)
+@pytest.mark.parametrize("choice", ["interpret", slow("interpret_triton")])
 def test_the_gradient_on_a_mesh(choice):
     auto = (jax.sharding.AxisType.Auto,) * 3
     mesh = jax.make_mesh((2, 2, 2), sharding.AXES, axis_types=auto)
