@@ -103,8 +103,8 @@ def read_params(
 ) -> Params:
     """Build the parameter tree, one tensor of the file at a time.
 
-    Host memory is needed, on a CPU, for the model and one tensor of the file, and on an accelerator for one parameter
-    with all its layers. With shardings, a host reads only the parts that its own devices hold, each part once.
+    Host memory is needed for one parameter with all its layers, on a CPU besides the model. With shardings, a host
+    reads only the parts that its own devices hold, each part once.
 
     Args:
       config: the model's config.
@@ -153,10 +153,13 @@ def file_tensors(config: ModelConfig, params: Params, dtype: np.dtype | None) ->
 
 
 def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Allocate uninitialised memory on a 64-byte boundary, which JAX's CPU backend uses without a copy."""
+    """Allocate uninitialised memory off a 64-byte boundary, which JAX's CPU backend copies.
+
+    It would use aligned memory without a copy, but an update cannot write in place to memory of NumPy.
+    """
     size = int(np.prod(shape)) * dtype.itemsize
-    raw = np.empty(size + 64, np.uint8)
-    start = -raw.ctypes.data % 64
+    raw = np.empty(size + 128, np.uint8)
+    start = -raw.ctypes.data % 64 + 16
     return raw[start : start + size].view(dtype).reshape(shape)
 
 
@@ -164,7 +167,8 @@ def _to_device(
     part: Callable[[Index], np.ndarray], shape: tuple[int, ...], sharding: jax.sharding.Sharding | None
 ) -> jax.Array:
     if sharding is None:
-        return jax.device_put(part(tuple(slice(0, n) for n in shape)))
+        # The copy ends before the next parameter is read, so that it takes the memory of one more parameter only.
+        return jax.block_until_ready(jax.device_put(part(tuple(slice(0, n) for n in shape))))
     held: dict[tuple, np.ndarray] = {}  # devices with the same part share one read
 
     def of_device(index: tuple[slice, ...]) -> np.ndarray:
