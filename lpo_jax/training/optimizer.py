@@ -5,6 +5,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from lpo_jax.config import Config, OptimizerConfig
@@ -93,7 +94,7 @@ class Optimizer:
 
     def rate_used(self, state: optax.ApplyIfFiniteState) -> float:
         """Return the learning rate of the last applied update; before the first, that of the first."""
-        return float(self.schedule(max(applied_updates(state) - 1, 0)))
+        return float(_evaluated(self.schedule, np.int32(max(applied_updates(state) - 1, 0))))
 
 
 @functools.cache  # one object for equal settings, so that a program that holds it is not traced again
@@ -112,6 +113,12 @@ def make_optimizer(config: OptimizerConfig, total_updates: int) -> Optimizer:
 def planned_updates(config: Config, objective: Objective, steps: int) -> int:
     """Return the most updates in `steps` steps, which is the length of their schedule."""
     return steps * (config.training.updates_per_step + objective.extra_updates)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _evaluated(schedule: optax.Schedule, update: jax.Array) -> jax.Array:
+    """Evaluate a schedule in one program instead of one for each of its operations."""
+    return schedule(update)
 
 
 def applied_updates(state: optax.ApplyIfFiniteState) -> int:
