@@ -142,7 +142,9 @@ def behaviour_log_probs(learner: Learner, batch: Batch, tools: Tools) -> jax.Arr
 
 
 def current_stats(learner: Learner, state: TrainState, batch: Batch, first: bool) -> TokenStats:
-    """The policy's token statistics before an update on a minibatch.
+    """The policy's token statistics before an update on a minibatch: log-probs, and what the objective needs.
+
+    Without the others, the first update and the later ones share the program of `signal`.
 
     Args:
       first: whether this is the first update after sampling by this policy, when the behaviour log-probs are its own
@@ -153,7 +155,8 @@ def current_stats(learner: Learner, state: TrainState, batch: Batch, first: bool
     )  # as those of `score`, for one program of `update`
     if scores_first(learner.objective) or not first:
         scored = score(learner.runner, state.policy, batch.groups)
-        used = scored.replace(logp=used.logp) if first else scored
+        needed = {name: x for name, x in vars(scored).items() if name in learner.objective.needs}
+        used = TokenStats(**{"logp": used.logp if first else scored.logp, **needed})
     if Field.REF_LOGP in learner.objective.needs:
         reference = with_adapters(state.frozen, state.reference)
         used = used.replace(ref_logp=score(learner.runner, reference, batch.groups).logp)

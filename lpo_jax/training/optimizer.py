@@ -128,7 +128,7 @@ def _evaluated(schedule: optax.Schedule, update: jax.Array) -> jax.Array:
 def applied_updates(state: optax.ApplyIfFiniteState) -> int:
     """Return the number of applied updates, by the count of the schedule."""
     counts = optax.tree_utils.tree_get_all_with_path(state.inner_state, "count")
-    return int(max(count for _, count in counts))
+    return max(int(count) for _, count in counts)
 
 
 def skipped_updates(state: optax.ApplyIfFiniteState) -> tuple[int, int]:
