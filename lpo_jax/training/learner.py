@@ -150,9 +150,8 @@ def current_stats(learner: Learner, state: TrainState, batch: Batch, first: bool
       first: whether this is the first update after sampling by this policy, when the behaviour log-probs are its own
         and need not be computed again.
     """
-    used = TokenStats(
-        committed(batch.scored.behaviour_logp)
-    )  # as those of `score`, for one program of `update`
+    # Committed as those of `score` are, so that all updates have one program.
+    used = TokenStats(committed(batch.scored.behaviour_logp))
     if scores_first(learner.objective) or not first:
         scored = score(learner.runner, state.policy, batch.groups)
         needed = {name: x for name, x in vars(scored).items() if name in learner.objective.needs}
