@@ -258,8 +258,8 @@ class Slice:
         turns, alive = setting.call_tokens(work), (kept, weights, rows, pool, coming)
         phase = self._measure(name, setting.calls(work), lowered, alive, kernels, turns)
         # A kernel counts as reading the whole pool, once for prompts and once for rows. It reads the tokens that rows
-        # have so far, and only the prompts that have active rows.
-        live = size.slots * size.pages_of(work.T / 2) + math.ceil(size.slots / work.K) * size.pages_of(work.S)
+        # have so far, of which the last page is half full on average, and only the prompts that have active rows.
+        live = setting.tokens_read(work) / size.page_size + size.slots / 2
         unread = (2 - min(live / size.pages, 1)) * _bytes(pool)
         return self._reading(phase, phase.bytes - turns * unread)
 

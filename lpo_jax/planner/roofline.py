@@ -91,11 +91,7 @@ def phase_attention(work: Workload, setting: Setting, phase: str) -> float:
 
 def decode_reads(work: Workload, setting: Setting) -> float:
     """Return the bytes of keys and values that a device reads in a decode step, mean over responses of full length."""
-    prompts = math.ceil(setting.rows / work.K / setting.decode_shards)
-    tokens = prompts * (work.S + work.K * work.mean_cached)
-    if setting.kv_tokens:  # rows wait for pages
-        tokens = min(tokens, setting.kv_tokens / setting.decode_shards)
-    return tokens * kv_bytes(work) / setting.mesh.decode_tensor
+    return setting.tokens_read(work) * kv_bytes(work) / setting.mesh.decode_tensor
 
 
 def _decode_temporaries(work: Workload, setting: Setting) -> float:

@@ -144,6 +144,15 @@ class Setting:
             return math.ceil(_full_length(work, self).steps / tokens)
         return self.waves(work) * math.ceil(work.T / tokens)
 
+    def tokens_read(self, work: Workload) -> float:
+        """Return the tokens whose keys and values attention of a shard reads in a decode step.
+
+        It is the mean over all steps, with every response at full length.
+        """
+        if self.kv_tokens:  # rows wait for pages
+            return _full_length(work, self).tokens_read(work.S)
+        return math.ceil(self.rows / work.K / self.decode_shards) * (work.S + work.K * work.mean_cached)
+
     def prefills(self, work: Workload) -> int:
         """Return the number of prefills in a step, with every response at full length."""
         if not self.kv_tokens:

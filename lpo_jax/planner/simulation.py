@@ -57,6 +57,11 @@ class Sampled:
         """The number of decode steps."""
         return sum(call.steps for call in self.calls)
 
+    def tokens_read(self, prompt_tokens: int) -> float:
+        """Return the tokens whose keys and values attention of a shard reads in a step, mean over all steps."""
+        read = sum(call.steps * (call.tokens + call.prompts * prompt_tokens) for call in self.calls)
+        return read / self.steps
+
     @property
     def rows_at_once(self) -> float:
         """The mean number of active rows while the first half of the tokens is drawn, before the queue runs dry."""

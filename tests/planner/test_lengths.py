@@ -21,6 +21,7 @@ from lpo_jax.planner.phases import SPARE
 from lpo_jax.planner.setting import Setting, Workload
 from lpo_jax.planner.simulation import simulate_pages, simulate_slots
 from lpo_jax.sampling import PromptBatch, Sampler, SampleRequest, decode, kv_cache
+from lpo_jax.sampling.calls import look_seconds
 from lpo_jax.sampling.kv_cache import Capacity
 from lpo_jax.sampling.pages import Pool
 
@@ -198,6 +199,17 @@ def test_full_lengths_take_the_time_of_the_plan():
     found = at_lengths(WORK, SETTING, phases, np.full((64, 8), 4096), CHIP).reserved
     for phase in phases:
         assert found.seconds[phase.name] == pytest.approx(phase.seconds(CHIP), rel=0.05), phase.name
+
+
+def test_full_lengths_in_a_small_pool_take_the_time_of_the_plan():
+    """Rows that begin together fill the pool together; those that wait for pages then read nothing."""
+    setting = dataclasses.replace(SETTING, rows=256, kv_tokens=200_000)
+    phases = {phase.name: phase for phase in roofline.estimate_phases(WORK, setting)}
+    found = at_lengths(WORK, setting, list(phases.values()), np.full((64, 8), 4096), CHIP).pages
+    looks = sum(look_seconds(call.rows) for call in found.sampled.calls)
+    planned = dataclasses.replace(phases["decode"], host=0.0).seconds(CHIP)
+    assert found.seconds["decode"] - looks == pytest.approx(planned, rel=0.05)
+    assert 0.5 < setting.tokens_read(WORK) / (setting.kv_tokens / setting.decode_shards) < 0.95
 
 
 @pytest.fixture
