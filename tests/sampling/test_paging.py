@@ -156,7 +156,7 @@ def test_keys_and_values_in_8_bits(sample, moves, kv_dtype, way):
         got = sample(**(pool(6, 80) if way == "pages" else pool(8, 112, many=True)), **options)
     np.testing.assert_array_equal(got.tokens, whole.tokens)
     np.testing.assert_allclose(got.log_probs, whole.log_probs, atol=0.02)
-    assert way not in ("pages", "mesh") or sum(len(move.set_aside) for move in moves) >= 3
+    assert way not in ("pages", "mesh") or sum(len(move.set_aside) for move in moves) >= 2
 
 
 @pytest.mark.parametrize("window", [None, slow(9)], indirect=True)
