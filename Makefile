@@ -27,10 +27,11 @@ NUMERIC_CORE := tests/models/test_golden.py $(addprefix tests/training/test_step
 run: .venv/installed
 	$(BIN)/lpo train configs/quickstart.yaml --resume $(ARGS)
 
-# Tests allocate and free memory all the time, so the process keeps freed memory, in huge pages.
+# Tests allocate and free memory all the time, so the process keeps freed memory, in huge pages. There are three workers
+# for two cores, because the tests of verifiers, launches and whole commands wait for other processes.
 test: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=100000000000:glibc.malloc.arena_max=1
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+	$(BIN)/python -m pytest -n 3 --dist worksteal $(ARGS)
 ifeq ($(ARGS)-$(shell uname -m),-x86_64)
 	$(MAKE) test-isa ISAS=SSE4_2 NUMERIC='$(NUMERIC_CORE)'
 endif

@@ -103,6 +103,7 @@ class Mode:
 
     def begin(self) -> None:
         """Go back to the first step."""
+        self.recorder.writer.truncate_after(0)
         self.cpu_seconds: list[float] = []
         self.position = Position(None)  # type: ignore[arg-type]
         self.data = self.session.environment.prompts(self.config.training.prompts_per_step, None)

@@ -65,6 +65,7 @@ def test_tests_near_a_bound_fail_and_are_listed(tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_workers_report_their_margins(tmp_path):
     done, listed = run(tmp_path, "--margin", "1.5", "-n", "2")
     assert done.returncode == 1 and "1 failed, 6 passed" in done.stdout

@@ -63,7 +63,13 @@ def run(parts: list[str], folder: Path) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("recipe", recipes())
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if name in ("A hook", "A model family") else name
+        for name in recipes()
+    ],
+)
 def test_recipe(recipe, tmp_path):
     text = recipes()[recipe]
     if diffs := re.findall(r"^```diff\n(.*?)^```", text, re.M | re.S):
@@ -71,7 +77,7 @@ def test_recipe(recipe, tmp_path):
     run(blocks(text), tmp_path)
 
 
-@pytest.mark.parametrize("page", ["docs/index.md", "README.md"])
+@pytest.mark.parametrize("page", [pytest.param("docs/index.md", marks=pytest.mark.slow), "README.md"])
 def test_objectives_as_a_library(page, tmp_path):
     (code,) = [x for x in blocks((ROOT / page).read_text()) if "from lpo_jax import objectives" in x]
     printed = re.findall(r"^print\(.*\)  # (.*)$", code, re.M)

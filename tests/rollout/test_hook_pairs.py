@@ -70,10 +70,7 @@ REFUSED = {
     ("prefix-values", "step-judge"): "both give credit",
 }
 PAIRS = [pair for pair in itertools.combinations(sorted(BESIDE), 2) if pair not in REFUSED]
-FAST = [  # run by default; all pairs take minutes
-    ("dynamic-sampling", "learnability-sampling"),
-    ("dynamic-sampling", "solution-hints"),
-]
+FAST = [("dynamic-sampling", "solution-hints")]  # run by default; all pairs take minutes
 
 
 def options(*names, judge=""):

@@ -150,7 +150,7 @@ def test_scores_equal_those_of_each_response_alone(tiny_config, tiny_params, rol
     chex.assert_trees_all_close(got * rollouts.scored.mask, want * rollouts.scored.mask, atol=2e-5)
 
 
-@pytest.mark.parametrize("name", ["lpo-forward", "lpo-reverse", "grpo"])
+@pytest.mark.parametrize("name", ["lpo-forward", pytest.param("lpo-reverse", marks=pytest.mark.slow), "grpo"])
 @pytest.mark.parametrize("budget, packed", [(10**6, False), (10**6, True), (2 * T + S, True), (1, True)])
 @in_float64
 def test_three_parts_equal_plain_autodiff(tiny_config, tiny_params, rollouts, name, budget, packed):
@@ -168,7 +168,7 @@ def test_three_parts_equal_plain_autodiff(tiny_config, tiny_params, rollouts, na
     np.testing.assert_array_less(relative_error(got, want), EXACT)
 
 
-@pytest.mark.parametrize("budget", [10**6, 1])
+@pytest.mark.parametrize("budget", [10**6, pytest.param(1, marks=pytest.mark.slow)])
 def test_three_parts_in_float32_differ_by_rounding(tiny_config, tiny_params, rollouts, budget):
     with jax.enable_x64(True):
         exact = astype(tiny_params, np.float64)
@@ -218,7 +218,8 @@ def test_features_are_those_of_each_response_alone(tiny_config, tiny_params, rol
         np.testing.assert_allclose(got["features"][p, k], want, atol=2e-4)
 
 
-@pytest.mark.parametrize("budget", [pytest.param(S + K * T, marks=pytest.mark.slow), S + T])
+@pytest.mark.slow  # a default test compares packed rows, split and whole, with autodiff
+@pytest.mark.parametrize("budget", [S + K * T, S + T])
 @in_float64
 def test_split_and_unsplit_gradients_agree(tiny_config, tiny_params, rollouts, budget):
     rollouts = behaviour(tiny_config, tiny_params, rollouts, noise=0.1)
@@ -285,11 +286,11 @@ SIGNALS = [("lpo-forward", True, 2), ("lpo-forward", False, 0), ("grpo", False, 
 BUDGETS = [S + 2 * T, 1, 10**6]
 
 
-# Every layout is a program: each budget is tested with one of the methods, and with the others in the slow tests.
+# Every layout is a program: two budgets are tested with one case each, and everything else in the slow tests.
 @pytest.mark.parametrize(
     "name, first, left_out, budget",
     [
-        pytest.param(*case, budget, marks=[] if i == j else pytest.mark.slow)
+        pytest.param(*case, budget, marks=[] if i == j < 2 else pytest.mark.slow)
         for i, case in enumerate(SIGNALS)
         for j, budget in enumerate(BUDGETS)
     ],

@@ -144,6 +144,7 @@ def test_a_random_model_with_a_warm_start_keeps_its_images(tmp_path):
     assert len(shown) == 4  # those of the rollouts
 
 
+@pytest.mark.slow
 def test_adapters_of_the_tower_are_warm_started_trained_and_merged_for_export(files, tmp_path, one_layout):
     config = values(files, tmp_path / "run", lora={"rank": 2, "targets": ["wq", "v_qkv"]})
     config["training"] |= {"steps": 1, "updates_per_step": 1}
