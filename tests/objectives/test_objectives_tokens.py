@@ -376,10 +376,11 @@ def test_item_4_nothing_to_learn_from_is_finite(name):
 
 
 @pytest.mark.parametrize(
-    "name", all_but(
+    "name",
+    all_but(
         ["hapo", "gtpo", "d3s", "capo-curvature", "brpo", "gbmpo-mirror"],
         *("hapo", "gtpo", "d3s", "brpo", "gbmpo-mirror"),
-    )
+    ),
 )
 def test_jitted_in_float64_is_the_same(name):
     stats, scored = BATCH
