@@ -151,7 +151,10 @@ def test_scores_equal_those_of_each_response_alone(tiny_config, tiny_params, rol
 
 
 @pytest.mark.parametrize("name", ["lpo-forward", pytest.param("lpo-reverse", marks=pytest.mark.slow), "grpo"])
-@pytest.mark.parametrize("budget, packed", [(10**6, False), (10**6, True), (2 * T + S, True), (1, True)])
+@pytest.mark.parametrize(
+    "budget, packed",
+    [pytest.param(10**6, False, marks=pytest.mark.slow), (10**6, True), (2 * T + S, True), (1, True)],
+)
 @in_float64
 def test_three_parts_equal_plain_autodiff(tiny_config, tiny_params, rollouts, name, budget, packed):
     """Rows are padded or packed, with several groups, whole groups, parts of groups and single responses."""
