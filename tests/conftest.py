@@ -114,7 +114,7 @@ def same_numbers(request):
 def few_programs():
     """Drop compiled programs before they exhaust the 65,530 memory maps of a process, at which jax crashes.
 
-    Counting them takes the kernel some 10 ms, so that only every tenth test does.
+    Counting 40,000 of them takes the kernel 30 ms, so that only every tenth test does.
     """
     yield
     maps = Path("/proc/self/maps")

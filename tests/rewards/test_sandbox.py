@@ -88,7 +88,7 @@ def test_the_same_attacks_succeed_without_a_sandbox(tmp_path, monkeypatch, name,
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         started.append(process)
         try:
-            printed, _ = process.communicate(timeout=2.0 if name == "outlive its timeout" else 10.0)
+            printed, _ = process.communicate(timeout=2.0 if name == "outlive its timeout" else 4.0)
         except subprocess.TimeoutExpired:
             printed = ""
         return rewards.as_verdict(float(printed.strip() == example["tests"]["outputs"][0]))
