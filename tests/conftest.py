@@ -18,9 +18,12 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault("XLA_FLAGS", "")
 if "--xla_force_host_platform_device_count" not in os.environ["XLA_FLAGS"]:
     os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=8"
-# The older emitters of the CPU backend compile the same program in a third of the time.
+# The older emitters of the CPU backend compile the same program in a third of the time. A program that is split for
+# several compiling threads takes a seventh more processor time, and the workers keep all cores busy.
 if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1" and "fusion_emitters" not in os.environ["XLA_FLAGS"]:
-    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
+    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+# Recording the traceback of every operation takes a tenth of the time of tracing and lowering.
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 # Many tests compile the same tiny programs; later tests and other workers read them from disk.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / "lpo_jax_test_programs"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
@@ -43,6 +46,13 @@ TESTS = itertools.count()
 def pytest_collection_modifyitems(items):
     """Begin with the tests that wait for other processes, while other workers compute."""
     items.sort(key=lambda item: item.path.parent.name not in ("rewards", "launch"))
+
+
+def pytest_collection_finish():
+    """Keep the garbage collector from walking through all imported modules again and again while jax traces."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 50, 100)
 
 
 @pytest.fixture(scope="session")
