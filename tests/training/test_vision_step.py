@@ -46,7 +46,7 @@ def case(request):
         prompt[: len(row)] = row
     responses = rng.integers(3, 60, (P, K, T)).astype(np.int32)
     mask = np.arange(T) < rng.integers(2, T + 1, (P, K, 1))
-    weight = np.where(mask, rng.normal(size=(P, K, T)), 0).astype(np.float32)
+    weight = np.where(mask, rng.uniform(0.5, 2, (P, K, T)), 0).astype(np.float32)
     groups = Groups(prompts, lengths, responses, pictures=picture_array(cut))
     return model, groups, mask, weight
 
