@@ -52,7 +52,7 @@ def pytest_collection_finish():
     """Keep the garbage collector from walking through all imported modules again and again while jax traces."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(50_000, 50, 100)
+    gc.set_threshold(20_000, 10, 10)
 
 
 @pytest.fixture(scope="session")
