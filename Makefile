@@ -24,19 +24,22 @@ NUMERIC_CORE := tests/models/test_golden.py $(addprefix tests/training/test_step
   test_scores_equal_those_of_each_response_alone test_packed_scores_and_top_k_equal_padded_ones \
   test_three_parts_in_float32_differ_by_rounding test_first_update_reports_no_gap_and_clips_nothing)
 
-.PHONY: run test test-isa lint docs clean
+.PHONY: run test pytest test-isa lint docs clean
 
 run: .venv/installed
 	$(BIN)/lpo train configs/quickstart.yaml --resume $(ARGS)
 
-# Tests allocate and free memory all the time, so the process keeps freed memory, in huge pages. There are three workers
-# for two cores, because the tests of verifiers, launches and whole commands wait for other processes.
-test: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=100000000000:glibc.malloc.arena_max=1
-test: lint
-	$(BIN)/python -m pytest -n 3 --dist worksteal $(ARGS)
+test: .venv/installed
+	$(MAKE) -j 2 lint pytest
 ifeq ($(ARGS)-$(shell uname -m),-x86_64)
 	$(MAKE) test-isa ISAS=SSE4_2 NUMERIC='$(NUMERIC_CORE)'
 endif
+
+# Tests allocate and free memory all the time, so the process keeps freed memory, in huge pages. There are three workers
+# for two cores, because the tests of verifiers, launches and whole commands wait for other processes.
+pytest: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=100000000000:glibc.malloc.arena_max=1
+pytest: .venv/installed
+	$(BIN)/python -m pytest -n 3 --dist worksteal $(ARGS)
 
 # All instruction sets are tested even after a failure. Each run ends with its smallest margins (tests/margins.py).
 test-isa: export JAX_DISABLE_MOST_OPTIMIZATIONS = 0
