@@ -72,7 +72,7 @@ def make_model(folder: pathlib.Path) -> None:
 
 
 def write_config(folder: pathlib.Path, output: pathlib.Path, plots: bool) -> pathlib.Path:
-    """Write the config of a run with a warm start and six steps, whose best step is not the last."""
+    """Write the config of a run with a warm start and six steps, of which two checkpoints are kept at the least."""
     import yaml
     from tiny import run_values
 
@@ -81,7 +81,7 @@ def write_config(folder: pathlib.Path, output: pathlib.Path, plots: bool) -> pat
     values["optimizer"]["learning_rate"] = 2e-2
     values["training"] |= {"steps": 6, "save_plots": plots}
     values["evaluation"] = {"every": 1, "problems": 8, "num_responses": 4}
-    values["checkpoint"] = {"every": 2, "keep": 1}
+    values["checkpoint"] = {"every": 2, "keep": 2}
     path = output.with_suffix(".yaml")
     path.write_text(yaml.safe_dump(values))
     return path
@@ -316,7 +316,7 @@ def flip(campaign: Campaign, flips: int, seed: int) -> bool:
 
 
 def flip_in(run: pathlib.Path, flips: int, seed: int) -> None:
-    """Damage the newest checkpoint of a finished run in a child process; the best checkpoint is a different one."""
+    """Damage the newest checkpoint of a finished run in a child process; another one is intact."""
     from lpo_jax.errors import UserError
     from lpo_jax.runs.checkpoint import Checkpoints, load_run
 

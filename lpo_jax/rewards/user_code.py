@@ -2,13 +2,14 @@
 
 import functools
 import hashlib
+import importlib.machinery
 import importlib.util
 import inspect
 import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping
-from types import ModuleType
+from types import CodeType, ModuleType
 
 from lpo_jax.errors import UserError, nearest
 from lpo_jax.rewards.verdict import Verdict, Verifier, as_verdict, infrastructure
@@ -46,13 +47,24 @@ def load_module(path: str) -> ModuleType:
     folder, name = os.path.dirname(path), os.path.splitext(os.path.basename(path))[0]
     if folder not in sys.path:
         sys.path.append(folder)
-    spec = importlib.util.spec_from_file_location(f"lpo_user_{name}", path)
+    name = f"lpo_user_{name}"
+    spec = importlib.util.spec_from_file_location(name, path, loader=_TextLoader(name, path))
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         raise UserError(f"{path}: {error_line(error, path)}") from error
     return module
+
+
+class _TextLoader(importlib.machinery.SourceFileLoader):
+    """Compiles the text of a file in any case.
+
+    Python takes bytecode from its cache if a file has the same size, and was changed in the same second.
+    """
+
+    def get_code(self, fullname: str) -> CodeType:
+        return self.source_to_code(self.get_data(self.path), self.path)
 
 
 def error_line(error: BaseException, path: str) -> str:

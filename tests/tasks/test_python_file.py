@@ -1,3 +1,4 @@
+import os
 import sys
 
 import pytest
@@ -108,6 +109,18 @@ def test_mistakes_are_one_line(load, case):
     with pytest.raises(UserError, match=message) as error:
         load(text)
     assert "\n" not in str(error.value) and "mine.py" in str(error.value)
+
+
+def test_a_changed_text_is_run_whatever_bytecode_is_cached(tmp_path, monkeypatch):
+    """To Python's cache, a file with the same size that was changed in the same second is the same."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    file, rewards = tmp_path / "mine.py", []
+    for reward in ("0.25", "0.75"):
+        file.write_text(TASK.replace("0.25", reward))
+        os.utime(file, (0, 0))
+        task = tasks.get("python", file=str(file))
+        rewards.append(task.verifier.load()("nonsense", task.train[0]).reward)
+    assert rewards == [0.25, 0.75]
 
 
 def test_missing_file(tmp_path):

@@ -106,7 +106,7 @@ def config_for(run_config, output, steps):
         output,
         model={"path": model, "lora": {"rank": 2, "alpha": 4, "targets": ["wq", "wo", "w_down"]}},
         objective={"name": "grpo", "kl_coef": 0.1},
-        training={"steps": steps},
+        training={"steps": steps, "updates_per_step": 1},
         warm_start={"steps": 2, "batch_size": 4, "learning_rate": 1e-2},
         evaluation={"every": 0, "problems": 4},
     )

@@ -123,7 +123,7 @@ def test_gradient_by_parts_equals_autodiff(case, plain, budget):
     np.testing.assert_allclose(np.where(mask, stats.logp, 0), np.where(mask, logp, 0), atol=3e-5)
 
 
-@families("qwen2_5_vl")
+@families("qwen3_vl")
 def test_gradient_with_a_frozen_tower_equals_autodiff(case, plain):
     model, groups, mask, weight = case
     own = {name: x for name, x in model.params.items() if name != "vision"}
