@@ -94,7 +94,7 @@ class Recorder:
         self.writer.truncate_after(step, evaluations=record["evaluations"])
         self.progress.log(f"resumed from the checkpoint of step {step}")
         if hosts.is_first():
-            self._doctor = doctor.Doctor(reporting.read_metrics(self.run.path))
+            self._doctor = doctor.Doctor(rows_of(self.run.path))
         if lost := hosts.on_first(lambda: missing_steps(self.run.path, step)):
             self.progress.log(
                 f"warning: {self.run.path}/metrics.jsonl has no rows of {lost}, which the checkpoint of step {step} "
@@ -184,11 +184,12 @@ class Recorder:
             self.progress.log(reporting.sample_panel(self._last_samples()))
         except UserError as error:  # the run is complete even if that file is gone
             self.progress.log(f"samples      none to show: {error}")
-        if self.config.training.save_plots:
+        rows = rows_of(run)
+        if self.config.training.save_plots and rows:
             self.progress.log(f"curves       {', '.join(map(str, reporting.save_plots(run)))}")
             if (path := self._write_report()) is not None:
                 self.progress.log(f"report       {path}")
-        self.progress.log(f"doctor       {diagnoses_line(doctor.diagnose(reporting.read_metrics(run)))}")
+        self.progress.log(f"doctor       {diagnoses_line(doctor.diagnose(rows))}")
         self.progress.log(
             f"metrics      {run}/metrics.jsonl, {run}/tensorboard",
             f"responses    {run}/rollouts, {run}/validation",
@@ -254,10 +255,16 @@ def diagnoses_line(diagnoses: Sequence[doctor.Diagnosis]) -> str:
     return "; ".join(found) or "nothing found"
 
 
+def rows_of(run: Path) -> list[dict]:
+    """The rows of a run's metrics.jsonl; none if it was stopped before the first one, or the file was deleted."""
+    return reporting.read_metrics(run) if (run / METRICS_FILE).is_file() else []
+
+
 def missing_steps(run: Path, last: int) -> str:
     """The steps from 1 to `last` without a row in a run's metrics.jsonl, as text; empty if there are none."""
-    rows = reporting.read_metrics(run) if (run / METRICS_FILE).is_file() else []
-    there = {row["step"] for row in rows if any(name.startswith(("actor/", "train/")) for name in row)}
+    there = {
+        row["step"] for row in rows_of(run) if any(name.startswith(("actor/", "train/")) for name in row)
+    }
     missing = [step for step in range(1, last + 1) if step not in there]
     # Consecutive steps have the same difference between step and index.
     groups = itertools.groupby(enumerate(missing), lambda pair: pair[1] - pair[0])

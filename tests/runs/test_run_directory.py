@@ -19,6 +19,7 @@ from lpo_jax.runs.recorder import missing_steps
 from lpo_jax.runs.signals import Interrupted, Signals
 from lpo_jax.training import loop
 from lpo_jax.training.loop import train
+from lpo_jax.training.session import Session
 
 pytestmark = pytest.mark.usefixtures("no_plots")
 
@@ -106,6 +107,25 @@ def test_a_run_that_ends_before_its_first_checkpoint_begins_again(run_config, on
     assert missing_steps(Path(config["output"]), 3) == "" and load_run(config["output"], "latest")[1] == 3
 
 
+def test_a_run_that_is_stopped_in_its_first_evaluation_is_resumed(run_config, one_layout, monkeypatch):
+    """It has a checkpoint of step 0, but no row in metrics.jsonl."""
+    config = run_config(training={"steps": 1})
+
+    def stopped(session, model):
+        raise Interrupted
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(Session, "evaluate", stopped)
+        train(parse_config(config))
+    assert (Path(config["output"]) / "checkpoints" / "0").exists()
+    assert not (Path(config["output"]) / "metrics.jsonl").exists()
+    train(parse_config(config), resume=True)
+    assert [row["step"] for row in read_metrics(config["output"]) if "val-core/python/acc/pass@1" in row] == [
+        0,
+        1,
+    ]
+
+
 def test_of_two_starts_in_a_race_one_begins(run_config):
     config = parse_config(run_config())
     one, other = (
@@ -173,6 +193,10 @@ def test_missing_rows_are_told(run, capsys):
     train(parse_config(config), resume=True)
     said = " ".join(capsys.readouterr().out.split())
     assert "metrics.jsonl has no rows of step 2, which the checkpoint of step 3 includes" in said
+    (path / "metrics.jsonl").unlink()
+    train(parse_config(config), resume=True)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "metrics.jsonl has no rows of steps 1-3, which the checkpoint of step 3 includes" in said
 
 
 def test_which_steps_are_missing(tmp_path):
