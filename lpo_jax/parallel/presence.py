@@ -20,6 +20,7 @@ from lpo_jax.types import Json
 
 BEAT = 1.0
 SILENCE = 10.0  # less than `hosts.HEARTBEAT`, after which the runtime ends the process
+WAIT = 10  # the most heartbeats for which a process that ends with an error waits for the others
 FOLDER = "lpo/presence"
 
 
@@ -69,8 +70,12 @@ class Presence:
         with contextlib.suppress(Exception):  # the service may be gone; the runtime reports that
             self._write(ended="with an error" if reason else "well", reason=reason)
         if reason:
-            # The store ends with the first process; leave the others time to read the reason.
-            time.sleep(3 * BEAT)
+            # The store ends with the first process; wait until the others have read the reason.
+            with contextlib.suppress(Exception):
+                for _ in range(WAIT):
+                    time.sleep(BEAT)
+                    if self._all_ended():
+                        break
 
     def beat(self) -> None:
         """Write this process's status and read the others'."""
@@ -91,6 +96,7 @@ class Presence:
         name = f"process {other} of {self._count}"
         if status.get("ended") == "with an error":
             _report(f"{name} ended while it was {status['phase']}: {status['reason']}; so this one ends too")
+            self._write(ended="with another")
             self._end(1)
         elif not status.get("ended") and now - since > SILENCE and other not in self._silent:
             self._silent.add(other)
@@ -98,6 +104,10 @@ class Presence:
                 f"{name} has sent no heartbeat for {SILENCE:.0f} s and was {status['phase']} in its last one; if "
                 "it was killed, this one ends in a moment: start all of them again with --resume"
             )
+
+    def _all_ended(self) -> bool:
+        statuses = [json.loads(text) for _, text in self._store.key_value_dir_get(FOLDER)]
+        return len(statuses) == self._count and all(status.get("ended") for status in statuses)
 
     def _write(self, **more: str | None) -> None:
         status = {"beat": self._beats, "phase": self.phase, **more}

@@ -50,6 +50,17 @@ def test_a_process_that_ends_with_an_error_ends_the_others_with_its_reason(pair,
     assert capsys.readouterr().err == f"lpo: process 1 of 2 {expected}\n"
 
 
+def test_a_process_with_an_error_waits_until_the_others_know_it(pair, monkeypatch, capsys):
+    """The store may end with it, and a busy machine delays the others' heartbeats."""
+    one, other, _, ended = pair
+    one.beat()
+    beats = iter([lambda: None, lambda: None, lambda: None, one.beat])
+    monkeypatch.setattr(presence.time, "sleep", lambda seconds: next(beats)())
+    other.leave("a reason")
+    assert ended == [1] and list(beats) == []
+    assert "a reason" in capsys.readouterr().err
+
+
 def test_a_process_that_falls_silent_is_named_once_and_one_that_has_done_its_part_is_not(pair, capsys):
     one, other, now, ended = pair
     other.phase = "learning"
