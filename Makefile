@@ -8,7 +8,7 @@ BIN := .venv/bin
 # The extra of jax to install depends on the accelerator of this machine; EXTRAS= or EXTRAS=cuda overrides the choice.
 EXTRAS ?= $(shell if nvidia-smi -L >/dev/null 2>&1; then echo cuda; elif ls /dev/accel0 /dev/vfio/0 >/dev/null 2>&1; then echo tpu; fi)
 COMMA := ,
-# Processes share the bytecode of the package and its tests. Without it, a worker takes 7 s longer to collect the tests.
+# Processes share the bytecode of the package and its tests. Without bytecode, a worker takes 7 s longer to collect tests.
 unexport PYTHONDONTWRITEBYTECODE
 
 # Limiting the instruction sets of XLA simulates other CPUs: sums are rounded in a different order, with or without FMA.
