@@ -2,9 +2,9 @@
 
 Every `BEAT` seconds each process writes a status to the key-value store of JAX's coordination service and reads the
 others' statuses. A process that ends with an error writes the reason, and the others report it and end at once; it
-waits a few seconds until they have. A process that was killed writes nothing. After `SILENCE` seconds the others report its index and last phase, a few
-seconds before the JAX runtime ends them with a message that contains neither. If the first process was killed, the
-store is lost too, and only the runtime's message remains.
+waits a few seconds until they have. A process that was killed writes nothing. After `SILENCE` seconds the others
+report its index and last phase, a few seconds before the JAX runtime ends them with a message that contains neither.
+If the first process was killed, the store is lost too, and only the runtime's message remains.
 """
 
 import contextlib
