@@ -22,10 +22,10 @@ if "--xla_force_host_platform_device_count" not in os.environ["XLA_FLAGS"]:
 # several compiling threads takes a seventh more processor time, and the workers keep all cores busy.
 if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1" and "fusion_emitters" not in os.environ["XLA_FLAGS"]:
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
-# Recording the traceback of every operation takes a tenth of the time of tracing and lowering.
+# Recording the traceback of every operation takes 7% of the processor time of tests.
 os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
-# Many tests compile the same programs; later tests and other workers read them from disk, in a third of the time even
-# if a program has one operation.
+# Many tests compile the same programs. Later tests and other workers read them from disk: 2 ms for a program
+# of one operation, which takes 13 ms to compile.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / "lpo_jax_test_programs"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
