@@ -5,12 +5,12 @@ prompt then runs once with each split. Splits are assigned to M microbatches of 
 batch, balanced by real tokens. A row has two forms:
 
   packed  `[C]`            the real tokens, concatenated; all matrix products run on this form
-  padded  `[p (S + k T)]`  p splits of one prompt and k responses, padded; attention runs on this form
+  padded  `[p (S + k t)]`  p splits of one prompt and k responses, padded; attention runs on this form
 
 Lengths are known on the host, so a layout is planned there with numpy. Its sizes are static under jit and take few
-values: between two powers of two, C has 8 steps, and X, which only the head depends on, has 4. A run with growing
-responses compiles about twenty programs for each doubling of its tokens. If there is no padding, or too little to
-matter, both forms are the same.
+values: between two powers of two, C has 8 steps, and X, which only the head depends on, has 4; t is a power of two, or
+T. A run with growing responses compiles about thirty programs for each doubling of its tokens. If there is no padding,
+or too little to matter, both forms are the same.
 
 The gradient runs only the responses that have a signal, and their number changes in every update. Its layouts are
 `rounded`: C, X and k have 2 steps between two powers of two, p and M are powers of two, and `count` of the M
@@ -18,7 +18,8 @@ microbatches run. If the tokens with a signal vary by a factor of two, about ten
 eight, thirty.
 
 Axes: P prompts · K responses · S prompt tokens · T response tokens · M microbatches · B rows of a microbatch ·
-C tokens of a packed row · p splits of a row · k responses of a split · X predicted tokens of a row.
+C tokens of a packed row · p splits of a row · k responses of a split · t padded tokens of each, at most T ·
+X predicted tokens of a row.
 """
 
 import dataclasses
@@ -43,14 +44,15 @@ class PackedLayout(struct.PyTreeNode):
     Attributes:
       prompt: `[M, B, p]` the prompt of each split.
       token: `[M, B, C]` index of each token in the P S prompt tokens followed by the P K T response tokens.
-      unpack: `[M, B, p (S + k T)]` index in the packed row of each token of the padded row; None if both are the same.
+      unpack: `[M, B, p (S + k t)]` index in the packed row of each token of the padded row; None if both are the same.
       pack: `[M, B, C]` the inverse of `unpack`; None if both are the same.
-      place: `[M, B, X]` index of each predicted token in the p k T response tokens of the padded row.
+      place: `[M, B, X]` index of each predicted token in the p k t response tokens of the padded row.
       source: `[M, B, X]` index of each predicted token in the P K T response tokens of the batch.
       back: `[P, K, T]` the inverse of `source`.
       slot: `[P, K]` index of each response in the M B p k responses of all rows.
       count: the number of microbatches that have tokens; those after them need not run.
       num_responses: k.
+      response_size: t.
     """
 
     prompt: jax.Array
@@ -63,6 +65,7 @@ class PackedLayout(struct.PyTreeNode):
     slot: jax.Array
     count: jax.Array
     num_responses: int = struct.field(pytree_node=False)
+    response_size: int = struct.field(pytree_node=False)
 
     @property
     def num_tokens(self) -> int:
@@ -118,8 +121,8 @@ def plan_layout(
       rounded: round sizes up further, so that layouts of any number of responses have few sizes.
     """
     lengths, sizes = np.asarray(lengths), np.asarray(response_lengths)
-    P, K = sizes.shape
-    splits, k, rows = _best(lengths, sizes, S, T, token_budget, shards, extra_splits)
+    (P, K), t = sizes.shape, _longest(sizes, T)
+    splits, k, rows = _best(lengths, sizes, S, t, token_budget, shards, extra_splits)
     p, k, count = _padded(rows, k, K, shards, rounded)
     steps = (2, 2) if rounded else (8, 4)
     if rounded:
@@ -133,13 +136,13 @@ def plan_layout(
             prompt[r, i] = group
             response[r, i, : len(chosen)] = group * K + np.array(chosen)
     size = np.append(sizes.reshape(-1), 0)[response]  # [R, p, k]
-    own = np.arange(T) < size[..., None]  # [R, p, k, T]
+    own = np.arange(t) < size[..., None]  # [R, p, k, t]
     real = np.concatenate(
-        [np.arange(S) < np.append(lengths, 0)[prompt][..., None], own.reshape(R, p, k * T)], axis=-1
+        [np.arange(S) < np.append(lengths, 0)[prompt][..., None], own.reshape(R, p, k * t)], axis=-1
     )
     of_prompt = prompt[..., None] * S + np.arange(S)
-    source = np.where(own, response[..., None] * T + np.arange(T), NOWHERE)
-    token = np.concatenate([of_prompt, P * S + np.where(own, source, 0).reshape(R, p, k * T)], axis=-1)
+    source = np.where(own, response[..., None] * T + np.arange(t), NOWHERE)
+    token = np.concatenate([of_prompt, P * S + np.where(own, source, 0).reshape(R, p, k * t)], axis=-1)
     real, token = real.reshape(R, -1), np.where(real, token, NOWHERE).reshape(R, -1)
 
     most = int(real.sum(-1).max())
@@ -161,6 +164,7 @@ def plan_layout(
         slot=_inverse(np.where(response < P * K, response, NOWHERE), P * K).reshape(P, K).astype(np.int32),
         count=count,
         num_responses=k,
+        response_size=t,
     )
 
 
@@ -202,10 +206,11 @@ def packed_size(
 ) -> PackedSize:
     """Return the sizes of the layout that `plan_layout` plans from the same arguments, in a fraction of its time."""
     lengths, sizes = np.asarray(lengths), np.asarray(response_lengths)
-    splits, k, rows = _best(lengths, sizes, S, T, token_budget, shards, extra_splits)
+    t = _longest(sizes, T)
+    splits, k, rows = _best(lengths, sizes, S, t, token_budget, shards, extra_splits)
     p, k, count = _padded(rows, k, sizes.shape[1], shards, rounded)
     tokens = [lengths[group] + sizes[group, chosen].sum() for group, chosen in splits]
-    most, padded = max(sum(int(tokens[split]) for split in row) for row in rows), p * (S + k * T)
+    most, padded = max(sum(int(tokens[split]) for split in row) for row in rows), p * (S + k * t)
     packed = _row_size(most, 2 if rounded else 8, token_budget)
     return PackedSize(count, min(packed, padded), padded, len(splits))
 
@@ -222,6 +227,11 @@ def stepped(n: int, steps: int = 8, least: int = 16) -> int:
     return -(-n // step) * step
 
 
+def _longest(sizes: np.ndarray, T: int) -> int:
+    """Return t: the longest response, rounded up to a power of two, but at most T."""
+    return min(stepped(int(sizes.max(initial=0)), 1), T)
+
+
 def _padded(rows: list[list[int]], k: int, K: int, shards: int, rounded: bool) -> tuple[int, int, int]:
     """Return p and k as they are padded, and the number of microbatches with tokens."""
     p, count = max(1, *map(len, rows)), sum(map(bool, rows[::shards]))
@@ -233,7 +243,7 @@ def _row_size(most: int, steps: int, token_budget: int) -> int:
     return min(stepped(most, steps), max(token_budget, most))
 
 
-def _best(lengths, sizes, S, T, budget, shards, extra_splits) -> tuple[list[Split], int, list[list[int]]]:
+def _best(lengths, sizes, S, t, budget, shards, extra_splits) -> tuple[list[Split], int, list[list[int]]]:
     """Return the splits, k, and the indices of the splits in each of the M B rows."""
     found = []
     for more in extra_splits:
@@ -242,7 +252,7 @@ def _best(lengths, sizes, S, T, budget, shards, extra_splits) -> tuple[list[Spli
         ]
         tokens = np.array([lengths[p] + sizes[p, part].sum() for p, part in splits])
         k = max((len(part) for _, part in splits), default=1)
-        cost, rows = _assign(tokens, S + k * T, budget, shards)
+        cost, rows = _assign(tokens, S + k * t, budget, shards)
         found.append((cost, splits, k, rows))
     best = min(cost for cost, *_ in found)
     return next((splits, k, rows) for cost, splits, k, rows in found if cost <= NEAR * best)

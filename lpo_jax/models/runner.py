@@ -117,7 +117,7 @@ class ModelRunner:
             top_ids=None if groups.top_ids is None else layout.to_rows(groups.top_ids),
             prompt_size=S,
             num_responses=layout.num_responses,
-            response_size=T,
+            response_size=layout.response_size,
         )
 
     def image_outputs(self, params: decoder.Params, groups: Groups) -> jax.Array | None:
@@ -252,10 +252,10 @@ class PackedRows(struct.PyTreeNode):
       tokens: `[B, C]` ids.
       lengths: `[B, p]` real tokens of the prompts.
       unpack, pack: indices between the packed and the padded form, as in `SharedPrefix`.
-      place: `[B, X]` index of each predicted token in the p k T response tokens of the padded row.
+      place: `[B, X]` index of each predicted token in the p k t response tokens of the padded row.
       targets: `[B, X]` ids of the predicted tokens.
       top_ids: `[B, X, J]` further ids to compute log-probs of.
-      prompt_size, num_responses, response_size: S, k, T.
+      prompt_size, num_responses, response_size: S, k, t.
       seen: `[B, C]` the vision tower's output for each token, `packing.NOWHERE` at text; None without images.
       positions: `[B, C, 3]` time, row and column of each token; None without images.
     """

@@ -46,7 +46,8 @@ def round_features(
         states = rows.predicting(hidden)
         head = states, unembed, rows.targets, runner.temperature
         entropy = token_log_probs(*head, never=runner.config.never_sampled)["entropy"]
-        response = jnp.arange(p * rows.num_responses)[:, None] == rows.place[:, None] // T  # [B, p k, X]
+        place = rows.place[:, None] // rows.response_size
+        response = jnp.arange(p * rows.num_responses)[:, None] == place  # [B, p k, X]
         own = _sum(jnp.where(response, weight[:, None], 0), states).reshape(B, p, rows.num_responses, -1)
         padded = hidden if rows.unpack is None else jax.vmap(take)(hidden, rows.unpack)
         of_prompt = padded.reshape(B, p, -1, hidden.shape[-1])[:, :, :S]
