@@ -30,6 +30,7 @@ _END_TOKENS = {
 }
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
+_LENGTH = struct.Struct("<Q")  # of a string, before its bytes
 _DEQUANTISED = 1 << 18  # values that are dequantised at once, so that all temporaries stay in the CPU cache
 
 
@@ -238,11 +239,13 @@ def _read_header(path: Path, data: memoryview) -> tuple[dict[str, Json], dict[st
 
     def text() -> str:
         nonlocal at
-        (size,) = take("<Q")
-        at += size
+        start = at + _LENGTH.size
+        if start > len(data):
+            raise cut
+        at = start + _LENGTH.unpack_from(data, at)[0]
         if at > len(data):
             raise cut
-        return str(data[at - size : at], "utf-8", "replace")
+        return str(data[start:at], "utf-8", "replace")
 
     def value(kind: int):
         if kind == _STRING:

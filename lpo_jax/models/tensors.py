@@ -5,12 +5,12 @@ tree, axes are separate, input axes come first, and layers are stacked. The axis
 `lpo_jax.models.parameters`.
 """
 
+import concurrent.futures
 import functools
 import math
 from collections.abc import Callable, Iterator
 
 import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
@@ -21,6 +21,7 @@ from lpo_jax.models.parameters import Parameter, axis_sizes, declared, tree_of
 
 Index = tuple[slice, ...]  # a part of an array: start and stop on each axis
 
+READERS = 4  # layers of a parameter that are read at once; each needs the memory of one matrix
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 
@@ -129,9 +130,13 @@ def _read_part(config: ModelConfig, parameter: Parameter, read, dtype: np.dtype,
     """Read a part of a parameter, with its leading axis if it is stacked."""
     part = _empty(tuple(s.stop - s.start for s in index), dtype)
     if parameter.stack:
-        for layer in range(index[0].start, index[0].stop):
+
+        def read_layer(layer: int) -> None:
             rows = functools.partial(read, parameter, layer)
             part[layer - index[0].start] = from_file(config, parameter, rows, index[1:])
+
+        with concurrent.futures.ThreadPoolExecutor(READERS) as readers:
+            list(readers.map(read_layer, range(index[0].start, index[0].stop)))  # raises what a reader raises
     else:
         part[...] = from_file(config, parameter, functools.partial(read, parameter, 0), index)
     return part
@@ -165,9 +170,11 @@ def _to_device(
     part: Callable[[Index], np.ndarray], shape: tuple[int, ...], sharding: jax.sharding.Sharding | None
 ) -> jax.Array:
     if sharding is None:
-        # A copy, because an update cannot write in place to memory of NumPy, which JAX's CPU backend would take over.
-        # It ends before the next parameter is read, so that it takes the memory of one more parameter only.
-        return jax.block_until_ready(jnp.array(part(tuple(slice(0, n) for n in shape))))
+        # A copy, because an update cannot write in place to memory of NumPy, which JAX's CPU backend takes over. It
+        # ends before the next parameter is read, so that it takes the memory of one more parameter only. `jnp.array`
+        # would compile a program for each shape.
+        taken = jax.device_put(part(tuple(slice(0, n) for n in shape)))
+        return jax.block_until_ready(jax.device_put(taken, may_alias=False))
     held: dict[tuple, np.ndarray] = {}  # devices with the same part share one read
 
     def of_device(index: tuple[slice, ...]) -> np.ndarray:
