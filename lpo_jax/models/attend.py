@@ -1,9 +1,9 @@
 """Softmax attention over one source in plain matrix products.
 
-Rows of more than SHORT queries have a custom gradient, which recomputes the attention weights from the log-sum-exp,
-block by block. Only the output and one number per query and head are kept for the backward pass. All of its products
-have the form [rows, n] x [n, columns] in the layout in which the operands are stored, because XLA for CPUs takes longer
-to transpose a matrix of scores than to compute the product.
+The custom gradient recomputes the attention weights from the log-sum-exp, block by block, so that the `[X, Y]` scores
+of a long row never exist at once. Only the output and one number per query and head are kept for the backward pass. All
+products have the form [rows, n] x [n, columns] in the layout in which the operands are stored, because XLA for CPUs
+takes longer to transpose a matrix of scores than to compute the product.
 
 Axes: B rows · X queries, Y keys of a source · H query heads · G key/value heads · I = H / G query heads of each ·
 N head width.
@@ -16,17 +16,14 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-# Rows of up to this many queries are computed whole. Longer rows are computed in blocks, so that their [X, Y] scores
-# never exist at once.
-SHORT = 128
 # Queries times keys of a block, and the fewest queries of a block. The operations between the two products read and
 # write the scores many times, so the scores of a block should fit into the core's cache.
 BLOCK_SCORES = 1 << 15
 FEWEST_QUERIES = 128
 # Where no query attends to later keys, a row is split into at most this many strips, each with the keys it attends to.
 STRIPS = 8
-# The name, for checkpoint policies, of the output and normaliser of a long row. If they are saved, the backward pass
-# does not recompute the forward pass.
+# The name, for checkpoint policies, of the output and normaliser. If they are saved, the backward pass does not
+# recompute the forward pass.
 KEPT = "attention"
 LOWEST = jnp.finfo(jnp.float32).min  # the score of a masked key
 
@@ -36,6 +33,7 @@ def accumulator(dtype) -> jnp.dtype:
     return jnp.promote_types(dtype, jnp.float32)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def attend(
     q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, ordered: bool = False
 ) -> tuple[jax.Array, jax.Array]:
@@ -51,33 +49,6 @@ def attend(
     Returns:
       `[B, X, H, N]` in q's dtype and the log-sum-exp of the scaled scores, `[B, X, H]` float32.
     """
-    if q.shape[1] <= SHORT:
-        return _attend_row(q, k, v, jnp.broadcast_to(mask, (len(q), q.shape[1], k.shape[1])))
-    return _attend_blocks(q, k, v, mask, ordered)
-
-
-def _attend_row(q, k, v, mask):
-    """Attention of a short row, computed whole, with autodiff's gradient.
-
-    For short rows this is as fast as blocks, and the rounding of its products does not depend on the number of rows on
-    a device. With the products of `_attend_block`, gradients on a mesh and on one device differed by up to 1.5e-5 of
-    the largest.
-    """
-    B, X, H, N = q.shape
-    G = k.shape[2]
-    q = q.reshape(B, X, G, H // G, N)
-    scores = jnp.einsum("bxghn,bygn->bghxy", q, k, preferred_element_type=accumulator(q.dtype)) * N**-0.5
-    scores = jnp.where(mask[:, None, None], scores, LOWEST)
-    peak = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
-    weights = jnp.exp(scores - peak)
-    total = weights.sum(-1, keepdims=True)
-    out = jnp.einsum("bghxy,bygn->bxghn", (weights / total).astype(v.dtype), v)
-    lse = (jnp.log(total) + peak)[..., 0]  # [B, G, H/G, X]
-    return out.reshape(B, X, H, N), jnp.moveaxis(lse, -1, 1).reshape(B, X, H)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attend_blocks(q, k, v, mask, ordered):
     return _forward(q, k, v, mask, ordered)[0]
 
 
@@ -151,7 +122,7 @@ def _backward_block(keys, values, q, mask, lse, d_out, d_lse):
     return (d_keys, d_values), _whole(d_q, q.shape).astype(q.dtype)
 
 
-_attend_blocks.defvjp(_forward, _backward)
+attend.defvjp(_forward, _backward)
 
 
 def _product(axes: str, x: jax.Array, y: jax.Array) -> jax.Array:
@@ -198,8 +169,8 @@ def _strips(X: int, Y: int, ordered: bool) -> list[tuple[int, int, int]]:
 
 
 def queries_at_once(X: int, Y: int) -> int:
-    """Queries computed at once in a row of X queries and Y keys: all of a short row, else a block."""
-    return X if X <= SHORT else min(X, max(FEWEST_QUERIES, BLOCK_SCORES // Y))
+    """Queries computed at once in a row of X queries and Y keys."""
+    return min(X, max(FEWEST_QUERIES, BLOCK_SCORES // Y))
 
 
 def _by_blocks(step, carry, size: int, arrays):

@@ -122,8 +122,8 @@ class Decoder(nnx.Module):
                 x, layer_kept = nnx.merge(block_def, weights)(x, rope, context, layer_kv)
                 return images.deepen(x, *number) if number else x, layer_kept
 
-            # Without `remat`, the outputs of matrix products are saved, and those of attention over long rows. Norms,
-            # rotations and activation functions cost less to recompute than to write and read.
+            # Without `remat`, the outputs of matrix products and of attention are saved. Norms, rotations and
+            # activation functions cost less to recompute than to write and read.
             policies = jax.checkpoint_policies
             products = policies.dots_with_no_batch_dims_saveable
             both = policies.save_from_both_policies(products, policies.save_only_these_names(KEPT))
@@ -158,7 +158,7 @@ def forward(
       images: outputs of the vision tower, for tokens that are placeholders of images.
       dtype: the dtype of activations and products; weights are cast where they are used.
       remat: whether to recompute each layer in the backward pass, so that only L residual streams are saved. Else the
-        outputs of its matrix products, and of attention over long rows, are saved too.
+        outputs of its matrix products and of attention are saved too.
 
     Returns:
       Normed hidden states `[P, X, D]`, and the keys and values that the context kept for each layer.

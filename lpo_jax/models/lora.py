@@ -31,7 +31,7 @@ from jax.typing import DTypeLike
 from lpo_jax.config import LoraSection, ModelSection
 from lpo_jax.errors import UserError, nearest
 from lpo_jax.models import decoder
-from lpo_jax.models.attend import KEPT
+from lpo_jax.models.attend import KEPT, accumulator
 from lpo_jax.models.config import ModelConfig
 from lpo_jax.models.parameters import VISION, declared, matrix_names, named, tower_matrix_names
 from lpo_jax.types import PyTree
@@ -116,21 +116,22 @@ class Adapted(struct.PyTreeNode):
         return checkpoint_name(_product(axes, self.scale, x, self.weight, self.a, self.b), KEPT)
 
     def merged(self) -> jax.Array:
-        """Return the equivalent plain matrix, float32."""
+        """Return the equivalent plain matrix, at least float32."""
         product = functools.partial(jnp.tensordot, axes=1, precision="highest")
         stacked = self.a.ndim + self.b.ndim - 2 > self.weight.ndim
         change = (jax.vmap(product) if stacked else product)(self.a, self.b)
-        return self.weight.astype(jnp.float32) + self.scale * change
+        return self.weight.astype(accumulator(self.weight.dtype)) + self.scale * change
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _product(axes: str, scale: float, x: jax.Array, weight: PyTree, a: jax.Array, b: jax.Array) -> jax.Array:
-    """x W + scale (x A) B, summed in float32 and rounded once."""
+    """x W + scale (x A) B, summed in at least float32 and rounded once."""
+    wide = accumulator(x.dtype)
     if hasattr(weight, "product"):  # quantised
-        base = weight.product(axes, x, jnp.float32)
+        base = weight.product(axes, x, wide)
     else:
-        base = jnp.einsum(axes, x, weight.astype(x.dtype), preferred_element_type=jnp.float32)
-    return (base + scale * _low_rank(axes, x, a, b, jnp.float32)).astype(x.dtype)
+        base = jnp.einsum(axes, x, weight.astype(x.dtype), preferred_element_type=wide)
+    return (base + scale * _low_rank(axes, x, a, b, wide)).astype(x.dtype)
 
 
 def _low_rank(axes: str, x: jax.Array, a: jax.Array, b: jax.Array, dtype: DTypeLike) -> jax.Array:

@@ -230,10 +230,19 @@ class ModelRunner:
         def microbatches(weights, batch):
             trained, fixed = weights
             microbatch = lambda i: jax.tree.map(lambda x: jnp.asarray(x)[i], batch)  # noqa: E731
+            pull_back = lambda i: jax.grad(weighted, has_aux=True)(trained, fixed, *microbatch(i))  # noqa: E731
+            widen = lambda g: g.astype(accumulator(g.dtype))  # noqa: E731
+
+            if (
+                len(rows.tokens) == 1
+            ):  # Without tokens its gradient is 0. There is nothing to clear and to add up.
+                gradient, stats = pull_back(0)
+                gradient = constrain_params(self.config, jax.tree.map(widen, gradient))
+                return gradient, jax.tree.map(lambda x: x[None], stats)
 
             def add(i, sums):
                 total, stats = sums
-                gradient, of_rows = jax.grad(weighted, has_aux=True)(trained, fixed, *microbatch(i))
+                gradient, of_rows = pull_back(i)
                 total = constrain_params(self.config, jax.tree.map(jnp.add, total, gradient))
                 return total, jax.tree.map(lambda kept, x: kept.at[i].set(x), stats, of_rows)
 

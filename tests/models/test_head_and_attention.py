@@ -150,7 +150,7 @@ def with_normaliser(q, k, v, mask):
 
 
 @pytest.mark.parametrize(
-    "ordered, Y, block",  # block: 512 for short rows, 4 for blocks, 2 for strips of several blocks
+    "ordered, Y, block",  # block: 512 for whole rows, 4 for blocks, 2 for strips of several blocks
     [
         (False, 7, 512),
         (False, 23, 2),
@@ -162,7 +162,7 @@ def with_normaliser(q, k, v, mask):
     ],
 )
 def test_attention_and_its_gradient_equal_autodiff(monkeypatch, ordered, Y, block):
-    for name, value in {"SHORT": block, "BLOCK_SCORES": 0, "FEWEST_QUERIES": block}.items():
+    for name, value in {"BLOCK_SCORES": 0, "FEWEST_QUERIES": block}.items():
         monkeypatch.setattr(attend, name, value)
     B, X, H, G, N = 2, 23, 4, 2, 8
     q, k, v = normal(B, X, H, N), normal(B, Y, G, N), normal(B, Y, G, N)
@@ -212,10 +212,7 @@ def test_source_without_a_key_has_no_weight():
     chex.assert_trees_all_close(*merged(q, k, v))
 
 
-def test_attention_over_long_rows_runs_forward_once_where_its_results_are_kept(
-    monkeypatch, tiny_config, tiny_params
-):
-    monkeypatch.setattr(attend, "SHORT", 4)
+def test_attention_runs_forward_once_where_its_results_are_kept(monkeypatch, tiny_config, tiny_params):
     tokens = jnp.ones((2, 16), jnp.int32)
 
     def flops(kept):
