@@ -80,7 +80,8 @@ def tiny_config():
 @pytest.fixture(scope="session")
 def tiny_params():
     # Scale the weights so that logits differ by nats: a nearly uniform distribution would hide mistakes.
-    return jax.tree.map(lambda p: 3 * p, init_params(CONFIG, jax.random.key(0)))
+    params = jax.device_get(init_params(CONFIG, jax.random.key(0)))
+    return jax.device_put(jax.tree.map(lambda p: 3 * p, params))
 
 
 @pytest.fixture(scope="session")

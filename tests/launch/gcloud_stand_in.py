@@ -1,4 +1,3 @@
-#!/usr/bin/env -S python3 -IS
 """A mock of gcloud that records its calls and replies from a script.
 
 $STAND_IN is a folder with `answers.json`. Its keys are verbs, such as `tpu-vm describe`, and parts of shell commands

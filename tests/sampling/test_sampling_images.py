@@ -73,7 +73,7 @@ def test_log_probs_are_those_of_whole_sequences(model, generated):
         tokens[row, :length], mask[row, :length] = ids + response, True
     logits = np.array(model.logits(tokens, mask, images))
     logits[..., [vision.image_token, vision.video_token]] = -np.inf
-    logp = jax.nn.log_softmax(logits)
+    logp = jax.device_get(jax.nn.log_softmax(logits))
     for row, (ids, response, sampled) in enumerate(rows):
         at = len(ids) - 1 + np.arange(len(response))
         np.testing.assert_allclose(logp[row, at, response], sampled[: len(response)], atol=2e-4)

@@ -120,7 +120,7 @@ def test_gradient_by_parts_equals_autodiff(case, plain, budget):
         np.where(mask, score(runner, model.params, packed).logp, 0), np.where(mask, logp, 0), atol=3e-5
     )
     trained, stats = pull_back(runner, model.params, packed, weight)
-    assert max(float(jnp.abs(x).max()) for x in jax.tree.leaves(trained["vision"])) > 0.1
+    assert max(np.abs(x).max() for x in jax.tree.leaves(jax.device_get(trained["vision"]))) > 0.1
     assert_close(trained, gradient)
     np.testing.assert_allclose(np.where(mask, stats.logp, 0), np.where(mask, logp, 0), atol=3e-5)
 
