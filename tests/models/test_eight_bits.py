@@ -1,6 +1,7 @@
 """Keys and values in 8 bits: how far they are off, and that attention reads what is stored."""
 
 import chex
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -44,18 +45,18 @@ def test_decode_attention_reads_what_is_stored(kv_dtype):
     q, k, v = (rng.normal(size=s).astype(np.float32) for s in ((B, G, C, I, N), (B, G, N, Y), (B, G, Y, N)))
     dtype = stored_dtype(kv_dtype, np.float32)
     k, v = store(k * np.exp(rng.normal(size=Y)).astype(np.float32), dtype, 2), store(v, dtype, 3)
-    start, stop = jnp.array([[0, 2, 8], [1, 0, 3]]), jnp.array([9, 4])
-    got = attend_cached(jnp.asarray(q), k, v, start, stop)
-    chex.assert_trees_all_close(
-        got, attend_cached(jnp.asarray(q), load(k, q.dtype), load(v, q.dtype), start, stop), atol=1e-5
-    )
+    start, stop = np.int32([[0, 2, 8], [1, 0, 3]]), np.int32([9, 4])
+    attend = jax.jit(attend_cached)
+    got, want = attend(q, k, v, start, stop), attend(q, load(k, q.dtype), load(v, q.dtype), start, stop)
+    chex.assert_trees_all_close(got, want, atol=1e-5)
 
 
 @EIGHT_BITS
 def test_a_prefill_attends_to_what_it_stores(kv_dtype, tiny_config):
-    q, k, v = (jnp.asarray(rng.normal(size=(2, 6, heads, 8)), jnp.float32) for heads in (4, 2, 2))
-    valid, positions = jnp.ones((2, 6), bool), jnp.broadcast_to(jnp.arange(6), (2, 6))
-    out, kept = Causal(valid, positions, keep=stored_dtype(kv_dtype, np.float32))(tiny_config, q, k, v)
-    rounded = [load(x, np.float32) for x in kept]
-    chex.assert_trees_all_close(out, Causal(valid, positions)(tiny_config, q, *rounded)[0])
-    assert np.abs(out - Causal(valid, positions)(tiny_config, q, k, v)[0]).max() > 1e-3
+    q, k, v = (rng.normal(size=(2, 6, heads, 8)).astype(np.float32) for heads in (4, 2, 2))
+    valid, positions = np.ones((2, 6), bool), np.tile(np.arange(6, dtype=np.int32), (2, 1))
+    keeping = Causal(valid, positions, keep=stored_dtype(kv_dtype, np.float32))
+    out, kept = jax.jit(lambda *qkv: keeping(tiny_config, *qkv))(q, k, v)
+    plain = jax.jit(lambda *qkv: Causal(valid, positions)(tiny_config, *qkv)[0])
+    chex.assert_trees_all_close(out, plain(q, *(load(x, np.float32) for x in kept)))
+    assert np.abs(out - plain(q, k, v)).max() > 1e-3

@@ -131,14 +131,16 @@ def test_keys_in_pages(monkeypatch, block, stored):
 def test_the_twin_is_attention_to_keys_in_order():
     B, G, C, I, N = 2, 2, 1, 2, 16
     k, v, q = normal(B, G, N, M * X), normal(B, G, M * X, N), normal(B, G, C, I, N)
-    pool = jnp.zeros((Z, 2, G, N, X))
-    table = jnp.asarray(rng.permutation(Z)[: B * M].reshape(B, M))
+    pool = np.zeros((Z, 2, G, N, X), np.float32)
+    table = rng.permutation(Z)[: B * M].reshape(B, M).astype(np.int32)
+    keys, values = np.asarray(k), np.asarray(v)
     for b, m in np.ndindex(B, M):
         at = slice(m * X, (m + 1) * X)
-        pool = pool.at[table[b, m]].set(jnp.stack([k[b, :, :, at], jnp.swapaxes(v[b, :, at], 1, 2)]))
-    start, stop = jnp.array([[0], [9]]), jnp.array([M * X, 30])
+        pool[table[b, m]] = keys[b, :, :, at], values[b, :, at].swapaxes(1, 2)
+    start, stop = np.array([[0], [9]], np.int32), np.array([M * X, 30], np.int32)
+    plain = jax.jit(lambda *x: attend_pages(*x, "plain"))
     chex.assert_trees_all_close(
-        attend_pages(q, pool, table, start, stop, "plain"), attention.attend_cached(q, k, v, start, stop)
+        plain(q, pool, table, start, stop), jax.jit(attention.attend_cached)(q, k, v, start, stop)
     )
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from precision import astype, norm
 
 import lpo_jax
 from lpo_jax.commands.main import main
@@ -28,6 +29,7 @@ from lpo_jax.training.step import update
 pytestmark = pytest.mark.usefixtures("no_plots")
 
 LORA = Lora(rank=2, alpha=4.0, targets=("wq", "wo", "w_down"))
+init = jax.jit(lora.init, static_argnums=(0, 1))
 P, K, S, T = 2, 2, 5, 4
 
 
@@ -41,9 +43,9 @@ def batch(tiny_config):
 
 def trained(config, params, batch, optimizer, steps, dtype=jnp.float32):
     """Run updates of constant coefficients in microbatches; returns the adapters' state and last statistics."""
-    frozen = Frozen(jax.tree.map(jnp.copy, params), LORA.scale)
-    adapters = lora.init(config, LORA, jax.random.key(0))
-    state = TrainState(adapters, optimizer.init(adapters), frozen=frozen)
+    frozen = Frozen(jax.device_put(jax.tree.map(np.array, params)), LORA.scale)
+    adapters = init(config, LORA, jax.random.key(0))
+    state = TrainState(adapters, jax.jit(optimizer.init)(adapters), frozen=frozen)
     for _ in range(steps):
         runner = ModelRunner(config, token_budget=S + K * T, dtype=dtype)
         state, stats, _ = update(runner, optimizer, state, *batch)
@@ -55,7 +57,7 @@ def test_updates_move_the_adapters_alone(tiny_config, tiny_params, batch):
     optimizer = Optimizer(optax.adam(1e-2))
     state, _ = trained(tiny_config, tiny_params, batch, optimizer, steps=3)
     chex.assert_trees_all_equal(state.frozen.params, tiny_params)
-    start = lora.init(tiny_config, LORA, jax.random.key(0))
+    start = init(tiny_config, LORA, jax.random.key(0))
     moved = jax.tree.map(lambda x, y: float(jnp.abs(x - y).max()), state.params, start)
     assert min(jax.tree.leaves(moved)) > 1e-3
     chex.assert_trees_all_equal_shapes(state.opt_state.inner_state[0].mu, start)
@@ -66,23 +68,23 @@ def test_updates_move_the_adapters_alone(tiny_config, tiny_params, batch):
 def test_an_update_is_the_gradient_of_the_whole_batch(tiny_config, tiny_params, batch):
     """One step of SGD in microbatches equals autodiff of the whole batch."""
     state, _ = trained(tiny_config, tiny_params, batch, Optimizer(optax.sgd(1.0)), steps=1)
-    start, (groups, coefficients) = lora.init(tiny_config, LORA, jax.random.key(0)), batch
+    start, (groups, coefficients) = init(tiny_config, LORA, jax.random.key(0)), batch
 
     def loss(adapters):
         policy = lora.merge_adapters(lora.with_adapters(state.frozen, adapters))
         return (coefficients.logp * score(ModelRunner(tiny_config), policy, groups).logp).sum()
 
     want = jax.jit(jax.grad(loss))(start)
-    got = jax.tree.map(jnp.subtract, start, state.params)
-    error = optax.global_norm(jax.tree.map(jnp.subtract, got, want))
-    np.testing.assert_array_less(error / optax.global_norm(want), 1e-5)
+    got = jax.tree.map(np.subtract, *jax.device_get((start, state.params)))
+    error = norm(jax.tree.map(np.subtract, got, jax.device_get(want)))
+    np.testing.assert_array_less(error / norm(want), 1e-5)
 
 
 @pytest.mark.parametrize("with_adapters", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_bfloat16_keeps_what_is_trained_in_float32(tiny_config, tiny_params, batch, with_adapters):
     optimizer = Optimizer(optax.adam(1e-2))
     if with_adapters:
-        base = jax.tree.map(lambda p: p.astype(jnp.bfloat16), tiny_params)
+        base = astype(tiny_params, jnp.bfloat16)
         state, stats = trained(tiny_config, base, batch, optimizer, 1, jnp.bfloat16)
         chex.assert_trees_all_equal(state.frozen.params, base)
     else:
@@ -94,9 +96,9 @@ def test_bfloat16_keeps_what_is_trained_in_float32(tiny_config, tiny_params, bat
     )
     assert {x.dtype for x in floats} == {jnp.dtype(jnp.float32)}
     exact = score(ModelRunner(tiny_config), tiny_params, batch[0]).logp
-    gap = jnp.abs(stats.logp - exact)
+    gap = np.abs(np.asarray(stats.logp) - np.asarray(exact))
     assert gap.max() > 1e-4
-    np.testing.assert_array_less(jnp.sqrt(jnp.square(gap).mean()), 0.15)  # the rounding of bfloat16
+    np.testing.assert_array_less(np.sqrt(np.square(gap).mean()), 0.15)  # the rounding of bfloat16
 
 
 def config_for(run_config, output, steps):
