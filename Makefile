@@ -37,7 +37,7 @@ endif
 
 # Tests allocate and free memory all the time, so the process keeps freed memory, in huge pages. There are three workers
 # for two cores, because the tests of verifiers, launches and whole commands wait for other processes.
-pytest: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=100000000000:glibc.malloc.arena_max=4
+pytest test-isa: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=100000000000:glibc.malloc.arena_max=4
 pytest: .venv/installed
 	$(BIN)/python -m pytest -n 3 --dist worksteal $(ARGS)
 
