@@ -19,10 +19,13 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault("XLA_FLAGS", "")
 if "--xla_force_host_platform_device_count" not in os.environ["XLA_FLAGS"]:
     os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=8"
-# The older emitters of the CPU backend compile the same program in a third of the time. A program that is split for
-# several compiling threads takes a seventh more processor time, and the workers keep all cores busy.
+# A program that is split for several compiling threads takes a seventh more processor time, and the workers keep all
+# cores busy.
+if "codegen_split" not in os.environ["XLA_FLAGS"]:
+    os.environ["XLA_FLAGS"] += " --xla_cpu_parallel_codegen_split_count=1"
+# The older emitters of the CPU backend compile the same program in a third of the time.
 if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1" and "fusion_emitters" not in os.environ["XLA_FLAGS"]:
-    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 # Recording the traceback of every operation takes 7% of the processor time of tests.
 os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 # Many tests compile the same programs. Later tests and other workers read them from disk: 2 ms for a program
