@@ -9,6 +9,7 @@ import itertools
 import os
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -51,16 +52,17 @@ PROGRAMS = itertools.count()
 
 
 @functools.lru_cache(maxsize=1)
-def lowering_context(number, make=mlir.make_ir_context):
-    """Make the MLIR context in which jax lowers a hundred programs, rather than one for each.
+def lowering_context(thread, number, make=mlir.make_ir_context):
+    """Make the MLIR context in which jax lowers a hundred programs of a thread, rather than one for each program.
 
     It takes 6 ms to load all dialects into a context, a third of the time of a program of one operation. A context
-    keeps the constants of its programs, so that it is replaced after some of them.
+    keeps the constants of its programs, so that it is replaced after some of them, and is not safe to share between
+    threads.
     """
     return make()
 
 
-mlir.make_ir_context = lambda: lowering_context(next(PROGRAMS) // 100)
+mlir.make_ir_context = lambda: lowering_context(threading.get_ident(), next(PROGRAMS) // 100)
 
 
 def pytest_collection_modifyitems(items):
