@@ -29,12 +29,10 @@ NUMERIC_CORE := tests/models/test_golden.py $(addprefix tests/training/test_step
 run: .venv/installed
 	$(BIN)/lpo train configs/quickstart.yaml --resume $(ARGS)
 
-# The runs go on at the same time, because none of them keeps all cores busy from its start to its end.
 test: .venv/installed
-ifeq ($(ARGS)-$(shell uname -m),-x86_64)
-	$(MAKE) -j 3 lint pytest test-isa ISAS=SSE4_2 NUMERIC='$(NUMERIC_CORE)'
-else
 	$(MAKE) -j 2 lint pytest
+ifeq ($(ARGS)-$(shell uname -m),-x86_64)
+	$(MAKE) test-isa ISAS=SSE4_2 NUMERIC='$(NUMERIC_CORE)'
 endif
 
 # Tests allocate and free memory all the time, so the process keeps freed memory, in huge pages. There are three workers
