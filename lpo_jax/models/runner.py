@@ -233,9 +233,8 @@ class ModelRunner:
             pull_back = lambda i: jax.grad(weighted, has_aux=True)(trained, fixed, *microbatch(i))  # noqa: E731
             widen = lambda g: g.astype(accumulator(g.dtype))  # noqa: E731
 
-            if (
-                len(rows.tokens) == 1
-            ):  # Without tokens its gradient is 0. There is nothing to clear and to add up.
+            # There is nothing to clear and to add up. Without tokens the gradient is 0.
+            if len(rows.tokens) == 1:
                 gradient, stats = pull_back(0)
                 gradient = constrain_params(self.config, jax.tree.map(widen, gradient))
                 return gradient, jax.tree.map(lambda x: x[None], stats)
