@@ -8,14 +8,14 @@ batch, balanced by real tokens. A row has two forms:
   padded  `[p (S + k t)]`  p splits of one prompt and k responses, padded; attention runs on this form
 
 Lengths are known on the host, so a layout is planned there with numpy. Its sizes are static under jit and take few
-values: between two powers of two, C has 8 steps, and X, which only the head depends on, has 4; t is a power of two, or
-T. A run with growing responses compiles about thirty programs for each doubling of its tokens. If there is no padding,
-or too little to matter, both forms are the same.
+values: between two powers of two, C has 8 steps, and X, which only the head depends on, has 4; t is T. A run with
+growing responses compiles about twenty programs for each doubling of its tokens. If there is no padding, or too little
+to matter, both forms are the same.
 
 The gradient runs only the responses that have a signal, and their number changes in every update. Its layouts are
-`rounded`: C, X and k have 2 steps between two powers of two, p and M are powers of two, and `count` of the M
-microbatches run. If the tokens with a signal vary by a factor of two, about ten programs are compiled; by a factor of
-eight, thirty.
+`rounded`: C, X and k have 2 steps between two powers of two, p and M are powers of two, t is the power of two that fits
+the longest response, and `count` of the M microbatches run. If the tokens with a signal vary by a factor of two, about
+ten programs are compiled; by a factor of eight, thirty.
 
 Axes: P prompts · K responses · S prompt tokens · T response tokens · M microbatches · B rows of a microbatch ·
 C tokens of a packed row · p splits of a row · k responses of a split · t padded tokens of each, at most T ·
@@ -121,7 +121,7 @@ def plan_layout(
       rounded: round sizes up further, so that layouts of any number of responses have few sizes.
     """
     lengths, sizes = np.asarray(lengths), np.asarray(response_lengths)
-    (P, K), t = sizes.shape, _longest(sizes, T)
+    (P, K), t = sizes.shape, _longest(sizes, T, rounded)
     splits, k, rows = _best(lengths, sizes, S, t, token_budget, shards, extra_splits)
     p, k, count = _padded(rows, k, K, shards, rounded)
     steps = (2, 2) if rounded else (8, 4)
@@ -206,7 +206,7 @@ def packed_size(
 ) -> PackedSize:
     """Return the sizes of the layout that `plan_layout` plans from the same arguments, in a fraction of its time."""
     lengths, sizes = np.asarray(lengths), np.asarray(response_lengths)
-    t = _longest(sizes, T)
+    t = _longest(sizes, T, rounded)
     splits, k, rows = _best(lengths, sizes, S, t, token_budget, shards, extra_splits)
     p, k, count = _padded(rows, k, sizes.shape[1], shards, rounded)
     tokens = [lengths[group] + sizes[group, chosen].sum() for group, chosen in splits]
@@ -227,9 +227,9 @@ def stepped(n: int, steps: int = 8, least: int = 16) -> int:
     return -(-n // step) * step
 
 
-def _longest(sizes: np.ndarray, T: int) -> int:
-    """Return t: the longest response, rounded up to a power of two, but at most T."""
-    return min(stepped(int(sizes.max(initial=0)), 1), T)
+def _longest(sizes: np.ndarray, T: int, rounded: bool) -> int:
+    """Return t: T, or in rounded layouts the longest response, rounded up to a power of two, but at most T."""
+    return min(stepped(int(sizes.max(initial=0)), 1), T) if rounded else T
 
 
 def _padded(rows: list[list[int]], k: int, K: int, shards: int, rounded: bool) -> tuple[int, int, int]:

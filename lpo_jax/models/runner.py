@@ -200,8 +200,7 @@ class ModelRunner:
         if own.keys() != params.keys():
             cast = lambda g, x: g.astype(x.dtype)  # noqa: E731
             (of_tower,) = through_tower(jax.tree.map(cast, of_outputs, outputs))
-            widen = lambda g: g.astype(accumulator(g.dtype))  # noqa: E731
-            gradient = {**gradient, "vision": constrain_params(self.config, jax.tree.map(widen, of_tower))}
+            gradient = {**gradient, "vision": constrain_params(self.config, _widened(of_tower))}
         return gradient, jax.tree.map(layout.from_rows, TokenStats(**stats))
 
     def accumulate(
@@ -231,12 +230,11 @@ class ModelRunner:
             trained, fixed = weights
             microbatch = lambda i: jax.tree.map(lambda x: jnp.asarray(x)[i], batch)  # noqa: E731
             pull_back = lambda i: jax.grad(weighted, has_aux=True)(trained, fixed, *microbatch(i))  # noqa: E731
-            widen = lambda g: g.astype(accumulator(g.dtype))  # noqa: E731
 
             # There is nothing to clear and to add up. Without tokens the gradient is 0.
             if len(rows.tokens) == 1:
                 gradient, stats = pull_back(0)
-                gradient = constrain_params(self.config, jax.tree.map(widen, gradient))
+                gradient = constrain_params(self.config, _widened(gradient))
                 return gradient, jax.tree.map(lambda x: x[None], stats)
 
             def add(i, sums):
@@ -251,6 +249,11 @@ class ModelRunner:
             return jax.lax.fori_loop(0, count, add, (constrain_params(self.config, zero), stats))
 
         return summed(microbatches, ("data",), dim=1)((trained, fixed), (rows, given))
+
+
+def _widened(gradient: PyTree) -> PyTree:
+    """A gradient in at least float32."""
+    return jax.tree.map(lambda g: g.astype(accumulator(g.dtype)), gradient)
 
 
 class PackedRows(struct.PyTreeNode):

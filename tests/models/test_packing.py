@@ -102,16 +102,16 @@ def test_one_long_response_does_not_blow_up_the_padded_form():
     assert layout.prompt.shape[2] * (8 + 4 * 1024) <= packing.PADDED_BUDGETS * 2048
 
 
-@pytest.mark.parametrize("rounded", [False, True])
 @pytest.mark.parametrize(
     "longest, padded", [(3, 16), (16, 16), (65, 128), (256, 256), (257, 300), (300, 300)]
 )
-def test_attention_is_padded_to_the_longest_response(longest, padded, rounded):
+def test_attention_is_padded_to_the_longest_response(longest, padded):
     S, T = 8, 300
     sizes = np.array([[longest, 2, 1], [1, 0, 2]])
-    layout = packing.plan_layout(np.full(2, S), sizes, S, T, 10**6, rounded=rounded)
-    assert layout.response_size == padded
-    assert layout.unpack.shape[2] == 2 * (S + 3 * padded)
+    for rounded, t in ((True, padded), (False, T)):
+        layout = packing.plan_layout(np.full(2, S), sizes, S, T, 10**6, rounded=rounded)
+        assert layout.response_size == t
+        assert layout.unpack.shape[2] == 2 * (S + 3 * t)
 
 
 def test_few_sizes():
@@ -120,7 +120,7 @@ def test_few_sizes():
     for mean in np.geomspace(32, 64, 200):
         layout = packing.plan_layout(*lengths(32, 8, 32, 512, mean), 32, 512, 4096)
         shapes.add((layout.response_size, *(np.shape(x) for x in jax.tree.leaves(layout))))
-    assert len(shapes) <= 35
+    assert len(shapes) <= 25
 
 
 @pytest.mark.parametrize("P, K, S, T, budget", [(16, 8, 64, 16, 1280), (32, 8, 32, 512, 4096)])

@@ -115,13 +115,14 @@ def test_killed_run_goes_on_exactly(reference, run_config, one_layout, tmp_path,
     config = run_config(training={"save_plots": False})
     process = start(config, tmp_path / "config.yaml")
     wait_for_step(config, 1, process)
-    time.sleep(random.random() / 2)  # steps take 0.1 s, so that most signals arrive during one
+    time.sleep(
+        random.random() / 4
+    )  # the rest of the run takes longer; a signal after its end would kill Python
     process.send_signal(number)
     output = process.communicate(timeout=120)[0]
     if number != signal.SIGKILL and "finished" not in output:
         assert "--resume" in output or "lpo export" in output  # stopped by the signal, or already done
-        # After its report a run no longer handles signals, and the interpreter ends by them.
-        assert process.returncode in ((130,) if "--resume" in output else (0, -number)), output
+        assert process.returncode == (130 if "--resume" in output else 0), output
     if number == signal.SIGKILL:
         train(parse_config(config), resume=True)  # this process has the programs
     else:
