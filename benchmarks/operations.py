@@ -20,8 +20,10 @@ import tempfile
 from pathlib import Path
 
 from lpo_jax.allocator import keep_freed_memory
+from lpo_jax.parallel.compiler_flags import add_compiler_flags
 
 keep_freed_memory()
+add_compiler_flags()
 FOLDER = tempfile.TemporaryDirectory()
 PROGRAMS, TRACE = Path(FOLDER.name, "programs"), Path(FOLDER.name, "trace")
 os.environ["XLA_FLAGS"] = (

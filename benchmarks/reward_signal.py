@@ -14,8 +14,10 @@ import tempfile
 
 from lpo_jax.allocator import keep_freed_memory
 from lpo_jax.json_lines import print_line
+from lpo_jax.parallel.compiler_flags import add_compiler_flags
 
 keep_freed_memory()
+add_compiler_flags()
 
 import jax
 import numpy as np

@@ -12,8 +12,10 @@ import statistics
 
 from lpo_jax.allocator import keep_freed_memory
 from lpo_jax.json_lines import print_line
+from lpo_jax.parallel.compiler_flags import add_compiler_flags
 
 keep_freed_memory()
+add_compiler_flags()
 
 from lpo_jax.bench import measure
 from lpo_jax.bench.measure import seconds

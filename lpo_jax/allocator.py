@@ -8,16 +8,16 @@ cause 512 times fewer page faults.
 """
 
 import ctypes
-import glob
 import mmap
 import os
 import resource
 from pathlib import Path
 
+from lpo_jax.accelerators import has_accelerator
+
 # Parameters of mallopt(3) and their values: blocks of any size are allocated from the heap, free memory at its end is
 # not returned, and there is a single heap, because the heaps of other threads cannot hold large blocks.
 _SETTINGS = {"M_MMAP_MAX": (-4, 0), "M_TRIM_THRESHOLD": (-1, -1), "M_ARENA_MAX": (-8, 1)}
-_ACCELERATORS = ("/dev/nvidia[0-9]*", "/dev/accel[0-9]*", "/dev/vfio/[0-9]*", "/dev/kfd")
 _OVERCOMMIT = Path("/proc/sys/vm/overcommit_memory")
 
 
@@ -31,9 +31,8 @@ def keep_freed_memory() -> bool:
     by_hand = "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "") or any(
         name.startswith("MALLOC_") for name in os.environ
     )
-    accelerated = os.environ.get("JAX_PLATFORMS") != "cpu" and any(map(glob.glob, _ACCELERATORS))
     libc = ctypes.CDLL(None)
-    if by_hand or accelerated or not hasattr(libc, "mallopt"):
+    if by_hand or has_accelerator() or not hasattr(libc, "mallopt"):
         return False
     kept = all([libc.mallopt(*setting) for setting in _SETTINGS.values()])
     if kept and not _address_space_counts():

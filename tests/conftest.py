@@ -34,6 +34,10 @@ os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / "lpo_jax_test_programs"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
+from lpo_jax.parallel.compiler_flags import add_compiler_flags
+
+add_compiler_flags()  # as the commands do
+
 import jax
 import numpy as np
 import pytest

@@ -78,11 +78,11 @@ def test_no_address_space_is_reserved_where_it_is_limited(tmp_path):
 
 
 def test_memory_is_not_kept_beside_an_accelerator(monkeypatch, tmp_path):
-    from lpo_jax import allocator
+    from lpo_jax import accelerators, allocator
 
     for name in [name for name in os.environ if name == "GLIBC_TUNABLES" or name.startswith("MALLOC_")]:
         monkeypatch.delenv(name)
     (tmp_path / "nvidia0").touch()
     monkeypatch.setenv("JAX_PLATFORMS", "")
-    monkeypatch.setattr(allocator, "_ACCELERATORS", (f"{tmp_path}/nvidia[0-9]*",))
+    monkeypatch.setattr(accelerators, "_GPUS", f"{tmp_path}/nvidia[0-9]*")
     assert not allocator.keep_freed_memory()

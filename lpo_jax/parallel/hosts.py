@@ -24,7 +24,7 @@ from jax._src import distributed  # the client's key-value store has no public n
 
 from lpo_jax.errors import RunStopped, UserError
 from lpo_jax.parallel import gpus
-from lpo_jax.parallel.gpu_flags import add_gpu_flags
+from lpo_jax.parallel.compiler_flags import add_compiler_flags
 from lpo_jax.parallel.presence import SILENCE, Presence
 from lpo_jax.types import Json
 
@@ -87,7 +87,7 @@ def require_devices() -> None:
     platforms = jax.config.jax_platforms or ""  # type: ignore[attr-defined]
     if not platforms or {"cuda", "gpu"} & set(platforms.split(",")):
         gpus.prepare()
-    add_gpu_flags()
+    add_compiler_flags()
     try:
         jax.devices()
     except Exception as error:  # RuntimeError, or AssertionError for a platform whose plugin is missing
