@@ -26,7 +26,7 @@ from flax import struct
 from lpo_jax.models.attend import accumulator, attend
 from lpo_jax.models.config import ModelConfig
 from lpo_jax.models.eight_bits import dtype_of, load, split, store
-from lpo_jax.models.kernels import cudnn, pages, splash, triton, triton_pages, union
+from lpo_jax.models.kernels import cudnn, union
 from lpo_jax.models.kernels.choice import Attention, chosen
 from lpo_jax.models.kernels.union import merge
 from lpo_jax.parallel.sharding import on_each_shard
@@ -70,6 +70,8 @@ def shared_prefix_attention(
     P, X, H, N = q.shape
     attention, _ = chosen(attention, q.dtype, N, window)
     if attention in ("pallas", "interpret"):
+        from lpo_jax.models.kernels import splash
+
         return splash.shared_prefix(q, k, v, lengths, S, K, window, interpret=attention == "interpret")
     if attention != "plain":
         return union.shared_prefix(_gpu_kernel(attention), q, k, v, lengths, S, K, window)
@@ -93,7 +95,11 @@ def shared_prefix_attention(
 
 
 def _gpu_kernel(attention: Attention) -> union.Kernel:
-    return cudnn.KERNEL if attention == "cudnn" else triton.kernel(interpret=attention == "interpret_triton")
+    if attention == "cudnn":
+        return cudnn.KERNEL
+    from lpo_jax.models.kernels import triton
+
+    return triton.kernel(interpret=attention == "interpret_triton")
 
 
 def shared_prefix_positions(lengths: jax.Array, S: int, K: int, T: int) -> jax.Array:
@@ -131,6 +137,8 @@ class Causal(struct.PyTreeNode):
         _, X, _, N = q.shape
         attention, _ = chosen(self.attention, q.dtype, N, window)
         if attention in ("pallas", "interpret"):
+            from lpo_jax.models.kernels import splash
+
             return splash.causal(q, k, v, self.valid, window, interpret=attention == "interpret")
         if attention != "plain":
             # cuDNN counts keys from the start of a row.
@@ -375,8 +383,12 @@ def attend_pages(q, pool, table, start, stop, attention: Attention = "auto") -> 
     """
     attention, _ = chosen(attention, q.dtype, q.shape[-1], None)
     if attention in ("pallas", "interpret"):
+        from lpo_jax.models.kernels import pages
+
         return pages.attend_pages(q, pool, table, start, stop, interpret=attention == "interpret")
     if attention != "plain":
+        from lpo_jax.models.kernels import triton_pages
+
         interpret = attention == "interpret_triton"
         return triton_pages.attend_pages(q, pool, table, start, stop, interpret=interpret)
     by_leaf = jax.tree.map(lambda x: on_each_shard(_gather_pages, table, x), pool)
