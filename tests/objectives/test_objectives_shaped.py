@@ -194,14 +194,15 @@ def test_item_4_temperatures_are_finite_and_positive(rule, K):
 
 
 @pytest.mark.parametrize("rule", RULES)
+@in_float64
 def test_item_1_invalid_responses_and_order(rule):
-    R = np.random.default_rng(1).random((3, 4)).astype(np.float32)
+    R = np.random.default_rng(1).random((3, 4))
     tau = temperature(R, rule, ALL)
-    np.testing.assert_allclose(temperature(R[:, [2, 3, 0, 1]], rule, ALL), tau, rtol=1e-5)
+    np.testing.assert_allclose(temperature(R[:, [2, 3, 0, 1]], rule, ALL), tau, rtol=1e-10)
     more, mask = (
         np.pad(x, ((0, 1), (0, 2)), constant_values=fill) for x, fill in ((R, np.inf), (ALL, False))
     )
-    np.testing.assert_allclose(temperature(more, rule, mask)[:3], tau, rtol=1e-5)
+    np.testing.assert_allclose(temperature(more, rule, mask)[:3], tau, rtol=1e-10)
 
 
 # --- shaped rewards
