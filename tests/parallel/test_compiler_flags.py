@@ -4,10 +4,11 @@ import os
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from lpo_jax import accelerators
-from lpo_jax.parallel import compiler_flags
+from lpo_jax.parallel import compiler_flags, hosts
 
 GPU, CPU = "--xla_gpu_enable_command_buffer=+WHILE", "--xla_backend_optimization_level=2"
 
@@ -34,6 +35,14 @@ def test_flags_are_those_of_the_devices(monkeypatch, tmp_path, there, platforms,
         (tmp_path / there).touch()
     compiler_flags.add_compiler_flags()
     assert os.environ["XLA_FLAGS"] == expected
+
+
+def test_commands_add_the_flags_when_they_open_the_devices(monkeypatch):
+    jax.devices()  # opened with the flags of the tests, for the tests after this one
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.setenv("XLA_FLAGS", "")
+    hosts.require_devices()
+    assert os.environ["XLA_FLAGS"] == CPU
 
 
 def test_a_flag_that_the_compiler_lacks_is_left_out(monkeypatch):
