@@ -26,6 +26,9 @@ PACKAGE = "lpo_jax"
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 
+_parse = functools.lru_cache(maxsize=1000)(ast.parse)  # several tests read the whole package
+
+
 @dataclasses.dataclass(frozen=True)
 class Module:
     """A source file of the package: its dotted name, its room, its text and its syntax tree."""
@@ -39,10 +42,10 @@ class Module:
         """The subpackage, or the file's own name where it is directly in the package."""
         return self.name.split(".")[1] if "." in self.name else ""
 
-    @functools.cached_property
+    @property
     def tree(self) -> ast.Module:
         """The parsed source."""
-        return ast.parse(self.text)
+        return _parse(self.text)
 
 
 @dataclasses.dataclass(frozen=True, order=True)
