@@ -35,11 +35,12 @@ ifeq ($(ARGS)-$(shell uname -m),-x86_64)
 	$(MAKE) test-isa ISAS=SSE4_2 NUMERIC='$(NUMERIC_CORE)'
 endif
 
-# Tests allocate and free memory all the time, so the process keeps freed memory, in huge pages. There are three workers
-# for two cores, because the tests of verifiers, launches and whole commands wait for other processes.
+# Tests allocate and free memory all the time, so the process keeps freed memory, in huge pages. A worker runs whole
+# files, whose tests share programs. On two cores a third worker would fill the time in which tests wait for other
+# processes, but all tests would then take an eighth more processor time, which is more.
 pytest test-isa: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=100000000000:glibc.malloc.arena_max=4
 pytest: .venv/installed
-	$(BIN)/python -m pytest -n 3 --dist worksteal $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # All instruction sets are tested even after a failure. Each run ends with its smallest margins (tests/margins.py).
 test-isa: export JAX_DISABLE_MOST_OPTIMIZATIONS = 0

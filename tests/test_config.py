@@ -102,7 +102,7 @@ NOT_YAML = {
     "a key that is a list": "? [a]\n: 1\n",
     "an unknown tag": "output: !!python/object:os.system x\n",
     "a control character": "output: \x07\n",
-    "nesting": "output: " + "[" * 5000 + "]" * 5000 + "\n",
+    "nesting": "output: " + "[" * 1000 + "]" * 1000 + "\n",
     "an unclosed bracket": "output: [1\n",
     "nothing": "",
     "a text": "just words",

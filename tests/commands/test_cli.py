@@ -136,7 +136,7 @@ def test_mistakes_in_a_data_file(config_file, fails, tmp_path, line, says):
     assert says in message and str(data) in message
 
 
-def test_failed_start_can_be_started_again(config_file, fails, tmp_path, tiny_model):
+def test_failed_start_can_be_started_again(config_file, fails, no_plots, tmp_path, tiny_model):
     model = shutil.copytree(tiny_model, tmp_path / "model")
     path = config_file(
         model={"path": str(model)}, training={"steps": 0}, evaluation={"problems": 4}, checkpoint={"every": 0}
@@ -157,7 +157,7 @@ def test_foreign_output_directory_is_left_alone(config_file, fails, tmp_path):
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["thesis.txt"]
 
 
-def test_overlong_prompts_can_be_dropped(config_file, capsys):
+def test_overlong_prompts_can_be_dropped(config_file, no_plots, capsys):
     path = config_file(
         sampling={"max_prompt_tokens": 10, "overlong_prompts": "drop"},
         training={"steps": 0, "prompts_per_step": 2},
@@ -205,7 +205,7 @@ def test_train_then_eval_export_and_sample(config_file, one_layout, capsys, tmp_
     assert lines[:4] == lines[4:] and lines[0]["prompt"] == "say xx1"
 
 
-def test_exported_model_has_the_trained_weights(config_file, one_layout, tmp_path):
+def test_exported_model_has_the_trained_weights(config_file, one_layout, no_plots, tmp_path):
     import lpo_jax
     from lpo_jax.runs.checkpoint import load_run
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from scipy import stats
+import scipy
 
 from lpo_jax.compare.table import estimate_mean, solved, variance_of_mean
 from lpo_jax.evaluation.metrics import pass_at_k
@@ -40,7 +40,9 @@ def test_simulated_experiments_have_the_right_variance_and_coverage(parts, slack
 def test_with_one_problem_the_interval_is_students_over_seeds():
     x = np.array([0.3, 0.1, 0.25, 0.4, 0.2])
     of = estimate_mean(x[:, None])
-    np.testing.assert_allclose((of.low, of.high), stats.t.interval(0.95, 4, loc=x.mean(), scale=stats.sem(x)))
+    np.testing.assert_allclose(
+        (of.low, of.high), scipy.stats.t.interval(0.95, 4, loc=x.mean(), scale=scipy.stats.sem(x))
+    )
     assert of.mean == pytest.approx(0.25) and (of.wins, of.pairs) == (5, 5)
 
 
@@ -49,7 +51,7 @@ def test_with_equal_seeds_the_interval_is_students_over_problems():
     x = np.random.default_rng(2).normal(1.0, 1.0, size=80)
     of = estimate_mean(np.stack([x, x, x]))
     np.testing.assert_allclose(
-        (of.low, of.high), stats.t.interval(0.95, 79, loc=x.mean(), scale=stats.sem(x))
+        (of.low, of.high), scipy.stats.t.interval(0.95, 79, loc=x.mean(), scale=scipy.stats.sem(x))
     )
 
 

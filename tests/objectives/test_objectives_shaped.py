@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy
 from objective_cases import (
     full_batch,
     in_float64,
@@ -21,7 +22,6 @@ from objective_cases import (
     put,
     small,
 )
-from scipy import stats as distributions
 
 from lpo_jax import objectives as O
 from lpo_jax.objectives import advantage, shaping, weights
@@ -131,7 +131,7 @@ def test_masked_median_against_numpy():
 def beta_twin(p, m, v):
     """The public BNPO code, of the group means of a batch."""
     a, b = (m * (1 - m) / v - 1) * m, (m * (1 - m) / v - 1) * (1 - m)
-    return distributions.beta(max(1, 1 + a / 3), max(1, 1 + b / 3)).pdf(p)
+    return scipy.stats.beta(max(1, 1 + a / 3), max(1, 1 + b / 3)).pdf(p)
 
 
 @in_float64

@@ -103,12 +103,12 @@ def pool(max_rows=0, kv_tokens=0, many=False):
 @pytest.mark.parametrize(
     "window, options",
     [
-        (None, pool(6, 80)),
         (None, pool(8, 112, many=True)),
         (9, pool(6)),
         (9, pool(kv_tokens=40)),
         slow(None, pool()),
         slow(None, pool(6)),
+        slow(None, pool(6, 80)),
         slow(None, pool(kv_tokens=40)),
         slow(9, pool()),
         slow(9, pool(6, 80)),

@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import scipy.special
-import scipy.stats
+import scipy
 from precision import FORWARD_ROUNDING
 from tiny import character_tokenizer
 from tokenizers import processors

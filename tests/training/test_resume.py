@@ -161,7 +161,9 @@ def best(config):
     return step, model.params
 
 
-@pytest.mark.parametrize("moment", ["while it samples", "as its row is written"])
+@pytest.mark.parametrize(
+    "moment", [pytest.param("while it samples", marks=pytest.mark.slow), "as its row is written"]
+)
 def test_best_checkpoint_survives_sigterm_in_its_evaluation(run_config, one_layout, monkeypatch, moment):
     """The step is saved before or after its evaluation; in both cases its score is kept."""
     sections = {"training": {"steps": 3}, "checkpoint": {"every": 0, "keep": 1}, "evaluation": {"every": 1}}

@@ -222,6 +222,7 @@ def test_adapters_of_the_decoder_see_images(case):
     np.testing.assert_allclose(np.where(mask, stats.logp, 0), np.where(mask, expected, 0), atol=3e-5)
 
 
+@pytest.mark.slow
 @families("qwen2_5_vl")
 @in_float64
 def test_gradient_of_adapters_of_the_tower_is_autodiffs(exact_case):
