@@ -70,9 +70,9 @@ mlir.make_ir_context = lambda: lowering_context(threading.get_ident(), next(PROG
 
 
 def pytest_collection_modifyitems(items):
-    """Begin with the files that take longest, so that the workers, which run whole files, end at the same time.
+    """Begin with the directories whose files take longest, so that the workers end at the same time.
 
-    Every third file is one that waits for other processes, while there are such files.
+    A worker runs whole files. Every third file is one that waits for other processes, while there are such files.
     """
     files = dict.fromkeys(item.path for item in items)
     waiting = [file for file in files if file.parent.name in ("rewards", "launch")]

@@ -290,7 +290,7 @@ SIGNALS = [("lpo-forward", True, 2), ("lpo-forward", False, 0), ("grpo", False, 
 BUDGETS = [S + 2 * T, 1, 10**6]
 
 
-# Every layout is a program: one budget is tested with a case of each kind, and everything else in the slow tests.
+# Every layout is a program: one budget is tested with the first and with a later update, the rest in the slow tests.
 @pytest.mark.parametrize(
     "name, first, left_out, budget",
     [
