@@ -3,8 +3,9 @@
 A call is traced with JAX's profiler, and each traced operation is looked up in the compiled programs. The time of a
 kind is printed twice: as traced, and as it would be if all of its operations took as long as the fastest 5%, because
 other processes on the machine slow some of them down. Products show their rate at the second time. The first line gives
-the time of the call, and for how much of it at least one operation ran; the rest is the host's. Tracing itself takes
-some time, and an operation that leaves work to other threads can be traced as shorter than it is. CPU only.
+the time of the call, for how much of it at least one product ran, and for how much only other operations. The remainder
+is the host's, and that of products whose work is left to other threads, which are traced as shorter than they are (the
+gradients of weights, of which Eigen multiplies some). Tracing itself takes some time. CPU only.
 
     python benchmarks/operations.py sample --prompts 8 --responses 8 --prompt-tokens 64 --tokens 16
     python benchmarks/operations.py gradient --prompts 8 --responses 8 --prompt-tokens 64 --tokens 64
@@ -125,6 +126,21 @@ def traced(known: dict[tuple[str, str], Operation]) -> list[tuple[Operation, int
     return events
 
 
+def busy_times(events: list[tuple[Operation, int, int]]) -> tuple[float, float]:
+    """Return the milliseconds with at least one product running, and those with operations of other kinds alone."""
+    steps = []
+    for operation, start, end in events:
+        kind = int(operation.flops == 0)
+        steps += [(start, kind, 1), (end, kind, -1)]
+    times, running, last = [0, 0], [0, 0], 0
+    for now, kind, change in sorted(steps):
+        if any(running):
+            times[0 if running[0] else 1] += now - last
+        running[kind] += change
+        last = now
+    return times[0] / 1e6, times[1] / 1e6
+
+
 def report(taken: float, rate: float, events: list[tuple[Operation, int, int]], rows: int) -> None:
     """Print the table. `rate` is that of a large matrix product, FLOP/s."""
     kinds = collections.defaultdict(list)
@@ -136,15 +152,14 @@ def report(taken: float, rate: float, events: list[tuple[Operation, int, int]], 
         speed = f"{operation.flops / fast / 1e6:6.0f}" if operation.flops else " " * 6
         text = f"{len(times):6} {sum(times):9.1f} {fast * len(times):9.1f} {speed}"
         lines.append((fast * len(times), f"{text}  {operation.name} {operation.shape}"))
-    busy, until = 0.0, 0.0
-    for _, start, end in sorted(events, key=lambda event: event[1]):
-        busy, until = busy + max(0.0, end - max(start, until)), max(end, until)
+    products, rest = busy_times(events)
     fast, total = sum(time for time, _ in lines), sum(map(sum, kinds.values()))
-    products = sum(kind.flops * len(times) for kind, times in kinds.items())
-    print(f"call {taken * 1e3:.0f} ms, an operation running for {busy / 1e6:.0f} ms of it", end="; ")
+    flops = sum(kind.flops * len(times) for kind, times in kinds.items())
     print(
-        f"products {products / 1e9:.0f} GFLOP, alone {products / rate * 1e3:.0f} ms at {rate / 1e9:.0f} GFLOP/s"
+        f"call {taken * 1e3:.0f} ms: a product running for {products:.0f} ms, only others for {rest:.0f} ms",
+        end="; ",
     )
+    print(f"products {flops / 1e9:.0f} GFLOP, alone {flops / rate * 1e3:.0f} ms at {rate / 1e9:.0f} GFLOP/s")
     print(" calls  ms traced   ms fast GFLOP/s  operation and the shape that it writes")
     for _, line in sorted(lines, reverse=True)[:rows]:
         print(line)

@@ -1,21 +1,22 @@
 """Packing: groups of a prompt and its responses are packed into rows, so that little is spent on padding.
 
-A split is a prompt with all of its responses or, if the whole group exceeds the token budget, with some of them. The
-prompt then runs once with each split. Splits are assigned to M microbatches of B rows, one row for each shard of the
-batch, balanced by real tokens. A row has two forms:
+A split is a prompt with all of its responses or with some of them, if the whole group exceeds the token budget or if
+smaller splits fill the rows so much better that fewer tokens run, although the prompt then runs once with each split.
+Splits are assigned to M microbatches of B rows, one row for each shard of the batch, balanced by real tokens. A row has
+two forms:
 
   packed  `[C]`            the real tokens, concatenated; all matrix products run on this form
   padded  `[p (S + k t)]`  p splits of one prompt and k responses, padded; attention runs on this form
 
 Lengths are known on the host, so a layout is planned there with numpy. Its sizes are static under jit and take few
-values: between two powers of two, C has 8 steps, and X, which only the head depends on, has 4; t is T. A run with
-growing responses compiles about twenty programs for each doubling of its tokens. If there is no padding, or too little
-to matter, both forms are the same.
+values: C has 8 steps between two powers of two, X, which only the head depends on, is a multiple of C / 8, and t is T.
+A run with growing responses compiles about twenty programs for each doubling of its tokens. If there is no padding, or
+too little to matter, both forms are the same.
 
 The gradient runs only the responses that have a signal, and their number changes in every update. Its layouts are
-`rounded`: C, X and k have 2 steps between two powers of two, p and M are powers of two, t is the power of two that fits
-the longest response, and `count` of the M microbatches run. If the tokens with a signal vary by a factor of two, about
-ten programs are compiled; by a factor of eight, thirty.
+`rounded`: between two powers of two, C has 4 steps and k has 2; X is a multiple of C / 4, p and M are powers of two, t
+is the power of two that fits the longest response, and `count` of the M microbatches run. If the tokens with a signal
+vary by a factor of two, about thirteen programs are compiled; by a factor of eight, thirty.
 
 Axes: P prompts · K responses · S prompt tokens · T response tokens · M microbatches · B rows of a microbatch ·
 C tokens of a packed row · p splits of a row · k responses of a split · t padded tokens of each, at most T ·
@@ -23,6 +24,7 @@ X predicted tokens of a row.
 """
 
 import dataclasses
+import heapq
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +36,13 @@ from flax import struct
 PADDED_BUDGETS = 8
 # A layout may run this many times the tokens of the best one if it reuses the size of another program.
 NEAR = 1.08
+# Steps of C between two powers of two, and of X up to C, in layouts that are rounded or not.
+STEPS = {False: 8, True: 4}
+# The ways to divide groups that are tried, in the order of preference: (n, more) divides a group that exceeds the nth
+# part of the budget into the fewest parts that do not, and `more`. Parts of 2 + 2 + 2 + 2 responses can need less
+# padding than 3 + 3 + 2. Groups that fit into a row are divided in rounded layouts only, because the others have a
+# program for every k and M.
+DIVISIONS = {False: ((1, 0), (1, 1)), True: ((1, 0), (1, 1), (2, 0), (4, 0))}
 Split = tuple[int, list[int]]  # a prompt, and the indices of its responses
 NOWHERE = np.iinfo(np.int32).max  # an index past the end of every array; gathering there gives 0
 
@@ -103,8 +112,8 @@ def plan_layout(
     token_budget: int,
     shards: int = 1,
     *,
-    extra_splits: tuple[int, ...] = (0, 1),
     rounded: bool = False,
+    fewest: bool = False,
 ) -> PackedLayout:
     """Plan the packed layout of a batch of groups.
 
@@ -116,15 +125,13 @@ def plan_layout(
       token_budget: the most tokens in a packed row. The smallest split is one response with its prompt; it runs even if
         it exceeds the budget.
       shards: B, the number of shards of the batch.
-      extra_splits: numbers of splits to try beyond the fewest that fit, for groups that exceed the budget. Splits of
-        2 + 2 + 2 + 2 responses can need less padding than 3 + 3 + 2.
       rounded: round sizes up further, so that layouts of any number of responses have few sizes.
+      fewest: divide groups into the fewest splits that fit, even if more would need less padding.
     """
     lengths, sizes = np.asarray(lengths), np.asarray(response_lengths)
     (P, K), t = sizes.shape, _longest(sizes, T, rounded)
-    splits, k, rows = _best(lengths, sizes, S, t, token_budget, shards, extra_splits)
+    splits, k, rows = _best(lengths, sizes, S, t, token_budget, shards, rounded, fewest)
     p, k, count = _padded(rows, k, K, shards, rounded)
-    steps = (2, 2) if rounded else (8, 4)
     if rounded:
         rows = rows + [[]] * (shards * stepped(len(rows) // shards, 1, least=1) - len(rows))
     R = len(rows)
@@ -146,10 +153,11 @@ def plan_layout(
     real, token = real.reshape(R, -1), np.where(real, token, NOWHERE).reshape(R, -1)
 
     most = int(real.sum(-1).max())
-    pack = _compressed(real, _row_size(most, steps[0], token_budget))
+    pack = _compressed(real, _row_size(most, token_budget, rounded))
     C = real.shape[1] if pack is None else pack.shape[1]
     own, source = own.reshape(R, -1), source.reshape(R, -1)
-    place = _compressed(own, min(stepped(int(own.sum(-1).max()), steps[1]), C))
+    step = max(16, C // STEPS[rounded])
+    place = _compressed(own, min(-(-max(int(own.sum(-1).max()), 1) // step) * step, C))
     place = np.broadcast_to(np.arange(own.shape[1]), own.shape) if place is None else place
     source = _along(source, place)
     shape = lambda x: None if x is None else x.reshape(-1, shards, *x.shape[1:]).astype(np.int32)  # noqa: E731
@@ -173,7 +181,7 @@ def full_layout(P: int, K: int, S: int, T: int, token_budget: int, shards: int =
 
     Its rows are the largest that batches with padding have, so `lpo plan` uses it to determine memory.
     """
-    return plan_layout(np.full(P, S), np.full((P, K), T), S, T, token_budget, shards, extra_splits=(0,))
+    return plan_layout(np.full(P, S), np.full((P, K), T), S, T, token_budget, shards, fewest=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,17 +209,17 @@ def packed_size(
     token_budget: int,
     shards: int = 1,
     *,
-    extra_splits: tuple[int, ...] = (0, 1),
     rounded: bool = False,
+    fewest: bool = False,
 ) -> PackedSize:
     """Return the sizes of the layout that `plan_layout` plans from the same arguments, in a fraction of its time."""
     lengths, sizes = np.asarray(lengths), np.asarray(response_lengths)
     t = _longest(sizes, T, rounded)
-    splits, k, rows = _best(lengths, sizes, S, t, token_budget, shards, extra_splits)
+    splits, k, rows = _best(lengths, sizes, S, t, token_budget, shards, rounded, fewest)
     p, k, count = _padded(rows, k, sizes.shape[1], shards, rounded)
     tokens = [lengths[group] + sizes[group, chosen].sum() for group, chosen in splits]
     most, padded = max(sum(int(tokens[split]) for split in row) for row in rows), p * (S + k * t)
-    packed = _row_size(most, 2 if rounded else 8, token_budget)
+    packed = _row_size(most, token_budget, rounded)
     return PackedSize(count, min(packed, padded), padded, len(splits))
 
 
@@ -238,28 +246,29 @@ def _padded(rows: list[list[int]], k: int, K: int, shards: int, rounded: bool) -
     return (stepped(p, 1, least=1), min(stepped(k, 2, least=1), K), count) if rounded else (p, k, count)
 
 
-def _row_size(most: int, steps: int, token_budget: int) -> int:
+def _row_size(most: int, token_budget: int, rounded: bool) -> int:
     """Return C for rows of at most `most` real tokens."""
-    return min(stepped(most, steps), max(token_budget, most))
+    return min(stepped(most, STEPS[rounded]), max(token_budget, most))
 
 
-def _best(lengths, sizes, S, t, budget, shards, extra_splits) -> tuple[list[Split], int, list[list[int]]]:
+def _best(lengths, sizes, S, t, budget, shards, rounded, fewest) -> tuple[list[Split], int, list[list[int]]]:
     """Return the splits, k, and the indices of the splits in each of the M B rows."""
-    found = []
-    for more in extra_splits:
-        splits = [
-            (p, part) for p in range(len(lengths)) for part in _divide(lengths[p], sizes[p], budget, more)
-        ]
+    found: list[tuple[int, list[Split], int, list[list[int]]]] = []
+    for n, more in DIVISIONS[rounded][: 1 if fewest else None]:
+        of_group = [_divide(*group, budget // n, more) for group in zip(lengths, sizes)]
+        splits = [(p, part) for p, parts in enumerate(of_group) for part in parts]
+        if any(splits == others for _, others, *_ in found):
+            continue
         tokens = np.array([lengths[p] + sizes[p, part].sum() for p, part in splits])
         k = max((len(part) for _, part in splits), default=1)
-        cost, rows = _assign(tokens, S + k * t, budget, shards)
+        cost, rows = _assign(tokens, S + k * t, budget, shards, rounded)
         found.append((cost, splits, k, rows))
     best = min(cost for cost, *_ in found)
     return next((splits, k, rows) for cost, splits, k, rows in found if cost <= NEAR * best)
 
 
 def _divide(length: int, sizes: np.ndarray, budget: int, more: int) -> list[list[int]]:
-    """Divide the responses of a group, if they do not fit, evenly into the fewest parts that fit and `more`."""
+    """Divide the responses of a group, if they do not fit, evenly into the fewest parts that fit, and `more`."""
     present = np.flatnonzero(sizes).tolist()
     if length + sizes.sum() <= budget or len(present) <= 1:
         return [present] if present else []
@@ -285,17 +294,20 @@ def _filled(sizes: np.ndarray, present: list[int], most: int) -> list[list[int]]
     return parts
 
 
-def _assign(tokens: np.ndarray, padded: int, budget: int, shards: int) -> tuple[int, list[list[int]]]:
+def _assign(
+    tokens: np.ndarray, padded: int, budget: int, shards: int, rounded: bool
+) -> tuple[int, list[list[int]]]:
     """Assign splits to M B rows; return the cost, which is the number of tokens that run with padding, and the rows.
 
-    M ranges from the fewest microbatches that fit to twice as many. The first M whose cost is near the best is taken,
-    so that consecutive steps tend to have the same M and so the same program.
+    M ranges from the fewest microbatches that fit to twice as many, in at most nine steps. The first M whose cost is
+    near the best is taken, so that consecutive steps tend to have the same M and so the same program.
 
     Args:
       tokens: real tokens of each split.
       padded: tokens of any split in the padded form.
       budget: the token budget.
       shards: B.
+      rounded: as in `plan_layout`.
     """
     n, widest = len(tokens), max(1, PADDED_BUDGETS * budget // padded)
     found: list[tuple[int, list[list[int]]]] = []
@@ -305,8 +317,8 @@ def _assign(tokens: np.ndarray, padded: int, budget: int, shards: int) -> tuple[
         load = max(sum(int(tokens[split]) for split in row) for row in rows)
         if found or (load <= budget and len(rows[0]) <= widest) or M * shards >= n:
             least = min(least, M)
-            found.append((M * min(stepped(load), len(rows[0]) * padded), rows))
-        M += 1
+            found.append((M * min(_row_size(load, budget, rounded), len(rows[0]) * padded), rows))
+        M += max(1, least // 8) if found else 1
     best = min(cost for cost, _ in found)
     return next((cost, rows) for cost, rows in found if cost <= NEAR * best)
 
@@ -315,11 +327,12 @@ def balanced(tokens: np.ndarray, R: int) -> list[list[int]]:
     """Assign splits to R rows, largest first, each to the row with the fewest tokens; rows have about equally many."""
     most = -(-len(tokens) // R)
     rows: list[list[int]] = [[] for _ in range(R)]
-    loads = np.zeros(R)
-    for split in np.argsort(-tokens, kind="stable"):
-        r = int(np.argmin(loads))
-        rows[r].append(int(split))
-        loads[r] = np.inf if len(rows[r]) == most else loads[r] + tokens[split]
+    loads = [(0, r) for r in range(R)]  # a heap of the rows with room
+    for split in np.argsort(-tokens, kind="stable").tolist():
+        load, r = heapq.heappop(loads)
+        rows[r].append(split)
+        if len(rows[r]) < most:
+            heapq.heappush(loads, (load + int(tokens[split]), r))
     return sorted(rows, key=len, reverse=True)
 
 

@@ -206,7 +206,7 @@ def _repacked(
     S, T, update = work.S, work.T, phase.name == "update"
     prompts = np.full(len(lengths), S)
     pack = lambda sizes, **how: packed_size(prompts, sizes, S, T, setting.token_budget, setting.shards, **how)  # noqa: E731
-    full = pack(np.full_like(lengths, T), extra_splits=(0,))
+    full = pack(np.full_like(lengths, T), fewest=True)
     found = pack(lengths, rounded=update)
     runs = found.microbatches / full.microbatches
     tokens = runs * found.tokens / full.tokens
