@@ -136,8 +136,8 @@ def test_updates_run_little_padding(P, K, S, T, budget, shards, most):
         prompts = rng.integers(S // 4, S, P)
         sizes = np.minimum(np.ceil(T / 5 * np.exp(rng.normal(size=(P, K)))), T).astype(int)
         sizes[rng.random(P) < 0.5] = 0
-        layout = packing.plan_layout(prompts, sizes, S, T, budget, shards, rounded=True)
-        run += run_tokens(layout)
+        size = packing.packed_size(prompts, sizes, S, T, budget, shards, rounded=True)
+        run += size.microbatches * shards * size.tokens
         once += prompts[sizes.any(1)].sum() + sizes.sum()
     assert run <= most * once
 
