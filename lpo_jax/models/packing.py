@@ -299,8 +299,8 @@ def _assign(
 ) -> tuple[int, list[list[int]]]:
     """Assign splits to M B rows; return the cost, which is the number of tokens that run with padding, and the rows.
 
-    M ranges from the fewest microbatches that fit to twice as many, in at most nine steps. The first M whose cost is
-    near the best is taken, so that consecutive steps tend to have the same M and so the same program.
+    M ranges from the fewest microbatches that fit to twice as many, in steps of an eighth of the fewest. The first M
+    whose cost is near the best is taken, so that consecutive steps tend to have the same M and so the same program.
 
     Args:
       tokens: real tokens of each split.
