@@ -28,10 +28,10 @@ def pad_groups(patch):
     """Run padded groups, which all have the same shapes."""
     packed = ModelRunner.pack
 
-    def pack(self, groups, mask, *, rounded=False):
+    def pack(self, groups, mask):
         P, K, T = mask.shape
         layout = full_layout(P, K, groups.prompts.shape[1], T, self.token_budget, batch_shards())
-        return packed(self, groups, mask, rounded=rounded).replace(layout=layout)
+        return packed(self, groups, mask).replace(layout=layout)
 
     patch.setattr(ModelRunner, "pack", pack)
 

@@ -8,15 +8,12 @@ two forms:
   packed  `[C]`            the real tokens, concatenated; all matrix products run on this form
   padded  `[p (S + k t)]`  p splits of one prompt and k responses, padded; attention runs on this form
 
-Lengths are known on the host, so a layout is planned there with numpy. Its sizes are static under jit and take few
-values: C has 8 steps between two powers of two, X, which only the head depends on, is a multiple of C / 8, and t is T.
-A run with growing responses compiles about twenty programs for each doubling of its tokens. If there is no padding, or
-too little to matter, both forms are the same.
-
-The gradient runs only the responses that have a signal, and their number changes in every update. Its layouts are
-`rounded`: between two powers of two, C has 4 steps and k has 2; X is a multiple of C / 4, p and M are powers of two, t
-is the power of two that fits the longest response, and `count` of the M microbatches run. If the tokens with a signal
-vary by a factor of two, about thirteen programs are compiled; by a factor of eight, thirty.
+Lengths are known on the host, so a layout is planned there with numpy. Its sizes are static under jit. The gradient
+runs only the responses that have a signal, and their number changes in every update, so sizes take few values: between
+two powers of two, C has 4 steps and k has 2; X, which only the head depends on, is a multiple of C / 4; p and M are
+powers of two; t is the power of two that fits the longest response; and `count` of the M microbatches run. If the
+tokens vary by a factor of two, about thirteen programs are compiled; by a factor of eight, thirty. If there is no
+padding, or too little to matter, both forms are the same.
 
 Axes: P prompts · K responses · S prompt tokens · T response tokens · M microbatches · B rows of a microbatch ·
 C tokens of a packed row · p splits of a row · k responses of a split · t padded tokens of each, at most T ·
@@ -36,13 +33,12 @@ from flax import struct
 PADDED_BUDGETS = 8
 # A layout may run this many times the tokens of the best one if it reuses the size of another program.
 NEAR = 1.08
-# Steps of C between two powers of two, and of X up to C, in layouts that are rounded or not.
-STEPS = {False: 8, True: 4}
+# Steps of C between two powers of two, and of X up to C.
+STEPS = 4
 # The ways to divide groups that are tried, in the order of preference: (n, more) divides a group that exceeds the nth
 # part of the budget into the fewest parts that do not, and `more`. Parts of 2 + 2 + 2 + 2 responses can need less
-# padding than 3 + 3 + 2. Groups that fit into a row are divided in rounded layouts only, because the others have a
-# program for every k and M.
-DIVISIONS = {False: ((1, 0), (1, 1)), True: ((1, 0), (1, 1), (2, 0), (4, 0))}
+# padding than 3 + 3 + 2.
+DIVISIONS = ((1, 0), (1, 1), (2, 0), (4, 0))
 Split = tuple[int, list[int]]  # a prompt, and the indices of its responses
 NOWHERE = np.iinfo(np.int32).max  # an index past the end of every array; gathering there gives 0
 
@@ -112,8 +108,7 @@ def plan_layout(
     token_budget: int,
     shards: int = 1,
     *,
-    rounded: bool = False,
-    fewest: bool = False,
+    exact: bool = False,
 ) -> PackedLayout:
     """Plan the packed layout of a batch of groups.
 
@@ -125,14 +120,14 @@ def plan_layout(
       token_budget: the most tokens in a packed row. The smallest split is one response with its prompt; it runs even if
         it exceeds the budget.
       shards: B, the number of shards of the batch.
-      rounded: round sizes up further, so that layouts of any number of responses have few sizes.
-      fewest: divide groups into the fewest splits that fit, even if more would need less padding.
+      exact: do not round M, p and k up, and divide groups into the fewest splits that fit, even if more would need less
+        padding. For a batch whose sizes are always the same.
     """
     lengths, sizes = np.asarray(lengths), np.asarray(response_lengths)
-    (P, K), t = sizes.shape, _longest(sizes, T, rounded)
-    splits, k, rows = _best(lengths, sizes, S, t, token_budget, shards, rounded, fewest)
-    p, k, count = _padded(rows, k, K, shards, rounded)
-    if rounded:
+    (P, K), t = sizes.shape, _longest(sizes, T)
+    splits, k, p, rows = _best(lengths, sizes, S, t, token_budget, shards, exact)
+    count = sum(map(bool, rows[::shards]))
+    if not exact:
         rows = rows + [[]] * (shards * stepped(len(rows) // shards, 1, least=1) - len(rows))
     R = len(rows)
 
@@ -153,10 +148,10 @@ def plan_layout(
     real, token = real.reshape(R, -1), np.where(real, token, NOWHERE).reshape(R, -1)
 
     most = int(real.sum(-1).max())
-    pack = _compressed(real, _row_size(most, token_budget, rounded))
+    pack = _compressed(real, _row_size(most, token_budget))
     C = real.shape[1] if pack is None else pack.shape[1]
     own, source = own.reshape(R, -1), source.reshape(R, -1)
-    step = max(16, C // STEPS[rounded])
+    step = max(16, C // STEPS)
     place = _compressed(own, min(-(-max(int(own.sum(-1).max()), 1) // step) * step, C))
     place = np.broadcast_to(np.arange(own.shape[1]), own.shape) if place is None else place
     source = _along(source, place)
@@ -181,7 +176,7 @@ def full_layout(P: int, K: int, S: int, T: int, token_budget: int, shards: int =
 
     Its rows are the largest that batches with padding have, so `lpo plan` uses it to determine memory.
     """
-    return plan_layout(np.full(P, S), np.full((P, K), T), S, T, token_budget, shards, fewest=True)
+    return plan_layout(np.full(P, S), np.full((P, K), T), S, T, token_budget, shards, exact=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,18 +204,16 @@ def packed_size(
     token_budget: int,
     shards: int = 1,
     *,
-    rounded: bool = False,
-    fewest: bool = False,
+    exact: bool = False,
 ) -> PackedSize:
     """Return the sizes of the layout that `plan_layout` plans from the same arguments, in a fraction of its time."""
     lengths, sizes = np.asarray(lengths), np.asarray(response_lengths)
-    t = _longest(sizes, T, rounded)
-    splits, k, rows = _best(lengths, sizes, S, t, token_budget, shards, rounded, fewest)
-    p, k, count = _padded(rows, k, sizes.shape[1], shards, rounded)
+    t = _longest(sizes, T)
+    splits, k, p, rows = _best(lengths, sizes, S, t, token_budget, shards, exact)
     tokens = [lengths[group] + sizes[group, chosen].sum() for group, chosen in splits]
     most, padded = max(sum(int(tokens[split]) for split in row) for row in rows), p * (S + k * t)
-    packed = _row_size(most, token_budget, rounded)
-    return PackedSize(count, min(packed, padded), padded, len(splits))
+    packed = _row_size(most, token_budget)
+    return PackedSize(sum(map(bool, rows[::shards])), min(packed, padded), padded, len(splits))
 
 
 def full_splits(K: int, S: int, T: int, token_budget: int) -> int:
@@ -235,36 +228,31 @@ def stepped(n: int, steps: int = 8, least: int = 16) -> int:
     return -(-n // step) * step
 
 
-def _longest(sizes: np.ndarray, T: int, rounded: bool) -> int:
-    """Return t: T, or in rounded layouts the longest response, rounded up to a power of two, but at most T."""
-    return min(stepped(int(sizes.max(initial=0)), 1), T) if rounded else T
+def _longest(sizes: np.ndarray, T: int) -> int:
+    """Return t: the longest response, rounded up to a power of two, but at most T."""
+    return min(stepped(int(sizes.max(initial=0)), 1), T)
 
 
-def _padded(rows: list[list[int]], k: int, K: int, shards: int, rounded: bool) -> tuple[int, int, int]:
-    """Return p and k as they are padded, and the number of microbatches with tokens."""
-    p, count = max(1, *map(len, rows)), sum(map(bool, rows[::shards]))
-    return (stepped(p, 1, least=1), min(stepped(k, 2, least=1), K), count) if rounded else (p, k, count)
-
-
-def _row_size(most: int, token_budget: int, rounded: bool) -> int:
+def _row_size(most: int, token_budget: int) -> int:
     """Return C for rows of at most `most` real tokens."""
-    return min(stepped(most, STEPS[rounded]), max(token_budget, most))
+    return min(stepped(most, STEPS), max(token_budget, most))
 
 
-def _best(lengths, sizes, S, t, budget, shards, rounded, fewest) -> tuple[list[Split], int, list[list[int]]]:
-    """Return the splits, k, and the indices of the splits in each of the M B rows."""
-    found: list[tuple[int, list[Split], int, list[list[int]]]] = []
-    for n, more in DIVISIONS[rounded][: 1 if fewest else None]:
+def _best(lengths, sizes, S, t, budget, shards, exact) -> tuple[list[Split], int, int, list[list[int]]]:
+    """Return the splits, k, p, and the indices of the splits in each of the M B rows."""
+    found: list[tuple[int, list[Split], int, int, list[list[int]]]] = []
+    for n, more in DIVISIONS[: 1 if exact else None]:
         of_group = [_divide(*group, budget // n, more) for group in zip(lengths, sizes)]
         splits = [(p, part) for p, parts in enumerate(of_group) for part in parts]
         if any(splits == others for _, others, *_ in found):
             continue
         tokens = np.array([lengths[p] + sizes[p, part].sum() for p, part in splits])
         k = max((len(part) for _, part in splits), default=1)
-        cost, rows = _assign(tokens, S + k * t, budget, shards, rounded)
-        found.append((cost, splits, k, rows))
+        k = k if exact else min(stepped(k, 2, least=1), sizes.shape[1])
+        cost, p, rows = _assign(tokens, S + k * t, budget, shards, exact)
+        found.append((cost, splits, k, p, rows))
     best = min(cost for cost, *_ in found)
-    return next((splits, k, rows) for cost, splits, k, rows in found if cost <= NEAR * best)
+    return next(tuple(of_layout) for cost, *of_layout in found if cost <= NEAR * best)
 
 
 def _divide(length: int, sizes: np.ndarray, budget: int, more: int) -> list[list[int]]:
@@ -295,9 +283,9 @@ def _filled(sizes: np.ndarray, present: list[int], most: int) -> list[list[int]]
 
 
 def _assign(
-    tokens: np.ndarray, padded: int, budget: int, shards: int, rounded: bool
-) -> tuple[int, list[list[int]]]:
-    """Assign splits to M B rows; return the cost, which is the number of tokens that run with padding, and the rows.
+    tokens: np.ndarray, padded: int, budget: int, shards: int, exact: bool
+) -> tuple[int, int, list[list[int]]]:
+    """Assign splits to M B rows; return the cost, which is the number of tokens that run with padding, p, and the rows.
 
     M ranges from the fewest microbatches that fit to twice as many, in steps of an eighth of the fewest. The first M
     whose cost is near the best is taken, so that consecutive steps tend to have the same M and so the same program.
@@ -307,20 +295,22 @@ def _assign(
       padded: tokens of any split in the padded form.
       budget: the token budget.
       shards: B.
-      rounded: as in `plan_layout`.
+      exact: as in `plan_layout`.
     """
     n, widest = len(tokens), max(1, PADDED_BUDGETS * budget // padded)
-    found: list[tuple[int, list[list[int]]]] = []
+    found: list[tuple[int, int, list[list[int]]]] = []
     M, least = 1, n
     while not found or M <= min(2 * least, -(-n // shards)):
         rows = balanced(tokens, M * shards)
         load = max(sum(int(tokens[split]) for split in row) for row in rows)
-        if found or (load <= budget and len(rows[0]) <= widest) or M * shards >= n:
+        p = max(1, len(rows[0]))
+        if found or (load <= budget and p <= widest) or M * shards >= n:
             least = min(least, M)
-            found.append((M * min(_row_size(load, budget, rounded), len(rows[0]) * padded), rows))
+            p = p if exact else min(stepped(p, 1, least=1), max(p, widest))
+            found.append((M * min(_row_size(load, budget), p * padded), p, rows))
         M += max(1, least // 8) if found else 1
-    best = min(cost for cost, _ in found)
-    return next((cost, rows) for cost, rows in found if cost <= NEAR * best)
+    best = min(cost for cost, *_ in found)
+    return next(layout for layout in found if layout[0] <= NEAR * best)
 
 
 def balanced(tokens: np.ndarray, R: int) -> list[list[int]]:

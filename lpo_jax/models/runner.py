@@ -10,7 +10,7 @@ tokens of a row.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -80,19 +80,18 @@ class ModelRunner:
     extra: tuple[Field, ...] = ()
     attention: Attention = "auto"
 
-    def pack(self, groups: Groups, mask: np.ndarray, *, rounded: bool = False) -> Groups:
+    def pack(self, groups: Groups, mask: np.ndarray) -> Groups:
         """Plan the packed layout of groups and of their images on the host.
 
         Args:
           groups: the groups.
           mask: `[P, K, T]`. A response ends at its last true value; without one it does not run.
-          rounded: as in `packing.plan_layout`.
         """
         T = mask.shape[-1]
         sizes = (np.asarray(mask) * np.arange(1, T + 1)).max(-1)
         S = groups.prompts.shape[1]
         budget, shards = self.token_budget, batch_shards()
-        layout = packing.plan_layout(groups.lengths, sizes, S, T, budget, shards, rounded=rounded)
+        layout = packing.plan_layout(groups.lengths, sizes, S, T, budget, shards)
         images = groups.images
         if groups.pictures is not None:
             real = np.arange(S) < np.asarray(groups.lengths)[:, None]
@@ -251,6 +250,26 @@ class ModelRunner:
         return summed(microbatches, ("data",), dim=1)((trained, fixed), (rows, given))
 
 
+def over_microbatches(run: Callable[[PyTree], PyTree], batch: PyTree, count: int | jax.Array) -> PyTree:
+    """Run the first `count` of M microbatches one after the other.
+
+    Args:
+      run: from a microbatch, with leaves `[B, ...]`, to outputs.
+      batch: leaves `[M, B, ...]`.
+
+    Returns:
+      Outputs with leaves `[M, ...]`; 0 for microbatches that did not run.
+    """
+    M = len(jax.tree.leaves(batch)[0])
+    microbatch = lambda i: jax.tree.map(lambda x: jnp.asarray(x)[i], batch)  # noqa: E731
+    if M == 1:
+        return jax.tree.map(lambda x: x[None], run(microbatch(0)))
+    outputs = jax.eval_shape(lambda: run(microbatch(0)))
+    zero = jax.tree.map(lambda x: jnp.zeros((M, *x.shape), x.dtype), outputs)
+    store = lambda i, kept: jax.tree.map(lambda k, x: k.at[i].set(x), kept, run(microbatch(i)))  # noqa: E731
+    return jax.lax.fori_loop(0, count, store, zero)
+
+
 def _widened(gradient: PyTree) -> PyTree:
     """A gradient in at least float32."""
     return jax.tree.map(lambda g: g.astype(accumulator(g.dtype)), gradient)
@@ -325,7 +344,7 @@ def score(runner: ModelRunner, params: decoder.Params, groups: Groups) -> TokenS
     """Compute the trainer's statistics `[P, K, T]` of given responses (part 1 of a step)."""
     layout, rows = runner.rows(groups)
     outputs = runner.image_outputs(params, groups)
-    stats = jax.lax.map(lambda rows: runner.token_stats(params, rows, outputs), rows)
+    stats = over_microbatches(lambda rows: runner.token_stats(params, rows, outputs), rows, layout.count)
     return whole(jax.tree.map(layout.from_rows, stats))
 
 
@@ -341,7 +360,7 @@ def top_k_teacher(runner: ModelRunner, count: int, params: decoder.Params, group
         return top_tokens(*head, runner.config.never_sampled)
 
     layout, rows = runner.rows(groups)
-    top = jax.tree.map(layout.from_rows, jax.lax.map(top_k, rows))
+    top = jax.tree.map(layout.from_rows, over_microbatches(top_k, rows, layout.count))
     return Teacher(**whole(top), valid=jnp.ones(groups.responses.shape[:2], bool))
 
 

@@ -206,8 +206,8 @@ def _repacked(
     S, T, update = work.S, work.T, phase.name == "update"
     prompts = np.full(len(lengths), S)
     pack = lambda sizes, **how: packed_size(prompts, sizes, S, T, setting.token_budget, setting.shards, **how)  # noqa: E731
-    full = pack(np.full_like(lengths, T), fewest=True)
-    found = pack(lengths, rounded=update)
+    full = pack(np.full_like(lengths, T), exact=True)
+    found = pack(lengths)
     runs = found.microbatches / full.microbatches
     tokens = runs * found.tokens / full.tokens
     attention = roofline.phase_attention(work, setting, phase.name)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from lpo_jax.models import decoder
 from lpo_jax.models.head import token_log_probs
 from lpo_jax.models.packing import take
-from lpo_jax.models.runner import Groups, ModelRunner
+from lpo_jax.models.runner import Groups, ModelRunner, over_microbatches
 from lpo_jax.parallel.sharding import whole
 
 LAST = 8  # tokens whose states are averaged
@@ -68,7 +68,7 @@ def round_features(
     layout, rows = runner.rows(groups)
     outputs = runner.image_outputs(params, groups)
     xs = rows, layout.to_rows(weight), take(groups.prompts, layout.prompt)
-    entropy, *of_response = jax.lax.map(chunk, xs)
+    entropy, *of_response = over_microbatches(chunk, xs, layout.count)
     own, prompt, sure = (layout.responses_from_rows(x) for x in of_response)
     entropy = jnp.where(mask, layout.from_rows(entropy), 0)
     ends = jnp.take_along_axis(entropy, jnp.maximum(count - 1, 0), axis=-1)[..., 0]

@@ -180,7 +180,7 @@ def take_step(
         used = current_stats(learner, state, minibatch, first=index == 0 and not learner.stale)
         found = signal(learner.objective, used, scored)
         tokens = jax.device_get(found.tokens if learner.signal_only else scored.mask)
-        groups = learner.runner.pack(minibatch.groups, tokens, rounded=learner.signal_only)
+        groups = learner.runner.pack(minibatch.groups, tokens)
         state, stats, norm = update(learner.runner, learner.optimizer, state, groups, found.cotangent)
         state = state.replace(control=found.control)
         run = groups.layout.num_tokens / max(minibatch.groups.layout.num_tokens, 1)

@@ -310,8 +310,7 @@ def test_what_has_no_signal_does_not_run_and_changes_nothing(
     used = TokenStats(rollouts.scored.behaviour_logp) if first else scored
     found = signal(objective, used, rollouts.scored)
     everything, some = (
-        runner.pack(rollouts.groups, np.asarray(mask), rounded=rounded)
-        for mask, rounded in ((rollouts.scored.mask, False), (found.tokens, True))
+        runner.pack(rollouts.groups, np.asarray(mask)) for mask in (rollouts.scored.mask, found.tokens)
     )
     want, _ = pull_back(runner, tiny_params, everything, found.cotangent)
     got, stats = pull_back(runner, tiny_params, some, found.cotangent)
@@ -328,7 +327,7 @@ def test_rows_end_at_their_last_token_with_a_cotangent(tiny_config, tiny_params,
     runner, groups = program_for(tiny_config), rollouts.groups
     tokens = np.zeros((P, K, T), bool)
     tokens[0, 0, 2] = tokens[2, 1, 0] = True
-    packed = runner.pack(groups, tokens, rounded=True)
+    packed = runner.pack(groups, tokens)
     assert packed.layout.num_tokens == groups.lengths[0] + 3 + groups.lengths[2] + 1
     cotangent = TokenStats(tokens.astype(np.float32))
     got, _ = pull_back(runner, tiny_params, packed, cotangent)
@@ -343,7 +342,7 @@ def test_an_update_without_any_signal_is_still_a_step_of_the_optimizer(tiny_conf
     found = signal(O.get("lpo-forward"), TokenStats(scored.behaviour_logp), scored)
     state, *_ = update(runner, optimizer, state, rollouts.groups, TokenStats(np.ones((P, K, T), np.float32)))
     before = jax.tree.map(np.array, (state.params, state.opt_state))
-    packed = runner.pack(rollouts.groups, np.asarray(found.tokens), rounded=True)
+    packed = runner.pack(rollouts.groups, np.asarray(found.tokens))
     assert packed.layout.num_tokens == packed.layout.count == 0
     state, stats, norm = update(runner, optimizer, state, packed, found.cotangent)
     assert norm == 0 and not np.any(stats.logp)
