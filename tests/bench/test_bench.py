@@ -65,6 +65,7 @@ def test_every_benchmark_prints_one_json_line(what, tiny_model, capsys, monkeypa
     assert result["model_flops"] > 0 and result["peak_memory_bytes"] > 0
 
 
+@pytest.mark.slow
 def test_groups_without_signal_do_not_run(tiny_model, no_plots):
     shapes = Shapes(4, 4, 8, 6, without_signal=0.75)
     overrides = ["--rewards.workers=1", "--mesh.devices=1"]

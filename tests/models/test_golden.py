@@ -17,6 +17,7 @@ def test_logits_equal_transformers(name, golden, deviation):
     np.testing.assert_array_less(deviation(load_model(golden / name), name), 1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "changes"),
     [

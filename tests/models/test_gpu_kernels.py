@@ -76,6 +76,7 @@ def test_shared_prefix(small_blocks, sizes, window, heads, width):
     chex.assert_trees_all_close(run("interpret_triton"), run("plain"), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_shared_prefix_in_bfloat16(small_blocks):
     """Products of bfloat16 and sums of float32, against the plain products of the same numbers in float32."""
     qkv, lengths, real = shared_prefix_case(3, 2, 20, 17)

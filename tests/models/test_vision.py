@@ -59,6 +59,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "changes"), [(name, x) for name in VISION for x in CHANGES[name]], ids=str)
 def test_golden_logits_see_every_switch(name, changes, golden):
     model, data, images = load(golden / name)
@@ -71,6 +72,7 @@ def test_golden_logits_see_every_switch(name, changes, golden):
     assert deviation(model, data, images) > 1e-3
 
 
+@pytest.mark.slow
 def test_golden_logits_see_every_parameter_of_the_tower(case):
     model, data, images = case
     whole = model.params

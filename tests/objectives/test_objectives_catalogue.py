@@ -73,6 +73,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name,option",
     # Without the word that brings them to life, these are refused: see `test_objectives_targets`.

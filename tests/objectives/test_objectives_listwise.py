@@ -382,6 +382,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CHANGES)
 def test_no_dead_option(name):
     objective, stats, scored = case(name)

@@ -169,6 +169,7 @@ def default_gradient(name):
     return stats, scored, run(OBJECTIVES[name], stats, scored)[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name,option", GATE_OPTIONS)
 def test_no_dead_option(name, option):
     stats, scored, gradient = default_gradient(name)

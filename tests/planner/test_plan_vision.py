@@ -118,9 +118,8 @@ def test_the_tower_has_a_backward_pass_where_it_is_trained(section, products, ru
     assert work.tower_products == products
 
 
-@pytest.mark.parametrize(
-    "freeze", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["frozen", "trained"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("freeze", [True, False], ids=["frozen", "trained"])
 def test_programs_with_images_compile_for_devices(freeze, run_config):
     """The planner's programs, for two devices of this machine."""
     model = read(GOLDEN / "qwen3_vl")

@@ -70,7 +70,6 @@ REFUSED = {
     ("prefix-values", "step-judge"): "both give credit",
 }
 PAIRS = [pair for pair in itertools.combinations(sorted(BESIDE), 2) if pair not in REFUSED]
-FAST = [("dynamic-sampling", "solution-hints")]  # run by default; all pairs take minutes
 
 
 def options(*names, judge=""):
@@ -332,11 +331,8 @@ def test_every_hook_is_paired():
     assert set(BESIDE) == set(CHECKS) == set(vocabulary.words("hooks"))
 
 
-@pytest.mark.parametrize(
-    "pair",
-    [pair if pair in FAST else pytest.param(pair, marks=pytest.mark.slow) for pair in PAIRS],
-    ids="+".join,
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("pair", PAIRS, ids="+".join)
 def test_two_hooks_both_have_their_effect(config_of, watched, no_plots, one_layout, pair):
     for seed in range(3):
         watched.clear()

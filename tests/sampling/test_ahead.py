@@ -90,7 +90,7 @@ def alone(models, lengths, weights_of, **settings):
     return run(models, 0, lengths, weights_of, **settings)[0]
 
 
-@pytest.mark.parametrize("ahead, max_rows", [(1, 0), (2, 5), slow(2, 0), slow(1, 5)])
+@pytest.mark.parametrize("ahead, max_rows", [(2, 5), slow(1, 0), slow(2, 0), slow(1, 5)])
 @pytest.mark.parametrize("case", ["ends", "ragged", "long tail", slow("truncated"), "none"])
 def test_rows_that_began_early_draw_the_same_tokens_from_the_same_weights(models, case, ahead, max_rows):
     """Without an update in between, nothing shows when a row has been sampled, or with which others."""
@@ -145,7 +145,7 @@ def test_tokens_are_those_of_the_recorded_weights(models, ahead):
 
 
 @pytest.mark.parametrize(
-    ("many", "attention"), [(False, "interpret"), (True, "plain")], ids=["kernels", "two shards"]
+    ("many", "attention"), [slow(False, "interpret"), (True, "plain")], ids=["kernels", "two shards"]
 )
 def test_kernels_and_shards_go_on_alike(models, many, attention):
     devices = np.array(jax.devices()[:4]).reshape(2, 1, 2)

@@ -31,7 +31,7 @@ def test_there_are_four_numbers():
 
 
 @pytest.mark.parametrize("sizes", [(5, 32), pytest.param((16, 5), marks=pytest.mark.slow)])
-@pytest.mark.parametrize("attention", ["plain", "interpret"])
+@pytest.mark.parametrize("attention", [pytest.param("plain", marks=pytest.mark.slow), "interpret"])
 def test_no_response_depends_on_the_tokens_of_a_call(one_layer, monkeypatch, attention, sizes):
     """With more rows than slots, a small pool of pages, and a stop string."""
     monkeypatch.setattr(pages, "PAGE", 4)

@@ -105,7 +105,7 @@ def pool(max_rows=0, kv_tokens=0, many=False):
     [
         (None, pool(8, 112, many=True)),
         (9, pool(6)),
-        (9, pool(kv_tokens=40)),
+        slow(9, pool(kv_tokens=40)),
         slow(None, pool()),
         slow(None, pool(6)),
         slow(None, pool(6, 80)),
@@ -130,7 +130,7 @@ def test_pages_and_preemption_change_no_response(sample, moves, options):
     "kv_dtype, way",
     [
         ("int8", "pages"),
-        ("int8", "resumed"),
+        slow("int8", "resumed"),
         slow("int8", "slots"),
         slow("int8", "mesh"),
         *(slow("fp8", way) for way in ("pages", "resumed", "slots", "mesh")),

@@ -52,6 +52,7 @@ def generated(model):
     return model.generate(PROMPTS, images=IMAGES, **SETTINGS)
 
 
+@one_family
 def test_log_probs_are_those_of_whole_sequences(model, generated):
     vision = model.config.vision
     rows, images = [], []
@@ -85,7 +86,7 @@ def test_responses_do_not_depend_on_other_prompts(model, generated):
     assert [alone.ids(0, k) for k in range(3)] == [generated.ids(1, k) for k in range(3)]
 
 
-@one_family
+@pytest.mark.slow
 def test_rows_set_aside_continue_behind_their_images(model, generated, monkeypatch):
     """With the KV cache in pages: set aside and resumed, a row sees its images at the same positions."""
     resumed, prefill = [], paging.PagedBatcher._insert_rows
@@ -127,6 +128,7 @@ def test_rows_that_go_on_read_their_images_again(model, generated):
     np.testing.assert_allclose(found.log_probs, generated.log_probs, atol=2e-4)
 
 
+@one_family
 def test_images_change_the_responses(model, generated):
     other = model.generate(PROMPTS, images=[[255 - x for x in row] for row in IMAGES], **SETTINGS)
     same = [other.ids(p, k) == generated.ids(p, k) for p in (0, 1, 3) for k in range(3)]

@@ -57,7 +57,7 @@ def test_killed_run_with_rows_in_flight_goes_on_exactly(run_config, one_layout, 
 @pytest.mark.parametrize(
     "sections",
     [
-        {"sampling": AHEAD | {"ahead": 2}},
+        pytest.param({"sampling": AHEAD | {"ahead": 2}}, marks=pytest.mark.slow),
         {"objective": {"name": "grpo", "token_weight": "truncated-importance"}},
         pytest.param(
             {"objective": {"name": "grpo"}, "training": {"updates_per_step": 1}}, marks=pytest.mark.slow

@@ -85,6 +85,7 @@ def test_bfloat16_trains(run_config):
     np.testing.assert_array_less(max(gaps), 0.5)
 
 
+@pytest.mark.slow
 def test_ragged_prompts_compile_a_stated_number_of_programs(run_config, monkeypatch):
     """There is one program per padded size: one for prompts, one for responses and a few for packed rows."""
     for module, name, static, donated, most in (

@@ -44,6 +44,7 @@ def test_checkpoints_elsewhere_are_found_by_resume_and_by_load_run(
     chex.assert_trees_all_equal(ends[0][0].params, ends[1][0].params)
 
 
+@pytest.mark.slow
 def test_updates_of_what_has_a_signal_equal_those_of_everything(run_config, no_plots):
     """Responses of one token often have equal rewards in a group."""
     ends, shares = {}, {}
@@ -71,7 +72,8 @@ def test_fewer_rows_at_once_sample_the_same(run_config, no_plots):
     chex.assert_trees_all_close(ends[0][1], ends[1][1], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("lora", [{}, pytest.param({"rank": 2, "targets": ["wq"]}, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [{}, {"rank": 2, "targets": ["wq"]}])
 def test_a_head_that_the_config_denies_is_trained_and_exported(
     lora, run_config, tiny_model, tmp_path, no_plots, one_layout
 ):

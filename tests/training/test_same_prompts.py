@@ -44,6 +44,7 @@ def asked(folder):
     ]
 
 
+@pytest.mark.slow
 def test_template_arguments_reach_every_prompt(
     chat_model, short_run, tiny_task, tmp_path, capsys, monkeypatch
 ):

@@ -20,16 +20,11 @@ from lpo_jax.planner.cost import program_cost
 from lpo_jax.planner.hlo import parse_hlo
 
 GOLDEN = Path(__file__).parents[1] / "models" / "golden"
+# Each family compiles large programs: the fast tests compute one gradient of one of them.
 FAMILIES = ["qwen2_5_vl", "qwen3_vl"]
 SIZES = [[(60, 90)], [(30, 150), (99, 61)], [], [(120, 100)]]
 P, K, T = 4, 3, 5
 init_adapters = jax.jit(lora.init, static_argnums=(0, 1))
-
-
-def families(always):
-    """Run a test for the family `always`, and for the other one in the slow tests: each compiles large programs."""
-    params = [name if name == always else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
-    return pytest.mark.parametrize("case", params, indirect=True)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -145,7 +140,7 @@ def test_gradient_by_parts_equals_autodiff(exact_case, plain, budget):
     np.testing.assert_allclose(np.where(mask, stats.logp, 0), np.where(mask, logp, 0), atol=EXACT)
 
 
-@families("qwen3_vl")
+@pytest.mark.slow
 @in_float64
 def test_gradient_with_a_frozen_tower_equals_autodiff(exact_case, plain):
     config, params, groups, mask, weight = exact_case
@@ -157,7 +152,7 @@ def test_gradient_with_a_frozen_tower_equals_autodiff(exact_case, plain):
     np.testing.assert_allclose(np.where(mask, stats.logp, 0), np.where(mask, plain[0], 0), atol=EXACT)
 
 
-@families("qwen2_5_vl")
+@pytest.mark.slow
 def test_the_tower_runs_once_for_a_group(case):
     """In the compiled update: its products do not become more with more responses, splits or microbatches."""
     model, groups, mask, weight = case
@@ -188,7 +183,7 @@ def test_the_tower_runs_once_for_a_group(case):
     assert flops == same > 0
 
 
-@families("qwen2_5_vl")
+@pytest.mark.slow
 def test_kernels_see_the_same_images(case):
     """Prompts and responses through the kernels for TPUs, in their interpreter."""
     model, groups, mask, _ = case
@@ -199,7 +194,9 @@ def test_kernels_see_the_same_images(case):
     np.testing.assert_allclose(*found, atol=1e-4)
 
 
-@families("qwen3_vl")
+@pytest.mark.parametrize(
+    "case", ["qwen3_vl", pytest.param("qwen2_5_vl", marks=pytest.mark.slow)], indirect=True
+)
 def test_a_batch_without_images_leaves_the_tower(case):
     model, groups, mask, weight = case
     runner = ModelRunner(model.config, token_budget=200)
@@ -208,7 +205,7 @@ def test_a_batch_without_images_leaves_the_tower(case):
     assert not any(np.asarray(x).any() for x in jax.tree.leaves(gradient["vision"]))
 
 
-@families("qwen3_vl")
+@pytest.mark.slow
 def test_adapters_of_the_decoder_see_images(case):
     model, groups, mask, weight = case
     adapters = lora.Lora(2, 4.0)
@@ -223,7 +220,6 @@ def test_adapters_of_the_decoder_see_images(case):
 
 
 @pytest.mark.slow
-@families("qwen2_5_vl")
 @in_float64
 def test_gradient_of_adapters_of_the_tower_is_autodiffs(exact_case):
     config, params, groups, mask, weight = exact_case
@@ -251,8 +247,8 @@ def test_gradient_of_adapters_of_the_tower_is_autodiffs(exact_case):
     assert_close(gradient, expected)
 
 
-@pytest.mark.parametrize("shape", [pytest.param((8, 1, 1), marks=pytest.mark.slow), (2, 2, 2)], ids=str)
-@families("qwen2_5_vl")
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)], ids=str)
 @in_float64
 def test_meshes_compute_the_same_gradient(exact_case, shape):
     config, params, groups, mask, weight = exact_case
