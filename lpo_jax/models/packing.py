@@ -252,7 +252,8 @@ def _best(lengths, sizes, S, t, budget, shards, exact) -> tuple[list[Split], int
         cost, p, rows = _assign(tokens, S + k * t, budget, shards, exact)
         found.append((cost, splits, k, p, rows))
     best = min(cost for cost, *_ in found)
-    return next(tuple(of_layout) for cost, *of_layout in found if cost <= NEAR * best)
+    _, splits, k, p, rows = next(layout for layout in found if layout[0] <= NEAR * best)
+    return splits, k, p, rows
 
 
 def _divide(length: int, sizes: np.ndarray, budget: int, more: int) -> list[list[int]]:

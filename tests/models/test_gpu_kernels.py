@@ -151,7 +151,7 @@ FEW, SPLIT, WHOLE = (1, 1, 12, 1 << 15), (30, 6, 16, 16 * 4 * 4), (512, 2, 16, 1
     [
         ("compute", WHOLE),
         ("int8", SPLIT),
-        ("fp8", FEW),
+        slow("fp8", FEW),
         *(slow("compute", sizes) for sizes in (SPLIT, FEW)),
         *(slow("int8", sizes) for sizes in (WHOLE, FEW)),
         *(slow("fp8", sizes) for sizes in (WHOLE, SPLIT)),

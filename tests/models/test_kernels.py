@@ -56,12 +56,9 @@ def test_causal(small_blocks, tiny_config, heads, window):
 @pytest.mark.parametrize(
     "sizes, window",
     [
-        ((2, 20, 17), None),
         ((3, 7, 140), 9),
-        *(
-            slow(*case)
-            for case in (((2, 20, 17), 9), ((3, 7, 140), None), ((1, 150, 6), 9), ((1, 150, 6), None))
-        ),
+        *(slow(sizes, None) for sizes in ((2, 20, 17), (3, 7, 140), (1, 150, 6))),
+        *(slow(sizes, 9) for sizes in ((2, 20, 17), (1, 150, 6))),
     ],
 )
 def test_shared_prefix(small_blocks, sizes, window):
@@ -176,7 +173,7 @@ def test_each_page_is_read_once():
     assert len(blocks) == 1 + 2 + 1 + 3 + 1 + 1
 
 
-@pytest.mark.parametrize("G", [2, 1])
+@pytest.mark.parametrize("G", [2, slow(1)])
 def test_on_a_mesh(G):
     """Each device runs the kernel on its rows and heads, with its pages; an axis that does not divide stays whole."""
     auto = (jax.sharding.AxisType.Auto,) * 3
@@ -196,7 +193,8 @@ def test_on_a_mesh(G):
         )
 
 
-@pytest.mark.parametrize("choice", ["interpret", slow("interpret_triton")])
+@pytest.mark.slow
+@pytest.mark.parametrize("choice", ["interpret", "interpret_triton"])
 def test_the_gradient_on_a_mesh(choice):
     auto = (jax.sharding.AxisType.Auto,) * 3
     mesh = jax.make_mesh((2, 2, 2), sharding.AXES, axis_types=auto)

@@ -69,7 +69,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("max_rows", [0, 8])
+@pytest.mark.parametrize("max_rows", [slow(0), 8])
 def test_weights_are_free_after_a_call_without_the_garbage_collector(tiny_config, tiny_params, max_rows):
     sampler = Sampler(tiny_config, EOS, max_rows=max_rows)
     weights = sampler.prepare(tiny_params)

@@ -190,7 +190,7 @@ def test_greedy_takes_the_most_probable_token(sample, plain_logits):
 
 @pytest.mark.parametrize(
     "sampling",
-    [Sampling(), Sampling(min_p=0.3), *(slow(x) for x in (Sampling(0.7, top_k=5), Sampling(top_p=0.5)))],
+    [Sampling(min_p=0.3), *(slow(x) for x in (Sampling(), Sampling(0.7, top_k=5), Sampling(top_p=0.5)))],
 )
 def test_draws_follow_the_distribution(sampling):
     """Frequencies of 40,000 draws from 600 tokens (three blocks of the inverse CDF, the last one ragged)."""

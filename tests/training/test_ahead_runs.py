@@ -54,14 +54,13 @@ def test_killed_run_with_rows_in_flight_goes_on_exactly(run_config, one_layout, 
     assert_same_run(learned(config), learned(whole))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sections",
     [
-        pytest.param({"sampling": AHEAD | {"ahead": 2}}, marks=pytest.mark.slow),
+        {"sampling": AHEAD | {"ahead": 2}},
         {"objective": {"name": "grpo", "token_weight": "truncated-importance"}},
-        pytest.param(
-            {"objective": {"name": "grpo"}, "training": {"updates_per_step": 1}}, marks=pytest.mark.slow
-        ),
+        {"objective": {"name": "grpo"}, "training": {"updates_per_step": 1}},
     ],
 )
 def test_methods_learn_from_stale_tokens(run_config, one_layout, sections):

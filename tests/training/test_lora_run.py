@@ -65,6 +65,7 @@ def test_updates_move_the_adapters_alone(tiny_config, tiny_params, batch):
     assert (batch[1].logp * score(ModelRunner(tiny_config), state.policy, batch[0]).logp).sum() < before - 0.1
 
 
+@pytest.mark.slow
 def test_an_update_is_the_gradient_of_the_whole_batch(tiny_config, tiny_params, batch):
     """One step of SGD in microbatches equals autodiff of the whole batch."""
     state, _ = trained(tiny_config, tiny_params, batch, Optimizer(optax.sgd(1.0)), steps=1)

@@ -129,6 +129,7 @@ def test_replayed_updates_count_in_the_schedule(method_config, one_layout, monke
     np.testing.assert_allclose(rates, expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_an_extended_run_keeps_its_schedule(method_config, one_layout, monkeypatch):
     """After the end of the schedule the learning rate stays at its final value, and `progress` at 1."""
     first, longer = (method_config("lpo-forward", "run", steps) for steps in (2, 4))

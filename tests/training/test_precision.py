@@ -23,7 +23,11 @@ TRUNCATED = {"name": "dr-grpo", "token_weight": "truncated-importance"}
 
 @pytest.mark.parametrize(
     "sampling, most",
-    [(INT8, [1.0, 0.15]), ({"kv_dtype": "int8"}, [1.0, 0.15]), ({"kv_dtype": "fp8"}, [3.0, 0.5])],
+    [
+        (INT8, [1.0, 0.15]),
+        ({"kv_dtype": "int8"}, [1.0, 0.15]),
+        pytest.param({"kv_dtype": "fp8"}, [3.0, 0.5], marks=pytest.mark.slow),
+    ],
 )
 def test_gap_of_sampling_in_8_bits_is_reported(run_config, one_layout, no_plots, sampling, most):
     if sampling is INT8:

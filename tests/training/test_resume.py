@@ -89,7 +89,7 @@ ROUNDED = {"sampling": {"kv_dtype": "int8"}, "optimizer": {"state": "bfloat16"}}
     ("whole", "parts"),
     [
         # Moments wait in the memory of the host, and are read to that of the device first in a resume.
-        pytest.param({}, {"optimizer": {"state": "host"}}, id="moments-on-the-host"),
+        pytest.param({}, {"optimizer": {"state": "host"}}, id="moments-on-the-host", marks=pytest.mark.slow),
         pytest.param(ROUNDED, ROUNDED, id="8-bits-and-rounded-moments"),
     ],
 )
