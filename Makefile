@@ -18,18 +18,21 @@ ISAS ?= default SSE4_2 AVX AVX2 AVX512
 NUMERIC ?= tests/objectives tests/models tests/sampling tests/rollout tests/parallel tests/planner tests/training \
   tests/runs tests/evaluation tests/reporting
 # Every `make test` compiles these as a run does: the float32 results against float64, autodiff and transformers. SSE4_2
-# has no FMA, so that they are rounded in a different way than in the other tests, which have the instructions of this
-# machine.
+# has no FMA, so that they are rounded in a different way than in the tests before, which have the instructions of this
+# machine. Beside the other tests they would take more time than after them.
 NUMERIC_CORE := tests/models/test_golden.py::test_logits_equal_transformers $(addprefix tests/training/test_step.py::, \
   test_scores_equal_those_of_each_response_alone test_three_parts_in_float32_differ_by_rounding)
 
-.PHONY: run test pytest test-isa numeric-core lint docs clean
+.PHONY: run test pytest test-isa lint docs clean
 
 run: .venv/installed
 	$(BIN)/lpo train configs/quickstart.yaml --resume $(ARGS)
 
 test: .venv/installed
-	$(MAKE) -j 3 lint pytest $(if $(filter -x86_64,$(ARGS)-$(shell uname -m)),numeric-core)
+	$(MAKE) -j 2 lint pytest
+ifeq ($(ARGS)-$(shell uname -m),-x86_64)
+	$(MAKE) test-isa ISAS=SSE4_2 NUMERIC='$(NUMERIC_CORE)'
+endif
 
 # Tests allocate and free memory all the time, so the process keeps freed memory, in huge pages. A worker runs whole
 # files, because the tests of a file share programs. On two cores, two workers are idle for 5 to 8% of the time, while
@@ -45,11 +48,6 @@ test-isa: .venv/installed
 	flags="$$XLA_FLAGS $$([ $$isa = default ] || echo --xla_cpu_max_isa=$$isa)"; echo "XLA_FLAGS=$$flags"; \
 	XLA_FLAGS="$$flags" $(BIN)/python -m pytest -n 2 --dist worksteal $(NUMERIC) $(ARGS) \
 	|| failed="$$failed $$isa"; done; if [ -n "$$failed" ]; then echo "failed under$$failed"; exit 1; fi
-
-# These few tests run while the other ones wait for processes; what they print comes at their end.
-numeric-core: .venv/installed
-	@out=$$(nice $(MAKE) test-isa ISAS=SSE4_2 NUMERIC='$(NUMERIC_CORE)' ARGS='-n 1 --timeout 1800' 2>&1); \
-	status=$$?; echo "$$out"; exit $$status
 
 lint: .venv/installed
 	$(BIN)/ruff check .
