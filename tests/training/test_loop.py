@@ -80,9 +80,10 @@ def test_bfloat16_trains(run_config):
     train(parse_config(config))
     params, metrics, _ = learned(config)
     assert params["embed"].dtype == np.float32  # master weights
-    gaps = [row["lpo/logp_gap_max"] for row in metrics if "lpo/logp_gap_max" in row]
+    # The mean: the largest gap of a few hundred tokens is that of one token whose logits are large.
+    gaps = [row["lpo/logp_gap_mean"] for row in metrics if "lpo/logp_gap_mean" in row]
     assert max(gaps) > 1e-4
-    np.testing.assert_array_less(max(gaps), 0.5)
+    np.testing.assert_array_less(max(gaps), 0.1)
 
 
 @pytest.mark.slow
