@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from precision import GRADIENT_ROUNDING
 
 from lpo_jax.config import parse_config
 from lpo_jax.errors import UserError
@@ -119,8 +118,9 @@ def written(path, model, task):
 
     values = run_values(path / "one", model, task)
     values["training"] |= {"steps": 4, "prompts_per_step": 8, "token_budget": 160}
-    # Adam's usual eps makes a sign of a gradient that is all rounding, and a trajectory of that.
-    values["optimizer"] = {"learning_rate": 0.01, "eps": 1.0, "clip_norm": 0.0, "weight_decay": 0.0}
+    # Adam's usual eps makes a sign of a gradient that is all rounding, and a trajectory of that. At a learning rate of
+    # 0.01, an update made a difference of 4e-7 between two gradients one of 3e-5.
+    values["optimizer"] = {"learning_rate": 0.001, "eps": 1.0, "clip_norm": 0.0, "weight_decay": 0.0}
     values["evaluation"] = {"every": 0, "problems": 4}
     values["mesh"] = {"data": 2, "fsdp": 2, "tensor": 2}
     values["checkpoint"] = {"every": 2}
@@ -130,7 +130,7 @@ def written(path, model, task):
 
 
 def agree(run, other):
-    """Check that responses are the same, and metrics up to the rounding of a gradient in each of the two runs."""
+    """Check that responses are the same, and metrics up to rounding."""
     assert texts(run) == texts(other)
     found, expected = rows(run), rows(other)
     assert [row.keys() for row in found] == [row.keys() for row in expected]
@@ -138,9 +138,7 @@ def agree(run, other):
         for name in row:
             # A score is the difference of log-probs of whole responses, which are far larger.
             rounding = 3e-5 if name == "lpo/score_abs_max" else 1e-6
-            np.testing.assert_allclose(
-                row[name], wanted[name], rtol=2 * GRADIENT_ROUNDING, atol=rounding, err_msg=name
-            )
+            np.testing.assert_allclose(row[name], wanted[name], rtol=1e-5, atol=rounding, err_msg=name)
 
 
 @pytest.mark.slow

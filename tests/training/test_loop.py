@@ -80,10 +80,10 @@ def test_bfloat16_trains(run_config):
     train(parse_config(config))
     params, metrics, _ = learned(config)
     assert params["embed"].dtype == np.float32  # master weights
-    # The mean: the largest gap of a few hundred tokens is that of one token whose logits are large.
-    gaps = [row["lpo/logp_gap_mean"] for row in metrics if "lpo/logp_gap_mean" in row]
-    assert max(gaps) > 1e-4
-    np.testing.assert_array_less(max(gaps), 0.1)
+    rows = [row for row in metrics if "lpo/logp_gap_max" in row]
+    largest, mean = (max(row[f"lpo/logp_gap_{of}"] for row in rows) for of in ("max", "mean"))
+    assert 1e-4 < largest < 0.5  # of one token, so that it has less of a margin than the mean
+    np.testing.assert_array_less(mean, 0.1)
 
 
 @pytest.mark.slow
