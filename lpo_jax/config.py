@@ -171,7 +171,8 @@ class TrainingSection(_Strict):
     pull_back: Literal["signal", "all"] = _option(
         "signal",
         "What an update computes the gradient of. signal: each response up to its last token whose coefficient is not "
-        "0, so that groups without a signal do not run; all: every response. The gradient is the same.",
+        "0, so that groups without a signal do not run; and groups that objective.degenerate = mask leaves out are not "
+        "scored either. all: every response. The gradient is the same.",
     )
     max_skipped_updates: Positive = _option(
         5, "Stop the run after this many consecutive updates with non-finite gradients."

@@ -130,7 +130,7 @@ class Context(flax.struct.PyTreeNode):
     Attributes:
       rewards: [P,K] float, 0 where invalid.
       valid: [P,K] bool, the response belongs to its group.
-      tokens: [P,K,T] bool, the tokens of valid responses.
+      tokens: [P,K,T] bool, the tokens of valid responses; after the selection, those of active groups only.
       delta: [P,K,T] log-ratio of the current policy to the behaviour policy, 0 outside `tokens`.
       stats, scored: the inputs of the objective, unchanged.
     """

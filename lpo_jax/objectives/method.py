@@ -18,7 +18,16 @@ import jax
 import jax.numpy as jnp
 
 from lpo_jax.objectives.advantage import Advantage, AdvantageRule, Credit
-from lpo_jax.objectives.batch import Context, ControlState, Field, Listwise, Scored, TokenStats
+from lpo_jax.objectives.batch import (
+    Context,
+    ControlState,
+    Field,
+    Listwise,
+    Scored,
+    Source,
+    TokenStats,
+    fields_from,
+)
 from lpo_jax.objectives.divergences import DIVERGENCES
 from lpo_jax.objectives.hook_specs import HookPhase, HookSpec
 from lpo_jax.objectives.part import Control, Part
@@ -111,16 +120,15 @@ class Objective:
           ValueError: two arrays have inconsistent shapes, or a field that the method needs is None.
         """
         context, view, c, weight = self._look(jax.lax.stop_gradient(stats), scored)
-        tokens = context.tokens & view.active[:, None, None]
-        delta = _log_ratio(stats.logp, scored.behaviour_logp, tokens)
+        delta = _log_ratio(stats.logp, scored.behaviour_logp, context.tokens)
         with jax.named_scope("trust_and_aggregate"):
-            W = self.token_weights(tokens)
+            W = self.token_weights(context.tokens)
             loss = (W * weight * self.gate(delta, c, context)).sum()
         value = self.projection.value(context, view.utilities, view.scores, view.log_target)
         if value is not None:
             # The value is that of the projection, the gradient that of the surrogate: the added term is exactly 0.
             loss = masked_mean(value, view.active) + (loss - jax.lax.stop_gradient(loss))
-        metrics = self._metrics(context, view, delta, tokens) | {"actor/pg_loss": loss}
+        metrics = self._metrics(context, view, delta) | {"actor/pg_loss": loss}
         with jax.named_scope("regular"):
             for part in self.regular:
                 if part.coefficient:
@@ -132,6 +140,17 @@ class Objective:
     def listwise(self, stats: TokenStats, scored: Scored) -> Listwise:
         """Return target, policy and coefficients of each group, before the gate and the mean over prompts."""
         return self._look(stats, scored)[1]
+
+    def left_out(self, scored: Scored) -> jax.Array:
+        """Return the groups [P] that neither the loss nor a mean contains, whatever the policy is.
+
+        Those are known before the policy's statistics: groups that are too small, and with `degenerate = "mask"`, those
+        of equal rewards, unless the shaped rewards depend on more than sampling and verification.
+        """
+        given = fields_from(Source.SAMPLING)
+        if not given.issuperset(name for part in self.shape for name in (*part.reads, *part.uses)):
+            return jnp.zeros(jnp.shape(scored.rewards)[:1], bool)
+        return ~self._shaped(TokenStats(scored.behaviour_logp), scored)[1]
 
     def token_weights(self, tokens: jax.Array) -> jax.Array:
         """Return weights W [P,K,T] of the tokens [P,K,T] to include."""
@@ -152,23 +171,19 @@ class Objective:
         """Return the masked minibatch, its groups, and coefficients and weights of the tokens ([P,K,1] if equal)."""
         _check_shapes(stats, scored)
         self._check_needs(stats, scored)
-        rewards = as_float(scored.rewards)
-        valid = _marked(scored) & jnp.isfinite(rewards)
         with jax.named_scope("signal"):
-            context = _context(rewards, valid, stats, scored)
-            for part in self.shape:
-                context = dataclasses.replace(context, rewards=jnp.where(valid, part(context), 0))
-            active = valid.sum(-1) >= self.min_group_size  # [P]
-            degenerate = active & (centred(context.rewards, valid) == 0).all(-1)
-            if self.degenerate == "mask":
-                active &= ~degenerate
+            context, active, degenerate = self._shaped(stats, scored)
+            valid = context.valid
             u, tau = self.advantage(context)
             if self.select is not None:
                 # Responses that are left out have still entered the baseline: advantages use the group as sampled.
-                valid &= self.select(context, u)
+                valid &= self.select(context, u) | ~active[:, None]
                 active &= valid.any(-1)
                 u = jnp.where(valid, u, 0)
                 context = _context(context.rewards, valid, stats, scored)
+            # Groups that are left out do not enter the statistics of the minibatch either.
+            tokens = context.tokens & active[:, None, None]
+            context = dataclasses.replace(context, tokens=tokens, delta=jnp.where(tokens, context.delta, 0))
             if self.bias is not None:
                 u = jnp.where(valid, self.bias(context, u), 0)
             if self.prompt_weight is not None and self.prompt_weight_inside:
@@ -185,13 +200,25 @@ class Objective:
             c = jnp.where(valid[..., None] & active[:, None, None], c, 0)
             c_k = c[..., 0] if c.shape[-1] == 1 else masked_mean(c, context.tokens, -1)
             weight = jnp.ones_like(c) if self.token_weight is None else self.token_weight(context, by_token)
-        delta = jnp.where(active[:, None, None], context.delta, 0)
-        clipped = self.gate.acts(delta, c, context) | self.projection.clipped(context)[..., None]
+        clipped = self.gate.acts(context.delta, c, context) | self.projection.clipped(context)[..., None]
         clipped &= context.tokens & (c != 0)
         log_p = listwise_log_probs(s, valid)
         rewards = context.rewards
         view = Listwise(valid, active, degenerate, rewards, tau, u, s, log_p, log_w, c_k, clipped)
         return context, view, c, weight
+
+    def _shaped(self, stats: TokenStats, scored: Scored) -> tuple[Context, jax.Array, jax.Array]:
+        """Return the minibatch with shaped rewards, and which groups [P] are active and which degenerate."""
+        rewards = as_float(scored.rewards)
+        valid = _marked(scored) & jnp.isfinite(rewards)
+        context = _context(rewards, valid, stats, scored)
+        for part in self.shape:
+            context = dataclasses.replace(context, rewards=jnp.where(valid, part(context), 0))
+        active = valid.sum(-1) >= self.min_group_size
+        degenerate = active & (centred(context.rewards, valid) == 0).all(-1)
+        if self.degenerate == "mask":
+            active &= ~degenerate
+        return context, active, degenerate
 
     def _scores(self, logp: jax.Array, context: Context) -> jax.Array:
         delta = self.gate.scored(_log_ratio(logp, context.scored.behaviour_logp, context.tokens))
@@ -204,9 +231,7 @@ class Objective:
             return None
         return self._scores(context.scored.behaviour_logp if anchor is None else anchor, context)
 
-    def _metrics(
-        self, context: Context, view: Listwise, delta: jax.Array, tokens: jax.Array
-    ) -> dict[str, jax.Array]:
+    def _metrics(self, context: Context, view: Listwise, delta: jax.Array) -> dict[str, jax.Array]:
         delta = jax.lax.stop_gradient(delta)
         size = view.valid.sum(-1)  # [P]
         uniform = jnp.where(view.valid, 1 / jnp.maximum(size, 1)[:, None], 0)  # [P,K]
@@ -232,8 +257,8 @@ class Objective:
                 DIVERGENCES["reverse-kl"].value(view.log_policy, view.log_target),
                 view.active & ~(view.valid & (view.log_target == -jnp.inf)).any(-1),
             ),
-            "actor/pg_clipfrac": masked_mean(view.clipped, tokens),
-            "actor/ppo_kl": masked_mean(-delta, tokens),
+            "actor/pg_clipfrac": masked_mean(view.clipped, context.tokens),
+            "actor/ppo_kl": masked_mean(-delta, context.tokens),
         }
 
     def _check_needs(self, stats: TokenStats, scored: Scored) -> None:

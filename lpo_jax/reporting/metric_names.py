@@ -136,7 +136,7 @@ METRICS: tuple[Metric, ...] = (
         "lpo/logp_gap_mean",
         "nats/token",
         "mean |log-prob in the sampler - log-prob in the trainer| with the same weights, over the tokens that the "
-        "first update runs (all with training.pull_back = all or rescored log-probs; not with sampling.ahead)",
+        "first update runs, or that are rescored (all with training.pull_back = all; not with sampling.ahead)",
     ),
     Metric("lpo/logp_gap_max", "nats", "maximum of this gap over the same tokens"),
     Metric(

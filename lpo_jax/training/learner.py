@@ -8,10 +8,11 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lpo_jax.models.lora import with_adapters
 from lpo_jax.models.placement import committed
-from lpo_jax.models.runner import ModelRunner, log_prob_gap, score
+from lpo_jax.models.runner import Groups, ModelRunner, log_prob_gap, score
 from lpo_jax.objectives import TokenStats
 from lpo_jax.objectives.batch import Field, Source, fields_from
 from lpo_jax.objectives.method import Objective
@@ -25,7 +26,7 @@ from lpo_jax.training.features import round_features
 from lpo_jax.training.measure import over_updates
 from lpo_jax.training.model import TrainedModel
 from lpo_jax.training.optimizer import Optimizer, make_optimizer, planned_updates
-from lpo_jax.training.step import signal, update
+from lpo_jax.training.step import left_out, signal, update
 from lpo_jax.types import Json, PyTree
 
 
@@ -37,7 +38,7 @@ class Learner:
       updates_per_step: minibatches that a batch is split into.
       schedule_steps: steps that the learning rate's schedule and `progress` extend over.
       rescores: whether the trainer computes the behaviour log-probs.
-      signal_only: whether an update runs only the responses with a signal.
+      signal_only: whether only the responses are scored and updated whose log-probs and gradients are needed.
       stale: whether the behaviour policy may be older than the policy at the first update of a step.
     """
 
@@ -98,6 +99,20 @@ def scores_first(objective: Objective) -> bool:
     return bool(objective.needs & fields_from(Source.POLICY, Source.POLICY_EXTRA))
 
 
+def to_score(learner: Learner, batch: Batch) -> tuple[Groups, np.ndarray]:
+    """What is scored of a packed batch: not the groups that the objective leaves out, whose log-probs nothing uses.
+
+    Returns:
+      The groups with a layout of the tokens to score, and these tokens `[P, K, T]`.
+    """
+    mask = np.asarray(batch.scored.mask, bool)
+    # With "keep", only groups that are too small would be left out, which is rare.
+    if not learner.signal_only or learner.objective.degenerate == "keep":
+        return batch.groups, mask
+    tokens = mask & ~jax.device_get(left_out(learner.objective, batch.scored))[:, None, None]
+    return learner.runner.pack(batch.groups, tokens), tokens
+
+
 def complete_batch(
     learner: Learner, batch: Batch, rollouts: Rollouts, tools: Tools
 ) -> tuple[Batch, dict[str, float]]:
@@ -109,9 +124,9 @@ def complete_batch(
     """
     groups, scored, gaps = batch.groups, batch.scored, {}
     if learner.rescores or rollouts.rescore:
-        by_trainer = behaviour_log_probs(learner, batch, tools)
+        by_trainer, tokens = behaviour_log_probs(learner, batch, tools)
         if not rollouts.rescore:
-            found = log_prob_gap(TokenStats(scored.behaviour_logp), TokenStats(by_trainer), scored.mask)
+            found = log_prob_gap(TokenStats(scored.behaviour_logp), TokenStats(by_trainer), tokens)
             gaps = {name: float(value) for name, value in found.items()}
         scored = scored.replace(behaviour_logp=by_trainer, sampler_logp=scored.behaviour_logp)
     batch = learner.pack(batch)
@@ -129,22 +144,24 @@ def complete_batch(
     return batch.replace(groups=groups), gaps
 
 
-def behaviour_log_probs(learner: Learner, batch: Batch, tools: Tools) -> jax.Array:
-    """The trainer's log-probs `[P, K, T]` of the batch under its behaviour policy.
+def behaviour_log_probs(learner: Learner, batch: Batch, tools: Tools) -> tuple[jax.Array, np.ndarray]:
+    """The log-probs `[P, K, T]` of the batch under its behaviour policy, and the tokens where they are the trainer's.
 
     Computed minibatch by minibatch, with the programs and the layouts that the updates score the same tokens with
     later, and therefore with the same rounding: a policy that has not changed has a log-ratio of exactly 0.
     """
-    parts = batch.split(learner.updates_per_step)
-    return jnp.concatenate(
-        [score(learner.runner, tools.params, learner.pack(part).groups).logp for part in parts]
-    )
+    parts = [learner.pack(part) for part in batch.split(learner.updates_per_step)]
+    groups, tokens = zip(*(to_score(learner, part) for part in parts))
+    by_trainer = jnp.concatenate([score(learner.runner, tools.params, part).logp for part in groups])
+    scored = np.concatenate(tokens)
+    return jnp.where(scored, by_trainer, batch.scored.behaviour_logp), scored
 
 
 def current_stats(learner: Learner, state: TrainState, batch: Batch, first: bool) -> TokenStats:
     """The policy's token statistics before an update on a minibatch: log-probs, and what the objective needs.
 
-    Without the others, the first update and the later ones share the program of `signal`.
+    Without the others, the first update and the later ones share the program of `signal`. Tokens that are not scored
+    keep the log-probs of the behaviour policy.
 
     Args:
       first: whether this is the first update after sampling by this policy, when the behaviour log-probs are its own
@@ -152,13 +169,18 @@ def current_stats(learner: Learner, state: TrainState, batch: Batch, first: bool
     """
     # Committed as those of `score` are, so that all updates have one program.
     used = TokenStats(committed(batch.scored.behaviour_logp))
-    if scores_first(learner.objective) or not first:
-        scored = score(learner.runner, state.policy, batch.groups)
+    again, compared = scores_first(learner.objective) or not first, Field.REF_LOGP in learner.objective.needs
+    if not again and not compared:
+        return used
+    groups, tokens = to_score(learner, batch)
+    if again:
+        scored = score(learner.runner, state.policy, groups)
         needed = {name: x for name, x in vars(scored).items() if name in learner.objective.needs}
-        used = TokenStats(**{"logp": used.logp if first else scored.logp, **needed})
-    if Field.REF_LOGP in learner.objective.needs:
+        logp = used.logp if first else jnp.where(tokens, scored.logp, used.logp)
+        used = TokenStats(**{"logp": logp, **needed})
+    if compared:
         reference = with_adapters(state.frozen, state.reference)
-        used = used.replace(ref_logp=score(learner.runner, reference, batch.groups).logp)
+        used = used.replace(ref_logp=score(learner.runner, reference, groups).logp)
     return used
 
 

@@ -34,6 +34,12 @@ from lpo_jax.training.optimizer import Optimizer
 from lpo_jax.types import PyTree
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def left_out(objective: Objective, scored: Scored) -> jax.Array:
+    """Return the groups [P] that a method leaves out whatever the policy is (`Objective.left_out`)."""
+    return whole(objective.left_out(scored))
+
+
 class Signal(struct.PyTreeNode):
     """The output of a method for a minibatch.
 

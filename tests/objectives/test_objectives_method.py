@@ -8,6 +8,7 @@ import pytest
 from objective_cases import OBJECTIVES, all_but, batch, full_batch, in_float64, put, run, run_jitted, some
 
 from lpo_jax import objectives as O
+from lpo_jax.objectives.batch import Source
 
 # The others differ from these in the temperature or the weights of tokens only.
 every_objective = pytest.mark.parametrize(
@@ -155,7 +156,9 @@ def test_item_17_duplicating_every_token():
     np.testing.assert_allclose(views[2].scores, views[0].scores * scored.mask.sum(-1), rtol=1e-4, atol=1e-7)
 
 
-@every_objective
+@pytest.mark.parametrize(
+    "name", some(OBJECTIVES, "lpo-forward", "lpo-reverse/none", "lpo-pointwise", "grpo/token-mean")
+)
 def test_item_17_whole_groups_split_into_microbatches(name):
     """A batch is the mean of its parts, weighed by their prompts (or tokens, for the token mean)."""
     objective = OBJECTIVES[name]
@@ -255,6 +258,32 @@ def test_degenerate_keep_pulls_back_and_mask_leaves_out():
     keep, mask = (run(O.get("grpo", degenerate=d), stats, scored)[2] for d in ("keep", "mask"))
     np.testing.assert_array_equal(keep[2], 0)
     np.testing.assert_allclose(mask, 1.5 * keep, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", some(O.names(), "lpo-forward", "poise", "empo", "fapo"))
+def test_groups_that_are_left_out_need_no_statistics(name):
+    """Whatever stands there, the rest is equal, so that `lpo_jax.training.learner` does not compute them."""
+    objective = O.get(name, degenerate="mask")
+    stats, scored = full_batch(seed=21, off=0.3, objective=objective)
+    clusters = np.array([[0, 0, 0, 1], [1, 0, 0, 0], [2, 2, 2, 2]], np.int32)
+    scored = scored.replace(
+        passed=put(scored.passed, 2, False), flawed=put(scored.flawed, 2, False), clusters=clusters
+    )
+    left = np.asarray(objective.left_out(scored))
+    rng, there = np.random.default_rng(0), np.flatnonzero(left)
+    noise = jax.tree.map(lambda x: put(x, there, rng.random((len(there), *x.shape[1:]))), stats)
+    want, got = (
+        jax.device_get(
+            (*run(objective, x, scored), objective.next_control(x, scored), objective.listwise(x, scored))
+        )
+        for x in (stats, noise)
+    )
+    chex.assert_trees_all_equal(got, want)
+    np.testing.assert_array_equal(got[2][left], 0)
+    assert np.abs(got[2]).max() > 0
+    # Rewards that a hook or the policy shapes are not known before.
+    early = all(field.source is Source.SAMPLING for part in objective.shape for field in part.reads)
+    assert left[2] == early and not left[:2].any()
 
 
 @every_objective

@@ -15,6 +15,7 @@ from lpo_jax import load_model
 from lpo_jax.config import parse_config
 from lpo_jax.reporting import read_metrics
 from lpo_jax.runs.checkpoint import load_run
+from lpo_jax.training import learner
 from lpo_jax.training.loop import train
 
 # With its usual eps, Adam amplifies a gradient that is only rounding error to its sign.
@@ -45,18 +46,36 @@ def test_checkpoints_elsewhere_are_found_by_resume_and_by_load_run(
 
 
 @pytest.mark.slow
-def test_updates_of_what_has_a_signal_equal_those_of_everything(run_config, no_plots):
+@pytest.mark.parametrize(
+    ("degenerate", "updates", "behaviour"), [("keep", 1, "sampled"), ("mask", 2, "rescored")]
+)
+def test_updates_of_what_has_a_signal_equal_those_of_everything(
+    run_config, no_plots, monkeypatch, degenerate, updates, behaviour
+):
     """Responses of one token often have equal rewards in a group."""
-    ends, shares = {}, {}
+    ends, shares, scored, score = {}, {}, {}, learner.score
     for way in ("signal", "all"):
-        training = {"steps": 1, "updates_per_step": 1, "pull_back": way}
+        training = {"steps": 1, "updates_per_step": updates, "pull_back": way, "behaviour": behaviour}
         sections = {"sampling": {"max_tokens": 1}, "evaluation": {"every": 0, "problems": 4}}
-        values = run_config(way, training=training, optimizer=SMOOTH, **sections)
+        objective = {"name": "lpo-forward", "degenerate": degenerate}
+        values = run_config(way, training=training, optimizer=SMOOTH, objective=objective, **sections)
+        seen = scored[way] = []
+
+        def counted(runner, params, groups, seen=seen):
+            seen.append(groups.layout.num_tokens)
+            return score(runner, params, groups)
+
+        monkeypatch.setattr(learner, "score", counted)
         train(parse_config(values))
         rows = [row for row in read_metrics(values["output"]) if "perf/signal_fraction" in row]
         shares[way] = [row["perf/signal_fraction"] for row in rows]
         ends[way] = texts(values["output"]), load_run(values["output"], "latest")[0].params
     assert shares["all"] == [1] and 0 < shares["signal"][0] < 1
+    if degenerate == "keep":
+        assert not scored["all"]
+    else:  # both minibatches by the behaviour policy, then the second one again
+        assert len(scored["signal"]) == len(scored["all"]) == 3
+        assert 0 < sum(scored["signal"]) < sum(scored["all"])
     assert ends["signal"][0] == ends["all"][0]
     chex.assert_trees_all_close(ends["signal"][1], ends["all"][1], rtol=1e-4, atol=1e-6)
 
