@@ -38,7 +38,9 @@ def test_uneven_lengths_are_geometric_and_an_eighth_of_the_longest():
     assert np.array_equal(lengths, Shapes(64, 64, 8, 256, uneven=True).lengths())
 
 
-@pytest.mark.parametrize("what", ["sample", pytest.param("train", marks=pytest.mark.slow), "step"])
+@pytest.mark.parametrize(
+    "what", ["sample", *(pytest.param(x, marks=pytest.mark.slow) for x in ("train", "step"))]
+)
 def test_every_benchmark_prints_one_json_line(what, tiny_model, capsys, monkeypatch, no_plots):
     monkeypatch.setattr(measure, "WIDTH", 64)
     monkeypatch.setattr(measure, "COPIED", 1024)

@@ -58,6 +58,7 @@ def extended(monkeypatch, tiny_config):
     return config, jax.tree.map(lambda p: 3 * p, decoder.init_params(config, jax.random.key(0)))
 
 
+@pytest.mark.slow
 def test_training_and_sampling_use_the_additions(extended):
     """All three attention contexts apply the switch: the sampler and the trainer give the same log-probs."""
     config, params = extended

@@ -85,6 +85,9 @@ def test_golden_logits_see_every_parameter_of_the_tower(case):
     model.params = whole
 
 
+@pytest.mark.parametrize(
+    "case", [pytest.param("qwen2_5_vl", marks=pytest.mark.slow), "qwen3_vl"], indirect=True
+)
 def test_images_packed_into_several_rows_give_the_same_outputs(case, monkeypatch):
     model, data, images = case
     cut = [[model.config.vision.processor.patches(image) for image in row] for row in images]
@@ -112,6 +115,7 @@ def test_text_alone_is_read_without_a_tower(case):
     np.testing.assert_allclose(with_empty[0][real], without[0][real], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_tower_without_deepstack_is_saved_and_read(golden, tmp_path):
     model, data, images = load(golden / "qwen3_vl")
     tower = dataclasses.replace(model.config.vision, deepstack=())

@@ -129,7 +129,7 @@ def test_pages_and_preemption_change_no_response(sample, moves, options):
 @pytest.mark.parametrize(
     "kv_dtype, way",
     [
-        ("int8", "pages"),
+        slow("int8", "pages"),
         slow("int8", "resumed"),
         slow("int8", "slots"),
         slow("int8", "mesh"),
@@ -170,6 +170,7 @@ def test_rows_resume_in_a_later_call(sample, moves):
     assert_same(got, whole)
 
 
+@pytest.mark.slow
 def test_rows_of_later_steps_are_set_aside_first(sample, moves):
     """Two rounds: those of the second are sampled as far as pages allow, and no row of the first waits for them."""
     first = np.zeros((P, K), int)

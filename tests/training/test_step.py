@@ -338,9 +338,9 @@ def test_rows_end_at_their_last_token_with_a_cotangent(tiny_config, tiny_params,
 def test_an_update_without_any_signal_is_still_a_step_of_the_optimizer(tiny_config, tiny_params, rollouts):
     scored = rollouts.scored.replace(rewards=np.ones((P, K), np.float32))
     runner, optimizer = program_for(tiny_config, S + 2 * T), Optimizer(optax.adam(0.1))
-    state = TrainState(copied(tiny_params), jax.jit(optimizer.init)(tiny_params))
     found = signal(O.get("lpo-forward"), TokenStats(scored.behaviour_logp), scored)
-    state, *_ = update(runner, optimizer, state, rollouts.groups, TokenStats(np.ones((P, K, T), np.float32)))
+    gradient, start = jax.tree.map(np.ones_like, tiny_params), jax.jit(optimizer.init)(tiny_params)
+    state = TrainState(*jax.jit(optimizer.apply)(gradient, start, copied(tiny_params))[:2])
     before = jax.tree.map(np.array, (state.params, state.opt_state))
     packed = runner.pack(rollouts.groups, np.asarray(found.tokens))
     assert packed.layout.num_tokens == packed.layout.count == 0

@@ -78,7 +78,7 @@ def learned(output):
 @pytest.mark.parametrize(
     ("freeze", "ahead"),
     [
-        pytest.param(True, 0, id="frozen"),
+        pytest.param(True, 0, id="frozen", marks=pytest.mark.slow),
         pytest.param(False, 0, id="trained", marks=pytest.mark.slow),
         pytest.param(True, 1, id="ahead", marks=pytest.mark.slow),
     ],

@@ -24,6 +24,7 @@ class Killed(BaseException):
     """Ends a run like kill -9: nothing is saved."""
 
 
+@pytest.mark.slow
 def test_a_kill_after_the_warm_start_keeps_the_cold_model(run_config, one_layout, monkeypatch, capsys):
     """The resumed run repeats the evaluation at step 0, but keeps that of the cold model, which is also at step 0."""
     sections = {"warm_start": {**WARM, "steps": 2, "only_below": 0.9}, "training": {"steps": 1}}
