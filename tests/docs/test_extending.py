@@ -66,7 +66,9 @@ def run(parts: list[str], folder: Path) -> str:
 @pytest.mark.parametrize(
     "recipe",
     [
-        pytest.param(name, marks=pytest.mark.slow) if name in ("A hook", "A model family") else name
+        pytest.param(name, marks=pytest.mark.slow)
+        if name in ("A hook", "A model family", "A divergence")
+        else name
         for name in recipes()
     ],
 )

@@ -47,7 +47,9 @@ def lpo(capsys, tmp_path, config, command, *arguments):
     return status, captured.err.strip().split("\n")[-1], captured.out
 
 
-@pytest.mark.parametrize("case", BROKEN)
+@pytest.mark.parametrize(
+    "case", ["raises", *(pytest.param(x, marks=pytest.mark.slow) for x in list(BROKEN)[1:])]
+)
 def test_the_cold_evaluation_stops(run_config, broken_task, tmp_path, capsys, case):
     fault, says = BROKEN[case]
     place = broken_task(fault)
