@@ -150,7 +150,9 @@ class Objective:
         given = fields_from(Source.SAMPLING)
         if not given.issuperset(name for part in self.shape for name in (*part.reads, *part.uses)):
             return jnp.zeros(jnp.shape(scored.rewards)[:1], bool)
-        return ~self._shaped(TokenStats(scored.behaviour_logp), scored)[1]
+        # A shape that uses them all the same gets rewards that are no numbers, which leave nothing out.
+        unknown = TokenStats(jnp.full_like(scored.behaviour_logp, jnp.nan))
+        return ~self._shaped(unknown, scored)[1]
 
     def token_weights(self, tokens: jax.Array) -> jax.Array:
         """Return weights W [P,K,T] of the tokens [P,K,T] to include."""

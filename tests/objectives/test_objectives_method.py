@@ -1,5 +1,7 @@
 """Whole objectives: gradients, on-policy equalities (METHODS 4.4 items 8, 9, 17), the bugs of PEERS."""
 
+import dataclasses
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,7 @@ from objective_cases import OBJECTIVES, all_but, batch, full_batch, in_float64, 
 
 from lpo_jax import objectives as O
 from lpo_jax.objectives.batch import Source
+from lpo_jax.objectives.shaping import Shape
 
 # The others differ from these in the temperature or the weights of tokens only.
 every_objective = pytest.mark.parametrize(
@@ -284,6 +287,16 @@ def test_groups_that_are_left_out_need_no_statistics(name):
     # Rewards that a hook or the policy shapes are not known before.
     early = all(field.source is Source.SAMPLING for part in objective.shape for field in part.reads)
     assert left[2] == early and not left[:2].any()
+
+
+def test_rewards_that_depend_on_the_policy_leave_no_group_out():
+    @dataclasses.dataclass(frozen=True)
+    class Drift(Shape):
+        def __call__(self, context):
+            return context.rewards - jnp.abs(context.delta).sum(-1)
+
+    objective = dataclasses.replace(O.get("lpo-forward", degenerate="mask"), shape=(Drift(),))
+    assert not objective.left_out(batch(seed=22)[1]).any()
 
 
 @every_objective
