@@ -142,10 +142,13 @@ class Objective:
         return self._look(stats, scored)[1]
 
     def left_out(self, scored: Scored) -> jax.Array:
-        """Return the groups [P] that neither the loss nor a mean contains, whatever the policy is.
+        """Return which groups [P] bool are inactive whatever the policy is, before its statistics are known.
 
-        Those are known before the policy's statistics: groups that are too small, and with `degenerate = "mask"`, those
-        of equal rewards, unless the shaped rewards depend on more than sampling and verification.
+        These are groups that are too small and, with `degenerate = "mask"`, groups of equal rewards. There are none if
+        the shaped rewards depend on more than sampling and verification.
+
+        Args:
+          scored: the fields that sampling and verification fill.
         """
         given = fields_from(Source.SAMPLING)
         if not given.issuperset(name for part in self.shape for name in (*part.reads, *part.uses)):

@@ -100,13 +100,13 @@ def scores_first(objective: Objective) -> bool:
 
 
 def to_score(learner: Learner, batch: Batch) -> tuple[Groups, np.ndarray]:
-    """What is scored of a packed batch: not the groups that the objective leaves out, whose log-probs nothing uses.
+    """Select the responses of a packed batch to score: all but those of groups that the objective leaves out.
 
     Returns:
       The groups with a layout of the tokens to score, and these tokens `[P, K, T]`.
     """
     mask = np.asarray(batch.scored.mask, bool)
-    # With "keep", only groups that are too small would be left out, which is rare.
+    # With "keep", only groups that are too small are left out. They are rare, so they are scored all the same.
     if not learner.signal_only or learner.objective.degenerate == "keep":
         return batch.groups, mask
     tokens = mask & ~jax.device_get(left_out(learner.objective, batch.scored))[:, None, None]

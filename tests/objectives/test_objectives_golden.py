@@ -114,17 +114,9 @@ def loss_and_gradient(objective, stats, scored):
 FLOAT32 = ("verl-grpo", "verl-gspo", "verl-cispo", "verl-sapo", "verl-clip-cov", "trl-dr-grpo")
 # In float64, one of each method. The others differ in their options, or are the same method of the other peer.
 FLOAT64 = (
-    *(
-        "verl-grpo",
-        "verl-dapo",
-        "verl-dr-grpo",
-        "verl-rloo",
-        "verl-gpg",
-        "verl-opo",
-        "verl-grpo-passk",
-        "verl-gspo",
-    ),
-    *("verl-gmpo", "verl-cispo", "verl-sapo", "verl-clip-cov", "verl-kl-cov", "trl-grpo-delta", "trl-bnpo"),
+    *("verl-grpo", "verl-dapo", "verl-dr-grpo", "verl-rloo", "verl-gpg", "verl-opo", "verl-grpo-passk"),
+    *("verl-gspo", "verl-gmpo", "verl-cispo", "verl-sapo", "verl-clip-cov", "verl-kl-cov"),
+    *("trl-grpo-delta", "trl-bnpo"),
 )
 
 

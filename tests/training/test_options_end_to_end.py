@@ -47,17 +47,22 @@ def test_checkpoints_elsewhere_are_found_by_resume_and_by_load_run(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("degenerate", "updates", "behaviour"), [("keep", 1, "sampled"), ("mask", 2, "rescored")]
+    ("objective", "updates", "behaviour"),
+    [
+        ({"name": "lpo-forward"}, 1, "sampled"),
+        # Scored are both minibatches by the behaviour policy or the reference, and the second one before its update.
+        ({"name": "lpo-forward", "degenerate": "mask"}, 2, "rescored"),
+        ({"name": "grpo", "degenerate": "mask", "kl_coef": 0.1}, 2, "sampled"),
+    ],
 )
 def test_updates_of_what_has_a_signal_equal_those_of_everything(
-    run_config, no_plots, monkeypatch, degenerate, updates, behaviour
+    run_config, no_plots, monkeypatch, objective, updates, behaviour
 ):
     """Responses of one token often have equal rewards in a group."""
     ends, shares, scored, score = {}, {}, {}, learner.score
     for way in ("signal", "all"):
         training = {"steps": 1, "updates_per_step": updates, "pull_back": way, "behaviour": behaviour}
         sections = {"sampling": {"max_tokens": 1}, "evaluation": {"every": 0, "problems": 4}}
-        objective = {"name": "lpo-forward", "degenerate": degenerate}
         values = run_config(way, training=training, optimizer=SMOOTH, objective=objective, **sections)
         seen = scored[way] = []
 
@@ -71,9 +76,9 @@ def test_updates_of_what_has_a_signal_equal_those_of_everything(
         shares[way] = [row["perf/signal_fraction"] for row in rows]
         ends[way] = texts(values["output"]), load_run(values["output"], "latest")[0].params
     assert shares["all"] == [1] and 0 < shares["signal"][0] < 1
-    if degenerate == "keep":
+    if updates == 1:
         assert not scored["all"]
-    else:  # both minibatches by the behaviour policy, then the second one again
+    else:
         assert len(scored["signal"]) == len(scored["all"]) == 3
         assert 0 < sum(scored["signal"]) < sum(scored["all"])
     assert ends["signal"][0] == ends["all"][0]
