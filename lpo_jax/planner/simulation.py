@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lpo_jax.sampling.batching import IDLE, MIN_SLOTS
+from lpo_jax.sampling.batching import IDLE, LAST_SLOTS, MIN_SLOTS
 from lpo_jax.sampling.calls import FEWEST
 from lpo_jax.sampling.kv_cache import EMPTY, FIRST_TOKENS, Capacity
 from lpo_jax.sampling.padding import next_power_of_two
@@ -144,10 +144,11 @@ class _Slots:
 
     def _resize(self) -> None:
         """Shrink the batch to the last rows, and enlarge the cache."""
-        most, left = int(self._active().sum(1).max()), int(self.left[self.left > 0].max())
-        if not any(self.queues) and most <= self._smaller() and left > self.call_tokens:
-            self.slots = max(MIN_SLOTS, next_power_of_two(most))
-            self.entries = min(self.entries, next_power_of_two(self._prompts()))
+        most, left = int(self._active().sum(1).max()), int(self.left.max())
+        if not any(self.queues) and most <= self._smaller():
+            self.slots = max(self._fewest(), next_power_of_two(most))
+            if not self._is_last_call():
+                self.entries = min(self.entries, next_power_of_two(self._prompts()))
         if self.index + min(self.call_tokens, left) > self.tokens:
             self.index = int(self.drawn[self.left > 0].max())
             while (
@@ -156,9 +157,15 @@ class _Slots:
             ):
                 self.tokens = min(2 * self.tokens, self.capacity.tokens)
 
+    def _is_last_call(self) -> bool:
+        return int(self.left.max()) <= self.call_tokens
+
+    def _fewest(self) -> int:
+        return LAST_SLOTS if self._is_last_call() else MIN_SLOTS
+
     def _smaller(self) -> int:
         half = next_power_of_two(self.slots // 2 + 1) // 2
-        return half if half >= MIN_SLOTS else 0
+        return half if half >= self._fewest() else 0
 
     def _prompts(self) -> int:
         """The number of prompts with active rows of the fullest shard."""

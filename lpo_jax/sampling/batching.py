@@ -18,10 +18,10 @@ Axes: P prompts · K responses · R slots · U prompts in the cache. R and U are
 """
 
 import collections
-import functools
 
 import numpy as np
 
+from lpo_jax.models.placement import committed
 from lpo_jax.sampling import decode as device
 from lpo_jax.sampling import kv_cache
 from lpo_jax.sampling.kv_cache import EMPTY, Capacity, PromptCache, ResponseCache
@@ -29,6 +29,8 @@ from lpo_jax.sampling.padding import next_power_of_two, pad_to
 from lpo_jax.sampling.rows import IDLE, Batcher
 
 MIN_SLOTS = 8  # a smaller batch is no faster: its time is that of reading the weights
+# For the last call, fewer slots would not repay the program that is compiled for them.
+LAST_SLOTS = 64
 
 
 class ContinuousBatcher(Batcher):
@@ -49,7 +51,9 @@ class ContinuousBatcher(Batcher):
         # Rows in slots whose earlier tokens have no keys and values yet.
         self.entered = [] if capacity.queued else np.flatnonzero(self.remaining & (self.lengths > 0)).tolist()
         self.members_per_prompt = self.K  # C
-        allocate = functools.partial(kv_cache.allocate, self.settings.config, self.settings.stored)
+        allocate = lambda *size: committed(  # noqa: E731
+            kv_cache.allocate(self.settings.config, self.settings.stored, *size)
+        )
         self.prompt_cache = PromptCache(self.prefill_prompts, allocate, self.prompts, capacity, self.shards)
         self.response_cache = ResponseCache(allocate, capacity, self._longest())
 
@@ -101,26 +105,36 @@ class ContinuousBatcher(Batcher):
         self.response_cache.insert(prefilled, index, lengths)
 
     def _compact(self) -> None:
-        """Moves the last active rows into half as many slots or fewer, and keeps only their prompts."""
+        """Moves the last active rows into half as many slots or fewer.
+
+        Only their prompts are kept, except for the last call: the fewer shapes it has, the fewer programs there are.
+        """
         active = self._by_shard(self._active())
         most = active.sum(1).max()
-        soon = self._tokens_left() <= self.settings.call_tokens
-        if any(self.queues) or most > self._smaller_size() or soon:
+        if any(self.queues) or most > self._smaller_size():
             return
-        R = max(MIN_SLOTS, next_power_of_two(most))
+        R = max(self._fewest_slots(), next_power_of_two(most))
         slots = [np.flatnonzero(part) for part in active]
         rows = [row_of[part] for row_of, part in zip(self._by_shard(self.row_of), slots)]
         self.response_cache.keep(np.concatenate([pad_to(part, R) for part in slots]))
         self.row_of = np.concatenate([pad_to(part, R, value=EMPTY) for part in rows])
-        self.prompt_cache.keep([np.unique(part // self.K) for part in rows])
-        counts = np.bincount(np.concatenate(rows) // self.K)
-        self.members_per_prompt = min(self.K, next_power_of_two(counts.max()))
         self.contiguous = False
+        if not self._is_last_call():
+            self.prompt_cache.keep([np.unique(part // self.K) for part in rows])
+            counts = np.bincount(np.concatenate(rows) // self.K)
+            self.members_per_prompt = min(self.K, next_power_of_two(counts.max()))
+
+    def _is_last_call(self) -> bool:
+        """Whether a call is long enough for all tokens that the active rows may still draw."""
+        return self._tokens_left() <= self.settings.call_tokens
+
+    def _fewest_slots(self) -> int:
+        return LAST_SLOTS if self._is_last_call() else MIN_SLOTS
 
     def _smaller_size(self) -> int:
         """The next smaller number of slots per shard; 0: there is none."""
         half = next_power_of_two(len(self.row_of) // self.shards // 2 + 1) // 2
-        return half if half >= MIN_SLOTS else 0
+        return half if half >= self._fewest_slots() else 0
 
     def _min_active(self) -> int:
         """With fewer active slots than this, `decode` returns so that queued rows can enter or active rows can move."""

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
+from lpo_jax.models.placement import committed
 from lpo_jax.sampling import decode as device
 from lpo_jax.sampling import page_pool, pages
 from lpo_jax.sampling.kv_cache import EMPTY, PromptPrefill
@@ -47,9 +48,8 @@ class PagedBatcher(Batcher):
         ]
         batch = self.shards * max(1, self.size.slots // K)  # prompts whose rows fill the slots
         self.prompt_prefill = PromptPrefill(self.prefill_prompts, batch, self.shards)
-        self.pool = page_pool.allocate_pool(
-            self.settings.config, self.settings.stored, self.shards * self.size.pages, self.size.page_size
-        )
+        pool = self.shards * self.size.pages, self.size.page_size
+        self.pool = committed(page_pool.allocate_pool(self.settings.config, self.settings.stored, *pool))
 
     def _arrange(self) -> None:
         needed = np.minimum(self.lengths + self.settings.call_tokens, self.budgets)

@@ -14,13 +14,13 @@ from tiny import CONFIG
 from lpo_jax.commands.main import main
 from lpo_jax.errors import UserError
 from lpo_jax.parallel.mesh import MeshSizes
-from lpo_jax.planner import roofline, topology
+from lpo_jax.planner import roofline, simulation, topology
 from lpo_jax.planner.at_lengths import at_lengths
 from lpo_jax.planner.lengths import response_lengths
 from lpo_jax.planner.phases import SPARE
 from lpo_jax.planner.setting import Setting, Workload
 from lpo_jax.planner.simulation import simulate_pages, simulate_slots
-from lpo_jax.sampling import PromptBatch, Sampler, SampleRequest, decode, kv_cache
+from lpo_jax.sampling import PromptBatch, Sampler, SampleRequest, batching, decode, kv_cache
 from lpo_jax.sampling.calls import look_seconds
 from lpo_jax.sampling.kv_cache import Capacity
 from lpo_jax.sampling.pages import Pool
@@ -88,7 +88,7 @@ def test_recorded_lengths_are_those_of_the_groups(tmp_path):
 @pytest.mark.parametrize("max_rows", [0, 32])
 def test_simulated_pages_are_those_of_the_real_batching(tail, max_rows, kv_tokens):
     P, K, shards = 32, 4, 2
-    lengths, counts = log_normal(P, K), {"steps": 0, "prefilled": 0}
+    lengths, counts = log_normal(P, K), {"steps": 0, "slots": 0, "prefilled": 0}
     sampler = Sampler(
         NO_MODEL,
         (-1,),
@@ -109,7 +109,7 @@ def test_simulated_pages_are_those_of_the_real_batching(tail, max_rows, kv_token
 def test_simulated_slots_are_those_of_the_real_batching(max_rows, monkeypatch):
     """With plain attention; its device functions are replaced by counters."""
     P, K, shards = 32, 4, 2
-    lengths, counts = log_normal(P, K), {"steps": 0, "prefilled": 0}
+    lengths, counts = log_normal(P, K), {"steps": 0, "slots": 0, "prefilled": 0}
 
     def draw(settings, weights, state, prompt_lengths, prompt_kv, tokens, index, limit, least):
         drawn, active, steps = state.drawn.copy(), state.active, 0
@@ -117,12 +117,15 @@ def test_simulated_slots_are_those_of_the_real_batching(max_rows, monkeypatch):
             drawn, steps = drawn + active, steps + 1
             active = active & (drawn < state.budget)
         counts["steps"] += steps
+        counts["slots"] += steps * len(drawn) // shards
         ones = np.ones((len(drawn), settings.call_tokens), np.int32)
         return decode.DecodeOutput(ones, ones, ones, drawn, active, steps), tokens
 
     def prefill(config, dtype, stored, attention, weights, tokens, lengths, images):
         counts["prefilled"] += tokens.shape[0] // shards
 
+    for module in (batching, simulation):
+        monkeypatch.setattr(module, "LAST_SLOTS", 16)
     monkeypatch.setattr(decode, "decode", draw)
     monkeypatch.setattr(kv_cache, "prefill", prefill)
     monkeypatch.setattr(kv_cache, "allocate", lambda config, dtype, sequences, tokens: tokens)
@@ -138,7 +141,8 @@ def test_simulated_slots_are_those_of_the_real_batching(max_rows, monkeypatch):
     prompts = PromptBatch(np.ones((P, 4), np.int32), np.full(P, 4), np.arange(P))
     sampler(None, prompts, SampleRequest(K, LIMIT), budgets=lengths)
     found = simulate_slots(lengths, Capacity.of(P, K, LIMIT, max_rows, shards), shards, TOKENS)
-    assert (found.steps, found.prompts) == (counts["steps"], counts["prefilled"])
+    slots = sum(call.steps * call.slots for call in found.calls)
+    assert (found.steps, slots, found.prompts) == tuple(counts.values())
 
 
 def test_a_small_pool_sets_rows_aside_and_finishes():

@@ -56,6 +56,7 @@ def sample(one_layer):
 @pytest.fixture(autouse=True)
 def small_steps(monkeypatch):
     monkeypatch.setattr(batching, "MIN_SLOTS", 4)
+    monkeypatch.setattr(batching, "LAST_SLOTS", 8)
     monkeypatch.setattr(calls, "FEWEST", 4)
     monkeypatch.setattr(kv_cache, "FIRST_TOKENS", 16)
 
@@ -137,6 +138,24 @@ def test_free_slots_are_filled_and_the_last_rows_move(sample, monkeypatch, many)
     for responses in (got, waited):
         assert (responses.row_steps >= responses.lengths).all()
     assert waited.lengths.sum() / waited.row_steps.sum() > got.lengths.sum() / got.row_steps.sum()
+
+
+def test_rows_of_the_last_call_move_once_with_all_prompts(sample, monkeypatch):
+    shapes = []
+
+    def decode(settings, weights, state, lengths, *arguments, run=batching.device.decode):
+        shapes.append((len(state.token), len(lengths)))
+        return run(settings, weights, state, lengths, *arguments)
+
+    monkeypatch.setattr(batching.device, "decode", decode)
+    budgets = np.full((P, K), 1)
+    budgets[:2, 0] = calls.FEWEST  # two rows go on after the first token, until the end of the call
+    got = sample(0, budgets=budgets)
+    assert shapes == [(P * K, P), (batching.LAST_SLOTS, P)]
+    free = sample(0)
+    np.testing.assert_array_equal(got.lengths, np.minimum(free.lengths, budgets))
+    kept = np.arange(got.tokens.shape[-1]) < got.lengths[..., None]
+    np.testing.assert_array_equal(got.tokens[kept], free.tokens[..., : got.tokens.shape[-1]][kept])
 
 
 @pytest.mark.parametrize("shards", [1, 4])

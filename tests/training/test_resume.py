@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import chex
+import jax
 import numpy as np
 import pytest
 import yaml
@@ -23,6 +24,8 @@ from lpo_jax.reporting import RunWriter, read_metrics
 from lpo_jax.runs.checkpoint import load_run
 from lpo_jax.runs.compiles import watch
 from lpo_jax.runs.signals import Interrupted
+from lpo_jax.sampling import calls
+from lpo_jax.sampling import decode as device
 from lpo_jax.training import step
 from lpo_jax.training.loop import train
 from lpo_jax.training.session import Session
@@ -73,13 +76,23 @@ def test_resume_is_exact(reference, run_config, one_layout):
     assert_same_run(learned(config), reference)
 
 
-def test_updates_of_a_run_and_of_its_resume_share_a_program(run_config, one_layout):
+def test_a_run_and_its_resume_compile_each_program_once(run_config, one_layout, monkeypatch):
+    """jax compiles again for the same shapes if an array is bound to its device in one call and free in another."""
     step.update.clear_cache()
-    names = []
+    device.decode.clear_cache()
+    monkeypatch.setattr(calls, "FEWEST", 2)  # several calls to sample a round
+    names, shapes = [], set()
+
+    def decode(*arguments, run=device.decode):
+        shapes.add(str(jax.tree.map(np.shape, arguments[1:])))
+        return run(*arguments)
+
+    monkeypatch.setattr(device, "decode", decode)
     with watch(lambda name, seconds: names.append(name)):
         for steps in (1, 2):
             train(parse_config(run_config(training={"steps": steps})), resume=steps == 2)
             assert names.count("update") == 1
+            assert names.count("decode") == len(shapes)
 
 
 ROUNDED = {"sampling": {"kv_dtype": "int8"}, "optimizer": {"state": "bfloat16"}}
