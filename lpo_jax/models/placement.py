@@ -61,12 +61,15 @@ def current_shardings(config: ModelConfig, tree: object = None) -> PyTree:
 
 
 def committed(tree: T) -> T:
-    """Commit arrays to the device if there is no mesh; arrays that are there are not copied.
+    """Commit arrays to their device if there is no mesh, and copy those of NumPy to the first device.
 
     jax compiles a program once for committed arrays and once for others. Restored arrays are committed, and so is what
     is computed from them: with this, a resumed run has the programs of the first one.
     """
-    return jax.device_put(tree, jax.local_devices()[0]) if jax.sharding.get_mesh().empty else tree
+    if not jax.sharding.get_mesh().empty:
+        return tree
+    first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.device_put(tree, jax.tree.map(lambda x: getattr(x, "sharding", first), tree))
 
 
 def placed(config: ModelConfig, abstract: T) -> T:

@@ -1,11 +1,13 @@
-"""Placement of parameters on a mesh of eight fake devices."""
+"""Placement of parameters on a mesh of eight fake devices, and of arrays without one."""
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import AxisType, PartitionSpec
 
 from lpo_jax.models import decoder, parameters
-from lpo_jax.models.placement import param_shardings
+from lpo_jax.models.placement import committed, param_shardings
 from lpo_jax.parallel import sharding
 from lpo_jax.parallel.sharding import AXES, decode_mesh
 
@@ -61,3 +63,12 @@ def test_every_logical_axis_of_a_parameter_is_known(tiny_config):
     whole = {"layers", "head_width"}
     axes = {axis for parameter in parameters.declared(tiny_config) for axis in parameter.logical_axes()}
     assert axes <= sharding.RULES.keys() | whole
+
+
+def test_committed_arrays_stay_on_their_device_and_are_not_copied():
+    with jax.default_device(jax.devices()[1]):
+        free = jnp.ones(3)
+    on_device, of_numpy = committed([free, np.ones(2)])
+    assert not free.committed and on_device.committed and of_numpy.committed
+    assert on_device.unsafe_buffer_pointer() == free.unsafe_buffer_pointer()
+    assert on_device.devices() == {jax.devices()[1]} and of_numpy.devices() == {jax.devices()[0]}
