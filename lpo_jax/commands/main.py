@@ -6,6 +6,7 @@ with status 1; a run that a signal has stopped exits with status 130.
 
 import argparse
 import errno
+import gc
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -74,6 +75,10 @@ HELP = {
 # Commands that accept config keys: all arguments that their parser does not know.
 _CONFIGURABLE = ("train", "sft", "meta", "compare", "eval", "bench", "plan", "data")
 
+# New objects after which the garbage collector looks for cycles. jax makes many objects that stay when it traces, and
+# Python's 700 would have them walked through again and again: 2.0 s of a start of 19 s, instead of 0.7 s.
+_NEW_OBJECTS = 20_000
+
 # A full, read-only or failing disk, wherever the error occurs. Code that has a better message raises its own error.
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
@@ -81,6 +86,7 @@ _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit status."""
     keep_freed_memory()
+    gc.set_threshold(_NEW_OBJECTS)
     parser = make_parser()
     arguments, rest = parser.parse_known_args(argv)
     if "overrides" in arguments:
