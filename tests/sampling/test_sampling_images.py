@@ -160,7 +160,7 @@ def test_placeholders_are_never_sampled(model):
         ([{"role": "user", "content": [{"type": "video"}]}], [], "has a video"),
         ("look<|image_pad|>", drawn((40, 40)), "ends with an image"),
         (asked("a"), [b"no image"], "prompt 0: image 0: not an image"),
-        (asked("a" * 30), drawn((230, 230)), None),
+        pytest.param(asked("a" * 30), drawn((230, 230)), None, marks=pytest.mark.slow),
         (asked("a", 5), drawn(*[(230, 230)] * 5), "has .* tokens; need 1 to"),
     ],
 )

@@ -111,6 +111,7 @@ def rates_of(config):
 DECAYING = {"schedule": "linear", "learning_rate": 1e-2, "final_fraction": 0.1, "weight_decay": 0.0}
 
 
+@pytest.mark.slow
 def test_replayed_updates_count_in_the_schedule(method_config, one_layout, monkeypatch):
     """The learning rate falls with every update, including replayed ones, until the last step of the run."""
     config = method_config("pipo", "run", 4)

@@ -90,7 +90,8 @@ def test_a_run_and_its_resume_compile_each_program_once(run_config, one_layout, 
     monkeypatch.setattr(device, "decode", decode)
     with watch(lambda name, seconds: names.append(name)):
         for steps in (1, 2):
-            train(parse_config(run_config(training={"steps": steps})), resume=steps == 2)
+            config = run_config(training={"steps": steps}, evaluation={"every": 0, "problems": 4})
+            train(parse_config(config), resume=steps == 2)
             assert names.count("update") == 1
             assert names.count("decode") == len(shapes)
 

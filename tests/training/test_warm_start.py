@@ -65,6 +65,7 @@ def test_warm_start_then_rl(run_config, capsys):
     assert "cold model" in output and "before" in output and "after 1 steps" in output
 
 
+@pytest.mark.slow
 def test_rl_does_not_begin_with_the_rows_just_taught(run_config, one_layout, monkeypatch):
     """Of 24 rows, a supervised update uses 8, and the first four steps of 4 prompts sample the other 16."""
     taught, asked = [], []
