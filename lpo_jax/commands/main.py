@@ -75,8 +75,8 @@ HELP = {
 # Commands that accept config keys: all arguments that their parser does not know.
 _CONFIGURABLE = ("train", "sft", "meta", "compare", "eval", "bench", "plan", "data")
 
-# New objects after which the garbage collector looks for cycles. jax makes many objects that stay when it traces, and
-# Python's 700 would have them walked through again and again: 2.0 s of a start of 19 s, instead of 0.7 s.
+# The garbage collector looks for cycles after so many new objects. jax makes many lasting objects while it traces. With
+# Python's default of 700, the collector walks through them again and again: 2.0 s of a start, instead of 0.7 s.
 _NEW_OBJECTS = 20_000
 
 # A full, read-only or failing disk, wherever the error occurs. Code that has a better message raises its own error.

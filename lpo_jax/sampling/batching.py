@@ -29,7 +29,8 @@ from lpo_jax.sampling.padding import next_power_of_two, pad_to
 from lpo_jax.sampling.rows import IDLE, Batcher
 
 MIN_SLOTS = 8  # a smaller batch is no faster: its time is that of reading the weights
-# For the last call, fewer slots would not repay the program that is compiled for them.
+# The fewest slots of a shard in the last call, which is short: a smaller batch would gain less time than its program
+# takes to compile.
 LAST_SLOTS = 64
 
 
@@ -107,7 +108,7 @@ class ContinuousBatcher(Batcher):
     def _compact(self) -> None:
         """Moves the last active rows into half as many slots or fewer.
 
-        Only their prompts are kept, except for the last call: the fewer shapes it has, the fewer programs there are.
+        Prompts without active rows are dropped, but not for the last call, which needs fewer programs that way.
         """
         active = self._by_shard(self._active())
         most = active.sum(1).max()

@@ -88,7 +88,7 @@ def test_recorded_lengths_are_those_of_the_groups(tmp_path):
 @pytest.mark.parametrize("max_rows", [0, 32])
 def test_simulated_pages_are_those_of_the_real_batching(tail, max_rows, kv_tokens):
     P, K, shards = 32, 4, 2
-    lengths, counts = log_normal(P, K), {"steps": 0, "slots": 0, "prefilled": 0}
+    lengths, counts = log_normal(P, K), {"steps": 0, "prefilled": 0}
     sampler = Sampler(
         NO_MODEL,
         (-1,),

@@ -93,7 +93,8 @@ def test_weights_are_free_after_a_call_without_the_garbage_collector(tiny_config
 def test_batching_does_not_change_responses(sample, case, max_rows, many, monkeypatch):
     options = CASES[case]
     with monkeypatch.context() as patch:
-        patch.setattr(batching, "MIN_SLOTS", P * K)  # rows never move
+        for name in ("MIN_SLOTS", "LAST_SLOTS"):
+            patch.setattr(batching, name, P * K)  # rows never move
         whole = sample(0, **options)
     assert len(np.unique(whole.lengths)) > 3
     got = sample(max_rows, many, **options)
