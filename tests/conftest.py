@@ -45,10 +45,8 @@ from jax._src.interpreters import mlir
 
 sys.path.insert(0, str(Path(__file__).parent))  # so that tests can import tiny.py
 
-from tiny import CONFIG, VERIFIER, character_tokenizer, run_values
+from tiny import CONFIG, RUN_CONFIG, VERIFIER, character_tokenizer, random_params, run_values
 from whole_runs import pad_groups, skip_plots
-
-from lpo_jax.models.decoder import init_params
 
 pytest_plugins = ["margins"]
 TESTS = itertools.count()
@@ -102,17 +100,22 @@ def tiny_config():
 @pytest.fixture(scope="session")
 def tiny_params():
     # Scale the weights so that logits differ by nats: a nearly uniform distribution would hide mistakes.
-    params = jax.device_get(init_params(CONFIG, jax.random.key(0)))
-    return jax.device_put(jax.tree.map(lambda p: 3 * p, params))
+    return jax.device_put(random_params(CONFIG, scale=3))
 
 
 @pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory, tiny_params):
-    """A Hugging Face directory with a random model and a tokenizer of single characters."""
+def run_params(tiny_params):
+    """The parameters of `tiny_model`."""
+    return tiny_params | {"layers": jax.tree.map(lambda x: x[: RUN_CONFIG.num_layers], tiny_params["layers"])}
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory, run_params):
+    """A Hugging Face directory with a random model of one layer and a tokenizer of single characters."""
     from lpo_jax.models.hf import save_hf
 
     path = tmp_path_factory.mktemp("model") / "tiny"
-    save_hf(path, CONFIG, tiny_params, character_tokenizer())
+    save_hf(path, RUN_CONFIG, run_params, character_tokenizer())
     return path
 
 

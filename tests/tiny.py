@@ -1,5 +1,10 @@
 """A tiny model, its tokenizer, and a task that it can learn."""
 
+import dataclasses
+
+import numpy as np
+
+from lpo_jax.models import parameters
 from lpo_jax.models.config import ModelConfig
 
 LETTERS = "0123456789+-*= abcdefghijklmnopqrstuvwxyz<>/,."
@@ -17,6 +22,22 @@ CONFIG = ModelConfig(
     qk_norm=True,
     tie_embeddings=True,
 )
+# The model of whole runs, whose sampling programs have a copy of every layer to compile.
+RUN_CONFIG = dataclasses.replace(CONFIG, num_layers=1)
+
+
+def random_params(config, scale=1.0):
+    """Draw the parameters of a new model, times `scale`, in NumPy: nothing is compiled."""
+    rng = np.random.default_rng(3)
+
+    def draw(parameter):
+        shape = parameter.shape(config)
+        if parameter.kind in ("norm", "bias"):
+            return np.full(shape, scale * (parameter.kind == "norm"), np.float32)
+        return (scale * rng.normal(0, 0.02, shape)).astype(np.float32)
+
+    return parameters.tree_of(config, draw)
+
 
 # Prompts differ in length. The reward is the fraction of digits in the response: it varies, and it can be learned.
 VERIFIER = """
@@ -68,7 +89,7 @@ def run_values(output, model, task):
         "objective": {"name": "lpo-forward"},
         "sampling": {"num_responses": 4, "max_tokens": 6, "max_prompt_tokens": 16},
         "training": {"steps": 4, "prompts_per_step": 4, "updates_per_step": 2, "token_budget": 64},
-        "optimizer": {"learning_rate": 1e-2, "weight_decay": 0.0},
+        "optimizer": {"learning_rate": 2e-2, "weight_decay": 0.0},
         "evaluation": {"every": 2, "problems": 6},
         "checkpoint": {"every": 1},
         "rewards": {"workers": 1},

@@ -5,12 +5,11 @@ import json
 import jax
 import numpy as np
 import pytest
-from tiny import CONFIG
+from tiny import CONFIG, random_params
 
 from lpo_jax.bench import measure
 from lpo_jax.bench.work import Shapes, Work
 from lpo_jax.commands.main import main
-from lpo_jax.models.decoder import init_params
 from lpo_jax.reporting import read_metrics
 
 
@@ -27,7 +26,7 @@ def test_work_counts_every_weight_once_for_each_token():
     reads = sum(P * (S + K * (t + 0.5)) for t in range(T))  # one term per step; half of the new token
     assert work.sampling_bytes == T * work.weight_bytes + 2 * L * G * N * reads * 4
 
-    params = init_params(CONFIG, jax.random.key(0))
+    params = random_params(CONFIG)
     assert work.weight_bytes == sum(leaf.nbytes for leaf in jax.tree.leaves(params))
 
 

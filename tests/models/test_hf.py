@@ -9,11 +9,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from tiny import random_params
 
 from lpo_jax import load_model
 from lpo_jax.errors import UserError
 from lpo_jax.models import ModelConfig, load_config_and_tokenizer
-from lpo_jax.models.decoder import abstract_params, init_params
+from lpo_jax.models.decoder import abstract_params
 from lpo_jax.models.hf import save_hf
 
 TEXT_FAMILIES = ["llama", "llama3", "qwen2", "qwen3", "mistral"]
@@ -306,7 +307,7 @@ def test_sharded_load(golden):
 
 def test_memory_is_one_model_and_one_tensor(tmp_path):
     config = ModelConfig("llama", 2000, 128, 6, 4, 2, 32, 1024, 64)
-    params = init_params(config, jax.random.key(0))
+    params = random_params(config)
     size = sum(x.nbytes for x in jax.tree.leaves(params))
     largest = max(x.nbytes for x in (params["embed"], params["layers"]["w_up"][0]))
     assert size > 10 * largest

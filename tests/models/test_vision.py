@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import random_params
 
 from lpo_jax import load_model
 from lpo_jax.errors import UserError
 from lpo_jax.models import prompt_images, vision
 from lpo_jax.models.config import ModelConfig
-from lpo_jax.models.decoder import init_params
 
 VISION = ["qwen2_5_vl", "qwen3_vl"]
 
@@ -120,7 +120,7 @@ def test_a_tower_without_deepstack_is_saved_and_read(golden, tmp_path):
     model, data, images = load(golden / "qwen3_vl")
     tower = dataclasses.replace(model.config.vision, deepstack=())
     model.config = dataclasses.replace(model.config, vision=tower)
-    model.params = init_params(model.config, jax.random.key(0))
+    model.params = random_params(model.config)
     assert "deepstack" not in model.params["vision"]
     assert all(
         leaf.size for leaf in jax.tree.leaves(model.params)

@@ -2,13 +2,12 @@
 
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
+from tiny import random_params
 
 from lpo_jax import tasks
 from lpo_jax.config import parse_config
-from lpo_jax.models.decoder import init_params
 from lpo_jax.models.load import load_config_and_tokenizer
 from lpo_jax.rollout.collect import concatenate
 from lpo_jax.rollout.environment import open_environment
@@ -23,7 +22,7 @@ REQUEST = SampleRequest(4, 4, Sampling(1.0, 0, 1.0, 0.0), (), 5)
 def collected():
     """Rollouts of the same questions with their pictures, and with blank ones."""
     model, tokenizer, eos_ids = load_config_and_tokenizer(MICRO)
-    params = init_params(model, jax.random.key(0))
+    params = random_params(model)
     found = []
     for blank in (False, True):
         options = {"name": "shapes", "train_size": 8, "heldout_size": 2, "blank": blank}

@@ -3,14 +3,12 @@
 import dataclasses
 import json
 
-import jax
 import pytest
 import yaml
-from tiny import CONFIG, character_tokenizer
+from tiny import CONFIG, character_tokenizer, random_params
 
 from lpo_jax import tasks
 from lpo_jax.commands.main import main
-from lpo_jax.models.decoder import init_params
 from lpo_jax.rewards import sandbox
 from lpo_jax.tasks.describe import describe_task, description_lines
 
@@ -124,7 +122,7 @@ def test_what_is_judged_is_what_decoding_the_encoded_solution_gives(write, capsy
     tokenizer = character_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<answer>", "</answer>"]})
     config = dataclasses.replace(CONFIG, vocab_size=len(tokenizer))
-    save_hf(tmp_path / "tags", config, init_params(config, jax.random.key(0)), tokenizer)
+    save_hf(tmp_path / "tags", config, random_params(config), tokenizer)
     file = tmp_path / "task.py"
     file.write_text(
         "def dataset(split):\n"

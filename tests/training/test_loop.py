@@ -26,13 +26,13 @@ SMOOTH = {"learning_rate": 1e-2, "eps": 1e-1}
 
 
 @pytest.mark.slow
-def test_no_drift_at_learning_rate_zero(run_config, tiny_params):
+def test_no_drift_at_learning_rate_zero(run_config, run_params):
     config = run_config(
         optimizer={"learning_rate": 0.0}, training={"steps": 20}, evaluation={"every": 0, "problems": 4}
     )
     train(parse_config(config))
     params, metrics, _ = learned(config)
-    chex.assert_trees_all_equal(params, jax.tree.map(np.asarray, tiny_params))
+    chex.assert_trees_all_equal(params, jax.tree.map(np.asarray, run_params))
     steps = [row for row in metrics if "lpo/logp_gap_max" in row]
     assert len(steps) == 20
     np.testing.assert_array_less(max(row["lpo/logp_gap_max"] for row in steps), 2e-4)
@@ -111,7 +111,7 @@ class NotFinite(objectives.get("grpo").__class__):
         return loss * float("nan"), metrics
 
 
-def test_stops_after_several_gradients_that_are_not_finite(run_config, one_layout, tiny_params, monkeypatch):
+def test_stops_after_several_gradients_that_are_not_finite(run_config, one_layout, run_params, monkeypatch):
     broken = NotFinite(**vars(objectives.get("grpo")))
     monkeypatch.setattr(loop, "check_config", lambda config: broken)
     config = run_config(training={"max_skipped_updates": 4}, checkpoint={"every": 1})
@@ -119,7 +119,7 @@ def test_stops_after_several_gradients_that_are_not_finite(run_config, one_layou
         train(parse_config(config))
     rows = [row for row in read_metrics(config["output"]) if "lpo/skipped_updates" in row]
     assert [row["lpo/skipped_updates"] for row in rows] == [2, 2]
-    chex.assert_trees_all_equal(load_run(config["output"], "latest")[0].params, tiny_params)
+    chex.assert_trees_all_equal(load_run(config["output"], "latest")[0].params, run_params)
 
 
 def test_failing_verifier_masks_its_sample(run_config, one_layout, tmp_path, tiny_task):
@@ -129,7 +129,7 @@ def test_failing_verifier_masks_its_sample(run_config, one_layout, tmp_path, tin
 import os, time
 
 def verify(response, row):
-    kind = ord((response + "??")[1]) % 7 if row["n"] < 100 else 3  # held-out responses are judged
+    kind = ord((response + "?")[0]) % 5 if row["n"] < 100 else 3  # held-out responses are judged
     if kind == 0:
         time.sleep(60)
     if kind == 1:
@@ -156,5 +156,7 @@ def verify(response, row):
     )
     row = next(row for row in metrics if "actor/pg_loss" in row)
     assert row["reward/outcome/infrastructure"] == pytest.approx(len(masked) / len(rows))
-    assert row["lpo/masked_response_frac"] == pytest.approx(len(masked) / len(rows))
+    judged = [sum(r["outcome"] != "infrastructure" for r in rows[i : i + 4]) for i in range(0, len(rows), 4)]
+    alone = judged.count(1)  # a group of one response is left out
+    assert row["lpo/masked_response_frac"] == pytest.approx((len(masked) + alone) / len(rows))
     assert row["critic/score/min"] > 0  # masked responses do not count as 0

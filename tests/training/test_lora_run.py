@@ -116,7 +116,7 @@ def config_for(run_config, output, steps):
 
 
 @pytest.mark.slow
-def test_run_learns_resumes_and_is_exported_merged(run_config, tiny_params, tmp_path):
+def test_run_learns_resumes_and_is_exported_merged(run_config, run_params, tmp_path):
     config, run = config_for(run_config, "whole", 2), tmp_path / "whole"
     train(parse_config(config))
     rows = [row for row in read_metrics(run) if "actor/kl_loss" in row]
@@ -134,16 +134,16 @@ def test_run_learns_resumes_and_is_exported_merged(run_config, tiny_params, tmp_
     assert "w_down" in held and "w_up" not in held and "embed" not in held
     untouched = ("embed", "final_norm")
     chex.assert_trees_all_equal(
-        {n: model.params[n] for n in untouched}, {n: tiny_params[n] for n in untouched}
+        {n: model.params[n] for n in untouched}, {n: run_params[n] for n in untouched}
     )
-    chex.assert_trees_all_equal(model.params["layers"]["w_up"], tiny_params["layers"]["w_up"])
-    assert jnp.abs(model.params["layers"]["w_down"] - tiny_params["layers"]["w_down"]).max() > 1e-3
+    chex.assert_trees_all_equal(model.params["layers"]["w_up"], run_params["layers"]["w_up"])
+    assert jnp.abs(model.params["layers"]["w_down"] - run_params["layers"]["w_down"]).max() > 1e-3
 
     assert main(["export", str(run), str(tmp_path / "hf"), "--checkpoint", "latest"]) == 0
     exported = lpo_jax.load_model(tmp_path / "hf")
     tokens = np.array([[5, 6, 7, 8]])
     chex.assert_trees_all_equal(exported.logits(tokens), model.logits(tokens))
-    assert jnp.abs(exported.logits(tokens) - decoder.logits(model.config, tiny_params, tokens)).max() > 1e-3
+    assert jnp.abs(exported.logits(tokens) - decoder.logits(model.config, run_params, tokens)).max() > 1e-3
 
 
 @pytest.mark.parametrize(

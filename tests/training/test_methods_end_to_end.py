@@ -62,7 +62,7 @@ def method_config(run_config, tiny_task):
 
 
 @pytest.mark.parametrize("name", by_weight(objectives.names()))
-def test_every_method_trains_resumes_and_reports(method_config, one_layout, tiny_params, name):
+def test_every_method_trains_resumes_and_reports(method_config, one_layout, run_params, name):
     """Methods with a state are resumed after two steps; `test_resume_is_exact` covers the others."""
     method, config = objectives.get(name), method_config(name, "run", 3)
     if method.control or method.hooks or "ref_logp" in method.needs:
@@ -74,7 +74,7 @@ def test_every_method_trains_resumes_and_reports(method_config, one_layout, tiny
     assert all(np.isfinite(row["actor/pg_loss"]) and row["actor/grad_norm"] >= 0 for row in rows)
     assert max(row["actor/grad_norm"] for row in rows) > 0
     assert all(row["lpo/skipped_updates"] == 0 for row in rows)
-    assert float(np.abs(params["layers"]["wq"] - tiny_params["layers"]["wq"]).max()) > 1e-4
+    assert float(np.abs(params["layers"]["wq"] - run_params["layers"]["wq"]).max()) > 1e-4
 
 
 @pytest.mark.parametrize("name", by_weight(STATEFUL))

@@ -132,12 +132,12 @@ def test_plots_are_drawn_where_they_are_wanted(run_config, one_layout, wanted, m
 
 
 @pytest.mark.slow
-def test_the_base_of_adapters_is_stored_as_asked(run_config, tiny_params, no_plots):
+def test_the_base_of_adapters_is_stored_as_asked(run_config, run_params, no_plots):
     values = run_config(training={"steps": 1})
     values["model"] |= {"dtype": "float32", "lora": {"rank": 2, "targets": ["wq"], "base_dtype": "bfloat16"}}
     train(parse_config(values))
     params = load_run(values["output"], "latest")[0].params
-    rounded = jax.tree.map(lambda p: p.astype(jnp.bfloat16), tiny_params)
+    rounded = jax.tree.map(lambda p: p.astype(jnp.bfloat16), run_params)
     kept = lambda tree: jax.tree.map(lambda p: np.asarray(p, np.float32), tree)  # noqa: E731
     found, expected = kept(params), kept(rounded)
     assert (found["layers"]["wq"] != expected["layers"]["wq"]).any()
