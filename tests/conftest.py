@@ -1,6 +1,7 @@
 """Fixtures that all tests share: tiny models and tasks, and a common compilation cache.
 
-The environment variables are set before jax is imported.
+The environment variables are set before jax is imported. What fixtures alone need is imported in them: the workers of
+pytest start after their parent has imported this file.
 """
 
 import functools
@@ -44,9 +45,6 @@ import pytest
 from jax._src.interpreters import mlir
 
 sys.path.insert(0, str(Path(__file__).parent))  # so that tests can import tiny.py
-
-from tiny import CONFIG, RUN_CONFIG, VERIFIER, character_tokenizer, random_params, run_values
-from whole_runs import pad_groups, skip_plots
 
 pytest_plugins = ["margins"]
 TESTS = itertools.count()
@@ -94,24 +92,32 @@ def pytest_sessionfinish():
 
 @pytest.fixture(scope="session")
 def tiny_config():
+    from tiny import CONFIG
+
     return CONFIG
 
 
 @pytest.fixture(scope="session")
-def tiny_params():
+def tiny_params(tiny_config):
+    from tiny import random_params
+
     # Scale the weights so that logits differ by nats: a nearly uniform distribution would hide mistakes.
-    return jax.device_put(random_params(CONFIG, scale=3))
+    return jax.device_put(random_params(tiny_config, scale=3))
 
 
 @pytest.fixture(scope="session")
 def run_params(tiny_params):
     """The parameters of `tiny_model`."""
+    from tiny import RUN_CONFIG
+
     return tiny_params | {"layers": jax.tree.map(lambda x: x[: RUN_CONFIG.num_layers], tiny_params["layers"])}
 
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory, run_params):
     """A Hugging Face directory with a random model of one layer and a tokenizer of single characters."""
+    from tiny import RUN_CONFIG, character_tokenizer
+
     from lpo_jax.models.hf import save_hf
 
     path = tmp_path_factory.mktemp("model") / "tiny"
@@ -122,6 +128,8 @@ def tiny_model(tmp_path_factory, run_params):
 @pytest.fixture(scope="session")
 def tiny_task(tmp_path_factory):
     """A task file whose rewards differ between the responses of a random model."""
+    from tiny import VERIFIER
+
     path = tmp_path_factory.mktemp("task") / "parity.py"
     path.write_text(VERIFIER)
     return path
@@ -133,6 +141,8 @@ def run_config(tmp_path, tiny_model, tiny_task):
 
     Its keyword arguments name sections: they update the keys of a section, but replace `model`, `task` and `objective`.
     """
+
+    from tiny import run_values
 
     def make(output="run", **sections):
         values = run_values(tmp_path / output, tiny_model, tiny_task)
@@ -147,12 +157,16 @@ def run_config(tmp_path, tiny_model, tiny_task):
 @pytest.fixture
 def no_plots(monkeypatch):
     """Skip the plots and the report at the end of a run: drawing them takes longer than a short run."""
+    from whole_runs import skip_plots
+
     skip_plots(monkeypatch)
 
 
 @pytest.fixture
 def one_layout(monkeypatch):
     """Run padded groups: the shapes of packed rows depend on sampled lengths, and each needs another program."""
+    from whole_runs import pad_groups
+
     pad_groups(monkeypatch)
 
 

@@ -54,7 +54,7 @@ def test_shaped_rewards_and_advantages_are_those_of_the_metrics(run_config, meth
 
 SUM_OF_PARTS = """
 def verify(response, row):
-    digits, short = sum(c.isdigit() for c in response) / 6, len(response) <= 2 + row["n"] % 4
+    digits, short = sum(c.isdigit() for c in response) / 6, len(response) <= 3 + row["n"] % 4
     return Verdict(digits + 0.5 * short, "pass" if digits > 0.3 and short else "wrong",
                    {"digits": digits, "short": short})
 """

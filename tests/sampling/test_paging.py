@@ -166,7 +166,7 @@ def test_rows_resume_in_a_later_call(sample, moves):
     started = sample(kv_tokens=48, max_rows=8, budgets=np.minimum(BUDGETS, 12))
     moves.clear()
     got = sample(kv_tokens=48, max_rows=8, ahead=Ahead(1, np.zeros(P, np.uint32), started))
-    assert sum(len(move.set_aside) for move in moves) >= 3
+    assert sum(len(move.set_aside) for move in moves) >= 2
     assert_same(got, whole)
 
 
