@@ -54,9 +54,9 @@ def test_shaped_rewards_and_advantages_are_those_of_the_metrics(run_config, meth
 
 SUM_OF_PARTS = """
 def verify(response, row):
-    digits, short = sum(c.isdigit() for c in response) / 6, len(response) <= 3 + row["n"] % 4
-    return Verdict(digits + 0.5 * short, "pass" if digits > 0.3 and short else "wrong",
-                   {"digits": digits, "short": short})
+    digits, letter = sum(c.isdigit() for c in response) / 6, response[:1].isalpha()
+    return Verdict(digits + 0.5 * letter, "pass" if digits > 0.3 and letter else "wrong",
+                   {"digits": digits, "letter": letter})
 """
 
 
@@ -73,12 +73,12 @@ def test_a_sum_of_rewards_is_recorded_part_by_part(run_config, tmp_path):
     train(parse_config(config))
     records, row = read(config["output"], "rollouts/1.jsonl"), step_row(config["output"], 1)
     parts = {
-        name: np.array([record["parts"][name] for record in records], float) for name in ("digits", "short")
+        name: np.array([record["parts"][name] for record in records], float) for name in ("digits", "letter")
     }
     assert min(np.ptp(x) for x in parts.values()) > 0
     for name, values in parts.items():
         np.testing.assert_allclose(row[f"reward/parts/{name}"], values.mean(), rtol=1e-12)
-    rewards = (parts["digits"] + 0.5 * parts["short"]).reshape(-1, 4)
+    rewards = (parts["digits"] + 0.5 * parts["letter"]).reshape(-1, 4)
     shaped, advantages = (np.array([r[key] for r in records]) for key in ("shaped_reward", "advantage"))
     np.testing.assert_allclose(shaped, rewards.ravel(), atol=1e-6)
     np.testing.assert_allclose(row["critic/rewards/mean"], rewards.mean(), rtol=1e-6)
