@@ -98,6 +98,7 @@ def config_of(run_config, task_file):
             objective=options(*names, judge=f"{task_file}:judge"),
             task={"name": "python", "file": str(task_file)},
             training={"steps": 4, "save_rollouts": False},
+            optimizer={"learning_rate": 1e-2},  # soon no group would have both rewards with more
             evaluation={"problems": 4, "every": 0},
             checkpoint={"every": 0, "keep": 1},
         )
