@@ -141,7 +141,6 @@ def run_config(tmp_path, tiny_model, tiny_task):
 
     Its keyword arguments name sections: they update the keys of a section, but replace `model`, `task` and `objective`.
     """
-
     from tiny import run_values
 
     def make(output="run", **sections):
